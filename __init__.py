@@ -1,0 +1,38 @@
+"""ConceptMaster: videos of several named, pictured things.
+
+The public face is four names, loaded when first asked for, so that ``import conceptmaster`` costs nothing:
+
+* ``Concept`` -- a label and a picture of it;
+* ``Pipeline`` -- a loaded bundle, called with a prompt and concepts;
+* ``Video`` -- what a pipeline returns: ``frames`` uint8 [F, H, W, 3] and ``save``;
+* ``__version__`` -- this package's version.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .runtime.pipeline import Pipeline
+    from .runtime.request import Concept
+    from .runtime.video import Video
+
+__version__ = "0.1.0"
+__all__ = ["Concept", "Pipeline", "Video", "__version__"]
+
+_HOMES = {"Concept": ".runtime.request", "Pipeline": ".runtime.pipeline", "Video": ".runtime.video"}
+
+
+def __getattr__(name: str) -> Any:
+    """Load a public name from the module it lives in, once. Raises AttributeError for any other name."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(_HOMES[name], __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    """Names of this module, with the public ones that are not loaded yet."""
+    return sorted({*globals(), *__all__})

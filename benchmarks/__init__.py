@@ -1,0 +1,1 @@
+"""Latency, peers and roofline: what is measured, and how."""

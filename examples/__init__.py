@@ -1,0 +1,1 @@
+"""Worked examples: each folder is one small world, complete from data to scores."""
