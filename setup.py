@@ -1,0 +1,47 @@
+"""Which folder becomes which package. Everything else about the project is in pyproject.toml.
+
+The repository root *is* the package ``conceptmaster``: no top-level ``engine`` or ``runtime`` reaches site-packages.
+The packages are listed by hand because finding them would search the root and take ``tests`` along;
+``tests/test_house.py`` holds this list to the folders that exist.
+"""
+
+from __future__ import annotations
+
+from setuptools import setup
+from setuptools.command.build_py import build_py
+
+PACKAGES = [
+    "conceptmaster",
+    "conceptmaster.benchmarks",
+    "conceptmaster.engine",
+    "conceptmaster.examples",
+    "conceptmaster.examples.sprites",
+    "conceptmaster.export",
+    "conceptmaster.kernels",  # no __init__.py, on purpose: see CONTRIBUTING.md
+    "conceptmaster.runtime",
+    "conceptmaster.runtime.backends",
+]
+
+PACKAGE_DATA = {
+    "conceptmaster": ["py.typed"],
+    "conceptmaster.runtime": ["bundles/*/*.json", "bundles/*/*.onnx", "bundles/*/*.onnx.data"],
+    "conceptmaster.examples.sprites": ["requests/**/*.json", "requests/**/*.png"],
+}
+
+
+class BuildPackage(build_py):
+    """``build_py`` that leaves this file out: it lies in the root, so it would count as a module of the package."""
+
+    def find_package_modules(self, package: str, package_dir: str) -> list[tuple[str, str, str]]:
+        """The modules of ``package`` as (package, module, file), without ``setup``."""
+        modules = super().find_package_modules(package, package_dir)
+        return [found for found in modules if (found[0], found[1]) != ("conceptmaster", "setup")]
+
+
+setup(
+    packages=PACKAGES,
+    package_dir={"conceptmaster": "."},
+    package_data=PACKAGE_DATA,
+    include_package_data=False,
+    cmdclass={"build_py": BuildPackage},
+)
