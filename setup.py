@@ -1,7 +1,7 @@
 """Which folder becomes which package. Everything else about the project is in pyproject.toml.
 
-The repository root *is* the package ``conceptmaster``: no top-level ``engine`` or ``runtime`` reaches site-packages.
-The packages are listed by hand because finding them would search the root and take ``tests`` along;
+The repository root *is* the package ``conceptmaster``, so that no top-level ``engine`` or ``runtime`` reaches
+site-packages. The packages are listed by hand because finding them would take ``tests`` along;
 ``tests/test_house.py`` holds this list to the folders that exist.
 """
 
@@ -30,7 +30,7 @@ PACKAGE_DATA = {
 
 
 class BuildPackage(build_py):
-    """``build_py`` that leaves this file out: it lies in the root, so it would count as a module of the package."""
+    """``build_py`` that leaves this file out: lying in the root, it would count as a module of the package."""
 
     def find_package_modules(self, package: str, package_dir: str) -> list[tuple[str, str, str]]:
         """The modules of ``package`` as (package, module, file), without ``setup``."""
