@@ -1,0 +1,396 @@
+"""Everything that decides the model's shape: frozen dataclasses, validated once, stored with the weights."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+ENCODERS = ("qformer", "mlp")
+BINDINGS = ("dam", "none", "concat_mlp", "self_attention")
+INJECTIONS = ("standalone", "shared_query", "merged")
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be built; the message names the field, its value and what would be right."""
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+def _require_positive(owner: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(owner, name)
+        _require(
+            isinstance(value, int) and not isinstance(value, bool) and value > 0,
+            f"{type(owner).__name__}.{name} must be a positive whole number, got {value!r}",
+        )
+
+
+def _require_choice(owner: Any, name: str, choices: tuple[str, ...]) -> None:
+    value = getattr(owner, name)
+    _require(value in choices, f"{type(owner).__name__}.{name} must be one of {', '.join(choices)}, got {value!r}")
+
+
+@dataclass(frozen=True)
+class TransformerConfig:
+    """The diffusion transformer, in the names of diffusers' WanTransformer3DModel.
+
+    `position_channels` is this project's own: so many constant channels (sines and cosines of a latent position's
+    frame, row and column, in equal parts) are appended to the latents before the patch embedding. 0 is Wan.
+    `image_dim` and `added_kv_proj_dim` belong to Wan's image-to-video models, which this engine does not build: None.
+    """
+
+    patch_size: tuple[int, int, int] = (1, 2, 2)
+    num_attention_heads: int = 12
+    attention_head_dim: int = 128
+    in_channels: int = 16
+    out_channels: int = 16
+    text_dim: int = 4096
+    freq_dim: int = 256
+    ffn_dim: int = 8960
+    num_layers: int = 30
+    cross_attn_norm: bool = True
+    qk_norm: str = "rms_norm_across_heads"
+    eps: float = 1e-6
+    rope_max_seq_len: int = 1024
+    image_dim: int | None = None
+    added_kv_proj_dim: int | None = None
+    position_channels: int = 0
+
+    def __post_init__(self) -> None:
+        """Raises ConfigError for a value that cannot be built."""
+        object.__setattr__(self, "patch_size", tuple(self.patch_size))
+        _require(
+            len(self.patch_size) == 3 and all(isinstance(p, int) and p > 0 for p in self.patch_size),
+            f"TransformerConfig.patch_size must be three positive whole numbers, got {self.patch_size!r}",
+        )
+        _require_positive(self, "num_attention_heads", "attention_head_dim", "in_channels", "out_channels", "text_dim")
+        _require_positive(self, "freq_dim", "ffn_dim", "num_layers", "rope_max_seq_len")
+        _require(
+            self.attention_head_dim % 2 == 0 and self.attention_head_dim >= 6,
+            "TransformerConfig.attention_head_dim must be even and at least 6 (rotary pairs for three axes), "
+            f"got {self.attention_head_dim}",
+        )
+        _require(self.freq_dim % 2 == 0, f"TransformerConfig.freq_dim must be even, got {self.freq_dim}")
+        _require(
+            isinstance(self.position_channels, int) and self.position_channels >= 0 and self.position_channels % 6 == 0,
+            "TransformerConfig.position_channels must be 0 or a multiple of 6 (sine and cosine for three axes), "
+            f"got {self.position_channels!r}",
+        )
+        _require_choice(self, "qk_norm", ("rms_norm_across_heads",))
+        _require(self.eps > 0, f"TransformerConfig.eps must be positive, got {self.eps}")
+        for name in ("image_dim", "added_kv_proj_dim"):
+            value = getattr(self, name)
+            _require(value is None, f"TransformerConfig.{name} must be None (no image-to-video base), got {value!r}")
+
+    @property
+    def width(self) -> int:
+        """D: heads times head width."""
+        return self.num_attention_heads * self.attention_head_dim
+
+
+@dataclass(frozen=True)
+class ConceptConfig:
+    """How pictures and labels become concept tokens, and where these enter the transformer.
+
+    encoder: `qformer` (learned queries) or `mlp` (the paper's row "without Q-Former").
+    binding: `dam`, `none` (without DAM, labels unused), `concat_mlp` or `self_attention`.
+    injection: `standalone` (an injector of its own in every block), `shared_query` (own keys and values beside the
+    text's, same query) or `merged` (concept tokens behind the caption's, through the text cross-attention).
+    """
+
+    max_concepts: int = 4
+    picture_size: int = 224
+    picture_tokens: int = 256
+    picture_dim: int = 768
+    label_tokens: int = 16
+    queries: int = 16
+    layers: int = 4
+    heads: int = 12
+    width: int = 768
+    encoder: str = "qformer"
+    binding: str = "dam"
+    injection: str = "standalone"
+
+    def __post_init__(self) -> None:
+        """Raises ConfigError for a value that cannot be built."""
+        _require_positive(self, "max_concepts", "picture_size", "picture_tokens", "picture_dim", "label_tokens")
+        _require_positive(self, "queries", "layers", "heads", "width")
+        _require_choice(self, "encoder", ENCODERS)
+        _require_choice(self, "binding", BINDINGS)
+        _require_choice(self, "injection", INJECTIONS)
+        _require(
+            self.width % self.heads == 0,
+            f"ConceptConfig.width ({self.width}) must be a multiple of ConceptConfig.heads ({self.heads})",
+        )
+
+    @property
+    def tokens_per_concept(self) -> int:
+        """Q: tokens that one concept brings into the transformer; every picture token when there is no Q-Former."""
+        return self.queries if self.encoder == "qformer" else self.picture_tokens
+
+    @property
+    def concept_tokens(self) -> int:
+        """C: tokens of all concepts together, max_concepts * tokens_per_concept."""
+        return self.max_concepts * self.tokens_per_concept
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The whole model and the one video shape that it is built for.
+
+    `text_encoder`, `image_encoder` and `vae` are the arguments of transformers' UMT5Config and CLIPVisionConfig and of
+    diffusers' AutoencoderKLWan. Change a field with `dataclasses.replace`, which validates again.
+    """
+
+    name: str
+    transformer: TransformerConfig
+    concept: ConceptConfig
+    text_encoder: dict[str, Any]
+    image_encoder: dict[str, Any]
+    vae: dict[str, Any]
+    text_tokens: int = 512
+    frames: int = 81
+    height: int = 480
+    width: int = 832
+    fps: float = 16.0
+    latent_shape: tuple[int, int, int, int] = field(init=False, compare=False)
+    """Channels, frames, height and width of one video's latents (Cz, F, H, W)."""
+
+    def __post_init__(self) -> None:
+        """Raises ConfigError where two parts do not fit each other, or the video shape does not fit the VAE."""
+        _require_positive(self, "text_tokens", "frames", "height", "width")
+        _require(self.fps > 0, f"ModelConfig.fps must be positive, got {self.fps}")
+        concept, transformer = self.concept, self.transformer
+        _require(
+            concept.label_tokens <= self.text_tokens,
+            f"label_tokens ({concept.label_tokens}) must not exceed text_tokens ({self.text_tokens})",
+        )
+        self._match("text_encoder", "d_model", transformer.text_dim, "transformer.text_dim")
+        self._match("image_encoder", "image_size", concept.picture_size, "concept.picture_size")
+        self._match("image_encoder", "projection_dim", concept.picture_dim, "concept.picture_dim")
+        grid = concept.picture_size // self._entry("image_encoder", "patch_size")
+        _require(
+            grid * grid == concept.picture_tokens,
+            f"concept.picture_tokens must be {grid * grid} (a grid of {grid} x {grid}), got {concept.picture_tokens}",
+        )
+        self._match("vae", "z_dim", transformer.in_channels, "transformer.in_channels")
+        self._match("vae", "z_dim", transformer.out_channels, "transformer.out_channels")
+        z = self._entry("vae", "z_dim")
+        for name in ("latents_mean", "latents_std"):
+            _require(len(self._entry("vae", name)) == z, f"vae[{name!r}] must have z_dim ({z}) entries")
+        _require(all(s > 0 for s in self.vae["latents_std"]), "vae['latents_std'] must be positive")
+        object.__setattr__(self, "latent_shape", (z, *self._latent_grid()))
+
+    def _entry(self, part: str, name: str) -> Any:
+        values = getattr(self, part)
+        _require(name in values, f"ModelConfig.{part} must have an entry {name!r}")
+        return values[name]
+
+    def _match(self, part: str, name: str, wanted: int, source: str) -> None:
+        value = self._entry(part, name)
+        _require(value == wanted, f"{part}[{name!r}] ({value}) must equal {source} ({wanted})")
+
+    def _latent_grid(self) -> tuple[int, int, int]:
+        time, space = self._entry("vae", "scale_factor_temporal"), self._entry("vae", "scale_factor_spatial")
+        built = 2 ** (len(self._entry("vae", "dim_mult")) - 1) * (self.vae.get("patch_size") or 1)
+        _require(space == built, f"vae['scale_factor_spatial'] ({space}) must be {built} for these dim_mult and patch")
+        built = 2 ** sum(self._entry("vae", "temperal_downsample"))
+        _require(time == built, f"vae['scale_factor_temporal'] ({time}) must be {built} for this temperal_downsample")
+        _require((self.frames - 1) % time == 0, f"frames must be 1 plus a multiple of {time}, got {self.frames}")
+        for name in ("height", "width"):
+            value = getattr(self, name)
+            _require(value % space == 0, f"{name} must be a multiple of {space}, got {value}")
+        grid = ((self.frames - 1) // time + 1, self.height // space, self.width // space)
+        for size, patch in zip(grid, self.transformer.patch_size, strict=True):
+            _require(size % patch == 0, f"the latents {grid} must divide into patches {self.transformer.patch_size}")
+        return grid
+
+    def to_dict(self) -> dict[str, Any]:
+        """This configuration as JSON-ready nested dictionaries; `from_dict` reads them back."""
+        values = dataclasses.asdict(self)
+        del values["latent_shape"]
+        values["transformer"]["patch_size"] = list(self.transformer.patch_size)
+        return values
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> ModelConfig:
+        """The inverse of `to_dict`. Raises ConfigError for unknown or missing entries as for wrong values."""
+        values = dict(values)
+        for name, part in (("transformer", TransformerConfig), ("concept", ConceptConfig)):
+            _require(isinstance(values.get(name), dict), f"the configuration must have an object {name!r}")
+            values[name] = _build(part, values[name])
+        return _build(cls, values)
+
+
+def _build(cls: Any, values: dict[str, Any]) -> Any:
+    fields = [f for f in dataclasses.fields(cls) if f.init]
+    unknown = set(values) - {f.name for f in fields}
+    _require(not unknown, f"{cls.__name__} has no field {', '.join(sorted(unknown))}")
+    needed = {f.name for f in fields if f.default is dataclasses.MISSING}
+    missing = needed - set(values)
+    _require(not missing, f"{cls.__name__} needs the field {', '.join(sorted(missing))}")
+    return cls(**values)
+
+
+def _umt5(d_model: int, d_kv: int, heads: int, d_ff: int, layers: int, vocab: int) -> dict[str, Any]:
+    return {
+        "vocab_size": vocab,
+        "d_model": d_model,
+        "d_kv": d_kv,
+        "d_ff": d_ff,
+        "num_layers": layers,
+        "num_heads": heads,
+        "feed_forward_proj": "gated-gelu",
+        "dropout_rate": 0.0,
+    }
+
+
+def _clip(hidden: int, layers: int, heads: int, mlp: int, patch: int, image: int, projection: int) -> dict[str, Any]:
+    return {
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "intermediate_size": mlp,
+        "patch_size": patch,
+        "image_size": image,
+        "projection_dim": projection,
+    }
+
+
+def _small_vae(base_dim: int, decoder_base_dim: int, z_dim: int) -> dict[str, Any]:
+    return {
+        "base_dim": base_dim,
+        "decoder_base_dim": decoder_base_dim,
+        "z_dim": z_dim,
+        "dim_mult": [1, 2, 4],
+        "num_res_blocks": 1,
+        "attn_scales": [],
+        "temperal_downsample": [True, True],
+        "patch_size": 2,
+        "in_channels": 12,
+        "out_channels": 12,
+        "scale_factor_temporal": 4,
+        "scale_factor_spatial": 8,
+        "latents_mean": [0.0] * z_dim,
+        "latents_std": [1.0] * z_dim,
+    }
+
+
+def _tiny() -> ModelConfig:
+    return ModelConfig(
+        name="tiny",
+        transformer=TransformerConfig(
+            num_attention_heads=2,
+            attention_head_dim=12,
+            in_channels=4,
+            out_channels=4,
+            text_dim=16,
+            freq_dim=16,
+            ffn_dim=48,
+            num_layers=2,
+            position_channels=6,
+        ),
+        concept=ConceptConfig(
+            max_concepts=3,
+            picture_size=16,
+            picture_tokens=4,
+            picture_dim=16,
+            label_tokens=6,
+            queries=2,
+            layers=1,
+            heads=2,
+            width=16,
+        ),
+        text_encoder=_umt5(d_model=16, d_kv=8, heads=2, d_ff=32, layers=2, vocab=512),
+        image_encoder=_clip(hidden=16, layers=2, heads=2, mlp=32, patch=8, image=16, projection=16),
+        vae=_small_vae(base_dim=4, decoder_base_dim=4, z_dim=4),
+        text_tokens=24,
+        frames=5,
+        height=32,
+        width=32,
+        fps=8.0,
+    )
+
+
+def _sprites() -> ModelConfig:
+    return ModelConfig(
+        name="sprites",
+        transformer=TransformerConfig(
+            num_attention_heads=6,
+            attention_head_dim=32,
+            text_dim=128,
+            freq_dim=128,
+            ffn_dim=576,
+            num_layers=6,
+            position_channels=24,
+        ),
+        concept=ConceptConfig(
+            max_concepts=4,
+            picture_size=64,
+            picture_tokens=64,
+            picture_dim=128,
+            label_tokens=8,
+            queries=8,
+            layers=2,
+            heads=4,
+            width=128,
+        ),
+        text_encoder=_umt5(d_model=128, d_kv=32, heads=4, d_ff=256, layers=2, vocab=512),
+        image_encoder=_clip(hidden=128, layers=3, heads=4, mlp=256, patch=8, image=64, projection=128),
+        vae=_small_vae(base_dim=8, decoder_base_dim=16, z_dim=16),
+        text_tokens=48,
+        frames=17,
+        height=64,
+        width=64,
+        fps=8.0,
+    )
+
+
+# Statistics of Wan2.1's VAE, from its published configuration.
+_WAN_MEAN = [-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508]
+_WAN_MEAN += [0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921]
+_WAN_STD = [2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743]
+_WAN_STD += [3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160]
+
+
+def _wan(name: str, heads: int, layers: int, ffn_dim: int) -> ModelConfig:
+    return ModelConfig(
+        name=name,
+        transformer=TransformerConfig(num_attention_heads=heads, num_layers=layers, ffn_dim=ffn_dim),
+        concept=ConceptConfig(),
+        text_encoder=_umt5(d_model=4096, d_kv=64, heads=64, d_ff=10240, layers=24, vocab=256384),
+        image_encoder=_clip(hidden=1024, layers=24, heads=16, mlp=4096, patch=14, image=224, projection=768),
+        vae={
+            "base_dim": 96,
+            "z_dim": 16,
+            "dim_mult": [1, 2, 4, 4],
+            "num_res_blocks": 2,
+            "attn_scales": [],
+            "temperal_downsample": [False, True, True],
+            "scale_factor_temporal": 4,
+            "scale_factor_spatial": 8,
+            "latents_mean": list(_WAN_MEAN),
+            "latents_std": list(_WAN_STD),
+        },
+    )
+
+
+_BUILDERS = {
+    "tiny": _tiny,
+    "sprites": _sprites,
+    "wan2.1-1.3b": lambda: _wan("wan2.1-1.3b", heads=12, layers=30, ffn_dim=8960),
+    "wan2.1-14b": lambda: _wan("wan2.1-14b", heads=40, layers=40, ffn_dim=13824),
+}
+
+PRESETS = tuple(_BUILDERS)
+"""Names that `preset` knows."""
+
+
+def preset(name: str) -> ModelConfig:
+    """A fresh ModelConfig by name: one of `PRESETS`. Raises ConfigError for an unknown name."""
+    _require(name in _BUILDERS, f"unknown preset {name!r}; there are {', '.join(PRESETS)}")
+    return _BUILDERS[name]()

@@ -1,0 +1,46 @@
+"""Text and image encoders, from transformers: the only file that imports it, and only when an encoder is built."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+
+class TextEncoder(nn.Module):
+    """UMT5's encoder with random weights, for captions and for labels. `config`: arguments of UMT5Config."""
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        super().__init__()
+        from transformers.models.umt5.configuration_umt5 import UMT5Config
+        from transformers.models.umt5.modeling_umt5 import UMT5EncoderModel
+
+        self.model = UMT5EncoderModel(UMT5Config(**config))
+        # The default attention cannot be exported: it views a tensor whose strides do not allow it.
+        self.model.set_attn_implementation("eager")
+
+    def forward(self, token_ids: Tensor, token_mask: Tensor) -> Tensor:
+        """token_ids int64 [B,T], token_mask bool [B,T] -> text [B,T,Dt], exactly zero where the mask is False."""
+        hidden = self.model(input_ids=token_ids, attention_mask=token_mask).last_hidden_state  # [B,T,Dt]
+        return hidden * token_mask[:, :, None].to(hidden.dtype)
+
+
+class ImageEncoder(nn.Module):
+    """CLIP's vision tower with its projection, random weights. `config`: arguments of CLIPVisionConfig."""
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        super().__init__()
+        from transformers.models.clip.configuration_clip import CLIPVisionConfig
+        from transformers.models.clip.modeling_clip import CLIPVisionModelWithProjection
+
+        self.model = CLIPVisionModelWithProjection(CLIPVisionConfig(**config))
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """pixels [N,3,px,px], normalised as for CLIP -> picture tokens [N,P,Dp].
+
+        The last layer's patch tokens (no class token), through the final layer norm and the projection that CLIP
+        itself applies to its class token.
+        """
+        tower = self.model.vision_model
+        hidden = tower(pixel_values=pixels).last_hidden_state[:, 1:]  # [N,P,hidden]
+        return self.model.visual_projection(tower.post_layernorm(hidden))  # [N,P,Dp]

@@ -1,0 +1,58 @@
+"""ConceptMaster assembled: encoders, concept modules and transformer, as one module to train and to store."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from .concepts import concept_binder, concept_encoder
+from .config import ModelConfig
+from .dit import ConceptDiT
+from .encoders import ImageEncoder, TextEncoder
+
+
+class ConceptMaster(nn.Module):
+    """All that is trained beside the VAE. `qformer` and `dam` hold whatever variant the configuration names."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.text_encoder = TextEncoder(config.text_encoder)
+        self.image_encoder = ImageEncoder(config.image_encoder)
+        self.qformer = concept_encoder(config)
+        self.dam = concept_binder(config)
+        self.transformer = ConceptDiT(config)
+
+    def concepts(self, pixels: Tensor, label_ids: Tensor, label_mask: Tensor) -> Tensor:
+        """Concept tokens of B*N (picture, label) pairs, all in one batch.
+
+        pixels [B,N,3,px,px] (CLIP-normalised), label_ids int64 [B,N,L], label_mask bool [B,N,L] -> [B,N,Q,Dc].
+        Each label is encoded on its own. A padded slot may hold any finite pixels and an empty label.
+        """
+        batch = pixels.shape[:2]
+        visual = self.qformer(self.image_encoder(pixels.flatten(0, 1)))  # [B*N,Q,Dc]
+        mask = label_mask.flatten(0, 1)  # [B*N,L]
+        if self.config.concept.binding == "none":
+            return visual.unflatten(0, batch)  # [B,N,Q,Dc]
+        label = self.text_encoder(label_ids.flatten(0, 1), mask)  # [B*N,L,Dt]
+        return self.dam(visual, label, mask).unflatten(0, batch)  # [B,N,Q,Dc]
+
+    def velocity(
+        self,
+        latents: Tensor,
+        time: Tensor,
+        token_ids: Tensor,
+        token_mask: Tensor,
+        pixels: Tensor,
+        label_ids: Tensor,
+        label_mask: Tensor,
+        concept_mask: Tensor,
+    ) -> Tensor:
+        """The velocity (noise minus data) that the model predicts, with gradient everywhere.
+
+        latents [B,Cz,F,H,W], time [B] (sigma * 1000), token_ids int64 [B,T], token_mask bool [B,T],
+        pixels [B,N,3,px,px] (CLIP-normalised), label_ids int64 [B,N,L], label_mask bool [B,N,L],
+        concept_mask bool [B,N] (False: padded or dropped). Returns [B,Cz,F,H,W].
+        """
+        text = self.text_encoder(token_ids, token_mask)  # [B,T,Dt]
+        concepts = self.concepts(pixels, label_ids, label_mask)  # [B,N,Q,Dc]
+        return self.transformer(latents, time, text, concepts, concept_mask)  # [B,Cz,F,H,W]

@@ -1,0 +1,126 @@
+"""Weights on disk: safetensors only, strict, with the configuration inside; no pickle anywhere."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Set
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from .config import ConfigError, ModelConfig
+from .dit import ConceptDiT
+from .model import ConceptMaster
+
+
+class WeightsError(ValueError):
+    """A weights file, or a set of weights, that does not fit; the message lists everything that is wrong."""
+
+
+def sha256(path: str | Path) -> str:
+    """SHA-256 of a file, as 64 hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def save(path: str | Path, state: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> str:
+    """Writes tensors as safetensors, whole or not at all, and returns the file's SHA-256.
+
+    A tensor that appears under two names (tied weights) is written once, under the first. Written to a temporary file
+    beside `path`, then moved over it.
+    """
+    path = Path(path)
+    tensors: dict[str, Tensor] = {}
+    seen: set[tuple[object, ...]] = set()
+    for name, tensor in state.items():
+        place = (tensor.device, tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
+        if tensor.numel() and place in seen:
+            continue
+        seen.add(place)
+        tensors[name] = tensor.detach().contiguous()
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        save_file(tensors, temporary, metadata=dict(metadata or {}))
+        digest = sha256(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return digest
+
+
+def load(path: str | Path, digest: str | None = None) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Reads a safetensors file: (tensors on the CPU, metadata).
+
+    Raises FileNotFoundError, or WeightsError for a damaged file or, where `digest` is given, another SHA-256.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no weights file at {path}")
+    if digest is not None and (found := sha256(path)) != digest:
+        raise WeightsError(f"{path} has SHA-256 {found}, expected {digest}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+    except SafetensorError as error:
+        raise WeightsError(f"{path} is not a readable safetensors file: {error}") from error
+
+
+def load_strict(module: nn.Module, state: Mapping[str, Tensor], absent: Set[str] = frozenset()) -> None:
+    """Copies `state` into `module` when it fits exactly, else changes nothing.
+
+    `absent` names the tensors that must not be in `state`; they keep their values. Of tied weights one name is enough.
+    Raises one WeightsError that lists all missing, unexpected and mis-shaped tensors.
+    """
+    own = module.state_dict()
+    needed = {name for name, _ in module.named_parameters()} | {name for name, _ in module.named_buffers()}
+    missing = sorted((needed & set(own)) - set(state) - absent)
+    unexpected = sorted(set(state) - (set(own) - absent))
+    shapes = [
+        f"{name} is {tuple(state[name].shape)}, expected {tuple(own[name].shape)}"
+        for name in sorted(set(state) & set(own))
+        if state[name].shape != own[name].shape
+    ]
+    problems = [
+        f"{len(found)} {kind}: {'; '.join(found)}"
+        for kind, found in (("missing", missing), ("unexpected", unexpected), ("mis-shaped", shapes))
+        if found
+    ]
+    if problems:
+        raise WeightsError(f"the weights do not fit {type(module).__name__}: " + "\n".join(problems))
+    module.load_state_dict(dict(state), strict=False)
+
+
+def load_wan(transformer: ConceptDiT, state: Mapping[str, Tensor]) -> None:
+    """Loads a Wan2.1 text-to-video transformer (diffusers' state dict) as the base of a ConceptDiT.
+
+    Every tensor of the base must be there and nothing else; the concept tensors keep their initial values.
+    Raises WeightsError otherwise.
+    """
+    load_strict(transformer, state, absent=transformer.concept_keys())
+
+
+def save_model(model: ConceptMaster, path: str | Path) -> str:
+    """Writes a model with its configuration inside; returns the file's SHA-256."""
+    return save(path, model.state_dict(), {"format": "conceptmaster", "config": json.dumps(model.config.to_dict())})
+
+
+def load_model(path: str | Path, digest: str | None = None) -> ConceptMaster:
+    """Rebuilds, in evaluation mode on the CPU, what `save_model` wrote.
+
+    Raises FileNotFoundError, or WeightsError for a damaged file, another SHA-256 than `digest`, or weights that are
+    not of the configuration that the file names.
+    """
+    state, metadata = load(path, digest)
+    if "config" not in metadata:
+        raise WeightsError(f"{path} has no model configuration in its metadata; it was not written by save_model")
+    try:
+        config = ModelConfig.from_dict(json.loads(metadata["config"]))
+    except (json.JSONDecodeError, ConfigError) as error:
+        raise WeightsError(f"{path} has an unusable model configuration: {error}") from error
+    model = ConceptMaster(config)
+    load_strict(model, state)
+    return model.eval()
