@@ -30,7 +30,7 @@ PACKAGE_DATA = {
 
 
 class BuildPackage(build_py):
-    """``build_py`` that leaves this file out: lying in the root, it would count as a module of the package."""
+    """``build_py`` that leaves this file out: lying in the root, it would count as one of its modules."""
 
     def find_package_modules(self, package: str, package_dir: str) -> list[tuple[str, str, str]]:
         """The modules of ``package`` as (package, module, file), without ``setup``."""

@@ -18,7 +18,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("kernels", "engine", "export", "runtime", "benchmarks", "examples")  # of the package
 
-# Who may import whom, beside itself. A name with a dot allows that module only. "root": the files in the root.
+# Who may import whom, beside itself. A name with a dot allows one module only. "root": files in the root.
 ARROWS = {
     "kernels": set(),
     "engine": {"kernels"},
