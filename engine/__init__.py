@@ -1,1 +1,1 @@
-"""The model in PyTorch, the source of truth: configuration, transformer, concept modules, encoders, weights."""
+"""The model in PyTorch, the source of truth: configuration, transformer, concepts, encoders, weights."""

@@ -1,9 +1,10 @@
-"""From pictures and labels to concept tokens: Q-Former, DAM (arXiv 2501.04698) and the variants of its table 3.
+"""From pictures and labels to concept tokens: Q-Former, DAM (arXiv 2501.04698) and its table 3's variants.
 
-Encoders take one picture's dense tokens to that concept's visual tokens; binders tie these to the concept's label.
-The first axis, here M, counts concepts: N of one request, or B*N of a training batch.
+Encoders take one picture's dense tokens to that concept's visual tokens; binders tie these to the concept's
+label. The first axis, here M, counts concepts: N of one request, or B*N of a training batch.
 
-Letters: P picture tokens, Q tokens per concept, L label tokens, Dp picture width, Dc concept width, Dt text width.
+Letters: P picture tokens, Q tokens per concept, L label tokens, Dp picture width, Dc concept width, Dt text
+width.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ class QFormerLayer(nn.Module):
 
 
 class QFormer(nn.Module):
-    """Learned queries that read a picture's dense tokens: picture tokens [M,P,Dp] -> visual queries [M,Q,Dc]."""
+    """Learned queries that read a picture: dense tokens [M,P,Dp] -> visual queries [M,Q,Dc]."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -95,7 +96,8 @@ class MLPEncoder(nn.Module):
 class DecoupleAttention(nn.Module):
     """DAM: binds a concept's visual tokens x to its label's tokens y, inside the pair.
 
-    Q = W_Q x; K, V = W_K y, W_V y; b = Q + Attention(Q, K, V); c = b + FFN(b). The residual is on the projected Q.
+    Q = W_Q x; K, V = W_K y, W_V y; b = Q + Attention(Q, K, V); c = b + FFN(b). The residual is on the
+    projected Q.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -114,7 +116,10 @@ class DecoupleAttention(nn.Module):
         """
         heads = (self.heads, -1)
         q = self.to_q(visual_queries)  # [M,Q,Dc]
-        k, v = self.to_k(label_text).unflatten(-1, heads), self.to_v(label_text).unflatten(-1, heads)  # [M,L,A,E]
+        k, v = (
+            self.to_k(label_text).unflatten(-1, heads),
+            self.to_v(label_text).unflatten(-1, heads),
+        )  # [M,L,A,E]
         b = q + attention(q.unflatten(-1, heads), k, v, label_mask).flatten(-2)  # [M,Q,Dc]
         return b + self.ffn(b)
 
@@ -137,7 +142,7 @@ def mean_label(label: Tensor, label_mask: Tensor) -> Tensor:
 
 
 class ConcatMLP(nn.Module):
-    """Variant: the mean label joined to every visual token along channels, and a two-layer network back to width."""
+    """Variant: the mean label joined to every visual token along channels, two layers back to width."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()

@@ -12,7 +12,7 @@ INJECTIONS = ("standalone", "shared_query", "merged")
 
 
 class ConfigError(ValueError):
-    """A configuration that cannot be built; the message names the field, its value and what would be right."""
+    """A configuration that cannot be built; the message names field, value and what would be right."""
 
 
 def _require(condition: bool, message: str) -> None:
@@ -31,16 +31,19 @@ def _require_positive(owner: Any, *names: str) -> None:
 
 def _require_choice(owner: Any, name: str, choices: tuple[str, ...]) -> None:
     value = getattr(owner, name)
-    _require(value in choices, f"{type(owner).__name__}.{name} must be one of {', '.join(choices)}, got {value!r}")
+    _require(
+        value in choices, f"{type(owner).__name__}.{name} must be one of {', '.join(choices)}, got {value!r}"
+    )
 
 
 @dataclass(frozen=True)
 class TransformerConfig:
     """The diffusion transformer, in the names of diffusers' WanTransformer3DModel.
 
-    `position_channels` is this project's own: so many constant channels (sines and cosines of a latent position's
-    frame, row and column, in equal parts) are appended to the latents before the patch embedding. 0 is Wan.
-    `image_dim` and `added_kv_proj_dim` belong to Wan's image-to-video models, which this engine does not build: None.
+    `position_channels` is this project's own: so many constant channels (sines and cosines of a latent
+    position's frame, row and column, in equal parts) are appended to the latents before the patch embedding.
+    0 is Wan. `image_dim` and `added_kv_proj_dim` belong to Wan's image-to-video models, which this engine
+    does not build: None.
     """
 
     patch_size: tuple[int, int, int] = (1, 2, 2)
@@ -67,7 +70,9 @@ class TransformerConfig:
             len(self.patch_size) == 3 and all(isinstance(p, int) and p > 0 for p in self.patch_size),
             f"TransformerConfig.patch_size must be three positive whole numbers, got {self.patch_size!r}",
         )
-        _require_positive(self, "num_attention_heads", "attention_head_dim", "in_channels", "out_channels", "text_dim")
+        _require_positive(
+            self, "num_attention_heads", "attention_head_dim", "in_channels", "out_channels", "text_dim"
+        )
         _require_positive(self, "freq_dim", "ffn_dim", "num_layers", "rope_max_seq_len")
         _require(
             self.attention_head_dim % 2 == 0 and self.attention_head_dim >= 6,
@@ -76,15 +81,20 @@ class TransformerConfig:
         )
         _require(self.freq_dim % 2 == 0, f"TransformerConfig.freq_dim must be even, got {self.freq_dim}")
         _require(
-            isinstance(self.position_channels, int) and self.position_channels >= 0 and self.position_channels % 6 == 0,
-            "TransformerConfig.position_channels must be 0 or a multiple of 6 (sine and cosine for three axes), "
+            isinstance(self.position_channels, int)
+            and self.position_channels >= 0
+            and self.position_channels % 6 == 0,
+            "TransformerConfig.position_channels must be 0 or a multiple of 6 (sine, cosine; three axes), "
             f"got {self.position_channels!r}",
         )
         _require_choice(self, "qk_norm", ("rms_norm_across_heads",))
         _require(self.eps > 0, f"TransformerConfig.eps must be positive, got {self.eps}")
         for name in ("image_dim", "added_kv_proj_dim"):
             value = getattr(self, name)
-            _require(value is None, f"TransformerConfig.{name} must be None (no image-to-video base), got {value!r}")
+            _require(
+                value is None,
+                f"TransformerConfig.{name} must be None (no image-to-video base), got {value!r}",
+            )
 
     @property
     def width(self) -> int:
@@ -96,10 +106,10 @@ class TransformerConfig:
 class ConceptConfig:
     """How pictures and labels become concept tokens, and where these enter the transformer.
 
-    encoder: `qformer` (learned queries) or `mlp` (the paper's row "without Q-Former").
-    binding: `dam`, `none` (without DAM, labels unused), `concat_mlp` or `self_attention`.
-    injection: `standalone` (an injector of its own in every block), `shared_query` (own keys and values beside the
-    text's, same query) or `merged` (concept tokens behind the caption's, through the text cross-attention).
+    encoder: `qformer` (learned queries) or `mlp` (the paper's row "without Q-Former"). binding: `dam`, `none`
+    (without DAM, labels unused), `concat_mlp` or `self_attention`. injection: `standalone` (an injector of
+    its own in every block), `shared_query` (own keys and values beside the text's, same query) or `merged`
+    (concept tokens behind the caption's, through the text cross-attention).
     """
 
     max_concepts: int = 4
@@ -117,7 +127,9 @@ class ConceptConfig:
 
     def __post_init__(self) -> None:
         """Raises ConfigError for a value that cannot be built."""
-        _require_positive(self, "max_concepts", "picture_size", "picture_tokens", "picture_dim", "label_tokens")
+        _require_positive(
+            self, "max_concepts", "picture_size", "picture_tokens", "picture_dim", "label_tokens"
+        )
         _require_positive(self, "queries", "layers", "heads", "width")
         _require_choice(self, "encoder", ENCODERS)
         _require_choice(self, "binding", BINDINGS)
@@ -129,7 +141,7 @@ class ConceptConfig:
 
     @property
     def tokens_per_concept(self) -> int:
-        """Q: tokens that one concept brings into the transformer; every picture token when there is no Q-Former."""
+        """Q: tokens that one concept brings into the transformer; without a Q-Former every picture token."""
         return self.queries if self.encoder == "qformer" else self.picture_tokens
 
     @property
@@ -142,8 +154,9 @@ class ConceptConfig:
 class ModelConfig:
     """The whole model and the one video shape that it is built for.
 
-    `text_encoder`, `image_encoder` and `vae` are the arguments of transformers' UMT5Config and CLIPVisionConfig and of
-    diffusers' AutoencoderKLWan. Change a field with `dataclasses.replace`, which validates again.
+    `text_encoder`, `image_encoder` and `vae` are the arguments of transformers' UMT5Config and
+    CLIPVisionConfig and of diffusers' AutoencoderKLWan. Change a field with `dataclasses.replace`, which
+    validates again.
     """
 
     name: str
@@ -161,7 +174,7 @@ class ModelConfig:
     """Channels, frames, height and width of one video's latents (Cz, F, H, W)."""
 
     def __post_init__(self) -> None:
-        """Raises ConfigError where two parts do not fit each other, or the video shape does not fit the VAE."""
+        """Raises ConfigError where parts do not fit each other, or the video shape does not fit the VAE."""
         _require_positive(self, "text_tokens", "frames", "height", "width")
         _require(self.fps > 0, f"ModelConfig.fps must be positive, got {self.fps}")
         concept, transformer = self.concept, self.transformer
@@ -175,7 +188,7 @@ class ModelConfig:
         grid = concept.picture_size // self._entry("image_encoder", "patch_size")
         _require(
             grid * grid == concept.picture_tokens,
-            f"concept.picture_tokens must be {grid * grid} (a grid of {grid} x {grid}), got {concept.picture_tokens}",
+            f"concept.picture_tokens must be {grid * grid} ({grid} x {grid}), got {concept.picture_tokens}",
         )
         self._match("vae", "z_dim", transformer.in_channels, "transformer.in_channels")
         self._match("vae", "z_dim", transformer.out_channels, "transformer.out_channels")
@@ -197,16 +210,27 @@ class ModelConfig:
     def _latent_grid(self) -> tuple[int, int, int]:
         time, space = self._entry("vae", "scale_factor_temporal"), self._entry("vae", "scale_factor_spatial")
         built = 2 ** (len(self._entry("vae", "dim_mult")) - 1) * (self.vae.get("patch_size") or 1)
-        _require(space == built, f"vae['scale_factor_spatial'] ({space}) must be {built} for these dim_mult and patch")
+        _require(
+            space == built,
+            f"vae['scale_factor_spatial'] ({space}) must be {built} for these dim_mult and patch",
+        )
         built = 2 ** sum(self._entry("vae", "temperal_downsample"))
-        _require(time == built, f"vae['scale_factor_temporal'] ({time}) must be {built} for this temperal_downsample")
-        _require((self.frames - 1) % time == 0, f"frames must be 1 plus a multiple of {time}, got {self.frames}")
+        _require(
+            time == built,
+            f"vae['scale_factor_temporal'] ({time}) must be {built} for this temperal_downsample",
+        )
+        _require(
+            (self.frames - 1) % time == 0, f"frames must be 1 plus a multiple of {time}, got {self.frames}"
+        )
         for name in ("height", "width"):
             value = getattr(self, name)
             _require(value % space == 0, f"{name} must be a multiple of {space}, got {value}")
         grid = ((self.frames - 1) // time + 1, self.height // space, self.width // space)
         for size, patch in zip(grid, self.transformer.patch_size, strict=True):
-            _require(size % patch == 0, f"the latents {grid} must divide into patches {self.transformer.patch_size}")
+            _require(
+                size % patch == 0,
+                f"the latents {grid} must divide into patches {self.transformer.patch_size}",
+            )
         return grid
 
     def to_dict(self) -> dict[str, Any]:
@@ -249,7 +273,9 @@ def _umt5(d_model: int, d_kv: int, heads: int, d_ff: int, layers: int, vocab: in
     }
 
 
-def _clip(hidden: int, layers: int, heads: int, mlp: int, patch: int, image: int, projection: int) -> dict[str, Any]:
+def _clip(
+    hidden: int, layers: int, heads: int, mlp: int, patch: int, image: int, projection: int
+) -> dict[str, Any]:
     return {
         "hidden_size": hidden,
         "num_hidden_layers": layers,

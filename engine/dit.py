@@ -1,83 +1,30 @@
 """Wan2.1's video transformer with ConceptMaster's concept injection (arXiv 2501.04698).
 
-Parts first, the model last. Module names are diffusers' (WanTransformer3DModel), so that its state dict loads; what is
-new has names of its own: `injector` in every block (standalone), `add_k_proj`, `add_v_proj` and `norm_added_k` in
-`attn2` (shared_query), `concept_proj` (merged).
+Parts first, the model last. Module names are diffusers' (WanTransformer3DModel), so that its state dict
+loads; what is new has names of its own: `injector` in every block (standalone), `add_k_proj`, `add_v_proj`
+and `norm_added_k` in `attn2` (shared_query), `concept_proj` (merged).
 
-Letters: B batch, K guidance branches (also a batch), N concepts, Q tokens per concept, C = N*Q, T text tokens,
-F H W latent frames, height, width, S video tokens, D width, A heads, E head width, Dc concept width, Dt text width.
+Letters: B batch, K guidance branches (also a batch), N concepts, Q tokens per concept, C = N*Q, T text
+tokens, F H W latent frames, height, width, S video tokens, D width, A heads, E head width, Dc concept width,
+Dt text width.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels.cross_attention import attention, concept_injection, decoupled_cross_attention
 from .config import ModelConfig, TransformerConfig
+from .positions import Constants, Positions, rotate
 
 Conditions = dict[str, Tensor]
-"""text_keys, text_values [layers,K,T,A,E]; concept_keys, concept_values [layers,K,C,A,E] (not when `merged`)."""
-
-
-def rotary_tables(config: TransformerConfig, grid: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of the 3-D rotary embedding, for a grid of patches (frames, rows, columns).
-
-    Two float32 tensors [S,1,E/2], computed in float64: the pairs of a head are shared out over the three axes as in
-    Wan2.1 (rows and columns get E//6 pairs each, frames the rest), with base 10000 on each axis.
-    """
-    pairs = config.attention_head_dim // 2
-    side = config.attention_head_dim // 6
-    angles = []
-    for axis, (length, count) in enumerate(zip(grid, (pairs - 2 * side, side, side), strict=True)):
-        inverse = 10000.0 ** (-np.arange(count, dtype=np.float64) / count)
-        shape = [1, 1, 1, count]
-        shape[axis] = length
-        angle = np.outer(np.arange(length, dtype=np.float64), inverse).reshape(shape)
-        angles.append(np.broadcast_to(angle, (*grid, count)))
-    table = np.concatenate(angles, axis=-1).reshape(-1, 1, pairs)  # [S,1,E/2]
-    return torch.from_numpy(np.cos(table).astype(np.float32)), torch.from_numpy(np.sin(table).astype(np.float32))
-
-
-def position_table(channels: int, grid: tuple[int, int, int]) -> Tensor:
-    """Constant channels that tell each latent position where it is: float32 [1,channels,F,H,W].
-
-    For each axis, with u the centre of its cell in 0..1: sines, then cosines, of pi*u, 2*pi*u, 4*pi*u, …
-    """
-    count = channels // 6
-    planes = []
-    for axis, length in enumerate(grid):
-        u = (np.arange(length, dtype=np.float64) + 0.5) / length
-        angle = np.outer(math.pi * 2.0 ** np.arange(count), u)  # [channels/6,length]
-        shape = [2 * count, 1, 1, 1]
-        shape[1 + axis] = length
-        plane = np.concatenate([np.sin(angle), np.cos(angle)]).reshape(shape)
-        planes.append(np.broadcast_to(plane, (2 * count, *grid)))
-    return torch.from_numpy(np.concatenate(planes).astype(np.float32))[None]  # [1,channels,F,H,W]
-
-
-class Constants(nn.Module):
-    """Named constant tensors: they follow the module to its device but keep their own dtype, and are not saved."""
-
-    def __init__(self, **tensors: Tensor) -> None:
-        super().__init__()
-        for name, tensor in tensors.items():
-            self.register_buffer(name, tensor, persistent=False)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Constants:
-        kept = {name: tensor for name, tensor in self._buffers.items() if tensor is not None}
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, tensor in kept.items():
-            moved = self._buffers[name]
-            assert moved is not None
-            self._buffers[name] = tensor.to(moved.device)
-        return self
+"""text_keys, text_values [layers,K,T,A,E]; concept_keys, concept_values [layers,K,C,A,E] unless `merged`."""
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -95,16 +42,11 @@ class WideLayerNorm(nn.LayerNorm):
         return F.layer_norm(_wide(x), self.normalized_shape, weight, bias, self.eps)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates each pair of neighbouring channels: x [B,S,A,E], cos and sin [S,1,E/2] -> [B,S,A,E] in x's dtype."""
-    first, second = x.unflatten(-1, (-1, 2)).unbind(-1)  # [B,S,A,E/2] each
-    return torch.stack((first * cos - second * sin, first * sin + second * cos), dim=-1).flatten(-2).type_as(x)
-
-
 class Attention(nn.Module):
     """Projections and query/key normalisation (RMS across all heads) of one attention; `to_out` has its bias.
 
-    With `added_width` it carries keys and values for concept tokens of that width beside the text's (shared_query).
+    With `added_width` it carries keys and values for concept tokens of that width beside the text's
+    (shared_query).
     """
 
     def __init__(self, width: int, heads: int, eps: float, added_width: int | None = None) -> None:
@@ -144,7 +86,8 @@ class Attention(nn.Module):
 class Injector(nn.Module):
     """ConceptMaster's MC-Injector: one more, standalone cross-attention, from video tokens to concept tokens.
 
-    Its output projection starts at zero and has no bias: untrained, or with every concept masked, it adds exactly zero.
+    Its output projection starts at zero and has no bias: untrained, or with every concept masked, it adds
+    exactly zero.
     """
 
     def __init__(self, width: int, heads: int, eps: float, concept_width: int) -> None:
@@ -211,24 +154,36 @@ def _gelu_tanh(x: Tensor) -> Tensor:
     return F.gelu(x, approximate="tanh")
 
 
+class TimeWaves(Constants):
+    """Cosines, then sines, of a time at `width`/2 frequencies from 1 down to nearly 1/10000."""
+
+    frequencies: Tensor
+
+    def __init__(self, width: int) -> None:
+        # In float32 on purpose: the exact values that Wan's weights were trained with.
+        steps = torch.arange(width // 2, dtype=torch.float32, device="cpu")
+        super().__init__(frequencies=torch.exp(-math.log(10000.0) * steps / (width // 2)))
+
+    def forward(self, time: Tensor) -> Tensor:
+        """time [B] -> float32 [B,width]."""
+        angle = time[:, None].float() * self.frequencies[None]  # [B,width/2]
+        return torch.cat((angle.cos(), angle.sin()), dim=-1)  # [B,width]
+
+
 class ConditionEmbedder(nn.Module):
     """Time to modulation, text to the transformer's width."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
-        half = config.freq_dim // 2
-        # In float32 on purpose: the exact values that Wan's weights were trained with.
-        steps = torch.arange(half, dtype=torch.float32, device="cpu")
-        self.constants = Constants(frequencies=torch.exp(-math.log(10000.0) * steps / half))
+        self.time_waves = TimeWaves(config.freq_dim)
         self.time_embedder = TwoLayers(config.freq_dim, config.width, F.silu)
         self.time_proj = nn.Linear(config.width, 6 * config.width)
         self.text_embedder = TwoLayers(config.text_dim, config.width, _gelu_tanh)
 
     def time(self, time: Tensor) -> tuple[Tensor, Tensor]:
         """time [B] in 0..1000 -> embedding [B,D], and the blocks' modulation [B,6,D]."""
-        angle = time[:, None].float() * self.constants.frequencies[None]  # [B,freq_dim/2]
-        waves = torch.cat((angle.cos(), angle.sin()), dim=-1)  # [B,freq_dim]
-        embedding = self.time_embedder(waves.to(self.time_embedder.linear_1.weight.dtype))  # [B,D]
+        waves = self.time_waves(time).to(self.time_embedder.linear_1.weight.dtype)  # [B,freq_dim]
+        embedding = self.time_embedder(waves)  # [B,D]
         hidden = F.silu(embedding).to(self.time_proj.weight.dtype)
         return embedding, self.time_proj(hidden).unflatten(1, (6, -1))  # [B,D], [B,6,D]
 
@@ -274,7 +229,7 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, modulation: Tensor, rotary: tuple[Tensor, Tensor], kv: BlockConditions, mask: Tensor
     ) -> Tensor:
-        """x [K,S,D], modulation [K or 1,6,D], rotary two [S,1,E/2], mask bool [K,C] (merged: [K,T+C]) -> [K,S,D]."""
+        """x [K,S,D], modulation [K or 1,6,D], rotary two [S,1,E/2], mask bool [K,C] (merged: T+C) -> x."""
         table = _wide(self.scale_shift_table) + _wide(modulation)  # [K,6,D]
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = table.chunk(6, dim=1)  # [K,1,D] each
 
@@ -299,11 +254,13 @@ class Block(nn.Module):
         if self.injection == "merged":
             return attention(q, kv.text_keys, kv.text_values, mask)
         assert kv.concept_keys is not None and kv.concept_values is not None
-        return decoupled_cross_attention(q, kv.text_keys, kv.text_values, kv.concept_keys, kv.concept_values, mask)
+        return decoupled_cross_attention(
+            q, kv.text_keys, kv.text_values, kv.concept_keys, kv.concept_values, mask
+        )
 
 
 class ConceptDiT(nn.Module):
-    """The transformer: `condition` once per request, `denoise` once per step; `forward` is both, for training.
+    """The transformer: `condition` once per request, `denoise` once per step; `forward`, to train, is both.
 
     Freshly built it predicts exactly zero (the last projection starts at zero, as in Wan).
     """
@@ -312,17 +269,12 @@ class ConceptDiT(nn.Module):
         super().__init__()
         c = config.transformer
         self.config = config
-        self.grid = self._patches(config.latent_shape[1:])
-        cos, sin = rotary_tables(c, self.grid)
-        self.constants = Constants(cos=cos, sin=sin)
-        if c.position_channels:
-            self.constants.register_buffer(
-                "positions", position_table(c.position_channels, config.latent_shape[1:]), persistent=False
-            )
+        self.positions = Positions(config)
         self.patch_embedding = nn.Conv3d(
             c.in_channels + c.position_channels, c.width, kernel_size=c.patch_size, stride=c.patch_size
         )
         self.condition_embedder = ConditionEmbedder(c)
+        self.concept_proj: nn.Linear | None = None
         if config.concept.injection == "merged":
             self.concept_proj = nn.Linear(config.concept.width, c.width)
         self.blocks = nn.ModuleList(
@@ -342,7 +294,9 @@ class ConceptDiT(nn.Module):
                     nn.init.zeros_(module.bias)
         silent: list[nn.Module] = [self.proj_out]
         silent += [m.to_out for m in self.modules() if isinstance(m, Injector)]
-        silent += [m.add_v_proj for m in self.modules() if isinstance(m, Attention) and hasattr(m, "add_v_proj")]
+        silent += [
+            m.add_v_proj for m in self.modules() if isinstance(m, Attention) and hasattr(m, "add_v_proj")
+        ]
         for module in silent:
             nn.init.zeros_(module.weight)  # type: ignore[arg-type]
 
@@ -350,11 +304,6 @@ class ConceptDiT(nn.Module):
         """State-dict keys that a plain Wan2.1 transformer does not have."""
         new = ("injector.", "add_k_proj.", "add_v_proj.", "norm_added_k.", "concept_proj.")
         return {key for key in self.state_dict() if any(part in key for part in new)}
-
-    def _patches(self, grid: tuple[int, ...]) -> tuple[int, int, int]:
-        """Patches along frames, rows and columns for latents of so many frames, rows and columns."""
-        f, h, w = (size // patch for size, patch in zip(grid, self.config.transformer.patch_size, strict=True))
-        return f, h, w
 
     def _token_mask(self, concept_mask: Tensor) -> Tensor:
         """bool [K,N] -> bool [K,C]."""
@@ -364,15 +313,15 @@ class ConceptDiT(nn.Module):
     def condition(self, text: Tensor, concept_tokens: Tensor, concept_mask: Tensor) -> Conditions:
         """Every block's cross-attention keys and values; they do not depend on time or latents.
 
-        text [K,T,Dt] (zero where padded: Wan attends to all T tokens), concept_tokens [K,N,Q,Dc], or [N,Q,Dc] for the
-        same concepts in every branch, concept_mask bool [K,N]. A masked concept's tokens are not read, not even when
-        they are NaN. Keys come out normalised.
+        text [K,T,Dt] (zero where padded: Wan attends to all T tokens), concept_tokens [K,N,Q,Dc], or [N,Q,Dc]
+        for the same concepts in every branch, concept_mask bool [K,N]. A masked concept's tokens are not
+        read, not even when they are NaN. Keys come out normalised.
         """
         text = self.condition_embedder.text_embedder(text)  # [K,T,D]
         concepts = torch.where(concept_mask[:, :, None, None], concept_tokens, 0.0).flatten(1, 2)  # [K,C,Dc]
-        if self.config.concept.injection == "merged":
+        if self.concept_proj is not None:
             text = torch.cat((text, self.concept_proj(concepts)), dim=1)  # [K,T+C,D]
-        blocks = [block.conditions(text, concepts) for block in self.blocks]
+        blocks = [block.conditions(text, concepts) for block in cast("list[Block]", self.blocks)]
         return {
             name: torch.stack(parts)  # [layers,K,T|C,A,E]
             for name, parts in zip(BlockConditions._fields, zip(*blocks, strict=True), strict=True)
@@ -382,17 +331,12 @@ class ConceptDiT(nn.Module):
     def denoise(self, latents: Tensor, time: Tensor, kv: Conditions, concept_mask: Tensor) -> Tensor:
         """The velocity (noise minus data) at these latents.
 
-        latents [K,Cz,F,H,W] of any size that divides into patches, time [K] or [1] (sigma * 1000), kv from `condition`,
-        concept_mask bool [K,N] as given there. Returns [K,Cz,F,H,W].
+        latents [K,Cz,F,H,W] of any size that divides into patches, time [K] or [1] (sigma * 1000), kv from
+        `condition`, concept_mask bool [K,N] as given there. Returns [K,Cz,F,H,W].
         """
-        grid = self._patches(latents.shape[2:])
-        fixed = tuple(latents.shape[2:]) == self.config.latent_shape[1:]
-        if self.config.transformer.position_channels:
-            positions = self.constants.positions if fixed else self._positions(latents)
-            positions = positions.to(latents.dtype).expand(latents.shape[0], -1, -1, -1, -1)
-            latents = torch.cat((latents, positions), dim=1)  # [K,Cz+p,F,H,W]
-        rotary = (self.constants.cos, self.constants.sin) if fixed else self._rotary(grid, latents.device)
-        x = self.patch_embedding(latents).flatten(2).transpose(1, 2)  # [K,S,D]
+        latents, rotary = self.positions(latents)  # [K,Cz+p,F,H,W]
+        patches = self.patch_embedding(latents)  # [K,D,f,h,w]
+        grid, x = patches.shape[2:], patches.flatten(2).transpose(1, 2)  # x [K,S,D]
 
         embedding, modulation = self.condition_embedder.time(time)  # [K,D], [K,6,D]
         mask = self._token_mask(concept_mask)  # [K,C]
@@ -400,7 +344,10 @@ class ConceptDiT(nn.Module):
             text_tokens = kv["text_keys"].shape[2] - mask.shape[1]
             mask = torch.cat((mask.new_ones(mask.shape[0], text_tokens), mask), dim=1)  # [K,T+C]
 
-        conditions = [kv[name].unbind(0) if name in kv else [None] * len(self.blocks) for name in BlockConditions._fields]
+        conditions = [
+            kv[name].unbind(0) if name in kv else [None] * len(self.blocks)
+            for name in BlockConditions._fields
+        ]
         for block, *parts in zip(self.blocks, *conditions, strict=True):
             x = block(x, modulation, rotary, BlockConditions(*parts), mask)  # [K,S,D]
 
@@ -414,18 +361,8 @@ class ConceptDiT(nn.Module):
         """`condition`, then `denoise`, with their shapes."""
         return self.denoise(latents, time, self.condition(text, concept_tokens, concept_mask), concept_mask)
 
-    def _rotary(self, grid: tuple[int, int, int], device: torch.device) -> tuple[Tensor, Tensor]:
-        limit = self.config.transformer.rope_max_seq_len
-        if max(grid) > limit:
-            raise ValueError(f"{grid} patches: no side may exceed rope_max_seq_len ({limit})")
-        cos, sin = rotary_tables(self.config.transformer, grid)
-        return cos.to(device), sin.to(device)
-
-    def _positions(self, latents: Tensor) -> Tensor:
-        f, h, w = latents.shape[2:]
-        return position_table(self.config.transformer.position_channels, (f, h, w)).to(latents.device)
-
-    def _unpatch(self, x: Tensor, grid: tuple[int, int, int]) -> Tensor:
-        """[K,S,pf*ph*pw*Cz] -> [K,Cz,F,H,W]."""
-        x = x.unflatten(2, (*self.config.transformer.patch_size, -1)).unflatten(1, grid)  # [K,f,h,w,pf,ph,pw,Cz]
-        return x.permute(0, 7, 1, 4, 2, 5, 3, 6).flatten(6, 7).flatten(4, 5).flatten(2, 3)  # [K,Cz,F,H,W]
+    def _unpatch(self, x: Tensor, grid: torch.Size) -> Tensor:
+        """[K,S,pf*ph*pw*Cz] -> [K,Cz,F,H,W], for a grid of f, h, w patches."""
+        x = x.unflatten(1, grid).unflatten(-1, (*self.config.transformer.patch_size, -1))
+        x = x.permute(0, 7, 1, 4, 2, 5, 3, 6)  # [K,Cz,f,pf,h,ph,w,pw]
+        return x.flatten(6, 7).flatten(4, 5).flatten(2, 3)  # [K,Cz,F,H,W]

@@ -1,4 +1,4 @@
-"""Text and image encoders, from transformers: the only file that imports it, and only when an encoder is built."""
+"""Text and image encoders, from transformers, which is imported here only, when one is built."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class TextEncoder(nn.Module):
         self.model.set_attn_implementation("eager")
 
     def forward(self, token_ids: Tensor, token_mask: Tensor) -> Tensor:
-        """token_ids int64 [B,T], token_mask bool [B,T] -> text [B,T,Dt], exactly zero where the mask is False."""
+        """token_ids int64 [B,T], token_mask bool [B,T] -> text [B,T,Dt], exactly zero where masked."""
         hidden = self.model(input_ids=token_ids, attention_mask=token_mask).last_hidden_state  # [B,T,Dt]
         return hidden * token_mask[:, :, None].to(hidden.dtype)
 
@@ -38,8 +38,8 @@ class ImageEncoder(nn.Module):
     def forward(self, pixels: Tensor) -> Tensor:
         """pixels [N,3,px,px], normalised as for CLIP -> picture tokens [N,P,Dp].
 
-        The last layer's patch tokens (no class token), through the final layer norm and the projection that CLIP
-        itself applies to its class token.
+        The last layer's patch tokens (no class token), through the final layer norm and the projection that
+        CLIP itself applies to its class token.
         """
         tower = self.model.vision_model
         hidden = tower(pixel_values=pixels).last_hidden_state[:, 1:]  # [N,P,hidden]

@@ -11,7 +11,7 @@ from .encoders import ImageEncoder, TextEncoder
 
 
 class ConceptMaster(nn.Module):
-    """All that is trained beside the VAE. `qformer` and `dam` hold whatever variant the configuration names."""
+    """All that is trained beside the VAE. `qformer` and `dam` are the variants that the config names."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -25,8 +25,9 @@ class ConceptMaster(nn.Module):
     def concepts(self, pixels: Tensor, label_ids: Tensor, label_mask: Tensor) -> Tensor:
         """Concept tokens of B*N (picture, label) pairs, all in one batch.
 
-        pixels [B,N,3,px,px] (CLIP-normalised), label_ids int64 [B,N,L], label_mask bool [B,N,L] -> [B,N,Q,Dc].
-        Each label is encoded on its own. A padded slot may hold any finite pixels and an empty label.
+        pixels [B,N,3,px,px] (CLIP-normalised), label_ids int64 [B,N,L], label_mask bool [B,N,L] ->
+        [B,N,Q,Dc]. Each label is encoded on its own. A padded slot may hold any finite pixels and an empty
+        label.
         """
         batch = pixels.shape[:2]
         visual = self.qformer(self.image_encoder(pixels.flatten(0, 1)))  # [B*N,Q,Dc]

@@ -1,7 +1,7 @@
-"""The video VAE, diffusers' AutoencoderKLWan: the only file that imports diffusers, and only when a VAE is built.
+"""The video VAE, diffusers' AutoencoderKLWan; diffusers is imported here only, when a VAE is built.
 
-Besides whole-video encode and decode there is a streaming decoder, `DecodeFirst` then `DecodeNext`: its causal state
-is an input and an output, so that one fixed-shape graph decodes a video of any length.
+Besides whole-video encode and decode there is a streaming decoder, `DecodeFirst` then `DecodeNext`: its
+causal state is an input and an output, so that one fixed-shape graph decodes a video of any length.
 
 Letters: B batch, Cz latent channels, F H W latent frames, height, width; f video frames of one latent frame.
 """
@@ -29,12 +29,12 @@ def build_vae(config: ModelConfig) -> AutoencoderKLWan:
     except ModuleNotFoundError as error:
         if error.name != "diffusers":
             raise
-        raise ImportError("the video VAE needs diffusers: pip install 'conceptmaster[engine]'") from error
+        raise ImportError("the video VAE needs diffusers: pip install 'conceptmaster[export]'") from error
     return AutoencoderKLWan(**config.vae).eval()
 
 
 def latent_statistics(vae: AutoencoderKLWan) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of the VAE's raw latents, each float32 [1,Cz,1,1,1], on the VAE's device."""
+    """Mean and standard deviation of the raw latents, each float32 [1,Cz,1,1,1], on the VAE's device."""
     shape = (1, -1, 1, 1, 1)
     mean = torch.tensor(vae.config.latents_mean, dtype=torch.float32, device=vae.device).view(shape)
     std = torch.tensor(vae.config.latents_std, dtype=torch.float32, device=vae.device).view(shape)
@@ -75,7 +75,7 @@ class _Decode(nn.Module):
         self.register_buffer("std", std, persistent=False)
 
     def _decode(self, latents: Tensor, cache: list[Any], first: bool) -> tuple[Tensor, list[Any]]:
-        """One latent frame [1,Cz,1,H,W] -> frames [f,height,width,3] in 0..1, and the caches that were used."""
+        """Latent frame [1,Cz,1,H,W] -> frames [f,height,width,3] in 0..1, and the caches in use."""
         used = [0]
         x = self.post_quant_conv(latents * self.std + self.mean)  # [1,Cz,1,H,W]
         x = self.decoder(x, feat_cache=cache, feat_idx=used, first_chunk=first)  # [1,3*patch*patch,f,h,w]
@@ -88,7 +88,8 @@ class _Decode(nn.Module):
 class DecodeFirst(_Decode):
     """Decodes a video's first latent frame: latents [1,Cz,1,H,W] -> (frames [1,height,width,3], *states).
 
-    Each state is [1,channels,2,h,w]: the last two frames that a causal convolution has seen, zeros before the start.
+    Each state is [1,channels,2,h,w]: the last two frames that a causal convolution has seen, zeros before the
+    start.
     """
 
     def forward(self, latents: Tensor) -> tuple[Tensor, ...]:
@@ -98,8 +99,8 @@ class DecodeFirst(_Decode):
         states: list[Tensor] = []
         for entry in cache:
             if isinstance(entry, str):
-                # A temporal upsampler has not run yet ("Rep"). Its input has the shape of the frames that the
-                # residual block in front of it has just cached; it will see zeros before the second latent frame.
+                # "Rep": a temporal upsampler. It starts at the second latent frame and sees zeros before.
+                # Its input has the shape that the residual block in front of it has just cached.
                 states.append(torch.zeros_like(states[-1]))
             else:
                 states.append(torch.cat((torch.zeros_like(entry), entry), dim=2))  # [1,channels,2,h,w]
@@ -107,7 +108,7 @@ class DecodeFirst(_Decode):
 
 
 class DecodeNext(_Decode):
-    """Decodes a later latent frame: (latents [1,Cz,1,H,W], *states) -> (frames [f,height,width,3], *next states)."""
+    """A later latent frame: (latents [1,Cz,1,H,W], *states) -> (frames [f,height,width,3], *next states)."""
 
     def forward(self, latents: Tensor, *states: Tensor) -> tuple[Tensor, ...]:
         """latents: normalised; states: as they came out of the frame before, same order and shapes."""

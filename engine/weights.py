@@ -30,8 +30,8 @@ def sha256(path: str | Path) -> str:
 def save(path: str | Path, state: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> str:
     """Writes tensors as safetensors, whole or not at all, and returns the file's SHA-256.
 
-    A tensor that appears under two names (tied weights) is written once, under the first. Written to a temporary file
-    beside `path`, then moved over it.
+    A tensor that appears under two names (tied weights) is written once, under the first. Written to a
+    temporary file beside `path`, then moved over it.
     """
     path = Path(path)
     tensors: dict[str, Tensor] = {}
@@ -72,8 +72,8 @@ def load(path: str | Path, digest: str | None = None) -> tuple[dict[str, Tensor]
 def load_strict(module: nn.Module, state: Mapping[str, Tensor], absent: Set[str] = frozenset()) -> None:
     """Copies `state` into `module` when it fits exactly, else changes nothing.
 
-    `absent` names the tensors that must not be in `state`; they keep their values. Of tied weights one name is enough.
-    Raises one WeightsError that lists all missing, unexpected and mis-shaped tensors.
+    `absent` names the tensors that must not be in `state`; they keep their values. Of tied weights one name
+    is enough. Raises one WeightsError that lists all missing, unexpected and mis-shaped tensors.
     """
     own = module.state_dict()
     needed = {name for name, _ in module.named_parameters()} | {name for name, _ in module.named_buffers()}
@@ -105,18 +105,22 @@ def load_wan(transformer: ConceptDiT, state: Mapping[str, Tensor]) -> None:
 
 def save_model(model: ConceptMaster, path: str | Path) -> str:
     """Writes a model with its configuration inside; returns the file's SHA-256."""
-    return save(path, model.state_dict(), {"format": "conceptmaster", "config": json.dumps(model.config.to_dict())})
+    return save(
+        path, model.state_dict(), {"format": "conceptmaster", "config": json.dumps(model.config.to_dict())}
+    )
 
 
 def load_model(path: str | Path, digest: str | None = None) -> ConceptMaster:
     """Rebuilds, in evaluation mode on the CPU, what `save_model` wrote.
 
-    Raises FileNotFoundError, or WeightsError for a damaged file, another SHA-256 than `digest`, or weights that are
-    not of the configuration that the file names.
+    Raises FileNotFoundError, or WeightsError for a damaged file, another SHA-256 than `digest`, or weights
+    that are not of the configuration that the file names.
     """
     state, metadata = load(path, digest)
     if "config" not in metadata:
-        raise WeightsError(f"{path} has no model configuration in its metadata; it was not written by save_model")
+        raise WeightsError(
+            f"{path} has no model configuration in its metadata; it was not written by save_model"
+        )
     try:
         config = ModelConfig.from_dict(json.loads(metadata["config"]))
     except (json.JSONDecodeError, ConfigError) as error:

@@ -2,8 +2,8 @@
 
 Letters: B batch, S video tokens, T text tokens, C concept tokens, A heads, E head width.
 
-A masked key contributes exactly nothing: its softmax weight is an exact zero, so whatever (finite) content it has,
-the result is the same bit for bit. A row without any key left gives exactly zero, never NaN.
+A masked key contributes exactly nothing: its softmax weight is an exact zero, so whatever (finite) content it
+has, the result is the same bit for bit. A row without any key left gives exactly zero, never NaN.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from torch import Tensor
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """Softmax attention, scaled by 1/sqrt(E), over the keys that the mask allows.
 
-    q [B,S,A,E], k and v [B,T,A,E], mask bool [B,T] (True: attend; None: every key). Returns [B,S,A,E] in q's dtype.
-    A batch row whose mask is all False returns exactly zero.
+    q [B,S,A,E], k and v [B,T,A,E], mask bool [B,T] (True: attend; None: every key). Returns [B,S,A,E] in q's
+    dtype. A batch row whose mask is all False returns exactly zero.
     """
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # [B,A,S|T,E]
     if mask is None:
@@ -28,11 +28,13 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Te
     return torch.where(some[:, :, None, None], out, torch.zeros_like(out)).transpose(1, 2)  # [B,S,A,E]
 
 
-def concept_injection(q: Tensor, concept_k: Tensor, concept_v: Tensor, concept_mask: Tensor | None = None) -> Tensor:
+def concept_injection(
+    q: Tensor, concept_k: Tensor, concept_v: Tensor, concept_mask: Tensor | None = None
+) -> Tensor:
     """Attention of video queries to concept tokens: the core of ConceptMaster's injector (arXiv 2501.04698).
 
-    q [B,S,A,E], concept_k and concept_v [B,C,A,E], concept_mask bool [B,C]. Returns [B,S,A,E]; exactly zero for a
-    batch row whose concepts are all masked.
+    q [B,S,A,E], concept_k and concept_v [B,C,A,E], concept_mask bool [B,C]. Returns [B,S,A,E]; exactly zero
+    for a batch row whose concepts are all masked.
     """
     return attention(q, concept_k, concept_v, concept_mask)
 
@@ -46,10 +48,11 @@ def decoupled_cross_attention(
     concept_mask: Tensor | None = None,
     concept_scale: float = 1.0,
 ) -> Tensor:
-    """One query, two sets of keys, a softmax of its own for each, the outputs summed (arXiv 2308.06721, IP-Adapter).
+    """One query, two sets of keys, each with its own softmax; outputs summed (IP-Adapter, arXiv 2308.06721).
 
-    q [B,S,A,E], text_k and text_v [B,T,A,E], concept_k and concept_v [B,C,A,E], concept_mask bool [B,C] (True: attend).
-    Returns attention(text) + concept_scale * attention(concepts), [B,S,A,E]. Text is never masked, as in Wan.
+    q [B,S,A,E], text_k and text_v [B,T,A,E], concept_k and concept_v [B,C,A,E], concept_mask bool [B,C]
+    (True: attend). Returns attention(text) + concept_scale * attention(concepts), [B,S,A,E]. Text is never
+    masked, as in Wan.
     """
     text = attention(q, text_k, text_v)  # [B,S,A,E]
     concepts = attention(q, concept_k, concept_v, concept_mask)  # [B,S,A,E]

@@ -1,0 +1,116 @@
+"""Where a video token is: rotary embedding, position channels, and constants that keep their precision.
+
+Letters: B batch, F H W latent frames, height, width, S video tokens, A heads, E head width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .config import ModelConfig, TransformerConfig
+
+
+def rotary_tables(config: TransformerConfig, grid: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of the 3-D rotary embedding, for a grid of patches (frames, rows, columns).
+
+    Two float32 tensors [S,1,E/2], computed in float64: the pairs of a head are shared out over the three axes
+    as in Wan2.1 (rows and columns get E//6 pairs each, frames the rest), with base 10000 on each axis.
+    """
+    pairs = config.attention_head_dim // 2
+    side = config.attention_head_dim // 6
+    angles = []
+    for axis, (length, count) in enumerate(zip(grid, (pairs - 2 * side, side, side), strict=True)):
+        inverse = 10000.0 ** (-np.arange(count, dtype=np.float64) / count)
+        shape = [1, 1, 1, count]
+        shape[axis] = length
+        angle = np.outer(np.arange(length, dtype=np.float64), inverse).reshape(shape)
+        angles.append(np.broadcast_to(angle, (*grid, count)))
+    table = np.concatenate(angles, axis=-1).reshape(-1, 1, pairs)  # [S,1,E/2]
+    return torch.from_numpy(np.cos(table).astype(np.float32)), torch.from_numpy(
+        np.sin(table).astype(np.float32)
+    )
+
+
+def position_table(channels: int, grid: tuple[int, int, int]) -> Tensor:
+    """Constant channels that tell each latent position where it is: float32 [1,channels,F,H,W].
+
+    For each axis, with u the centre of its cell in 0..1: sines, then cosines, of pi*u, 2*pi*u, 4*pi*u, …
+    """
+    count = channels // 6
+    planes = []
+    for axis, length in enumerate(grid):
+        u = (np.arange(length, dtype=np.float64) + 0.5) / length
+        angle = np.outer(math.pi * 2.0 ** np.arange(count), u)  # [channels/6,length]
+        shape = [2 * count, 1, 1, 1]
+        shape[1 + axis] = length
+        plane = np.concatenate([np.sin(angle), np.cos(angle)]).reshape(shape)
+        planes.append(np.broadcast_to(plane, (2 * count, *grid)))
+    return torch.from_numpy(np.concatenate(planes).astype(np.float32))[None]  # [1,channels,F,H,W]
+
+
+class Constants(nn.Module):
+    """Named constant tensors: they follow a module to its device but keep their dtype, and are not saved."""
+
+    def __init__(self, **tensors: Tensor) -> None:
+        super().__init__()
+        for name, tensor in tensors.items():
+            self.register_buffer(name, tensor, persistent=False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Constants:
+        kept = {name: tensor for name, tensor in self._buffers.items() if tensor is not None}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, tensor in kept.items():
+            moved = self._buffers[name]
+            assert moved is not None
+            self._buffers[name] = tensor.to(moved.device)
+        return self
+
+
+class Positions(Constants):
+    """Tables for the configuration's own latent shape, as constants, and for any other shape on the fly."""
+
+    cos: Tensor
+    sin: Tensor
+    planes: Tensor
+
+    def __init__(self, config: ModelConfig) -> None:
+        cos, sin, planes = self._tables(config.transformer, config.latent_shape[1:])
+        super().__init__(cos=cos, sin=sin, planes=planes)
+        self.config = config
+
+    @staticmethod
+    def _tables(config: TransformerConfig, latents: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
+        f, h, w = latents
+        pf, ph, pw = config.patch_size
+        grid = (f // pf, h // ph, w // pw)
+        if max(grid) > config.rope_max_seq_len:
+            raise ValueError(f"{grid} patches: a side exceeds rope_max_seq_len ({config.rope_max_seq_len})")
+        return *rotary_tables(config, grid), position_table(config.position_channels, (f, h, w))
+
+    def forward(self, latents: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """latents [B,Cz,F,H,W] -> (latents [B,Cz+p,F,H,W] with position channels behind, rotary (cos, sin)).
+
+        cos and sin are float32 [S,1,E/2]. Raises ValueError for a side longer than rope_max_seq_len patches.
+        """
+        shape = tuple(latents.shape[2:])
+        if shape == self.config.latent_shape[1:]:
+            cos, sin, planes = self.cos, self.sin, self.planes
+        else:
+            cos, sin, planes = (t.to(latents.device) for t in self._tables(self.config.transformer, shape))
+        if self.config.transformer.position_channels:
+            planes = planes.to(latents.dtype).expand(latents.shape[0], -1, -1, -1, -1)
+            latents = torch.cat((latents, planes), dim=1)  # [B,Cz+p,F,H,W]
+        return latents, (cos, sin)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotates pairs of neighbouring channels: x [B,S,A,E], cos and sin [S,1,E/2] -> [B,S,A,E], x's dtype."""
+    first, second = x.unflatten(-1, (-1, 2)).unbind(-1)  # [B,S,A,E/2] each
+    return (
+        torch.stack((first * cos - second * sin, first * sin + second * cos), dim=-1).flatten(-2).type_as(x)
+    )
