@@ -52,7 +52,8 @@ clean:
 $(VENV)/.created:
 	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) not found: make PYTHON=/path/to/python3.11" >&2; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-		{ echo "Python 3.11 or newer is needed, $(PYTHON) is `$(PYTHON) -V 2>&1`: make PYTHON=python3.11" >&2; exit 1; }
+		{ echo "Python 3.11 or newer is needed, $(PYTHON) is not (`$(PYTHON) -V 2>&1`): make PYTHON=python3.11" >&2; \
+		exit 1; }
 	@echo "creating $(VENV) with `$(PYTHON) -V 2>&1`"
 	@$(PYTHON) -m venv $(VENV)
 	@touch $@
