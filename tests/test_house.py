@@ -33,15 +33,13 @@ LAZY_ARROWS = {"cli.py": {"export"}}
 # The version is a plain string in the root's __init__.py; it may be read from anywhere.
 OPEN_NAMES = {"conceptmaster.__version__"}
 
-# Optional dependencies: in this folder, one file imports it, and no other.
+# Optional dependencies: in this folder, one file imports it, and no other, except for types alone.
 ONE_FILE = {
     "runtime": {"av", "cuda", "onnxruntime", "PIL", "tensorrt", "tokenizers", "tqdm"},
     "engine": {"diffusers", "safetensors", "tqdm", "transformers"},
 }
 # (folder, dependency): (how many files, why)
-ONE_FILE_EXCEPTIONS = {
-    ("runtime", "PIL"): (2, "pictures are read for requests and written as contact sheets"),
-}
+ONE_FILE_EXCEPTIONS: dict[tuple[str, str], tuple[int, str]] = {}
 # Dependencies that a folder never imports, with the files that may all the same.
 NEVER = {
     "kernels": {"transformers", "diffusers", "onnxruntime", "tensorrt"},
@@ -76,6 +74,7 @@ class Import:
     target: str
     line: int
     lazy: bool  # inside a function
+    typing: bool = False  # under `if TYPE_CHECKING:`, so never at run time
 
     def third_party(self) -> str | None:
         """The top-level module, or None if it is ours or Python's."""
@@ -91,14 +90,14 @@ def imports_of(source: str, path: str) -> list[Import]:
     package = ["conceptmaster", *Path(path).parent.parts]
     found: list[Import] = []
 
-    def visit(node: ast.AST, lazy: bool) -> None:
+    def visit(node: ast.AST, lazy: bool, typing: bool) -> None:
         if isinstance(node, ast.Import):
-            found.extend(Import(alias.name, node.lineno, lazy) for alias in node.names)
+            found.extend(Import(alias.name, node.lineno, lazy, typing) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             base = package[: len(package) - node.level + 1] if node.level else []
             assert not node.level or node.level <= len(package), f"{path}:{node.lineno} leaves the package"
             prefix = ".".join([*base, node.module] if node.module else base)
-            found.extend(Import(f"{prefix}.{alias.name}", node.lineno, lazy) for alias in node.names)
+            found.extend(Import(f"{prefix}.{alias.name}", node.lineno, lazy, typing) for alias in node.names)
         elif isinstance(node, ast.Call) and _name(node.func).endswith(("import_module", "__import__")):
             if node.args and isinstance(node.args[0], ast.Constant) and isinstance(node.args[0].value, str):
                 name = node.args[0].value
@@ -106,9 +105,10 @@ def imports_of(source: str, path: str) -> list[Import]:
                 found.append(Import(home + name, node.lineno, lazy))
         inside = lazy or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
         for child in ast.iter_child_nodes(node):
-            visit(child, inside)
+            guarded = isinstance(node, ast.If) and _name(node.test) == "TYPE_CHECKING" and child in node.body
+            visit(child, inside, typing or guarded)
 
-    visit(ast.parse(source), False)
+    visit(ast.parse(source), False, False)
     return found
 
 
@@ -198,11 +198,12 @@ def sources() -> dict[str, str]:
     return {path.relative_to(ROOT).as_posix(): path.read_text("utf-8") for path in sorted(files)}
 
 
-def third_party_imports() -> Iterator[tuple[str, str]]:
-    """(path, top-level module) of every third-party import of the package."""
+def third_party_imports(*, for_types: bool = True) -> Iterator[tuple[str, str]]:
+    """(path, top-level module) of every third-party import of the package, those for types alone too."""
     for path, source in sources().items():
         for item in imports_of(source, path):
-            if (top := item.third_party()) is not None:
+            top = item.third_party()
+            if top is not None and (for_types or not item.typing):
                 yield path, top
 
 
@@ -239,7 +240,7 @@ def python(code: str, folder: Path) -> str:
 )
 def test_imports_are_resolved(path: str, source: str, target: str, lazy: bool) -> None:
     (found,) = imports_of(source.replace("import_module", "importlib.import_module"), path)
-    assert (found.target, found.lazy) == (target, lazy)
+    assert (found.target, found.lazy, found.typing) == (target, lazy, "TYPE_CHECKING" in source)
 
 
 @pytest.mark.parametrize(
@@ -304,7 +305,7 @@ def test_the_inside_of_the_package_imports_itself_relatively() -> None:
 
 def test_optional_dependencies_are_imported_in_one_file() -> None:
     used: dict[tuple[str, str], set[str]] = {}
-    for path, top in third_party_imports():
+    for path, top in third_party_imports(for_types=False):
         if top in ONE_FILE.get(folder_of(path), set()):
             used.setdefault((folder_of(path), top), set()).add(path)
     allowed = {key: count for key, (count, _) in ONE_FILE_EXCEPTIONS.items()}
