@@ -1,0 +1,353 @@
+"""The command line: it builds a request, the pipeline does the work.
+
+Exit codes: 0 done; 1 failed (a damaged bundle, a missing package, a full disk); 2 wrong input; 130
+interrupted. Wrong input gives one line on standard error and nothing else, and no output is ever left half
+written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import logging
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from .errors import ConceptMasterError, InputError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from .manifest import Manifest
+    from .request import Request
+    from .video import Video
+
+GENERATE = """\
+Generates a video in which every concept looks like its own picture.
+
+  conceptmaster generate --prompt "a ball rolls left and a cat runs up" \\
+      --concept ball ball.png --concept cat cat.png --seed 7 --output out.mp4 --sheet sheet.png
+"""
+REQUEST = """\
+A request file is JSON; only "prompt" must be there, pictures are found beside the file:
+  {"prompt": "a ball rolls left", "concepts": [{"label": "ball", "image": "ball.png"}],
+   "negative": "", "steps": 20, "guidance": 2.5, "concept_guidance": null, "solver": "unipc",
+   "shift": 3.0, "seed": 7, "samples": 1}
+"""
+
+
+@dataclass(frozen=True)
+class Command:
+    """A subcommand: add_arguments(parser) declares its options and is called only when it is the one asked
+    for; run(args) does it and returns the exit code."""
+
+    name: str
+    help: str
+    add_arguments: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], int]
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser that raises InputError instead of printing its usage."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raises InputError with argparse's message."""
+        raise InputError(f"{message} (see {self.prog} --help)")
+
+
+def main(argv: Sequence[str] | None = None, extra_commands: Sequence[Command] = ()) -> int:
+    """Runs one command and returns its exit code, see the module's text.
+
+    Args: argv: the arguments, sys.argv's if None; extra_commands: commands that live outside the runtime.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("conceptmaster: %(levelname)s: %(message)s"))
+    log = logging.getLogger(__package__.partition(".")[0] if __package__ else None)
+    log.addHandler(handler)
+    try:
+        parser = build_parser([*COMMANDS, *extra_commands], arguments)
+        args = parser.parse_args(arguments)
+        if args.verbose:
+            log.setLevel(logging.INFO)
+        return args.run(args)
+    except ConceptMasterError as error:
+        return _fail(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        return _fail("interrupted", 130)
+    except MemoryError:
+        return _fail("out of memory", 1)
+    except OSError as error:
+        return _fail(str(error), 1)
+    finally:
+        log.removeHandler(handler)
+
+
+def build_parser(commands: Sequence[Command], arguments: Sequence[str]) -> argparse.ArgumentParser:
+    """The parser; only the command that `arguments` begins with is filled in."""
+    parser = Parser(
+        prog="conceptmaster", description="Videos of several named, pictured things.", allow_abbrev=False
+    )
+    parser.add_argument("--version", action="version", version=_version())
+    parser.set_defaults(verbose=False)
+    choices = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, dest="command")
+    for command in commands:
+        raw = argparse.RawDescriptionHelpFormatter
+        sub = choices.add_parser(command.name, help=command.help, allow_abbrev=False, formatter_class=raw)
+        sub.set_defaults(run=command.run)
+        if arguments and arguments[0] == command.name:
+            command.add_arguments(sub)
+    return parser
+
+
+def _version() -> str:
+    from .. import __version__
+
+    return f"conceptmaster {__version__}"
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"conceptmaster: error: {' '.join(message.split())}", file=sys.stderr)
+    return code
+
+
+def _add_generate(parser: argparse.ArgumentParser) -> None:
+    parser.description, parser.epilog = GENERATE, REQUEST
+    what = parser.add_argument_group("what")
+    what.add_argument("--prompt", metavar="TEXT", help="the caption: what happens in the video")
+    what.add_argument(
+        "--concept",
+        nargs=2,
+        action="append",
+        metavar=("LABEL", "IMAGE"),
+        default=None,
+        help="a thing to show and its picture; repeat for more, each with its own label",
+    )
+    what.add_argument(
+        "--request",
+        metavar="FILE.json",
+        help="all of it from a file, instead of the two above; the options below override it",
+    )
+    what.add_argument("--negative", metavar="TEXT", help="what the video should not be")
+    how = parser.add_argument_group("how (left out: the bundle's defaults)")
+    how.add_argument("--bundle", metavar="NAME", default="sprites", help="shipped bundle or a path (sprites)")
+    how.add_argument("--steps", type=int, metavar="N", help="model evaluations, 1 to 1000")
+    how.add_argument("--guidance", type=float, metavar="G", help="how strongly to follow the request")
+    how.add_argument(
+        "--concept-guidance",
+        type=float,
+        metavar="C",
+        help="a scale of its own for the concepts, where the bundle has one",
+    )
+    how.add_argument("--solver", metavar="NAME", help="unipc or euler")
+    how.add_argument("--shift", type=float, metavar="S", help="above 1: more of the steps at high noise")
+    how.add_argument("--seed", type=int, metavar="N", help="the noise; same seed, same video (0)")
+    how.add_argument("--noise", metavar="FILE.npy", help="the noise itself, float32 [samples,Cz,F,H,W]")
+    how.add_argument(
+        "--samples", type=int, metavar="N", help="videos, 1 to 64, with the seeds seed, seed + 1, ... (1)"
+    )
+    how.add_argument("--threads", type=int, metavar="N", help="CPU threads (one per core)")
+    how.add_argument("--device", metavar="NAME", default="cpu", help="cpu or cuda (cpu)")
+    out = parser.add_argument_group("output")
+    out.add_argument(
+        "--output",
+        metavar="FILE",
+        default="out.mp4",
+        help=".mp4, .gif, .png (sheet of frames) or .npy; "
+        "{seed} becomes the seed, otherwise samples are numbered out-0.mp4, ... (out.mp4)",
+    )
+    out.add_argument("--sheet", metavar="FILE.png", help="also a contact sheet: pictures, caption, frames")
+    out.add_argument(
+        "--frames", metavar="FILE.npy", help="also the frames, uint8 [F,H,W,3] or [samples,F,H,W,3]"
+    )
+    out.add_argument("--scale", type=int, default=1, metavar="N", help="enlarge --output N times (1)")
+    out.add_argument("--json", action="store_true", help="last line on standard output: one JSON object")
+    quiet = out.add_mutually_exclusive_group()
+    quiet.add_argument("--quiet", action="store_true", help="no progress bar, no text on standard output")
+    quiet.add_argument(
+        "--progress", action="store_true", help="a progress bar even where there is no terminal"
+    )
+    out.add_argument("--verbose", action="store_true", help="say which backend is used")
+
+
+def _generate(args: argparse.Namespace) -> int:
+    start = time.perf_counter()
+    from .pipeline import Pipeline
+    from .video import check_scale
+
+    request = _request(args)
+    check_scale(args.scale)
+    outputs, sheets, frames = _outputs(args, request)
+    noise = None if args.noise is None else _load_noise(args.noise)
+    pipeline = Pipeline.from_bundle(args.bundle, device=args.device, threads=args.threads)
+    opened = time.perf_counter() - start
+    progress = args.progress or (sys.stderr.isatty() and not args.quiet)
+    videos = pipeline.generate(request, noise=noise, progress=progress)
+    writing = time.perf_counter()
+    for video, path in zip(videos, outputs, strict=True):
+        video.save(path, scale=args.scale)
+    for video, path in zip(videos, sheets, strict=False):
+        video.save_sheet(path)
+    if frames is not None:
+        _save_frames(videos, frames)
+    seconds = {"open": opened, **_total(videos), "write": time.perf_counter() - writing}
+    seconds["total"] = time.perf_counter() - start
+    if not args.quiet:
+        for video, path in zip(videos, outputs, strict=True):
+            print(f"{path} (seed {video.seed})")
+        print(", ".join(f"{stage} {value:.2f} s" for stage, value in seconds.items()))
+    if args.json:
+        report = {
+            "bundle": pipeline.manifest.name,
+            "seed": request.seed,
+            "seeds": list(request.seeds),
+            "outputs": [str(path) for path in outputs],
+            "sheets": [str(path) for path in sheets],
+            "frames": None if frames is None else str(frames),
+            "seconds": {stage: round(value, 4) for stage, value in seconds.items()},
+        }
+        print(json.dumps(report))
+    return 0
+
+
+def _request(args: argparse.Namespace) -> Request:
+    from .request import Concept, Request
+
+    names = ("negative", "steps", "guidance", "concept_guidance", "solver", "shift", "seed", "samples")
+    given: dict[str, Any] = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    if args.request is not None:
+        if args.prompt is not None or args.concept is not None:
+            raise InputError("--request already says what to show: leave out --prompt and --concept")
+        return dataclasses.replace(Request.from_json(args.request), **given)
+    if args.prompt is None:
+        raise InputError("--prompt or --request is needed (see conceptmaster generate --help)")
+    return Request(args.prompt, tuple(Concept(label, image) for label, image in args.concept or ()), **given)
+
+
+def _outputs(args: argparse.Namespace, request: Request) -> tuple[list[Path], list[Path], Path | None]:
+    """The files to write, checked: --output and --sheet once per sample, --frames."""
+    from .files import check_output
+    from .video import SUFFIXES
+
+    outputs = [check_output(path, SUFFIXES) for path in _numbered(args.output, request)]
+    sheets = (
+        []
+        if args.sheet is None
+        else [check_output(path, (".png",)) for path in _numbered(args.sheet, request)]
+    )
+    frames = None if args.frames is None else check_output(Path(args.frames), (".npy",))
+    written = [*outputs, *sheets, *([] if frames is None else [frames])]
+    places = [path.resolve() for path in written]
+    for path, place in zip(written, places, strict=True):
+        if places.count(place) > 1:
+            raise InputError(f"{str(path)!r} would be written twice: give every output its own name")
+    read = [c.image for c in request.concepts if isinstance(c.image, (str, Path))]
+    for given in (args.request, args.noise, *read):
+        if given is not None and Path(given).resolve() in places:
+            raise InputError(f"{str(given)!r} is an input: writing there would destroy it")
+    return outputs, sheets, frames
+
+
+def _numbered(name: str, request: Request) -> list[Path]:
+    path = Path(name)
+    if "{seed}" in path.name:
+        return [path.with_name(path.name.replace("{seed}", str(seed))) for seed in request.seeds]
+    if request.samples == 1:
+        return [path]
+    return [path.with_name(f"{path.stem}-{i}{path.suffix}") for i in range(request.samples)]
+
+
+def _load_noise(name: str) -> np.ndarray:
+    import numpy as np
+
+    try:
+        noise = np.load(
+            name, mmap_mode="r", allow_pickle=False
+        )  # mapped: a header that lies allocates nothing
+    except OSError as error:
+        raise InputError(f"cannot read the noise {name!r}: {error.strerror or error}") from None
+    except (ValueError, EOFError) as error:
+        raise InputError(f"the noise {name!r} is not a .npy file of numbers: {error}") from None
+    if not isinstance(noise, np.ndarray):
+        raise InputError(f"the noise {name!r} is not a .npy file of numbers")
+    return noise
+
+
+def _save_frames(videos: list[Video], path: Path) -> None:
+    import numpy as np
+
+    from .files import replacing
+
+    frames = videos[0].frames if len(videos) == 1 else np.stack([video.frames for video in videos])
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        np.save(file, frames, allow_pickle=False)
+
+
+def _total(videos: list[Video]) -> dict[str, float]:
+    """Seconds by stage, over all samples; the stages before denoising are shared."""
+    own = ("denoise", "decode")
+    return {
+        stage: sum(video.seconds[stage] for video in videos) if stage in own else value
+        for stage, value in videos[0].seconds.items()
+    }
+
+
+def _add_inspect(parser: argparse.ArgumentParser) -> None:
+    parser.description = "Verifies a bundle and says what is in it."
+    parser.add_argument("bundle", metavar="BUNDLE", help="shipped bundle or a path")
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of text")
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    from .bundle import Bundle
+
+    bundle = Bundle.open(args.bundle)
+    manifest = bundle.manifest
+    sizes = {
+        name: sum(
+            (bundle.folder / file).stat().st_size for file in (graph.file, *(e.file for e in graph.external))
+        )
+        for name, graph in manifest.graphs.items()
+    }
+    if args.json:
+        report = dataclasses.asdict(manifest) | {"folder": str(bundle.folder), "bytes": sizes}
+        print(json.dumps(report))
+    else:
+        print(_describe(manifest, sizes, bundle.folder))
+    return 0
+
+
+def _describe(manifest: Manifest, sizes: dict[str, int], folder: Path) -> str:
+    s, d = manifest.shapes, manifest.defaults
+    lines = [
+        f"{manifest.name}: {manifest.precision} bundle, format {manifest.format}, every hash is right",
+        f"folder    {folder}",
+        f"video     {s.frames} frames of {s.width}×{s.height} at {manifest.fps:g} a second",
+        f"concepts  up to {s.concepts}, pictures {s.picture_size}×{s.picture_size}, {s.queries} tokens each",
+        f"text      {s.text_tokens} tokens, labels {s.label_tokens}",
+        f"latents   {' × '.join(map(str, s.latent))} (channels, frames, height, width)",
+        f"guidance  {s.branches} branch{'es' if s.branches > 1 else ''}",
+        "defaults  " + ", ".join(f"{key} {value!r}" for key, value in dataclasses.asdict(d).items()),
+        "written   " + ", ".join(f"{key} {value}" for key, value in manifest.written_by.items()),
+        "",
+        f"{'graph':14} {'size':>10}  inputs → outputs",
+    ]
+    for name, graph in manifest.graphs.items():
+        inputs, outputs = (
+            ", ".join(f"{spec.name} {list(spec.shape)}".replace(", ", ",") for spec in specs)
+            for specs in (graph.inputs, graph.outputs)
+        )
+        lines.append(f"{name:14} {sizes[name] / 2**20:7.2f} MB  {inputs} → {outputs}")
+    lines.append(f"{'all':14} {sum(sizes.values()) / 2**20:7.2f} MB")
+    return "\n".join(lines)
+
+
+COMMANDS = (
+    Command("generate", "generate a video from a prompt and pictures", _add_generate, _generate),
+    Command("inspect", "verify a bundle and say what is in it", _add_inspect, _inspect),
+)

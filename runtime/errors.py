@@ -1,0 +1,34 @@
+"""The errors a caller may meet, each with the exit code that the command line gives for it."""
+
+from __future__ import annotations
+
+
+class ConceptMasterError(Exception):
+    """Base of the errors below. `str(error)` is one line that says what is wrong and what to do about it."""
+
+    exit_code = 1
+
+
+class InputError(ConceptMasterError, ValueError):
+    """The caller asked for something that cannot be done: a missing picture, an unknown solver, a bundle
+    name that does not exist. Exit code 2."""
+
+    exit_code = 2
+
+
+class BundleError(ConceptMasterError, RuntimeError):
+    """A bundle is there but cannot be trusted: a wrong hash, a missing part, an unknown format. Exit code
+    1.
+    """
+
+
+class MissingDependency(ConceptMasterError, ImportError):
+    """An optional package is not installed; the message names the command that installs it. Exit code 1."""
+
+
+class GenerationError(ConceptMasterError, RuntimeError):
+    """The model gave numbers that are no video (infinite or not a number). Exit code 1."""
+
+
+class Cancelled(ConceptMasterError):
+    """The caller's callback stopped the generation between two steps. Nothing was written. Exit code 1."""

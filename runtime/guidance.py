@@ -1,0 +1,44 @@
+"""Classifier-free guidance: what each branch of the batch is told, and how the branches are added up."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from .errors import InputError
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """velocity = sum_k weights[k] * velocity_k. weights: float32 [K], summing to 1; caption[k]: whether
+    branch k reads the caption (else the negative caption); concepts[k]: whether it sees the concepts."""
+
+    weights: np.ndarray
+    caption: tuple[bool, ...]
+    concepts: tuple[bool, ...]
+
+
+def make_guidance(branches: int, scale: float, concept_scale: float | None) -> Guidance:
+    """Weights for a bundle of `branches` (K) branches.
+
+    K = 1: (1,), no guidance. K = 2: one joint scale g, (1 - g, g). K = 3: text scale g and concept scale c,
+    (1 - g, g - c, c); without a concept scale c = g, which is the joint rule.
+
+    Raises: InputError when the bundle cannot follow the scales; ValueError for another K.
+    """
+    if branches != 3 and concept_scale is not None:
+        raise InputError(
+            f"concept guidance needs a bundle with 3 guidance branches, this one has {branches}: leave it out"
+        )
+    if branches == 1:
+        if scale != 1.0:
+            raise InputError(f"this bundle has no guidance branch: guidance must be 1, not {scale:g}")
+        return Guidance(np.ones(1, np.float32), (True,), (True,))
+    if branches == 2:
+        return Guidance(np.array([1.0 - scale, scale], np.float32), (False, True), (False, True))
+    if branches == 3:
+        concept = scale if concept_scale is None else concept_scale
+        weights = np.array([1.0 - scale, scale - concept, concept], np.float32)
+        return Guidance(weights, (False, True, True), (False, False, True))
+    raise ValueError(f"a bundle has 1, 2 or 3 guidance branches, not {branches}")

@@ -1,0 +1,237 @@
+"""Everything done with Pillow: reading reference pictures, contact sheets, GIFs. The only file that imports
+it.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import stat
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from .errors import InputError, MissingDependency
+
+try:
+    from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
+except ImportError as error:
+    raise MissingDependency(f"Pillow does not load ({error}): pip install pillow") from error
+
+log = logging.getLogger(__name__)
+
+FORMATS = (
+    "PNG",
+    "JPEG",
+    "WEBP",
+    "GIF",
+    "BMP",
+    "TIFF",
+    "PPM",
+    "AVIF",
+)  # no format that starts another program
+MOST_PIXELS = 64 * 2**20  # more is refused before it is decoded
+HUGE_PIXELS = 16 * 2**20  # more is worth a warning: so much detail is lost
+ANIMATED = ("GIF", "PNG", "WEBP", "TIFF", "AVIF")
+
+Color = tuple[int, int, int]
+
+
+def load(picture: object, size: int, background: Color, what: str) -> np.ndarray:
+    """Reads a reference picture and fits it, uncut, into the middle of a square.
+
+    Args: picture: a path, a PIL image, or a uint8 array [H,W], [H,W,1], [H,W,3] (RGB) or [H,W,4] (RGBA);
+        size: the square's side in pixels; background: RGB behind transparency and beside what is not square;
+        what: whose picture it is ("the picture of 'cat'"), for messages.
+    Returns: uint8 [size,size,3], RGB, upright (EXIF orientation applied), bicubic with antialiasing.
+    Raises: InputError when it is missing, no picture, damaged, of an unreadable kind, or larger than 64
+        megapixels.
+    Warns: one log line each for an animated picture (its first frame is used) and one above 16 megapixels.
+    """
+    if isinstance(picture, (str, os.PathLike)):
+        what = f"{what} {os.fspath(picture)!r}"
+        return _load_file(picture, size, background, what)
+    if isinstance(picture, np.ndarray):
+        picture = _from_array(picture, what)
+    if not isinstance(picture, Image.Image):
+        raise InputError(f"{what} must be a path, a PIL image or a uint8 array, not {type(picture).__name__}")
+    return _fit_checked(picture, size, background, what)
+
+
+def normalise(pixels: np.ndarray, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
+    """uint8 [px,px,3] → float32 [3,px,px], (pixel / 255 - mean) / std per channel, as CLIP wants it."""
+    scaled = (pixels / 255.0 - np.asarray(mean)) / np.asarray(std)  # [px,px,3] float64
+    return np.ascontiguousarray(scaled.transpose(2, 0, 1), dtype=np.float32)  # [3,px,px]
+
+
+def _load_file(path: str | os.PathLike[str], size: int, background: Color, what: str) -> np.ndarray:
+    try:
+        regular = stat.S_ISREG(os.stat(path).st_mode)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{what} cannot be read: {getattr(error, 'strerror', error)}") from None
+    if not regular:
+        raise InputError(f"{what} is not a file")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            warnings.filterwarnings("ignore", module=r"PIL\..*")  # about metadata
+            with Image.open(Path(path), formats=FORMATS) as image:
+                return _fit_checked(image, size, background, what)
+    except UnidentifiedImageError:
+        raise InputError(f"{what} is not a picture in a known format ({', '.join(FORMATS)})") from None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise InputError(f"{what} has more than {MOST_PIXELS // 2**20} megapixels") from None
+    except InputError:
+        raise
+    except Exception as error:  # a decoder may raise anything at all on a damaged file
+        raise InputError(f"{what} is damaged: {_line(error)}") from None
+
+
+def _fit_checked(image: Image.Image, size: int, background: Color, what: str) -> np.ndarray:
+    width, height = image.size
+    if width * height > MOST_PIXELS:
+        raise InputError(f"{what} is {width}×{height}: more than {MOST_PIXELS // 2**20} megapixels")
+    if width == 0 or height == 0:
+        raise InputError(f"{what} is empty ({width}×{height})")
+    if image.format in ANIMATED and getattr(image, "n_frames", 1) > 1:
+        log.warning("%s has %d frames: only the first is used", what, image.n_frames)  # type: ignore[attr-defined]
+        image.seek(0)
+    if width * height > HUGE_PIXELS:
+        log.warning("%s is %d×%d: it is scaled down to fit %d×%d", what, width, height, size, size)
+    try:
+        return _fit(_flatten(ImageOps.exif_transpose(image), background), size, background)
+    except InputError as error:
+        raise InputError(f"{what} {error}") from None
+    except Exception as error:  # see above: decoding happens here
+        raise InputError(f"{what} is damaged: {_line(error)}") from None
+
+
+def _flatten(image: Image.Image, background: Color) -> Image.Image:
+    """Any mode → RGB, transparency laid over `background`."""
+    if image.mode.startswith(
+        "I"
+    ):  # 16 bits a pixel, of which the upper 8 are kept; PIL's own conversion clips
+        values = np.asarray(image).astype(np.int64)
+        return Image.fromarray(np.clip(values // 257, 0, 255).astype(np.uint8)).convert("RGB")
+    if image.mode == "F":
+        raise InputError("has floating-point pixels, whose range is not known: save it with 8 bits a channel")
+    if image.has_transparency_data:
+        layer = Image.new("RGBA", image.size, (*background, 255))
+        layer.alpha_composite(image.convert("RGBA"))
+        return layer.convert("RGB")
+    return image.convert("RGB")
+
+
+def _fit(image: Image.Image, size: int, background: Color) -> np.ndarray:
+    """Scales the longer side to `size` and pads the shorter one. Returns uint8 [size,size,3]."""
+    scale = size / max(image.size)
+    width, height = (max(1, round(side * scale)) for side in image.size)
+    if image.size != (width, height):
+        image = image.resize((width, height), Image.Resampling.BICUBIC)  # Pillow's bicubic antialiases
+    square = Image.new("RGB", (size, size), background)
+    square.paste(image, ((size - width) // 2, (size - height) // 2))
+    return np.array(square)
+
+
+def _from_array(array: np.ndarray, what: str) -> Image.Image:
+    if array.ndim == 3 and array.shape[2] == 1:
+        array = array[..., 0]
+    if array.dtype != np.uint8 or not (array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (3, 4))):
+        raise InputError(
+            f"{what} must be a uint8 array [H,W], [H,W,3] or [H,W,4], not {array.dtype} {list(array.shape)}"
+        )
+    if array.size == 0:
+        raise InputError(f"{what} is empty {list(array.shape)}")
+    return Image.fromarray(np.ascontiguousarray(array))
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def sheet(
+    frames: np.ndarray,
+    caption: str,
+    references: Sequence[tuple[str, np.ndarray]],
+    columns: int,
+    scale: int | None,
+) -> Image.Image:
+    """A contact sheet: labelled reference pictures, the caption, then the frames in reading order.
+
+    Args: frames: uint8 [F,H,W,3]; references: (label, uint8 [s,s,3]), all of one size; columns: frames in a
+        row; scale: times each frame is enlarged, None for frames about 160 pixels wide (large ones are
+        reduced).
+    Returns: an RGB image.
+    """
+    height, width = frames.shape[1:3]
+    factor = (
+        float(scale) if scale is not None else max(1, round(160 / width)) if width <= 320 else 320 / width
+    )
+    cell = (max(1, round(width * factor)), max(1, round(height * factor)))
+    resampling = Image.Resampling.NEAREST if factor >= 1 else Image.Resampling.LANCZOS
+    gap, font = 8, ImageFont.load_default(size=14)
+    columns = min(columns, len(frames))
+    total = max(columns * (cell[0] + gap) + gap, 320)
+    lines = _wrap(caption, total - 2 * gap, font)
+    labels = 20 if references else 0
+    side = len(references[0][1]) if references else 0
+    if references:
+        total = max(total, len(references) * (side + 2 * gap) + gap)
+    rows = math.ceil(len(frames) / columns)
+    image = Image.new(
+        "RGB", (total, gap + side + labels + 20 * len(lines) + gap + rows * (cell[1] + gap)), "white"
+    )
+    draw = ImageDraw.Draw(image)
+    for i, (label, picture) in enumerate(references):
+        x = gap + i * (side + 2 * gap)
+        image.paste(Image.fromarray(picture), (x, gap))
+        draw.text((x, gap + side + 2), _shorten(label, side + gap, font), "black", font)
+    y = gap + side + labels
+    for line in lines:
+        draw.text((gap, y), line, "black", font)
+        y += 20
+    y += gap
+    for i, frame in enumerate(frames):
+        place = (gap + i % columns * (cell[0] + gap), y + i // columns * (cell[1] + gap))
+        image.paste(Image.fromarray(frame).resize(cell, resampling), place)
+    return image
+
+
+def _wrap(text: str, width: float, font: ImageFont.ImageFont | ImageFont.FreeTypeFont) -> list[str]:
+    """Breaks text at spaces into lines at most `width` pixels long."""
+    lines: list[str] = []
+    for word in text.split():
+        if lines and font.getlength(f"{lines[-1]} {word}") <= width:
+            lines[-1] += f" {word}"
+        else:
+            lines.append(word)
+    return lines
+
+
+def _shorten(text: str, width: float, font: ImageFont.ImageFont | ImageFont.FreeTypeFont) -> str:
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(f"{text}…") > width:
+        text = text[:-1]
+    return f"{text}…"
+
+
+def save_png(image: Image.Image, path: Path) -> None:
+    """Writes a PNG. Raises OSError."""
+    image.save(path, format="PNG")
+
+
+def save_gif(frames: np.ndarray, fps: float, path: Path) -> None:
+    """Writes frames uint8 [F,H,W,3] as an endless GIF. Raises OSError.
+
+    A GIF counts hundredths of a second: each frame ends at the nearest one, so the whole keeps its length.
+    """
+    ends = [round(100 * (i + 1) / fps) for i in range(len(frames))]
+    durations = [
+        10 * max(2, end - start) for start, end in zip([0, *ends], ends, strict=False)
+    ]  # players round 1 up
+    images = [Image.fromarray(frame).quantize(256, dither=Image.Dither.NONE) for frame in frames]
+    images[0].save(path, format="GIF", save_all=True, append_images=images[1:], duration=durations, loop=0)

@@ -1,0 +1,271 @@
+"""From a prompt and concepts to a video, once from top to bottom:
+
+prompt, labels ──▶ text_encoder ─────────────┐
+pictures ──▶ image_encoder ▶ qformer ▶ dam ──┴─▶ condition ──▶ denoise × steps ──▶ decode
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+
+from . import noise as noises
+from . import pictures
+from .backends import Backend, open_backend
+from .bundle import Bundle
+from .errors import Cancelled, GenerationError
+from .guidance import Guidance, make_guidance
+from .progress import bar
+from .request import Concept, Request
+from .solver import STATES, Schedule, make_schedule
+from .tokenizer import Tokenizer
+from .video import Video
+
+Preview = Callable[[], np.ndarray]
+Callback = Callable[[int, int, Preview], bool | None]
+"""callback(step, steps, preview): called after each step, step = 1..steps, counted over all samples of the
+request. preview() decodes the model's current estimate of the first frame, uint8 [H,W,3]. Returning False
+cancels."""
+
+ENCODERS = ("text_encoder", "image_encoder", "qformer", "dam")
+CACHED_TEXTS = 32  # encoded strings kept per pipeline
+
+
+class Pipeline:
+    """A loaded bundle, ready to generate.
+
+    It holds no state of a request, so several threads may call one pipeline at once; their requests then
+    share the CPU threads, so one after the other is usually as fast.
+    """
+
+    def __init__(self, bundle: Bundle, backend: Backend) -> None:
+        self.bundle = bundle
+        self.manifest = bundle.manifest
+        self.backend = backend
+        self._tokenizer = Tokenizer(bundle.tokenizer)
+        self._text = functools.lru_cache(CACHED_TEXTS)(self._encode_text)
+
+    @classmethod
+    def from_bundle(
+        cls, name_or_path: str | os.PathLike[str], *, device: str = "cpu", threads: int | None = None
+    ) -> Pipeline:
+        """Opens and verifies a bundle: the name of a shipped one ("sprites") or a path.
+
+        Args: device: "cpu" or "cuda"; threads: CPU threads, None for one per core.
+        Raises: InputError (no such bundle or device), BundleError (not sound), MissingDependency.
+        """
+        bundle = Bundle.open(name_or_path)
+        return cls(bundle, open_backend(bundle, device, threads))
+
+    def __call__(
+        self,
+        prompt: str,
+        concepts: Sequence[Concept] = (),
+        *,
+        seed: int = 0,
+        steps: int | None = None,
+        guidance: float | None = None,
+        concept_guidance: float | None = None,
+        negative: str | None = None,
+        solver: str | None = None,
+        shift: float | None = None,
+        samples: int = 1,
+        noise: np.ndarray | None = None,
+        callback: Callback | None = None,
+        progress: bool = False,
+    ) -> Video | list[Video]:
+        """Generates one video, or a list of them if samples > 1. The arguments are the fields of `Request`
+        (None: the bundle's default) and the arguments of `generate`. Raises what they raise."""
+        request = Request(
+            prompt, tuple(concepts), negative, steps, guidance, concept_guidance, solver, shift, seed, samples
+        )
+        videos = self.generate(request, noise=noise, callback=callback, progress=progress)
+        return videos[0] if request.samples == 1 else videos
+
+    def generate(
+        self,
+        request: Request,
+        *,
+        noise: np.ndarray | None = None,
+        callback: Callback | None = None,
+        progress: bool = False,
+    ) -> list[Video]:
+        """Generates request.samples videos.
+
+        Args: noise: [samples,Cz,F,H,W] or, for one sample, [Cz,F,H,W], instead of noise from the seed;
+            callback: see `Callback`; progress: show a progress bar on standard error.
+        Raises: InputError, before anything is computed; Cancelled; GenerationError; BundleError.
+        """
+        shapes = self.manifest.shapes
+        request = request.resolve(self.manifest)
+        assert request.guidance is not None and request.solver is not None
+        assert request.steps is not None and request.shift is not None
+        guidance = make_guidance(shapes.branches, request.guidance, request.concept_guidance)
+        schedule = make_schedule(request.solver, request.steps, request.shift)
+        starts: Sequence[np.ndarray | None] = [
+            None
+        ] * request.samples  # made from the seed when its turn comes
+        if noise is not None:
+            starts = noises.from_array(noise, shapes.latent, request.samples)
+        self._check_texts(request, guidance)
+        concepts = self._load_concepts(request)
+
+        seconds: dict[str, float] = {}
+        with _timed(seconds, "load"):
+            skipped = () if concepts else ENCODERS[1:]
+            self.backend.load(graph for graph in self.manifest.graphs if graph not in skipped)
+        with _timed(seconds, "encode"):
+            text = self._branch_texts(request, guidance)  # [K,T,Dt]
+            concept_tokens = self._concept_tokens(concepts)  # [N,Q,Dc]
+        with _timed(seconds, "condition"):
+            mask = np.zeros((shapes.branches, shapes.concepts), bool)
+            mask[np.array(guidance.concepts), : len(concepts)] = True  # [K,N]
+            known = {"text": text, "concept_tokens": concept_tokens, "concept_mask": mask}
+            known |= self.backend.run("condition", known)
+
+        videos = []
+        for sample, (seed, start) in enumerate(zip(request.seeds, starts, strict=True)):
+            own = dict(seconds)
+            with _timed(own, "denoise"):
+                first = noises.from_seed(seed, shapes.latent) if start is None else start  # [Cz,F,H,W]
+                after_step = self._after_step(
+                    callback, sample * request.steps, request.samples * request.steps
+                )
+                latents = self._denoise(first, known, schedule, guidance, after_step, progress)  # [Cz,F,H,W]
+            with _timed(own, "decode"):
+                frames = self._decode(latents, progress)  # [frames,height,width,3]
+            videos.append(Video(frames, self.manifest.fps, seed, request.prompt, concepts, own))
+        return videos
+
+    def _check_texts(self, request: Request, guidance: Guidance) -> None:
+        """Tokenises every text, so that one that is too long is known before anything runs."""
+        shapes = self.manifest.shapes
+        texts = [("the prompt", request.prompt, shapes.text_tokens)]
+        if not all(guidance.caption):
+            texts.append(("the negative prompt", request.negative or "", shapes.text_tokens))
+        texts += [(f"the label {c.label!r}", c.label, shapes.label_tokens) for c in request.concepts]
+        for what, text, limit in texts:
+            self._tokenizer.encode(text, shapes.text_tokens, limit, what)
+
+    def _load_concepts(self, request: Request) -> tuple[Concept, ...]:
+        """The concepts with their pictures as uint8 [px,px,3]."""
+        size, background = self.manifest.shapes.picture_size, self.manifest.pictures.background
+        return tuple(
+            Concept(c.label, pictures.load(c.image, size, background, f"the picture of {c.label!r}"))
+            for c in request.concepts
+        )
+
+    def _encode_text(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        """One string → text [1,T,Dt] float32 (zero behind its end), mask [1,T]. Cached as `_text`."""
+        length = self.manifest.shapes.text_tokens
+        ids, mask = self._tokenizer.encode(text, length, length, "the text")
+        outputs = self.backend.run("text_encoder", {"token_ids": ids, "token_mask": mask})
+        return self.backend.to_host(outputs["text"]), mask
+
+    def _branch_texts(self, request: Request, guidance: Guidance) -> np.ndarray:
+        texts = [request.prompt if caption else request.negative or "" for caption in guidance.caption]
+        return np.concatenate([self._text(text)[0] for text in texts])  # [K,T,Dt]
+
+    def _concept_tokens(self, concepts: tuple[Concept, ...]) -> Any:
+        """Pictures and labels → concept tokens [N,Q,Dc] on the device; places without a concept hold anything
+        finite.
+        """
+        shapes, images = self.manifest.shapes, self.manifest.pictures
+        if not concepts:
+            return np.zeros((shapes.concepts, shapes.queries, shapes.concept_width), np.float32)
+        pixels = np.zeros((shapes.concepts, 3, shapes.picture_size, shapes.picture_size), np.float32)
+        for i, concept in enumerate(concepts):
+            pixels[i] = pictures.normalise(np.asarray(concept.image), images.mean, images.std)
+        known = self.backend.run("image_encoder", {"pixels": pixels})
+        known = self.backend.run("qformer", known)
+        if self.manifest.graphs["dam"].input("label_text") is not None:
+            known |= self._labels(concepts)
+        return self.backend.run("dam", known)["concept_tokens"]
+
+    def _labels(self, concepts: tuple[Concept, ...]) -> dict[str, np.ndarray]:
+        """Each label, encoded on its own: label_text [N,L,Dt], label_mask [N,L]."""
+        shapes = self.manifest.shapes
+        text = np.zeros((shapes.concepts, shapes.label_tokens, shapes.text_width), np.float32)
+        mask = np.zeros((shapes.concepts, shapes.label_tokens), bool)
+        mask[:, 0] = (
+            True  # a softmax over no token at all is not a number, even where it is thrown away later
+        )
+        for i, concept in enumerate(concepts):
+            label_text, label_mask = self._text(concept.label)
+            text[i], mask[i] = label_text[0, : shapes.label_tokens], label_mask[0, : shapes.label_tokens]
+        return {"label_text": text, "label_mask": mask}
+
+    def _denoise(
+        self,
+        start: np.ndarray,
+        known: dict[str, Any],
+        schedule: Schedule,
+        guidance: Guidance,
+        after_step: Callable[[int, Any], None],
+        progress: bool,
+    ) -> np.ndarray:
+        """Noise [Cz,F,H,W] → latents [Cz,F,H,W]: one graph call a step; the state stays on the device."""
+        state: Any = np.zeros((STATES, *start.shape), np.float32)  # [M,Cz,F,H,W]
+        state[0] = start
+        known = {**known, "guidance": guidance.weights}
+        steps = range(len(schedule.timesteps))
+        for step in bar(steps, len(steps), "denoise", progress):
+            scalars = {
+                "time": schedule.timesteps[step : step + 1],
+                "coefficients": schedule.coefficients[step],
+            }
+            state = self.backend.run("denoise", {**known, **scalars, "state": state})["next_state"]
+            after_step(step + 1, state)
+        latents = self.backend.to_host(state)[0]
+        if not np.isfinite(latents).all():
+            raise GenerationError("the latents are not finite: try a lower guidance scale or more steps")
+        return latents
+
+    def _after_step(self, callback: Callback | None, done: int, steps: int) -> Callable[[int, Any], None]:
+        def after_step(step: int, state: Any) -> None:
+            if callback is not None and callback(done + step, steps, lambda: self._preview(state)) is False:
+                raise Cancelled(f"cancelled after step {done + step} of {steps}")
+
+        return after_step
+
+    def _preview(self, state: Any) -> np.ndarray:
+        """The first frame of the newest estimate of the data (slot 2), uint8 [H,W,3]."""
+        latents = self.backend.to_host(state)[2]  # [Cz,F,H,W]
+        frames = self.backend.run("decode_first", {"latents": _latent_frame(latents, 0)})["frames"]
+        return _to_uint8(self.backend.to_host(frames))[0]
+
+    def _decode(self, latents: np.ndarray, progress: bool) -> np.ndarray:
+        """Latents [Cz,F,H,W] → uint8 [frames,height,width,3], one latent frame at a time."""
+        parts: list[np.ndarray] = []
+        state: dict[str, Any] = {}
+        total = latents.shape[1]
+        for index in bar(range(total), total, "decode", progress):
+            graph = "decode" if index else "decode_first"
+            outputs = self.backend.run(graph, {**state, "latents": _latent_frame(latents, index)})
+            parts.append(_to_uint8(self.backend.to_host(outputs.pop("frames"))))
+            state = {name.removeprefix("next_"): value for name, value in outputs.items()}
+        return np.concatenate(parts)
+
+
+def _latent_frame(latents: np.ndarray, index: int) -> np.ndarray:
+    return np.ascontiguousarray(latents[None, :, index : index + 1])  # [1,Cz,1,H,W]
+
+
+def _to_uint8(frames: np.ndarray) -> np.ndarray:
+    """float32 0..1 → uint8, rounded. Raises GenerationError when it is not finite."""
+    if not np.isfinite(frames).all():
+        raise GenerationError("the decoded frames are not finite")
+    return np.rint(np.clip(frames, 0.0, 1.0) * 255.0).astype(np.uint8)
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    seconds[stage] = time.perf_counter() - start

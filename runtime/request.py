@@ -1,0 +1,198 @@
+"""What is asked for: checked once, whole, before anything is computed."""
+
+from __future__ import annotations
+
+import math
+import numbers
+import os
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from . import strict
+from .errors import InputError
+from .guidance import make_guidance
+from .solver import SHIFTS, SOLVERS, TRAINED_STEPS
+
+if TYPE_CHECKING:
+    import numpy as np
+    from PIL.Image import Image
+
+    from .manifest import Manifest
+
+LARGEST_SEED = 2**63 - 1
+MOST_SAMPLES = 64
+STRONGEST = 1e6  # guidance; far beyond any use, far from overflow in float32
+
+
+@dataclass(frozen=True)
+class Concept:
+    """One thing that the video must show.
+
+    label: what it is, in words that tell it from the other concepts ("red cat"); it binds picture and
+    caption. image: its picture: a path, a PIL image, or a uint8 array [H,W], [H,W,3] or [H,W,4].
+    Raises: InputError for an empty label or another type.
+    """
+
+    label: str
+    image: str | os.PathLike[str] | Image | np.ndarray
+
+    def __post_init__(self) -> None:
+        _text("a concept's label", self.label)
+        if not self.label.strip():
+            raise InputError("a concept's label is empty: say in a word or two what the picture shows")
+
+
+@dataclass(frozen=True)
+class Request:
+    """A prompt, its concepts and the options; None means the bundle's default.
+
+    negative: what the unguided branch reads; steps: model evaluations, 1..1000; guidance, concept_guidance:
+    scales, see guidance.py; solver: "euler" or "unipc"; shift: above 1 spends more steps on noise; seed:
+    0..2**63-1; samples: videos, 1..64, sample i starting from seed + i.
+
+    Raises: InputError for the first field that is wrong.
+    """
+
+    prompt: str
+    concepts: tuple[Concept, ...] = ()
+    negative: str | None = None
+    steps: int | None = None
+    guidance: float | None = None
+    concept_guidance: float | None = None
+    solver: str | None = None
+    shift: float | None = None
+    seed: int = 0
+    samples: int = 1
+
+    def __post_init__(self) -> None:
+        _text("the prompt", self.prompt)
+        if not self.prompt.strip():
+            raise InputError("the prompt is empty: say what happens in the video")
+        if not isinstance(self.concepts, (tuple, list)) or not all(
+            isinstance(c, Concept) for c in self.concepts
+        ):
+            raise InputError("concepts must be a sequence of Concept(label, image)")
+        _set(self, "concepts", tuple(self.concepts))
+        _check_labels(self.concepts)
+        if self.negative is not None:
+            _text("the negative prompt", self.negative)
+        if self.steps is not None:
+            _set(self, "steps", _integer("steps", self.steps, 1, TRAINED_STEPS))
+        if self.guidance is not None:
+            _set(self, "guidance", _number("guidance", self.guidance, 0.0, STRONGEST))
+        if self.concept_guidance is not None:
+            _set(self, "concept_guidance", _number("concept_guidance", self.concept_guidance, 0.0, STRONGEST))
+        if self.solver is not None and self.solver not in SOLVERS:
+            raise InputError(f"unknown solver {self.solver!r}: choose one of {', '.join(SOLVERS)}")
+        if self.shift is not None:
+            _set(self, "shift", _number("shift", self.shift, *SHIFTS))
+        _set(self, "samples", _integer("samples", self.samples, 1, MOST_SAMPLES))
+        _set(self, "seed", _integer("seed", self.seed, 0, LARGEST_SEED - (self.samples - 1)))
+
+    @property
+    def seeds(self) -> range:
+        """One seed per sample."""
+        return range(self.seed, self.seed + self.samples)
+
+    def resolve(self, manifest: Manifest) -> Request:
+        """This request with the bundle's defaults filled in, every field but concept_guidance set.
+
+        Raises: InputError for more concepts than the bundle takes, or guidance that it cannot follow.
+        """
+        names = ("negative", "steps", "guidance", "concept_guidance", "solver", "shift")
+        missing = {name: getattr(manifest.defaults, name) for name in names if getattr(self, name) is None}
+        if self.guidance is not None and self.concept_guidance is None:
+            del missing["concept_guidance"]  # a scale given alone is the joint scale
+        most = manifest.shapes.concepts
+        if len(self.concepts) > most:
+            raise InputError(
+                f"{len(self.concepts)} concepts, but the bundle {manifest.name!r} takes at most {most}"
+            )
+        resolved = replace(self, **missing)
+        assert resolved.guidance is not None
+        make_guidance(manifest.shapes.branches, resolved.guidance, resolved.concept_guidance)
+        return resolved
+
+    @classmethod
+    def from_json(cls, path: str | os.PathLike[str]) -> Request:
+        """Reads a request file: an object whose keys are this class's fields. Each concept is {"label",
+        "image"}, the image's path is relative to the file.
+
+        Raises: InputError naming the file, for anything missing, unknown or wrong.
+        """
+        path = Path(path)
+        try:
+            data = strict.read(path)
+            return cls(**_from_json(data, path.parent))
+        except OSError as error:
+            raise InputError(f"cannot read the request {str(path)!r}: {error.strerror}") from None
+        except ValueError as error:  # InputError is one
+            raise InputError(f"request {str(path)!r}: {error}") from None
+
+
+def _from_json(data: Any, folder: Path) -> dict[str, Any]:
+    if not isinstance(data, dict):
+        raise ValueError("is not an object")
+    known = [field.name for field in fields(Request)]
+    for key in data:
+        if key not in known:
+            raise ValueError(f"unknown key {key!r}; known are {', '.join(known)}")
+    if "prompt" not in data:
+        raise ValueError("lacks the key 'prompt'")
+    concepts = data.get("concepts") or []
+    if not isinstance(concepts, list):
+        raise ValueError("concepts must be a list")
+    for concept in concepts:
+        if not isinstance(concept, dict) or set(concept) != {"label", "image"}:
+            raise ValueError('each concept must be {"label": ..., "image": ...}')
+        if not isinstance(concept["image"], str) or not concept["image"]:
+            raise ValueError("a concept's image must be a path")
+    given = {
+        key: value for key, value in data.items() if value is not None or key == "prompt"
+    }  # null: the default
+    return given | {"concepts": tuple(Concept(c["label"], folder / c["image"]) for c in concepts)}
+
+
+def _set(request: Request, name: str, value: Any) -> None:
+    object.__setattr__(request, name, value)  # the dataclass is frozen to everybody else
+
+
+def _check_labels(concepts: tuple[Concept, ...]) -> None:
+    seen: set[str] = set()
+    for concept in concepts:
+        label = " ".join(concept.label.split()).casefold()
+        if label in seen:
+            raise InputError(
+                f"two concepts are labelled {concept.label!r}: labels must differ, they are what binds"
+            )
+        seen.add(label)
+
+
+def _text(what: str, value: object) -> None:
+    if not isinstance(value, str):
+        raise InputError(f"{what} must be a string, not {type(value).__name__}")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise InputError(f"{what} is not valid Unicode text") from None
+
+
+def _integer(name: str, value: object, least: int, most: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise InputError(f"{name} must be an integer, not {value!r:.60}")
+    if not least <= int(value) <= most:
+        raise InputError(f"{name} must be {least} to {most}, not {int(value)}")
+    return int(value)
+
+
+def _number(name: str, value: object, least: float, most: float) -> float:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise InputError(f"{name} must be a number, not {value!r:.60}")
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not least <= number <= most:  # so NaN is refused as well
+        raise InputError(f"{name} must be {least:g} to {most:g}, not {number:g}")
+    return number

@@ -1,0 +1,108 @@
+"""What the pipeline gives to each graph and wants from it, held against a bundle's signatures."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .manifest import GraphFile, Shapes
+
+Kind = tuple[str, tuple[int, ...]]  # dtype, shape
+
+UPSTREAM = {  # a graph gets all outputs of the one before it, too
+    "qformer": "image_encoder",
+    "dam": "qformer",
+    "condition": "dam",
+    "denoise": "condition",
+    "decode": "decode_first",
+}
+
+
+def check(graphs: dict[str, GraphFile], shapes: Shapes) -> None:
+    """Every input must be something that the pipeline has, in its dtype and shape; the outputs that the
+    pipeline reads must be there; the frames must add up. A graph need not use all that it is offered.
+
+    Raises: ValueError for the first difference.
+    """
+    inputs = _inputs(shapes)
+    if set(graphs) != set(inputs):
+        raise ValueError(f"the graphs must be {', '.join(inputs)}; they are {', '.join(graphs)}")
+    for name, offered in inputs.items():
+        if name in UPSTREAM:
+            offered = offered | _given(graphs[UPSTREAM[name]])
+        _check_inputs(name, graphs[name], offered)
+    if "decode" in graphs:  # from its second call on it gets its own state back
+        _check_inputs("decode", graphs["decode"], inputs["decode"] | _given(graphs["decode"]))
+    for name, (output, kind) in _outputs(shapes).items():
+        found = graphs[name].output(output)
+        if found is None or (found.dtype, found.shape) != kind:
+            raise ValueError(f"the graph {name} must give {output!r}, {_spelled(kind)}")
+    _check_frames(graphs, shapes)
+
+
+def _inputs(s: Shapes) -> dict[str, dict[str, Kind]]:
+    branches, latent = s.branches, s.latent
+    mask: Kind = ("bool", (branches, s.concepts))
+    decoder: dict[str, Kind] = {"latents": ("float32", (1, latent[0], 1, *latent[2:]))}
+    inputs: dict[str, dict[str, Kind]] = {
+        "text_encoder": {
+            "token_ids": ("int64", (1, s.text_tokens)),
+            "token_mask": ("bool", (1, s.text_tokens)),
+        },
+        "image_encoder": {"pixels": ("float32", (s.concepts, 3, s.picture_size, s.picture_size))},
+        "qformer": {},
+        "dam": {
+            "label_text": ("float32", (s.concepts, s.label_tokens, s.text_width)),
+            "label_mask": ("bool", (s.concepts, s.label_tokens)),
+        },
+        "condition": {"text": ("float32", (branches, s.text_tokens, s.text_width)), "concept_mask": mask},
+        "denoise": {
+            "state": ("float32", (s.solver_states, *latent)),
+            "time": ("float32", (1,)),
+            "concept_mask": mask,
+            "guidance": ("float32", (branches,)),
+            "coefficients": ("float32", (s.solver_states, s.solver_states + 1)),
+        },
+        "decode_first": decoder,
+    }
+    return inputs | {"decode": decoder} if latent[1] > 1 else inputs
+
+
+def _outputs(s: Shapes) -> dict[str, tuple[str, Kind]]:
+    return {
+        "text_encoder": ("text", ("float32", (1, s.text_tokens, s.text_width))),
+        "dam": ("concept_tokens", ("float32", (s.concepts, s.queries, s.concept_width))),
+        "denoise": ("next_state", ("float32", (s.solver_states, *s.latent))),
+    }
+
+
+def _given(graph: GraphFile) -> dict[str, Kind]:
+    return {spec.name.removeprefix("next_"): (spec.dtype, spec.shape) for spec in graph.outputs}
+
+
+def _check_inputs(name: str, graph: GraphFile, offered: dict[str, Kind]) -> None:
+    for spec in graph.inputs:
+        kind = (spec.dtype, spec.shape)
+        if spec.name not in offered:
+            raise ValueError(f"the graph {name} wants {spec.name!r}, which nothing gives")
+        if offered[spec.name] != kind:
+            given = _spelled(offered[spec.name])
+            raise ValueError(f"the graph {name} wants {spec.name!r} as {_spelled(kind)}, it gets {given}")
+
+
+def _check_frames(graphs: dict[str, GraphFile], s: Shapes) -> None:
+    total = 0
+    for name, calls in (("decode_first", 1), ("decode", s.latent[1] - 1)):
+        if calls:
+            frames = graphs[name].output("frames")
+            if frames is None or frames.dtype != "float32" or frames.shape[1:] != (s.height, s.width, 3):
+                raise ValueError(
+                    f"the graph {name} must give 'frames', float32 [f, {s.height}, {s.width}, 3]"
+                )
+            total += calls * frames.shape[0]
+    if total != s.frames:
+        raise ValueError(f"the decoders give {total} frames, the video has {s.frames}")
+
+
+def _spelled(kind: Kind) -> str:
+    return f"{kind[0]} {list(kind[1])}"

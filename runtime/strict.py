@@ -1,0 +1,115 @@
+"""Reads JSON into frozen dataclasses and refuses whatever it does not expect."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import types
+import typing
+from pathlib import Path
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+LARGEST_FILE = 16 * 2**20  # bytes; a manifest or a request is a few kilobytes
+
+
+def read(path: Path) -> Any:
+    """Parses one UTF-8 JSON file.
+
+    Returns: the parsed value.
+    Raises: ValueError when it is too large, not JSON, nested too deeply, repeats a key, or holds NaN or
+    Infinity; OSError when it cannot be read.
+    """
+    with path.open("rb") as file:
+        data = file.read(LARGEST_FILE + 1)
+    if len(data) > LARGEST_FILE:
+        raise ValueError(f"is larger than {LARGEST_FILE} bytes")
+    try:
+        return json.loads(data.decode("utf-8-sig"), object_pairs_hook=_unique, parse_constant=_no_constant)
+    except RecursionError:
+        raise ValueError("is nested too deeply") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"is not UTF-8 text ({error.reason} at byte {error.start})") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"is not JSON ({error.msg}, line {error.lineno})") from None
+
+
+def canonical(value: Any) -> bytes:
+    """The one spelling of a JSON value (sorted keys, no spaces), for checksums. Raises ValueError for NaN."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+
+
+def decode(kind: type[T], value: Any, where: str) -> T:
+    """Turns a parsed JSON value into `kind`: a dataclass, int, float, str, bool, tuple[...], dict[str, ...],
+    X | None, or dict (left as it is). Types are exact: true is no integer, 1.0 is no integer, 1 is a float.
+
+    Args: where: what the value is, for messages.
+    Raises: ValueError naming the place, for an unknown or missing key or a wrong type.
+    """
+    return typing.cast(T, _decode(kind, value, where))
+
+
+def _decode(kind: Any, value: Any, where: str) -> Any:
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if dataclasses.is_dataclass(kind):
+        return _decode_dataclass(kind, value, where)
+    if origin in (types.UnionType, typing.Union):  # only X | None
+        if value is None:
+            return None
+        (inner,) = (argument for argument in arguments if argument is not type(None))
+        return _decode(inner, value, where)
+    if origin is tuple:
+        if not isinstance(value, list):
+            raise ValueError(f"{where} must be a list")
+        if arguments[-1] is not Ellipsis and len(value) != len(arguments):
+            raise ValueError(f"{where} must have {len(arguments)} entries, it has {len(value)}")
+        kinds = [arguments[0]] * len(value) if arguments[-1] is Ellipsis else arguments
+        return tuple(
+            _decode(k, v, f"{where}[{i}]") for i, (k, v) in enumerate(zip(kinds, value, strict=True))
+        )
+    if kind is dict or origin is dict:
+        if not isinstance(value, dict):
+            raise ValueError(f"{where} must be an object")
+        if not arguments:
+            return value
+        return {key: _decode(arguments[1], item, f"{where}.{key}") for key, item in value.items()}
+    if kind is float and type(value) is int:
+        return float(value)
+    if type(value) is not kind:
+        raise ValueError(f"{where} must be {_NAMES[kind]}, it is {value!r:.60}")
+    return value
+
+
+_NAMES: dict[Any, str] = {int: "an integer", float: "a number", str: "a string", bool: "true or false"}
+
+
+def _decode_dataclass(kind: Any, value: Any, where: str) -> Any:
+    if not isinstance(value, dict):
+        raise ValueError(f"{where} must be an object")
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    for key in value:
+        if key not in fields:
+            raise ValueError(f"{where} has an unknown key {key!r}")
+    for name, field in fields.items():
+        if name not in value and field.default is dataclasses.MISSING:
+            raise ValueError(f"{where} lacks the key {name!r}")
+    hints = typing.get_type_hints(kind)
+    decoded = {key: _decode(hints[key], item, f"{where}.{key}") for key, item in value.items()}
+    try:
+        return kind(**decoded)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"has the key {twice!r} twice in one object")
+    return result
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"holds {name}, which is not JSON")

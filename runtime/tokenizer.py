@@ -1,0 +1,46 @@
+"""Text to token ids. The only file that imports tokenizers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from .errors import BundleError, InputError, MissingDependency
+from .manifest import REPAIR
+
+PAD = 0  # the id of <pad>
+
+
+class Tokenizer:
+    """The tokenizer of a bundle. Text is never cut: what does not fit is an error.
+
+    Raises: BundleError when `path` is not a tokenizer.json; MissingDependency.
+    """
+
+    def __init__(self, path: Path) -> None:
+        try:
+            from tokenizers import Tokenizer as Rust
+        except ImportError as error:
+            raise MissingDependency(f"tokenizers does not load ({error}): pip install tokenizers") from error
+        try:
+            self._rust = Rust.from_file(str(path))
+        except Exception as error:  # tokenizers raises plain Exception
+            raise BundleError(f"bad bundle: {str(path)!r} does not load: {error}; {REPAIR}") from error
+        self._rust.no_padding()
+        self._rust.no_truncation()
+
+    def encode(self, text: str, length: int, limit: int, what: str) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens of `text`, padded to `length`.
+
+        Args: limit: tokens allowed, at most `length`; what: what the text is ("the caption"), for the
+            message.
+        Returns: ids int64 [1, length], mask bool [1, length], True on real tokens.
+        Raises: InputError when the text takes more than `limit` tokens.
+        """
+        tokens = self._rust.encode(text).ids
+        if len(tokens) > limit:
+            raise InputError(f"{what} takes {len(tokens)} tokens, {limit} are allowed: make it shorter")
+        ids = np.full((1, length), PAD, np.int64)
+        ids[0, : len(tokens)] = tokens
+        return ids, np.arange(length)[None] < len(tokens)
