@@ -24,7 +24,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Te
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)  # [B,S,A,E]
     some = mask.any(dim=-1, keepdim=True)  # [B,1]
     # A row with no key would be 0/0: let it attend to everything, then replace what came out.
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=(mask | ~some)[:, None, None, :])  # [B,A,S,E]
+    # ONNX Runtime's Attention wants a mask with an entry for every query.
+    allowed = (mask | ~some)[:, None, None].expand(-1, -1, q.shape[2], -1)  # [B,1,S,T]
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed)  # [B,A,S,E]
     return torch.where(some[:, :, None, None], out, torch.zeros_like(out)).transpose(1, 2)  # [B,S,A,E]
 
 
