@@ -23,7 +23,7 @@ from .errors import ConceptMasterError, InputError
 if TYPE_CHECKING:
     import numpy as np
 
-    from .manifest import Manifest
+    from .manifest import Manifest, TensorSpec
     from .request import Request
     from .video import Video
 
@@ -338,13 +338,17 @@ def _describe(manifest: Manifest, sizes: dict[str, int], folder: Path) -> str:
         f"{'graph':14} {'size':>10}  inputs → outputs",
     ]
     for name, graph in manifest.graphs.items():
-        inputs, outputs = (
-            ", ".join(f"{spec.name} {list(spec.shape)}".replace(", ", ",") for spec in specs)
-            for specs in (graph.inputs, graph.outputs)
-        )
+        inputs, outputs = _tensors(graph.inputs), _tensors(graph.outputs)
         lines.append(f"{name:14} {sizes[name] / 2**20:7.2f} MB  {inputs} → {outputs}")
     lines.append(f"{'all':14} {sum(sizes.values()) / 2**20:7.2f} MB")
     return "\n".join(lines)
+
+
+def _tensors(specs: tuple[TensorSpec, ...]) -> str:
+    """Names and shapes in one line; the decoder's many states as a count."""
+    states = [spec for spec in specs if spec.name.startswith(("state_", "next_state_"))]
+    named = [f"{spec.name} [{','.join(map(str, spec.shape))}]" for spec in specs if spec not in states]
+    return ", ".join(named + ([f"{len(states)} states"] if states else []))
 
 
 COMMANDS = (

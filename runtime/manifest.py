@@ -211,7 +211,7 @@ def load(folder: Path) -> Manifest:
 
 def save(manifest: Manifest, folder: Path) -> Path:
     """Writes manifest.json (whole or not at all) and returns its path. Raises OSError, ValueError for NaN."""
-    data = json.loads(strict.canonical(dataclasses.asdict(manifest)))
+    data = json.loads(json.dumps(dataclasses.asdict(manifest), allow_nan=False))  # tuples become lists
     data["checksum"] = hashlib.sha256(strict.canonical(data)).hexdigest()
     path = folder / FILE_NAME
     with replacing(path) as temporary:

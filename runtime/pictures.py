@@ -176,7 +176,7 @@ def sheet(
     columns = min(columns, len(frames))
     total = max(columns * (cell[0] + gap) + gap, 320)
     lines = _wrap(caption, total - 2 * gap, font)
-    labels = 20 if references else 0
+    labels = 28 if references else 0
     side = len(references[0][1]) if references else 0
     if references:
         total = max(total, len(references) * (side + 2 * gap) + gap)

@@ -130,17 +130,21 @@ class Pipeline:
             known |= self.backend.run("condition", known)
 
         videos = []
-        for sample, (seed, start) in enumerate(zip(request.seeds, starts, strict=True)):
-            own = dict(seconds)
-            with _timed(own, "denoise"):
-                first = noises.from_seed(seed, shapes.latent) if start is None else start  # [Cz,F,H,W]
-                after_step = self._after_step(
-                    callback, sample * request.steps, request.samples * request.steps
-                )
-                latents = self._denoise(first, known, schedule, guidance, after_step, progress)  # [Cz,F,H,W]
-            with _timed(own, "decode"):
-                frames = self._decode(latents, progress)  # [frames,height,width,3]
-            videos.append(Video(frames, self.manifest.fps, seed, request.prompt, concepts, own))
+        parts = request.samples * (request.steps + shapes.latent[1])
+        with bar(parts, "steps and frames", progress) as advance:
+            for sample, (seed, start) in enumerate(zip(request.seeds, starts, strict=True)):
+                own = dict(seconds)
+                with _timed(own, "denoise"):
+                    first = noises.from_seed(seed, shapes.latent) if start is None else start  # [Cz,F,H,W]
+                    after_step = self._after_step(
+                        callback, sample * request.steps, request.samples * request.steps
+                    )
+                    latents = self._denoise(
+                        first, known, schedule, guidance, after_step, advance
+                    )  # [Cz,F,H,W]
+                with _timed(own, "decode"):
+                    frames = self._decode(latents, advance)  # [frames,height,width,3]
+                videos.append(Video(frames, self.manifest.fps, seed, request.prompt, concepts, own))
         return videos
 
     def _check_texts(self, request: Request, guidance: Guidance) -> None:
@@ -208,19 +212,19 @@ class Pipeline:
         schedule: Schedule,
         guidance: Guidance,
         after_step: Callable[[int, Any], None],
-        progress: bool,
+        advance: Callable[[], object],
     ) -> np.ndarray:
         """Noise [Cz,F,H,W] → latents [Cz,F,H,W]: one graph call a step; the state stays on the device."""
         state: Any = np.zeros((STATES, *start.shape), np.float32)  # [M,Cz,F,H,W]
         state[0] = start
         known = {**known, "guidance": guidance.weights}
-        steps = range(len(schedule.timesteps))
-        for step in bar(steps, len(steps), "denoise", progress):
+        for step in range(len(schedule.timesteps)):
             scalars = {
                 "time": schedule.timesteps[step : step + 1],
                 "coefficients": schedule.coefficients[step],
             }
             state = self.backend.run("denoise", {**known, **scalars, "state": state})["next_state"]
+            advance()
             after_step(step + 1, state)
         latents = self.backend.to_host(state)[0]
         if not np.isfinite(latents).all():
@@ -240,16 +244,16 @@ class Pipeline:
         frames = self.backend.run("decode_first", {"latents": _latent_frame(latents, 0)})["frames"]
         return _to_uint8(self.backend.to_host(frames))[0]
 
-    def _decode(self, latents: np.ndarray, progress: bool) -> np.ndarray:
+    def _decode(self, latents: np.ndarray, advance: Callable[[], object]) -> np.ndarray:
         """Latents [Cz,F,H,W] → uint8 [frames,height,width,3], one latent frame at a time."""
         parts: list[np.ndarray] = []
         state: dict[str, Any] = {}
-        total = latents.shape[1]
-        for index in bar(range(total), total, "decode", progress):
+        for index in range(latents.shape[1]):
             graph = "decode" if index else "decode_first"
             outputs = self.backend.run(graph, {**state, "latents": _latent_frame(latents, index)})
             parts.append(_to_uint8(self.backend.to_host(outputs.pop("frames"))))
             state = {name.removeprefix("next_"): value for name, value in outputs.items()}
+            advance()
         return np.concatenate(parts)
 
 

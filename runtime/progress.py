@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
-from typing import TypeVar
-
-T = TypeVar("T")
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 
-def bar(items: Iterable[T], total: int, label: str, show: bool) -> Iterable[T]:
-    """`items` as they are, with a progress bar called `label` that goes away when it is done, if `show`.
-
-    Without tqdm one line names the step and its length instead.
+@contextmanager
+def bar(total: int, label: str, show: bool) -> Iterator[Callable[[], object]]:
+    """Shows a bar called `label` while the block runs, if `show`; yields a function to be called after each
+    of the `total` parts. The bar goes away with the block. Without tqdm one line names the work and its
+    length instead.
     """
     if not show:
-        return items
+        yield lambda: None
+        return
     try:
         from tqdm import tqdm
     except ImportError:
         print(f"{label} ({total}) ...", file=sys.stderr)
-        return items
-    return tqdm(items, desc=label, total=total, leave=False, file=sys.stderr)
+        yield lambda: None
+        return
+    with tqdm(desc=label, total=total, leave=False, file=sys.stderr) as shown:
+        yield shown.update

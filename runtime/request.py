@@ -140,7 +140,7 @@ def _from_json(data: Any, folder: Path) -> dict[str, Any]:
             raise ValueError(f"unknown key {key!r}; known are {', '.join(known)}")
     if "prompt" not in data:
         raise ValueError("lacks the key 'prompt'")
-    concepts = data.get("concepts") or []
+    concepts = [] if data.get("concepts") is None else data["concepts"]
     if not isinstance(concepts, list):
         raise ValueError("concepts must be a list")
     for concept in concepts:
