@@ -1,0 +1,177 @@
+"""What both trainings share: Muon with AdamW, a moving average, a schedule, and checkpoints that survive a stop.
+
+Muon (momentum orthogonalised by Newton-Schulz iterations) is by Keller Jordan et al., 2024; the coefficients are theirs.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+
+
+def orthogonalised(matrix: torch.Tensor, steps: int = 5) -> torch.Tensor:
+    """The nearest semi-orthogonal matrix, roughly: [r, c] -> [r, c] with singular values near 1.
+
+    The iterations run on the small Gram matrix only: all its polynomials commute, so their product can be applied once.
+    """
+    a, b, c = NEWTON_SCHULZ
+    x = matrix / (matrix.norm() + 1e-7)
+    tall = x.shape[0] > x.shape[1]
+    x = x.T if tall else x
+    gram = x @ x.T
+    eye = torch.eye(len(gram), dtype=x.dtype, device=x.device)
+    product = eye
+    for _ in range(steps):
+        polynomial = a * eye + b * gram + c * (gram @ gram)
+        product = polynomial @ product
+        gram = polynomial @ gram @ polynomial
+    x = product @ x
+    return x.T if tall else x
+
+
+class MuonAdamW(torch.optim.Optimizer):
+    """Muon for weights of two or more dimensions (flattened to [out, rest]), AdamW for everything else.
+
+    ``parameters`` are (name, parameter) pairs; names that contain one of ``adam_names`` take AdamW whatever their shape
+    (embeddings, tables). ``lr`` is Muon's, ``adam_lr`` the other's; a schedule scales both through ``set_scale``.
+    """
+
+    def __init__(
+        self,
+        parameters: Iterable[tuple[str, torch.nn.Parameter]],
+        lr: float,
+        adam_lr: float,
+        weight_decay: float = 0.0,
+        adam_names: tuple[str, ...] = (),
+    ) -> None:
+        pairs = [(n, p) for n, p in parameters if p.requires_grad]
+        use_muon = [p for n, p in pairs if p.ndim >= 2 and not any(a in n for a in adam_names)]
+        muon_ids = {id(p) for p in use_muon}
+        groups = [
+            {"params": use_muon, "muon": True, "base": lr, "decay": weight_decay},
+            {"params": [p for _, p in pairs if id(p) not in muon_ids], "muon": False, "base": adam_lr, "decay": 0.0},
+        ]
+        super().__init__(groups, {"lr": lr})
+        self.set_scale(1.0)
+
+    def set_scale(self, scale: float) -> None:
+        """Set both learning rates to ``scale`` times their base."""
+        for group in self.param_groups:
+            group["lr"] = group["base"] * scale
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """One update from the gradients that are there; a parameter without a gradient stays as it is."""
+        for group in self.param_groups:
+            lr = group["lr"]
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                if group["muon"]:
+                    momentum = state.setdefault("momentum", torch.zeros_like(p))
+                    momentum.lerp_(p.grad, 0.05)
+                    update = p.grad.lerp(momentum, 0.95).flatten(1)
+                    update = orthogonalised(update) * max(1.0, update.shape[0] / update.shape[1]) ** 0.5
+                    p.mul_(1 - lr * group["decay"]).add_(update.view_as(p), alpha=-lr)
+                else:
+                    count = state["step"] = state.get("step", 0) + 1
+                    first = state.setdefault("first", torch.zeros_like(p))
+                    second = state.setdefault("second", torch.zeros_like(p))
+                    first.lerp_(p.grad, 0.1)
+                    second.mul_(0.98).addcmul_(p.grad, p.grad, value=0.02)
+                    mean, variance = first / (1 - 0.9**count), second / (1 - 0.98**count)
+                    p.addcdiv_(mean, variance.sqrt() + 1e-8, value=-lr)
+
+
+def schedule(progress: float, warmup: float = 0.02, final: float = 0.02) -> float:
+    """Learning rate scale over ``progress`` in 0..1: linear warm-up, flat, then linear down over the last 40 %."""
+    if progress < warmup:
+        return max(progress, 1e-4) / warmup
+    if progress < 0.6:
+        return 1.0
+    return final + (1 - final) * max(0.0, (1 - progress) / 0.4)
+
+
+class Average:
+    """Exponential moving average of a module's parameters (and a copy of its buffers)."""
+
+    def __init__(self, module: torch.nn.Module, decay: float) -> None:
+        self.decay, self.count = decay, 0
+        self.shadow = {k: v.detach().clone() for k, v in module.state_dict().items()}
+
+    @torch.no_grad()
+    def update(self, module: torch.nn.Module) -> None:
+        """Move towards the module; the first updates move faster."""
+        self.count += 1
+        decay = min(self.decay, (1 + self.count) / (10 + self.count))
+        for k, v in module.state_dict().items():
+            if v.dtype.is_floating_point:
+                self.shadow[k].lerp_(v, 1 - decay)
+            else:
+                self.shadow[k].copy_(v)
+
+
+def gradient_norm(parameters: Iterable[torch.nn.Parameter], limit: float) -> float:
+    """Clip the gradients' norm to ``limit``; returns the norm before. Raises FloatingPointError where it is not finite."""
+    norm = float(torch.nn.utils.clip_grad_norm_(list(parameters), limit))
+    if not math.isfinite(norm):
+        raise FloatingPointError("the gradient is not finite; resume from the last checkpoint with a lower learning rate")
+    return norm
+
+
+def save_checkpoint(
+    path: Path, module: torch.nn.Module, average: Average, optimizer: MuonAdamW, progress: dict[str, float]
+) -> None:
+    """Write weights, average, optimizer state and ``progress`` as one safetensors file, whole or not at all."""
+    tensors = {f"model.{k}": v.contiguous() for k, v in module.state_dict().items()}
+    tensors |= {f"average.{k}": v.contiguous() for k, v in average.shadow.items()}
+    names = {id(p): n for n, p in module.named_parameters()}
+    steps = {}
+    for p, state in optimizer.state.items():
+        for key, value in state.items():
+            if isinstance(value, torch.Tensor):
+                tensors[f"optimizer.{key}.{names[id(p)]}"] = value.contiguous()
+            else:
+                steps[names[id(p)]] = value
+    header = {"progress": json.dumps(progress | {"average_count": average.count}), "steps": json.dumps(steps)}
+    partial = path.with_name(f".{path.name}.tmp")
+    save_file(tensors, partial, metadata=header)
+    os.replace(partial, path)
+
+
+def load_checkpoint(
+    path: Path, module: torch.nn.Module, average: Average, optimizer: MuonAdamW
+) -> dict[str, float]:
+    """Read back what ``save_checkpoint`` wrote into the same objects; returns ``progress``.
+
+    Raises ValueError naming the file where it is truncated or of another model.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = file.metadata()
+            tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 (not a dict)
+        progress, steps = json.loads(header["progress"]), json.loads(header["steps"])
+        module.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("model.")}, strict=True)
+    except Exception as error:
+        raise ValueError(f"{path} is not a whole checkpoint of this training ({error}); delete it to start over") from error
+    device = next(module.parameters()).device
+    average.shadow = {k[8:]: v.to(device) for k, v in tensors.items() if k.startswith("average.")}
+    average.count = int(progress["average_count"])
+    for name, p in module.named_parameters():
+        for key in ("momentum", "first", "second"):
+            tensor = tensors.get(f"optimizer.{key}.{name}")
+            if tensor is not None:
+                optimizer.state[p][key] = tensor.to(device)
+        if name in steps:
+            optimizer.state[p]["step"] = steps[name]
+    return progress

@@ -1,0 +1,103 @@
+"""Training data on disk: shards of drawn clips, and the same clips as latents once the VAE is trained.
+
+A shard is a folder of plain ``.npy`` arrays that are mapped, not loaded. It appears under its final name only when it
+is whole, so drawing, encoding and training may run beside each other and be stopped at any moment.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from .draw import draw_clip, draw_reference
+from .world import FRAMES, MAX_CONCEPTS, SIZE, random_scene
+
+SHARD = 500
+"""Clips in a shard."""
+REFERENCES = 2
+"""Reference pictures drawn for each concept; training picks one of them at random."""
+LATENT_GRID = (5, 8, 8)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One mapped shard. ``video`` [n, F, H, W, 3], ``references`` [n, N, R, H, W, 3], ``coverage`` [n, N, 5, 8, 8], all uint8."""
+
+    folder: Path
+    video: np.ndarray
+    references: np.ndarray
+    coverage: np.ndarray
+    captions: list[str]
+    labels: list[list[str]]
+
+    def latents(self) -> np.ndarray | None:
+        """float16 [n, z, 5, 8, 8], or None while not encoded."""
+        path = self.folder / "latents.npy"
+        return np.load(path, mmap_mode="r") if path.exists() else None
+
+
+def _coverage(masks: np.ndarray) -> np.ndarray:
+    """How much of every latent cell a concept covers: float [N, F, H, W] -> uint8 [N, 5, 8, 8]."""
+    n, f, h, w = masks.shape
+    cells = masks.reshape(n, f, LATENT_GRID[1], h // LATENT_GRID[1], LATENT_GRID[2], w // LATENT_GRID[2]).mean((3, 5))
+    first, rest = cells[:, :1], cells[:, 1:].reshape(n, LATENT_GRID[0] - 1, -1, *LATENT_GRID[1:]).mean(2)
+    return np.round(np.concatenate([first, rest], axis=1) * 255).astype(np.uint8)
+
+
+def draw_shard(folder: Path, index: int, held_out: bool = False) -> Path:
+    """Draw shard ``index`` unless it is there; returns its folder. ``held_out`` takes the looks kept for judging."""
+    target = folder / f"shard-{index:05d}"
+    if target.exists():
+        return target
+    partial = folder / f".{target.name}.{os.getpid()}"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    video = np.zeros((SHARD, FRAMES, SIZE, SIZE, 3), np.uint8)
+    references = np.zeros((SHARD, MAX_CONCEPTS, REFERENCES, SIZE, SIZE, 3), np.uint8)
+    coverage = np.zeros((SHARD, MAX_CONCEPTS, *LATENT_GRID), np.uint8)
+    captions, labels = [], []
+    for k in range(SHARD):
+        seed = index * SHARD + k
+        scene = random_scene(seed, held_out=held_out)
+        rng = np.random.Generator(np.random.Philox(key=[seed, 11]))
+        clip, masks = draw_clip(scene)
+        video[k] = clip
+        coverage[k, : len(scene.actors)] = _coverage(masks)
+        for n, actor in enumerate(scene.actors):
+            for r in range(REFERENCES):
+                references[k, n, r] = draw_reference(actor, rng)
+        captions.append(scene.caption)
+        labels.append([actor.label for actor in scene.actors])
+    np.save(partial / "video.npy", video)
+    np.save(partial / "references.npy", references)
+    np.save(partial / "coverage.npy", coverage)
+    (partial / "text.json").write_text(json.dumps({"captions": captions, "labels": labels}))
+    partial.rename(target)
+    return target
+
+
+def open_shard(folder: Path) -> Shard:
+    """Map a whole shard."""
+    text = json.loads((folder / "text.json").read_text())
+    arrays = [np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("video", "references", "coverage")]
+    return Shard(folder, arrays[0], arrays[1], arrays[2], text["captions"], text["labels"])
+
+
+def shards(folder: Path) -> list[Path]:
+    """The whole shards of a pool, in order."""
+    return sorted(folder.glob("shard-*"))
+
+
+def encode_shard(folder: Path, encode: Callable[[np.ndarray], np.ndarray], batch: int = 10) -> None:
+    """Write ``latents.npy`` beside a shard's clips: ``encode`` takes uint8 [b, F, H, W, 3] to float latents."""
+    shard = open_shard(folder)
+    parts = [encode(np.asarray(shard.video[i : i + batch])) for i in range(0, len(shard.video), batch)]
+    partial = folder / ".latents.tmp.npy"
+    np.save(partial, np.concatenate(parts).astype(np.float16))
+    partial.rename(folder / "latents.npy")

@@ -1,0 +1,251 @@
+"""Train ConceptMaster on the sprites world's latents.
+
+What makes it learn to look at the pictures at all (each was found to matter): places are told in the caption, noisy
+times are drawn more often, and two training-only heads ask early for what the concepts must carry. ``LayoutHead`` asks
+the middle block where every concept is, ``PortraitHead`` asks the visual queries how it looks. Neither is shipped.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from tqdm import tqdm
+
+from ...engine.config import ModelConfig
+from ...engine.model import ConceptMaster
+from ...engine.weights import save_model
+from .batches import PORTRAIT, Batch, Dropped, LatentPool
+from .learning import Average, MuonAdamW, gradient_norm, load_checkpoint, save_checkpoint, schedule
+
+FOREGROUND = 3.0
+"""Extra weight of the loss where a concept is."""
+LAYOUT_WEIGHT, PORTRAIT_WEIGHT = 0.5, 0.3
+ADAM_NAMES = (
+    "shared",
+    "embed_tokens",
+    "relative_attention_bias",
+    "position_embedding",
+    "class_embedding",
+    "scale_shift_table",
+    "queries",
+    "proj_out",
+    "embeddings",
+)
+
+
+class LayoutHead(nn.Module):
+    """Where every concept is: a bilinear match of video tokens [B,S,D] and concept tokens [B,N,Q,Dc] -> [B,N,S]."""
+
+    def __init__(self, width: int, concept_width: int, inner: int = 64) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.video = nn.Linear(width, inner)
+        self.concept = nn.Linear(concept_width, inner)
+        self.bias = nn.Parameter(torch.tensor(-2.0))
+
+    def forward(self, hidden: Tensor, concepts: Tensor) -> Tensor:
+        """Logits of coverage."""
+        tokens, wanted = self.video(self.norm(hidden)), self.concept(concepts.mean(2))
+        return torch.einsum("bsd,bnd->bns", tokens, wanted) / tokens.shape[-1] ** 0.5 + self.bias
+
+
+class PortraitHead(nn.Module):
+    """How a concept looks: visual queries [M,Q,Dc] -> the sprite upright, [M,3,24,24] in -1..1."""
+
+    def __init__(self, queries: int, concept_width: int, hidden: int = 256) -> None:
+        super().__init__()
+        self.net = nn.Sequential(
+            nn.Flatten(1), nn.Linear(queries * concept_width, hidden), nn.GELU(), nn.Linear(hidden, 3 * PORTRAIT**2)
+        )
+
+    def forward(self, queries: Tensor) -> Tensor:
+        """Predicted pictures."""
+        return self.net(queries).unflatten(1, (3, PORTRAIT, PORTRAIT))
+
+
+class Trainee(nn.Module):
+    """The model with its training-only heads; ``forward`` is the loss of one batch."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.model = ConceptMaster(config)
+        concept = config.concept
+        self.layout = LayoutHead(config.transformer.width, concept.width)
+        self.portrait = PortraitHead(concept.tokens_per_concept, concept.width)
+        self.middle = config.transformer.num_layers // 2 - 1
+
+    def concepts(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Concept tokens [B,N,Q,Dc] of the filled slots (zero elsewhere), and their visual queries [M,Q,Dc]."""
+        model, filled = self.model, batch.label_mask.any(-1)  # [B,N]
+        visual = model.qformer(model.image_encoder(batch.pixels[filled]))  # [M,Q,Dc]
+        tokens = visual
+        if model.config.concept.binding != "none":
+            mask = batch.label_mask[filled]
+            tokens = model.dam(visual, model.text_encoder(batch.label_ids[filled], mask), mask)
+        out = tokens.new_zeros((*filled.shape, *tokens.shape[1:]))
+        out[filled] = tokens
+        return out, visual
+
+    def velocity(self, batch: Batch, noisy: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Velocity [B,Cz,F,H,W], the middle block's tokens, concept tokens and visual queries."""
+        text = self.model.text_encoder(batch.token_ids, batch.token_mask)
+        concepts, visual = self.concepts(batch)
+        kept: list[Tensor] = []
+        handle = self.model.transformer.blocks[self.middle].register_forward_hook(lambda *a: kept.append(a[2]))
+        velocity = self.model.transformer(noisy, sigma * 1000.0, text, concepts, batch.concept_mask)
+        handle.remove()
+        return velocity, kept[0], concepts, visual
+
+    def forward(self, batch: Batch, noise: Tensor, sigma: Tensor) -> dict[str, Tensor]:
+        """Losses: ``total`` and its parts. ``noise`` like the latents, ``sigma`` [B] in 0..1."""
+        s = sigma[:, None, None, None, None]
+        noisy = (1 - s) * batch.latents + s * noise
+        velocity, hidden, concepts, visual = self.velocity(batch, noisy, sigma)
+        weight = 1 + FOREGROUND * batch.coverage.sum(1, keepdim=True).clamp(max=1)  # [B,1,F,H,W]
+        error = (velocity.float() - (noise - batch.latents)).square() * weight
+        flow = error.mean() / weight.mean()
+        patch = self.model.config.transformer.patch_size
+        target = F.avg_pool3d(batch.coverage.flatten(0, 1)[:, None], patch).flatten(1)  # [B*N,S]
+        logits = self.layout(hidden.float(), concepts.float()).flatten(0, 1)
+        shown = batch.concept_mask.flatten()
+        layout = F.binary_cross_entropy_with_logits(logits[shown], target[shown])
+        portrait = (self.portrait(visual.float()) - batch.portraits[batch.label_mask.any(-1)]).abs().mean()
+        total = flow + LAYOUT_WEIGHT * layout + PORTRAIT_WEIGHT * portrait
+        return {"total": total, "flow": flow, "layout": layout, "portrait": portrait}
+
+
+def random_sigma(rng: np.random.Generator, size: int) -> Tensor:
+    """Noise levels, more often high: 1 - sigmoid(1.2 n - 1.2)."""
+    return torch.from_numpy(1 / (1 + np.exp(1.2 * rng.standard_normal(size, np.float32) - 1.2)).astype(np.float32))
+
+
+@torch.no_grad()
+def probe(trainee: Trainee, pool: LatentPool, device: str, count: int = 96) -> dict[str, float]:
+    """Error where the concepts are at high noise (sigma 0.85), with the concepts, without, and with pictures swapped.
+
+    On the same samples of ``pool`` (held-out looks). If the three are equal the pictures are ignored.
+    """
+    rng = np.random.default_rng(0)
+    results: dict[str, list[float]] = {"with": [], "without": [], "swapped": []}
+    picks = [(0, k) for k in range(len(pool.shards[0].captions)) if len(pool.shards[0].labels[k]) == 2][:count]
+    for start in range(0, len(picks), 32):
+        batch = pool.collate(picks[start : start + 32], rng, Dropped(0, 0, 0)).to(device)
+        noise = torch.from_numpy(rng.standard_normal(batch.latents.shape, np.float32)).to(device)
+        sigma = torch.full((len(noise),), 0.85, device=device)
+        noisy = 0.15 * batch.latents + 0.85 * noise
+        weight = batch.coverage.sum(1, keepdim=True).clamp(max=1)
+        mask, pixels = batch.concept_mask, batch.pixels
+        swapped = pixels.clone()
+        for b in range(len(pixels)):
+            filled = torch.nonzero(mask[b])[:, 0]
+            swapped[b, filled] = pixels[b, filled.roll(1)]
+        for name in results:
+            batch.concept_mask = mask & (name != "without")
+            batch.pixels = swapped if name == "swapped" else pixels
+            with sdpa_kernel(SDPBackend.MATH):
+                velocity = trainee.velocity(batch, noisy, sigma)[0]
+            error = (velocity - (noise - batch.latents)).square() * weight
+            results[name].append(float(error.mean() / weight.mean()))
+    return {f"probe_{name}": round(float(np.mean(values)), 4) for name, values in results.items()}
+
+
+def _average_gradients(parameters: list[nn.Parameter]) -> None:
+    """Mean of the gradients over all processes; a parameter without one counts as zero."""
+    flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters])
+    dist.all_reduce(flat)
+    flat /= dist.get_world_size()
+    for p, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+        p.grad = part.view_as(p)
+
+
+def train_model(
+    config: ModelConfig,
+    data: Path,
+    held_out: Path,
+    output: Path,
+    tokenizer: Tokenizer,
+    *,
+    steps: int,
+    batch_size: int = 32,
+    seed: int = 0,
+    device: str = "cpu",
+    lr: float = 0.012,
+    adam_lr: float = 1.5e-3,
+    log_every: int = 100,
+) -> None:
+    """Train to ``steps`` (resumes from ``output/training.safetensors``; a batch depends on seed and step only).
+
+    ``data`` and ``held_out`` are pools with latents. Writes ``model.safetensors`` (averaged weights with their
+    configuration), appends to ``log.jsonl``. Started by torchrun, processes share the work through gloo or nccl.
+    """
+    world, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    if world > 1 and not dist.is_initialized():
+        dist.init_process_group("gloo" if device == "cpu" else "nccl")
+    warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
+    output.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(seed)
+    trainee = Trainee(config).to(device)
+    parameters = [p for p in trainee.parameters() if p.requires_grad]
+    optimizer = MuonAdamW(trainee.named_parameters(), lr=lr, adam_lr=adam_lr, adam_names=ADAM_NAMES)
+    average = Average(trainee, 0.998)
+    checkpoint, progress = output / "training.safetensors", {"step": 0.0, "seconds": 0.0}
+    if checkpoint.exists():
+        progress = load_checkpoint(checkpoint, trainee, average, optimizer)
+    pool = LatentPool(data, tokenizer, config.text_tokens, config.concept.label_tokens)
+    judge = LatentPool(held_out, tokenizer, config.text_tokens, config.concept.label_tokens)
+    for p in (pool, judge):
+        p.normalise(config.vae["latents_mean"], config.vae["latents_std"])
+    bar = tqdm(total=steps, initial=int(progress["step"]), desc="train", disable=rank > 0)
+    sums: dict[str, float] = {}
+    while progress["step"] < steps:
+        step, start = int(progress["step"]), time.perf_counter()
+        rng = np.random.Generator(np.random.Philox(key=[seed, step * 64 + rank]))
+        batch = pool.batch(rng, batch_size // world, Dropped()).to(device)
+        noise = torch.from_numpy(rng.standard_normal(batch.latents.shape, np.float32)).to(device)
+        sigma = random_sigma(rng, len(noise)).to(device)
+        optimizer.set_scale(schedule(step / steps))
+        with sdpa_kernel(SDPBackend.MATH), torch.autocast(torch.device(device).type, torch.bfloat16):
+            losses = trainee(batch, noise, sigma)
+        optimizer.zero_grad(set_to_none=True)
+        losses["total"].backward()
+        if world > 1:
+            _average_gradients(parameters)
+        gradient_norm(parameters, 2.0)
+        optimizer.step()
+        average.update(trainee)
+        progress["step"] += 1
+        progress["seconds"] += time.perf_counter() - start
+        for name, value in losses.items():
+            sums[name] = sums.get(name, 0.0) + float(value.detach())
+        bar.update(1)
+        if rank == 0 and ((step + 1) % log_every == 0 or step + 1 == steps):
+            if (step + 1) % (log_every * 5) == 0 or step + 1 == steps or step + 1 == log_every:
+                trained = {k: v.clone() for k, v in trainee.state_dict().items()}
+                trainee.load_state_dict(average.shadow)
+                record = probe(trainee, judge, device)
+                save_model(trainee.model, output / "model.safetensors")
+                trainee.load_state_dict(trained)
+                save_checkpoint(checkpoint, trainee, average, optimizer, progress)
+            else:
+                record = {}
+            count = (step % log_every) + 1
+            record |= {name: round(value / count, 4) for name, value in sums.items()}
+            record |= {"step": step + 1, "samples": (step + 1) * batch_size, "seconds": round(progress["seconds"])}
+            sums = {}
+            with (output / "log.jsonl").open("a") as log:
+                log.write(json.dumps(record) + "\n")
+            tqdm.write(json.dumps(record))
+        if (step + 1) % 200 == 0:
+            pool.refresh()
+    bar.close()

@@ -1,0 +1,36 @@
+"""The world's tokenizer: byte-level BPE learned from its own captions, so that no word is ever unknown."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+from .world import random_scene
+
+VOCABULARY = 512
+PAD, END = "<pad>", "</s>"
+
+
+def build_tokenizer(captions: int = 4000) -> Tokenizer:
+    """Learn the tokenizer from the training split's captions; the same result every time."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=[PAD, END],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator((random_scene(seed, held_out=False).caption for seed in range(captions)), trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(single=f"$A {END}", special_tokens=[(END, 1)])
+    return tokenizer
+
+
+def save_tokenizer(path: Path) -> Tokenizer:
+    """Build and write ``tokenizer.json``; returns the tokenizer."""
+    tokenizer = build_tokenizer()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(path))
+    return tokenizer
