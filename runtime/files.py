@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,7 +37,13 @@ def check_output(path: Path, suffixes: tuple[str, ...]) -> Path:
     """
     if path.suffix.lower() not in suffixes:
         raise InputError(f"cannot write {str(path)!r}: the name must end in {', '.join(suffixes)}")
-    if path.is_dir():
+    try:
+        is_folder = stat.S_ISDIR(os.stat(path).st_mode)
+    except FileNotFoundError:
+        is_folder = False
+    except OSError as error:  # a name too long, a file where a folder should be
+        raise InputError(f"cannot write {str(path)!r}: {error.strerror}") from None
+    if is_folder:
         raise InputError(f"cannot write {str(path)!r}: it is a folder")
     if not path.parent.is_dir():
         raise InputError(f"cannot write {str(path)!r}: the folder {str(path.parent)!r} does not exist")

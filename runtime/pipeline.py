@@ -7,6 +7,7 @@ pictures ──▶ image_encoder ▶ qformer ▶ dam ──┴─▶ condition �
 from __future__ import annotations
 
 import functools
+import itertools
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -127,21 +128,17 @@ class Pipeline:
             mask = np.zeros((shapes.branches, shapes.concepts), bool)
             mask[np.array(guidance.concepts), : len(concepts)] = True  # [K,N]
             known = {"text": text, "concept_tokens": concept_tokens, "concept_mask": mask}
-            known |= self.backend.run("condition", known)
+            known |= self.backend.run("condition", known) | {"guidance": guidance.weights}
 
         videos = []
-        parts = request.samples * (request.steps + shapes.latent[1])
-        with bar(parts, "steps and frames", progress) as advance:
-            for sample, (seed, start) in enumerate(zip(request.seeds, starts, strict=True)):
+        steps = request.samples * request.steps
+        with bar(steps + request.samples * shapes.latent[1], "steps and frames", progress) as advance:
+            report = self._reporter(callback, steps, advance)
+            for seed, start in zip(request.seeds, starts, strict=True):
                 own = dict(seconds)
                 with _timed(own, "denoise"):
-                    first = noises.from_seed(seed, shapes.latent) if start is None else start  # [Cz,F,H,W]
-                    after_step = self._after_step(
-                        callback, sample * request.steps, request.samples * request.steps
-                    )
-                    latents = self._denoise(
-                        first, known, schedule, guidance, after_step, advance
-                    )  # [Cz,F,H,W]
+                    start = noises.from_seed(seed, shapes.latent) if start is None else start  # [Cz,F,H,W]
+                    latents = self._denoise(start, known, schedule, report)  # [Cz,F,H,W]
                 with _timed(own, "decode"):
                     frames = self._decode(latents, advance)  # [frames,height,width,3]
                 videos.append(Video(frames, self.manifest.fps, seed, request.prompt, concepts, own))
@@ -206,37 +203,33 @@ class Pipeline:
         return {"label_text": text, "label_mask": mask}
 
     def _denoise(
-        self,
-        start: np.ndarray,
-        known: dict[str, Any],
-        schedule: Schedule,
-        guidance: Guidance,
-        after_step: Callable[[int, Any], None],
-        advance: Callable[[], object],
+        self, start: np.ndarray, known: dict[str, Any], schedule: Schedule, report: Callable[[Any], None]
     ) -> np.ndarray:
         """Noise [Cz,F,H,W] → latents [Cz,F,H,W]: one graph call a step; the state stays on the device."""
         state: Any = np.zeros((STATES, *start.shape), np.float32)  # [M,Cz,F,H,W]
         state[0] = start
-        known = {**known, "guidance": guidance.weights}
-        for step in range(len(schedule.timesteps)):
-            scalars = {
-                "time": schedule.timesteps[step : step + 1],
-                "coefficients": schedule.coefficients[step],
-            }
+        for step, coefficients in enumerate(schedule.coefficients):
+            scalars = {"time": schedule.timesteps[step : step + 1], "coefficients": coefficients}
             state = self.backend.run("denoise", {**known, **scalars, "state": state})["next_state"]
-            advance()
-            after_step(step + 1, state)
+            report(state)
         latents = self.backend.to_host(state)[0]
         if not np.isfinite(latents).all():
             raise GenerationError("the latents are not finite: try a lower guidance scale or more steps")
         return latents
 
-    def _after_step(self, callback: Callback | None, done: int, steps: int) -> Callable[[int, Any], None]:
-        def after_step(step: int, state: Any) -> None:
-            if callback is not None and callback(done + step, steps, lambda: self._preview(state)) is False:
-                raise Cancelled(f"cancelled after step {done + step} of {steps}")
+    def _reporter(
+        self, callback: Callback | None, steps: int, advance: Callable[[], object]
+    ) -> Callable[[Any], None]:
+        """A function to be called with the state after each step, of all samples together."""
+        counter = itertools.count(1)
 
-        return after_step
+        def report(state: Any) -> None:
+            step = next(counter)
+            advance()
+            if callback is not None and callback(step, steps, lambda: self._preview(state)) is False:
+                raise Cancelled(f"cancelled after step {step} of {steps}")
+
+        return report
 
     def _preview(self, state: Any) -> np.ndarray:
         """The first frame of the newest estimate of the data (slot 2), uint8 [H,W,3]."""

@@ -94,8 +94,15 @@ def test_bad_scale(tmp_path: Path, scale: object) -> None:
 def test_bad_paths(tmp_path: Path) -> None:
     video = Video(bars(), 8.0)
     (tmp_path / "folder.mp4").mkdir()
-    for name, word in (("a.avi", "must end in .mp4, .gif, .png, .npy"), ("a", "must end"),
-                       ("folder.mp4", "is a folder"), ("none/a.mp4", "does not exist")):  # fmt: skip
+    (tmp_path / "file").touch()
+    for name, word in (
+        ("a.avi", "must end in .mp4, .gif, .png, .npy"),
+        ("a", "must end"),
+        ("folder.mp4", "is a folder"),
+        ("none/a.mp4", "does not exist"),
+        ("x" * 300 + ".mp4", "too long"),
+        ("file/a.mp4", "Not a directory"),
+    ):
         with pytest.raises(InputError, match=word):
             video.save(tmp_path / name)
     with pytest.raises(InputError, match="must end in .png"):
