@@ -76,13 +76,12 @@ def _load_file(path: str | os.PathLike[str], size: int, background: Color, what:
         raise InputError(f"{what} is not a file")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            warnings.filterwarnings("ignore", module=r"PIL\..*")  # about metadata
+            warnings.simplefilter("ignore")  # about odd metadata, and about sizes that are refused below
             with Image.open(Path(path), formats=FORMATS) as image:
                 return _fit_checked(image, size, background, what)
     except UnidentifiedImageError:
         raise InputError(f"{what} is not a picture in a known format ({', '.join(FORMATS)})") from None
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+    except Image.DecompressionBombError:
         raise InputError(f"{what} has more than {MOST_PIXELS // 2**20} megapixels") from None
     except InputError:
         raise
@@ -96,12 +95,13 @@ def _fit_checked(image: Image.Image, size: int, background: Color, what: str) ->
         raise InputError(f"{what} is {width}×{height}: more than {MOST_PIXELS // 2**20} megapixels")
     if width == 0 or height == 0:
         raise InputError(f"{what} is empty ({width}×{height})")
-    if image.format in ANIMATED and getattr(image, "n_frames", 1) > 1:
-        log.warning("%s has %d frames: only the first is used", what, image.n_frames)  # type: ignore[attr-defined]
-        image.seek(0)
     if width * height > HUGE_PIXELS:
         log.warning("%s is %d×%d: it is scaled down to fit %d×%d", what, width, height, size, size)
     try:
+        frames = getattr(image, "n_frames", 1) if image.format in ANIMATED else 1
+        if frames > 1:
+            log.warning("%s has %d frames: only the first is used", what, frames)
+            image.seek(0)
         return _fit(_flatten(ImageOps.exif_transpose(image), background), size, background)
     except InputError as error:
         raise InputError(f"{what} {error}") from None
@@ -111,9 +111,7 @@ def _fit_checked(image: Image.Image, size: int, background: Color, what: str) ->
 
 def _flatten(image: Image.Image, background: Color) -> Image.Image:
     """Any mode → RGB, transparency laid over `background`."""
-    if image.mode.startswith(
-        "I"
-    ):  # 16 bits a pixel, of which the upper 8 are kept; PIL's own conversion clips
+    if image.mode.startswith("I"):  # 16 bits a pixel: Pillow's own conversion would clip them
         values = np.asarray(image).astype(np.int64)
         return Image.fromarray(np.clip(values // 257, 0, 255).astype(np.uint8)).convert("RGB")
     if image.mode == "F":

@@ -136,7 +136,7 @@ def _graph(name: str, nodes: list, inputs: dict, outputs: dict, constants: dict,
     return GraphFile(path.name, manifests.sha256_file(path), *specs)
 
 
-def _graphs(folder: Path, branches: int) -> dict[str, GraphFile]:
+def _graphs(folder: Path, branches: int, labels: bool) -> dict[str, GraphFile]:
     from onnx.helper import make_node as node
 
     w, f = WEIGHTS, "float32"
@@ -200,6 +200,9 @@ def _graphs(folder: Path, branches: int) -> dict[str, GraphFile]:
         one=np.array([1]),
         label=w["label"],
     )
+    if not labels:
+        only = [node("Identity", ["visual_queries"], ["concept_tokens"])]
+        graph("dam", only, {"visual_queries": tokens}, {"concept_tokens": tokens})
     nodes = [node("Reshape", ["concept_tokens", "flat"], ["joined"])]
     for kind in ("keys", "values"):
         nodes += [
@@ -349,11 +352,11 @@ def _tokenizer(path: Path) -> None:
     tokenizer.save(str(path))
 
 
-def write_bundle(folder: Path, branches: int = 2) -> Path:
-    """Writes the fake bundle into `folder`, which it makes."""
+def write_bundle(folder: Path, branches: int = 2, labels: bool = True) -> Path:
+    """Writes the fake bundle into `folder`, which it makes; labels: whether its dam reads them."""
     folder.mkdir(parents=True)
     _tokenizer(folder / "tokenizer.json")
-    graphs = _graphs(folder, branches)
+    graphs = _graphs(folder, branches, labels)
     manifests.save(
         Manifest(
             format=1,
@@ -384,7 +387,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def make_bundle(tmp_path: Path) -> Callable[..., Path]:
     """make_bundle(branches=...) writes one of its own."""
     pytest.importorskip("onnx")
-    return lambda **options: write_bundle(tmp_path / f"own-{options.get('branches', 2)}", **options)
+    return lambda **options: write_bundle(tmp_path / "made", **options)
 
 
 @pytest.fixture

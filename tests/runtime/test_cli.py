@@ -177,6 +177,12 @@ WRONG = [
 ]
 
 
+def write_header(name: str, kind: str, shape: tuple[int, ...]) -> None:
+    """A .npy file that promises more than it holds."""
+    header = (str({"descr": kind, "fortran_order": False, "shape": shape}).ljust(117) + "\n").encode()
+    Path(name).write_bytes(b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header)
+
+
 @pytest.mark.parametrize(("arguments", "word"), WRONG, ids=[word for _, word in WRONG])
 def test_wrong_input_is_one_line_and_code_2(
     run: Run, tmp_path: Path, arguments: tuple[str, ...], word: str
@@ -185,9 +191,8 @@ def test_wrong_input_is_one_line_and_code_2(
     Path("dir.mp4").mkdir()
     np.save("n.npy", np.zeros((1, 2, 3), np.float32))
     np.savez("archive.npz", np.zeros(3))
-    np.save("pickle.npy", np.array([{}], dtype=object), allow_pickle=True)
-    header = "{'descr': '<f4', 'fortran_order': False, 'shape': (1000000, 1000000, 1000), }".ljust(117) + "\n"
-    Path("liar.npy").write_bytes(b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header.encode())
+    write_header("pickle.npy", "|O", (1,))
+    write_header("liar.npy", "<f4", (1_000_000, 1_000_000, 1_000))
     before = sorted(tmp_path.rglob("*"))
     code, out, err = run(*arguments)
     assert code == 2 and out == ""

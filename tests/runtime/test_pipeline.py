@@ -254,6 +254,14 @@ def test_text_is_encoded_once(bundle: Path, monkeypatch) -> None:
     assert "image_encoder" not in calls and "dam" not in calls
 
 
+def test_a_model_without_labels_does_not_encode_them(make_bundle: Callable[..., Path], pictures) -> None:
+    pipe = Pipeline.from_bundle(make_bundle(labels=False), threads=1)
+    videos = [pipe("a ball", [Concept(label, pictures["ball"])]) for label in ("ball", "cat")]
+    assert isinstance(videos[0], Video) and isinstance(videos[1], Video)
+    np.testing.assert_array_equal(videos[0].frames, videos[1].frames)
+    assert pipe._text.cache_info().misses == 2  # the prompt and the empty negative prompt
+
+
 @pytest.mark.parametrize(
     ("options", "word"),
     [({"device": "tpu"}, "device"), ({"threads": 0}, "threads"), ({"threads": True}, "threads")],
