@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from .runtime import cli
-from .runtime.errors import MissingDependency
+from .runtime.errors import ConceptMasterError, MissingDependency
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -29,7 +29,15 @@ def _exporting(name: str, summary: str) -> cli.Command:
         _export_module(name, f"add_{name}_arguments")(parser)
 
     def run(args: argparse.Namespace) -> int:
-        return _export_module(name, f"run_{name}")(args)
+        command = _export_module(name, f"run_{name}")
+        from .export.errors import ExportError
+
+        try:
+            return command(args)
+        except ExportError as error:
+            failed = ConceptMasterError(str(error))
+            failed.exit_code = error.exit_code
+            raise failed from error
 
     return cli.Command(name, summary, add_arguments, run)
 

@@ -299,3 +299,10 @@ def test_interrupt_is_code_130_and_leaves_nothing(bundle: Path, tmp_path: Path) 
     last = err.decode().replace("\r", "\n").splitlines()[-1]
     assert last.strip() == "conceptmaster: error: interrupted"
     assert list(tmp_path.iterdir()) == []
+
+
+def test_commands_that_need_torch_say_so_without_it(tmp_path: Path) -> None:
+    code = "import sys; sys.modules['torch'] = None; from conceptmaster.cli import main; sys.exit(main(['export']))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert "pip install 'conceptmaster[export]'" in done.stderr
