@@ -302,7 +302,9 @@ def test_interrupt_is_code_130_and_leaves_nothing(bundle: Path, tmp_path: Path) 
 
 
 def test_commands_that_need_torch_say_so_without_it(tmp_path: Path) -> None:
-    code = "import sys; sys.modules['torch'] = None; from conceptmaster.cli import main; sys.exit(main(['export']))"
+    code = (
+        "import sys; sys.modules['torch'] = None; import conceptmaster.cli as c; sys.exit(c.main(['export']))"
+    )
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr.count("\n") == 1
     assert "pip install 'conceptmaster[export]'" in done.stderr
