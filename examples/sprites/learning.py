@@ -133,7 +133,7 @@ def save_checkpoint(
     path: Path, module: torch.nn.Module, average: Average, optimizer: MuonAdamW, progress: dict[str, float]
 ) -> None:
     """Write weights, average, optimizer state and ``progress`` as one safetensors file, whole or not at all."""
-    tensors = {f"model.{k}": v.contiguous() for k, v in module.state_dict().items()}
+    tensors = {f"model.{k}": v.detach().clone().contiguous() for k, v in module.state_dict().items()}
     tensors |= {f"average.{k}": v.contiguous() for k, v in average.shadow.items()}
     names = {id(p): n for n, p in module.named_parameters()}
     steps = {}
