@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKLWan
 from diffusers.models.autoencoders.autoencoder_kl_wan import patchify, unpatchify
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
@@ -160,8 +161,6 @@ def train_vae(
 @torch.no_grad()
 def finish_vae(vae: AutoencoderKLWan, data: Path, output: Path) -> None:
     """Measure the latents' mean and deviation per channel and write ``vae.safetensors`` and ``vae.json``."""
-    from safetensors.torch import save_file
-
     parts = []
     device = next(vae.parameters()).device
     for folder in shards(data)[:4]:
@@ -173,5 +172,79 @@ def finish_vae(vae: AutoencoderKLWan, data: Path, output: Path) -> None:
         raise ValueError(f"a latent channel is dead (deviations {deviation.tolist()}); train the VAE again")
     config = {k: v for k, v in vae.config.items() if not k.startswith("_")}
     config |= {"latents_mean": mean.tolist(), "latents_std": deviation.tolist()}
-    save_file({k: v.contiguous().cpu() for k, v in vae.state_dict().items()}, output / "vae.safetensors")
+    _write(vae, output)
     (output / "vae.json").write_text(json.dumps(config, indent=1))
+
+
+def load_vae(folder: Path) -> AutoencoderKLWan:
+    """The VAE that ``finish_vae`` wrote. Raises FileNotFoundError where there is none yet."""
+    vae = AutoencoderKLWan.from_config(json.loads((folder / "vae.json").read_text()))
+    vae.load_state_dict(load_file(folder / "vae.safetensors"), strict=True)
+    return vae.eval()
+
+
+def polish_decoder(
+    data: Path, output: Path, *, seconds: float, seed: int = 1, device: str = "cpu", lr: float = 0.008, batch: int = 3
+) -> None:
+    """Train the decoder alone on whole clips; latents stay what they are, so the model may train beside it.
+
+    Clips of nine frames leave the causal state unused to longer ones: colours drift towards the end. Takes latents
+    from the encoded pool, writes ``vae.safetensors`` again once a minute, resumes from ``polish.safetensors``.
+    """
+    torch.manual_seed(seed)
+    vae = load_vae(output).to(device)
+    before = {k: v.clone() for k, v in vae.state_dict().items()}
+    for module in (vae.encoder, vae.quant_conv):
+        module.requires_grad_(False)
+    optimizer = MuonAdamW(vae.named_parameters(), lr=lr, adam_lr=1e-3)
+    average = Average(vae, 0.995)
+    checkpoint, progress = output / "polish.safetensors", {"seconds": 0.0, "step": 0.0}
+    if checkpoint.exists():
+        progress = load_checkpoint(checkpoint, vae, average, optimizer)
+    folders = [f for f in shards(data) if (f / "latents.npy").exists()]
+    held_out, pool = np.asarray(open_shard(folders[0]).video[:24]), [open_shard(f) for f in folders[1:]]
+    latents = [np.load(f / "latents.npy", mmap_mode="r") for f in folders[1:]]
+    bar, last_log = tqdm(total=round(seconds), desc="decoder", unit="s"), progress["seconds"]
+    while progress["seconds"] < seconds:
+        start = time.perf_counter()
+        rng = np.random.Generator(np.random.Philox(key=[seed, int(progress["step"])]))
+        picks = [(int(rng.integers(len(pool))), int(rng.integers(len(pool[0].video)))) for _ in range(batch)]
+        x = to_tensor(np.stack([pool[s].video[k] for s, k in picks])).to(device)
+        z = torch.from_numpy(np.stack([latents[s][k] for s, k in picks]).astype(np.float32)).to(device)
+        optimizer.set_scale(schedule(progress["seconds"] / seconds))
+        with torch.autocast(x.device.type, torch.bfloat16):
+            y = decode(vae, z + LATENT_NOISE * torch.randn_like(z))
+        difference = y.float() - x
+        loss = difference.abs().mean() + 0.5 * difference.square().mean()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        gradient_norm([p for p in vae.parameters() if p.requires_grad], 1.0)
+        optimizer.step()
+        average.update(vae)
+        progress["seconds"] += time.perf_counter() - start
+        progress["step"] += 1
+        bar.n = round(progress["seconds"])
+        bar.update(0)
+        if progress["seconds"] - last_log > 90 or progress["seconds"] >= seconds:
+            last_log = progress["seconds"]
+            trained = {k: v.clone() for k, v in vae.state_dict().items()}
+            vae.load_state_dict(average.shadow)
+            record = progress | {"phase": "decoder", "loss": float(loss), "psnr": psnr(vae, held_out)}
+            _write(vae, output)
+            vae.load_state_dict(trained)
+            with (output / "vae-log.jsonl").open("a") as log:
+                log.write(json.dumps(record) + "\n")
+            tqdm.write(json.dumps(record))
+            save_checkpoint(checkpoint, vae, average, optimizer, progress)
+    bar.close()
+    vae.load_state_dict(average.shadow)
+    for name in before:
+        if name.startswith(("encoder.", "quant_conv.")) and not torch.equal(before[name], vae.state_dict()[name]):
+            raise AssertionError(f"{name} changed while only the decoder was to learn")
+    _write(vae, output)
+
+
+def _write(vae: AutoencoderKLWan, output: Path) -> None:
+    partial = output / ".vae.safetensors.tmp"
+    save_file({k: v.contiguous().cpu() for k, v in vae.state_dict().items()}, partial)
+    partial.replace(output / "vae.safetensors")
