@@ -1,0 +1,151 @@
+"""Writes a bundle: every graph exported and held to PyTorch, then all of it moved into place at once."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from .. import __version__
+from ..engine.config import ModelConfig
+from ..runtime import manifest as manifests
+from ..runtime.manifest import GraphFile, HashedFile, Manifest, Pictures, Shapes
+from .errors import ExportError
+from .graphs import graph_specs
+from .onnx_graph import describe, export_graph
+from .quantise import precision_of, quantise
+from .source import Source
+from .verify import Row, check, steps
+
+# How CLIP's pictures are normalised (OpenAI's constants), and white for what a picture leaves free.
+PICTURES = Pictures(
+    mean=(0.48145466, 0.4578275, 0.40821073),
+    std=(0.26862954, 0.26130258, 0.27577711),
+    background=(255, 255, 255),
+)
+WRITERS = ("torch", "onnx", "onnxscript", "onnxruntime")
+
+
+def write_bundle(
+    source: Source,
+    output: str | os.PathLike[str],
+    *,
+    precision: str = "fp32",
+    branches: int = 2,
+    overwrite: bool = False,
+    progress: bool = False,
+) -> list[Row]:
+    """Writes the folder `output`, whole or not at all, and returns how far each graph is from PyTorch.
+
+    Args: precision: "fp32" or "int8"; branches: guidance branches K, 1 to 3; overwrite: replace a bundle
+        that is there already.
+    Raises: ExportError when `output` is taken, or when a graph is too far off; OSError.
+    """
+    folder = Path(os.path.abspath(output))
+    _check_target(folder, overwrite)
+    specs = graph_specs(source.model, source.vae, branches=branches)
+    with _moved_into_place(folder) as temporary:
+        graphs: dict[str, GraphFile] = {}
+        rows: list[Row] = []
+        for spec in steps(specs, "export", progress):
+            path = temporary / f"{spec.name}.onnx"
+            graphs[spec.name] = export_graph(spec, path)
+            rows.append(_held(check(spec, path, "fp32")))
+            if precision_of(spec.name, precision) != "fp32":
+                quantise(path)
+                graphs[spec.name] = describe(path, spec)
+                rows[-1] = _held(check(spec, path, precision))
+        tokenizer = temporary / "tokenizer.json"
+        tokenizer.write_text(source.tokenizer, encoding="utf-8")
+        manifest = Manifest(
+            format=manifests.FORMAT,
+            name=source.model.config.name,
+            written_by={"conceptmaster": __version__}
+            | {name: importlib.metadata.version(name) for name in WRITERS},
+            model=source.model.config.to_dict(),
+            shapes=_shapes(source.model.config, branches, graphs),
+            fps=source.model.config.fps,
+            precision=precision,
+            pictures=PICTURES,
+            defaults=source.defaults,
+            tokenizer=HashedFile(tokenizer.name, manifests.sha256_file(tokenizer)),
+            graphs=graphs,
+        )
+        manifests.save(manifest, temporary)
+        manifests.load(temporary)
+    return rows
+
+
+def _held(row: Row) -> Row:
+    if not row.ok:
+        raise ExportError(
+            f"the graph {row.graph} ({row.precision}) is off by {row.relative:.1e} relative to PyTorch, "
+            f"{row.tolerance:.0e} is allowed: no bundle was written",
+            exit_code=1,
+        )
+    return row
+
+
+def _shapes(config: ModelConfig, branches: int, graphs: dict[str, GraphFile]) -> Shapes:
+    state = graphs["denoise"].input("state")
+    assert state is not None
+    return Shapes(
+        concepts=config.concept.max_concepts,
+        picture_size=config.concept.picture_size,
+        text_tokens=config.text_tokens,
+        label_tokens=config.concept.label_tokens,
+        text_width=config.transformer.text_dim,
+        queries=config.concept.tokens_per_concept,
+        concept_width=config.concept.width,
+        branches=branches,
+        solver_states=state.shape[0],
+        latent=config.latent_shape,
+        frames=config.frames,
+        height=config.height,
+        width=config.width,
+    )
+
+
+def _check_target(folder: Path, overwrite: bool) -> None:
+    if not folder.parent.is_dir():
+        raise ExportError(f"cannot write {str(folder)!r}: the folder {str(folder.parent)!r} does not exist")
+    if not os.access(folder.parent, os.W_OK | os.X_OK):
+        raise ExportError(f"cannot write {str(folder)!r}: {str(folder.parent)!r} is not writable")
+    if not folder.exists() and not folder.is_symlink():
+        return
+    if not folder.is_dir() or folder.is_symlink():
+        raise ExportError(f"cannot write {str(folder)!r}: something that is no folder has this name")
+    if (folder / manifests.FILE_NAME).is_file():
+        if not overwrite:
+            raise ExportError(f"{str(folder)!r} is there already: --overwrite replaces it")
+    elif any(folder.iterdir()):
+        raise ExportError(f"{str(folder)!r} is not empty and not a bundle: choose another place")
+
+
+@contextmanager
+def _moved_into_place(folder: Path) -> Iterator[Path]:
+    """Yields a new folder beside `folder`, which takes its place if the block succeeds and goes if not.
+
+    What was there before is put aside first and deleted last, so at any moment one of the two is whole.
+    """
+    token = secrets.token_hex(8)
+    temporary = folder.with_name(f".{folder.name}.{token}.part")
+    aside = folder.with_name(f".{folder.name}.{token}.old")
+    temporary.mkdir()
+    try:
+        yield temporary
+        if folder.exists():
+            os.rename(folder, aside)
+        try:
+            os.rename(temporary, folder)
+        except BaseException:
+            if aside.exists():
+                os.rename(aside, folder)
+            raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(aside, ignore_errors=True)

@@ -1,0 +1,137 @@
+"""The commands `conceptmaster export` and `conceptmaster verify`, for the root's cli.py."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+from ..runtime import manifest as manifests
+from .bundle import write_bundle
+from .errors import ExportError
+from .source import open_source
+from .verify import Row, table, verify
+
+ROOT = Path(__file__).parents[1]
+
+EXPORT = """\
+Turns weights into a bundle, which `conceptmaster generate` runs without PyTorch. Every graph is compared
+with the PyTorch module that it came from before the bundle is put into place.
+
+  conceptmaster export weights/ --output my-bundle
+  conceptmaster export weights/ --output my-bundle-int8 --int8
+  conceptmaster export preset:tiny --output tiny        # random weights, to try things
+"""
+VERIFY = """\
+Runs every graph of a bundle in ONNX Runtime and in PyTorch, on the same inputs, and prints how far apart the
+two are. Exit code 1 when a graph is further off than its tolerance.
+
+  conceptmaster verify sprites
+  conceptmaster verify my-bundle --source weights/
+"""
+
+
+def add_export_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `conceptmaster export`."""
+    parser.description = EXPORT
+    parser.add_argument(
+        "source",
+        metavar="SOURCE",
+        help="a folder with model.safetensors, vae.safetensors and tokenizer.json, or preset:NAME",
+    )
+    parser.add_argument("--output", metavar="BUNDLE", required=True, help="the folder to write")
+    parser.add_argument("--int8", action="store_true", help="linear layers in int8: faster on CPUs")
+    parser.add_argument(
+        "--branches",
+        type=int,
+        choices=(1, 2, 3),
+        default=2,
+        metavar="K",
+        help="guidance branches: 1 none, 2 one scale, 3 a scale of its own for the concepts (2)",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace a bundle that is there already")
+    _add_output_arguments(parser)
+
+
+def run_export(args: argparse.Namespace) -> int:
+    """Writes a bundle; returns the exit code: 0, 1 failed, 2 wrong input."""
+    try:
+        source = open_source(args.source)
+        rows = write_bundle(
+            source,
+            args.output,
+            precision="int8" if args.int8 else "fp32",
+            branches=args.branches,
+            overwrite=args.overwrite,
+            progress=_progress(args),
+        )
+    except ExportError as error:
+        return _fail(error)
+    _report(args, rows, {"bundle": args.output})
+    return 0
+
+
+def add_verify_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `conceptmaster verify`."""
+    parser.description = VERIFY
+    parser.add_argument("bundle", metavar="BUNDLE", help="shipped bundle or a path")
+    parser.add_argument(
+        "--source",
+        metavar="SOURCE",
+        help="the weights it was exported from (those of examples/, if the bundle is one of theirs)",
+    )
+    _add_output_arguments(parser)
+
+
+def run_verify(args: argparse.Namespace) -> int:
+    """Compares a bundle with its source; returns the exit code: 0, 1 too far off, 2 wrong input."""
+    try:
+        folder = _find_bundle(args.bundle)
+        source = open_source(args.source or _default_source(folder))
+        rows = verify(folder, source, _progress(args))
+    except ExportError as error:
+        return _fail(error)
+    _report(args, rows, {"bundle": args.bundle})
+    return 0 if all(row.ok for row in rows) else 1
+
+
+def _find_bundle(name: str) -> Path:
+    """A shipped bundle's folder, by its name, or the folder at a path, as the runtime finds them."""
+    shipped = Path(manifests.__file__).parent / "bundles" / name
+    for folder in (shipped, Path(name)):
+        if (folder / manifests.FILE_NAME).is_file():
+            return folder
+    raise ExportError(f"no bundle {name!r}: neither a shipped bundle nor a folder with a manifest")
+
+
+def _default_source(folder: Path) -> Path:
+    name = manifests.load(folder).name
+    weights = ROOT / "examples" / name / "weights"
+    if not weights.is_dir():
+        raise ExportError(
+            f"the weights of the bundle {name!r} are not known here: say where with --source SOURCE"
+        )
+    return weights
+
+
+def _add_output_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of the table")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+
+
+def _progress(args: argparse.Namespace) -> bool:
+    return sys.stderr.isatty() and not args.quiet
+
+
+def _report(args: argparse.Namespace, rows: list[Row], about: dict[str, str]) -> None:
+    if args.json:
+        print(json.dumps(about | {"graphs": [asdict(row) | {"ok": row.ok} for row in rows]}))
+    else:
+        print(table(rows))
+
+
+def _fail(error: ExportError) -> int:
+    print(f"conceptmaster: error: {' '.join(str(error).split())}", file=sys.stderr)
+    return error.exit_code

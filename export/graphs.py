@@ -1,0 +1,274 @@
+"""The graphs that a model is exported as: for each a module, named inputs and outputs, and sample inputs.
+
+Exporter, verifier and manifest all read `GraphSpec`; nothing about a graph is written down a second time.
+
+Letters: K guidance branches, N concepts, P picture tokens, Q tokens per concept, C = N*Q, T text tokens,
+L label tokens, F H W latent frames, height, width, A heads, E head width, M solver states, Cz latent
+channels, Dt text width, Dc concept width, f video frames of one latent frame.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from ..engine.concepts import VisualOnly
+from ..engine.dit import BlockConditions, ConceptDiT
+from ..engine.model import ConceptMaster
+from ..engine.vae import DecodeFirst, DecodeNext
+from ..runtime.manifest import TensorSpec
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKLWan
+
+Sample = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class GraphSpec:
+    """One graph: `module(*inputs)` gives the outputs, in the order of `inputs` and `outputs`.
+
+    sample(seed) makes realistic inputs, name to tensor, in the order of `inputs`; the same for the same seed.
+    """
+
+    name: str
+    module: nn.Module
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    sample: Callable[[int], Sample]
+
+    def run(self, sample: Sample) -> Sample:
+        """The module's outputs for `sample`, name to tensor: what the exported graph is held to."""
+        with torch.inference_mode():
+            outputs = self.module(*sample.values())
+        found = (outputs,) if isinstance(outputs, Tensor) else outputs
+        return dict(zip((spec.name for spec in self.outputs), found, strict=True))
+
+
+class Condition(nn.Module):
+    """(text [K,T,Dt], concept_tokens [N,Q,Dc], concept_mask bool [K,N]) -> every block's keys and values."""
+
+    def __init__(self, transformer: ConceptDiT) -> None:
+        super().__init__()
+        self.transformer = transformer
+
+    def forward(self, text: Tensor, concept_tokens: Tensor, concept_mask: Tensor) -> tuple[Tensor, ...]:
+        """In the order of `condition_names`: two tensors [layers,K,T|T+C,A,E], then (unless the injection is
+        `merged`) two [layers,K,C,A,E]."""
+        return tuple(self.transformer.condition(text, concept_tokens, concept_mask).values())
+
+
+class DenoiseStep(nn.Module):
+    """One step of the solver: guidance and update around the transformer.
+
+    state [M,Cz,F,H,W], time [1] (sigma * 1000), concept_mask bool [K,N], guidance [K], coefficients
+    [M,M+1], then the tensors of `Condition` -> next state [M,Cz,F,H,W].
+    """
+
+    def __init__(self, transformer: ConceptDiT) -> None:
+        super().__init__()
+        self.transformer = transformer
+
+    def forward(
+        self,
+        state: Tensor,
+        time: Tensor,
+        concept_mask: Tensor,
+        guidance: Tensor,
+        coefficients: Tensor,
+        *conditions: Tensor,
+    ) -> Tensor:
+        """coefficients @ [state_0 .. state_{M-1}, sum_k guidance_k velocity_k(state_0)]."""
+        kv = dict(zip(BlockConditions._fields, conditions, strict=False))
+        branches = concept_mask.shape[0]
+        latents = state[:1].expand(branches, -1, -1, -1, -1)  # [K,Cz,F,H,W]
+        velocities = self.transformer.denoise(latents, time, kv, concept_mask)  # [K,Cz,F,H,W]
+        velocity = (guidance[:, None] * velocities.flatten(1).float()).sum(
+            dim=0, keepdim=True
+        )  # [1,Cz*F*H*W]
+        known = torch.cat((state.flatten(1), velocity))  # [M+1,Cz*F*H*W]
+        return (coefficients @ known).unflatten(1, state.shape[1:])  # [M,Cz,F,H,W]
+
+
+def condition_names(injection: str) -> tuple[str, ...]:
+    """The outputs of `condition`, which `denoise` reads; `merged` has the concepts' tokens in the text's."""
+    return BlockConditions._fields[:2] if injection == "merged" else BlockConditions._fields
+
+
+def graph_specs(
+    model: ConceptMaster, vae: AutoencoderKLWan, *, branches: int = 2, solver_states: int = 4
+) -> list[GraphSpec]:
+    """Every graph of `model` and `vae`, in the order in which a request runs them.
+
+    branches: K, 1 to 3; solver_states: M. Both modules must be in evaluation mode and float32. A video of one
+    latent frame has no graph `decode`.
+    """
+    samples = _Samples(model, vae, branches, solver_states)
+    known = samples.upstream(0)
+    conditions = {name: known[name] for name in condition_names(model.config.concept.injection)}
+    first, states = samples.first_frame(0)
+
+    specs = [
+        _spec("text_encoder", model.text_encoder, samples.text_encoder, {"text": known["text"][:1]}),
+        _spec("image_encoder", model.image_encoder, samples.image_encoder, _only(known, "picture_tokens")),
+        _spec("qformer", model.qformer, samples.qformer, _only(known, "visual_queries")),
+        _spec("dam", model.dam, samples.dam, _only(known, "concept_tokens")),
+        _spec("condition", Condition(model.transformer), samples.condition, conditions),
+        _spec("denoise", DenoiseStep(model.transformer), samples.denoise, {"next_state": samples.state(0)}),
+        _spec("decode_first", samples.decoders[0], samples.decode_first, {"frames": first, **states}),
+    ]
+    if model.config.latent_shape[1] > 1:
+        with torch.inference_mode():
+            frames, *following = samples.decoders[1](*samples.decode(0).values())
+        outputs = {f"next_{name}": state for name, state in zip(states, following, strict=True)}
+        specs.append(_spec("decode", samples.decoders[1], samples.decode, {"frames": frames, **outputs}))
+    return specs
+
+
+def _only(known: Sample, name: str) -> Sample:
+    return {name: known[name]}
+
+
+def _spec(
+    name: str, module: nn.Module, sample: Callable[[int], Sample], outputs: dict[str, Tensor]
+) -> GraphSpec:
+    """outputs: by name, tensors of the right shapes."""
+    inputs, given = (
+        tuple(_tensor_spec(key, value) for key, value in side.items()) for side in (sample(0), outputs)
+    )
+    return GraphSpec(name, module.eval(), inputs, given, sample)
+
+
+def _tensor_spec(name: str, tensor: Tensor) -> TensorSpec:
+    return TensorSpec(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
+
+
+class _Samples:
+    """Realistic inputs: each graph's come out of the modules before it, so that weights which expect each
+    other's statistics get them. Some concepts are there and some are padded; the last branch alone sees
+    concepts."""
+
+    def __init__(
+        self, model: ConceptMaster, vae: AutoencoderKLWan, branches: int, solver_states: int
+    ) -> None:
+        self.model, self.config = model, model.config
+        self.branches, self.solver_states = branches, solver_states
+        self.decoders = DecodeFirst(vae).eval(), DecodeNext(vae).eval()
+        self.upstream = functools.lru_cache(4)(self._upstream)
+
+    def text_encoder(self, seed: int) -> Sample:
+        """One string of any length that fits."""
+        g = torch.Generator().manual_seed(seed)
+        length = torch.randint(1, self.config.text_tokens + 1, (1,), generator=g)
+        ids, mask = self._tokens(length, self.config.text_tokens, g)
+        return {"token_ids": ids, "token_mask": mask}
+
+    def image_encoder(self, seed: int) -> Sample:
+        """Pictures of smooth colours; zeros in the padded places, as the pipeline has them."""
+        g = torch.Generator().manual_seed(seed)
+        c = self.config.concept
+        coarse = torch.randn(c.max_concepts, 3, 4, 4, generator=g)
+        pixels = nn.functional.interpolate(coarse, size=(c.picture_size,) * 2, mode="bilinear")
+        pixels = pixels + 0.2 * torch.randn(pixels.shape, generator=g)
+        return {"pixels": torch.where(self._present(seed)[:, None, None, None], pixels, 0.0)}
+
+    def qformer(self, seed: int) -> Sample:
+        """Picture tokens of `image_encoder`'s sample."""
+        return {"picture_tokens": self.upstream(seed)["picture_tokens"]}
+
+    def dam(self, seed: int) -> Sample:
+        """Visual queries, and labels of all lengths; a padded place has one meaningless token."""
+        kept = self.upstream(seed)
+        names = ["visual_queries", "label_text", "label_mask"]
+        return {name: kept[name] for name in (names[:1] if isinstance(self.model.dam, VisualOnly) else names)}
+
+    def condition(self, seed: int) -> Sample:
+        """K strings, all concept tokens, and which branch sees which concept."""
+        kept = self.upstream(seed)
+        return {name: kept[name] for name in ("text", "concept_tokens", "concept_mask")}
+
+    def denoise(self, seed: int) -> Sample:
+        """A state in the middle of a video. Of the solver's rows one is a plain step and one is the velocity
+        alone, so that an error in the velocity shows whatever the state is."""
+        g = torch.Generator().manual_seed(seed + 2)
+        kept, states = self.upstream(seed), self.solver_states
+        guidance = torch.randn(self.branches, generator=g)
+        guidance[-1] = 1.0 - guidance[:-1].sum()
+        coefficients = torch.randn(states, states + 1, generator=g)
+        coefficients[0] = torch.tensor([1.0, *[0.0] * (states - 1), -0.1])
+        coefficients[-1] = torch.tensor([*[0.0] * states, 1.0])
+        return {
+            "state": self.state(seed),
+            "time": torch.rand(1, generator=g) * 1000,
+            "concept_mask": kept["concept_mask"],
+            "guidance": guidance,
+            "coefficients": coefficients,
+            **{name: kept[name] for name in condition_names(self.config.concept.injection)},
+        }
+
+    def decode_first(self, seed: int) -> Sample:
+        """Latents of the size that training sees."""
+        return {"latents": self._latents(seed)}
+
+    def decode(self, seed: int) -> Sample:
+        """The next latents, and the state that the first frame left."""
+        return {"latents": self._latents(seed + 1), **self.first_frame(seed)[1]}
+
+    def state(self, seed: int) -> Tensor:
+        """The solver's state in the middle of a video, [M,Cz,F,H,W]."""
+        g = torch.Generator().manual_seed(seed)
+        return torch.randn(self.solver_states, *self.config.latent_shape, generator=g)
+
+    @torch.inference_mode()
+    def first_frame(self, seed: int) -> tuple[Tensor, Sample]:
+        """The first frame [1,height,width,3] and the decoder's state behind it, by name."""
+        frames, *states = self.decoders[0](self._latents(seed))
+        return frames, {f"state_{i:02}": state for i, state in enumerate(states)}
+
+    def _latents(self, seed: int) -> Tensor:
+        channels, _, height, width = self.config.latent_shape
+        return torch.randn(1, channels, 1, height, width, generator=torch.Generator().manual_seed(seed))
+
+    def _present(self, seed: int) -> Tensor:
+        """bool [N]: at least one concept and, where there is room for two, at least one padded place."""
+        most = self.config.concept.max_concepts
+        g = torch.Generator().manual_seed(seed + 1)
+        return torch.arange(most) < torch.randint(1, max(2, most), (1,), generator=g)  # [N]
+
+    def _tokens(self, lengths: Tensor, size: int, g: torch.Generator) -> tuple[Tensor, Tensor]:
+        """lengths [B] -> ids from the vocabulary, 0 where padded, and mask: int64 and bool [B,size]."""
+        vocabulary = self.config.text_encoder["vocab_size"]
+        ids = torch.randint(2, vocabulary, (len(lengths), size), generator=g)  # [B,size]
+        mask = torch.arange(size) < lengths[:, None]  # [B,size]
+        return torch.where(mask, ids, 0), mask
+
+    @torch.inference_mode()
+    def _upstream(self, seed: int) -> Sample:
+        """The outputs of every module before the denoiser, for `seed`."""
+        g = torch.Generator().manual_seed(seed)
+        c, present = self.config.concept, self._present(seed)
+        lengths = torch.randint(1, self.config.text_tokens + 1, (self.branches,), generator=g)
+        text = self.model.text_encoder(*self._tokens(lengths, self.config.text_tokens, g))  # [K,T,Dt]
+        lengths = torch.randint(1, c.label_tokens + 1, (c.max_concepts,), generator=g)
+        ids, mask = self._tokens(torch.where(present, lengths, 1), c.label_tokens, g)
+        labels = self.model.text_encoder(ids, mask) * present[:, None, None]  # [N,L,Dt]
+        pictures = self.model.image_encoder(self.image_encoder(seed)["pixels"])  # [N,P,Dp]
+        visual = self.model.qformer(pictures)  # [N,Q,Dc]
+        concepts = self.model.dam(visual, labels, mask)  # [N,Q,Dc]
+        seen = torch.zeros(self.branches, c.max_concepts, dtype=torch.bool)
+        seen[-1] = present  # [K,N]
+        return {
+            "text": text,
+            "picture_tokens": pictures,
+            "visual_queries": visual,
+            "label_text": labels,
+            "label_mask": mask,
+            "concept_tokens": concepts,
+            "concept_mask": seen,
+            **self.model.transformer.condition(text, concepts, seen),
+        }

@@ -1,0 +1,134 @@
+"""One GraphSpec to one ONNX file: traced by PyTorch, cleaned, checked."""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import onnx
+import torch
+from onnxscript import ir
+
+from ..runtime.manifest import DTYPES, GraphFile, HashedFile, TensorSpec, sha256_file
+from .errors import ExportError
+from .graphs import GraphSpec
+
+OPSET = 23
+EXTERNAL_BYTES = 1_500_000_000  # weights beyond this go beside the file: protobuf ends at 2 GiB
+
+
+def export_graph(spec: GraphSpec, path: Path) -> GraphFile:
+    """Writes `spec` to `path` (and its weights to `path`.data when there are many) and says what is there.
+
+    Every shape is fixed; the file names no machine, path or time, so the same weights give the same bytes.
+    Returns the graph's entry for the manifest, its signature as it is in the file: an input that the graph
+    turned out not to use is not there. Raises ExportError when the graph is not a valid one.
+    """
+    sample = spec.sample(0)
+    with _quiet(), torch.no_grad():
+        program = torch.onnx.export(
+            spec.module,
+            tuple(sample.values()),
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=[tensor.name for tensor in spec.inputs],
+            output_names=[tensor.name for tensor in spec.outputs],
+            external_data=False,
+            verbose=False,
+        )
+    assert program is not None
+    model = program.model
+    _clean(model, spec)
+    save(model, path)
+    return describe(path, spec)
+
+
+def save(model: ir.Model, path: Path) -> None:
+    """Writes a model; weights beyond EXTERNAL_BYTES go to `path`.data."""
+    large = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value)
+    ir.save(model, path, external_data=f"{path.name}.data" if large > EXTERNAL_BYTES else None)
+
+
+def describe(path: Path, spec: GraphSpec) -> GraphFile:
+    """The manifest's entry for a graph file. Raises ExportError when it is not sound or not `spec`'s."""
+    try:
+        onnx.checker.check_model(str(path), full_check=True)
+    except Exception as error:  # the checker and shape inference have several types, one of them private
+        raise ExportError(f"the exported graph {spec.name} is not valid: {error}", exit_code=1) from error
+    graph = onnx.load(str(path), load_external_data=False).graph
+    inputs, outputs = _signature(graph.input), _signature(graph.output)
+    expected = tuple(tensor for tensor in spec.inputs if tensor.name in {found.name for found in inputs})
+    if inputs != expected or outputs != spec.outputs:
+        raise ExportError(f"the exported graph {spec.name} has another signature than its module", 1)
+    external = path.with_name(f"{path.name}.data")
+    return GraphFile(
+        path.name,
+        sha256_file(path),
+        inputs,
+        outputs,
+        (HashedFile(external.name, sha256_file(external)),) if external.exists() else (),
+    )
+
+
+def _clean(model: ir.Model, spec: GraphSpec) -> None:
+    """Drops what is not computation: stack traces with this machine's paths, notes, unused inputs."""
+    model.producer_name, model.producer_version, model.doc_string = "conceptmaster", None, None
+    model.metadata_props.clear()
+    graph = model.graph
+    graph.name, graph.doc_string = spec.name, None
+    graph.metadata_props.clear()
+    outputs = set(graph.outputs)
+    taken: dict[str, int] = {}
+    for node in graph.all_nodes():
+        node.name = _place(node, taken)
+        node.doc_string = None
+        node.metadata_props.clear()
+    made = [value for node in graph.all_nodes() for value in node.outputs if value not in outputs]
+    inner = [*made, *(value for value in graph.initializers.values() if value not in outputs)]
+    for value in inner:  # inferred anew by whoever loads the file, and ONNX Runtime's quantiser trips over it
+        value.shape = value.type = None
+    for value in [*graph.inputs, *graph.outputs, *inner]:
+        value.metadata_props.clear()
+        value.doc_string = None
+    for value in list(graph.inputs):
+        if not value.uses() and value not in outputs:
+            graph.inputs.remove(value)
+
+
+def _place(node: ir.Node, taken: dict[str, int]) -> str:
+    """A unique name that says which module a node comes from: "transformer.blocks.0.attn1.to_q.MatMul"."""
+    scopes = ast.literal_eval(node.metadata_props.get("pkg.torch.onnx.name_scopes", "[]"))  # outermost first
+    name = ".".join([*scopes[-2:-1], node.op_type]).lstrip(".")
+    taken[name] = taken.get(name, 0) + 1
+    return name if taken[name] == 1 else f"{name}_{taken[name]}"
+
+
+def _signature(values: list[onnx.ValueInfoProto]) -> tuple[TensorSpec, ...]:
+    specs = []
+    for value in values:
+        tensor = value.type.tensor_type
+        dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type).name
+        assert dtype in DTYPES
+        specs.append(TensorSpec(value.name, dtype, tuple(d.dim_value for d in tensor.shape.dim)))
+    return tuple(specs)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the exporter's progress on standard output and its remarks on what it did not optimise."""
+    logs = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+    levels = [log.level for log in logs]
+    for log in logs:
+        log.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for log, level in zip(logs, levels, strict=True):
+            log.setLevel(level)
