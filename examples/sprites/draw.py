@@ -16,9 +16,9 @@ REACH = 1.45
 def paint_along(
     noun: str, identity: Identity, radius: float, path: np.ndarray, look: float = 0.0, size: int = SIZE
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Paint a sprite along a path of centres [F, 2] in pixels: premultiplied rgb [F, size, size, 3], alpha [F, size, size].
+    """Paint a sprite along a path of centres [F, 2] in pixels.
 
-    What leaves the frame is cut off.
+    Returns premultiplied rgb [F, size, size, 3] and alpha [F, size, size]. What leaves the frame is cut off.
     """
     frames = len(path)
     half = int(np.ceil(REACH * radius)) + 1
@@ -45,8 +45,11 @@ def look_of(motion: str) -> float:
     return {"left": -1.0, "right": 1.0}.get(motion, 0.0)
 
 
-def _hsv(rng: np.random.Generator, hue: tuple[float, float], s: tuple[float, float], v: tuple[float, float]) -> np.ndarray:
-    return np.asarray(colorsys.hsv_to_rgb(rng.uniform(*hue) % 1.0, rng.uniform(*s), rng.uniform(*v)), np.float32)
+def _hsv(
+    rng: np.random.Generator, hue: tuple[float, float], s: tuple[float, float], v: tuple[float, float]
+) -> np.ndarray:
+    colour = colorsys.hsv_to_rgb(rng.uniform(*hue) % 1.0, rng.uniform(*s), rng.uniform(*v))
+    return np.asarray(colour, np.float32)
 
 
 def paint_background(kind: str, rng: np.random.Generator, size: int = SIZE) -> np.ndarray:
@@ -64,10 +67,12 @@ def paint_background(kind: str, rng: np.random.Generator, size: int = SIZE) -> n
         return np.broadcast_to(_hsv(rng, (0, 1), (0.05, 0.35), (0.6, 0.95)), (size, size, 3))
     if kind == "meadow":
         horizon = rng.uniform(0.35, 0.6)
-        sky, grass = _hsv(rng, (0.53, 0.62), (0.2, 0.45), (0.85, 1)), _hsv(rng, (0.24, 0.36), (0.4, 0.7), (0.5, 0.8))
+        sky = _hsv(rng, (0.53, 0.62), (0.2, 0.45), (0.85, 1))
+        grass = _hsv(rng, (0.24, 0.36), (0.4, 0.7), (0.5, 0.8))
         return mix(mix(sky, np.ones(3, np.float32), y * 0.4), grass, edge(y - horizon))
     if kind == "beach":
-        sky, sea = _hsv(rng, (0.52, 0.6), (0.15, 0.35), (0.9, 1)), _hsv(rng, (0.5, 0.6), (0.5, 0.8), (0.5, 0.8))
+        sky = _hsv(rng, (0.52, 0.6), (0.15, 0.35), (0.9, 1))
+        sea = _hsv(rng, (0.5, 0.6), (0.5, 0.8), (0.5, 0.8))
         sand = _hsv(rng, (0.1, 0.15), (0.25, 0.5), (0.85, 0.98))
         return mix(mix(sky, sea, edge(y - rng.uniform(0.25, 0.4))), sand, edge(y - rng.uniform(0.55, 0.75)))
     if kind == "night":
@@ -79,7 +84,8 @@ def paint_background(kind: str, rng: np.random.Generator, size: int = SIZE) -> n
             image = mix(image, np.asarray((1, 1, 0.85), np.float32), np.clip(1.2 - d * size, 0, 0.9))
         return image
     if kind == "sunset":
-        return mix(_hsv(rng, (0.7, 0.9), (0.3, 0.6), (0.4, 0.7)), _hsv(rng, (0.02, 0.12), (0.5, 0.8), (0.9, 1)), y)
+        top = _hsv(rng, (0.7, 0.9), (0.3, 0.6), (0.4, 0.7))
+        return mix(top, _hsv(rng, (0.02, 0.12), (0.5, 0.8), (0.9, 1)), y)
     base = _hsv(rng, (0, 1), (0.05, 0.3), (0.65, 0.95))
     if kind == "floor":
         n = float(rng.integers(3, 6))
@@ -94,18 +100,20 @@ def paint_background(kind: str, rng: np.random.Generator, size: int = SIZE) -> n
         hue = rng.uniform(0.2, 0.45)
         for k, height in enumerate((0.45, 0.62, 0.8)):
             ridge = height + 0.08 * np.sin(2 * np.pi * (x * rng.uniform(0.8, 1.6) + rng.random()))
-            image = mix(image, _hsv(rng, (hue, hue + 0.03), (0.35, 0.5), (0.8 - 0.15 * k, 0.85 - 0.15 * k)), edge(y - ridge))
+            slope = _hsv(rng, (hue, hue + 0.03), (0.35, 0.5), (0.8 - 0.15 * k, 0.85 - 0.15 * k))
+            image = mix(image, slope, edge(y - ridge))
         return image
     raise ValueError(f"no background is called {kind!r}")
 
 
 def draw_clip(scene: Scene, frames: int = FRAMES) -> tuple[np.ndarray, np.ndarray]:
-    """The true video, uint8 [F, H, W, 3], and what is visible of every actor, float32 [N, F, H, W] in 0..1."""
+    """The true video, uint8 [F, H, W, 3], and what shows of every actor, float32 [N, F, H, W] in 0..1."""
     rng = np.random.Generator(np.random.Philox(key=[scene.seed, 7]))
     canvas = np.repeat(paint_background(scene.background, rng)[None], frames, axis=0).astype(np.float32)
     masks = np.zeros((len(scene.actors), frames, SIZE, SIZE), np.float32)
     for n, actor in enumerate(scene.actors):
-        rgb, alpha = paint_along(actor.noun, actor.identity, actor.radius, actor.path(frames), look_of(actor.motion))
+        path = actor.path(frames)
+        rgb, alpha = paint_along(actor.noun, actor.identity, actor.radius, path, look_of(actor.motion))
         keep = 1.0 - alpha
         masks[:n] *= keep
         masks[n] = alpha
@@ -115,7 +123,10 @@ def draw_clip(scene: Scene, frames: int = FRAMES) -> tuple[np.ndarray, np.ndarra
 
 
 def draw_reference(actor: Actor, rng: np.random.Generator, size: int = SIZE) -> np.ndarray:
-    """A picture of the concept alone on plain ground, uint8 [size, size, 3]: another scale, rotation, place and pose."""
+    """A picture of the concept alone on plain ground, in another scale, rotation, place and pose.
+
+    Returns uint8 [size, size, 3].
+    """
     radius = size * rng.uniform(0.27, 0.35)
     centre = size / 2 + rng.uniform(-0.07, 0.07, size=2) * size
     angle, stretch, lean = rng.uniform(-0.5, 0.5), rng.uniform(0.88, 1.14), rng.uniform(-0.15, 0.15)
@@ -126,5 +137,5 @@ def draw_reference(actor: Actor, rng: np.random.Generator, size: int = SIZE) -> 
     u = (u + lean * v) * stretch
     v = v / stretch
     rgb, alpha = paint_sprite(actor.noun, actor.identity, u, v, 1.0 / radius, rng.uniform(-1, 1))
-    ground = np.asarray(colorsys.hsv_to_rgb(rng.random(), rng.uniform(0, 0.15), rng.uniform(0.8, 1.0)), np.float32)
+    ground = _hsv(rng, (0, 1), (0, 0.15), (0.8, 1.0))
     return np.round((ground * (1 - alpha[..., None]) + rgb).clip(0, 1) * 255).astype(np.uint8)

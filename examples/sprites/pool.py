@@ -1,7 +1,7 @@
 """Training data on disk: shards of drawn clips, and the same clips as latents once the VAE is trained.
 
-A shard is a folder of plain ``.npy`` arrays that are mapped, not loaded. It appears under its final name only when it
-is whole, so drawing, encoding and training may run beside each other and be stopped at any moment.
+A shard is a folder of plain ``.npy`` arrays that are mapped, not loaded. It appears under its final name only
+when it is whole, so drawing, encoding and training may run beside each other and be stopped at any moment.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ LATENT_GRID = (5, 8, 8)
 
 @dataclass(frozen=True)
 class Shard:
-    """One mapped shard. ``video`` [n, F, H, W, 3], ``references`` [n, N, R, H, W, 3], ``coverage`` [n, N, 5, 8, 8], all uint8."""
+    """One mapped shard: ``video`` [n, F, H, W, 3], ``references`` [n, N, R, H, W, 3], ``coverage``
+    [n, N, 5, 8, 8], all uint8."""
 
     folder: Path
     video: np.ndarray
@@ -45,13 +46,17 @@ class Shard:
 def _coverage(masks: np.ndarray) -> np.ndarray:
     """How much of every latent cell a concept covers: float [N, F, H, W] -> uint8 [N, 5, 8, 8]."""
     n, f, h, w = masks.shape
-    cells = masks.reshape(n, f, LATENT_GRID[1], h // LATENT_GRID[1], LATENT_GRID[2], w // LATENT_GRID[2]).mean((3, 5))
+    rows, columns = LATENT_GRID[1:]
+    cells = masks.reshape(n, f, rows, h // rows, columns, w // columns).mean((3, 5))
     first, rest = cells[:, :1], cells[:, 1:].reshape(n, LATENT_GRID[0] - 1, -1, *LATENT_GRID[1:]).mean(2)
     return np.round(np.concatenate([first, rest], axis=1) * 255).astype(np.uint8)
 
 
 def draw_shard(folder: Path, index: int, held_out: bool = False) -> Path:
-    """Draw shard ``index`` unless it is there; returns its folder. ``held_out`` takes the looks kept for judging."""
+    """Draw shard ``index`` unless it is there; returns its folder.
+
+    ``held_out`` takes the looks kept for judging.
+    """
     target = folder / f"shard-{index:05d}"
     if target.exists():
         return target
@@ -95,7 +100,7 @@ def shards(folder: Path) -> list[Path]:
 
 
 def encode_shard(folder: Path, encode: Callable[[np.ndarray], np.ndarray], batch: int = 10) -> None:
-    """Write ``latents.npy`` beside a shard's clips: ``encode`` takes uint8 [b, F, H, W, 3] to float latents."""
+    """Write ``latents.npy`` beside a shard's clips: ``encode`` takes uint8 [b, F, H, W, 3] to latents."""
     shard = open_shard(folder)
     parts = [encode(np.asarray(shard.video[i : i + batch])) for i in range(0, len(shard.video), batch)]
     partial = folder / ".latents.tmp.npy"

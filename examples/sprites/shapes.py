@@ -1,8 +1,8 @@
 """How a sprite is painted: signed distances, layers and one painter function per noun.
 
 A sprite lives in its own coordinates: ``u`` to the right, ``v`` downwards, the body inside the unit circle.
-Every layer is a signed distance (negative inside, in sprite units), antialiased over one pixel, so a sprite can be
-painted at any size, place and rotation straight onto a pixel grid without resampling.
+Every layer is a signed distance (negative inside, in sprite units), antialiased over one pixel, so a sprite
+can be painted at any size, place and rotation straight onto a pixel grid without resampling.
 """
 
 from __future__ import annotations
@@ -86,8 +86,8 @@ def union(*distances: Array) -> Array:
 class Canvas:
     """Layers painted over each other on sprite coordinates.
 
-    ``u``, ``v``: float32 of any one shape; ``pixel``: size of one pixel in sprite units. ``rgb`` is premultiplied by
-    ``alpha``; both are in 0..1.
+    ``u``, ``v``: float32 of any one shape; ``pixel``: size of one pixel in sprite units. ``rgb`` is
+    premultiplied by ``alpha``; both are in 0..1.
     """
 
     def __init__(self, u: Array, v: Array, pixel: float, look: float) -> None:
@@ -111,12 +111,13 @@ class Canvas:
     def eyes(self, cu: float, cv: float, apart: float, r: float) -> None:
         """Two eyes that look where the sprite goes."""
         for side in (-1, 1):
-            self.fill(circle(self.u, self.v, cu + side * apart, cv, r), WHITE)
-            self.fill(circle(self.u, self.v, cu + side * apart + 0.35 * r * self.look, cv + 0.1 * r, 0.58 * r), DARK)
+            eye = cu + side * apart
+            self.fill(circle(self.u, self.v, eye, cv, r), WHITE)
+            self.fill(circle(self.u, self.v, eye + 0.35 * r * self.look, cv + 0.1 * r, 0.58 * r), DARK)
 
 
 def texture(identity: Identity, u: Array, v: Array, pixel: float) -> Array:
-    """The identity's body paint: main colour with its second colour as stripes, dots, checks or rings. [..., 3]."""
+    """The identity's body paint [..., 3]: main colour with its second as stripes, dots, checks or rings."""
     main = np.asarray(identity.body, np.float32)
     if identity.texture == "plain":
         return np.broadcast_to(main, (*u.shape, 3))
@@ -217,7 +218,9 @@ def _ghost(c: Canvas, i: Identity, paint: Array) -> tuple[float, float]:
 def _tree(c: Canvas, i: Identity, paint: Array) -> tuple[float, float]:
     c.body(box(c.u, c.v, 0, 0.68, 0.16, 0.32), BROWN)
     crown = union(
-        circle(c.u, c.v, -0.42, 0.10, 0.46), circle(c.u, c.v, 0.42, 0.10, 0.46), circle(c.u, c.v, 0, -0.40, 0.52)
+        circle(c.u, c.v, -0.42, 0.10, 0.46),
+        circle(c.u, c.v, 0.42, 0.10, 0.46),
+        circle(c.u, c.v, 0, -0.40, 0.52),
     )
     c.body(crown, paint)
     return 0.0, -0.85
@@ -250,7 +253,8 @@ def _rocket(c: Canvas, i: Identity, paint: Array) -> tuple[float, float]:
 def _flower(c: Canvas, i: Identity, paint: Array) -> tuple[float, float]:
     c.body(box(c.u, c.v, 0, 0.70, 0.09, 0.34), GREEN)
     petals = [
-        circle(c.u, c.v, 0.46 * np.sin(k * np.pi / 3), -0.16 - 0.46 * np.cos(k * np.pi / 3), 0.32) for k in range(6)
+        circle(c.u, c.v, 0.46 * np.sin(k * np.pi / 3), -0.16 - 0.46 * np.cos(k * np.pi / 3), 0.32)
+        for k in range(6)
     ]
     c.body(union(*petals), paint)
     c.fill(circle(c.u, c.v, 0, -0.16, 0.26), i.second)
@@ -258,7 +262,8 @@ def _flower(c: Canvas, i: Identity, paint: Array) -> tuple[float, float]:
 
 
 def _butterfly(c: Canvas, i: Identity, paint: Array) -> tuple[float, float]:
-    wings = [ellipse(c.u, c.v, s * 0.52, cv, 0.46, rv) for s in (-1, 1) for cv, rv in ((-0.30, 0.48), (0.44, 0.38))]
+    halves = ((-0.30, 0.48), (0.44, 0.38))
+    wings = [ellipse(c.u, c.v, s * 0.52, cv, 0.46, rv) for s in (-1, 1) for cv, rv in halves]
     c.body(union(*wings), paint)
     c.fill(ellipse(c.u, c.v, 0, 0.05, 0.13, 0.70), DARK)
     c.fill(circle(c.u, c.v, 0, -0.58, 0.20), DARK)
@@ -298,8 +303,8 @@ def paint_sprite(
 ) -> tuple[Array, Array]:
     """Paint one sprite on coordinates ``u``, ``v`` (any one shape).
 
-    Returns premultiplied ``rgb`` [..., 3] and ``alpha`` [...], float32 in 0..1. ``pixel`` is one pixel in sprite
-    units, ``look`` in -1..1 turns the eyes. Raises KeyError for an unknown noun.
+    Returns premultiplied ``rgb`` [..., 3] and ``alpha`` [...], float32 in 0..1. ``pixel`` is one pixel in
+    sprite units, ``look`` in -1..1 turns the eyes. Raises KeyError for an unknown noun.
     """
     u, v = u.astype(np.float32), v.astype(np.float32)
     canvas = Canvas(u, v, pixel, look)

@@ -1,7 +1,8 @@
 """What there is in the sprites world: nouns, identities, scenes and the sentences that tell them.
 
-Everything is drawn from a seed. An identity (colours, texture, accessory) is never told in words. Identities are split
-by a hash of their look, quantised: a look that is judged never occurs in training, nor does any look in the same cell.
+Everything is drawn from a seed. An identity (colours, texture, accessory) is never told in words. Identities
+are split by a hash of their look, quantised: a look that is judged never occurs in training, nor does any
+look in the same cell.
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ LOOK_APART = 0.45
 
 @dataclass(frozen=True)
 class Identity:
-    """What makes one sprite itself; colours are RGB in 0..1, ``period`` in sprite units, ``angle`` in radians."""
+    """What makes one sprite itself; colours: RGB in 0..1, ``period``: sprite units, ``angle``: radians."""
 
     body: tuple[float, float, float]
     second: tuple[float, float, float]
@@ -82,7 +83,7 @@ class Identity:
 
     @property
     def held_out(self) -> bool:
-        """Whether this look is reserved for judging (one cell of eight), decided by a hash of its quantised look."""
+        """Whether this look is reserved for judging (one cell of eight): a hash of the look, quantised."""
         hue, _, value = colorsys.rgb_to_hsv(*self.body)
         hue2 = colorsys.rgb_to_hsv(*self.second)[0]
         cell = f"{int(hue * 16)}/{int(value * 4)}/{int(hue2 * 8)}/{self.texture}/{self.accessory}"
@@ -104,10 +105,11 @@ class Actor:
     def path(self, frames: int = FRAMES, motion: str | None = None) -> np.ndarray:
         """Centres over time, float32 [frames, 2] as (x, y) in pixels; ``motion`` asks for another one."""
         t = np.linspace(0.0, 1.0, frames, dtype=np.float32)
-        dx, dy = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}.get(motion or self.motion, (0, 0))
+        motion = motion or self.motion
+        dx, dy = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}.get(motion, (0, 0))
         x = self.start[0] + dx * TRAVEL * t
         y = self.start[1] + dy * TRAVEL * t
-        if (motion or self.motion) == "jump":
+        if motion == "jump":
             y = y - JUMP * 4 * t * (1 - t)
         return np.stack([x, y], axis=1)
 
@@ -144,7 +146,9 @@ def _inside(path: np.ndarray, radius: float) -> bool:
     return bool((path > radius - 3).all() and (path < SIZE - radius + 3).all())
 
 
-def _place_actors(rng: np.random.Generator, nouns: list[str], labels: list[str], looks: list[Identity]) -> list[Actor]:
+def _place_actors(
+    rng: np.random.Generator, nouns: list[str], labels: list[str], looks: list[Identity]
+) -> list[Actor]:
     cells = list(PLACES)
     while True:
         actors: list[Actor] = []
@@ -196,12 +200,17 @@ def tell(rng: np.random.Generator, actors: list[Actor], background: str, plainly
 
 
 def random_scene(
-    seed: int, *, held_out: bool, concepts: int | None = None, same_noun: bool | None = None, plainly: bool = False
+    seed: int,
+    *,
+    held_out: bool,
+    concepts: int | None = None,
+    same_noun: bool | None = None,
+    plainly: bool = False,
 ) -> Scene:
     """Draw the scene of a seed.
 
-    ``concepts`` is 1..3 or None for any; ``same_noun`` True makes the first two share their noun, None leaves it to
-    chance. Raises ValueError for impossible wishes.
+    ``concepts`` is 1..3 or None for any; ``same_noun`` True makes the first two share their noun, None leaves
+    it to chance. Raises ValueError for impossible wishes.
     """
     rng = np.random.Generator(np.random.Philox(key=[seed, 1 if held_out else 0]))
     count = concepts if concepts is not None else int(rng.choice([1, 2, 3], p=[0.2, 0.55, 0.25]))
