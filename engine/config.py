@@ -367,7 +367,7 @@ def _sprites() -> ModelConfig:
         ),
         text_encoder=_umt5(d_model=128, d_kv=32, heads=4, d_ff=256, layers=2, vocab=512),
         image_encoder=_clip(hidden=128, layers=3, heads=4, mlp=256, patch=8, image=64, projection=128),
-        vae=_small_vae(base_dim=8, decoder_base_dim=16, z_dim=16),
+        vae=_small_vae(base_dim=16, decoder_base_dim=16, z_dim=16),
         text_tokens=48,
         frames=17,
         height=64,

@@ -19,23 +19,15 @@ NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
 
 def orthogonalised(matrix: torch.Tensor, steps: int = 5) -> torch.Tensor:
-    """The nearest semi-orthogonal matrix, roughly: [r, c] -> [r, c] with singular values near 1.
-
-    The iterations run on the small Gram matrix only: all its polynomials commute, so their product can be applied once.
-    """
+    """The nearest semi-orthogonal matrix, roughly: [r, c] -> [r, c] with singular values near 1; computed in bf16."""
     a, b, c = NEWTON_SCHULZ
-    x = matrix / (matrix.norm() + 1e-7)
+    x = (matrix / (matrix.norm() + 1e-7)).bfloat16()
     tall = x.shape[0] > x.shape[1]
     x = x.T if tall else x
-    gram = x @ x.T
-    eye = torch.eye(len(gram), dtype=x.dtype, device=x.device)
-    product = eye
     for _ in range(steps):
-        polynomial = a * eye + b * gram + c * (gram @ gram)
-        product = polynomial @ product
-        gram = polynomial @ gram @ polynomial
-    x = product @ x
-    return x.T if tall else x
+        gram = x @ x.T
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return (x.T if tall else x).to(matrix.dtype)
 
 
 class MuonAdamW(torch.optim.Optimizer):

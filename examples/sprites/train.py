@@ -1,0 +1,123 @@
+"""The whole training as one command with five stages, each resumable: draw, vae, encode, decoder, model.
+
+Everything lives below one output folder: ``clips/`` and ``held-out/`` (pools), ``vae/``, ``model/``, and at the end
+``weights/``, which `conceptmaster export` turns into a bundle.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ...engine.config import BINDINGS, ENCODERS, INJECTIONS, ModelConfig, preset
+from ...runtime.errors import InputError
+from .batches import portraits
+from .pool import SHARD, draw_shard, encode_shard, open_shard, shards
+from .train_model import train_model
+from .train_vae import encode, load_vae, polish_decoder, to_tensor, train_vae
+from .vocabulary import build_tokenizer
+
+STAGES = ("draw", "vae", "encode", "decoder", "model")
+DEFAULTS = {"solver": "unipc", "steps": 20, "shift": 3.0, "guidance": 2.0, "concept_guidance": None, "negative": ""}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``train``."""
+    parser.add_argument("--output", required=True, type=Path, help="folder for data, checkpoints and weights")
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES), help="which stages to run (all)")
+    parser.add_argument("--clips", type=int, default=20000, help="training clips to draw (20000)")
+    parser.add_argument("--vae-seconds", type=float, default=1080, help="seconds of VAE training (1080)")
+    parser.add_argument("--decoder-seconds", type=float, default=900, help="seconds of decoder training (900)")
+    parser.add_argument("--steps", type=int, default=4000, help="steps of model training (4000)")
+    parser.add_argument("--batch-size", type=int, default=32, help="clips in a step, over all processes (32)")
+    parser.add_argument("--encoder", choices=ENCODERS, default="qformer")
+    parser.add_argument("--binding", choices=BINDINGS, default="dam")
+    parser.add_argument("--injection", choices=INJECTIONS, default="standalone")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", type=int, default=None, help="CPU threads (one per core)")
+
+
+def sprites_config(vae: dict[str, Any] | None = None, **concept: str) -> ModelConfig:
+    """The preset ``sprites`` with a trained VAE's configuration and, in ``concept``, a variant's fields."""
+    config = preset("sprites")
+    config = dataclasses.replace(config, concept=dataclasses.replace(config.concept, **concept))
+    return config if vae is None else dataclasses.replace(config, vae=vae)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the asked stages; returns 0. Raises InputError for arguments that cannot work."""
+    for name in ("clips", "steps", "batch_size"):
+        if getattr(args, name) < 1:
+            raise InputError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    root: Path = args.output
+    root.mkdir(parents=True, exist_ok=True)
+    clips, held_out, vae_folder, model_folder = root / "clips", root / "held-out", root / "vae", root / "model"
+    if "draw" in args.stages:
+        for index in range(-(-args.clips // SHARD)):
+            draw_shard(clips, index)
+        draw_shard(held_out, 0, held_out=True)
+    _require(shards(clips), "draw", clips)
+    if "vae" in args.stages:
+        train_vae(preset("sprites").vae, clips, vae_folder, seconds=args.vae_seconds, seed=args.seed, device=args.device)
+    _require((vae_folder / "vae.json").exists(), "vae", vae_folder)
+    if "encode" in args.stages:
+        _encode(clips, held_out, vae_folder, args.device)
+    if "decoder" in args.stages:
+        polish_decoder(clips, vae_folder, seconds=args.decoder_seconds, device=args.device)
+    if "model" in args.stages:
+        vae_config = json.loads((vae_folder / "vae.json").read_text())
+        config = sprites_config(vae_config, encoder=args.encoder, binding=args.binding, injection=args.injection)
+        tokenizer = build_tokenizer()
+        train_model(
+            config,
+            clips,
+            held_out,
+            model_folder,
+            tokenizer,
+            steps=args.steps,
+            batch_size=args.batch_size,
+            seed=args.seed,
+            device=args.device,
+        )
+        collect(vae_folder, model_folder, root / "weights")
+        print(f"weights: {root / 'weights'}")
+    return 0
+
+
+def _require(found: object, stage: str, folder: Path) -> None:
+    if not found:
+        raise InputError(f"{folder} has nothing of the stage {stage!r} yet: add it to --stages")
+
+
+def _encode(clips: Path, held_out: Path, vae_folder: Path, device: str) -> None:
+    vae = load_vae(vae_folder).to(device)
+
+    @torch.no_grad()
+    def latents(video: np.ndarray) -> np.ndarray:
+        return encode(vae, to_tensor(video).to(device)).cpu().numpy()
+
+    for pool, judged in ((held_out, True), (clips, False)):
+        for folder in shards(pool):
+            index = int(folder.name.removeprefix("shard-"))
+            portraits(open_shard(folder), index * SHARD, judged)
+            if not (folder / "latents.npy").exists():
+                encode_shard(folder, latents)
+
+
+def collect(vae_folder: Path, model_folder: Path, output: Path) -> None:
+    """Put what ``conceptmaster export`` reads into one folder: weights, tokenizer and sampling defaults."""
+    output.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(model_folder / "model.safetensors", output / "model.safetensors")
+    shutil.copyfile(vae_folder / "vae.safetensors", output / "vae.safetensors")
+    build_tokenizer().save(str(output / "tokenizer.json"))
+    (output / "defaults.json").write_text(json.dumps(DEFAULTS, indent=1) + "\n")
