@@ -1,0 +1,234 @@
+"""The sprites world's command line: ``draw`` a request, ``score`` a bundle, ``train`` the shipped model.
+
+Exit codes as for ``conceptmaster``: 0 done, 1 failed, 2 wrong input, 130 interrupted; an error is one line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from conceptmaster.runtime.cli import Command, Parser
+from conceptmaster.runtime.errors import ConceptMasterError, InputError, MissingDependency
+
+DRAW = "Writes a request that can be generated: its pictures, request.json, and the true video, truth.mp4."
+SCORE = """\ Generates a video for every seed, with looks that were never trained on, and counts from its
+frames how often each concept has its own look, noun and motion in its place. Two controls use the same noise:
+no concepts, and pictures swapped but judged as if they were not. `draw --seed N` with the same options shows
+the request behind seed N.
+"""
+SHEET_ROWS = 8
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command (sys.argv's if argv is None); returns its exit code, see the module's text."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        args = _parser(arguments).parse_args(arguments)
+        return args.run(args) or 0
+    except ConceptMasterError as error:
+        return _fail(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        return _fail("interrupted", 130)
+    except OSError as error:
+        return _fail(str(error), 1)
+
+
+def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
+    """The parser; only the command that `arguments` begins with is filled in, so only `train` loads torch."""
+    parser = Parser(
+        prog="python -m conceptmaster.examples.sprites",
+        description="The small drawn world that the shipped model was trained on.",
+        allow_abbrev=False,
+    )
+    choices = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, dest="command")
+    for command in COMMANDS:
+        sub = choices.add_parser(command.name, help=command.help, allow_abbrev=False)
+        sub.set_defaults(run=command.run)
+        if arguments and arguments[0] == command.name:
+            command.add_arguments(sub)
+    return parser
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"sprites: error: {' '.join(message.split())}", file=sys.stderr)
+    return code
+
+
+def _add_scene(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--concepts", type=int, default=2, metavar="K", help="concepts in a scene, 1 to 3 (2)"
+    )
+    parser.add_argument(
+        "--same-noun", action="store_true", help="two of them share their noun; else all differ"
+    )
+
+
+def _add_draw(parser: argparse.ArgumentParser) -> None:
+    parser.description = DRAW
+    parser.add_argument("--seed", type=int, required=True, metavar="N", help="of the scene, 0 or more")
+    parser.add_argument("--output", required=True, metavar="DIR", help="folder, made where it is missing")
+    _add_scene(parser)
+    parser.add_argument("--train-split", action="store_true", help="looks that are trained on, not held out")
+    parser.add_argument("--no-truth", action="store_true", help="leave out truth.mp4")
+
+
+def _draw(args: argparse.Namespace) -> int:
+    from conceptmaster.runtime.request import LARGEST_SEED
+
+    from .requesting import write_request
+    from .score import check_wishes, judged_scene
+
+    if not 0 <= args.seed <= LARGEST_SEED:
+        raise InputError(f"--seed must be 0 to {LARGEST_SEED}, not {args.seed}")
+    check_wishes(args.concepts, args.same_noun)
+    scene = judged_scene(args.seed, args.concepts, args.same_noun, held_out=not args.train_split)
+    print(write_request(scene, Path(args.output), truth=not args.no_truth))
+    print(scene.caption)
+    return 0
+
+
+def _add_score(parser: argparse.ArgumentParser) -> None:
+    parser.description = SCORE
+    parser.add_argument(
+        "--seeds", default="0:64", metavar="A:B", help="of scenes and noise, A to B - 1 (0:64)"
+    )
+    _add_scene(parser)
+    parser.add_argument(
+        "--bundle", default="sprites", metavar="NAME", help="shipped bundle or a path (sprites)"
+    )
+    parser.add_argument("--steps", type=int, metavar="N", help="model evaluations (the bundle's default)")
+    parser.add_argument("--guidance", type=float, metavar="G", help="(the bundle's default)")
+    parser.add_argument("--concept-guidance", type=float, metavar="C", help="(the bundle's default)")
+    parser.add_argument(
+        "--no-controls", action="store_true", help="leave out the two controls: a third of the time"
+    )
+    parser.add_argument(
+        "--truth", action="store_true", help="score the true videos: what a perfect model gets"
+    )
+    parser.add_argument(
+        "--shuffled", action="store_true", help="with --truth: the next request's video: chance"
+    )
+    parser.add_argument("--device", default="cpu", metavar="NAME", help="cpu or cuda (cpu)")
+    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (one per core)")
+    parser.add_argument(
+        "--workers", type=int, default=1, metavar="W", help="processes, of one thread each (1)"
+    )
+    parser.add_argument("--output", metavar="FILE.json", help="also write the report")
+    parser.add_argument("--sheet", metavar="FILE.png", help=f"also draw the first {SHEET_ROWS} requests")
+    parser.add_argument(
+        "--json", action="store_true", help="last line on standard output: the report, one line"
+    )
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+
+
+def _score(args: argparse.Namespace) -> int:
+    from conceptmaster.runtime.files import check_output, replacing
+
+    from .score import Options, score
+
+    if args.shuffled and not args.truth:
+        raise InputError("--shuffled needs --truth")
+    options = Options(
+        seeds=_seeds(args.seeds),
+        concepts=args.concepts,
+        same_noun=args.same_noun,
+        bundle=args.bundle,
+        source=("shuffled" if args.shuffled else "truth") if args.truth else "model",
+        steps=args.steps,
+        guidance=args.guidance,
+        concept_guidance=args.concept_guidance,
+        controls=not args.no_controls,
+        device=args.device,
+        threads=args.threads,
+        workers=args.workers,
+    )
+    output = None if args.output is None else check_output(Path(args.output), (".json",))
+    sheet = None if args.sheet is None else check_output(Path(args.sheet), (".png",))
+    report, results = score(options, keep=SHEET_ROWS if sheet else 0, progress=not args.quiet)
+    if output is not None:
+        with replacing(output) as temporary:
+            temporary.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    if sheet is not None:
+        _save_sheet(options, results, sheet)
+    print(_table(report))
+    if args.json:
+        print(json.dumps(report))
+    return 0
+
+
+def _seeds(text: str) -> range:
+    found = re.fullmatch(r"(\d{1,20}):(\d{1,20})", text, re.ASCII)
+    if found is None:
+        raise InputError(f"--seeds must be two numbers A:B with A < B, not {text!r}")
+    return range(int(found[1]), int(found[2]))
+
+
+def _save_sheet(options: Any, results: Any, path: Path) -> None:
+    from .draw import draw_clip
+    from .requesting import references
+    from .score import ASKED, NO_CONCEPTS, SWAPPED
+    from .sheet import Row, save_sheet
+
+    titles = {ASKED: "as asked", NO_CONCEPTS: "no concepts", SWAPPED: "pictures swapped"}
+    rows = []
+    for result in results[:SHEET_ROWS]:
+        scene = options.scene(result.seed)
+        videos = {titles[name]: frames for name, frames in result.videos.items()}
+        rows.append(Row(scene.caption, references(scene), {"truth": draw_clip(scene)[0], **videos}))
+    save_sheet(rows, path)
+
+
+def _table(report: dict[str, Any]) -> str:
+    """The report for people: a line per measure, a column per video, in percent with standard errors."""
+    from .measures import MEASURES
+    from .score import ASKED, NO_CONCEPTS, SWAPPED
+
+    asked = "as asked" if report["source"] == "model" else report["source"]
+    columns = {asked: ASKED, "no concepts": NO_CONCEPTS, "swapped": SWAPPED}
+    shown = {title: name for title, name in columns.items() if report["noun" + name] is not None}
+    lines = [
+        f"{report['requests']} requests of {report['concepts']}, {report['seconds']:.1f} s; won, in percent:"
+    ]
+    lines.append(f"{'':14}" + "".join(f"{title:>16}" for title in shown) + f"{'chance':>10}")
+    for measure in MEASURES:
+        cells = [_cell(report[measure + n], report["standard_errors"][measure + n]) for n in shown.values()]
+        chance = 100 * report["chance"][measure]
+        lines.append(f"{measure:14}" + "".join(f"{cell:>16}" for cell in cells) + f"{chance:10.1f}")
+    return "\n".join(lines)
+
+
+def _cell(share: float | None, error: float | None) -> str:
+    if share is None:
+        return "–"
+    return f"{100 * share:.1f}" if error is None else f"{100 * share:.1f} ± {100 * error:.1f}"
+
+
+def _add_train(parser: argparse.ArgumentParser) -> None:
+    _training().add_arguments(parser)
+
+
+def _train(args: argparse.Namespace) -> int:
+    return _training().run(args)
+
+
+def _training() -> Any:
+    try:
+        return importlib.import_module(".train", __package__)
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] == __name__.partition(".")[0]:
+            raise  # a file of ours is missing, which no extra brings
+        raise MissingDependency(f"`train` needs {error.name}: pip install 'conceptmaster[train]'") from error
+
+
+COMMANDS = (
+    Command("draw", "write a request of this world, with its true video", _add_draw, _draw),
+    Command("score", "measure whether a bundle binds, on looks held out", _add_score, _score),
+    Command("train", "train the shipped model from nothing", _add_train, _train),
+)
