@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from ...engine.config import BINDINGS, ENCODERS, INJECTIONS, ModelConfig, preset
-from ...runtime.errors import InputError
+from conceptmaster.engine.config import BINDINGS, ENCODERS, INJECTIONS, ModelConfig, preset
+from conceptmaster.runtime.errors import InputError
 from .batches import portraits
 from .pool import SHARD, draw_shard, encode_shard, open_shard, shards
 from .train_model import train_model

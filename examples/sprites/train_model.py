@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
-from ...engine.config import ModelConfig
-from ...engine.model import ConceptMaster
-from ...engine.weights import save_model
+from conceptmaster.engine.config import ModelConfig
+from conceptmaster.engine.model import ConceptMaster
+from conceptmaster.engine.weights import save_model
 from .batches import PORTRAIT, Batch, Dropped, LatentPool
 from .learning import Average, MuonAdamW, gradient_norm, load_checkpoint, save_checkpoint, schedule
 

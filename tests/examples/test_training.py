@@ -1,0 +1,168 @@
+"""The sprites training: every variant learns and exports, a stop loses nothing, and a broken checkpoint is named."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+from conceptmaster.engine.config import preset
+from conceptmaster.engine.weights import load_model
+from conceptmaster.examples.sprites import batches, learning, pool, train_model, train_vae
+from conceptmaster.examples.sprites.vocabulary import build_tokenizer
+from conceptmaster.examples.sprites.world import NOUNS, PLACES, random_scene
+
+CLIPS = 6
+VARIANTS = [
+    {},
+    {"injection": "shared_query"},
+    {"injection": "merged"},
+    {"encoder": "mlp"},
+    {"binding": "none"},
+    {"binding": "concat_mlp"},
+    {"binding": "self_attention"},
+]
+
+
+def small_config(**concept: str) -> object:
+    config = preset("sprites")
+    return dataclasses.replace(
+        config,
+        transformer=dataclasses.replace(config.transformer, num_layers=2, ffn_dim=96),
+        concept=dataclasses.replace(config.concept, **concept),
+        vae=config.vae | {"base_dim": 4, "decoder_base_dim": 4},
+    )
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return build_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A pool of a few clips with latents of an untrained VAE."""
+    root = tmp_path_factory.mktemp("pool")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pool, "SHARD", CLIPS)
+        pool.draw_shard(root, 0)
+        vae = train_vae.AutoencoderKLWan.from_config(small_config().vae)
+
+        @torch.no_grad()
+        def latents(video: np.ndarray) -> np.ndarray:
+            return train_vae.encode(vae, train_vae.to_tensor(video)).numpy()
+
+        pool.encode_shard(root / "shard-00000", latents)
+        batches.portraits(pool.open_shard(root / "shard-00000"), 0)
+    return root
+
+
+def train(folder, output, tokenizer, steps, **concept):
+    train_model.train_model(
+        small_config(**concept), folder, folder, output, tokenizer, steps=steps, batch_size=4, log_every=2
+    )
+    return load_model(output / "model.safetensors")
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: "-".join(v.values()) or "default")
+def test_every_variant_trains(variant, folder, tokenizer, tmp_path):
+    model = train(folder, tmp_path, tokenizer, 2, **variant)
+    for field, value in variant.items():
+        assert getattr(model.config.concept, field) == value
+    record = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])
+    assert record["step"] == 2 and all(np.isfinite(v) for v in record.values())
+
+
+def test_an_interrupted_training_resumes_to_the_same_weights(folder, tokenizer, tmp_path, monkeypatch):
+    whole = train(folder, tmp_path / "whole", tokenizer, 6)
+    draw, calls = batches.LatentPool.batch, []
+
+    def stop_at_the_fifth(self, *args):
+        calls.append(1)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        return draw(self, *args)
+
+    monkeypatch.setattr(batches.LatentPool, "batch", stop_at_the_fifth)
+    with pytest.raises(KeyboardInterrupt):
+        train(folder, tmp_path / "parts", tokenizer, 6)
+    monkeypatch.undo()
+    resumed = train(folder, tmp_path / "parts", tokenizer, 6)
+    for (name, a), b in zip(whole.state_dict().items(), resumed.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+    logged = [json.loads(line)["step"] for line in (tmp_path / "parts" / "log.jsonl").read_text().splitlines()]
+    assert logged[-1] == 6 and len(set(logged)) == 3
+
+
+def test_a_truncated_checkpoint_is_named(folder, tokenizer, tmp_path):
+    train(folder, tmp_path, tokenizer, 2)
+    file = tmp_path / "training.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+    with pytest.raises(ValueError, match=r"training\.safetensors is not a whole checkpoint"):
+        train(folder, tmp_path, tokenizer, 4)
+
+
+def test_muon_steps_are_nearly_orthogonal():
+    torch.manual_seed(0)
+    for shape in ((24, 24), (16, 64), (64, 16)):
+        values = torch.linalg.svdvals(learning.orthogonalised(torch.randn(shape)))
+        assert values.max() < 1.4 and values.median() > 0.5
+
+
+def test_a_step_lowers_a_quadratic():
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(8, 8)
+    optimizer = learning.MuonAdamW(layer.named_parameters(), lr=0.02, adam_lr=0.02)
+    x, y = torch.randn(64, 8), torch.randn(64, 8)
+    losses = []
+    for _ in range(30):
+        optimizer.zero_grad()
+        loss = (layer(x) - y).square().mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < losses[0] * 0.95
+
+
+def test_chunked_vae_is_the_vae():
+    torch.manual_seed(0)
+    vae = train_vae.AutoencoderKLWan.from_config(small_config().vae).eval()
+    video = torch.rand(1, 3, 9, 32, 32) * 2 - 1
+    with torch.no_grad():
+        latents = train_vae.encode(vae, video)
+        torch.testing.assert_close(latents, vae.encode(video).latent_dist.mean, rtol=1e-4, atol=1e-4)
+        mine, theirs = train_vae.decode(vae, latents), vae.decode(latents).sample
+        torch.testing.assert_close(mine.clamp(-1, 1), theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_the_tokenizer_knows_every_word_and_any_byte(tokenizer):
+    assert all(len(tokenizer.encode(noun).ids) == 2 for noun in NOUNS)  # the word and the end
+    for text in ("a ball", "ein Bär 🐻"):
+        assert tokenizer.decode(tokenizer.encode(text).ids).strip() == text
+
+
+def test_dropping_follows_its_rates(folder, tokenizer):
+    data = batches.LatentPool(folder, tokenizer, 48, 8)
+    rng = np.random.default_rng(0)
+    batch = data.batch(rng, 600, batches.Dropped(0.2, 0.1, 0.1))
+    shown, told = batch.concept_mask.any(1), batch.token_mask.sum(1) > 1
+    assert abs(float((~shown & told).float().mean()) - 0.2) < 0.05
+    assert abs(float((shown & ~told).float().mean()) - 0.1) < 0.04
+    assert abs(float((~shown & ~told).float().mean()) - 0.1) < 0.04
+
+
+def test_coverage_lies_where_the_concepts_are(folder, tokenizer):
+    data = batches.LatentPool(folder, tokenizer, 48, 8)
+    batch = data.collate([(0, 0)], np.random.default_rng(0), batches.Dropped(0, 0, 0))
+    scene = random_scene(0, held_out=False)
+    cells = {actor.label: actor.cell for actor in scene.actors}
+    assert set(cells.values()) <= set(PLACES)
+    filled = batch.label_mask[0].any(-1)
+    assert int(filled.sum()) == len(scene.actors)
+    for actor in scene.actors:
+        ids, _ = data.label(actor.label)
+        slot = next(n for n in range(3) if np.array_equal(batch.label_ids[0, n].numpy(), ids))
+        y, x = np.unravel_index(int(batch.coverage[0, slot, 0].argmax()), (8, 8))
+        assert abs(x * 8 + 4 - actor.start[0]) < 10 and abs(y * 8 + 4 - actor.start[1]) < 10
