@@ -17,6 +17,7 @@ from onnxscript import ir
 from ..runtime.manifest import DTYPES, GraphFile, HashedFile, TensorSpec, sha256_file
 from .errors import ExportError
 from .graphs import GraphSpec
+from .rewrite import rewrite
 
 OPSET = 23
 EXTERNAL_BYTES = 1_500_000_000  # weights beyond this go beside the file: protobuf ends at 2 GiB
@@ -43,6 +44,7 @@ def export_graph(spec: GraphSpec, path: Path) -> GraphFile:
         )
     assert program is not None
     model = program.model
+    rewrite(model)
     _clean(model, spec)
     save(model, path)
     return describe(path, spec)
