@@ -84,14 +84,16 @@ def _clean(model: ir.Model, spec: GraphSpec) -> None:
     graph = model.graph
     graph.name, graph.doc_string = spec.name, None
     graph.metadata_props.clear()
-    outputs = set(graph.outputs)
-    taken: dict[str, int] = {}
+    for index, value in enumerate(graph.outputs):
+        if value.is_initializer():  # a state that starts at zero: a constant, which no output may be as such
+            graph.outputs[index] = _copied(graph, value)
+    outputs, taken = set(graph.outputs), dict[str, int]()
     for node in graph.all_nodes():
         node.name = _place(node, taken)
         node.doc_string = None
         node.metadata_props.clear()
     made = [value for node in graph.all_nodes() for value in node.outputs if value not in outputs]
-    inner = [*made, *(value for value in graph.initializers.values() if value not in outputs)]
+    inner = [*made, *graph.initializers.values()]
     for value in inner:  # inferred anew by whoever loads the file, and ONNX Runtime's quantiser trips over it
         value.shape = value.type = None
     for value in [*graph.inputs, *graph.outputs, *inner]:
@@ -100,6 +102,17 @@ def _clean(model: ir.Model, spec: GraphSpec) -> None:
     for value in list(graph.inputs):
         if not value.uses() and value not in outputs:
             graph.inputs.remove(value)
+
+
+def _copied(graph: ir.Graph, value: ir.Value) -> ir.Value:
+    """A value of the same name that is computed, by copying `value`."""
+    node = ir.node("Identity", [value])
+    graph.append(node)
+    copy = node.outputs[0]
+    copy.shape, copy.type = value.shape, value.type
+    name, value.name = value.name, f"{value.name}_constant"
+    copy.name = name
+    return copy
 
 
 def _place(node: ir.Node, taken: dict[str, int]) -> str:

@@ -73,9 +73,9 @@ def _rotary(concat: ir.Node, constants: _Constants) -> None:
     if crossed != [(first, sin), (second, cos)]:
         return
     pairs, out = _half(first, 0), _only_user(concat.outputs[0], "Reshape")
-    if pairs is None or pairs is not _half(second, 1) or out is None:
+    x = pairs.inputs[0] if pairs is not None else None
+    if out is None or _half(second, 1) is not pairs:
         return
-    x = pairs.inputs[0]
     if x is None or len(_sizes(x)) != 3 or any(t is None or t.const_value is None for t in (cos, sin)):
         return
     (batch, tokens, _), (_, _, heads, _) = _sizes(x), _sizes(out.outputs[0])

@@ -12,7 +12,7 @@ import tokenizers
 import torch
 from torch import nn
 
-from ..engine.config import ConfigError, preset
+from ..engine.config import ConfigError, ModelConfig, preset
 from ..engine.model import ConceptMaster
 from ..engine.vae import build_vae
 from ..engine.weights import WeightsError, load, load_model, load_strict
@@ -47,7 +47,10 @@ def open_source(place: str | Path) -> Source:
     Raises: ExportError, one line, for whatever is missing or does not fit.
     """
     if str(place).startswith(PRESET):
-        return random_source(str(place).removeprefix(PRESET))
+        try:
+            return random_source(preset(str(place).removeprefix(PRESET)))
+        except ConfigError as error:
+            raise ExportError(str(error)) from error
     folder = Path(place)
     if not folder.is_dir():
         raise ExportError(f"no weights at {str(folder)!r}: neither a folder nor {PRESET}NAME")
@@ -65,16 +68,11 @@ def open_source(place: str | Path) -> Source:
     return Source(model, vae, tokenizer, _defaults(folder / "defaults.json"))
 
 
-def random_source(name: str, seed: int = 0) -> Source:
-    """A preset with random weights and a tokenizer of bytes: to try things, its videos mean nothing.
+def random_source(config: ModelConfig, seed: int = 0) -> Source:
+    """A model with random weights and a tokenizer of bytes: to try things, its videos mean nothing.
 
-    Layers that begin at zero are drawn too, so that every part of the model shows in its output. Raises
-    ExportError for an unknown name.
+    Layers that begin at zero are drawn too, so that every part of the model shows in its output.
     """
-    try:
-        config = preset(name)
-    except ConfigError as error:
-        raise ExportError(str(error)) from error
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model, vae = ConceptMaster(config).eval(), build_vae(config)

@@ -1,0 +1,95 @@
+"""What the export's tests share: one bundle of the tiny preset, and sessions on its graphs."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("onnxscript")
+pytest.importorskip("diffusers")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> Any:
+    """More threads only wait for each other at these sizes."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def source_for() -> Callable[..., Any]:
+    """`source_for(injection="merged", …)`: the tiny preset with its concept part changed, random weights."""
+    from conceptmaster.engine.config import preset
+    from conceptmaster.export.source import random_source
+
+    def build(**changes: Any) -> Any:
+        config = preset("tiny")
+        return random_source(
+            dataclasses.replace(config, concept=dataclasses.replace(config.concept, **changes))
+        )
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def tiny(source_for: Callable[..., Any]) -> Any:
+    """The source of `bundle`: the same as "preset:tiny"."""
+    return source_for()
+
+
+@pytest.fixture(scope="session")
+def bundle(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny preset's bundle. Not to be changed: copy it first."""
+    from conceptmaster.export.bundle import write_bundle
+
+    folder = tmp_path_factory.mktemp("bundles") / "tiny"
+    write_bundle(tiny, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def specs(tiny: Any) -> dict[str, Any]:
+    """The graphs of `bundle` by name."""
+    from conceptmaster.export.graphs import graph_specs
+
+    return {spec.name: spec for spec in graph_specs(tiny.model, tiny.vae)}
+
+
+@pytest.fixture(scope="session")
+def int8(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The denoise graph of `bundle` in int8."""
+    import shutil
+
+    from conceptmaster.export.quantise import quantise
+
+    path = tmp_path_factory.mktemp("int8") / "denoise.onnx"
+    shutil.copy(bundle / path.name, path)
+    quantise(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def run() -> Callable[..., dict[str, Any]]:
+    """`run(path, inputs)`: a graph's outputs by name, as NumPy; inputs that it does not have are left out."""
+    import onnxruntime
+
+    sessions: dict[Path, Any] = {}
+
+    def call(path: Path, inputs: dict[str, Any]) -> dict[str, Any]:
+        if path not in sessions:
+            options = onnxruntime.SessionOptions()
+            options.intra_op_num_threads = 1
+            options.log_severity_level = 3
+            sessions[path] = onnxruntime.InferenceSession(str(path), options)
+        names = [tensor.name for tensor in sessions[path].get_inputs()]
+        outputs = sessions[path].run(None, {name: inputs[name].numpy() for name in names})
+        return dict(zip((tensor.name for tensor in sessions[path].get_outputs()), outputs, strict=True))
+
+    return call
