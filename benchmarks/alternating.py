@@ -1,0 +1,90 @@
+"""Rivals timed turn by turn in one run, so that what else the machine does meets all of them alike."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+
+def alternate(
+    benchmark: Any, rivals: Mapping[str, Callable[[], object]], rounds: int, warmup: int = 3
+) -> dict[str, list[float]]:
+    """Times every rival `rounds` times in turn; seconds by name.
+
+    The last one is what pytest-benchmark reports, the others run in the setup of its rounds. `extra_info`
+    gets every rival's median and its 20th and 80th percentile in milliseconds, the ratio of the first one's
+    median to each, and what it was measured on.
+    """
+    *others, last = rivals
+    seconds: dict[str, list[float]] = {name: [] for name in rivals}
+
+    def run(name: str) -> None:
+        start = time.perf_counter()
+        rivals[name]()
+        seconds[name].append(time.perf_counter() - start)
+
+    def before_each() -> None:
+        for name in others:
+            run(name)
+
+    benchmark.pedantic(run, args=(last,), setup=before_each, rounds=rounds, warmup_rounds=warmup)
+    measured = {name: times[-rounds:] for name, times in seconds.items()}
+    benchmark.extra_info.update(_summary(measured), machine=machine())
+    return measured
+
+
+def report(measured: Mapping[str, list[float]], title: str) -> str:
+    """A table for people: medians, percentiles and how often faster than the first."""
+    lines = [f"\n{title}, {len(next(iter(measured.values())))} rounds in turn"]
+    for name, entry in _summary(measured)["rivals"].items():
+        lines.append(
+            f"  {name:24} {entry['median_ms']:9.2f} ms  "
+            f"(p20 {entry['p20_ms']:.2f}, p80 {entry['p80_ms']:.2f})  {entry['ratio']:.2f}×"
+        )
+    return "\n".join(lines)
+
+
+def _summary(measured: Mapping[str, list[float]]) -> dict[str, Any]:
+    medians = {name: statistics.median(times) for name, times in measured.items()}
+    first = next(iter(medians.values()))
+    rivals = {}
+    for name, times in measured.items():
+        fifths = statistics.quantiles(times, n=5, method="inclusive")
+        rivals[name] = {
+            "median_ms": 1e3 * medians[name],
+            "p20_ms": 1e3 * fifths[0],
+            "p80_ms": 1e3 * fifths[-1],
+            "ratio": first / medians[name],
+        }
+    return {"rivals": rivals}
+
+
+def machine() -> dict[str, Any]:
+    """Processor, cores, load and versions."""
+    versions = {}
+    for name in ("numpy", "onnxruntime", "torch"):
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return {
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+        "python": platform.python_version(),
+        **versions,
+    }
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
+    except OSError:
+        names = []
+    return names[0] if names else platform.processor() or platform.machine()

@@ -1,0 +1,78 @@
+"""One denoise step of the `sprites` preset: the runtime's graph in fp32 and int8 against PyTorch, one thread
+each. Weights are random; nothing here depends on their values."""
+
+from __future__ import annotations
+
+import functools
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from .alternating import alternate, report
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("diffusers")
+
+ROUNDS = 100
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """PyTorch on one thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def spec(one_thread: None) -> Any:
+    """The denoise graph of a random `sprites` model."""
+    from conceptmaster.engine.config import preset
+    from conceptmaster.export.graphs import graph_specs
+    from conceptmaster.export.source import random_source
+
+    source = random_source(preset("sprites"))
+    return next(spec for spec in graph_specs(source.model, source.vae) if spec.name == "denoise")
+
+
+def backend(spec: Any, path: Path) -> Any:
+    """The runtime's own backend on one graph file, with one thread."""
+    from conceptmaster.export.onnx_graph import describe
+    from conceptmaster.runtime.backends.onnxruntime_backend import OnnxRuntimeBackend
+
+    graphs = {spec.name: describe(path, spec)}
+    bundle: Any = SimpleNamespace(manifest=SimpleNamespace(graphs=graphs), path=lambda graph: path)
+    opened = OnnxRuntimeBackend(bundle, "cpu", 1)
+    opened.load([spec.name])
+    return opened
+
+
+def test_denoise_step(benchmark: Any, spec: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """PyTorch eager, ONNX Runtime fp32, ONNX Runtime int8; each gets NumPy arrays in and gives one back."""
+    from conceptmaster.export.onnx_graph import export_graph
+    from conceptmaster.export.quantise import quantise
+
+    fp32, int8 = tmp_path / "fp32.onnx", tmp_path / "int8.onnx"
+    export_graph(spec, fp32)
+    shutil.copy(fp32, int8)
+    quantise(int8)
+    sample = spec.sample(0)
+    arrays = {name: value.numpy() for name, value in sample.items()}
+    runtimes = {"onnxruntime fp32": backend(spec, fp32), "onnxruntime int8": backend(spec, int8)}
+
+    def run(runtime: Any) -> object:
+        return runtime.to_host(runtime.run("denoise", arrays)["next_state"])
+
+    measured = alternate(
+        benchmark,
+        {"torch eager": lambda: spec.run(sample)["next_state"].numpy()}
+        | {name: functools.partial(run, runtime) for name, runtime in runtimes.items()},
+        ROUNDS,
+    )
+    with capsys.disabled():
+        print(report(measured, "denoise step, sprites, 1 thread"))

@@ -1,0 +1,43 @@
+"""A whole video from the shipped bundles: the first example request, default steps, one thread."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from conceptmaster.runtime import bundle as bundles
+
+from .alternating import alternate, report
+
+ROUNDS = 10
+REQUEST = Path(__file__).parents[1] / "examples/sprites/requests/first/request.json"
+NAMES = ("sprites", "sprites-int8")
+
+
+def test_video(benchmark: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    """Pipelines are open already and have generated once; the caption is encoded anew each time."""
+    from conceptmaster import Pipeline
+    from conceptmaster.runtime.request import Request
+
+    names = [name for name in NAMES if name in bundles.shipped()]
+    if not names or not REQUEST.is_file():
+        pytest.skip("no bundle is shipped with this checkout, or no example request")
+    request = Request.from_json(REQUEST)
+    pipelines = {name: Pipeline.from_bundle(name, threads=1) for name in names}
+    stages: dict[str, dict[str, float]] = {}
+
+    def generate(name: str) -> None:
+        pipelines[name]._text.cache_clear()
+        stages[name] = dict(pipelines[name].generate(request)[0].seconds)
+
+    measured = alternate(
+        benchmark, {name: functools.partial(generate, name) for name in names}, ROUNDS, warmup=1
+    )
+    benchmark.extra_info["stages_of_the_last_round_s"] = stages
+    with capsys.disabled():
+        print(report(measured, "whole video, default steps, 1 thread"))
+        for name, seconds in stages.items():
+            print(f"  {name:24} " + ", ".join(f"{stage} {s * 1e3:.1f} ms" for stage, s in seconds.items()))
