@@ -12,10 +12,13 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from conceptmaster.runtime.cli import Command, Parser
 from conceptmaster.runtime.errors import ConceptMasterError, InputError, MissingDependency
+
+if TYPE_CHECKING:
+    from .score import Options, Result
 
 DRAW = "Writes a request that can be generated: its pictures, request.json, and the true video, truth.mp4."
 SCORE = """\ Generates a video for every seed, with looks that were never trained on, and counts from its
@@ -170,7 +173,7 @@ def _seeds(text: str) -> range:
     return range(int(found[1]), int(found[2]))
 
 
-def _save_sheet(options: Any, results: Any, path: Path) -> None:
+def _save_sheet(options: Options, results: Sequence[Result], path: Path) -> None:
     from .draw import draw_clip
     from .requesting import references
     from .score import ASKED, NO_CONCEPTS, SWAPPED
@@ -198,15 +201,15 @@ def _table(report: dict[str, Any]) -> str:
     ]
     lines.append(f"{'':14}" + "".join(f"{title:>16}" for title in shown) + f"{'chance':>10}")
     for measure in MEASURES:
+        if report[measure] is None:
+            continue
         cells = [_cell(report[measure + n], report["standard_errors"][measure + n]) for n in shown.values()]
         chance = 100 * report["chance"][measure]
         lines.append(f"{measure:14}" + "".join(f"{cell:>16}" for cell in cells) + f"{chance:10.1f}")
     return "\n".join(lines)
 
 
-def _cell(share: float | None, error: float | None) -> str:
-    if share is None:
-        return "–"
+def _cell(share: float, error: float | None) -> str:
     return f"{100 * share:.1f}" if error is None else f"{100 * share:.1f} ± {100 * error:.1f}"
 
 

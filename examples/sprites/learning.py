@@ -34,7 +34,8 @@ class MuonAdamW(torch.optim.Optimizer):
     """Muon for weights of two or more dimensions (flattened to [out, rest]), AdamW for everything else.
 
     ``parameters`` are (name, parameter) pairs; names that contain one of ``adam_names`` take AdamW whatever their shape
-    (embeddings, tables). ``lr`` is Muon's, ``adam_lr`` the other's; a schedule scales both through ``set_scale``.
+    (embeddings, tables), those that contain one of ``fast_names`` at ``fast_lr``. ``lr`` is Muon's, ``adam_lr`` the
+    others'; a schedule scales all of them through ``set_scale``.
     """
 
     def __init__(
@@ -44,14 +45,20 @@ class MuonAdamW(torch.optim.Optimizer):
         adam_lr: float,
         weight_decay: float = 0.0,
         adam_names: tuple[str, ...] = (),
+        fast_names: tuple[str, ...] = (),
+        fast_lr: float = 0.0,
     ) -> None:
         pairs = [(n, p) for n, p in parameters if p.requires_grad]
-        use_muon = [p for n, p in pairs if p.ndim >= 2 and not any(a in n for a in adam_names)]
-        muon_ids = {id(p) for p in use_muon}
-        groups = [
-            {"params": use_muon, "muon": True, "base": lr, "decay": weight_decay},
-            {"params": [p for _, p in pairs if id(p) not in muon_ids], "muon": False, "base": adam_lr, "decay": 0.0},
+        groups: list[dict[str, object]] = [
+            {"params": [], "muon": True, "base": lr, "decay": weight_decay},
+            {"params": [], "muon": False, "base": adam_lr, "decay": 0.0},
+            {"params": [], "muon": False, "base": fast_lr, "decay": 0.0},
         ]
+        for name, p in pairs:
+            adam = p.ndim < 2 or any(part in name for part in adam_names)
+            kind = 2 if any(part in name for part in fast_names) else 1 if adam else 0
+            groups[kind]["params"].append(p)  # type: ignore[attr-defined]
+        groups = [group for group in groups if group["params"]]
         super().__init__(groups, {"lr": lr})
         self.set_scale(1.0)
 

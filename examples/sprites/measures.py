@@ -154,9 +154,9 @@ class _JudgedActor:
             1 - paint_along(a.noun, a.identity, a.radius, a.path(), look_of(a.motion))[1]
             for a in scene.actors
         ]
-        nothing = np.ones_like(clear[0])
-        self.unhidden = np.prod([nothing, *clear[index + 1 :]], axis=0)  # by those drawn later, [F, H, W]
-        alone = np.prod([self.unhidden, *clear[:index]], axis=0)
+        everything = np.ones_like(clear[0])
+        self.hidden = 1 - np.prod([everything, *clear[index + 1 :]], axis=0)  # by those drawn later, [F, H, W]
+        covered = 1 - np.prod([everything, *clear[:index], *clear[index + 1 :]], axis=0)
 
         rng = np.random.Generator(np.random.Philox(key=[scene.seed, 17 + index]))
         others = [other.identity for other in scene.actors if other is not actor]
@@ -181,14 +181,14 @@ class _JudgedActor:
         ]
         nouns = [actor.noun, *(noun for noun in NOUNS if noun != actor.noun)]
         self.nouns = [self.windows.paint(noun, actor.identity, look_of(actor.motion)) for noun in nouns]
-        self.disk = self.windows.disk(DISK * actor.radius) * self.windows.sample(alone)
+        self.disk = self.windows.disk(DISK * actor.radius) * (1 - self.windows.sample(covered))
 
     def _over_masks(self, windows: Windows, looks: list[Identity], motion: str) -> Contest:
         """A contest of looks, each over its own pixels less what later actors hide."""
         painted = [windows.paint(self.actor.noun, look, look_of(motion)) for look in looks]
         rgb, alpha = (np.stack(parts) for parts in zip(*painted, strict=True))
         colours = rgb / np.maximum(alpha, 1e-6)[..., None]
-        return Contest(windows, alpha * windows.sample(self.unhidden), colours, alpha.sum((1, 2, 3)))
+        return Contest(windows, alpha * (1 - windows.sample(self.hidden)), colours, alpha.sum((1, 2, 3)))
 
     def _over_disk(self, background: np.ndarray) -> Contest:
         """The contest of nouns, painted on a background [H, W, 3]."""

@@ -9,8 +9,10 @@ and true videos of other requests, can be scored in the model's place to see tha
 
 from __future__ import annotations
 
+import functools
 import multiprocessing
 import platform
+import signal
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -163,8 +165,7 @@ def score(
 
 
 def summary(results: list[Result], count: int) -> dict[str, Any]:
-    """Shares of contests won, as ``measure`` + video (``pair_binding_swapped``), 0..1, None where there is
-    none.
+    """Shares of contests won: ``measure`` + video (``pair_binding_swapped``) to 0..1, None without contests.
 
     Beside them ``standard_errors`` (over requests, since the concepts of one share a video) and ``chance``.
     """
@@ -183,7 +184,9 @@ def summary(results: list[Result], count: int) -> dict[str, Any]:
     rivals |= {"texture": len(TEXTURES), "motion": len(MOTIONS)}
     return shares | {
         "standard_errors": errors,
-        "chance": {measure: _rounded(1 / number) for measure, number in rivals.items()},
+        "chance": {
+            measure: _rounded(1 / number) if number > 1 else None for measure, number in rivals.items()
+        },
     }
 
 
@@ -208,10 +211,10 @@ def _about(options: Options) -> dict[str, Any]:
 
 def _request(options: Options, scene: Scene, turn: int | None) -> Request:
     """The scene's request; concept i gets picture i + ``turn``, None leaves the concepts out."""
-    given = () if turn is None else concepts(scene, np.roll(references(scene), -turn, axis=0))
+    pictures = references(scene)
     return Request(
         scene.caption,
-        given,
+        () if turn is None else concepts(scene, pictures[turn:] + pictures[:turn]),
         steps=options.steps,
         guidance=options.guidance,
         concept_guidance=options.concept_guidance,
@@ -258,9 +261,9 @@ def _judge_all(options: Options, generate: Generate | None, keep: int) -> Iterat
     # spawned, because ONNX Runtime's threads do not survive a fork
     context = multiprocessing.get_context("spawn")
     workers = min(options.workers, len(options.seeds))
-    pool = ProcessPoolExecutor(workers, context, _start_worker, (options, keep))
+    pool = ProcessPoolExecutor(workers, context, signal.signal, (signal.SIGINT, signal.SIG_IGN))
     try:
-        yield from pool.map(_work, options.seeds)
+        yield from pool.map(functools.partial(_work, options, keep), options.seeds)
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
 
@@ -269,18 +272,15 @@ def _open(options: Options) -> Generate | None:
     """The bundle's pipeline as a function, None where nothing is generated."""
     if options.source != "model":
         return None
-    threads = options.threads or (1 if options.workers > 1 else None)
+    threads = 1 if options.threads is None and options.workers > 1 else options.threads
     pipeline = Pipeline.from_bundle(options.bundle, device=options.device, threads=threads)
     return lambda request: pipeline.generate(request)[0]
 
 
-_job: tuple[Options, Generate | None, int]  # of this process, where it is a worker
+_open_once = functools.cache(
+    _open
+)  # in a worker, so that what goes wrong is raised where a result is awaited
 
 
-def _start_worker(options: Options, keep: int) -> None:
-    global _job
-    _job = options, _open(options), keep
-
-
-def _work(seed: int) -> Result:
-    return _judge(*_job, seed)
+def _work(options: Options, keep: int, seed: int) -> Result:
+    return _judge(options, _open_once(options), keep, seed)
