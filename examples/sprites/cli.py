@@ -21,10 +21,11 @@ if TYPE_CHECKING:
     from .score import Options, Result
 
 DRAW = "Writes a request that can be generated: its pictures, request.json, and the true video, truth.mp4."
-SCORE = """\ Generates a video for every seed, with looks that were never trained on, and counts from its
-frames how often each concept has its own look, noun and motion in its place. Two controls use the same noise:
-no concepts, and pictures swapped but judged as if they were not. `draw --seed N` with the same options shows
-the request behind seed N.
+SCORE = """\
+Generates a video for every seed, with looks that were never trained on, and counts from its frames how often
+each concept has its own look, noun and motion in its place. Two controls use the same noise: no concepts, and
+pictures swapped but judged as if they were not. `draw --seed N` with the same options shows the request
+behind seed N.
 """
 SHEET_ROWS = 8
 
