@@ -197,7 +197,7 @@ class _Samples:
         alone, so that an error in the velocity shows whatever the state is."""
         g = torch.Generator().manual_seed(seed + 2)
         kept, states = self.upstream(seed), self.solver_states
-        scales = torch.cat((torch.ones(1), 1.0 + 3.0 * torch.rand(self.branches - 1, generator=g)))
+        scales = torch.cat((torch.ones(1), 1.0 + 2.0 * torch.rand(self.branches - 1, generator=g)))
         guidance = scales - torch.cat((scales[1:], torch.zeros(1)))  # [K], sums to one
         coefficients = torch.randn(states, states + 1, generator=g)
         coefficients[0] = torch.tensor([1.0, *[0.0] * (states - 1), -0.1])

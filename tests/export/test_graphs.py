@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -215,11 +216,14 @@ def test_many_weights_go_beside_the_file(monkeypatch, specs, tmp_path, run, asse
     assert abs(run(again / path.name, sample)["visual_queries"] - expected.numpy()).max() < 0.1
 
 
-def test_int8_is_close_and_leaves_attention_alone(bundle, specs, int8):
+def test_int8_is_close_and_leaves_attention_alone(bundle, specs, int8, run):
     from conceptmaster.export.verify import TOLERANCES, check
 
     row = check(specs["denoise"], int8, "int8")
     assert row.ok and 1e-4 < row.relative <= TOLERANCES["int8"]
+    sample = specs["denoise"].sample(3)
+    expected, found = specs["denoise"].run(sample)["next_state"].numpy(), run(int8, sample)["next_state"]
+    assert np.linalg.norm(found - expected) < 1e-2 * np.linalg.norm(expected)
     before, after = operators(bundle / "denoise.onnx"), operators(int8)
     assert after.count("Attention") == before.count("Attention")
     assert after.count("MatMulInteger") > 0.8 * before.count("MatMul")
