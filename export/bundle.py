@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import os
 import secrets
@@ -13,7 +14,7 @@ from pathlib import Path
 from .. import __version__
 from ..engine.config import ModelConfig
 from ..runtime import manifest as manifests
-from ..runtime.manifest import GraphFile, HashedFile, Manifest, Pictures, Shapes
+from ..runtime.manifest import Defaults, GraphFile, HashedFile, Manifest, Pictures, Shapes
 from .errors import ExportError
 from .graphs import graph_specs
 from .onnx_graph import describe, export_graph
@@ -47,6 +48,7 @@ def write_bundle(
     """
     folder = Path(os.path.abspath(output))
     _check_target(folder, overwrite)
+    defaults = _defaults(source.defaults, branches)
     specs = graph_specs(source.model, source.vae, branches=branches)
     with _moved_into_place(folder) as temporary:
         graphs: dict[str, GraphFile] = {}
@@ -71,7 +73,7 @@ def write_bundle(
             fps=source.model.config.fps,
             precision=precision,
             pictures=PICTURES,
-            defaults=source.defaults,
+            defaults=defaults,
             tokenizer=HashedFile(tokenizer.name, manifests.sha256_file(tokenizer)),
             graphs=graphs,
         )
@@ -108,6 +110,13 @@ def _shapes(config: ModelConfig, branches: int, graphs: dict[str, GraphFile]) ->
         height=config.height,
         width=config.width,
     )
+
+
+def _defaults(given: Defaults, branches: int) -> Defaults:
+    """Defaults that a bundle of so many branches can follow: without a second one nothing is guided."""
+    if branches != 3 and given.concept_guidance is not None:
+        raise ExportError("the source's default concept_guidance needs 3 guidance branches: --branches 3")
+    return dataclasses.replace(given, guidance=1.0) if branches == 1 else given
 
 
 def _check_target(folder: Path, overwrite: bool) -> None:

@@ -19,6 +19,10 @@ from .errors import ExportError
 from .graphs import GraphSpec
 from .rewrite import rewrite
 
+# 23 has Attention, RMSNormalization and RotaryEmbedding as operators. The denoise step of `sprites` on ONNX
+# Runtime's CPU, one thread, medians of 120 rounds in turn: PyTorch 27.3 ms, opset 20 18.8 ms, 23 17.2 ms, 23
+# after `rewrite` 15.4 ms; one product for queries, keys and values together brings nothing more. Masked keys
+# count exactly nothing, on ONNX Runtime 1.24 as on 1.31.
 OPSET = 23
 EXTERNAL_BYTES = 1_500_000_000  # weights beyond this go beside the file: protobuf ends at 2 GiB
 
