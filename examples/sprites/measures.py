@@ -155,7 +155,8 @@ class _JudgedActor:
             for a in scene.actors
         ]
         everything = np.ones_like(clear[0])
-        self.hidden = 1 - np.prod([everything, *clear[index + 1 :]], axis=0)  # by those drawn later, [F, H, W]
+        # by those drawn later, and by all others: [F, H, W]
+        self.hidden = 1 - np.prod([everything, *clear[index + 1 :]], axis=0)
         covered = 1 - np.prod([everything, *clear[:index], *clear[index + 1 :]], axis=0)
 
         rng = np.random.Generator(np.random.Philox(key=[scene.seed, 17 + index]))
