@@ -29,6 +29,21 @@ class Dropped:
     both: float = 0.06
 
 
+@dataclass(frozen=True)
+class Captions:
+    """A batch of sentences without pictures or latents; fields as in ``Batch``."""
+
+    token_ids: Tensor
+    token_mask: Tensor
+    label_ids: Tensor
+    label_mask: Tensor
+    coverage: Tensor
+
+    def to(self, device: str) -> Captions:
+        """The batch on a device."""
+        return Captions(*(getattr(self, f.name).to(device) for f in fields(self)))
+
+
 @dataclass
 class Batch:
     """One training batch; N slots of which ``concept_mask`` tells the filled ones, in random order.
@@ -125,6 +140,22 @@ class LatentPool:
             s = int(rng.integers(len(self.shards)))
             picks.append((s, int(rng.integers(len(self.shards[s].captions)))))
         return self.collate(picks, rng, dropped)
+
+    def captions(self, rng: np.random.Generator, size: int) -> Captions:
+        """A random batch of captions with their labels and what they tell."""
+        ids, mask = np.zeros((size, self.text_tokens), np.int64), np.zeros((size, self.text_tokens), bool)
+        label_ids = np.zeros((size, MAX_CONCEPTS, self.label_tokens), np.int64)
+        label_mask = np.zeros(label_ids.shape, bool)
+        coverage = np.zeros((size, *self.shards[0].coverage.shape[1:]), np.float32)
+        for b in range(size):
+            s = int(rng.integers(len(self.shards)))
+            k = int(rng.integers(len(self.shards[s].captions)))
+            ids[b], mask[b] = self.tokens[s][0][k], self.tokens[s][1][k]
+            for n, label in enumerate(self.shards[s].labels[k]):
+                label_ids[b, n], label_mask[b, n] = self.label(label)
+                coverage[b, n] = self.shards[s].coverage[k, n]
+        arrays = ids, mask, label_ids, label_mask, coverage / 255
+        return Captions(*(torch.from_numpy(array) for array in arrays))
 
     def collate(self, picks: list[tuple[int, int]], rng: np.random.Generator, dropped: Dropped) -> Batch:
         """The batch of given (shard, clip) pairs; ``rng`` chooses references, slots and what is dropped."""

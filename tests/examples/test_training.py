@@ -61,7 +61,7 @@ def folder(tmp_path_factory):
 
 def train(folder, output, tokenizer, steps, **concept):
     train_model.train_model(
-        small_config(**concept), folder, folder, output, tokenizer, steps=steps, batch_size=4, log_every=2
+        small_config(**concept), folder, folder, output, tokenizer, steps=steps, batch_size=4, caption_steps=2, log_every=2
     )
     return load_model(output / "model.safetensors")
 
@@ -71,7 +71,8 @@ def test_every_variant_trains(variant, folder, tokenizer, tmp_path):
     model = train(folder, tmp_path, tokenizer, 2, **variant)
     for field, value in variant.items():
         assert getattr(model.config.concept, field) == value
-    record = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])
+    captions, record = (json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines())
+    assert captions["phase"] == "captions" and len(captions["story"]) == 1
     assert record["step"] == 2 and all(np.isfinite(v) for v in record.values())
 
 
@@ -92,7 +93,8 @@ def test_an_interrupted_training_resumes_to_the_same_weights(folder, tokenizer, 
     resumed = train(folder, tmp_path / "parts", tokenizer, 6)
     for (name, a), b in zip(whole.state_dict().items(), resumed.state_dict().values(), strict=True):
         assert torch.equal(a, b), name
-    logged = [json.loads(line)["step"] for line in (tmp_path / "parts" / "log.jsonl").read_text().splitlines()]
+    lines = (tmp_path / "parts" / "log.jsonl").read_text().splitlines()
+    logged = [record["step"] for record in map(json.loads, lines) if "step" in record]
     assert logged[-1] == 6 and len(set(logged)) == 3
 
 
