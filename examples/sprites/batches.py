@@ -1,4 +1,5 @@
-"""Training batches from encoded shards: latents, sentences, pictures, masks, and what is dropped for guidance."""
+"""Training batches from encoded shards: latents, sentences, pictures, masks, and what is dropped for
+guidance."""
 
 from __future__ import annotations
 
@@ -48,8 +49,9 @@ class Captions:
 class Batch:
     """One training batch; N slots of which ``concept_mask`` tells the filled ones, in random order.
 
-    latents [B,Cz,F,H,W], token_ids/token_mask [B,T], pixels [B,N,3,px,px] (CLIP-normalised), label_ids/label_mask
-    [B,N,L], concept_mask [B,N], coverage [B,N,F,H,W] in 0..1, portraits [B,N,3,24,24] in -1..1.
+    latents [B,Cz,F,H,W], token_ids/token_mask [B,T], pixels [B,N,3,px,px] (CLIP-normalised),
+    label_ids/label_mask [B,N,L], concept_mask [B,N], coverage [B,N,F,H,W] in 0..1, portraits [B,N,3,24,24]
+    in -1..1.
     """
 
     latents: Tensor
@@ -68,7 +70,8 @@ class Batch:
 
 
 def tokenise(tokenizer: Tokenizer, texts: list[str], length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Token ids int64 [n, length] padded with 0, and their mask. Raises ValueError for a text that is too long."""
+    """Token ids int64 [n, length] padded with 0, and their mask. Raises ValueError for a text that is too
+    long."""
     ids, mask = np.zeros((len(texts), length), np.int64), np.zeros((len(texts), length), bool)
     for row, encoding in enumerate(tokenizer.encode_batch(texts)):
         if len(encoding.ids) > length:
@@ -117,7 +120,11 @@ class LatentPool:
         """Take up shards that have been encoded since; returns how many there are."""
         known = {shard.folder for shard in self.shards}
         for folder in shards(self.folder):
-            if folder in known or not (folder / "latents.npy").exists() or not (folder / "portraits.npy").exists():
+            if (
+                folder in known
+                or not (folder / "latents.npy").exists()
+                or not (folder / "portraits.npy").exists()
+            ):
                 continue
             shard = open_shard(folder)
             self.shards.append(shard)
@@ -194,5 +201,7 @@ class LatentPool:
             torch.from_numpy(label_mask),
             torch.from_numpy(concept_mask),
             torch.from_numpy(coverage / 255),
-            torch.from_numpy(np.ascontiguousarray(faces.transpose(0, 1, 4, 2, 3)).astype(np.float32) / 127.5 - 1),
+            torch.from_numpy(
+                np.ascontiguousarray(faces.transpose(0, 1, 4, 2, 3)).astype(np.float32) / 127.5 - 1
+            ),
         )

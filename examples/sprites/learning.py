@@ -1,6 +1,8 @@
-"""What both trainings share: Muon with AdamW, a moving average, a schedule, and checkpoints that survive a stop.
+"""What both trainings share: Muon with AdamW, a moving average, a schedule, and checkpoints that survive a
+stop.
 
-Muon (momentum orthogonalised by Newton-Schulz iterations) is by Keller Jordan et al., 2024; the coefficients are theirs.
+Muon (momentum orthogonalised by Newton-Schulz iterations) is by Keller Jordan et al., 2024; the coefficients
+are theirs.
 """
 
 from __future__ import annotations
@@ -19,7 +21,8 @@ NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
 
 def orthogonalised(matrix: torch.Tensor, steps: int = 5) -> torch.Tensor:
-    """The nearest semi-orthogonal matrix, roughly: [r, c] -> [r, c] with singular values near 1; computed in bf16."""
+    """The nearest semi-orthogonal matrix, roughly: [r, c] -> [r, c] with singular values near 1; computed in
+    bf16."""
     a, b, c = NEWTON_SCHULZ
     x = (matrix / (matrix.norm() + 1e-7)).bfloat16()
     tall = x.shape[0] > x.shape[1]
@@ -33,9 +36,9 @@ def orthogonalised(matrix: torch.Tensor, steps: int = 5) -> torch.Tensor:
 class MuonAdamW(torch.optim.Optimizer):
     """Muon for weights of two or more dimensions (flattened to [out, rest]), AdamW for everything else.
 
-    ``parameters`` are (name, parameter) pairs; names that contain one of ``adam_names`` take AdamW whatever their shape
-    (embeddings, tables), those that contain one of ``fast_names`` at ``fast_lr``. ``lr`` is Muon's, ``adam_lr`` the
-    others'; a schedule scales all of them through ``set_scale``.
+    ``parameters`` are (name, parameter) pairs; names that contain one of ``adam_names`` take AdamW whatever
+    their shape (embeddings, tables), those that contain one of ``fast_names`` at ``fast_lr``. ``lr`` is
+    Muon's, ``adam_lr`` the others'; a schedule scales all of them through ``set_scale``.
     """
 
     def __init__(
@@ -93,7 +96,8 @@ class MuonAdamW(torch.optim.Optimizer):
 
 
 def schedule(progress: float, warmup: float = 0.02, final: float = 0.02) -> float:
-    """Learning rate scale over ``progress`` in 0..1: linear warm-up, flat, then linear down over the last 40 %."""
+    """Learning rate scale over ``progress`` in 0..1: linear warm-up, flat, then linear down over the last 40
+    %."""
     if progress < warmup:
         return max(progress, 1e-4) / warmup
     if progress < 0.6:
@@ -121,17 +125,21 @@ class Average:
 
 
 def gradient_norm(parameters: Iterable[torch.nn.Parameter], limit: float) -> float:
-    """Clip the gradients' norm to ``limit``; returns the norm before. Raises FloatingPointError where it is not finite."""
+    """Clip the gradients' norm to ``limit``; returns the norm before. Raises FloatingPointError where it is
+    not finite."""
     norm = float(torch.nn.utils.clip_grad_norm_(list(parameters), limit))
     if not math.isfinite(norm):
-        raise FloatingPointError("the gradient is not finite; resume from the last checkpoint with a lower learning rate")
+        raise FloatingPointError(
+            "the gradient is not finite; resume from the last checkpoint with a lower learning rate"
+        )
     return norm
 
 
 def save_checkpoint(
     path: Path, module: torch.nn.Module, average: Average, optimizer: MuonAdamW, progress: dict[str, float]
 ) -> None:
-    """Write weights, average, optimizer state and ``progress`` as one safetensors file, whole or not at all."""
+    """Write weights, average, optimizer state and ``progress`` as one safetensors file, whole or not at
+    all."""
     tensors = {f"model.{k}": v.detach().clone().contiguous() for k, v in module.state_dict().items()}
     tensors |= {f"average.{k}": v.contiguous() for k, v in average.shadow.items()}
     names = {id(p): n for n, p in module.named_parameters()}
@@ -162,7 +170,9 @@ def load_checkpoint(
         progress, steps = json.loads(header["progress"]), json.loads(header["steps"])
         module.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("model.")}, strict=True)
     except Exception as error:
-        raise ValueError(f"{path} is not a whole checkpoint of this training ({error}); delete it to start over") from error
+        raise ValueError(
+            f"{path} is not a whole checkpoint of this training ({error}); delete it to start over"
+        ) from error
     device = next(module.parameters()).device
     average.shadow = {k[8:]: v.to(device) for k, v in tensors.items() if k.startswith("average.")}
     average.count = int(progress["average_count"])

@@ -1,7 +1,7 @@
 """The whole training as one command with five stages, each resumable: draw, vae, encode, decoder, model.
 
-Everything lives below one output folder: ``clips/`` and ``held-out/`` (pools), ``vae/``, ``model/``, and at the end
-``weights/``, which `conceptmaster export` turns into a bundle.
+Everything lives below one output folder: ``clips/`` and ``held-out/`` (pools), ``vae/``, ``model/``, and at
+the end ``weights/``, which `conceptmaster export` turns into a bundle.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ import numpy as np
 import torch
 
 from conceptmaster.engine.config import BINDINGS, ENCODERS, INJECTIONS, ModelConfig, preset
+from conceptmaster.engine.weights import WeightsError, load_model
 from conceptmaster.runtime.errors import InputError
+
 from .batches import portraits
 from .pool import SHARD, draw_shard, encode_shard, open_shard, shards
 from .train_model import train_model
@@ -25,16 +27,28 @@ from .train_vae import encode, load_vae, polish_decoder, to_tensor, train_vae
 from .vocabulary import build_tokenizer
 
 STAGES = ("draw", "vae", "encode", "decoder", "model")
-DEFAULTS = {"solver": "unipc", "steps": 20, "shift": 3.0, "guidance": 2.0, "concept_guidance": None, "negative": ""}
+DEFAULTS = {
+    "solver": "unipc",
+    "steps": 20,
+    "shift": 3.0,
+    "guidance": 2.0,
+    "concept_guidance": None,
+    "negative": "",
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``train``."""
     parser.add_argument("--output", required=True, type=Path, help="folder for data, checkpoints and weights")
-    parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES), help="which stages to run (all)")
+    parser.add_argument(
+        "--stages", nargs="+", choices=STAGES, default=list(STAGES), help="which stages to run (all)"
+    )
+    parser.add_argument("--start", type=Path, help="weights folder to go on from, with a fresh optimizer")
     parser.add_argument("--clips", type=int, default=20000, help="training clips to draw (20000)")
     parser.add_argument("--vae-seconds", type=float, default=1080, help="seconds of VAE training (1080)")
-    parser.add_argument("--decoder-seconds", type=float, default=900, help="seconds of decoder training (900)")
+    parser.add_argument(
+        "--decoder-seconds", type=float, default=900, help="seconds of decoder training (900)"
+    )
     parser.add_argument("--steps", type=int, default=4000, help="steps of model training (4000)")
     parser.add_argument("--batch-size", type=int, default=32, help="clips in a step, over all processes (32)")
     parser.add_argument("--encoder", choices=ENCODERS, default="qformer")
@@ -61,14 +75,28 @@ def run(args: argparse.Namespace) -> int:
         torch.set_num_threads(args.threads)
     root: Path = args.output
     root.mkdir(parents=True, exist_ok=True)
-    clips, held_out, vae_folder, model_folder = root / "clips", root / "held-out", root / "vae", root / "model"
+    clips, held_out, vae_folder, model_folder = (
+        root / "clips",
+        root / "held-out",
+        root / "vae",
+        root / "model",
+    )
+    if args.start is not None and not (vae_folder / "vae.json").exists():
+        _start_vae(args.start, vae_folder)
     if "draw" in args.stages:
         for index in range(-(-args.clips // SHARD)):
             draw_shard(clips, index)
         draw_shard(held_out, 0, held_out=True)
     _require(shards(clips), "draw", clips)
     if "vae" in args.stages:
-        train_vae(preset("sprites").vae, clips, vae_folder, seconds=args.vae_seconds, seed=args.seed, device=args.device)
+        train_vae(
+            preset("sprites").vae,
+            clips,
+            vae_folder,
+            seconds=args.vae_seconds,
+            seed=args.seed,
+            device=args.device,
+        )
     _require((vae_folder / "vae.json").exists(), "vae", vae_folder)
     if "encode" in args.stages:
         _encode(clips, held_out, vae_folder, args.device)
@@ -76,7 +104,9 @@ def run(args: argparse.Namespace) -> int:
         polish_decoder(clips, vae_folder, seconds=args.decoder_seconds, device=args.device)
     if "model" in args.stages:
         vae_config = json.loads((vae_folder / "vae.json").read_text())
-        config = sprites_config(vae_config, encoder=args.encoder, binding=args.binding, injection=args.injection)
+        config = sprites_config(
+            vae_config, encoder=args.encoder, binding=args.binding, injection=args.injection
+        )
         tokenizer = build_tokenizer()
         train_model(
             config,
@@ -88,10 +118,22 @@ def run(args: argparse.Namespace) -> int:
             batch_size=args.batch_size,
             seed=args.seed,
             device=args.device,
+            start=args.start and args.start / "model.safetensors",
         )
         collect(vae_folder, model_folder, root / "weights")
         print(f"weights: {root / 'weights'}")
     return 0
+
+
+def _start_vae(weights: Path, vae_folder: Path) -> None:
+    """Make ``vae/`` look as if it had been trained here."""
+    try:
+        config = load_model(weights / "model.safetensors").config
+        vae_folder.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(weights / "vae.safetensors", vae_folder / "vae.safetensors")
+    except (FileNotFoundError, WeightsError) as error:
+        raise InputError(f"cannot start from {weights}: {error}") from error
+    (vae_folder / "vae.json").write_text(json.dumps(config.vae, indent=1))
 
 
 def _require(found: object, stage: str, folder: Path) -> None:

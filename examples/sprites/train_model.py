@@ -1,9 +1,10 @@
 """Train ConceptMaster on the sprites world's latents.
 
-What makes it learn to look at the pictures at all: places are told in the caption, noisy times are drawn more often,
-and three training-only heads ask early for what the concepts must carry. ``LayoutHead`` asks the middle block where
-every concept is, ``StoryHead`` asks the caption the same (so that its tokens know their place and motion before the
-video needs them), ``PortraitHead`` asks the visual queries how it looks. None of them is shipped.
+What makes it learn to look at the pictures at all: places are told in the caption, noisy times are drawn
+more often, and three training-only heads ask early for what the concepts must carry. ``LayoutHead`` asks the
+middle block where every concept is, ``StoryHead`` asks the caption the same (so that its tokens know their
+place and motion before the video needs them), ``PortraitHead`` asks the visual queries how it looks. None of
+them is shipped.
 """
 
 from __future__ import annotations
@@ -25,13 +26,14 @@ from tqdm import tqdm
 
 from conceptmaster.engine.config import ModelConfig
 from conceptmaster.engine.model import ConceptMaster
-from conceptmaster.engine.weights import save_model
+from conceptmaster.engine.weights import load_model, load_strict, save_model
+
 from .batches import PORTRAIT, Batch, Dropped, LatentPool
 from .learning import Average, MuonAdamW, gradient_norm, load_checkpoint, save_checkpoint, schedule
 
 FOREGROUND = 3.0
 """Extra weight of the loss where a concept is."""
-LAYOUT_WEIGHT, STORY_WEIGHT, PORTRAIT_WEIGHT = 4.0, 0.5, 0.3
+LAYOUT_WEIGHT, STORY_WEIGHT, PORTRAIT_WEIGHT = 1.0, 0.3, 0.3
 ADAM_NAMES = (
     "shared",
     "embed_tokens",
@@ -46,13 +48,14 @@ ADAM_NAMES = (
 
 
 FAST_NAMES = ("relative_attention_bias", "shared", "layer_norm")
-"""What moves at ``FAST_LR`` while the caption is learned alone: at the usual rate words do not find their neighbours
-("a cat at the top left") for tens of thousands of samples, at this one within ten thousand."""
+"""What moves at ``FAST_LR`` while the caption is learned alone: at the usual rate words do not find their
+neighbours ("a cat at the top left") for tens of thousands of samples, at this one within ten thousand."""
 FAST_LR = 0.02
 
 
 class LayoutHead(nn.Module):
-    """Where every concept is: a bilinear match of video tokens [B,S,D] and concept tokens [B,N,Q,Dc] -> [B,N,S]."""
+    """Where every concept is: a bilinear match of video tokens [B,S,D] and concept tokens [B,N,Q,Dc] ->
+    [B,N,S]."""
 
     def __init__(self, width: int, concept_width: int, inner: int = 64) -> None:
         super().__init__()
@@ -68,8 +71,8 @@ class LayoutHead(nn.Module):
 
 
 class StoryHead(nn.Module):
-    """Where every concept will be, read from the caption alone: concept tokens [B,N,Q,Dc] look into the caption's
-    tokens [B,T,Dt] -> coverage logits [B,N,S]."""
+    """Where every concept will be, read from the caption alone: concept tokens [B,N,Q,Dc] look into the
+    caption's tokens [B,T,Dt] -> coverage logits [B,N,S]."""
 
     def __init__(self, concept_width: int, text_width: int, tokens: int, inner: int = 64) -> None:
         super().__init__()
@@ -88,7 +91,10 @@ class PortraitHead(nn.Module):
     def __init__(self, queries: int, concept_width: int, hidden: int = 256) -> None:
         super().__init__()
         self.net = nn.Sequential(
-            nn.Flatten(1), nn.Linear(queries * concept_width, hidden), nn.GELU(), nn.Linear(hidden, 3 * PORTRAIT**2)
+            nn.Flatten(1),
+            nn.Linear(queries * concept_width, hidden),
+            nn.GELU(),
+            nn.Linear(hidden, 3 * PORTRAIT**2),
         )
 
     def forward(self, queries: Tensor) -> Tensor:
@@ -110,7 +116,8 @@ class Trainee(nn.Module):
         self.middle = config.transformer.num_layers // 2 - 1
 
     def concepts(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Concept tokens [B,N,Q,Dc] of the filled slots (zero elsewhere), and their visual queries [M,Q,Dc]."""
+        """Concept tokens [B,N,Q,Dc] of the filled slots (zero elsewhere), and their visual queries
+        [M,Q,Dc]."""
         model, filled = self.model, batch.label_mask.any(-1)  # [B,N]
         visual = model.qformer(model.image_encoder(batch.pixels[filled]))  # [M,Q,Dc]
         tokens = visual
@@ -121,12 +128,16 @@ class Trainee(nn.Module):
         out[filled] = tokens
         return out, visual
 
-    def velocity(self, batch: Batch, noisy: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def velocity(
+        self, batch: Batch, noisy: Tensor, sigma: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Velocity [B,Cz,F,H,W], the middle block's tokens, text, concept tokens and visual queries."""
         text = self.model.text_encoder(batch.token_ids, batch.token_mask)
         concepts, visual = self.concepts(batch)
         kept: list[Tensor] = []
-        handle = self.model.transformer.blocks[self.middle].register_forward_hook(lambda *a: kept.append(a[2]))
+        handle = self.model.transformer.blocks[self.middle].register_forward_hook(
+            lambda *a: kept.append(a[2])
+        )
         velocity = self.model.transformer(noisy, sigma * 1000.0, text, concepts, batch.concept_mask)
         handle.remove()
         return velocity, kept[0], text, concepts, visual
@@ -159,18 +170,23 @@ def _coverage_loss(logits: Tensor, target: Tensor) -> Tensor:
 
 def random_sigma(rng: np.random.Generator, size: int) -> Tensor:
     """Noise levels, more often high: 1 - sigmoid(1.2 n - 1.2)."""
-    return torch.from_numpy(1 / (1 + np.exp(1.2 * rng.standard_normal(size, np.float32) - 1.2)).astype(np.float32))
+    return torch.from_numpy(
+        1 / (1 + np.exp(1.2 * rng.standard_normal(size, np.float32) - 1.2)).astype(np.float32)
+    )
 
 
 @torch.no_grad()
 def probe(trainee: Trainee, pool: LatentPool, device: str, count: int = 96) -> dict[str, float]:
-    """Error where the concepts are at high noise (sigma 0.85), with the concepts, without, and with pictures swapped.
+    """Error where the concepts are at high noise (sigma 0.85), with the concepts, without, and with pictures
+    swapped.
 
     On the same samples of ``pool`` (held-out looks). If the three are equal the pictures are ignored.
     """
     rng = np.random.default_rng(0)
     results: dict[str, list[float]] = {"with": [], "without": [], "swapped": []}
-    picks = [(0, k) for k in range(len(pool.shards[0].captions)) if len(pool.shards[0].labels[k]) == 2][:count]
+    picks = [(0, k) for k in range(len(pool.shards[0].captions)) if len(pool.shards[0].labels[k]) == 2][
+        :count
+    ]
     for start in range(0, len(picks), 32):
         batch = pool.collate(picks[start : start + 32], rng, Dropped(0, 0, 0)).to(device)
         noise = torch.from_numpy(rng.standard_normal(batch.latents.shape, np.float32)).to(device)
@@ -204,16 +220,23 @@ def _average_gradients(parameters: list[nn.Parameter]) -> None:
 def learn_captions(
     trainee: Trainee, pool: LatentPool, *, steps: int, seed: int, device: str, batch_size: int = 64
 ) -> list[float]:
-    """Train text encoder, DAM and story head on captions alone, with noise for visual queries; mean losses per 25 steps.
+    """Train text encoder, DAM and story head on captions alone, with noise for visual queries; mean losses
+    per 25 steps.
 
-    Cheap, and decisive: joint training from the start settles where captions tell the video no places, and stays there.
+    Cheap, and decisive: joint training from the start settles where captions tell the video no places, and
+    stays there.
     """
     if steps == 0:
         return []
     model, concept = trainee.model, trainee.model.config.concept
     parts = nn.ModuleDict({"text": model.text_encoder, "dam": model.dam, "story": trainee.story})
     optimizer = MuonAdamW(
-        parts.named_parameters(), 0.012, FAST_LR, adam_names=ADAM_NAMES, fast_names=FAST_NAMES, fast_lr=FAST_LR
+        parts.named_parameters(),
+        0.012,
+        FAST_LR,
+        adam_names=ADAM_NAMES,
+        fast_names=FAST_NAMES,
+        fast_lr=FAST_LR,
     )
     patch = model.config.transformer.patch_size
     losses: list[float] = []
@@ -259,11 +282,15 @@ def train_model(
     adam_lr: float = 1.5e-3,
     caption_steps: int = 550,
     log_every: int = 100,
+    start: Path | None = None,
 ) -> None:
-    """Learn the captions alone, then train to ``steps`` (resumes from ``output/training.safetensors``; a batch depends on seed and step only).
+    """Learn the captions alone, then train to ``steps``.
 
-    ``data`` and ``held_out`` are pools with latents. Writes ``model.safetensors`` (averaged weights with their
-    configuration), appends to ``log.jsonl``. Started by torchrun, processes share the work through gloo or nccl.
+    Resumes from ``output/training.safetensors``; a batch depends on seed and step only. ``start``, a
+    ``model.safetensors``, takes the place of learning the captions: the model goes on from there with fresh
+    heads and optimizer. ``data`` and ``held_out`` are pools with latents. Writes ``model.safetensors``
+    (averaged weights with their configuration), appends to ``log.jsonl``. Started by torchrun, processes
+    share the work through gloo or nccl.
     """
     world, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     if world > 1 and not dist.is_initialized():
@@ -282,6 +309,9 @@ def train_model(
         p.normalise(config.vae["latents_mean"], config.vae["latents_std"])
     if checkpoint.exists():
         progress = load_checkpoint(checkpoint, trainee, average, optimizer)
+    elif start is not None:
+        load_strict(trainee.model, load_model(start).state_dict())
+        average = Average(trainee, 0.995)
     else:
         losses = learn_captions(trainee, pool, steps=caption_steps, seed=seed, device=device)
         if rank == 0:
@@ -290,7 +320,7 @@ def train_model(
     bar = tqdm(total=steps, initial=int(progress["step"]), desc="train", disable=rank > 0)
     sums: dict[str, float] = {}
     while progress["step"] < steps:
-        step, start = int(progress["step"]), time.perf_counter()
+        step, began = int(progress["step"]), time.perf_counter()
         rng = np.random.Generator(np.random.Philox(key=[seed, step * 64 + rank]))
         batch = pool.batch(rng, batch_size // world, Dropped()).to(device)
         noise = torch.from_numpy(rng.standard_normal(batch.latents.shape, np.float32)).to(device)
@@ -306,7 +336,7 @@ def train_model(
         optimizer.step()
         average.update(trainee)
         progress["step"] += 1
-        progress["seconds"] += time.perf_counter() - start
+        progress["seconds"] += time.perf_counter() - began
         for name, value in losses.items():
             sums[name] = sums.get(name, 0.0) + float(value.detach())
         bar.update(1)
@@ -322,7 +352,11 @@ def train_model(
                 record = {}
             count = (step % log_every) + 1
             record |= {name: round(value / count, 4) for name, value in sums.items()}
-            record |= {"step": step + 1, "samples": (step + 1) * batch_size, "seconds": round(progress["seconds"])}
+            record |= {
+                "step": step + 1,
+                "samples": (step + 1) * batch_size,
+                "seconds": round(progress["seconds"]),
+            }
             sums = {}
             _log(output, record)
         if (step + 1) % 200 == 0:

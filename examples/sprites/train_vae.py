@@ -1,8 +1,8 @@
 """Train the world's VAE: diffusers' ``AutoencoderKLWan``, small, on drawn clips.
 
-The networks are called directly with their causal caches, the first frame and then the rest, because ``decode()``
-clamps its output and a clamped pixel has no gradient. Noise of fixed size on the latents and a small pull towards zero
-keep them smooth, as the KL term does.
+The networks are called directly with their causal caches, the first frame and then the rest, because
+``decode()`` clamps its output and a clamped pixel has no gradient. Noise of fixed size on the latents and a
+small pull towards zero keep them smooth, as the KL term does.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ PULL = 1e-3
 
 
 def initialise(vae: AutoencoderKLWan) -> None:
-    """Kaiming-normal convolutions, each residual block's second one small: learns decibels faster than the default."""
+    """Kaiming-normal convolutions, each residual block's second one small: learns decibels faster than the
+    default."""
     for name, module in vae.named_modules():
         if isinstance(module, (torch.nn.Conv2d, torch.nn.Conv3d)):
             torch.nn.init.kaiming_normal_(module.weight, nonlinearity="linear")
@@ -94,12 +95,20 @@ def psnr(vae: AutoencoderKLWan, videos: np.ndarray) -> float:
 
 
 def train_vae(
-    config: dict[str, Any], data: Path, output: Path, *, seconds: float, seed: int = 0, device: str = "cpu", lr: float = 0.01
+    config: dict[str, Any],
+    data: Path,
+    output: Path,
+    *,
+    seconds: float,
+    seed: int = 0,
+    device: str = "cpu",
+    lr: float = 0.01,
 ) -> None:
     """Train for about ``seconds`` of computation (resumes from ``output/vae-training.safetensors``).
 
-    Writes ``vae.safetensors`` (averaged weights) with ``vae.json`` (configuration with the latents' statistics) and
-    appends one JSON line a minute to ``vae-log.jsonl``. Single frames come first, then clips of nine frames.
+    Writes ``vae.safetensors`` (averaged weights) with ``vae.json`` (configuration with the latents'
+    statistics) and appends one JSON line a minute to ``vae-log.jsonl``. Single frames come first, then clips
+    of nine frames.
     """
     torch.manual_seed(seed)
     output.mkdir(parents=True, exist_ok=True)
@@ -165,7 +174,9 @@ def finish_vae(vae: AutoencoderKLWan, data: Path, output: Path) -> None:
     device = next(vae.parameters()).device
     for folder in shards(data)[:4]:
         for k in range(0, 100, 10):
-            parts.append(encode(vae, to_tensor(np.asarray(open_shard(folder).video[k : k + 10])).to(device)).cpu())
+            parts.append(
+                encode(vae, to_tensor(np.asarray(open_shard(folder).video[k : k + 10])).to(device)).cpu()
+            )
     latents = torch.cat(parts)
     mean, deviation = latents.mean((0, 2, 3, 4)), latents.std((0, 2, 3, 4))
     if not math.isfinite(float(deviation.min())) or float(deviation.min()) < 1e-4:
@@ -184,12 +195,20 @@ def load_vae(folder: Path) -> AutoencoderKLWan:
 
 
 def polish_decoder(
-    data: Path, output: Path, *, seconds: float, seed: int = 1, device: str = "cpu", lr: float = 0.008, batch: int = 3
+    data: Path,
+    output: Path,
+    *,
+    seconds: float,
+    seed: int = 1,
+    device: str = "cpu",
+    lr: float = 0.008,
+    batch: int = 3,
 ) -> None:
     """Train the decoder alone on whole clips; latents stay what they are, so the model may train beside it.
 
-    Clips of nine frames leave the causal state unused to longer ones: colours drift towards the end. Takes latents
-    from the encoded pool, writes ``vae.safetensors`` again once a minute, resumes from ``polish.safetensors``.
+    Clips of nine frames leave the causal state unused to longer ones: colours drift towards the end. Takes
+    latents from the encoded pool, writes ``vae.safetensors`` again once a minute, resumes from
+    ``polish.safetensors``.
     """
     torch.manual_seed(seed)
     vae = load_vae(output).to(device)
@@ -239,7 +258,9 @@ def polish_decoder(
     bar.close()
     vae.load_state_dict(average.shadow)
     for name in before:
-        if name.startswith(("encoder.", "quant_conv.")) and not torch.equal(before[name], vae.state_dict()[name]):
+        if name.startswith(("encoder.", "quant_conv.")) and not torch.equal(
+            before[name], vae.state_dict()[name]
+        ):
             raise AssertionError(f"{name} changed while only the decoder was to learn")
     _write(vae, output)
 

@@ -23,7 +23,9 @@ def build_tokenizer(captions: int = 4000) -> Tokenizer:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator((random_scene(seed, held_out=False).caption for seed in range(captions)), trainer)
+    tokenizer.train_from_iterator(
+        (random_scene(seed, held_out=False).caption for seed in range(captions)), trainer
+    )
     tokenizer.post_processor = processors.TemplateProcessing(single=f"$A {END}", special_tokens=[(END, 1)])
     return tokenizer
 

@@ -1,4 +1,5 @@
-"""The sprites training: every variant learns and exports, a stop loses nothing, and a broken checkpoint is named."""
+"""The sprites training: every variant learns and exports, a stop loses nothing, and a broken checkpoint is
+named."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ import json
 import numpy as np
 import pytest
 import torch
+
 from conceptmaster.engine.config import preset
 from conceptmaster.engine.weights import load_model
 from conceptmaster.examples.sprites import batches, learning, pool, train_model, train_vae
@@ -61,7 +63,15 @@ def folder(tmp_path_factory):
 
 def train(folder, output, tokenizer, steps, **concept):
     train_model.train_model(
-        small_config(**concept), folder, folder, output, tokenizer, steps=steps, batch_size=4, caption_steps=2, log_every=2
+        small_config(**concept),
+        folder,
+        folder,
+        output,
+        tokenizer,
+        steps=steps,
+        batch_size=4,
+        caption_steps=2,
+        log_every=2,
     )
     return load_model(output / "model.safetensors")
 
