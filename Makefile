@@ -6,6 +6,9 @@ VENV ?= .venv
 # runs without a GPU. Smaller, without CUDA: make test PIP_TORCH="--index-url https://download.pytorch.org/whl/cpu"
 TORCH ?= torch==2.13.0
 PIP_TORCH ?=
+# One thread: on small machines that are shared, OpenMP threads that wait for each other cost tests far more than they
+# save. Generating is not affected.
+TEST := OMP_NUM_THREADS=1 $(VENV)/bin/pytest
 # Handed to pytest: make test ARGS="tests/test_house.py -x"
 ARGS ?=
 
@@ -32,10 +35,10 @@ video: $(VENV)/.base
 	@echo "sheet: $(CURDIR)/out/sheet.png"
 
 test: $(VENV)/.dev
-	$(BIN)/pytest $(ARGS)
+	$(TEST) $(ARGS)
 
 test-slow: $(VENV)/.dev
-	$(BIN)/pytest -m slow $(ARGS)
+	$(TEST) -m slow $(ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

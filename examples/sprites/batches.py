@@ -15,8 +15,8 @@ from .draw import paint_along
 from .pool import Shard, open_shard, shards
 from .world import MAX_CONCEPTS, random_scene
 
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+CLIP_MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
+CLIP_STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
 PORTRAIT = 24
 """Side of the upright sprite that a training-only head redraws from the visual queries."""
 
@@ -191,7 +191,7 @@ class LatentPool:
                 concept_mask[b, slot] = not no_concepts
                 coverage[b, slot] = shard.coverage[k, i]
                 faces[b, slot] = self.portraits[s][k, i]
-        pictures = (pixels.astype(np.float32) / 255 - np.float32(CLIP_MEAN)) / np.float32(CLIP_STD)
+        pictures = (pixels.astype(np.float32) / 255 - CLIP_MEAN) / CLIP_STD
         return Batch(
             torch.from_numpy((latents - self.mean) / self.std),
             torch.from_numpy(ids),

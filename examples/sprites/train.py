@@ -59,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=int, default=None, help="CPU threads (one per core)")
 
 
-def sprites_config(vae: dict[str, Any] | None = None, **concept: str) -> ModelConfig:
+def sprites_config(vae: dict[str, Any] | None = None, **concept: Any) -> ModelConfig:
     """The preset ``sprites`` with a trained VAE's configuration and, in ``concept``, a variant's fields."""
     config = preset("sprites")
     config = dataclasses.replace(config, concept=dataclasses.replace(config.concept, **concept))

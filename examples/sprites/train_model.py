@@ -13,6 +13,7 @@ import json
 import os
 import time
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -261,7 +262,7 @@ def learn_captions(
     return [round(float(np.mean(losses[k : k + 25])), 4) for k in range(0, steps, 25)]
 
 
-def _log(output: Path, record: dict[str, object]) -> None:
+def _log(output: Path, record: Mapping[str, object]) -> None:
     with (output / "log.jsonl").open("a") as log:
         log.write(json.dumps(record) + "\n")
     tqdm.write(json.dumps(record))

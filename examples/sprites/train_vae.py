@@ -34,7 +34,8 @@ def initialise(vae: AutoencoderKLWan) -> None:
     for name, module in vae.named_modules():
         if isinstance(module, (torch.nn.Conv2d, torch.nn.Conv3d)):
             torch.nn.init.kaiming_normal_(module.weight, nonlinearity="linear")
-            torch.nn.init.zeros_(module.bias)
+            if module.bias is not None:
+                torch.nn.init.zeros_(module.bias)
             if name.endswith("conv2"):
                 module.weight.data.mul_(0.3)
 
