@@ -241,7 +241,7 @@ def test_int8_is_close_and_leaves_attention_alone(bundle, specs, int8, run):
     assert np.linalg.norm(found - expected) < 1e-2 * np.linalg.norm(expected)
     before, after = operators(bundle / "denoise.onnx"), operators(int8)
     assert after.count("Attention") == before.count("Attention")
-    assert after.count("MatMulInteger") > 0.8 * before.count("MatMul")
+    assert after.count("MatMulInteger") > 0.5 * before.count("MatMul")
     model = load(int8)
     constants = {value.name: value for value in model.graph.initializer}
     weights = [node.input[1] for node in model.graph.node if node.op_type == "MatMulInteger"]
