@@ -31,7 +31,7 @@ DEFAULTS = {
     "solver": "unipc",
     "steps": 20,
     "shift": 3.0,
-    "guidance": 2.0,
+    "guidance": 2.5,
     "concept_guidance": None,
     "negative": "",
 }
