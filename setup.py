@@ -24,7 +24,8 @@ PACKAGES = [
 
 PACKAGE_DATA = {
     "conceptmaster": ["py.typed"],
-    "conceptmaster.runtime": ["bundles/*/*.json", "bundles/*/*.onnx", "bundles/*/*.onnx.data"],
+    # bundles/sprites-int8 stays in the repository: with it a wheel would pass 40 MB; `conceptmaster export` makes it
+    "conceptmaster.runtime": ["bundles/sprites/*.json", "bundles/sprites/*.onnx"],
     "conceptmaster.examples.sprites": ["requests/**/*.json", "requests/**/*.png"],
 }
 

@@ -1,0 +1,83 @@
+"""What ships works: the bundles open, follow their pictures on looks never trained on, and agree with their weights."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conceptmaster import Concept, Pipeline
+from conceptmaster.examples.sprites.score import Options, score
+
+ROOT = Path(__file__).parents[1]
+REQUESTS = ROOT / "examples" / "sprites" / "requests"
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+    return Pipeline.from_bundle("sprites", threads=1)
+
+
+@pytest.mark.parametrize("bundle", ["sprites", "sprites-int8"])
+def test_concepts_keep_their_own_looks_in_their_own_places(bundle):
+    report, _ = score(Options(seeds=range(500, 508), bundle=bundle, controls=False, threads=1))
+    assert report["requests"] == 8
+    assert report["pair_binding"] >= 0.85  # chance 0.5
+    assert report["identity"] >= 0.35  # chance 0.11
+    assert report["motion"] >= 0.75  # chance 0.17
+
+
+def test_swapped_pictures_swap_the_looks():
+    report, _ = score(Options(seeds=range(500, 504), threads=1))
+    assert report["pair_binding_swapped"] <= 0.25
+    assert report["pair_binding"] - report["pair_binding_swapped"] >= 0.6
+
+
+def test_the_order_of_concepts_does_not_matter(pipeline):
+    pictures = [np.full((64, 64, 3), colour, np.uint8) for colour in ((200, 30, 30), (30, 30, 200))]
+    concepts = [Concept("ball", pictures[0]), Concept("cat", pictures[1])]
+    prompt = "a ball on the left stays still and a cat on the right jumps, in a meadow"
+    one = pipeline(prompt, concepts, seed=1, steps=6).frames.astype(int)
+    other = pipeline(prompt, concepts[::-1], seed=1, steps=6).frames.astype(int)
+    assert np.abs(one - other).max() <= 2
+
+
+def test_text_alone_makes_a_video(pipeline):
+    frames = pipeline("a star in the middle moves up, under a night sky", seed=3, steps=6).frames
+    assert frames.shape == (17, 64, 64, 3) and frames.std() > 5
+
+
+@pytest.mark.parametrize("name", ["first", "twins", "three"])
+def test_the_example_requests_generate(name, tmp_path):
+    command = [sys.executable, "-m", "conceptmaster", "generate", "--json", "--threads", "1"]
+    command += ["--request", REQUESTS / name / "request.json", "--output", tmp_path / "a.mp4"]
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout.splitlines()[-1])["bundle"] == "sprites"
+    assert (tmp_path / "a.mp4").stat().st_size > 1000
+
+
+def test_the_bundle_is_that_of_the_weights(pipeline):
+    """Also holds the numbers of a whole request to PyTorch: the concept tokens of a picture and its label."""
+    torch = pytest.importorskip("torch")
+    from conceptmaster.engine.weights import load_model
+    from conceptmaster.runtime.tokenizer import Tokenizer
+
+    model = load_model(ROOT / "examples" / "sprites" / "weights" / "model.safetensors")
+    assert model.config.to_dict() == json.loads(json.dumps(pipeline.manifest.model))
+    pixels = np.random.default_rng(0).standard_normal((4, 3, 64, 64), np.float32)
+    tokens = pipeline.backend.run("qformer", pipeline.backend.run("image_encoder", {"pixels": pixels}))
+    ids, mask = Tokenizer(pipeline.bundle.tokenizer).encode("first cat", 48, 8, "the label")
+    text = pipeline.backend.run("text_encoder", {"token_ids": ids, "token_mask": mask})
+    label = np.repeat(pipeline.backend.to_host(text["text"])[:, :8], 4, axis=0)
+    got = pipeline.backend.run(
+        "dam", {**tokens, "label_text": label, "label_mask": np.repeat(mask[:, :8], 4, axis=0)}
+    )
+    ids, mask = torch.from_numpy(ids[:, :8])[None].expand(1, 4, -1), torch.from_numpy(mask[:, :8])[None]
+    with torch.no_grad():
+        want = model.concepts(torch.from_numpy(pixels)[None], ids, mask.expand(1, 4, -1))[0]
+    np.testing.assert_allclose(
+        pipeline.backend.to_host(got["concept_tokens"]), want.numpy(), rtol=1e-3, atol=1e-4
+    )
