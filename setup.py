@@ -24,7 +24,7 @@ PACKAGES = [
 
 PACKAGE_DATA = {
     "conceptmaster": ["py.typed"],
-    # bundles/sprites-int8 stays in the repository: with it a wheel would pass 40 MB; `conceptmaster export` makes it
+    # bundles/sprites-int8 stays in the repository: with it a wheel would pass 40 MB
     "conceptmaster.runtime": ["bundles/sprites/*.json", "bundles/sprites/*.onnx"],
     "conceptmaster.examples.sprites": ["requests/**/*.json", "requests/**/*.png"],
 }

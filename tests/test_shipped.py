@@ -1,4 +1,4 @@
-"""What ships works: the bundles open, follow their pictures on looks never trained on, and agree with their weights."""
+"""What ships works: the bundles open, follow their pictures on held-out looks, and fit their weights."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from conceptmaster import Concept, Pipeline
 from conceptmaster.examples.sprites.score import Options, score
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from conceptmaster.engine.config import BINDINGS, ENCODERS, INJECTIONS, ModelConfig, preset
 from conceptmaster.engine.weights import WeightsError, load_model
@@ -49,6 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--decoder-seconds", type=float, default=900, help="seconds of decoder training (900)"
     )
+    parser.add_argument("--caption-steps", type=int, default=550, help="steps on captions alone, first (550)")
     parser.add_argument("--steps", type=int, default=4000, help="steps of model training (4000)")
     parser.add_argument("--batch-size", type=int, default=32, help="clips in a step, over all processes (32)")
     parser.add_argument("--encoder", choices=ENCODERS, default="qformer")
@@ -71,6 +73,11 @@ def run(args: argparse.Namespace) -> int:
     for name in ("clips", "steps", "batch_size"):
         if getattr(args, name) < 1:
             raise InputError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
+    if args.clips < 2 * SHARD:
+        least = f"at least {2 * SHARD}, the first {SHARD} judge the VAE"
+        raise InputError(f"--clips must be {least}, got {args.clips}")
+    if args.caption_steps < 0:
+        raise InputError(f"--caption-steps must not be negative, got {args.caption_steps}")
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     root: Path = args.output
@@ -84,7 +91,7 @@ def run(args: argparse.Namespace) -> int:
     if args.start is not None and not (vae_folder / "vae.json").exists():
         _start_vae(args.start, vae_folder)
     if "draw" in args.stages:
-        for index in range(-(-args.clips // SHARD)):
+        for index in tqdm(range(-(-args.clips // SHARD)), desc="draw", unit="shard"):
             draw_shard(clips, index)
         draw_shard(held_out, 0, held_out=True)
     _require(shards(clips), "draw", clips)
@@ -118,6 +125,7 @@ def run(args: argparse.Namespace) -> int:
             batch_size=args.batch_size,
             seed=args.seed,
             device=args.device,
+            caption_steps=args.caption_steps,
             start=args.start and args.start / "model.safetensors",
         )
         collect(vae_folder, model_folder, root / "weights")
@@ -149,7 +157,7 @@ def _encode(clips: Path, held_out: Path, vae_folder: Path, device: str) -> None:
         return encode(vae, to_tensor(video).to(device)).cpu().numpy()
 
     for pool, judged in ((held_out, True), (clips, False)):
-        for folder in shards(pool):
+        for folder in tqdm(shards(pool), desc="encode", unit="shard"):
             index = int(folder.name.removeprefix("shard-"))
             portraits(open_shard(folder), index * SHARD, judged)
             if not (folder / "latents.npy").exists():
