@@ -37,11 +37,6 @@ class Shard:
     captions: list[str]
     labels: list[list[str]]
 
-    def latents(self) -> np.ndarray | None:
-        """float16 [n, z, 5, 8, 8], or None while not encoded."""
-        path = self.folder / "latents.npy"
-        return np.load(path, mmap_mode="r") if path.exists() else None
-
 
 def _coverage(masks: np.ndarray) -> np.ndarray:
     """How much of every latent cell a concept covers: float [N, F, H, W] -> uint8 [N, 5, 8, 8]."""

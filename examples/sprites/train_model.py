@@ -253,8 +253,9 @@ def learn_captions(
         text, filled = model.text_encoder(batch.token_ids, batch.token_mask), batch.label_mask.any(-1)
         mask = batch.label_mask[filled]
         visual = torch.randn(len(mask), concept.tokens_per_concept, concept.width, device=device)
-        labels = model.text_encoder(batch.label_ids[filled], mask)
-        tokens = model.dam(visual, labels, mask) if concept.binding != "none" else visual
+        tokens = visual
+        if concept.binding != "none":
+            tokens = model.dam(visual, model.text_encoder(batch.label_ids[filled], mask), mask)
         concepts = tokens.new_zeros((*filled.shape, *tokens.shape[1:]))
         concepts[filled] = tokens
         target = F.avg_pool3d(batch.coverage.flatten(0, 1)[:, None], patch).flatten(1)

@@ -17,9 +17,10 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKLWan
 from diffusers.models.autoencoders.autoencoder_kl_wan import patchify, unpatchify
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
+
+from conceptmaster.engine.weights import load, load_strict, save
 
 from .learning import Average, MuonAdamW, gradient_norm, load_checkpoint, save_checkpoint, schedule
 from .pool import open_shard, shards
@@ -184,14 +185,14 @@ def finish_vae(vae: AutoencoderKLWan, data: Path, output: Path) -> None:
         raise ValueError(f"a latent channel is dead (deviations {deviation.tolist()}); train the VAE again")
     config = {k: v for k, v in vae.config.items() if not k.startswith("_")}
     config |= {"latents_mean": mean.tolist(), "latents_std": deviation.tolist()}
-    _write(vae, output)
+    save(output / "vae.safetensors", vae.state_dict())
     (output / "vae.json").write_text(json.dumps(config, indent=1))
 
 
 def load_vae(folder: Path) -> AutoencoderKLWan:
     """The VAE that ``finish_vae`` wrote. Raises FileNotFoundError where there is none yet."""
     vae = AutoencoderKLWan.from_config(json.loads((folder / "vae.json").read_text()))
-    vae.load_state_dict(load_file(folder / "vae.safetensors"), strict=True)
+    load_strict(vae, load(folder / "vae.safetensors")[0])
     return vae.eval()
 
 
@@ -250,7 +251,7 @@ def polish_decoder(
             trained = {k: v.clone() for k, v in vae.state_dict().items()}
             vae.load_state_dict(average.shadow)
             record = progress | {"phase": "decoder", "loss": float(loss), "psnr": psnr(vae, held_out)}
-            _write(vae, output)
+            save(output / "vae.safetensors", vae.state_dict())
             vae.load_state_dict(trained)
             with (output / "vae-log.jsonl").open("a") as log:
                 log.write(json.dumps(record) + "\n")
@@ -263,10 +264,4 @@ def polish_decoder(
             before[name], vae.state_dict()[name]
         ):
             raise AssertionError(f"{name} changed while only the decoder was to learn")
-    _write(vae, output)
-
-
-def _write(vae: AutoencoderKLWan, output: Path) -> None:
-    partial = output / ".vae.safetensors.tmp"
-    save_file({k: v.contiguous().cpu() for k, v in vae.state_dict().items()}, partial)
-    partial.replace(output / "vae.safetensors")
+    save(output / "vae.safetensors", vae.state_dict())
