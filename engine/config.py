@@ -9,6 +9,7 @@ from typing import Any
 ENCODERS = ("qformer", "mlp")
 BINDINGS = ("dam", "none", "concat_mlp", "self_attention")
 INJECTIONS = ("standalone", "shared_query", "merged")
+PREDICTIONS = ("velocity", "sample")
 
 
 class ConfigError(ValueError):
@@ -42,7 +43,8 @@ class TransformerConfig:
 
     `position_channels` is this project's own: so many constant channels (sines and cosines of a latent
     position's frame, row and column, in equal parts) are appended to the latents before the patch embedding.
-    0 is Wan. `image_dim` and `added_kv_proj_dim` belong to Wan's image-to-video models, which this engine
+    0 is Wan. So is `prediction`, what the last projection tells: the `velocity` (Wan) or the `sample`, from
+    which the transformer then computes the velocity. `image_dim` and `added_kv_proj_dim` belong to Wan's image-to-video models, which this engine
     does not build: None.
     """
 
@@ -62,6 +64,7 @@ class TransformerConfig:
     image_dim: int | None = None
     added_kv_proj_dim: int | None = None
     position_channels: int = 0
+    prediction: str = "velocity"
 
     def __post_init__(self) -> None:
         """Raises ConfigError for a value that cannot be built."""
@@ -88,6 +91,7 @@ class TransformerConfig:
             f"got {self.position_channels!r}",
         )
         _require_choice(self, "qk_norm", ("rms_norm_across_heads",))
+        _require_choice(self, "prediction", PREDICTIONS)
         _require(self.eps > 0, f"TransformerConfig.eps must be positive, got {self.eps}")
         for name in ("image_dim", "added_kv_proj_dim"):
             value = getattr(self, name)
@@ -287,12 +291,14 @@ def _clip(
     }
 
 
-def _small_vae(base_dim: int, decoder_base_dim: int, z_dim: int) -> dict[str, Any]:
+def _small_vae(
+    base_dim: int, decoder_base_dim: int, z_dim: int, dim_mult: tuple[int, ...] = (1, 2, 4), **other: Any
+) -> dict[str, Any]:
     return {
         "base_dim": base_dim,
         "decoder_base_dim": decoder_base_dim,
         "z_dim": z_dim,
-        "dim_mult": [1, 2, 4],
+        "dim_mult": list(dim_mult),
         "num_res_blocks": 1,
         "attn_scales": [],
         "temperal_downsample": [True, True],
@@ -303,7 +309,7 @@ def _small_vae(base_dim: int, decoder_base_dim: int, z_dim: int) -> dict[str, An
         "scale_factor_spatial": 8,
         "latents_mean": [0.0] * z_dim,
         "latents_std": [1.0] * z_dim,
-    }
+    } | other
 
 
 def _tiny() -> ModelConfig:
@@ -348,11 +354,14 @@ def _sprites() -> ModelConfig:
         transformer=TransformerConfig(
             num_attention_heads=6,
             attention_head_dim=32,
+            in_channels=48,
+            out_channels=48,
             text_dim=128,
             freq_dim=128,
             ffn_dim=576,
             num_layers=6,
             position_channels=24,
+            prediction="sample",
         ),
         concept=ConceptConfig(
             max_concepts=4,
@@ -367,7 +376,14 @@ def _sprites() -> ModelConfig:
         ),
         text_encoder=_umt5(d_model=128, d_kv=32, heads=4, d_ff=256, layers=2, vocab=512),
         image_encoder=_clip(hidden=128, layers=3, heads=4, mlp=256, patch=8, image=64, projection=128),
-        vae=_small_vae(base_dim=16, decoder_base_dim=16, z_dim=16),
+        vae=_small_vae(
+            base_dim=16,
+            decoder_base_dim=24,
+            z_dim=48,
+            dim_mult=(1, 2, 2),
+            is_residual=True,
+            latents_std=[0.5] * 48,
+        ),
         text_tokens=48,
         frames=17,
         height=64,

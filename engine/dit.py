@@ -23,6 +23,9 @@ from ..kernels.cross_attention import attention, concept_injection, decoupled_cr
 from .config import ModelConfig, TransformerConfig
 from .positions import Constants, Positions, rotate
 
+LEAST_SIGMA = 0.05
+"""Where the network predicts data, its distance to the latents is divided by at least this noise level."""
+
 Conditions = dict[str, Tensor]
 """text_keys, text_values [layers,K,T,A,E]; concept_keys, concept_values [layers,K,C,A,E] unless `merged`."""
 
@@ -262,7 +265,9 @@ class Block(nn.Module):
 class ConceptDiT(nn.Module):
     """The transformer: `condition` once per request, `denoise` once per step; `forward`, to train, is both.
 
-    Freshly built it predicts exactly zero (the last projection starts at zero, as in Wan).
+    Freshly built its last projection predicts exactly zero, as in Wan. What that projection tells is the
+    velocity, as in Wan, or with `prediction="sample"` the data, from which the velocity follows: a narrow
+    network need not carry the noise of wide latents through (Li and He, arXiv 2511.13720).
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -334,8 +339,8 @@ class ConceptDiT(nn.Module):
         latents [K,Cz,F,H,W] of any size that divides into patches, time [K] or [1] (sigma * 1000), kv from
         `condition`, concept_mask bool [K,N] as given there. Returns [K,Cz,F,H,W].
         """
-        latents, rotary = self.positions(latents)  # [K,Cz+p,F,H,W]
-        patches = self.patch_embedding(latents)  # [K,D,f,h,w]
+        placed, rotary = self.positions(latents)  # [K,Cz+p,F,H,W]
+        patches = self.patch_embedding(placed)  # [K,D,f,h,w]
         grid, x = patches.shape[2:], patches.flatten(2).transpose(1, 2)  # x [K,S,D]
 
         embedding, modulation = self.condition_embedder.time(time)  # [K,D], [K,6,D]
@@ -353,7 +358,11 @@ class ConceptDiT(nn.Module):
 
         shift, scale = (self.scale_shift_table + embedding[:, None]).chunk(2, dim=1)  # [K,1,D] each
         x = self.proj_out((self.norm_out(x) * (1 + scale) + shift).type_as(x))  # [K,S,pf*ph*pw*Cz]
-        return self._unpatch(x, grid)  # [K,Cz,F,H,W]
+        output = self._unpatch(x, grid)  # [K,Cz,F,H,W]
+        if self.config.transformer.prediction == "velocity":
+            return output
+        sigma = (time / 1000.0).clamp(min=LEAST_SIGMA)[:, None, None, None, None]  # [K,1,1,1,1]
+        return ((_wide(latents) - _wide(output)) / sigma).type_as(latents)
 
     def forward(
         self, latents: Tensor, time: Tensor, text: Tensor, concept_tokens: Tensor, concept_mask: Tensor

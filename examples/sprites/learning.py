@@ -20,17 +20,17 @@ from safetensors.torch import save_file
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
 
-def orthogonalised(matrix: torch.Tensor, steps: int = 5) -> torch.Tensor:
-    """The nearest semi-orthogonal matrix, roughly: [r, c] -> [r, c] with singular values near 1; computed in
-    bf16."""
+def orthogonalised(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
+    """The nearest semi-orthogonal matrices, roughly: [..., r, c] -> [..., r, c] with singular values near 1;
+    computed in bf16."""
     a, b, c = NEWTON_SCHULZ
-    x = (matrix / (matrix.norm() + 1e-7)).bfloat16()
-    tall = x.shape[0] > x.shape[1]
-    x = x.T if tall else x
+    x = (matrices / (matrices.norm(dim=(-2, -1), keepdim=True) + 1e-7)).bfloat16()
+    tall = x.shape[-2] > x.shape[-1]
+    x = x.mT if tall else x
     for _ in range(steps):
-        gram = x @ x.T
+        gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
-    return (x.T if tall else x).to(matrix.dtype)
+    return (x.mT if tall else x).to(matrices.dtype)
 
 
 class MuonAdamW(torch.optim.Optimizer):
@@ -74,25 +74,40 @@ class MuonAdamW(torch.optim.Optimizer):
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """One update from the gradients that are there; a parameter without a gradient stays as it is."""
         for group in self.param_groups:
-            lr = group["lr"]
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                state = self.state[p]
-                if group["muon"]:
-                    momentum = state.setdefault("momentum", torch.zeros_like(p))
-                    momentum.lerp_(p.grad, 0.05)
-                    update = p.grad.lerp(momentum, 0.95).flatten(1)
-                    update = orthogonalised(update) * max(1.0, update.shape[0] / update.shape[1]) ** 0.5
-                    p.mul_(1 - lr * group["decay"]).add_(update.view_as(p), alpha=-lr)
-                else:
-                    count = state["step"] = state.get("step", 0) + 1
-                    first = state.setdefault("first", torch.zeros_like(p))
-                    second = state.setdefault("second", torch.zeros_like(p))
-                    first.lerp_(p.grad, 0.1)
-                    second.mul_(0.98).addcmul_(p.grad, p.grad, value=0.02)
-                    mean, variance = first / (1 - 0.9**count), second / (1 - 0.98**count)
-                    p.addcdiv_(mean, variance.sqrt() + 1e-8, value=-lr)
+            given = [p for p in group["params"] if p.grad is not None]
+            if group["muon"]:
+                self._muon(given, group["lr"], group["decay"])
+            else:
+                for p in given:
+                    self._adam(p, group["lr"])
+
+    def _muon(self, parameters: list[torch.nn.Parameter], lr: float, decay: float) -> None:
+        """Matrices of one shape are orthogonalised together: many small ones cost most of their time in calls."""
+        shapes: dict[tuple[int, ...], list[torch.nn.Parameter]] = {}
+        for p in parameters:
+            shapes.setdefault(tuple(p.shape), []).append(p)
+        for alike in shapes.values():
+            updates = []
+            for p in alike:
+                assert p.grad is not None
+                momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                momentum.lerp_(p.grad, 0.05)
+                updates.append(p.grad.lerp(momentum, 0.95).flatten(1))
+            stacked = orthogonalised(torch.stack(updates))
+            gain = max(1.0, stacked.shape[1] / stacked.shape[2]) ** 0.5
+            for p, update in zip(alike, stacked, strict=True):
+                p.mul_(1 - lr * decay).add_(update.view_as(p), alpha=-lr * gain)
+
+    def _adam(self, p: torch.nn.Parameter, lr: float) -> None:
+        assert p.grad is not None
+        state = self.state[p]
+        count = state["step"] = state.get("step", 0) + 1
+        first = state.setdefault("first", torch.zeros_like(p))
+        second = state.setdefault("second", torch.zeros_like(p))
+        first.lerp_(p.grad, 0.1)
+        second.mul_(0.98).addcmul_(p.grad, p.grad, value=0.02)
+        mean, variance = first / (1 - 0.9**count), second / (1 - 0.98**count)
+        p.addcdiv_(mean, variance.sqrt() + 1e-8, value=-lr)
 
 
 def schedule(progress: float, warmup: float = 0.02, final: float = 0.02) -> float:

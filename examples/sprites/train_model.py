@@ -27,14 +27,17 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 from conceptmaster.engine.config import ModelConfig
+from conceptmaster.engine.dit import LEAST_SIGMA
 from conceptmaster.engine.model import ConceptMaster
-from conceptmaster.engine.weights import load_model, load_strict, save_model
+from conceptmaster.engine.weights import load, load_strict, save_model
 
 from .batches import PORTRAIT, Batch, Dropped, LatentPool
 from .learning import Average, MuonAdamW, gradient_norm, load_checkpoint, save_checkpoint, schedule
 
 FOREGROUND = 3.0
 """Extra weight of the loss where a concept is."""
+HELD_SIGMA = 0.2
+"""Below this noise level the loss counts the error of the data, not of the velocity, which grows as 1/sigma."""
 LAYOUT_WEIGHT, STORY_WEIGHT, PORTRAIT_WEIGHT = 1.0, 0.3, 0.3
 ADAM_NAMES = (
     "shared",
@@ -150,7 +153,9 @@ class Trainee(nn.Module):
         noisy = (1 - s) * batch.latents + s * noise
         velocity, hidden, text, concepts, visual = self.velocity(batch, noisy, sigma)
         weight = 1 + FOREGROUND * batch.coverage.sum(1, keepdim=True).clamp(max=1)  # [B,1,F,H,W]
-        error = (velocity.float() - (noise - batch.latents)).square() * weight
+        # A velocity told from data has its error magnified at low noise: held, lest copying be all it learns.
+        held = (s.clamp(min=LEAST_SIGMA) / s.clamp(min=HELD_SIGMA)).square()
+        error = (velocity.float() - (noise - batch.latents)).square() * weight * held
         flow = error.mean() / weight.mean()
         patch = self.model.config.transformer.patch_size
         target = F.avg_pool3d(batch.coverage.flatten(0, 1)[:, None], patch).flatten(1)  # [B*N,S]
@@ -176,9 +181,9 @@ def _coverage_loss(logits: Tensor, target: Tensor) -> Tensor:
 
 
 def random_sigma(rng: np.random.Generator, size: int) -> Tensor:
-    """Noise levels, more often high: 1 - sigmoid(1.2 n - 1.2)."""
+    """Noise levels, more often high: 1 - sigmoid(1.2 n - 0.7)."""
     return torch.from_numpy(
-        1 / (1 + np.exp(1.2 * rng.standard_normal(size, np.float32) - 1.2)).astype(np.float32)
+        1 / (1 + np.exp(1.2 * rng.standard_normal(size, np.float32) - 0.7)).astype(np.float32)
     )
 
 
@@ -269,6 +274,15 @@ def learn_captions(
     return [round(float(np.mean(losses[k : k + 25])), 4) for k in range(0, steps, 25)]
 
 
+def start_from(model: ConceptMaster, weights: Path) -> list[str]:
+    """Take over the weights of a trained model, but for tensors that have another shape, as those next to the
+    latents have when these are new; returns the names of what stays fresh."""
+    old, own = load(weights)[0], model.state_dict()
+    kept = {name: own[name] for name in own if name not in old or old[name].shape != own[name].shape}
+    load_strict(model, {name: kept.get(name, old.get(name, tensor)) for name, tensor in own.items()})
+    return sorted(kept)
+
+
 def _log(output: Path, record: Mapping[str, object]) -> None:
     with (output / "log.jsonl").open("a") as log:
         log.write(json.dumps(record) + "\n")
@@ -318,7 +332,8 @@ def train_model(
     if checkpoint.exists():
         progress = load_checkpoint(checkpoint, trainee, average, optimizer)
     elif start is not None:
-        load_strict(trainee.model, load_model(start).state_dict())
+        fresh = start_from(trainee.model, start)
+        _log(output, {"phase": "start", "fresh": fresh})
         average = Average(trainee, 0.995)
     else:
         losses = learn_captions(trainee, pool, steps=caption_steps, seed=seed, device=device)

@@ -1,14 +1,16 @@
-"""Train the world's VAE: diffusers' ``AutoencoderKLWan``, small, on drawn clips.
+"""Train the world's VAE: diffusers' ``AutoencoderKLWan``, small, on drawn clips, one half after the other.
+
+The latents are given: ``components`` says what they are. So the decoder learns to draw a clip from its
+components, and the encoder, which nothing shipped needs, to tell a clip's components; neither waits for the
+other, and the model may train on the same latents at the same time.
 
 The networks are called directly with their causal caches, the first frame and then the rest, because
-``decode()`` clamps its output and a clamped pixel has no gradient. Noise of fixed size on the latents and a
-small pull towards zero keep them smooth, as the KL term does.
+``decode()`` clamps its output and a clamped pixel has no gradient.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import time
 from pathlib import Path
 from typing import Any
@@ -22,11 +24,17 @@ from tqdm import tqdm
 
 from conceptmaster.engine.weights import load, load_strict, save
 
+from .components import Components
 from .learning import Average, MuonAdamW, gradient_norm, load_checkpoint, save_checkpoint, schedule
 from .pool import open_shard, shards
 
-LATENT_NOISE = 0.1
-PULL = 1e-3
+LATENT_NOISE = 0.03
+"""Deviation of the noise on the latents that the decoder learns from: a model's latents are not exact."""
+WHOLE = 0.7
+"""Share of the training after which whole clips take the place of crops."""
+PARTS = {"decoder": ("decoder", "post_quant_conv"), "encoder": ("encoder", "quant_conv")}
+KEPT_SHARDS = 16
+"""Shards of a pool that are read into memory, 104 MB each."""
 
 
 def initialise(vae: AutoencoderKLWan) -> None:
@@ -75,28 +83,35 @@ def to_tensor(video: np.ndarray) -> Tensor:
     return torch.from_numpy(video).permute(0, 4, 1, 2, 3).float().div_(127.5).sub_(1.0)
 
 
-def _crops(rng: np.random.Generator, pool: list[np.ndarray], batch: int, frames: int, size: int) -> Tensor:
-    out = np.empty((batch, frames, size, size, 3), np.uint8)
-    for b in range(batch):
+def _batch(rng: np.random.Generator, pool: list[np.ndarray], whole: bool) -> Tensor:
+    """One whole clip, or as many pixels in four crops of all its frames: [B,3,F,H,W] in -1..1."""
+    if whole:
         video = pool[rng.integers(len(pool))]
-        k, f = rng.integers(len(video)), rng.integers(video.shape[1] - frames + 1)
-        y, x = (rng.integers(video.shape[axis] - size + 1) for axis in (2, 3))
-        out[b] = video[k, f : f + frames, y : y + size, x : x + size]
-    return to_tensor(out)
+        return to_tensor(video[rng.integers(len(video))][None])
+    crops = []
+    for _ in range(4):
+        video = pool[rng.integers(len(pool))]
+        clip = video[rng.integers(len(video))]
+        y, x = (rng.integers(side - side // 2 + 1) for side in clip.shape[1:3])
+        crops.append(clip[:, y : y + clip.shape[1] // 2, x : x + clip.shape[2] // 2])
+    return to_tensor(np.stack(crops))
 
 
 @torch.no_grad()
-def psnr(vae: AutoencoderKLWan, videos: np.ndarray) -> float:
-    """Mean PSNR in dB over whole clips uint8 [n, F, H, W, 3]."""
+def psnr(vae: AutoencoderKLWan, videos: np.ndarray, components: Components | None = None) -> float:
+    """Mean PSNR in dB over whole clips uint8 [n, F, H, W, 3] through encoder and decoder; with ``components``
+    through these and the decoder."""
     values = []
     for k in range(0, len(videos), 4):
         x = to_tensor(videos[k : k + 4]).to(next(vae.parameters()).device)
-        error = (decode(vae, encode(vae, x)).clamp(-1, 1) - x).square().mean((1, 2, 3, 4)) / 4
+        latents = encode(vae, x) if components is None else components.encode(x)
+        error = (decode(vae, latents).clamp(-1, 1) - x).square().mean((1, 2, 3, 4)) / 4
         values += (-10 * torch.log10(error)).tolist()
     return float(np.mean(values))
 
 
 def train_vae(
+    part: str,
     config: dict[str, Any],
     data: Path,
     output: Path,
@@ -104,139 +119,40 @@ def train_vae(
     seconds: float,
     seed: int = 0,
     device: str = "cpu",
-    lr: float = 0.01,
+    lr: float = 0.025,
 ) -> None:
-    """Train for about ``seconds`` of computation (resumes from ``output/vae-training.safetensors``).
+    """Train one of ``PARTS`` for about ``seconds`` of computation; resumes from ``output/PART.safetensors``.
 
-    Writes ``vae.safetensors`` (averaged weights) with ``vae.json`` (configuration with the latents'
-    statistics) and appends one JSON line a minute to ``vae-log.jsonl``. Single frames come first, then clips
-    of nine frames.
+    Takes ``components.safetensors`` from ``output``, writes ``vae.safetensors`` (averaged weights) and
+    ``vae.json`` (configuration) there once a minute, the other part as it is found, and appends a line to
+    ``vae-log.jsonl``.
     """
     torch.manual_seed(seed)
-    output.mkdir(parents=True, exist_ok=True)
+    components = Components.load(output).to(device)
     vae = AutoencoderKLWan.from_config(config)
     initialise(vae)
+    if (output / "vae.safetensors").exists():
+        load_strict(vae, load(output / "vae.safetensors")[0])
     vae.to(device)
+    for name, p in vae.named_parameters():
+        p.requires_grad_(name.startswith(PARTS[part]))
     optimizer = MuonAdamW(vae.named_parameters(), lr=lr, adam_lr=2e-3)
-    average = Average(vae, 0.998)
-    checkpoint = output / "vae-training.safetensors"
-    progress = {"seconds": 0.0, "step": 0.0}
-    if checkpoint.exists():
-        progress = load_checkpoint(checkpoint, vae, average, optimizer)
-    held_out = np.asarray(open_shard(shards(data)[0]).video[:24])
-    rng = np.random.default_rng(seed + int(progress["step"]))
-    bar = tqdm(total=round(seconds), initial=round(progress["seconds"]), desc="vae", unit="s")
-    last_log, known = progress["seconds"], 0
-    pool: list[np.ndarray] = []
-    while progress["seconds"] < seconds:
-        start = time.perf_counter()
-        if int(progress["step"]) % 200 == 0 or not pool:
-            folders = shards(data)[1:]
-            if len(folders) > known:
-                pool, known = [open_shard(folder).video for folder in folders], len(folders)
-        done = progress["seconds"] / seconds
-        optimizer.set_scale(schedule(done))
-        x = _crops(rng, pool, 8, 1, 64) if done < 0.1 else _crops(rng, pool, 8, 9, 32)
-        x = x.to(device)
-        with torch.autocast(x.device.type, torch.bfloat16):
-            latents = encode(vae, x)
-            y = decode(vae, latents + LATENT_NOISE * torch.randn_like(latents))
-        difference, latents = y.float() - x, latents.float()
-        loss = difference.abs().mean() + 0.5 * difference.square().mean() + PULL * latents.square().mean()
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        gradient_norm(vae.parameters(), 1.0)
-        optimizer.step()
-        average.update(vae)
-        spent = time.perf_counter() - start
-        progress["seconds"] += spent
-        progress["step"] += 1
-        bar.n = round(progress["seconds"])
-        bar.set_postfix(loss=f"{float(loss):.4f}", step=int(progress["step"]), refresh=False)
-        bar.update(0)
-        if progress["seconds"] - last_log > 60 or progress["seconds"] >= seconds:
-            last_log = progress["seconds"]
-            trained = {k: v.clone() for k, v in vae.state_dict().items()}
-            vae.load_state_dict(average.shadow)
-            record = progress | {"loss": float(loss), "psnr": psnr(vae, held_out)}
-            vae.load_state_dict(trained)
-            with (output / "vae-log.jsonl").open("a") as log:
-                log.write(json.dumps(record) + "\n")
-            tqdm.write(json.dumps(record))
-            save_checkpoint(checkpoint, vae, average, optimizer, progress)
-    bar.close()
-    vae.load_state_dict(average.shadow)
-    finish_vae(vae, data, output)
-
-
-@torch.no_grad()
-def finish_vae(vae: AutoencoderKLWan, data: Path, output: Path) -> None:
-    """Measure the latents' mean and deviation per channel and write ``vae.safetensors`` and ``vae.json``."""
-    parts = []
-    device = next(vae.parameters()).device
-    for folder in shards(data)[:4]:
-        for k in range(0, 100, 10):
-            parts.append(
-                encode(vae, to_tensor(np.asarray(open_shard(folder).video[k : k + 10])).to(device)).cpu()
-            )
-    latents = torch.cat(parts)
-    mean, deviation = latents.mean((0, 2, 3, 4)), latents.std((0, 2, 3, 4))
-    if not math.isfinite(float(deviation.min())) or float(deviation.min()) < 1e-4:
-        raise ValueError(f"a latent channel is dead (deviations {deviation.tolist()}); train the VAE again")
-    config = {k: v for k, v in vae.config.items() if not k.startswith("_")}
-    config |= {"latents_mean": mean.tolist(), "latents_std": deviation.tolist()}
-    save(output / "vae.safetensors", vae.state_dict())
-    (output / "vae.json").write_text(json.dumps(config, indent=1))
-
-
-def load_vae(folder: Path) -> AutoencoderKLWan:
-    """The VAE that ``finish_vae`` wrote. Raises FileNotFoundError where there is none yet."""
-    vae = AutoencoderKLWan.from_config(json.loads((folder / "vae.json").read_text()))
-    load_strict(vae, load(folder / "vae.safetensors")[0])
-    return vae.eval()
-
-
-def polish_decoder(
-    data: Path,
-    output: Path,
-    *,
-    seconds: float,
-    seed: int = 1,
-    device: str = "cpu",
-    lr: float = 0.008,
-    batch: int = 3,
-) -> None:
-    """Train the decoder alone on whole clips; latents stay what they are, so the model may train beside it.
-
-    Clips of nine frames leave the causal state unused to longer ones: colours drift towards the end. Takes
-    latents from the encoded pool, writes ``vae.safetensors`` again once a minute, resumes from
-    ``polish.safetensors``.
-    """
-    torch.manual_seed(seed)
-    vae = load_vae(output).to(device)
-    before = {k: v.clone() for k, v in vae.state_dict().items()}
-    for module in (vae.encoder, vae.quant_conv):
-        module.requires_grad_(False)
-    optimizer = MuonAdamW(vae.named_parameters(), lr=lr, adam_lr=1e-3)
     average = Average(vae, 0.995)
-    checkpoint, progress = output / "polish.safetensors", {"seconds": 0.0, "step": 0.0}
+    checkpoint, progress = output / f"{part}.safetensors", {"seconds": 0.0, "step": 0.0}
     if checkpoint.exists():
         progress = load_checkpoint(checkpoint, vae, average, optimizer)
-    folders = [f for f in shards(data) if (f / "latents.npy").exists()]
-    held_out, pool = np.asarray(open_shard(folders[0]).video[:24]), [open_shard(f) for f in folders[1:]]
-    latents = [np.load(f / "latents.npy", mmap_mode="r") for f in folders[1:]]
-    bar, last_log = tqdm(total=round(seconds), desc="decoder", unit="s"), progress["seconds"]
+    loss_of = {"decoder": _decoder_loss, "encoder": _encoder_loss}[part]
+    folders = shards(data)
+    held_out = np.asarray(open_shard(folders[0]).video[:24])
+    pool = [np.load(folder / "video.npy") for folder in folders[1 : 1 + KEPT_SHARDS]]
+    bar, last_log = tqdm(total=round(seconds), desc=part, unit="s"), progress["seconds"]
     while progress["seconds"] < seconds:
-        start = time.perf_counter()
+        start, done = time.perf_counter(), progress["seconds"] / seconds
         rng = np.random.Generator(np.random.Philox(key=[seed, int(progress["step"])]))
-        picks = [(int(rng.integers(len(pool))), int(rng.integers(len(pool[0].video)))) for _ in range(batch)]
-        x = to_tensor(np.stack([pool[s].video[k] for s, k in picks])).to(device)
-        z = torch.from_numpy(np.stack([latents[s][k] for s, k in picks]).astype(np.float32)).to(device)
-        optimizer.set_scale(schedule(progress["seconds"] / seconds))
+        x = _batch(rng, pool, done >= WHOLE).to(device)
+        optimizer.set_scale(schedule(done))
         with torch.autocast(x.device.type, torch.bfloat16):
-            y = decode(vae, z + LATENT_NOISE * torch.randn_like(z))
-        difference = y.float() - x
-        loss = difference.abs().mean() + 0.5 * difference.square().mean()
+            loss = loss_of(vae, components, x)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         gradient_norm([p for p in vae.parameters() if p.requires_grad], 1.0)
@@ -244,24 +160,43 @@ def polish_decoder(
         average.update(vae)
         progress["seconds"] += time.perf_counter() - start
         progress["step"] += 1
-        bar.n = round(progress["seconds"])
-        bar.update(0)
-        if progress["seconds"] - last_log > 90 or progress["seconds"] >= seconds:
+        bar.update(round(progress["seconds"]) - bar.n)
+        if progress["seconds"] - last_log > 60 or progress["seconds"] >= seconds:
             last_log = progress["seconds"]
             trained = {k: v.clone() for k, v in vae.state_dict().items()}
             vae.load_state_dict(average.shadow)
-            record = progress | {"phase": "decoder", "loss": float(loss), "psnr": psnr(vae, held_out)}
-            save(output / "vae.safetensors", vae.state_dict())
+            through = components if part == "decoder" else None
+            record = {"part": part, **progress, "loss": float(loss), "psnr": psnr(vae, held_out, through)}
+            write_vae(vae, output)
             vae.load_state_dict(trained)
             with (output / "vae-log.jsonl").open("a") as log:
                 log.write(json.dumps(record) + "\n")
             tqdm.write(json.dumps(record))
             save_checkpoint(checkpoint, vae, average, optimizer, progress)
     bar.close()
-    vae.load_state_dict(average.shadow)
-    for name in before:
-        if name.startswith(("encoder.", "quant_conv.")) and not torch.equal(
-            before[name], vae.state_dict()[name]
-        ):
-            raise AssertionError(f"{name} changed while only the decoder was to learn")
+
+
+def _decoder_loss(vae: AutoencoderKLWan, components: Components, x: Tensor) -> Tensor:
+    latents = components.encode(x)
+    difference = decode(vae, latents + LATENT_NOISE * torch.randn_like(latents)).float() - x
+    return difference.abs().mean() + 0.5 * difference.square().mean()
+
+
+def _encoder_loss(vae: AutoencoderKLWan, components: Components, x: Tensor) -> Tensor:
+    """Squared error of the latents, each component weighted as its variance weighs in pixels."""
+    error = (encode(vae, x).float() - components.encode(x)) / components.scale[:, None, None, None]
+    return error.square().mean()
+
+
+def write_vae(vae: AutoencoderKLWan, output: Path) -> None:
+    """Write ``vae.safetensors`` and its configuration, ``vae.json``."""
+    config = {k: v for k, v in vae.config.items() if not k.startswith("_")}
     save(output / "vae.safetensors", vae.state_dict())
+    (output / "vae.json").write_text(json.dumps(config, indent=1))
+
+
+def load_vae(folder: Path) -> AutoencoderKLWan:
+    """The VAE that ``write_vae`` wrote. Raises FileNotFoundError where there is none yet."""
+    vae = AutoencoderKLWan.from_config(json.loads((folder / "vae.json").read_text()))
+    load_strict(vae, load(folder / "vae.safetensors")[0])
+    return vae.eval()
