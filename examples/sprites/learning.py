@@ -17,6 +17,13 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from conceptmaster.runtime.errors import ConceptMasterError
+
+
+class CheckpointError(ConceptMasterError):
+    """A training that cannot go on: a checkpoint that cannot be read, or a gradient that is not finite."""
+
+
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
 
@@ -140,11 +147,11 @@ class Average:
 
 
 def gradient_norm(parameters: Iterable[torch.nn.Parameter], limit: float) -> float:
-    """Clip the gradients' norm to ``limit``; returns the norm before. Raises FloatingPointError where it is
+    """Clip the gradients' norm to ``limit``; returns the norm before. Raises CheckpointError where it is
     not finite."""
     norm = float(torch.nn.utils.clip_grad_norm_(list(parameters), limit))
     if not math.isfinite(norm):
-        raise FloatingPointError(
+        raise CheckpointError(
             "the gradient is not finite; resume from the last checkpoint with a lower learning rate"
         )
     return norm
@@ -167,8 +174,11 @@ def save_checkpoint(
                 steps[names[id(p)]] = value
     header = {"progress": json.dumps(progress | {"average_count": average.count}), "steps": json.dumps(steps)}
     partial = path.with_name(f".{path.name}.tmp")
-    save_file(tensors, partial, metadata=header)
-    os.replace(partial, path)
+    try:
+        save_file(tensors, partial, metadata=header)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def load_checkpoint(
@@ -176,7 +186,7 @@ def load_checkpoint(
 ) -> dict[str, float]:
     """Read back what ``save_checkpoint`` wrote into the same objects; returns ``progress``.
 
-    Raises ValueError naming the file where it is truncated or of another model.
+    Raises CheckpointError naming the file where it is truncated or of another model.
     """
     try:
         with safe_open(path, framework="pt") as file:
@@ -185,7 +195,7 @@ def load_checkpoint(
         progress, steps = json.loads(header["progress"]), json.loads(header["steps"])
         module.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("model.")}, strict=True)
     except Exception as error:
-        raise ValueError(
+        raise CheckpointError(
             f"{path} is not a whole checkpoint of this training ({error}); delete it to start over"
         ) from error
     device = next(module.parameters()).device

@@ -1,4 +1,4 @@
-"""The whole training as one command with five stages, each resumable: draw, vae, encode, decoder, model.
+"""The whole training as one command with five stages, each resumable: draw, latents, decoder, encoder, model.
 
 Everything lives below one output folder: ``clips/`` and ``held-out/`` (pools), ``vae/``, ``model/``, and at
 the end ``weights/``, which `conceptmaster export` turns into a bundle.
@@ -22,12 +22,15 @@ from conceptmaster.engine.weights import WeightsError, load_model
 from conceptmaster.runtime.errors import InputError
 
 from .batches import portraits
+from .components import NAME as COMPONENTS
+from .components import Components, analyse
+from .learning import CheckpointError
 from .pool import SHARD, draw_shard, encode_shard, open_shard, shards
 from .train_model import train_model
-from .train_vae import encode, load_vae, polish_decoder, to_tensor, train_vae
+from .train_vae import PARTS, to_tensor, train_vae
 from .vocabulary import build_tokenizer
 
-STAGES = ("draw", "vae", "encode", "decoder", "model")
+STAGES = ("draw", "latents", "decoder", "encoder", "model")
 DEFAULTS = {
     "solver": "unipc",
     "steps": 20,
@@ -46,10 +49,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--start", type=Path, help="weights folder to go on from, with a fresh optimizer")
     parser.add_argument("--clips", type=int, default=20000, help="training clips to draw (20000)")
-    parser.add_argument("--vae-seconds", type=float, default=1080, help="seconds of VAE training (1080)")
-    parser.add_argument(
-        "--decoder-seconds", type=float, default=900, help="seconds of decoder training (900)"
-    )
+    parser.add_argument("--decoder-steps", type=int, default=12000, help="steps of decoder training (12000)")
+    parser.add_argument("--encoder-steps", type=int, default=2000, help="steps of encoder training (2000)")
     parser.add_argument("--caption-steps", type=int, default=550, help="steps on captions alone, first (550)")
     parser.add_argument("--steps", type=int, default=4000, help="steps of model training (4000)")
     parser.add_argument("--batch-size", type=int, default=32, help="clips in a step, over all processes (32)")
@@ -69,8 +70,18 @@ def sprites_config(vae: dict[str, Any] | None = None, **concept: Any) -> ModelCo
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the asked stages; returns 0. Raises InputError for arguments that cannot work."""
-    for name in ("clips", "steps", "batch_size"):
+    """Run the asked stages; returns 0.
+
+    Raises InputError for arguments that cannot work, CheckpointError for what cannot be gone on from.
+    """
+    try:
+        return _run(args)
+    except WeightsError as error:
+        raise CheckpointError(f"{error}; delete the file to make it again") from error
+
+
+def _run(args: argparse.Namespace) -> int:
+    for name in ("clips", "steps", "batch_size", "decoder_steps", "encoder_steps"):
         if getattr(args, name) < 1:
             raise InputError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
     if args.clips < 2 * SHARD:
@@ -95,20 +106,15 @@ def run(args: argparse.Namespace) -> int:
             draw_shard(clips, index)
         draw_shard(held_out, 0, held_out=True)
     _require(shards(clips), "draw", clips)
-    if "vae" in args.stages:
-        train_vae(
-            preset("sprites").vae,
-            clips,
-            vae_folder,
-            seconds=args.vae_seconds,
-            seed=args.seed,
-            device=args.device,
-        )
-    _require((vae_folder / "vae.json").exists(), "vae", vae_folder)
-    if "encode" in args.stages:
-        _encode(clips, held_out, vae_folder, args.device)
-    if "decoder" in args.stages:
-        polish_decoder(clips, vae_folder, seconds=args.decoder_seconds, device=args.device)
+    if "latents" in args.stages:
+        _find_latents(clips, held_out, vae_folder)
+    _require((vae_folder / COMPONENTS).exists(), "latents", vae_folder)
+    for part in PARTS:
+        if part in args.stages:
+            steps = {"decoder": args.decoder_steps, "encoder": args.encoder_steps}[part]
+            config = preset("sprites").vae
+            train_vae(part, config, clips, vae_folder, steps=steps, seed=args.seed, device=args.device)
+    _require((vae_folder / "vae.json").exists(), "decoder", vae_folder)
     if "model" in args.stages:
         vae_config = json.loads((vae_folder / "vae.json").read_text())
         config = sprites_config(
@@ -138,7 +144,8 @@ def _start_vae(weights: Path, vae_folder: Path) -> None:
     try:
         config = load_model(weights / "model.safetensors").config
         vae_folder.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(weights / "vae.safetensors", vae_folder / "vae.safetensors")
+        for name in ("vae.safetensors", COMPONENTS):
+            shutil.copyfile(weights / name, vae_folder / name)
     except (FileNotFoundError, WeightsError) as error:
         raise InputError(f"cannot start from {weights}: {error}") from error
     (vae_folder / "vae.json").write_text(json.dumps(config.vae, indent=1))
@@ -149,15 +156,18 @@ def _require(found: object, stage: str, folder: Path) -> None:
         raise InputError(f"{folder} has nothing of the stage {stage!r} yet: add it to --stages")
 
 
-def _encode(clips: Path, held_out: Path, vae_folder: Path, device: str) -> None:
-    vae = load_vae(vae_folder).to(device)
+def _find_latents(clips: Path, held_out: Path, vae_folder: Path) -> None:
+    """The components, unless they are there, and every shard's latents and portraits."""
+    if not (vae_folder / COMPONENTS).exists():
+        vae_folder.mkdir(parents=True, exist_ok=True)
+        analyse(clips).save(vae_folder)
+    components = Components.load(vae_folder)
 
-    @torch.no_grad()
     def latents(video: np.ndarray) -> np.ndarray:
-        return encode(vae, to_tensor(video).to(device)).cpu().numpy()
+        return components.encode(to_tensor(video)).numpy()
 
     for pool, judged in ((held_out, True), (clips, False)):
-        for folder in tqdm(shards(pool), desc="encode", unit="shard"):
+        for folder in tqdm(shards(pool), desc="latents", unit="shard"):
             index = int(folder.name.removeprefix("shard-"))
             portraits(open_shard(folder), index * SHARD, judged)
             if not (folder / "latents.npy").exists():
@@ -168,6 +178,7 @@ def collect(vae_folder: Path, model_folder: Path, output: Path) -> None:
     """Put what ``conceptmaster export`` reads into one folder: weights, tokenizer and sampling defaults."""
     output.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(model_folder / "model.safetensors", output / "model.safetensors")
-    shutil.copyfile(vae_folder / "vae.safetensors", output / "vae.safetensors")
+    for name in ("vae.safetensors", COMPONENTS):
+        shutil.copyfile(vae_folder / name, output / name)
     build_tokenizer().save(str(output / "tokenizer.json"))
     (output / "defaults.json").write_text(json.dumps(DEFAULTS, indent=1) + "\n")

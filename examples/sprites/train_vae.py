@@ -80,7 +80,7 @@ def decode(vae: AutoencoderKLWan, latents: Tensor) -> Tensor:
 
 def to_tensor(video: np.ndarray) -> Tensor:
     """uint8 [B, F, H, W, 3] to float [B, 3, F, H, W] in -1..1."""
-    return torch.from_numpy(video).permute(0, 4, 1, 2, 3).float().div_(127.5).sub_(1.0)
+    return torch.from_numpy(np.array(video)).permute(0, 4, 1, 2, 3).float().div_(127.5).sub_(1.0)
 
 
 def _batch(rng: np.random.Generator, pool: list[np.ndarray], whole: bool) -> Tensor:
@@ -116,16 +116,17 @@ def train_vae(
     data: Path,
     output: Path,
     *,
-    seconds: float,
+    steps: int,
     seed: int = 0,
     device: str = "cpu",
     lr: float = 0.025,
+    log_every: int = 200,
 ) -> None:
-    """Train one of ``PARTS`` for about ``seconds`` of computation; resumes from ``output/PART.safetensors``.
+    """Train one of ``PARTS`` to ``steps``; resumes from ``output/PART.safetensors`` to the same weights.
 
-    Takes ``components.safetensors`` from ``output``, writes ``vae.safetensors`` (averaged weights) and
-    ``vae.json`` (configuration) there once a minute, the other part as it is found, and appends a line to
-    ``vae-log.jsonl``.
+    Takes ``components.safetensors`` from ``output``. Every ``log_every`` steps it writes ``vae.safetensors``
+    (averaged weights; the other part as it is found) and ``vae.json`` (configuration) there and appends a
+    line to ``vae-log.jsonl``. Raises CheckpointError for a checkpoint that cannot be read.
     """
     torch.manual_seed(seed)
     components = Components.load(output).to(device)
@@ -145,14 +146,14 @@ def train_vae(
     folders = shards(data)
     held_out = np.asarray(open_shard(folders[0]).video[:24])
     pool = [np.load(folder / "video.npy") for folder in folders[1 : 1 + KEPT_SHARDS]]
-    bar, last_log = tqdm(total=round(seconds), desc=part, unit="s"), progress["seconds"]
-    while progress["seconds"] < seconds:
-        start, done = time.perf_counter(), progress["seconds"] / seconds
-        rng = np.random.Generator(np.random.Philox(key=[seed, int(progress["step"])]))
-        x = _batch(rng, pool, done >= WHOLE).to(device)
-        optimizer.set_scale(schedule(done))
+    bar = tqdm(total=steps, initial=int(progress["step"]), desc=part)
+    while progress["step"] < steps:
+        start, step = time.perf_counter(), int(progress["step"])
+        rng = np.random.Generator(np.random.Philox(key=[seed, step]))
+        x = _batch(rng, pool, step >= WHOLE * steps).to(device)
+        optimizer.set_scale(schedule(step / steps))
         with torch.autocast(x.device.type, torch.bfloat16):
-            loss = loss_of(vae, components, x)
+            loss = loss_of(vae, components, x, rng)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         gradient_norm([p for p in vae.parameters() if p.requires_grad], 1.0)
@@ -160,29 +161,33 @@ def train_vae(
         average.update(vae)
         progress["seconds"] += time.perf_counter() - start
         progress["step"] += 1
-        bar.update(round(progress["seconds"]) - bar.n)
-        if progress["seconds"] - last_log > 60 or progress["seconds"] >= seconds:
-            last_log = progress["seconds"]
+        bar.update(1)
+        if (step + 1) % log_every == 0 or step + 1 == steps:
             trained = {k: v.clone() for k, v in vae.state_dict().items()}
             vae.load_state_dict(average.shadow)
             through = components if part == "decoder" else None
-            record = {"part": part, **progress, "loss": float(loss), "psnr": psnr(vae, held_out, through)}
+            record = {"part": part, **progress, "loss": float(loss.detach()), "psnr": psnr(vae, held_out, through)}
             write_vae(vae, output)
             vae.load_state_dict(trained)
+            save_checkpoint(checkpoint, vae, average, optimizer, progress)
             with (output / "vae-log.jsonl").open("a") as log:
                 log.write(json.dumps(record) + "\n")
             tqdm.write(json.dumps(record))
-            save_checkpoint(checkpoint, vae, average, optimizer, progress)
     bar.close()
 
 
-def _decoder_loss(vae: AutoencoderKLWan, components: Components, x: Tensor) -> Tensor:
+def _decoder_loss(
+    vae: AutoencoderKLWan, components: Components, x: Tensor, rng: np.random.Generator
+) -> Tensor:
     latents = components.encode(x)
-    difference = decode(vae, latents + LATENT_NOISE * torch.randn_like(latents)).float() - x
+    noise = torch.from_numpy(rng.standard_normal(latents.shape, np.float32)).to(x.device)
+    difference = decode(vae, latents + LATENT_NOISE * noise).float() - x
     return difference.abs().mean() + 0.5 * difference.square().mean()
 
 
-def _encoder_loss(vae: AutoencoderKLWan, components: Components, x: Tensor) -> Tensor:
+def _encoder_loss(
+    vae: AutoencoderKLWan, components: Components, x: Tensor, _rng: np.random.Generator
+) -> Tensor:
     """Squared error of the latents, each component weighted as its variance weighs in pixels."""
     error = (encode(vae, x).float() - components.encode(x)) / components.scale[:, None, None, None]
     return error.square().mean()

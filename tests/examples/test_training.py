@@ -4,15 +4,18 @@ named."""
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
+import os
+import shutil
 
 import numpy as np
 import pytest
 import torch
 
 from conceptmaster.engine.config import preset
-from conceptmaster.engine.weights import load_model
-from conceptmaster.examples.sprites import batches, learning, pool, train_model, train_vae
+from conceptmaster.engine.weights import load, load_model
+from conceptmaster.examples.sprites import batches, components, learning, pool, train_model, train_vae
 from conceptmaster.examples.sprites.vocabulary import build_tokenizer
 from conceptmaster.examples.sprites.world import NOUNS, PLACES, random_scene
 
@@ -34,7 +37,7 @@ def small_config(**concept: str) -> object:
         config,
         transformer=dataclasses.replace(config.transformer, num_layers=2, ffn_dim=96),
         concept=dataclasses.replace(config.concept, **concept),
-        vae=config.vae | {"base_dim": 4, "decoder_base_dim": 4},
+        vae=config.vae | {"base_dim": 4, "decoder_base_dim": 8},
     )
 
 
@@ -45,19 +48,17 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A pool of a few clips with latents of an untrained VAE."""
+    """A pool of a few clips with their latents, and the components these are of beside it."""
     root = tmp_path_factory.mktemp("pool")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pool, "SHARD", CLIPS)
         pool.draw_shard(root, 0)
-        vae = train_vae.AutoencoderKLWan.from_config(small_config().vae)
-
-        @torch.no_grad()
-        def latents(video: np.ndarray) -> np.ndarray:
-            return train_vae.encode(vae, train_vae.to_tensor(video)).numpy()
-
-        pool.encode_shard(root / "shard-00000", latents)
-        batches.portraits(pool.open_shard(root / "shard-00000"), 0)
+        pool.draw_shard(root, 1)
+        found = components.analyse(root, clips=CLIPS)
+        found.save(root)
+        for shard in pool.shards(root):
+            pool.encode_shard(shard, lambda video: found.encode(train_vae.to_tensor(video)).numpy())
+            batches.portraits(pool.open_shard(shard), 0)
     return root
 
 
@@ -112,8 +113,75 @@ def test_a_truncated_checkpoint_is_named(folder, tokenizer, tmp_path):
     train(folder, tmp_path, tokenizer, 2)
     file = tmp_path / "training.safetensors"
     file.write_bytes(file.read_bytes()[:-1000])
-    with pytest.raises(ValueError, match=r"training\.safetensors is not a whole checkpoint"):
+    with pytest.raises(learning.CheckpointError, match=r"training\.safetensors is not a whole checkpoint"):
         train(folder, tmp_path, tokenizer, 4)
+
+
+def test_a_full_disk_is_an_error_and_costs_no_checkpoint(folder, tokenizer, tmp_path, monkeypatch):
+    train(folder, tmp_path, tokenizer, 2)
+    before = (tmp_path / "training.safetensors").read_bytes()
+
+    def full(tensors, path, metadata=None):
+        path.write_bytes(b"half of it")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    monkeypatch.setattr(learning, "save_file", full)
+    with pytest.raises(OSError, match="No space left on device"):
+        train(folder, tmp_path, tokenizer, 4)
+    monkeypatch.undo()
+    assert (tmp_path / "training.safetensors").read_bytes() == before
+    assert not list(tmp_path.glob(".*tmp")), "a partial file stayed behind"
+    train(folder, tmp_path, tokenizer, 4)
+
+
+def test_the_first_components_lose_least(folder):
+    """Against NumPy's SVD of the same blocks: no basis of 48 vectors loses less than the right one."""
+    clips = np.concatenate([pool.open_shard(shard).video for shard in pool.shards(folder)[1:]])
+    videos = train_vae.to_tensor(clips)
+    blocks = components.to_blocks(videos).reshape(-1, 768).double().numpy()
+    values = np.linalg.svd(blocks - blocks.mean(0), compute_uv=False)
+    best = (values[components.CHANNELS :] ** 2).sum() / blocks.size
+    found = components.Components.load(folder)
+    again = components.to_blocks(found.decode(found.encode(videos))).reshape(-1, 768).double().numpy()
+    assert ((again - blocks) ** 2).mean() <= best * 1.3  # analyse draws the clips it looks at
+
+
+def test_components_take_a_still_video_apart_and_together(folder):
+    found = components.Components.load(folder)
+    video = train_vae.to_tensor(np.array(pool.open_shard(pool.shards(folder)[1]).video[:1, :1]))
+    still = found.encode(video.repeat(1, 1, 5, 1, 1))
+    assert still.shape == (1, 48, 2, 8, 8)
+    torch.testing.assert_close(still[:, :, 0], still[:, :, 1])
+    assert found.decode(still).shape == (1, 3, 5, 64, 64)
+
+
+@pytest.mark.parametrize("part", train_vae.PARTS)
+def test_an_interrupted_vae_training_resumes_to_the_same_weights(part, folder, tmp_path, monkeypatch):
+    def train_part(output, steps):
+        output.mkdir(exist_ok=True)
+        shutil.copyfile(folder / components.NAME, output / components.NAME)
+        train_vae.train_vae(part, small_config().vae, folder, output, steps=steps, log_every=2)
+        return load(output / "vae.safetensors")[0]
+
+    monkeypatch.setattr(train_vae, "psnr", lambda *_: 0.0)
+    whole = train_part(tmp_path / "whole", 4)
+    step, calls = learning.MuonAdamW.step, []
+
+    def stop_at_the_fourth(self):
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        step(self)
+
+    monkeypatch.setattr(learning.MuonAdamW, "step", stop_at_the_fourth)
+    with pytest.raises(KeyboardInterrupt):
+        train_part(tmp_path / "parts", 4)
+    monkeypatch.setattr(learning.MuonAdamW, "step", step)
+    resumed = train_part(tmp_path / "parts", 4)
+    moved = [name for name in whole if not torch.equal(whole[name], resumed[name])]
+    assert not moved
+    fresh = train_vae.AutoencoderKLWan.from_config(small_config().vae)
+    assert set(whole) == set(fresh.state_dict())
 
 
 def test_muon_steps_are_nearly_orthogonal():
