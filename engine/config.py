@@ -10,6 +10,7 @@ ENCODERS = ("qformer", "mlp")
 BINDINGS = ("dam", "none", "concat_mlp", "self_attention")
 INJECTIONS = ("standalone", "shared_query", "merged")
 PREDICTIONS = ("velocity", "sample")
+VAES = ("wan", "blocks")
 
 
 class ConfigError(ValueError):
@@ -43,9 +44,9 @@ class TransformerConfig:
 
     `position_channels` is this project's own: so many constant channels (sines and cosines of a latent
     position's frame, row and column, in equal parts) are appended to the latents before the patch embedding.
-    0 is Wan. So is `prediction`, what the last projection tells: the `velocity` (Wan) or the `sample`, from
-    which the transformer then computes the velocity. `image_dim` and `added_kv_proj_dim` belong to Wan's image-to-video models, which this engine
-    does not build: None.
+    0 is Wan. `prediction` is what the last projection tells: the `velocity` (Wan) or the `sample`, from which
+    the transformer then computes the velocity. `image_dim` and `added_kv_proj_dim` belong to Wan's
+    image-to-video models, which this engine does not build: None.
     """
 
     patch_size: tuple[int, int, int] = (1, 2, 2)
@@ -159,8 +160,8 @@ class ModelConfig:
     """The whole model and the one video shape that it is built for.
 
     `text_encoder`, `image_encoder` and `vae` are the arguments of transformers' UMT5Config and
-    CLIPVisionConfig and of diffusers' AutoencoderKLWan. Change a field with `dataclasses.replace`, which
-    validates again.
+    CLIPVisionConfig and of diffusers' AutoencoderKLWan; with `"kind": "blocks"` in it `vae` is that of this
+    engine's BlockVAE. Change a field with `dataclasses.replace`, which validates again.
     """
 
     name: str
@@ -213,16 +214,17 @@ class ModelConfig:
 
     def _latent_grid(self) -> tuple[int, int, int]:
         time, space = self._entry("vae", "scale_factor_temporal"), self._entry("vae", "scale_factor_spatial")
-        built = 2 ** (len(self._entry("vae", "dim_mult")) - 1) * (self.vae.get("patch_size") or 1)
-        _require(
-            space == built,
-            f"vae['scale_factor_spatial'] ({space}) must be {built} for these dim_mult and patch",
-        )
-        built = 2 ** sum(self._entry("vae", "temperal_downsample"))
-        _require(
-            time == built,
-            f"vae['scale_factor_temporal'] ({time}) must be {built} for this temperal_downsample",
-        )
+        kind = self.vae.get("kind", "wan")
+        _require(kind in VAES, f"vae['kind'] must be one of {', '.join(VAES)}, got {kind!r}")
+        if kind == "wan":
+            self._check_wan_vae(time, space)
+        else:
+            _require(space % 2 == 0, f"vae['scale_factor_spatial'] must be even for blocks, got {space}")
+            for name in ("width", "layers"):
+                value = self._entry("vae", name)
+                _require(
+                    isinstance(value, int) and value > 0, f"vae[{name!r}] must be positive, got {value!r}"
+                )
         _require(
             (self.frames - 1) % time == 0, f"frames must be 1 plus a multiple of {time}, got {self.frames}"
         )
@@ -236,6 +238,18 @@ class ModelConfig:
                 f"the latents {grid} must divide into patches {self.transformer.patch_size}",
             )
         return grid
+
+    def _check_wan_vae(self, time: int, space: int) -> None:
+        built = 2 ** (len(self._entry("vae", "dim_mult")) - 1) * (self.vae.get("patch_size") or 1)
+        _require(
+            space == built,
+            f"vae['scale_factor_spatial'] ({space}) must be {built} for these dim_mult and patch",
+        )
+        built = 2 ** sum(self._entry("vae", "temperal_downsample"))
+        _require(
+            time == built,
+            f"vae['scale_factor_temporal'] ({time}) must be {built} for this temperal_downsample",
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """This configuration as JSON-ready nested dictionaries; `from_dict` reads them back."""
@@ -291,14 +305,12 @@ def _clip(
     }
 
 
-def _small_vae(
-    base_dim: int, decoder_base_dim: int, z_dim: int, dim_mult: tuple[int, ...] = (1, 2, 4), **other: Any
-) -> dict[str, Any]:
+def _small_vae(base_dim: int, z_dim: int) -> dict[str, Any]:
     return {
         "base_dim": base_dim,
-        "decoder_base_dim": decoder_base_dim,
+        "decoder_base_dim": base_dim,
         "z_dim": z_dim,
-        "dim_mult": list(dim_mult),
+        "dim_mult": [1, 2, 4],
         "num_res_blocks": 1,
         "attn_scales": [],
         "temperal_downsample": [True, True],
@@ -309,7 +321,20 @@ def _small_vae(
         "scale_factor_spatial": 8,
         "latents_mean": [0.0] * z_dim,
         "latents_std": [1.0] * z_dim,
-    } | other
+    }
+
+
+def _block_vae(z_dim: int, width: int, layers: int) -> dict[str, Any]:
+    return {
+        "kind": "blocks",
+        "z_dim": z_dim,
+        "width": width,
+        "layers": layers,
+        "scale_factor_temporal": 4,
+        "scale_factor_spatial": 8,
+        "latents_mean": [0.0] * z_dim,
+        "latents_std": [0.5] * z_dim,
+    }
 
 
 def _tiny() -> ModelConfig:
@@ -339,7 +364,7 @@ def _tiny() -> ModelConfig:
         ),
         text_encoder=_umt5(d_model=16, d_kv=8, heads=2, d_ff=32, layers=2, vocab=512),
         image_encoder=_clip(hidden=16, layers=2, heads=2, mlp=32, patch=8, image=16, projection=16),
-        vae=_small_vae(base_dim=4, decoder_base_dim=4, z_dim=4),
+        vae=_small_vae(base_dim=4, z_dim=4),
         text_tokens=24,
         frames=5,
         height=32,
@@ -376,14 +401,7 @@ def _sprites() -> ModelConfig:
         ),
         text_encoder=_umt5(d_model=128, d_kv=32, heads=4, d_ff=256, layers=2, vocab=512),
         image_encoder=_clip(hidden=128, layers=3, heads=4, mlp=256, patch=8, image=64, projection=128),
-        vae=_small_vae(
-            base_dim=16,
-            decoder_base_dim=24,
-            z_dim=48,
-            dim_mult=(1, 2, 2),
-            is_residual=True,
-            latents_std=[0.5] * 48,
-        ),
+        vae=_block_vae(z_dim=48, width=64, layers=4),
         text_tokens=48,
         frames=17,
         height=64,

@@ -1,4 +1,4 @@
-"""The video VAE, diffusers' AutoencoderKLWan; diffusers is imported here only, when a VAE is built.
+"""The video VAE: diffusers' AutoencoderKLWan (imported here only, when one is built), or a BlockVAE.
 
 Besides whole-video encode and decode there is a streaming decoder, `DecodeFirst` then `DecodeNext`: its
 causal state is an input and an output, so that one fixed-shape graph decodes a video of any length.
@@ -13,17 +13,22 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from .blocks import BlockVAE
 from .config import ModelConfig
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKLWan
 
+    VAE = AutoencoderKLWan | BlockVAE
 
-def build_vae(config: ModelConfig) -> AutoencoderKLWan:
-    """AutoencoderKLWan with random weights, in evaluation mode, from `config.vae`.
+
+def build_vae(config: ModelConfig) -> VAE:
+    """The VAE of `config.vae` with random weights, in evaluation mode: AutoencoderKLWan or BlockVAE.
 
     Raises ImportError that names what to install where diffusers is missing.
     """
+    if config.vae.get("kind") == "blocks":
+        return BlockVAE(**{name: value for name, value in config.vae.items() if name != "kind"}).eval()
     try:
         from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
     except ModuleNotFoundError as error:
@@ -33,7 +38,7 @@ def build_vae(config: ModelConfig) -> AutoencoderKLWan:
     return AutoencoderKLWan(**config.vae).eval()
 
 
-def latent_statistics(vae: AutoencoderKLWan) -> tuple[Tensor, Tensor]:
+def latent_statistics(vae: VAE) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of the raw latents, each float32 [1,Cz,1,1,1], on the VAE's device."""
     shape = (1, -1, 1, 1, 1)
     mean = torch.tensor(vae.config.latents_mean, dtype=torch.float32, device=vae.device).view(shape)
@@ -41,16 +46,28 @@ def latent_statistics(vae: AutoencoderKLWan) -> tuple[Tensor, Tensor]:
     return mean, std
 
 
-def encode(vae: AutoencoderKLWan, video: Tensor) -> Tensor:
+def encode(vae: VAE, video: Tensor) -> Tensor:
     """video [B,3,frames,height,width] in -1..1 -> latents [B,Cz,F,H,W]: the posterior's mean, normalised."""
     mean, std = latent_statistics(vae)
-    return (vae.encode(video).latent_dist.mean - mean.to(video)) / std.to(video)
+    raw = vae.encode(video) if isinstance(vae, BlockVAE) else vae.encode(video).latent_dist.mean
+    return (raw - mean.to(video)) / std.to(video)
 
 
-def decode(vae: AutoencoderKLWan, latents: Tensor) -> Tensor:
+def decode(vae: VAE, latents: Tensor) -> Tensor:
     """Normalised latents [B,Cz,F,H,W] -> video [B,3,frames,height,width], clamped to -1..1."""
     mean, std = latent_statistics(vae)
-    return vae.decode(latents * std.to(latents) + mean.to(latents)).sample
+    raw = latents * std.to(latents) + mean.to(latents)
+    return vae.decode(raw).clamp(-1.0, 1.0) if isinstance(vae, BlockVAE) else vae.decode(raw).sample
+
+
+def streaming_decoders(vae: VAE) -> tuple[nn.Module, nn.Module]:
+    """The two halves of the streaming decoder, in evaluation mode: for the first latent frame, for the rest.
+
+    (latents [1,Cz,1,H,W], *states) -> (frames [f,height,width,3] in 0..1, *states); the first takes no state.
+    """
+    if isinstance(vae, BlockVAE):
+        return DecodeBlocksFirst(vae).eval(), DecodeBlocksNext(vae).eval()
+    return DecodeFirst(vae).eval(), DecodeNext(vae).eval()
 
 
 def _unpatch(video: Tensor, patch: int) -> Tensor:
@@ -114,3 +131,41 @@ class DecodeNext(_Decode):
         """latents: normalised; states: as they came out of the frame before, same order and shapes."""
         frames, cache = self._decode(latents, list(states), first=False)
         return frames, *cache
+
+
+class _DecodeBlocks(nn.Module):
+    """What both halves share for a BlockVAE; the state is the raw latent frame before, [1,Cz,H,W]."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, vae: BlockVAE) -> None:
+        super().__init__()
+        self.vae = vae
+        mean, std = latent_statistics(vae)
+        self.register_buffer("mean", mean, persistent=False)
+        self.register_buffer("std", std, persistent=False)
+
+    def _raw(self, latents: Tensor) -> Tensor:
+        return (latents * self.std + self.mean)[:, :, 0]  # [1,Cz,H,W]
+
+    def _frames(self, now: Tensor, before: Tensor) -> Tensor:
+        return (self.vae.decode_frame(now, before)[0].clamp(-1.0, 1.0) + 1.0) * 0.5  # [t,height,width,3]
+
+
+class DecodeBlocksFirst(_DecodeBlocks):
+    """Decodes a video's first latent frame: latents [1,Cz,1,H,W] -> (frames [1,height,width,3], state)."""
+
+    def forward(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+        """latents: normalised. Frames are in 0..1, in the latents' dtype."""
+        now = self._raw(latents)
+        return self._frames(now, now)[-1:], now
+
+
+class DecodeBlocksNext(_DecodeBlocks):
+    """A later latent frame: (latents [1,Cz,1,H,W], state) -> (frames [t,height,width,3], next state)."""
+
+    def forward(self, latents: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        """latents: normalised; state: as it came out of the frame before."""
+        now = self._raw(latents)
+        return self._frames(now, state), now

@@ -20,11 +20,11 @@ from torch import Tensor, nn
 from ..engine.concepts import VisualOnly
 from ..engine.dit import BlockConditions, ConceptDiT
 from ..engine.model import ConceptMaster
-from ..engine.vae import DecodeFirst, DecodeNext
+from ..engine.vae import streaming_decoders
 from ..runtime.manifest import TensorSpec
 
 if TYPE_CHECKING:
-    from diffusers import AutoencoderKLWan
+    from ..engine.vae import VAE
 
 Sample = dict[str, Tensor]
 
@@ -101,7 +101,7 @@ def condition_names(injection: str) -> tuple[str, ...]:
 
 
 def graph_specs(
-    model: ConceptMaster, vae: AutoencoderKLWan, *, branches: int = 2, solver_states: int = 4
+    model: ConceptMaster, vae: VAE, *, branches: int = 2, solver_states: int = 4
 ) -> list[GraphSpec]:
     """Every graph of `model` and `vae`, in the order in which a request runs them.
 
@@ -154,11 +154,11 @@ class _Samples:
     concepts."""
 
     def __init__(
-        self, model: ConceptMaster, vae: AutoencoderKLWan, branches: int, solver_states: int
+        self, model: ConceptMaster, vae: VAE, branches: int, solver_states: int
     ) -> None:
         self.model, self.config = model, model.config
         self.branches, self.solver_states = branches, solver_states
-        self.decoders = DecodeFirst(vae).eval(), DecodeNext(vae).eval()
+        self.decoders = streaming_decoders(vae)
         self.upstream = functools.lru_cache(4)(self._upstream)
 
     def text_encoder(self, seed: int) -> Sample:

@@ -20,7 +20,7 @@ from ..runtime.manifest import Defaults
 from .errors import ExportError
 
 if TYPE_CHECKING:
-    from diffusers import AutoencoderKLWan
+    from ..engine.vae import VAE
 
 PRESET = "preset:"
 FILES = ("model.safetensors", "vae.safetensors", "tokenizer.json")
@@ -33,7 +33,7 @@ class Source:
     """Model and VAE in evaluation mode on the CPU, the text of tokenizer.json, and a request's defaults."""
 
     model: ConceptMaster
-    vae: AutoencoderKLWan
+    vae: VAE
     tokenizer: str
     defaults: Defaults = DEFAULTS
 

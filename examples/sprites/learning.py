@@ -89,7 +89,7 @@ class MuonAdamW(torch.optim.Optimizer):
                     self._adam(p, group["lr"])
 
     def _muon(self, parameters: list[torch.nn.Parameter], lr: float, decay: float) -> None:
-        """Matrices of one shape are orthogonalised together: many small ones cost most of their time in calls."""
+        """Matrices of one shape are orthogonalised together: small ones cost most of their time in calls."""
         shapes: dict[tuple[int, ...], list[torch.nn.Parameter]] = {}
         for p in parameters:
             shapes.setdefault(tuple(p.shape), []).append(p)

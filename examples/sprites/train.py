@@ -1,4 +1,4 @@
-"""The whole training as one command with five stages, each resumable: draw, latents, decoder, encoder, model.
+"""The whole training as one command with four stages, each resumable: draw, latents, vae, model.
 
 Everything lives below one output folder: ``clips/`` and ``held-out/`` (pools), ``vae/``, ``model/``, and at
 the end ``weights/``, which `conceptmaster export` turns into a bundle.
@@ -22,15 +22,13 @@ from conceptmaster.engine.weights import WeightsError, load_model
 from conceptmaster.runtime.errors import InputError
 
 from .batches import portraits
-from .components import NAME as COMPONENTS
-from .components import Components, analyse
 from .learning import CheckpointError
 from .pool import SHARD, draw_shard, encode_shard, open_shard, shards
 from .train_model import train_model
-from .train_vae import PARTS, to_tensor, train_vae
+from .train_vae import analyse, load_vae, new_vae, to_tensor, train_vae, write_vae
 from .vocabulary import build_tokenizer
 
-STAGES = ("draw", "latents", "decoder", "encoder", "model")
+STAGES = ("draw", "latents", "vae", "model")
 DEFAULTS = {
     "solver": "unipc",
     "steps": 20,
@@ -49,8 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--start", type=Path, help="weights folder to go on from, with a fresh optimizer")
     parser.add_argument("--clips", type=int, default=20000, help="training clips to draw (20000)")
-    parser.add_argument("--decoder-steps", type=int, default=12000, help="steps of decoder training (12000)")
-    parser.add_argument("--encoder-steps", type=int, default=2000, help="steps of encoder training (2000)")
+    parser.add_argument("--vae-steps", type=int, default=6000, help="steps of the VAE's network (6000)")
     parser.add_argument("--caption-steps", type=int, default=550, help="steps on captions alone, first (550)")
     parser.add_argument("--steps", type=int, default=4000, help="steps of model training (4000)")
     parser.add_argument("--batch-size", type=int, default=32, help="clips in a step, over all processes (32)")
@@ -81,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    for name in ("clips", "steps", "batch_size", "decoder_steps", "encoder_steps"):
+    for name in ("clips", "steps", "batch_size", "vae_steps"):
         if getattr(args, name) < 1:
             raise InputError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
     if args.clips < 2 * SHARD:
@@ -108,13 +105,9 @@ def _run(args: argparse.Namespace) -> int:
     _require(shards(clips), "draw", clips)
     if "latents" in args.stages:
         _find_latents(clips, held_out, vae_folder)
-    _require((vae_folder / COMPONENTS).exists(), "latents", vae_folder)
-    for part in PARTS:
-        if part in args.stages:
-            steps = {"decoder": args.decoder_steps, "encoder": args.encoder_steps}[part]
-            config = preset("sprites").vae
-            train_vae(part, config, clips, vae_folder, steps=steps, seed=args.seed, device=args.device)
-    _require((vae_folder / "vae.json").exists(), "decoder", vae_folder)
+    _require((vae_folder / "vae.json").exists(), "latents", vae_folder)
+    if "vae" in args.stages:
+        train_vae(clips, vae_folder, steps=args.vae_steps, seed=args.seed, device=args.device)
     if "model" in args.stages:
         vae_config = json.loads((vae_folder / "vae.json").read_text())
         config = sprites_config(
@@ -144,8 +137,7 @@ def _start_vae(weights: Path, vae_folder: Path) -> None:
     try:
         config = load_model(weights / "model.safetensors").config
         vae_folder.mkdir(parents=True, exist_ok=True)
-        for name in ("vae.safetensors", COMPONENTS):
-            shutil.copyfile(weights / name, vae_folder / name)
+        shutil.copyfile(weights / "vae.safetensors", vae_folder / "vae.safetensors")
     except (FileNotFoundError, WeightsError) as error:
         raise InputError(f"cannot start from {weights}: {error}") from error
     (vae_folder / "vae.json").write_text(json.dumps(config.vae, indent=1))
@@ -157,14 +149,16 @@ def _require(found: object, stage: str, folder: Path) -> None:
 
 
 def _find_latents(clips: Path, held_out: Path, vae_folder: Path) -> None:
-    """The components, unless they are there, and every shard's latents and portraits."""
-    if not (vae_folder / COMPONENTS).exists():
+    """The VAE's components, unless they are there, and every shard's latents and portraits."""
+    if not (vae_folder / "vae.json").exists():
         vae_folder.mkdir(parents=True, exist_ok=True)
-        analyse(clips).save(vae_folder)
-    components = Components.load(vae_folder)
+        vae = new_vae(preset("sprites").vae)
+        analyse(vae, clips)
+        write_vae(vae, vae_folder, preset("sprites").vae)
+    vae = load_vae(vae_folder)
 
     def latents(video: np.ndarray) -> np.ndarray:
-        return components.encode(to_tensor(video)).numpy()
+        return vae.encode(to_tensor(video)).numpy()
 
     for pool, judged in ((held_out, True), (clips, False)):
         for folder in tqdm(shards(pool), desc="latents", unit="shard"):
@@ -178,7 +172,6 @@ def collect(vae_folder: Path, model_folder: Path, output: Path) -> None:
     """Put what ``conceptmaster export`` reads into one folder: weights, tokenizer and sampling defaults."""
     output.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(model_folder / "model.safetensors", output / "model.safetensors")
-    for name in ("vae.safetensors", COMPONENTS):
-        shutil.copyfile(vae_folder / name, output / name)
+    shutil.copyfile(vae_folder / "vae.safetensors", output / "vae.safetensors")
     build_tokenizer().save(str(output / "tokenizer.json"))
     (output / "defaults.json").write_text(json.dumps(DEFAULTS, indent=1) + "\n")

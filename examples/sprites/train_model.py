@@ -37,7 +37,7 @@ from .learning import Average, MuonAdamW, gradient_norm, load_checkpoint, save_c
 FOREGROUND = 3.0
 """Extra weight of the loss where a concept is."""
 HELD_SIGMA = 0.2
-"""Below this noise level the loss counts the error of the data, not of the velocity, which grows as 1/sigma."""
+"""Below this noise level the loss counts the data's error, not the velocity's, which grows as 1/sigma."""
 LAYOUT_WEIGHT, STORY_WEIGHT, PORTRAIT_WEIGHT = 1.0, 0.3, 0.3
 ADAM_NAMES = (
     "shared",
@@ -170,7 +170,7 @@ class Trainee(nn.Module):
         return {"total": total, "flow": flow, "layout": layout, "story": story, "portrait": portrait}
 
 
-def _attention(device: str) -> AbstractContextManager[None]:
+def cheapest_attention(device: str) -> AbstractContextManager[None]:
     """On CPUs plain attention: there the fused one takes half of a step for its gradient alone."""
     return sdpa_kernel(SDPBackend.MATH) if torch.device(device).type == "cpu" else nullcontext()
 
@@ -213,7 +213,7 @@ def probe(trainee: Trainee, pool: LatentPool, device: str, count: int = 96) -> d
         for name in results:
             batch.concept_mask = mask & (name != "without")
             batch.pixels = swapped if name == "swapped" else pixels
-            with _attention(device):
+            with cheapest_attention(device):
                 velocity = trainee.velocity(batch, noisy, sigma)[0]
             error = (velocity - (noise - batch.latents)).square() * weight
             results[name].append(float(error.mean() / weight.mean()))
@@ -349,7 +349,7 @@ def train_model(
         noise = torch.from_numpy(rng.standard_normal(batch.latents.shape, np.float32)).to(device)
         sigma = random_sigma(rng, len(noise)).to(device)
         optimizer.set_scale(schedule(step / steps))
-        with _attention(device), torch.autocast(torch.device(device).type, torch.bfloat16):
+        with cheapest_attention(device), torch.autocast(torch.device(device).type, torch.bfloat16):
             losses = trainee(batch, noise, sigma)
         optimizer.zero_grad(set_to_none=True)
         losses["total"].backward()

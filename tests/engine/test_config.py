@@ -19,7 +19,7 @@ def test_presets_survive_json(name):
 
 @pytest.mark.parametrize(
     ("name", "shape"),
-    [("tiny", (4, 2, 4, 4)), ("sprites", (16, 5, 8, 8)), ("wan2.1-1.3b", (16, 21, 60, 104))],
+    [("tiny", (4, 2, 4, 4)), ("sprites", (48, 5, 8, 8)), ("wan2.1-1.3b", (16, 21, 60, 104))],
 )
 def test_latent_shape(name, shape):
     assert preset(name).latent_shape == shape
@@ -32,8 +32,8 @@ def test_presets_are_fresh():
 
 def test_parts_can_be_replaced():
     config = preset("sprites")
-    changed = dataclasses.replace(config, vae={**config.vae, "latents_mean": [0.5] * 16}, frames=9)
-    assert changed.latent_shape == (16, 3, 8, 8)
+    changed = dataclasses.replace(config, vae={**config.vae, "latents_mean": [0.5] * 48}, frames=9)
+    assert changed.latent_shape == (48, 3, 8, 8)
     assert changed.vae["latents_mean"][3] == 0.5
 
 
@@ -49,6 +49,7 @@ def test_tokens_per_concept():
         ({"attention_head_dim": 7}, "attention_head_dim must be even"),
         ({"position_channels": 8}, "multiple of 6"),
         ({"qk_norm": "layer_norm"}, "qk_norm must be one of"),
+        ({"prediction": "noise"}, "prediction must be one of velocity, sample"),
         ({"image_dim": 1280}, "image_dim must be None"),
         ({"patch_size": (2, 2)}, "three positive whole numbers"),
         ({"patch_size": (1, 3, 2)}, "divide into patches"),

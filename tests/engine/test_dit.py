@@ -197,6 +197,19 @@ def test_a_new_model_predicts_zero(tiny):
     assert model(*arguments(model.config)).count_nonzero() == 0
 
 
+@torch.no_grad()
+def test_a_told_sample_and_a_told_velocity_are_the_same_network(tiny, randomise, assert_close):
+    """Where one network's output is the velocity, the other reads it as data x0 and v = (x - x0) / sigma."""
+    velocity = randomise(ConceptDiT(tiny())).eval()
+    sample = ConceptDiT(tiny(prediction="sample")).eval()
+    sample.load_state_dict(velocity.state_dict())
+    x, _, *conditions = arguments(tiny())
+    for sigma, divisor in ((0.8, 0.8), (0.06, 0.06), (0.01, 0.05)):
+        time = torch.full((2,), sigma * 1000)
+        told = velocity(x, time, *conditions)
+        assert_close(sample(x, time, *conditions), (x - told) / divisor)
+
+
 def test_other_sizes_than_the_configured_one_work(models, tiny, randomise):
     same = randomise(ConceptDiT(tiny(frames=9, height=16)))  # the same weights, built for another video
     model = models["standalone"]

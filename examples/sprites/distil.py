@@ -1,0 +1,160 @@
+"""Distil the trained model into one that needs few steps and no guidance.
+
+The student starts as the teacher and learns to do in one Euler step of its own short schedule what the
+teacher does in several guided ones: progressive distillation (Salimans and Ho, arXiv 2202.00512) with
+guidance distilled in the same pass (Meng et al., arXiv 2210.03142). It begins at noised training clips, so
+nothing is generated ahead, and the teacher's end points are fixed by where it starts: a plain squared error
+does not blur.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+from tqdm import tqdm
+
+from conceptmaster.engine.model import ConceptMaster
+from conceptmaster.engine.weights import load_model, save_model
+from conceptmaster.runtime.solver import make_schedule
+
+from .batches import Batch, Dropped, LatentPool
+from .learning import Average, MuonAdamW, gradient_norm, load_checkpoint, save_checkpoint, schedule
+from .train_model import ADAM_NAMES, cheapest_attention
+
+
+@dataclass(frozen=True)
+class Plan:
+    """``steps``: what the student will take; ``substeps``: the teacher's for each of them; ``guidance``: the
+    teacher's; ``shift``: of both schedules."""
+
+    steps: int = 4
+    substeps: int = 3
+    guidance: float = 2.5
+    shift: float = 3.0
+
+    def sigmas(self) -> np.ndarray:
+        """Noise levels float32 [steps, substeps + 1]: from each of the student's levels to its next."""
+        levels = make_schedule("euler", self.steps, self.shift).sigmas
+        within = np.linspace(0.0, 1.0, self.substeps + 1)
+        return (levels[:-1, None] + (levels[1:] - levels[:-1])[:, None] * within).astype(np.float32)
+
+
+@torch.no_grad()
+def teach(teacher: ConceptMaster, batch: Batch, noisy: Tensor, sigmas: Tensor, guidance: float) -> Tensor:
+    """Where the teacher's guided Euler steps lead: noisy [B,Cz,F,H,W] at sigmas [B,0] -> the same at
+    sigmas[:, -1]. sigmas [B,m+1]."""
+    conditions = _told(teacher, batch)
+    mask = torch.cat([torch.zeros_like(batch.concept_mask), batch.concept_mask])
+    kv = teacher.transformer.condition(*conditions, mask)
+    x = noisy
+    for now, following in zip(sigmas.T[:-1], sigmas.T[1:], strict=True):
+        both = torch.cat([x, x])
+        velocity = teacher.transformer.denoise(both, now.repeat(2) * 1000.0, kv, mask).float()
+        without, asked = velocity.chunk(2)
+        velocity = without + guidance * (asked - without)
+        x = x + (following - now)[:, None, None, None, None] * velocity
+    return x
+
+
+def _told(teacher: ConceptMaster, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Text and concept tokens of both branches: nothing, then everything."""
+    text = teacher.text_encoder(batch.token_ids, batch.token_mask)
+    # The empty caption is its end token alone, which ends every caption.
+    last = batch.token_mask.sum(1, keepdim=True) - 1
+    end = batch.token_ids.gather(1, last)
+    nothing = torch.zeros_like(batch.token_ids)
+    nothing[:, :1] = end
+    empty = torch.zeros_like(batch.token_mask)
+    empty[:, 0] = True
+    concepts = teacher.concepts(batch.pixels, batch.label_ids, batch.label_mask)
+    return torch.cat([teacher.text_encoder(nothing, empty), text]), torch.cat([concepts, concepts])
+
+
+def distil(
+    weights: Path,
+    data: Path,
+    output: Path,
+    tokenizer: Tokenizer,
+    plan: Plan,
+    *,
+    steps: int,
+    batch_size: int = 32,
+    seed: int = 0,
+    device: str = "cpu",
+    lr: float = 0.004,
+    adam_lr: float = 5e-4,
+    log_every: int = 50,
+) -> None:
+    """Train a student of ``weights`` to ``steps``; resumes from ``output/distil.safetensors``.
+
+    Only the transformer learns; encoders, Q-Former and DAM stay the teacher's. Writes
+    ``output/model.safetensors`` (averaged weights) and appends to ``output/distil-log.jsonl``. Raises
+    WeightsError or CheckpointError for files that cannot be read.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(seed)
+    teacher, student = load_model(weights).to(device), load_model(weights).to(device)
+    config = student.config
+    for name, p in student.named_parameters():
+        p.requires_grad_(name.startswith("transformer."))
+    optimizer = MuonAdamW(student.named_parameters(), lr, adam_lr, adam_names=ADAM_NAMES)
+    average = Average(student, 0.99)
+    checkpoint, progress = output / "distil.safetensors", {"step": 0.0, "seconds": 0.0}
+    if checkpoint.exists():
+        progress = load_checkpoint(checkpoint, student, average, optimizer)
+    pool = LatentPool(data, tokenizer, config.text_tokens, config.concept.label_tokens)
+    pool.normalise(config.vae["latents_mean"], config.vae["latents_std"])
+    levels = torch.from_numpy(plan.sigmas()).to(device)
+    bar, total = tqdm(total=steps, initial=int(progress["step"]), desc="distil"), 0.0
+    while progress["step"] < steps:
+        step, began = int(progress["step"]), time.perf_counter()
+        rng = np.random.Generator(np.random.Philox(key=[seed, step]))
+        batch = pool.batch(rng, batch_size, Dropped(0, 0, 0)).to(device)
+        noise = torch.from_numpy(rng.standard_normal(batch.latents.shape, np.float32)).to(device)
+        sigmas = levels[torch.from_numpy(rng.integers(plan.steps, size=batch_size)).to(device)]
+        optimizer.set_scale(schedule(step / steps))
+        with cheapest_attention(device), torch.autocast(torch.device(device).type, torch.bfloat16):
+            loss = _loss(student, teacher, batch, noise, sigmas, plan.guidance)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        gradient_norm([p for p in student.parameters() if p.requires_grad], 2.0)
+        optimizer.step()
+        average.update(student)
+        progress["step"] += 1
+        progress["seconds"] += time.perf_counter() - began
+        total += float(loss.detach())
+        bar.update(1)
+        if (step + 1) % log_every == 0 or step + 1 == steps:
+            trained = {k: v.clone() for k, v in student.state_dict().items()}
+            student.load_state_dict(average.shadow)
+            save_model(student, output / "model.safetensors")
+            student.load_state_dict(trained)
+            save_checkpoint(checkpoint, student, average, optimizer, progress)
+            record = {"step": step + 1, "loss": round(total / (step % log_every + 1), 5)}
+            total = 0.0
+            with (output / "distil-log.jsonl").open("a") as log:
+                log.write(json.dumps(record | {"seconds": round(progress["seconds"])}) + "\n")
+            tqdm.write(json.dumps(record))
+    bar.close()
+
+
+def _loss(
+    student: ConceptMaster, teacher: ConceptMaster, batch: Batch, noise: Tensor, sigmas: Tensor, scale: float
+) -> Tensor:
+    """Mean squared error of the mean velocity between two of the student's levels."""
+    first, last = (sigmas[:, k, None, None, None, None] for k in (0, -1))
+    noisy = (1 - first) * batch.latents + first * noise
+    reached = teach(teacher, batch, noisy, sigmas, scale)
+    target = (noisy - reached) / (first - last)
+    with torch.no_grad():
+        text = student.text_encoder(batch.token_ids, batch.token_mask)
+        concepts = student.concepts(batch.pixels, batch.label_ids, batch.label_mask)
+    velocity = student.transformer(noisy, sigmas[:, 0] * 1000.0, text, concepts, batch.concept_mask)
+    return (velocity.float() - target).square().mean()
