@@ -3,8 +3,8 @@
 For models that must be trained with little: 48 components of 4 frames of 8x8 pixels keep more of a drawn
 video, from the first minute, than a convolutional autoencoder learns to keep in hours on a CPU. The encoder
 is exact linear algebra. The decoder inverts it, then a convolutional network that sees a latent frame and the
-one before it takes away what cutting into blocks left. Latent frames and causality are those of Wan's VAE: the
-first latent frame is one video frame, every later one is `scale_factor_temporal`.
+one before it takes away what cutting into blocks left. Latent frames and causality are those of Wan's VAE:
+the first latent frame is one video frame, every later one is `scale_factor_temporal`.
 
 Letters: B batch, Cz latent channels, F H W latent frames, height, width, t and s a block's frames and side.
 """

@@ -305,38 +305,6 @@ def _clip(
     }
 
 
-def _small_vae(base_dim: int, z_dim: int) -> dict[str, Any]:
-    return {
-        "base_dim": base_dim,
-        "decoder_base_dim": base_dim,
-        "z_dim": z_dim,
-        "dim_mult": [1, 2, 4],
-        "num_res_blocks": 1,
-        "attn_scales": [],
-        "temperal_downsample": [True, True],
-        "patch_size": 2,
-        "in_channels": 12,
-        "out_channels": 12,
-        "scale_factor_temporal": 4,
-        "scale_factor_spatial": 8,
-        "latents_mean": [0.0] * z_dim,
-        "latents_std": [1.0] * z_dim,
-    }
-
-
-def _block_vae(z_dim: int, width: int, layers: int) -> dict[str, Any]:
-    return {
-        "kind": "blocks",
-        "z_dim": z_dim,
-        "width": width,
-        "layers": layers,
-        "scale_factor_temporal": 4,
-        "scale_factor_spatial": 8,
-        "latents_mean": [0.0] * z_dim,
-        "latents_std": [0.5] * z_dim,
-    }
-
-
 def _tiny() -> ModelConfig:
     return ModelConfig(
         name="tiny",
@@ -364,7 +332,21 @@ def _tiny() -> ModelConfig:
         ),
         text_encoder=_umt5(d_model=16, d_kv=8, heads=2, d_ff=32, layers=2, vocab=512),
         image_encoder=_clip(hidden=16, layers=2, heads=2, mlp=32, patch=8, image=16, projection=16),
-        vae=_small_vae(base_dim=4, z_dim=4),
+        vae={
+            "base_dim": 4,
+            "z_dim": 4,
+            "dim_mult": [1, 2, 4],
+            "num_res_blocks": 1,
+            "attn_scales": [],
+            "temperal_downsample": [True, True],
+            "patch_size": 2,
+            "in_channels": 12,
+            "out_channels": 12,
+            "scale_factor_temporal": 4,
+            "scale_factor_spatial": 8,
+            "latents_mean": [0.0] * 4,
+            "latents_std": [1.0] * 4,
+        },
         text_tokens=24,
         frames=5,
         height=32,
@@ -401,7 +383,16 @@ def _sprites() -> ModelConfig:
         ),
         text_encoder=_umt5(d_model=128, d_kv=32, heads=4, d_ff=256, layers=2, vocab=512),
         image_encoder=_clip(hidden=128, layers=3, heads=4, mlp=256, patch=8, image=64, projection=128),
-        vae=_block_vae(z_dim=48, width=64, layers=4),
+        vae={
+            "kind": "blocks",
+            "z_dim": 48,
+            "width": 64,
+            "layers": 4,
+            "scale_factor_temporal": 4,
+            "scale_factor_spatial": 8,
+            "latents_mean": [0.0] * 48,
+            "latents_std": [0.5] * 48,
+        },
         text_tokens=48,
         frames=17,
         height=64,

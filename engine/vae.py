@@ -8,7 +8,7 @@ Letters: B batch, Cz latent channels, F H W latent frames, height, width; f vide
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from .config import ModelConfig
 if TYPE_CHECKING:
     from diffusers import AutoencoderKLWan
 
-    VAE = AutoencoderKLWan | BlockVAE
+VAE: TypeAlias = "AutoencoderKLWan | BlockVAE"
 
 
 def build_vae(config: ModelConfig) -> VAE:

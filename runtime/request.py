@@ -48,7 +48,7 @@ class Request:
     """A prompt, its concepts and the options; None means the bundle's default.
 
     negative: what the unguided branch reads; steps: model evaluations, 1..1000; guidance, concept_guidance:
-    scales, see guidance.py; solver: "euler" or "unipc"; shift: above 1 spends more steps on noise; seed:
+    scales, see guidance.py; solver: one of solver.SOLVERS; shift: above 1 spends more steps on noise; seed:
     0..2**63-1; samples: videos, 1..64, sample i starting from seed + i.
 
     Raises: InputError for the first field that is wrong.

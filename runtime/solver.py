@@ -14,9 +14,10 @@ done inside the denoise graph with the matrices made here, on the host, in float
 
 The tables give the numbers of diffusers 0.42.1: `FlowMatchEulerDiscreteScheduler(shift=...)` and
 `UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=...)`, both begun
-at step 0. (Left to itself, that UniPC skips its first step when truncation makes the first two timesteps
-equal, as with 200 steps and shift 8; here no step is ever skipped.) UniPC: Zhao et al., arXiv 2302.04867,
-B(h) = expm1.
+at step 0. `euler_trailing`, for few steps, is the first with `sigmas=linspace(1, 1/steps, steps)`, as diffusers'
+pipelines for Flux call it. (Left to itself, that UniPC skips its first step when truncation makes the first
+two timesteps equal, as with 200 steps and shift 8; here no step is ever skipped.) UniPC: Zhao et al., arXiv
+2302.04867, B(h) = expm1.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ Array = np.ndarray
 STATES = 4  # M: state slots
 MODEL = STATES  # the column that multiplies the model's velocity
 TRAINED_STEPS = 1000  # timesteps run from 1000 (noise) down to 0 (data)
-SOLVERS = ("euler", "unipc")
+SOLVERS = ("euler", "unipc", "euler_trailing")
 SHIFTS = (0.01, 100.0)  # outside, neighbouring sigmas are no longer distinct in float32
 
 
@@ -63,9 +64,10 @@ def make_schedule(solver: str, steps: int, shift: float) -> Schedule:
         raise InputError(f"steps must be 1 to {TRAINED_STEPS}, not {steps}")
     if not SHIFTS[0] <= shift <= SHIFTS[1]:
         raise InputError(f"shift must be {SHIFTS[0]} to {SHIFTS[1]}, not {shift}")
-    sigmas, timesteps = (_euler_times if solver == "euler" else _unipc_times)(steps, shift)
+    times = {"euler": _euler_times, "unipc": _unipc_times, "euler_trailing": _trailing_times}[solver]
+    sigmas, timesteps = times(steps, shift)
     sigmas = np.append(sigmas, 0.0).astype(np.float32).astype(np.float64)  # [steps + 1]
-    coefficients = (_euler_table if solver == "euler" else _unipc_table)(sigmas)  # [steps, M, M + 1]
+    coefficients = (_unipc_table if solver == "unipc" else _euler_table)(sigmas)  # [steps, M, M + 1]
     return Schedule(solver, sigmas, timesteps.astype(np.float32), coefficients.astype(np.float32))
 
 
@@ -77,6 +79,12 @@ def _euler_times(steps: int, shift: float) -> tuple[Array, Array]:
     # diffusers spaces the steps between the shifted ends and shifts them once more.
     lowest = _shifted(np.array(1.0 / TRAINED_STEPS), shift)
     sigmas = _shifted(np.linspace(1.0, lowest, steps), shift)  # [steps]
+    return sigmas, sigmas * TRAINED_STEPS
+
+
+def _trailing_times(steps: int, shift: float) -> tuple[Array, Array]:
+    # None lands near 0, where one step of few would be wasted.
+    sigmas = _shifted(np.linspace(1.0, 1.0 / steps, steps), shift)  # [steps]
     return sigmas, sigmas * TRAINED_STEPS
 
 

@@ -41,7 +41,7 @@ class Plan:
 
     def sigmas(self) -> np.ndarray:
         """Noise levels float32 [steps, substeps + 1]: from each of the student's levels to its next."""
-        levels = make_schedule("euler", self.steps, self.shift).sigmas
+        levels = make_schedule("euler_trailing", self.steps, self.shift).sigmas
         within = np.linspace(0.0, 1.0, self.substeps + 1)
         return (levels[:-1, None] + (levels[1:] - levels[:-1])[:, None] * within).astype(np.float32)
 

@@ -280,7 +280,8 @@ def start_from(model: ConceptMaster, weights: Path) -> list[str]:
     old, own = load(weights)[0], model.state_dict()
     kept = {name: own[name] for name in own if name not in old or old[name].shape != own[name].shape}
     load_strict(model, {name: kept.get(name, old.get(name, tensor)) for name, tensor in own.items()})
-    return sorted(kept)
+    tied = {tensor.data_ptr() for name, tensor in own.items() if name not in kept}
+    return sorted(name for name, tensor in kept.items() if tensor.data_ptr() not in tied)
 
 
 def _log(output: Path, record: Mapping[str, object]) -> None:

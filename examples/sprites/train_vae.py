@@ -37,7 +37,8 @@ def new_vae(config: dict[str, Any]) -> BlockVAE:
     for name, module in vae.named_modules():
         if isinstance(module, torch.nn.Conv2d):
             torch.nn.init.kaiming_normal_(module.weight, nonlinearity="linear")
-            torch.nn.init.zeros_(module.bias)
+            if module.bias is not None:
+                torch.nn.init.zeros_(module.bias)
             if name.endswith("conv2"):
                 module.weight.data.mul_(0.3)
     torch.nn.init.zeros_(vae.conv_out.weight)

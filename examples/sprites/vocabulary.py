@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import functools
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
@@ -12,8 +12,12 @@ VOCABULARY = 512
 PAD, END = "<pad>", "</s>"
 
 
+@functools.cache
 def build_tokenizer(captions: int = 4000) -> Tokenizer:
-    """Learn the tokenizer from the training split's captions; the same result every time."""
+    """Learn the tokenizer from the training split's captions; the same result every time.
+
+    Takes seconds, so it is done once: leave the result as it is.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     tokenizer.decoder = decoders.ByteLevel()
@@ -29,10 +33,3 @@ def build_tokenizer(captions: int = 4000) -> Tokenizer:
     tokenizer.post_processor = processors.TemplateProcessing(single=f"$A {END}", special_tokens=[(END, 1)])
     return tokenizer
 
-
-def save_tokenizer(path: Path) -> Tokenizer:
-    """Build and write ``tokenizer.json``; returns the tokenizer."""
-    tokenizer = build_tokenizer()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(str(path))
-    return tokenizer
