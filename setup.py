@@ -26,7 +26,7 @@ PACKAGE_DATA = {
     "conceptmaster": ["py.typed"],
     # bundles/sprites-int8 stays in the repository: with it a wheel would pass 40 MB
     "conceptmaster.runtime": ["bundles/sprites/*.json", "bundles/sprites/*.onnx"],
-    "conceptmaster.examples.sprites": ["requests/**/*.json", "requests/**/*.png"],
+    "conceptmaster.examples.sprites": ["baseline.json", "requests/**/*.json", "requests/**/*.png"],
 }
 
 

@@ -14,10 +14,10 @@ done inside the denoise graph with the matrices made here, on the host, in float
 
 The tables give the numbers of diffusers 0.42.1: `FlowMatchEulerDiscreteScheduler(shift=...)` and
 `UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=...)`, both begun
-at step 0. `euler_trailing`, for few steps, is the first with `sigmas=linspace(1, 1/steps, steps)`, as diffusers'
-pipelines for Flux call it. (Left to itself, that UniPC skips its first step when truncation makes the first
-two timesteps equal, as with 200 steps and shift 8; here no step is ever skipped.) UniPC: Zhao et al., arXiv
-2302.04867, B(h) = expm1.
+at step 0. `euler_trailing`, for few steps, is the first with `sigmas=linspace(1, 1/steps, steps)`, as
+diffusers' pipelines for Flux call it. (Left to itself, that UniPC skips its first step when truncation makes
+the first two timesteps equal, as with 200 steps and shift 8; here no step is ever skipped.) UniPC: Zhao et
+al., arXiv 2302.04867, B(h) = expm1.
 """
 
 from __future__ import annotations

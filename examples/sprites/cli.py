@@ -1,4 +1,5 @@
-"""The sprites world's command line: ``draw`` a request, ``score`` a bundle, ``train`` the shipped model.
+"""The sprites world's command line: ``draw`` a request, ``score`` a bundle, hold it to a ``gate``, ``sweep``
+its steps, show a ``gallery``, ``train`` the shipped model.
 
 Exit codes as for ``conceptmaster``: 0 done, 1 failed, 2 wrong input, 130 interrupted; an error is one line.
 """
@@ -8,7 +9,6 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
-import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from conceptmaster.runtime.cli import Command, Parser
 from conceptmaster.runtime.errors import ConceptMasterError, InputError, MissingDependency
+
+from .arguments import seed_range
 
 if TYPE_CHECKING:
     from .score import Options, Result
@@ -101,13 +103,18 @@ def _draw(args: argparse.Namespace) -> int:
 def _add_score(parser: argparse.ArgumentParser) -> None:
     parser.description = SCORE
     parser.add_argument(
-        "--seeds", default="0:64", metavar="A:B", help="of scenes and noise, A to B - 1 (0:64)"
+        "--seeds",
+        type=seed_range,
+        default=range(64),
+        metavar="A:B",
+        help="of scenes and noise, A to B - 1 (0:64)",
     )
     _add_scene(parser)
     parser.add_argument(
         "--bundle", default="sprites", metavar="NAME", help="shipped bundle or a path (sprites)"
     )
     parser.add_argument("--steps", type=int, metavar="N", help="model evaluations (the bundle's default)")
+    parser.add_argument("--solver", metavar="NAME", help="euler or unipc (the bundle's default)")
     parser.add_argument("--guidance", type=float, metavar="G", help="(the bundle's default)")
     parser.add_argument("--concept-guidance", type=float, metavar="C", help="(the bundle's default)")
     parser.add_argument(
@@ -140,12 +147,13 @@ def _score(args: argparse.Namespace) -> int:
     if args.shuffled and not args.truth:
         raise InputError("--shuffled needs --truth")
     options = Options(
-        seeds=_seeds(args.seeds),
+        seeds=args.seeds,
         concepts=args.concepts,
         same_noun=args.same_noun,
         bundle=args.bundle,
         source=("shuffled" if args.shuffled else "truth") if args.truth else "model",
         steps=args.steps,
+        solver=args.solver,
         guidance=args.guidance,
         concept_guidance=args.concept_guidance,
         controls=not args.no_controls,
@@ -167,26 +175,10 @@ def _score(args: argparse.Namespace) -> int:
     return 0
 
 
-def _seeds(text: str) -> range:
-    found = re.fullmatch(r"(\d{1,20}):(\d{1,20})", text, re.ASCII)
-    if found is None:
-        raise InputError(f"--seeds must be two numbers A:B with A < B, not {text!r}")
-    return range(int(found[1]), int(found[2]))
-
-
 def _save_sheet(options: Options, results: Sequence[Result], path: Path) -> None:
-    from .draw import draw_clip
-    from .requesting import references
-    from .score import ASKED, NO_CONCEPTS, SWAPPED
-    from .sheet import Row, save_sheet
+    from .sheet import save_sheet, scored_row
 
-    titles = {ASKED: "as asked", NO_CONCEPTS: "no concepts", SWAPPED: "pictures swapped"}
-    rows = []
-    for result in results[:SHEET_ROWS]:
-        scene = options.scene(result.seed)
-        videos = {titles[name]: frames for name, frames in result.videos.items()}
-        rows.append(Row(scene.caption, references(scene), {"truth": draw_clip(scene)[0], **videos}))
-    save_sheet(rows, path)
+    save_sheet([scored_row(options.scene(r.seed), r) for r in results[:SHEET_ROWS]], path)
 
 
 def _table(report: dict[str, Any]) -> str:
@@ -214,25 +206,42 @@ def _cell(share: float, error: float | None) -> str:
     return f"{100 * share:.1f}" if error is None else f"{100 * share:.1f} ± {100 * error:.1f}"
 
 
-def _add_train(parser: argparse.ArgumentParser) -> None:
-    _training().add_arguments(parser)
+def _in_file(name: str, summary: str) -> Command:
+    """The command ``name``, from add_arguments(parser) and run(args) of the file of that name."""
+
+    def module() -> Any:
+        return importlib.import_module(f".{name}", __package__)
+
+    return Command(
+        name, summary, lambda parser: module().add_arguments(parser), lambda args: module().run(args)
+    )
 
 
-def _train(args: argparse.Namespace) -> int:
-    return _training().run(args)
+def _training(name: str, summary: str) -> Command:
+    """Like `_in_file`, for commands that need the extra `train`."""
 
+    def module() -> Any:
+        try:
+            return importlib.import_module(f".{name}", __package__)
+        except ModuleNotFoundError as error:
+            if (error.name or "").partition(".")[0] == __name__.partition(".")[0]:
+                raise  # a file of ours is missing, which no extra brings
+            install = "pip install 'conceptmaster[train]'"
+            raise MissingDependency(f"`{name}` needs {error.name}: {install}") from error
 
-def _training() -> Any:
-    try:
-        return importlib.import_module(".train", __package__)
-    except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] == __name__.partition(".")[0]:
-            raise  # a file of ours is missing, which no extra brings
-        raise MissingDependency(f"`train` needs {error.name}: pip install 'conceptmaster[train]'") from error
+    return Command(
+        name, summary, lambda parser: module().add_arguments(parser), lambda args: module().run(args)
+    )
 
 
 COMMANDS = (
     Command("draw", "write a request of this world, with its true video", _add_draw, _draw),
     Command("score", "measure whether a bundle binds, on looks held out", _add_score, _score),
-    Command("train", "train the shipped model from nothing", _add_train, _train),
+    _in_file("gate", "hold a bundle's score to the recorded baseline"),
+    _in_file("sweep", "score every solver, number of steps and guidance"),
+    _in_file("gallery", "show the first requests, and the worst"),
+    _training("train", "train the shipped model from nothing"),
+    _training("distil", "make a trained model need few steps and no guidance"),
+    _training("variants", "train and score the paper's variants from one base"),
+    _in_file("curves", "draw the curves of a training"),
 )

@@ -7,8 +7,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from conceptmaster.runtime.errors import InputError, MissingDependency
+from conceptmaster.runtime.errors import InputError
 from conceptmaster.runtime.files import check_output, replacing
+
+from .plot import import_matplotlib
 
 LOGS = Path(__file__).parent / "training"
 PANELS = (
@@ -53,11 +55,7 @@ def _read(path: Path) -> list[dict[str, Any]]:
 
 def draw(records: dict[str, list[dict[str, Any]]], output: Path) -> None:
     """Write the picture, whole or not at all. Raises MissingDependency without matplotlib."""
-    try:
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError as error:
-        raise MissingDependency("curves need matplotlib: pip install 'conceptmaster[export]'") from error
-    figure = Figure(figsize=(11, 6.5), layout="constrained")
+    figure = import_matplotlib()(figsize=(11, 6.5), layout="constrained")
     for axes, (file, x, names, title) in zip(figure.subplots(2, 2).flat, PANELS, strict=True):
         for name in names:
             points = [(record[x], record[name]) for record in records[file] if name in record and x in record]

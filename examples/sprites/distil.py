@@ -9,7 +9,9 @@ does not blur.
 
 from __future__ import annotations
 
+import argparse
 import json
+import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,11 +24,15 @@ from tqdm import tqdm
 
 from conceptmaster.engine.model import ConceptMaster
 from conceptmaster.engine.weights import load_model, save_model
+from conceptmaster.runtime.errors import InputError
 from conceptmaster.runtime.solver import make_schedule
 
 from .batches import Batch, Dropped, LatentPool
 from .learning import Average, MuonAdamW, gradient_norm, load_checkpoint, save_checkpoint, schedule
 from .train_model import ADAM_NAMES, cheapest_attention
+from .vocabulary import build_tokenizer
+
+SOLVER = "euler_trailing"
 
 
 @dataclass(frozen=True)
@@ -41,9 +47,55 @@ class Plan:
 
     def sigmas(self) -> np.ndarray:
         """Noise levels float32 [steps, substeps + 1]: from each of the student's levels to its next."""
-        levels = make_schedule("euler_trailing", self.steps, self.shift).sigmas
+        levels = make_schedule(SOLVER, self.steps, self.shift).sigmas
         within = np.linspace(0.0, 1.0, self.substeps + 1)
         return (levels[:-1, None] + (levels[1:] - levels[:-1])[:, None] * within).astype(np.float32)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``distil``."""
+    parser.add_argument("--teacher", required=True, type=Path, help="weights folder of the trained model")
+    parser.add_argument("--data", required=True, type=Path, help="folder that `train --output` has filled")
+    parser.add_argument("--output", required=True, type=Path, help="folder for checkpoints and weights")
+    parser.add_argument("--steps", type=int, default=1000, help="steps of training (1000)")
+    parser.add_argument("--batch-size", type=int, default=32, help="clips in a step (32)")
+    parser.add_argument("--sampling-steps", type=int, default=4, help="what the student will need (4)")
+    parser.add_argument("--guidance", type=float, default=2.5, help="the teacher's (2.5)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", type=int, default=None, help="CPU threads (one per core)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Distil and collect a weights folder; returns 0. Raises InputError for what cannot work."""
+    for name in ("steps", "batch_size", "sampling_steps"):
+        if getattr(args, name) < 1:
+            raise InputError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
+    for path in (args.teacher / "model.safetensors", args.teacher / "vae.safetensors", args.data / "clips"):
+        if not path.exists():
+            raise InputError(f"{path} is missing: `train --output` makes it")
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    plan = Plan(steps=args.sampling_steps, guidance=args.guidance)
+    distil(
+        args.teacher / "model.safetensors",
+        args.data / "clips",
+        args.output,
+        build_tokenizer(),
+        plan,
+        steps=args.steps,
+        batch_size=args.batch_size,
+        seed=args.seed,
+        device=args.device,
+    )
+    weights = args.output / "weights"
+    shutil.copytree(args.teacher, weights, dirs_exist_ok=True)
+    shutil.copyfile(args.output / "model.safetensors", weights / "model.safetensors")
+    defaults = json.loads((args.teacher / "defaults.json").read_text())
+    own = {"solver": SOLVER, "steps": plan.steps, "shift": plan.shift, "guidance": 1.0}
+    (weights / "defaults.json").write_text(json.dumps(defaults | own, indent=1) + "\n")
+    print(f"weights: {weights}; `conceptmaster export` them with --branches 1")
+    return 0
 
 
 @torch.no_grad()

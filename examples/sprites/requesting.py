@@ -34,6 +34,16 @@ def concepts(scene: Scene, pictures: Sequence[np.ndarray]) -> tuple[Concept, ...
     return tuple(Concept(actor.label, picture) for actor, picture in zip(scene.actors, pictures, strict=True))
 
 
+def make_folder(folder: Path) -> None:
+    """Make the folder where it is missing. Raises InputError where that fails, or it cannot be written to."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot make the folder {str(folder)!r}: {error.strerror}") from None
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise InputError(f"the folder {str(folder)!r} is not writable")
+
+
 def write_request(scene: Scene, folder: Path, *, truth: bool = True) -> Path:
     """Write ``1.png``, ``2.png`` … , ``truth.mp4`` if ``truth``, and at last ``request.json``.
 
@@ -41,12 +51,7 @@ def write_request(scene: Scene, folder: Path, *, truth: bool = True) -> Path:
     Returns the path of ``request.json``. Raises InputError for a folder that cannot be made or written to,
     OSError when writing fails.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"cannot make the folder {str(folder)!r}: {error.strerror}") from None
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise InputError(f"the folder {str(folder)!r} is not writable")
+    make_folder(folder)
     names = [f"{number}.png" for number in range(1, len(scene.actors) + 1)]
     for name, picture in zip(names, references(scene), strict=True):
         with replacing(folder / name) as temporary:

@@ -66,6 +66,7 @@ class Options:
     steps: int | None = None
     guidance: float | None = None
     concept_guidance: float | None = None
+    solver: str | None = None
     controls: bool = True
     device: str = "cpu"
     threads: int | None = None
@@ -84,7 +85,13 @@ class Options:
             raise InputError("shuffling needs at least two requests")
         if self.workers < 1:
             raise InputError(f"workers must be 1 or more, not {self.workers}")
-        Request("checks", steps=self.steps, guidance=self.guidance, concept_guidance=self.concept_guidance)
+        Request(
+            "checks",
+            steps=self.steps,
+            guidance=self.guidance,
+            concept_guidance=self.concept_guidance,
+            solver=self.solver,
+        )
 
     def scene(self, seed: int) -> Scene:
         """The scene of a seed: held-out looks, told plainly."""
@@ -218,6 +225,7 @@ def _request(options: Options, scene: Scene, turn: int | None) -> Request:
         steps=options.steps,
         guidance=options.guidance,
         concept_guidance=options.concept_guidance,
+        solver=options.solver,
         seed=scene.seed,
     )
 

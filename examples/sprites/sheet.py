@@ -12,18 +12,35 @@ from PIL import Image, ImageDraw, ImageFont
 from conceptmaster.runtime.files import replacing
 from conceptmaster.runtime.pictures import save_png
 
+from .draw import draw_clip
+from .requesting import references
+from .score import ASKED, NO_CONCEPTS, SWAPPED, Result
+from .world import Scene
+
 TILE = 96
 """Side of a picture or frame on the sheet, in pixels."""
 GAP, GROUP_GAP, LINE = 4, 20, 24
+TITLES = {ASKED: "as asked", NO_CONCEPTS: "no concepts", SWAPPED: "pictures swapped"}
+"""What a video of a scored request is called on the sheet."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One request: its caption, N pictures uint8 [s, s, 3], and videos uint8 [F, H, W, 3] by name."""
+    """One request: its caption (lines), N pictures uint8 [s, s, 3], and videos uint8 [F, H, W, 3] by name."""
 
     caption: str
     pictures: Sequence[np.ndarray]
     videos: Mapping[str, np.ndarray]
+
+
+def scored_row(scene: Scene, result: Result, remark: str = "") -> Row:
+    """A scored request, with its seed: its pictures, the true video, then those that ``result`` kept.
+
+    remark: a line of its own above the scene's caption; it must name the seed.
+    """
+    caption = f"{remark}\n{scene.caption}" if remark else f"seed {scene.seed}: {scene.caption}"
+    videos = {TITLES[name]: frames for name, frames in result.videos.items()}
+    return Row(caption, references(scene), {"truth": draw_clip(scene)[0], **videos})
 
 
 def draw_sheet(rows: Sequence[Row]) -> Image.Image:
@@ -34,17 +51,19 @@ def draw_sheet(rows: Sequence[Row]) -> Image.Image:
     groups = [_groups(row) for row in rows]
     names = ["pictures", *rows[0].videos]
     width = sum(len(group) * (TILE + GAP) + GROUP_GAP for group in groups[0])
-    image = Image.new("RGB", (width, LINE + len(rows) * (LINE + TILE + GAP)), "white")
+    lines = LINE * max(1 + row.caption.count("\n") for row in rows)
+    image = Image.new("RGB", (width, LINE + len(rows) * (lines + TILE + GAP)), "white")
     draw, font = ImageDraw.Draw(image), ImageFont.load_default(size=14)
     for index, (row, tiles) in enumerate(zip(rows, groups, strict=True)):
-        top = LINE + index * (LINE + TILE + GAP)
-        draw.text((GAP, top + 2), row.caption, "black", font)
+        top = LINE + index * (lines + TILE + GAP)
+        for number, line in enumerate(row.caption.split("\n")):
+            draw.text((GAP, top + number * LINE + 2), line, "black", font)
         left = GAP
         for name, group in zip(names, tiles, strict=True):
             if index == 0:
                 draw.text((left, 2), name, "gray", font)
             for tile in group:
-                image.paste(_tile(tile), (left, top + LINE))
+                image.paste(_tile(tile), (left, top + lines))
                 left += TILE + GAP
             left += GROUP_GAP
     return image

@@ -32,4 +32,3 @@ def build_tokenizer(captions: int = 4000) -> Tokenizer:
     )
     tokenizer.post_processor = processors.TemplateProcessing(single=f"$A {END}", special_tokens=[(END, 1)])
     return tokenizer
-

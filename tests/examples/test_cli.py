@@ -67,6 +67,7 @@ def test_the_two_splits_differ(tmp_path: Path) -> None:
         (["score", "--shuffled"], "--shuffled needs --truth"),
         (["score", "--truth", "--shuffled", "--seeds", "3:4"], "at least two"),
         (["score", "--steps", "0"], "steps must be 1 to 1000"),
+        (["score", "--solver", "magic"], "unknown solver 'magic'"),
         (["score", "--workers", "0"], "workers must be"),
         (["score", "--bundle", "nowhere"], "no bundle 'nowhere'"),
         (["score", "--truth", "--output", "missing/x.json"], "folder 'missing' does not exist"),

@@ -49,12 +49,13 @@ class Painter:
 @pytest.mark.parametrize(("concepts", "same_noun"), [(1, False), (2, True), (3, False)])
 def test_a_model_that_follows_its_pictures(concepts: int, same_noun: bool) -> None:
     painter = Painter(concepts, same_noun)
-    options = Options(range(3, 6), concepts, same_noun, steps=7, guidance=2.0)
+    options = Options(range(3, 6), concepts, same_noun, steps=7, guidance=2.0, solver="euler")
     report, results = score(options, generate=painter, keep=2)
     assert [result.seed for result in results] == [3, 4, 5]
     assert [len(result.videos) for result in results] == [2 + (concepts > 1)] * 2 + [0]
     assert len(painter.requests) == 3 * (2 + (concepts > 1))
-    assert {(request.steps, request.guidance) for request in painter.requests} == {(7, 2.0)}
+    asked = {(request.steps, request.guidance, request.solver) for request in painter.requests}
+    assert asked == {(7, 2.0, "euler")}
     assert [len(request.concepts) for request in painter.requests[:2]] == [concepts, 0]
     assert report["requests"] == 3 and report["concepts"] == concepts and report["bundle"] is None
     assert min(report[measure] for measure in MEASURES[concepts == 1 :]) == 1.0
@@ -122,6 +123,7 @@ def test_shares_and_standard_errors() -> None:
         ({"steps": 0}, "steps must be"),
         ({"guidance": -1.0}, "guidance must be"),
         ({"concept_guidance": float("nan")}, "concept_guidance must be"),
+        ({"solver": "magic"}, "unknown solver"),
         ({"workers": 0}, "workers must be"),
     ],
     ids=str,

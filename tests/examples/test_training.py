@@ -15,7 +15,7 @@ import torch
 
 from conceptmaster.engine.config import preset
 from conceptmaster.engine.weights import load, load_model
-from conceptmaster.examples.sprites import batches, learning, pool, train_model, train_vae
+from conceptmaster.examples.sprites import batches, distil, learning, pool, train_model, train_vae
 from conceptmaster.examples.sprites.vocabulary import build_tokenizer
 from conceptmaster.examples.sprites.world import NOUNS, PLACES, random_scene
 
@@ -243,3 +243,44 @@ def test_coverage_lies_where_the_concepts_are(folder, tokenizer):
         slot = next(n for n in range(3) if np.array_equal(batch.label_ids[0, n].numpy(), ids))
         y, x = np.unravel_index(int(batch.coverage[0, slot, 0].argmax()), (8, 8))
         assert abs(x * 8 + 4 - actor.start[0]) < 10 and abs(y * 8 + 4 - actor.start[1]) < 10
+
+
+def test_a_plan_goes_from_noise_to_data_without_gaps():
+    sigmas = distil.Plan(steps=4, substeps=3).sigmas()
+    assert sigmas.shape == (4, 4) and sigmas[0, 0] == 1 and sigmas[-1, -1] == 0
+    np.testing.assert_array_equal(sigmas[:-1, -1], sigmas[1:, 0])
+    assert (np.diff(sigmas, axis=1) < 0).all()
+
+
+def test_a_student_learns_what_its_guided_teacher_does(folder, tokenizer, tmp_path):
+    """Distance to where the teacher's steps lead, before and after; and a stop in between changes nothing."""
+    train(folder, tmp_path / "teacher", tokenizer, 4)
+    weights, plan = tmp_path / "teacher" / "model.safetensors", distil.Plan(steps=2, substeps=2)
+
+    def student(output, steps):
+        settings = {"steps": steps, "batch_size": 8, "log_every": 10}
+        distil.distil(weights, folder, output, tokenizer, plan, **settings)
+        return [json.loads(line)["loss"] for line in (output / "distil-log.jsonl").read_text().splitlines()]
+
+    losses = student(tmp_path / "whole", 30)
+    assert losses[-1] < 0.9 * losses[0]
+    teacher, pupil = load_model(weights), load_model(tmp_path / "whole" / "model.safetensors")
+    changed = {
+        name
+        for name, tensor in pupil.state_dict().items()
+        if not torch.equal(tensor, teacher.state_dict()[name])
+    }
+    assert changed and all(name.startswith("transformer.") for name in changed)
+
+
+def test_a_teacher_of_one_step_without_guidance_is_its_own_velocity(folder, tokenizer, tmp_path):
+    teacher = train(folder, tmp_path, tokenizer, 2)
+    data = batches.LatentPool(folder, tokenizer, 48, 8)
+    batch = data.batch(np.random.default_rng(0), 3, batches.Dropped(0, 0, 0))
+    sigmas = torch.tensor([[1.0, 0.4]]).repeat(3, 1)
+    with torch.no_grad():
+        text = teacher.text_encoder(batch.token_ids, batch.token_mask)
+        concepts = teacher.concepts(batch.pixels, batch.label_ids, batch.label_mask)
+        velocity = teacher.transformer(batch.latents, sigmas[:, 0] * 1000, text, concepts, batch.concept_mask)
+    reached = distil.teach(teacher, batch, batch.latents, sigmas, 1.0)
+    torch.testing.assert_close(reached, batch.latents - 0.6 * velocity, rtol=1e-4, atol=1e-4)

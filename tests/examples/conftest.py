@@ -1,0 +1,45 @@
+"""What the tests of scoring share: a perfect model, a hopeless one, and a bundle of another world."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from conceptmaster.examples.sprites.draw import draw_clip
+from conceptmaster.examples.sprites.score import Generate, judged_scene
+from conceptmaster.examples.sprites.world import FPS, FRAMES, SIZE
+from conceptmaster.runtime import Request, Video
+
+
+@pytest.fixture
+def truth() -> Generate:
+    """Answers every request, of any row, with its true video."""
+
+    def generate(request: Request) -> Video:
+        rows = [(2, False), (2, True), (3, False)]
+        scenes = [judged_scene(request.seed, *row) for row in rows]
+        (scene,) = [scene for scene in scenes if scene.caption == request.prompt]
+        return Video(draw_clip(scene)[0], FPS, request.seed)
+
+    return generate
+
+
+@pytest.fixture
+def noise() -> Generate:
+    """Answers every request with noise."""
+
+    def generate(request: Request) -> Video:
+        rng = np.random.default_rng(request.seed)
+        return Video(rng.integers(0, 256, (FRAMES, SIZE, SIZE, 3), np.uint8), FPS, request.seed)
+
+    return generate
+
+
+@pytest.fixture
+def other_world(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every bundle is one of another world."""
+    shapes = SimpleNamespace(frames=81, height=480, width=832)
+    bundle = SimpleNamespace(manifest=SimpleNamespace(name="wan", shapes=shapes))
+    monkeypatch.setattr("conceptmaster.runtime.bundle.Bundle.open", lambda name: bundle)
