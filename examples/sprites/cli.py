@@ -241,6 +241,7 @@ COMMANDS = (
     _in_file("sweep", "score every solver, number of steps and guidance"),
     _in_file("gallery", "show the first requests, and the worst"),
     _training("train", "train the shipped model from nothing"),
+    _training("polish", "train the VAE to mend what the model smears"),
     _training("distil", "make a trained model need few steps and no guidance"),
     _training("variants", "train and score the paper's variants from one base"),
     _in_file("curves", "draw the curves of a training"),

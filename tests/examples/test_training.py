@@ -15,7 +15,7 @@ import torch
 
 from conceptmaster.engine.config import preset
 from conceptmaster.engine.weights import load, load_model
-from conceptmaster.examples.sprites import batches, distil, learning, pool, train_model, train_vae
+from conceptmaster.examples.sprites import batches, distil, learning, polish, pool, train_model, train_vae
 from conceptmaster.examples.sprites.vocabulary import build_tokenizer
 from conceptmaster.examples.sprites.world import NOUNS, PLACES, random_scene
 
@@ -284,3 +284,22 @@ def test_a_teacher_of_one_step_without_guidance_is_its_own_velocity(folder, toke
         velocity = teacher.transformer(batch.latents, sigmas[:, 0] * 1000, text, concepts, batch.concept_mask)
     reached = distil.teach(teacher, batch, batch.latents, sigmas, 1.0)
     torch.testing.assert_close(reached, batch.latents - 0.6 * velocity, rtol=1e-4, atol=1e-4)
+
+
+def test_polishing_changes_the_network_alone_and_draws_the_models_latents_better(folder, tokenizer, tmp_path):
+    model = train(folder, tmp_path / "model", tokenizer, 2)
+    copy_vae(folder, tmp_path)
+    polish.redo(model, folder, tmp_path / "redone.npz", clips=8, guidance=1.5, seed=0, batch=4)
+    with np.load(tmp_path / "redone.npz") as file:
+        latents, picks = torch.from_numpy(file["latents"].astype(np.float32)), file["picks"]
+    assert latents.shape == (8, 48, 5, 8, 8) and {int(s) for s, _ in picks} == {1}
+    videos = train_vae.to_tensor(
+        np.stack([pool.open_shard(folder / f"shard-{s:05d}").video[k] for s, k in picks])
+    )
+    before = train_vae.load_vae(tmp_path)
+    polish.polish(folder, tmp_path, tmp_path / "redone.npz", steps=30, batch_size=4, log_every=30)
+    after = train_vae.load_vae(tmp_path)
+    assert torch.equal(before.encode(videos), after.encode(videos))
+    with torch.no_grad():
+        errors = [(vae.decode(latents) - videos).abs().mean() for vae in (before, after)]
+    assert errors[1] < errors[0]

@@ -1,0 +1,182 @@
+"""Train the VAE's network on latents that the model made, so that it mends the model's faults too.
+
+Training clips are noised part of the way and denoised again by the model, guided as it will be: what comes
+back is still the same clip, but with the model's own smears around it. The network learns to draw the true
+frames from these, and from true latents as before. Only the decoder changes: the model need not know.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from conceptmaster.engine.blocks import BlockVAE
+from conceptmaster.engine.model import ConceptMaster
+from conceptmaster.engine.weights import load_model
+from conceptmaster.runtime.errors import InputError
+
+from .batches import Dropped, LatentPool
+from .distil import teach
+from .learning import Average, MuonAdamW, gradient_norm, load_checkpoint, save_checkpoint, schedule
+from .pool import open_shard
+from .train_model import cheapest_attention
+from .train_vae import JUDGED, load_vae, psnr, to_tensor, write_vae
+from .vocabulary import build_tokenizer
+
+SIGMAS = (0.4, 0.85)
+"""Noise levels to denoise again from: below them nothing is lost, above another clip comes back."""
+SUBSTEPS = 5
+TRUE = 0.4
+"""Share of true latents in a batch."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``polish``."""
+    parser.add_argument("--weights", required=True, type=Path, help="weights folder of the trained model")
+    parser.add_argument("--data", required=True, type=Path, help="folder that `train --output` has filled")
+    parser.add_argument("--output", required=True, type=Path, help="folder for checkpoints and weights")
+    parser.add_argument("--clips", type=int, default=1600, help="clips to denoise again (1600)")
+    parser.add_argument("--steps", type=int, default=1500, help="steps of training (1500)")
+    parser.add_argument("--guidance", type=float, default=2.5, help="of the denoising (2.5)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", type=int, default=None, help="CPU threads (one per core)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Denoise, train, and write a weights folder; returns 0. Raises InputError for what cannot work."""
+    for name in ("clips", "steps"):
+        if getattr(args, name) < 1:
+            raise InputError(f"--{name} must be at least 1, got {getattr(args, name)}")
+    for path in (args.weights / "model.safetensors", args.weights / "vae.safetensors", args.data / "clips"):
+        if not path.exists():
+            raise InputError(f"{path} is missing: `train --output` makes it")
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    args.output.mkdir(parents=True, exist_ok=True)
+    model = load_model(args.weights / "model.safetensors").to(args.device)
+    redone = args.output / "redone.npz"
+    if not redone.exists():
+        redo(model, args.data / "clips", redone, clips=args.clips, guidance=args.guidance, seed=args.seed)
+    if not (args.output / "polish-training.safetensors").exists():
+        shutil.copyfile(args.weights / "vae.safetensors", args.output / "vae.safetensors")
+    (args.output / "vae.json").write_text(json.dumps(model.config.vae, indent=1))
+    polish(args.data / "clips", args.output, redone, steps=args.steps, seed=args.seed, device=args.device)
+    weights = args.output / "weights"
+    shutil.copytree(args.weights, weights, dirs_exist_ok=True)
+    shutil.copyfile(args.output / "vae.safetensors", weights / "vae.safetensors")
+    print(f"weights: {weights}")
+    return 0
+
+
+def redo(
+    model: ConceptMaster, data: Path, path: Path, *, clips: int, guidance: float, seed: int, batch: int = 32
+) -> None:
+    """Write raw latents float16 [clips,Cz,F,H,W] of clips denoised again, and which these are (shard, clip).
+
+    The first shard, which judges, is left out.
+    """
+    config, device = model.config, next(model.parameters()).device
+    pool = LatentPool(data, build_tokenizer(), config.text_tokens, config.concept.label_tokens)
+    pool.normalise(config.vae["latents_mean"], config.vae["latents_std"])
+    rng, made, picked = np.random.default_rng(seed), [], []
+    for _ in tqdm(range(-(-clips // batch)), desc="denoise"):
+        chosen = rng.integers(1, len(pool.shards), size=batch)
+        picks = [(int(s), int(rng.integers(len(pool.shards[s].captions)))) for s in chosen]
+        b = pool.collate(picks, rng, Dropped(0, 0, 0)).to(str(device))
+        noise = torch.from_numpy(rng.standard_normal(b.latents.shape, np.float32)).to(device)
+        start = torch.from_numpy(rng.uniform(*SIGMAS, size=(batch, 1)).astype(np.float32)).to(device)
+        sigmas = start * torch.linspace(1, 0, SUBSTEPS + 1, device=device)
+        level = start[:, :, None, None, None]
+        with cheapest_attention(str(device)), torch.autocast(device.type, torch.bfloat16):
+            latents = teach(model, b, (1 - level) * b.latents + level * noise, sigmas, guidance)
+        made.append((latents.float().cpu().numpy() * pool.std + pool.mean).astype(np.float16))
+        picked += [(int(pool.shards[s].folder.name.removeprefix("shard-")), k) for s, k in picks]
+    partial = path.with_name(f".{path.name}.tmp.npz")
+    np.savez(partial, latents=np.concatenate(made)[:clips], picks=np.array(picked)[:clips])
+    partial.rename(path)
+
+
+def polish(
+    data: Path,
+    output: Path,
+    redone: Path,
+    *,
+    steps: int,
+    seed: int = 0,
+    device: str = "cpu",
+    batch_size: int = 16,
+    lr: float = 0.01,
+    log_every: int = 100,
+) -> None:
+    """Train the network of ``output/vae.safetensors`` to ``steps`` on the latents of ``redo``; resumes."""
+    torch.manual_seed(seed)
+    vae = load_vae(output).train().to(device)
+    optimizer = MuonAdamW(vae.named_parameters(), lr=lr, adam_lr=1e-3)
+    average = Average(vae, 0.99)
+    checkpoint, progress = output / "polish-training.safetensors", {"seconds": 0.0, "step": 0.0}
+    if checkpoint.exists():
+        progress = load_checkpoint(checkpoint, vae, average, optimizer)
+    with np.load(redone) as file:
+        latents, picks = file["latents"], file["picks"]
+    videos = np.stack([open_shard(data / f"shard-{s:05d}").video[k] for s, k in picks])
+    held_out = np.asarray(open_shard(data / "shard-00000").video[:JUDGED])
+    bar = tqdm(total=steps, initial=int(progress["step"]), desc="polish")
+    while progress["step"] < steps:
+        start, step = time.perf_counter(), int(progress["step"])
+        rng = np.random.Generator(np.random.Philox(key=[seed, step]))
+        now, before, frames = _batch(rng, latents, videos, vae, batch_size, device)
+        optimizer.set_scale(schedule(step / steps))
+        with torch.autocast(torch.device(device).type, torch.bfloat16):
+            drawn = vae.decode_frame(now, before).float().permute(0, 4, 1, 2, 3)
+        difference = drawn - frames
+        loss = difference.abs().mean() + 0.5 * difference.square().mean()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        gradient_norm(vae.parameters(), 1.0)
+        optimizer.step()
+        average.update(vae)
+        progress["seconds"] += time.perf_counter() - start
+        progress["step"] += 1
+        bar.update(1)
+        if (step + 1) % log_every == 0 or step + 1 == steps:
+            trained = {k: v.clone() for k, v in vae.state_dict().items()}
+            vae.load_state_dict(average.shadow)
+            record = progress | {"loss": float(loss.detach()), "psnr": psnr(vae, held_out)}
+            write_vae(vae, output, json.loads((output / "vae.json").read_text()))
+            vae.load_state_dict(trained)
+            save_checkpoint(checkpoint, vae, average, optimizer, progress)
+            with (output / "polish-log.jsonl").open("a") as log:
+                log.write(json.dumps({"phase": "polish", **record}) + "\n")
+            tqdm.write(json.dumps(record))
+    bar.close()
+
+
+def _batch(
+    rng: np.random.Generator, latents: np.ndarray, videos: np.ndarray, vae: BlockVAE, size: int, device: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Raw latent frames and the ones before, [size,Cz,H,W] each; what to draw, [size,3,t,sH,sW]."""
+    now, before, frames = [], [], []
+    t = vae.frames
+    for _ in range(size):
+        k, f = int(rng.integers(len(latents))), int(rng.integers(latents.shape[2]))
+        clip = videos[k][np.arange(t * f - 2 * t + 1, t * f + 1).clip(min=0)] if f else videos[k][[0] * 2 * t]
+        pair = to_tensor(clip[None])
+        if rng.random() < TRUE:
+            first, second = vae.project(pair)[0].unbind(1)
+        else:
+            first, second = (
+                torch.from_numpy(latents[k, :, max(i, 0)].astype(np.float32)) for i in (f - 1, f)
+            )
+        now.append(second)
+        before.append(first)
+        frames.append(pair[0, :, t:])
+    return torch.stack(now).to(device), torch.stack(before).to(device), torch.stack(frames).to(device)
