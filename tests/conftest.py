@@ -69,7 +69,7 @@ def wan_parts() -> Callable[..., dict[str, Any]]:
                 num_layers=2,
             )
             vae = diffusers.AutoencoderKLWan(
-                base_dim=4,
+                base_dim=16,  # of 4 channels there may be nearly nothing, whose norm is mostly rounding
                 z_dim=4,
                 dim_mult=[1, 1, 2, 2],
                 num_res_blocks=1,
