@@ -113,8 +113,9 @@ class ConceptConfig:
 
     encoder: `qformer` (learned queries) or `mlp` (the paper's row "without Q-Former"). binding: `dam`, `none`
     (without DAM, labels unused), `concat_mlp` or `self_attention`. injection: `standalone` (an injector of
-    its own in every block), `shared_query` (own keys and values beside the text's, same query) or `merged`
-    (concept tokens behind the caption's, through the text cross-attention).
+    its own in every block), `shared_query` (own keys and values beside the text's, same query), `merged`
+    (concept tokens behind the caption's, through the text cross-attention) or `none` (the base alone: it
+    takes no concepts and has none of the modules above).
     """
 
     max_concepts: int = 4
@@ -138,7 +139,7 @@ class ConceptConfig:
         _require_positive(self, "queries", "layers", "heads", "width")
         _require_choice(self, "encoder", ENCODERS)
         _require_choice(self, "binding", BINDINGS)
-        _require_choice(self, "injection", INJECTIONS)
+        _require_choice(self, "injection", (*INJECTIONS, "none"))
         _require(
             self.width % self.heads == 0,
             f"ConceptConfig.width ({self.width}) must be a multiple of ConceptConfig.heads ({self.heads})",
@@ -159,9 +160,10 @@ class ConceptConfig:
 class ModelConfig:
     """The whole model and the one video shape that it is built for.
 
-    `text_encoder`, `image_encoder` and `vae` are the arguments of transformers' UMT5Config and
-    CLIPVisionConfig and of diffusers' AutoencoderKLWan; with `"kind": "blocks"` in it `vae` is that of this
-    engine's BlockVAE. Change a field with `dataclasses.replace`, which validates again.
+    `text_encoder`, `image_encoder` (empty where the injection is `none`) and `vae` are the arguments of
+    transformers' UMT5Config and CLIPVisionConfig and of diffusers' AutoencoderKLWan; with `"kind": "blocks"`
+    in it `vae` is that of this engine's BlockVAE. Change a field with `dataclasses.replace`, which validates
+    again.
     """
 
     name: str
@@ -188,13 +190,14 @@ class ModelConfig:
             f"label_tokens ({concept.label_tokens}) must not exceed text_tokens ({self.text_tokens})",
         )
         self._match("text_encoder", "d_model", transformer.text_dim, "transformer.text_dim")
-        self._match("image_encoder", "image_size", concept.picture_size, "concept.picture_size")
-        self._match("image_encoder", "projection_dim", concept.picture_dim, "concept.picture_dim")
-        grid = concept.picture_size // self._entry("image_encoder", "patch_size")
-        _require(
-            grid * grid == concept.picture_tokens,
-            f"concept.picture_tokens must be {grid * grid} ({grid} x {grid}), got {concept.picture_tokens}",
-        )
+        if concept.injection != "none":
+            self._match("image_encoder", "image_size", concept.picture_size, "concept.picture_size")
+            self._match("image_encoder", "projection_dim", concept.picture_dim, "concept.picture_dim")
+            grid = concept.picture_size // self._entry("image_encoder", "patch_size")
+            _require(
+                grid * grid == concept.picture_tokens,
+                f"concept.picture_tokens must be {grid * grid}, got {concept.picture_tokens}",
+            )
         self._match("vae", "z_dim", transformer.in_channels, "transformer.in_channels")
         self._match("vae", "z_dim", transformer.out_channels, "transformer.out_channels")
         z = self._entry("vae", "z_dim")

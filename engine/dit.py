@@ -27,7 +27,8 @@ LEAST_SIGMA = 0.05
 """Where the network predicts data, its distance to the latents is divided by at least this noise level."""
 
 Conditions = dict[str, Tensor]
-"""text_keys, text_values [layers,K,T,A,E]; concept_keys, concept_values [layers,K,C,A,E] unless `merged`."""
+"""text_keys, text_values [layers,K,T,A,E]; concept_keys, concept_values [layers,K,C,A,E] unless the injection
+is `merged` or `none`."""
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -192,7 +193,10 @@ class ConditionEmbedder(nn.Module):
 
 
 class BlockConditions(NamedTuple):
-    """Keys and values that one block attends to: text [K,T,A,E], concepts [K,C,A,E] (None when `merged`)."""
+    """Keys and values that one block attends to: text [K,T,A,E], concepts [K,C,A,E].
+
+    Those of the concepts are None where the injection is `merged` or `none`.
+    """
 
     text_keys: Tensor
     text_values: Tensor
@@ -252,7 +256,7 @@ class Block(nn.Module):
 
     def _cross_attention(self, q: Tensor, kv: BlockConditions, mask: Tensor) -> Tensor:
         """[K,S,A,E] -> [K,S,A,E]: to the text, and to the concepts where these share the text's query."""
-        if self.injection == "standalone":
+        if self.injection in ("standalone", "none"):
             return attention(q, kv.text_keys, kv.text_values)
         if self.injection == "merged":
             return attention(q, kv.text_keys, kv.text_values, mask)
@@ -260,6 +264,24 @@ class Block(nn.Module):
         return decoupled_cross_attention(
             q, kv.text_keys, kv.text_values, kv.concept_keys, kv.concept_values, mask
         )
+
+
+def _is_concept(key: str) -> bool:
+    new = ("injector.", "add_k_proj.", "add_v_proj.", "norm_added_k.", "concept_proj.")
+    return any(part in key for part in new)
+
+
+def _initialise(modules: dict[str, nn.Module]) -> None:
+    """Xavier weights and zero biases; zero where the network must start silent. The names are the
+    transformer's."""
+    for module in modules.values():
+        if isinstance(module, (nn.Linear, nn.Conv3d)):
+            nn.init.xavier_uniform_(module.weight.flatten(1))
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    for name, module in modules.items():
+        if name == "proj_out" or name.endswith(("injector.to_out", "add_v_proj")):
+            nn.init.zeros_(cast("nn.Linear", module).weight)
 
 
 class ConceptDiT(nn.Module):
@@ -288,27 +310,22 @@ class ConceptDiT(nn.Module):
         self.norm_out = WideLayerNorm(c.width, c.eps, elementwise_affine=False)
         self.proj_out = nn.Linear(c.width, c.out_channels * math.prod(c.patch_size))
         self.scale_shift_table = nn.Parameter(torch.randn(1, 2, c.width) / c.width**0.5)
-        self._initialise()
+        _initialise(dict(self.named_modules()))
 
-    def _initialise(self) -> None:
-        """Xavier weights and zero biases; zero where the network must start silent."""
-        for module in self.modules():
-            if isinstance(module, (nn.Linear, nn.Conv3d)):
-                nn.init.xavier_uniform_(module.weight.flatten(1))
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-        silent: list[nn.Module] = [self.proj_out]
-        silent += [m.to_out for m in self.modules() if isinstance(m, Injector)]
-        silent += [
-            m.add_v_proj for m in self.modules() if isinstance(m, Attention) and hasattr(m, "add_v_proj")
-        ]
-        for module in silent:
-            nn.init.zeros_(module.weight)  # type: ignore[arg-type]
+    def initialise_concepts(self) -> None:
+        """New values on the CPU for all that a plain Wan2.1 transformer does not have: a silent injection.
+
+        For a model that was built on the meta device, where nothing has values; the base is left alone.
+        """
+        new = {n: m for n, m in self.named_modules() if _is_concept(f"{n}.") and m._parameters}
+        for module in new.values():
+            module.to_empty(device="cpu", recurse=False)
+            cast("nn.Linear", module).reset_parameters()
+        _initialise(new)
 
     def concept_keys(self) -> set[str]:
         """State-dict keys that a plain Wan2.1 transformer does not have."""
-        new = ("injector.", "add_k_proj.", "add_v_proj.", "norm_added_k.", "concept_proj.")
-        return {key for key in self.state_dict() if any(part in key for part in new)}
+        return {key for key in self.state_dict() if _is_concept(key)}
 
     def _token_mask(self, concept_mask: Tensor) -> Tensor:
         """bool [K,N] -> bool [K,C]."""

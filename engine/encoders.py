@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 
@@ -34,6 +35,9 @@ class ImageEncoder(nn.Module):
         from transformers.models.clip.modeling_clip import CLIPVisionModelWithProjection
 
         self.model = CLIPVisionModelWithProjection(CLIPVisionConfig(**config))
+        # No weights file has these numbers: built on the meta device they would have no values.
+        embeddings = self.model.vision_model.embeddings
+        embeddings.position_ids = torch.arange(embeddings.num_positions, device="cpu")[None]
 
     def forward(self, pixels: Tensor) -> Tensor:
         """pixels [N,3,px,px], normalised as for CLIP -> picture tokens [N,P,Dp].

@@ -11,15 +11,19 @@ from .encoders import ImageEncoder, TextEncoder
 
 
 class ConceptMaster(nn.Module):
-    """All that is trained beside the VAE. `qformer` and `dam` are the variants that the config names."""
+    """All that is trained beside the VAE. `qformer` and `dam` are the variants that the config names.
+
+    With the injection `none` it is text encoder and transformer alone.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
         self.text_encoder = TextEncoder(config.text_encoder)
-        self.image_encoder = ImageEncoder(config.image_encoder)
-        self.qformer = concept_encoder(config)
-        self.dam = concept_binder(config)
+        if config.concept.injection != "none":
+            self.image_encoder = ImageEncoder(config.image_encoder)
+            self.qformer = concept_encoder(config)
+            self.dam = concept_binder(config)
         self.transformer = ConceptDiT(config)
 
     def concepts(self, pixels: Tensor, label_ids: Tensor, label_mask: Tensor) -> Tensor:
@@ -27,9 +31,11 @@ class ConceptMaster(nn.Module):
 
         pixels [B,N,3,px,px] (CLIP-normalised), label_ids int64 [B,N,L], label_mask bool [B,N,L] ->
         [B,N,Q,Dc]. Each label is encoded on its own. A padded slot may hold any finite pixels and an empty
-        label.
+        label. Zeros, which nothing reads, with the injection `none`.
         """
         batch = pixels.shape[:2]
+        if self.config.concept.injection == "none":
+            return pixels.new_zeros(*batch, self.config.concept.tokens_per_concept, self.config.concept.width)
         visual = self.qformer(self.image_encoder(pixels.flatten(0, 1)))  # [B*N,Q,Dc]
         mask = label_mask.flatten(0, 1)  # [B*N,L]
         if self.config.concept.binding == "none":

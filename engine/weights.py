@@ -16,6 +16,13 @@ from .config import ConfigError, ModelConfig
 from .dit import ConceptDiT
 from .model import ConceptMaster
 
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+CONVERT = (
+    "import sys, torch, safetensors.torch as s; s.save_file({name: tensor.clone().contiguous() for name, "
+    "tensor in torch.load(sys.argv[1], weights_only=True).items()}, sys.argv[2])"
+)
+"""Python that turns a pickled state dict into safetensors; cloned, since no file may hold a tensor twice."""
+
 
 class WeightsError(ValueError):
     """A weights file, or a set of weights, that does not fit; the message lists everything that is wrong."""
@@ -52,6 +59,15 @@ def save(path: str | Path, state: Mapping[str, Tensor], metadata: Mapping[str, s
     return digest
 
 
+def refuse_pickle(path: Path) -> None:
+    """Raises WeightsError, which tells how to convert it, when `path` has one of the suffixes PICKLES."""
+    if path.suffix.lower() in PICKLES:
+        raise WeightsError(
+            f"{path} is a pickle, which can run code when it is loaded: only safetensors are read. Convert "
+            f"it, where you trust it, with: python -c '{CONVERT}' {path} {path.with_suffix('.safetensors')}"
+        )
+
+
 def load(path: str | Path, digest: str | None = None) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Reads a safetensors file: (tensors on the CPU, metadata).
 
@@ -60,6 +76,7 @@ def load(path: str | Path, digest: str | None = None) -> tuple[dict[str, Tensor]
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no weights file at {path}")
+    refuse_pickle(path)
     if digest is not None and (found := sha256(path)) != digest:
         raise WeightsError(f"{path} has SHA-256 {found}, expected {digest}")
     try:
@@ -69,16 +86,21 @@ def load(path: str | Path, digest: str | None = None) -> tuple[dict[str, Tensor]
         raise WeightsError(f"{path} is not a readable safetensors file: {error}") from error
 
 
-def load_strict(module: nn.Module, state: Mapping[str, Tensor], absent: Set[str] = frozenset()) -> None:
+def load_strict(
+    module: nn.Module, state: Mapping[str, Tensor], absent: Set[str] = frozenset(), assign: bool = False
+) -> None:
     """Copies `state` into `module` when it fits exactly, else changes nothing.
 
     `absent` names the tensors that must not be in `state`; they keep their values. Of tied weights one name
-    is enough. Raises one WeightsError that lists all missing, unexpected and mis-shaped tensors.
+    is enough. With `assign` the tensors are not copied but become the module's own, in their own dtype: for a
+    module that was built on the meta device. Raises one WeightsError that lists all missing, unexpected and
+    mis-shaped tensors, and tied ones that differ.
     """
     own = module.state_dict()
+    full, differing = _with_ties(module, state)
     needed = {name for name, _ in module.named_parameters()} | {name for name, _ in module.named_buffers()}
-    missing = sorted((needed & set(own)) - set(state) - absent)
-    unexpected = sorted(set(state) - (set(own) - absent))
+    missing = sorted((needed & set(own)) - set(full) - absent)
+    unexpected = sorted(set(full) - (set(own) - absent))
     shapes = [
         f"{name} is {tuple(state[name].shape)}, expected {tuple(own[name].shape)}"
         for name in sorted(set(state) & set(own))
@@ -86,21 +108,58 @@ def load_strict(module: nn.Module, state: Mapping[str, Tensor], absent: Set[str]
     ]
     problems = [
         f"{len(found)} {kind}: {'; '.join(found)}"
-        for kind, found in (("missing", missing), ("unexpected", unexpected), ("mis-shaped", shapes))
+        for kind, found in (
+            ("missing", missing),
+            ("unexpected", unexpected),
+            ("mis-shaped", shapes),
+            ("not the same though the model has one tensor for both", differing),
+        )
         if found
     ]
     if problems:
         raise WeightsError(f"the weights do not fit {type(module).__name__}: " + "\n".join(problems))
-    module.load_state_dict(dict(state), strict=False)
+    module.load_state_dict(_as_parameters(module, full) if assign else full, strict=False, assign=assign)
 
 
-def load_wan(transformer: ConceptDiT, state: Mapping[str, Tensor]) -> None:
+def _tied(module: nn.Module) -> list[list[str]]:
+    """The names of each parameter of `module` that has more than one."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return [group for group in names.values() if len(group) > 1]
+
+
+def _with_ties(module: nn.Module, state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+    """`state` with every name of a tied parameter that it has under one; and the groups that contradict."""
+    full, differing = dict(state), []
+    for group in _tied(module):
+        given = [state[name] for name in group if name in state]
+        if any(tensor.shape == given[0].shape and not tensor.equal(given[0]) for tensor in given[1:]):
+            differing.append(" and ".join(group))
+        if given:
+            full |= {name: given[0] for name in group if name not in state}
+    return full, differing
+
+
+def _as_parameters(module: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`state` with a Parameter where `module` has one, the same for all names of a tied one."""
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    made: dict[int, nn.Parameter] = {}
+    return {
+        name: made.setdefault(id(parameters[name]), nn.Parameter(tensor, parameters[name].requires_grad))
+        if name in parameters
+        else tensor
+        for name, tensor in state.items()
+    }
+
+
+def load_wan(transformer: ConceptDiT, state: Mapping[str, Tensor], assign: bool = False) -> None:
     """Loads a Wan2.1 text-to-video transformer (diffusers' state dict) as the base of a ConceptDiT.
 
     Every tensor of the base must be there and nothing else; the concept tensors keep their initial values.
-    Raises WeightsError otherwise.
+    `assign` as for `load_strict`. Raises WeightsError otherwise.
     """
-    load_strict(transformer, state, absent=transformer.concept_keys())
+    load_strict(transformer, state, absent=transformer.concept_keys(), assign=assign)
 
 
 def save_model(model: ConceptMaster, path: str | Path) -> str:

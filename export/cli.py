@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from ..runtime import manifest as manifests
 from .bundle import write_bundle
 from .errors import ExportError
-from .source import open_source
+from .source import Choices, Source, is_base, open_source
 from .verify import Row, table, verify
 
 ROOT = Path(__file__).parents[1]
@@ -23,6 +24,11 @@ with the PyTorch module that it came from before the bundle is put into place.
   conceptmaster export weights/ --output my-bundle
   conceptmaster export weights/ --output my-bundle-int8 --int8
   conceptmaster export preset:tiny --output tiny        # random weights, to try things
+  conceptmaster export Wan-AI/Wan2.1-T2V-1.3B-Diffusers --output wan --size 832x480 --frames 81
+
+The last is a base: a folder in diffusers' layout (transformer/, vae/, text_encoder/, tokenizer/,
+scheduler/), or the name of one in the Hugging Face Hub. With a CLIP in image_encoder/ it takes concepts,
+which show once it has a trained --adapter; without one its bundle makes videos from captions alone.
 """
 VERIFY = """\
 Runs every graph of a bundle in ONNX Runtime and in PyTorch, on the same inputs, and prints how far apart the
@@ -39,7 +45,7 @@ def add_export_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "source",
         metavar="SOURCE",
-        help="a folder with model.safetensors, vae.safetensors and tokenizer.json, or preset:NAME",
+        help="a folder with model.safetensors, vae.safetensors and tokenizer.json, a base, or preset:NAME",
     )
     parser.add_argument("--output", metavar="BUNDLE", required=True, help="the folder to write")
     parser.add_argument("--int8", action="store_true", help="linear layers in int8: faster on CPUs")
@@ -51,14 +57,20 @@ def add_export_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="K",
         help="guidance branches: 1 none, 2 one scale, 3 a scale of its own for the concepts (2)",
     )
+    parser.add_argument("--guidance", type=float, metavar="G", help="the bundle's default guidance scale")
     parser.add_argument("--overwrite", action="store_true", help="replace a bundle that is there already")
+    base = parser.add_argument_group("of a base")
+    base.add_argument("--size", type=_size, metavar="WxH", help="of the video, in pixels (832x480)")
+    base.add_argument("--frames", type=int, metavar="N", help="of the video (81)")
+    _add_base_arguments(base)
     _add_output_arguments(parser)
 
 
 def run_export(args: argparse.Namespace) -> int:
     """Writes a bundle; returns the exit code: 0, 1 failed, 2 wrong input."""
     try:
-        source = open_source(args.source)
+        choices = Choices(args.size, args.frames, args.adapter, args.revision)
+        source = _guided(open_source(args.source, choices), args.guidance)
         rows = write_bundle(
             source,
             args.output,
@@ -82,6 +94,7 @@ def add_verify_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SOURCE",
         help="the weights it was exported from (those of examples/, if the bundle is one of theirs)",
     )
+    _add_base_arguments(parser.add_argument_group("of a base"))
     _add_output_arguments(parser)
 
 
@@ -89,12 +102,39 @@ def run_verify(args: argparse.Namespace) -> int:
     """Compares a bundle with its source; returns the exit code: 0, 1 too far off, 2 wrong input."""
     try:
         folder = _find_bundle(args.bundle)
-        source = open_source(args.source or _default_source(folder))
+        place = args.source or _default_source(folder)
+        source = open_source(place, _choices_of(folder, place, args))
         rows = verify(folder, source, _progress(args))
     except ExportError as error:
         return _fail(error)
     _report(args, rows, {"bundle": args.bundle})
     return 0 if all(row.ok for row in rows) else 1
+
+
+def _size(text: str) -> tuple[int, int]:
+    """WxH in pixels."""
+    found = re.fullmatch(r"(\d{1,6})x(\d{1,6})", text)
+    if not found:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size: write width x height like 832x480")
+    return int(found[1]), int(found[2])
+
+
+def _guided(source: Source, guidance: float | None) -> Source:
+    """`source` with another default guidance scale, if one is given."""
+    if guidance is None:
+        return source
+    try:
+        return replace(source, defaults=replace(source.defaults, guidance=guidance))
+    except ValueError as error:
+        raise ExportError(str(error)) from error
+
+
+def _choices_of(bundle: Path, place: str | Path, args: argparse.Namespace) -> Choices:
+    """What was chosen when `bundle` was exported from `place`, as far as the bundle tells."""
+    if not is_base(place):
+        return Choices(adapter=args.adapter, revision=args.revision)
+    shapes = manifests.load(bundle).shapes
+    return Choices((shapes.width, shapes.height), shapes.frames, args.adapter, args.revision)
 
 
 def _find_bundle(name: str) -> Path:
@@ -114,6 +154,11 @@ def _default_source(folder: Path) -> Path:
             f"the weights of the bundle {name!r} are not known here: say where with --source SOURCE"
         )
     return weights
+
+
+def _add_base_arguments(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--adapter", type=Path, metavar="FILE", help="trained concept modules, safetensors")
+    group.add_argument("--revision", metavar="R", help="branch, tag or commit in the Hugging Face Hub")
 
 
 def _add_output_arguments(parser: argparse.ArgumentParser) -> None:

@@ -96,8 +96,9 @@ class DenoiseStep(nn.Module):
 
 
 def condition_names(injection: str) -> tuple[str, ...]:
-    """The outputs of `condition`, which `denoise` reads; `merged` has the concepts' tokens in the text's."""
-    return BlockConditions._fields[:2] if injection == "merged" else BlockConditions._fields
+    """The outputs of `condition`, which `denoise` reads; `merged` has the concepts' tokens in the text's, and
+    `none` has no concepts."""
+    return BlockConditions._fields[:2] if injection in ("merged", "none") else BlockConditions._fields
 
 
 def graph_specs(
@@ -106,7 +107,7 @@ def graph_specs(
     """Every graph of `model` and `vae`, in the order in which a request runs them.
 
     branches: K, 1 to 3; solver_states: M. Both modules must be in evaluation mode and float32. A video of one
-    latent frame has no graph `decode`.
+    latent frame has no graph `decode`, a model that takes no concepts none of those that make their tokens.
     """
     samples = _Samples(model, vae, branches, solver_states)
     known = samples.upstream(0)
@@ -115,9 +116,7 @@ def graph_specs(
 
     specs = [
         _spec("text_encoder", model.text_encoder, samples.text_encoder, {"text": known["text"][:1]}),
-        _spec("image_encoder", model.image_encoder, samples.image_encoder, _only(known, "picture_tokens")),
-        _spec("qformer", model.qformer, samples.qformer, _only(known, "visual_queries")),
-        _spec("dam", model.dam, samples.dam, _only(known, "concept_tokens")),
+        *(_concept_specs(model, samples) if model.config.concept.injection != "none" else ()),
         _spec("condition", Condition(model.transformer), samples.condition, conditions),
         _spec("denoise", DenoiseStep(model.transformer), samples.denoise, {"next_state": samples.state(0)}),
         _spec("decode_first", samples.decoders[0], samples.decode_first, {"frames": first, **states}),
@@ -128,6 +127,16 @@ def graph_specs(
         outputs = {f"next_{name}": state for name, state in zip(states, following, strict=True)}
         specs.append(_spec("decode", samples.decoders[1], samples.decode, {"frames": frames, **outputs}))
     return specs
+
+
+def _concept_specs(model: ConceptMaster, samples: _Samples) -> list[GraphSpec]:
+    """From pictures and labels to concept tokens."""
+    known = samples.upstream(0)
+    return [
+        _spec("image_encoder", model.image_encoder, samples.image_encoder, _only(known, "picture_tokens")),
+        _spec("qformer", model.qformer, samples.qformer, _only(known, "visual_queries")),
+        _spec("dam", model.dam, samples.dam, _only(known, "concept_tokens")),
+    ]
 
 
 def _only(known: Sample, name: str) -> Sample:
@@ -153,9 +162,7 @@ class _Samples:
     other's statistics get them. Some concepts are there and some are padded; the last branch alone sees
     concepts."""
 
-    def __init__(
-        self, model: ConceptMaster, vae: VAE, branches: int, solver_states: int
-    ) -> None:
+    def __init__(self, model: ConceptMaster, vae: VAE, branches: int, solver_states: int) -> None:
         self.model, self.config = model, model.config
         self.branches, self.solver_states = branches, solver_states
         self.decoders = streaming_decoders(vae)
@@ -254,21 +261,27 @@ class _Samples:
         c, present = self.config.concept, self._present(seed)
         lengths = torch.randint(1, self.config.text_tokens + 1, (self.branches,), generator=g)
         text = self.model.text_encoder(*self._tokens(lengths, self.config.text_tokens, g))  # [K,T,Dt]
+        seen = torch.zeros(self.branches, c.max_concepts, dtype=torch.bool)
+        seen[-1] = present  # [K,N]
+        if c.injection == "none":
+            known = {"concept_tokens": torch.zeros(c.max_concepts, c.tokens_per_concept, c.width)}
+        else:
+            known = self._concepts(seed, present, g)
+        conditions = self.model.transformer.condition(text, known["concept_tokens"], seen)
+        return {"text": text, "concept_mask": seen, **known, **conditions}
+
+    def _concepts(self, seed: int, present: Tensor, g: torch.Generator) -> Sample:
+        """The outputs of the modules that make concept tokens, for the concepts that are there, bool [N]."""
+        c = self.config.concept
         lengths = torch.randint(1, c.label_tokens + 1, (c.max_concepts,), generator=g)
         ids, mask = self._tokens(torch.where(present, lengths, 1), c.label_tokens, g)
         labels = self.model.text_encoder(ids, mask) * present[:, None, None]  # [N,L,Dt]
         pictures = self.model.image_encoder(self.image_encoder(seed)["pixels"])  # [N,P,Dp]
         visual = self.model.qformer(pictures)  # [N,Q,Dc]
-        concepts = self.model.dam(visual, labels, mask)  # [N,Q,Dc]
-        seen = torch.zeros(self.branches, c.max_concepts, dtype=torch.bool)
-        seen[-1] = present  # [K,N]
         return {
-            "text": text,
             "picture_tokens": pictures,
             "visual_queries": visual,
             "label_text": labels,
             "label_mask": mask,
-            "concept_tokens": concepts,
-            "concept_mask": seen,
-            **self.model.transformer.condition(text, concepts, seen),
+            "concept_tokens": self.model.dam(visual, labels, mask),  # [N,Q,Dc]
         }

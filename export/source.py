@@ -1,4 +1,4 @@
-"""What a bundle is made from: a folder with trained weights, or a preset with random ones."""
+"""What a bundle is made from: trained weights, a base in diffusers' layout, or a preset with random ones."""
 
 from __future__ import annotations
 
@@ -12,10 +12,13 @@ import tokenizers
 import torch
 from torch import nn
 
+from ..engine.adapter import check_base, load_adapter, read_adapter
 from ..engine.config import ConfigError, ModelConfig, preset
+from ..engine.folders import HUB_ID, is_folder, locate
 from ..engine.model import ConceptMaster
 from ..engine.vae import build_vae
-from ..engine.weights import WeightsError, load, load_model, load_strict
+from ..engine.wan import load_base, load_base_vae, read_config, read_sampling
+from ..engine.weights import WeightsError, load, load_model, load_strict, refuse_pickle
 from ..runtime.manifest import Defaults
 from .errors import ExportError
 
@@ -26,6 +29,8 @@ PRESET = "preset:"
 FILES = ("model.safetensors", "vae.safetensors", "tokenizer.json")
 PAD, END = 0, 1  # token ids: the runtime pads with PAD, the tokenizer appends END
 DEFAULTS = Defaults(solver="unipc", steps=20, shift=3.0, guidance=2.5)
+# Of bases: what diffusers' WanPipeline does when it is told nothing.
+BASE_SIZE, BASE_FRAMES, BASE_STEPS, BASE_GUIDANCE = (832, 480), 81, 50, 5.0
 
 
 @dataclass(frozen=True)
@@ -38,25 +43,48 @@ class Source:
     defaults: Defaults = DEFAULTS
 
 
-def open_source(place: str | Path) -> Source:
+@dataclass(frozen=True)
+class Choices:
+    """What a base leaves open; None is its default. Trained weights and presets leave nothing open.
+
+    size: width and height in pixels; frames: of the video; adapter: a file of `save_adapter`; revision: a
+    branch, tag or commit of a model in the Hugging Face Hub.
+    """
+
+    size: tuple[int, int] | None = None
+    frames: int | None = None
+    adapter: Path | None = None
+    revision: str | None = None
+
+
+def is_base(place: str | Path) -> bool:
+    """Whether `place` is a folder in diffusers' layout, or the name of one in the Hugging Face Hub."""
+    path = Path(place)
+    return is_folder(path) or (not path.exists() and HUB_ID.fullmatch(str(place)) is not None)
+
+
+def open_source(place: str | Path, choices: Choices | None = None) -> Source:
     """Loads a source.
 
     Args: place: a folder with model.safetensors (as `save_model` writes it, the configuration inside),
-        vae.safetensors, tokenizer.json and, if it likes, defaults.json (fields of `Defaults`); or
-        "preset:NAME" for random weights.
+        vae.safetensors, tokenizer.json and, if it likes, defaults.json (fields of `Defaults`); a base (see
+        `is_base`); or "preset:NAME" for random weights. choices: for a base.
     Raises: ExportError, one line, for whatever is missing or does not fit.
     """
+    choices = choices or Choices()
+    if is_base(place):
+        return _base_source(place, choices)
+    if choices != Choices():
+        raise ExportError(
+            f"{str(place)!r} is no base in diffusers' layout: size, frames, adapter, revision are for those"
+        )
     if str(place).startswith(PRESET):
         try:
             return random_source(preset(str(place).removeprefix(PRESET)))
         except ConfigError as error:
             raise ExportError(str(error)) from error
     folder = Path(place)
-    if not folder.is_dir():
-        raise ExportError(f"no weights at {str(folder)!r}: neither a folder nor {PRESET}NAME")
-    missing = [name for name in FILES if not (folder / name).is_file()]
-    if missing:
-        raise ExportError(f"{str(folder)!r} lacks {', '.join(missing)}")
+    _check_folder(folder)
     try:
         model = load_model(folder / FILES[0])
         vae = build_vae(model.config)
@@ -66,6 +94,55 @@ def open_source(place: str | Path) -> Source:
     tokenizer = _read(folder / FILES[2])
     _check_tokenizer(tokenizer, model.config.text_encoder["vocab_size"], folder / FILES[2])
     return Source(model, vae, tokenizer, _defaults(folder / "defaults.json"))
+
+
+def _check_folder(folder: Path) -> None:
+    """Refuses what is no folder with FILES."""
+    try:
+        if not folder.is_dir():
+            refuse_pickle(folder)
+            raise ExportError(f"no weights at {str(folder)!r}: neither a folder nor {PRESET}NAME")
+        missing = [name for name in FILES if not (folder / name).is_file()]
+        if missing:
+            for path in sorted(folder.iterdir()):
+                refuse_pickle(path)
+            raise ExportError(
+                f"{str(folder)!r} lacks {', '.join(missing)}, and for diffusers' layout transformer/"
+            )
+    except WeightsError as error:
+        raise ExportError(str(error)) from error
+
+
+def _base_source(place: str | Path, choices: Choices) -> Source:
+    """A base, with the adapter that was chosen or a new one, which changes nothing in the video."""
+    name = Path(place).resolve().name if Path(place).exists() else str(place).partition("/")[2]
+    try:
+        folder = locate(place, choices.revision)
+        adapter = None if choices.adapter is None else read_adapter(choices.adapter)
+        config = read_config(
+            folder,
+            name,
+            choices.size or BASE_SIZE,
+            BASE_FRAMES if choices.frames is None else choices.frames,
+            adapter.concept if adapter else None,
+        )
+        if adapter:
+            check_base(adapter, config)  # before gigabytes are read
+        sampling = read_sampling(folder)
+        defaults = Defaults(sampling.solver, BASE_STEPS, sampling.shift, BASE_GUIDANCE)
+        path = folder / "tokenizer" / "tokenizer.json"
+        if not path.is_file():
+            raise WeightsError(f"{path} is missing: transformers' AutoTokenizer saves it")
+        tokenizer = _read(path)
+        _check_tokenizer(tokenizer, config.text_encoder["vocab_size"], path)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)  # a new adapter is the same each time, so that a bundle can be verified
+            model = load_base(folder, config)
+        if adapter:
+            load_adapter(model, adapter)
+        return Source(model, load_base_vae(folder, config), tokenizer, defaults)
+    except (ValueError, FileNotFoundError, ImportError) as error:  # WeightsError, ConfigError: ValueErrors
+        raise ExportError(str(error)) from error
 
 
 def random_source(config: ModelConfig, seed: int = 0) -> Source:

@@ -328,7 +328,9 @@ def _describe(manifest: Manifest, sizes: dict[str, int], folder: Path) -> str:
         f"{manifest.name}: {manifest.precision} bundle, format {manifest.format}, every hash is right",
         f"folder    {folder}",
         f"video     {s.frames} frames of {s.width}×{s.height} at {manifest.fps:g} a second",
-        f"concepts  up to {s.concepts}, pictures {s.picture_size}×{s.picture_size}, {s.queries} tokens each",
+        f"concepts  up to {s.concepts}, pictures {s.picture_size}×{s.picture_size}, {s.queries} tokens each"
+        if manifest.concepts
+        else "concepts  none: a base alone",
         f"text      {s.text_tokens} tokens, labels {s.label_tokens}",
         f"latents   {' × '.join(map(str, s.latent))} (channels, frames, height, width)",
         f"guidance  {s.branches} branch{'es' if s.branches > 1 else ''}",

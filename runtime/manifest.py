@@ -177,6 +177,11 @@ class Manifest:
         )
         signatures.check(self.graphs, self.shapes)
 
+    @property
+    def concepts(self) -> int:
+        """How many concepts a request may have; none for a base alone, whatever the shapes leave room for."""
+        return self.shapes.concepts if set(signatures.CONCEPT_GRAPHS) <= set(self.graphs) else 0
+
     def files(self) -> Iterator[HashedFile]:
         """Every file that the manifest vouches for."""
         yield self.tokenizer

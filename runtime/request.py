@@ -104,7 +104,12 @@ class Request:
         missing = {name: getattr(manifest.defaults, name) for name in names if getattr(self, name) is None}
         if self.guidance is not None and self.concept_guidance is None:
             del missing["concept_guidance"]  # a scale given alone is the joint scale
-        most = manifest.shapes.concepts
+        most = manifest.concepts
+        if self.concepts and not most:
+            raise InputError(
+                f"the bundle {manifest.name!r} takes no concepts: it was exported from a base without a "
+                "picture encoder"
+            )
         if len(self.concepts) > most:
             raise InputError(
                 f"{len(self.concepts)} concepts, but the bundle {manifest.name!r} takes at most {most}"

@@ -9,6 +9,9 @@ if TYPE_CHECKING:
 
 Kind = tuple[str, tuple[int, ...]]  # dtype, shape
 
+CONCEPT_GRAPHS = ("image_encoder", "qformer", "dam")
+"""From pictures and labels to concept tokens. A bundle of a base alone, which takes no concepts, has none."""
+
 UPSTREAM = {  # a graph gets all outputs of the one before it, too
     "qformer": "image_encoder",
     "dam": "qformer",
@@ -20,20 +23,25 @@ UPSTREAM = {  # a graph gets all outputs of the one before it, too
 
 def check(graphs: dict[str, GraphFile], shapes: Shapes) -> None:
     """Every input must be something that the pipeline has, in its dtype and shape; the outputs that the
-    pipeline reads must be there; the frames must add up. A graph need not use all that it is offered.
+    pipeline reads must be there; the frames must add up. A graph need not use all that it is offered, and
+    those of CONCEPT_GRAPHS may be absent together.
 
     Raises: ValueError for the first difference.
     """
     inputs = _inputs(shapes)
+    if not set(CONCEPT_GRAPHS) & set(graphs):
+        inputs = {name: offered for name, offered in inputs.items() if name not in CONCEPT_GRAPHS}
     if set(graphs) != set(inputs):
         raise ValueError(f"the graphs must be {', '.join(inputs)}; they are {', '.join(graphs)}")
     for name, offered in inputs.items():
-        if name in UPSTREAM:
+        if UPSTREAM.get(name) in graphs:
             offered = offered | _given(graphs[UPSTREAM[name]])
         _check_inputs(name, graphs[name], offered)
     if "decode" in graphs:  # from its second call on it gets its own state back
         _check_inputs("decode", graphs["decode"], inputs["decode"] | _given(graphs["decode"]))
     for name, (output, kind) in _outputs(shapes).items():
+        if name not in inputs:
+            continue
         found = graphs[name].output(output)
         if found is None or (found.dtype, found.shape) != kind:
             raise ValueError(f"the graph {name} must give {output!r}, {_spelled(kind)}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,12 @@ from .errors import BundleError, InputError, MissingDependency
 from .manifest import REPAIR
 
 PAD = 0  # the id of <pad>
+
+
+def clean(text: str) -> str:
+    """`text` as diffusers' WanPipeline gives it to its tokenizer: HTML entities read, twice, since some are
+    escaped twice, and any white space as one space. Its repair of broken encodings (ftfy) is left out."""
+    return " ".join(html.unescape(html.unescape(text)).split())
 
 
 class Tokenizer:
@@ -31,14 +38,14 @@ class Tokenizer:
         self._rust.no_truncation()
 
     def encode(self, text: str, length: int, limit: int, what: str) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens of `text`, padded to `length`.
+        """Tokens of `text`, cleaned and padded to `length`.
 
         Args: limit: tokens allowed, at most `length`; what: what the text is ("the caption"), for the
             message.
         Returns: ids int64 [1, length], mask bool [1, length], True on real tokens.
         Raises: InputError when the text takes more than `limit` tokens.
         """
-        tokens = self._rust.encode(text).ids
+        tokens = self._rust.encode(clean(text)).ids
         if len(tokens) > limit:
             raise InputError(f"{what} takes {len(tokens)} tokens, {limit} are allowed: make it shorter")
         ids = np.full((1, length), PAD, np.int64)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -39,3 +40,98 @@ def assert_close() -> Callable[..., None]:
         np.testing.assert_allclose(actual, expected, rtol=relative, atol=absolute)
 
     return check
+
+
+@pytest.fixture(scope="session")
+def wan_parts() -> Callable[..., dict[str, Any]]:
+    """`wan_parts(seed=0)`: the parts of a tiny WanPipeline by its argument names, with random weights."""
+
+    def build(seed: int = 0) -> dict[str, Any]:
+        torch = pytest.importorskip("torch")
+        diffusers = pytest.importorskip("diffusers")
+        from transformers.models.umt5.configuration_umt5 import UMT5Config
+        from transformers.models.umt5.modeling_umt5 import UMT5EncoderModel
+
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            tokenizer = _tokenizer()
+            text_encoder = UMT5EncoderModel(
+                UMT5Config(vocab_size=320, d_model=24, d_kv=8, d_ff=32, num_layers=2, num_heads=3)
+            )
+            transformer = diffusers.WanTransformer3DModel(
+                num_attention_heads=2,
+                attention_head_dim=12,
+                in_channels=4,
+                out_channels=4,
+                text_dim=24,
+                freq_dim=16,
+                ffn_dim=48,
+                num_layers=2,
+            )
+            vae = diffusers.AutoencoderKLWan(
+                base_dim=16,  # of 4 channels there may be nearly nothing, whose norm is mostly rounding
+                z_dim=4,
+                dim_mult=[1, 1, 2, 2],
+                num_res_blocks=1,
+                latents_mean=[0.3, -0.2, 0.1, 0.0],
+                latents_std=[1.5, 0.7, 1.0, 2.0],
+            )
+            for module in (transformer, text_encoder):  # far enough from nothing to show in the pixels
+                for parameter in module.parameters():
+                    torch.nn.init.normal_(parameter, mean=0.0, std=0.3)
+        scheduler = diffusers.UniPCMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+        )
+        return {
+            "tokenizer": tokenizer,
+            "text_encoder": text_encoder.eval(),
+            "transformer": transformer.eval(),
+            "vae": vae.eval(),
+            "scheduler": scheduler,
+        }
+
+    return build
+
+
+def _tokenizer() -> Any:
+    """Pieces as T5's tokenizers have them, words before letters: pad 0, end 1, unknown 2. Not trained: that
+    gives other pieces each time."""
+    from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    words = (
+        "▁a ▁red ▁ball ▁rolls ▁to ▁the ▁left ▁and ▁two ▁quick ▁cats ▁run ▁up ▁over ▁rain ▁sky in ed s".split()
+    )
+    letters = sorted(set("▁abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789&<>.,;!?'"))
+    pieces = [(piece, 0.0) for piece in ("<pad>", "</s>", "<unk>")]
+    pieces += [(word, -2.0) for word in words] + [(letter, -8.0) for letter in letters if letter != "s"]
+    tokenizer = Tokenizer(models.Unigram(pieces, unk_id=2))
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.NFKC(), normalizers.Replace(Regex(" {2,}"), " ")]
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    names = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
+
+
+@pytest.fixture(scope="session")
+def wan_folder(wan_parts: Callable[..., dict[str, Any]], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The parts of `wan_parts(0)` saved as diffusers saves them, and a CLIP. Not to be changed: copy it."""
+    from transformers.models.clip.configuration_clip import CLIPVisionConfig
+    from transformers.models.clip.modeling_clip import CLIPVisionModelWithProjection
+
+    folder = tmp_path_factory.mktemp("wan") / "tiny-wan"
+    for name, part in wan_parts().items():
+        part.save_pretrained(folder / name)
+    clip = CLIPVisionConfig(
+        hidden_size=16,
+        intermediate_size=32,
+        projection_dim=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=16,
+        patch_size=8,
+    )
+    CLIPVisionModelWithProjection(clip).save_pretrained(folder / "image_encoder")
+    return folder

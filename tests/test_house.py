@@ -37,7 +37,7 @@ OPEN_NAMES = {"conceptmaster.__version__"}
 # Optional dependencies: in this folder, one file imports it, and no other, except for types alone.
 ONE_FILE = {
     "runtime": {"av", "cuda", "onnxruntime", "PIL", "tensorrt", "tokenizers", "tqdm"},
-    "engine": {"diffusers", "safetensors", "tqdm", "transformers"},
+    "engine": {"diffusers", "huggingface_hub", "safetensors", "tqdm", "transformers"},
 }
 # (folder, dependency): (how many files, why)
 ONE_FILE_EXCEPTIONS: dict[tuple[str, str], tuple[int, str]] = {}

@@ -15,6 +15,7 @@ from conceptmaster.runtime import bundle as bundles
 from conceptmaster.runtime.backends import open_backend
 
 Edit = Callable[[Path, Callable[[dict], object]], None]
+CONCEPTS = ("image_encoder", "qformer", "dam")
 
 
 @pytest.fixture
@@ -101,6 +102,8 @@ CHANGES: list[tuple[str, Callable[[dict], object], str]] = [
     ("free shape", lambda d: d["graphs"]["dam"]["inputs"][0].update(shape=[-1, 2, 7]), "is not fixed"),
     ("named axis", lambda d: d["graphs"]["dam"]["inputs"][0].update(shape=["n", 2, 7]), "must be an integer"),
     ("no graph", lambda d: d["graphs"].pop("dam"), "the graphs must be"),
+    ("base", lambda d: [d["graphs"].pop(g) for g in CONCEPTS], "condition wants 'concept_tokens', which"),
+    ("half a base", lambda d: [d["graphs"].pop(g) for g in CONCEPTS[:2]], "the graphs must be"),
     ("one graph too many", lambda d: d["graphs"].update(more=d["graphs"]["dam"]), "the graphs must be"),
     (
         "wrong shape",

@@ -1,0 +1,304 @@
+"""A Wan2.1 base from a folder in diffusers' layout: its config.json files as a ModelConfig, then its weights.
+
+What the engine cannot honour is refused, never guessed. Weights go into a model that was built on the meta
+device, so loading takes about as much memory as they do.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+
+from .concepts import concept_binder, concept_encoder
+from .config import ConceptConfig, ConfigError, ModelConfig, TransformerConfig, preset
+from .folders import read_json, read_tensors
+from .model import ConceptMaster
+from .vae import build_vae
+from .weights import WeightsError, load_strict, load_wan
+
+if TYPE_CHECKING:
+    from .vae import VAE
+
+_Module = TypeVar("_Module")
+
+# What diffusers takes where a transformer's config.json leaves it out; the rest has the same default here.
+TRANSFORMER = {"num_attention_heads": 40, "num_layers": 40, "ffn_dim": 13824}
+# What the first files of Wan's VAE leave out.
+VAE_DEFAULTS = preset("wan2.1-14b").vae
+VAE_ONLY = ("decoder_base_dim", "dropout", "is_residual", "in_channels", "out_channels", "patch_size")
+
+# Of transformers' configurations what decides the model; they tell much else that does not.
+TEXT_SIZES = ("vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_heads")
+TEXT_OPTIONS = (
+    "feed_forward_proj",
+    "layer_norm_epsilon",
+    "relative_attention_num_buckets",
+    "relative_attention_max_distance",
+)
+IMAGE_SIZES = (
+    "hidden_size",
+    "intermediate_size",
+    "projection_dim",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "image_size",
+    "patch_size",
+)
+IMAGE_OPTIONS = ("hidden_act", "layer_norm_eps")
+
+# The schedulers that a solver of the runtime gives the numbers of: its name, the entry that is the shift, and
+# what the other entries must be where they are given.
+_NO_SIGMAS = {f"use_{kind}_sigmas": False for kind in ("karras", "exponential", "beta")}
+SCHEDULERS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "UniPCMultistepScheduler": (
+        "unipc",
+        "flow_shift",
+        {
+            "prediction_type": "flow_prediction",
+            "use_flow_sigmas": True,
+            "num_train_timesteps": 1000,
+            "solver_order": 2,
+            "solver_type": "bh2",
+            "solver_p": None,
+            "predict_x0": True,
+            "lower_order_final": True,
+            "final_sigmas_type": "zero",
+            "timestep_spacing": "linspace",
+            "disable_corrector": [],
+            "thresholding": False,
+            "use_dynamic_shifting": False,
+            "shift_terminal": None,
+            **_NO_SIGMAS,
+        },
+    ),
+    "FlowMatchEulerDiscreteScheduler": (
+        "euler",
+        "shift",
+        {
+            "num_train_timesteps": 1000,
+            "use_dynamic_shifting": False,
+            "invert_sigmas": False,
+            "shift_terminal": None,
+            "stochastic_sampling": False,
+            **_NO_SIGMAS,
+        },
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a base's scheduler samples: the name of a solver, and the shift of its time."""
+
+    solver: str
+    shift: float
+
+
+def read_sampling(folder: Path) -> Sampling:
+    """What scheduler/scheduler_config.json asks for. Raises ConfigError where no solver gives that."""
+    path = folder / "scheduler" / "scheduler_config.json"
+    values = read_json(path)
+    kind = values.get("_class_name")
+    if kind not in SCHEDULERS:
+        raise ConfigError(f"{path}: the scheduler must be {' or '.join(SCHEDULERS)}, got {kind!r}")
+    solver, shift, wanted = SCHEDULERS[kind]
+    for name, value in wanted.items():
+        # where diffusers' own default is another, an entry that is left out is wrong, too
+        default = {"prediction_type": "epsilon", "use_flow_sigmas": False}.get(name, value)
+        if (found := values.get(name, default)) != value:
+            raise ConfigError(f"{path}: {name} must be {value!r} for the engine's solver, got {found!r}")
+    found = values.get(shift, 1.0)
+    if isinstance(found, bool) or not isinstance(found, (int, float)) or not found > 0:
+        raise ConfigError(f"{path}: {shift} must be a positive number, got {found!r}")
+    return Sampling(solver, float(found))
+
+
+def read_config(
+    folder: Path, name: str, size: tuple[int, int], frames: int, concept: ConceptConfig | None = None
+) -> ModelConfig:
+    """The configuration of the base in `folder`, for videos of one shape.
+
+    Args: name: the model's; size: width and height in pixels; frames: of the video; concept: the adapter's.
+        Without it a base that has an image_encoder/ gets a new adapter as wide as its picture tokens, and one
+        that has none takes no concepts.
+    Raises: ConfigError for what the engine cannot honour, and for a video that the base cannot make: that one
+        names the nearest that it can; WeightsError for files that are missing or broken.
+    """
+    _check_pipeline(folder)
+    transformer = _transformer(folder)
+    vae = _vae(folder)
+    text_encoder = _encoder(folder, "text_encoder", "umt5", TEXT_SIZES, TEXT_OPTIONS) | {"dropout_rate": 0.0}
+    image_encoder: dict[str, Any] = {}
+    if (folder / "image_encoder").is_dir():
+        image_encoder = _encoder(folder, "image_encoder", "clip_vision_model", IMAGE_SIZES, IMAGE_OPTIONS)
+        concept = concept or _new_concept(image_encoder)
+    elif concept is not None and concept.injection != "none":
+        raise ConfigError(
+            f"{folder} has no image_encoder/: put there the CLIP that the adapter was trained with"
+        )
+    config = ModelConfig(
+        name=name,
+        transformer=transformer,
+        concept=concept or ConceptConfig(injection="none"),
+        text_encoder=text_encoder,
+        image_encoder=image_encoder,
+        vae=vae,
+        # the smallest video of any base, until its true size is known to fit
+        frames=1 + (transformer.patch_size[0] - 1) * vae["scale_factor_temporal"],
+        height=transformer.patch_size[1] * vae["scale_factor_spatial"],
+        width=transformer.patch_size[2] * vae["scale_factor_spatial"],
+    )
+    _check_video(config, size, frames)
+    return dataclasses.replace(config, width=size[0], height=size[1], frames=frames)
+
+
+def load_base(folder: Path, config: ModelConfig) -> ConceptMaster:
+    """The model of `config` with the weights of `folder`, in evaluation mode and float32 on the CPU.
+
+    Its concept part is new: it changes nothing in the video. Raises WeightsError that names the part and
+    lists every tensor that is missing, unexpected or mis-shaped.
+    """
+    model = _on_meta(ConceptMaster, config, folder)
+    _load(folder / "transformer", model.transformer)
+    _load(folder / "text_encoder", model.text_encoder.model)
+    if config.concept.injection != "none":
+        _load(folder / "image_encoder", model.image_encoder.model)
+        model.qformer, model.dam = concept_encoder(config), concept_binder(config)
+        model.transformer.initialise_concepts()
+    return model.eval()
+
+
+def load_base_vae(folder: Path, config: ModelConfig) -> VAE:
+    """The VAE of `folder`, in evaluation mode and float32 on the CPU. Raises as `load_base`."""
+    vae = _on_meta(build_vae, config, folder)
+    _load(folder / "vae", vae)
+    return vae
+
+
+def _on_meta(build: Callable[[ModelConfig], _Module], config: ModelConfig, folder: Path) -> _Module:
+    """What `build` makes of `config`, without memory for its weights. Raises ConfigError."""
+    try:
+        with torch.device("meta"):
+            return build(config)
+    except ImportError:
+        raise
+    except Exception as error:  # transformers and diffusers have types of their own for what they refuse
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"{folder}: its configuration cannot be built: {reason}") from error
+
+
+def _load(part: Path, module: torch.nn.Module) -> None:
+    # transformers once saved this buffer, which its models make themselves
+    state = {k: v for k, v in read_tensors(part).items() if not k.endswith("embeddings.position_ids")}
+    try:
+        if part.name == "transformer":
+            load_wan(module, state, assign=True)  # type: ignore[arg-type]
+        else:
+            load_strict(module, state, assign=True)
+    except WeightsError as error:
+        raise WeightsError(f"{part}: {error}") from error
+
+
+def _check_pipeline(folder: Path) -> None:
+    """Refuses what only model_index.json tells: two transformers, or a time for each token, as in Wan2.2."""
+    values = read_json(folder / "model_index.json") if (folder / "model_index.json").is_file() else {}
+    second = values.get("transformer_2")
+    if (folder / "transformer_2").is_dir() or (isinstance(second, list) and any(second)):
+        raise ConfigError(f"{folder} has a transformer_2: bases of two transformers cannot be honoured")
+    for name in ("boundary_ratio", "expand_timesteps"):
+        if values.get(name):
+            raise ConfigError(
+                f"{folder}/model_index.json: {name} is {values[name]!r}, which cannot be honoured"
+            )
+
+
+def _own(path: Path, kind: str, known: set[str]) -> dict[str, Any]:
+    """The entries of a config.json of diffusers' class `kind`, all of which must be known or empty."""
+    values = read_json(path)
+    if (found := values.get("_class_name", kind)) != kind:
+        raise ConfigError(f"{path}: the model must be a {kind}, got {found!r}")
+    values = {name: value for name, value in values.items() if not name.startswith("_")}
+    for name, value in values.items():
+        if name not in known and value is not None:
+            raise ConfigError(f"{path}: {name} is {value!r}, which the engine cannot honour")
+    return {name: value for name, value in values.items() if name in known}
+
+
+def _transformer(folder: Path) -> TransformerConfig:
+    path = folder / "transformer" / "config.json"
+    own = {"position_channels", "prediction"}  # this project's own
+    known = {field.name for field in dataclasses.fields(TransformerConfig)} - own
+    values = TRANSFORMER | _own(path, "WanTransformer3DModel", known)
+    if values.get("out_channels", 0) is None:
+        values["out_channels"] = values.get("in_channels", 16)
+    if "cross_attn_norm" in values and not isinstance(values["cross_attn_norm"], bool):
+        raise ConfigError(f"{path}: cross_attn_norm must be true or false")
+    try:
+        return TransformerConfig(**values)
+    except (ConfigError, TypeError) as error:
+        raise ConfigError(f"{path}: {error}") from error
+
+
+def _vae(folder: Path) -> dict[str, Any]:
+    path = folder / "vae" / "config.json"
+    values = VAE_DEFAULTS | _own(path, "AutoencoderKLWan", {*VAE_DEFAULTS, *VAE_ONLY})
+    for name in ("dim_mult", "temperal_downsample", "latents_mean", "latents_std", "attn_scales"):
+        if not isinstance(values[name], list):
+            raise ConfigError(f"{path}: {name} must be a list, got {values[name]!r}")
+    for name in ("z_dim", "base_dim", "num_res_blocks", "scale_factor_temporal", "scale_factor_spatial"):
+        _require_size(path, name, values[name])
+    return values
+
+
+def _encoder(
+    folder: Path, part: str, kind: str, sizes: tuple[str, ...], options: tuple[str, ...]
+) -> dict[str, Any]:
+    path = folder / part / "config.json"
+    values = read_json(path)
+    if values.get("model_type") != kind:
+        raise ConfigError(f"{path}: model_type must be {kind!r}, got {values.get('model_type')!r}")
+    for name in sizes:
+        _require_size(path, name, values.get(name))
+    return {name: values[name] for name in (*sizes, *options) if name in values}
+
+
+def _require_size(path: Path, name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ConfigError(f"{path}: {name} must be a positive whole number, got {value!r}")
+
+
+def _new_concept(image_encoder: dict[str, Any]) -> ConceptConfig:
+    """A new adapter's: as wide as the picture tokens, with heads of 64 where that divides."""
+    width, side = image_encoder["projection_dim"], image_encoder["image_size"] // image_encoder["patch_size"]
+    return ConceptConfig(
+        picture_size=image_encoder["image_size"],
+        picture_tokens=side * side,
+        picture_dim=width,
+        width=width,
+        heads=width // 64 if width % 64 == 0 else 1,
+    )
+
+
+def _check_video(config: ModelConfig, size: tuple[int, int], frames: int) -> None:
+    """Raises ConfigError with the nearest video that works, if this one does not."""
+    transformer, vae = config.transformer, config.vae
+    time, space = vae["scale_factor_temporal"], vae["scale_factor_spatial"]
+    pf, ph, pw = transformer.patch_size
+
+    def nearest(wanted: float, patch: int) -> int:
+        """The latent length that is closest to `wanted`."""
+        return patch * min(max(1, round(wanted / patch)), transformer.rope_max_seq_len)
+
+    width, height = (space * nearest(n / space, patch) for n, patch in zip(size, (pw, ph), strict=True))
+    length = 1 + time * (nearest((frames - 1) / time + 1, pf) - 1)
+    if (width, height, length) != (*size, frames):
+        raise ConfigError(
+            f"the base cannot make {frames} frames of {size[0]}x{size[1]}: the width must be a multiple of "
+            f"{space * pw}, the height of {space * ph}, and the frames {1 + time * (pf - 1)} plus a multiple "
+            f"of {time * pf}; the nearest that works is {length} frames of {width}x{height}"
+        )
