@@ -30,10 +30,10 @@ from .vocabulary import build_tokenizer
 
 STAGES = ("draw", "latents", "vae", "model")
 DEFAULTS = {
-    "solver": "unipc",
-    "steps": 20,
+    "solver": "euler",
+    "steps": 6,
     "shift": 3.0,
-    "guidance": 2.5,
+    "guidance": 3.0,
     "concept_guidance": None,
     "negative": "",
 }
