@@ -278,10 +278,12 @@ def start_from(model: ConceptMaster, weights: Path) -> list[str]:
     """Take over the weights of a trained model, but for tensors that have another shape, as those next to the
     latents have when these are new; returns the names of what stays fresh."""
     old, own = load(weights)[0], model.state_dict()
-    kept = {name: own[name] for name in own if name not in old or old[name].shape != own[name].shape}
-    load_strict(model, {name: kept.get(name, old.get(name, tensor)) for name, tensor in own.items()})
-    tied = {tensor.data_ptr() for name, tensor in own.items() if name not in kept}
-    return sorted(name for name, tensor in kept.items() if tensor.data_ptr() not in tied)
+    taken = {name: old[name] for name in own if name in old and old[name].shape == own[name].shape}
+    # Tied weights are stored under one of their names; the other must not come back with fresh values.
+    tied = {own[name].data_ptr() for name in taken}
+    fresh = {name: own[name] for name in own if name not in taken and own[name].data_ptr() not in tied}
+    load_strict(model, taken | fresh)
+    return sorted(fresh)
 
 
 def _log(output: Path, record: Mapping[str, object]) -> None:
