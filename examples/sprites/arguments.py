@@ -5,6 +5,9 @@ from __future__ import annotations
 import argparse
 import os
 import re
+from pathlib import Path
+
+from conceptmaster.runtime.errors import InputError
 
 
 def seed_range(text: str) -> range:
@@ -32,3 +35,18 @@ def add_running(parser: argparse.ArgumentParser) -> None:
         "--workers", type=int, default=cores(), metavar="W", help="processes, of one thread each (cores)"
     )
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
+
+
+def check_counts(args: argparse.Namespace, *names: str) -> None:
+    """Raises InputError for the first of the named arguments that is given and less than 1."""
+    for name in names:
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise InputError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+
+
+def check_trained(weights: Path, data: Path) -> None:
+    """Raises InputError for what a weights folder or the folder of ``train --output`` lacks."""
+    for path in (weights / "model.safetensors", weights / "vae.safetensors", data / "clips"):
+        if not path.exists():
+            raise InputError(f"{path} is missing: `train --output` makes it")

@@ -13,12 +13,15 @@ from torch import Tensor
 
 from .draw import paint_along
 from .pool import Shard, open_shard, shards
-from .world import MAX_CONCEPTS, random_scene
+from .world import ACCESSORIES, MAX_CONCEPTS, NOUNS, TEXTURES, random_scene
 
 CLIP_MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
 CLIP_STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
-PORTRAIT = 24
-"""Side of the upright sprite that a training-only head redraws from the visual queries."""
+PORTRAIT = 32
+"""Side of the upright sprite that a training-only head redraws from the visual queries: as large as in a
+video, since what is smaller keeps no pattern."""
+PORTRAIT_FILE = f"portraits-{PORTRAIT}.npy"
+TRAITS_FILE = "traits.npy"
 
 
 @dataclass(frozen=True)
@@ -50,8 +53,8 @@ class Batch:
     """One training batch; N slots of which ``concept_mask`` tells the filled ones, in random order.
 
     latents [B,Cz,F,H,W], token_ids/token_mask [B,T], pixels [B,N,3,px,px] (CLIP-normalised),
-    label_ids/label_mask [B,N,L], concept_mask [B,N], coverage [B,N,F,H,W] in 0..1, portraits [B,N,3,24,24]
-    in -1..1.
+    label_ids/label_mask [B,N,L], concept_mask [B,N], coverage [B,N,F,H,W] in 0..1, portraits [B,N,3,32,32]
+    in -1..1, traits int64 [B,N,3] (texture, accessory, noun).
     """
 
     latents: Tensor
@@ -63,6 +66,7 @@ class Batch:
     concept_mask: Tensor
     coverage: Tensor
     portraits: Tensor
+    traits: Tensor
 
     def to(self, device: str) -> Batch:
         """The batch on a device."""
@@ -81,20 +85,28 @@ def tokenise(tokenizer: Tokenizer, texts: list[str], length: int) -> tuple[np.nd
     return ids, mask
 
 
-def portraits(shard: Shard, first_seed: int, held_out: bool = False) -> np.ndarray:
-    """Every concept of a shard upright and alone on grey, uint8 [n, N, 24, 24, 3]; kept beside the shard."""
-    path = shard.folder / "portraits.npy"
-    if not path.exists():
-        out = np.full((len(shard.captions), MAX_CONCEPTS, PORTRAIT, PORTRAIT, 3), 128, np.uint8)
-        centre = np.full((1, 2), PORTRAIT / 2, np.float32)
-        for k in range(len(out)):
-            for n, actor in enumerate(random_scene(first_seed + k, held_out=held_out).actors):
-                rgb, alpha = paint_along(actor.noun, actor.identity, 8.5, centre, size=PORTRAIT)
-                out[k, n] = np.round((0.5 * (1 - alpha[0, ..., None]) + rgb[0]).clip(0, 1) * 255)
-        partial = path.with_name(".portraits.tmp.npy")
-        np.save(partial, out)
-        partial.rename(path)
-    return np.load(path, mmap_mode="r")
+def portraits(shard: Shard, first_seed: int, held_out: bool = False) -> None:
+    """Write beside a shard, unless they are there, every concept upright and alone on grey (uint8
+    [n,N,32,32,3]) and what it is (traits, uint8 [n,N,3]: texture, accessory, noun)."""
+    if all((shard.folder / name).exists() for name in (PORTRAIT_FILE, TRAITS_FILE)):
+        return
+    faces = np.full((len(shard.captions), MAX_CONCEPTS, PORTRAIT, PORTRAIT, 3), 128, np.uint8)
+    traits = np.zeros((len(shard.captions), MAX_CONCEPTS, 3), np.uint8)
+    centre = np.full((1, 2), PORTRAIT / 2, np.float32)
+    for k in range(len(faces)):
+        for n, actor in enumerate(random_scene(first_seed + k, held_out=held_out).actors):
+            look = actor.identity
+            rgb, alpha = paint_along(actor.noun, look, 0.35 * PORTRAIT, centre, size=PORTRAIT)
+            faces[k, n] = np.round((0.5 * (1 - alpha[0, ..., None]) + rgb[0]).clip(0, 1) * 255)
+            traits[k, n] = (
+                TEXTURES.index(look.texture),
+                ACCESSORIES.index(look.accessory),
+                NOUNS.index(actor.noun),
+            )
+    for name, array in ((PORTRAIT_FILE, faces), (TRAITS_FILE, traits)):
+        partial = shard.folder / f".{name}.tmp.npy"
+        np.save(partial, array)
+        partial.rename(shard.folder / name)
 
 
 class LatentPool:
@@ -106,6 +118,7 @@ class LatentPool:
         self.latents: list[np.ndarray] = []
         self.shards: list[Shard] = []
         self.portraits: list[np.ndarray] = []
+        self.traits: list[np.ndarray] = []
         self.tokens: list[tuple[np.ndarray, np.ndarray]] = []
         self._label_cache: dict[str, tuple[np.ndarray, np.ndarray]] = {}
         self.mean, self.std = np.zeros((1, 1, 1, 1), np.float32), np.ones((1, 1, 1, 1), np.float32)
@@ -120,16 +133,14 @@ class LatentPool:
         """Take up shards that have been encoded since; returns how many there are."""
         known = {shard.folder for shard in self.shards}
         for folder in shards(self.folder):
-            if (
-                folder in known
-                or not (folder / "latents.npy").exists()
-                or not (folder / "portraits.npy").exists()
-            ):
+            needed = ("latents.npy", PORTRAIT_FILE, TRAITS_FILE)
+            if folder in known or not all((folder / name).exists() for name in needed):
                 continue
             shard = open_shard(folder)
             self.shards.append(shard)
             self.latents.append(np.load(folder / "latents.npy"))
-            self.portraits.append(np.load(folder / "portraits.npy", mmap_mode="r"))
+            self.portraits.append(np.load(folder / PORTRAIT_FILE, mmap_mode="r"))
+            self.traits.append(np.load(folder / TRAITS_FILE))
             self.tokens.append(tokenise(self.tokenizer, shard.captions, self.text_tokens))
         return len(self.shards)
 
@@ -176,6 +187,7 @@ class LatentPool:
         concept_mask = np.zeros((size, n), bool)
         coverage = np.zeros((size, n, *self.shards[0].coverage.shape[2:]), np.float32)
         faces = np.zeros((size, n, PORTRAIT, PORTRAIT, 3), np.uint8)
+        traits = np.zeros((size, n, 3), np.int64)
         for b, (s, k) in enumerate(picks):
             shard = self.shards[s]
             fate = rng.random()
@@ -190,18 +202,45 @@ class LatentPool:
                 label_ids[b, slot], label_mask[b, slot] = self.label(labels[i])
                 concept_mask[b, slot] = not no_concepts
                 coverage[b, slot] = shard.coverage[k, i]
-                faces[b, slot] = self.portraits[s][k, i]
-        pictures = (pixels.astype(np.float32) / 255 - CLIP_MEAN) / CLIP_STD
+                faces[b, slot], traits[b, slot] = self.portraits[s][k, i], self.traits[s][k, i]
         return Batch(
             torch.from_numpy((latents - self.mean) / self.std),
             torch.from_numpy(ids),
             torch.from_numpy(mask),
-            torch.from_numpy(np.ascontiguousarray(pictures.transpose(0, 1, 4, 2, 3))),
+            _for_clip(pixels),
             torch.from_numpy(label_ids),
             torch.from_numpy(label_mask),
             torch.from_numpy(concept_mask),
             torch.from_numpy(coverage / 255),
-            torch.from_numpy(
-                np.ascontiguousarray(faces.transpose(0, 1, 4, 2, 3)).astype(np.float32) / 127.5 - 1
-            ),
+            _minus_one_to_one(faces),
+            torch.from_numpy(traits),
         )
+
+    def pictures(self, rng: np.random.Generator, size: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Random references alone: pixels [M,3,px,px] (CLIP-normalised), portraits [M,3,32,32] in -1..1,
+        traits int64 [M,3]."""
+        pixels = np.zeros((size, *self.shards[0].references.shape[3:]), np.uint8)
+        faces = np.zeros((size, PORTRAIT, PORTRAIT, 3), np.uint8)
+        traits = np.zeros((size, 3), np.int64)
+        for m in range(size):
+            s = int(rng.integers(len(self.shards)))
+            shard = self.shards[s]
+            k = int(rng.integers(len(shard.captions)))
+            n, r = int(rng.integers(len(shard.labels[k]))), int(rng.integers(shard.references.shape[2]))
+            pixels[m] = shard.references[k, n, r]
+            faces[m], traits[m] = self.portraits[s][k, n], self.traits[s][k, n]
+        return _for_clip(pixels), _minus_one_to_one(faces), torch.from_numpy(traits)
+
+
+def _for_clip(pixels: np.ndarray) -> Tensor:
+    """uint8 [..., H, W, 3] -> float32 [..., 3, H, W], normalised as CLIP's pictures are."""
+    return _channels_first((pixels.astype(np.float32) / 255 - CLIP_MEAN) / CLIP_STD)
+
+
+def _minus_one_to_one(pixels: np.ndarray) -> Tensor:
+    """uint8 [..., H, W, 3] -> float32 [..., 3, H, W] in -1..1."""
+    return _channels_first(pixels.astype(np.float32) / 127.5 - 1)
+
+
+def _channels_first(pixels: np.ndarray) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(np.moveaxis(pixels, -1, -3)))

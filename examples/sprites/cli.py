@@ -206,27 +206,17 @@ def _cell(share: float, error: float | None) -> str:
     return f"{100 * share:.1f}" if error is None else f"{100 * share:.1f} ± {100 * error:.1f}"
 
 
-def _in_file(name: str, summary: str) -> Command:
-    """The command ``name``, from add_arguments(parser) and run(args) of the file of that name."""
-
-    def module() -> Any:
-        return importlib.import_module(f".{name}", __package__)
-
-    return Command(
-        name, summary, lambda parser: module().add_arguments(parser), lambda args: module().run(args)
-    )
-
-
-def _training(name: str, summary: str) -> Command:
-    """Like `_in_file`, for commands that need the extra `train`."""
+def _in_file(name: str, summary: str, extra: str | None = None) -> Command:
+    """The command ``name``, from add_arguments(parser) and run(args) of the file of that name; ``extra``
+    brings the packages that it needs."""
 
     def module() -> Any:
         try:
             return importlib.import_module(f".{name}", __package__)
         except ModuleNotFoundError as error:
-            if (error.name or "").partition(".")[0] == __name__.partition(".")[0]:
+            if extra is None or (error.name or "").partition(".")[0] == __name__.partition(".")[0]:
                 raise  # a file of ours is missing, which no extra brings
-            install = "pip install 'conceptmaster[train]'"
+            install = f"pip install 'conceptmaster[{extra}]'"
             raise MissingDependency(f"`{name}` needs {error.name}: {install}") from error
 
     return Command(
@@ -240,9 +230,10 @@ COMMANDS = (
     _in_file("gate", "hold a bundle's score to the recorded baseline"),
     _in_file("sweep", "score every solver, number of steps and guidance"),
     _in_file("gallery", "show the first requests, and the worst"),
-    _training("train", "train the shipped model from nothing"),
-    _training("polish", "train the VAE to mend what the model smears"),
-    _training("distil", "make a trained model need few steps and no guidance"),
-    _training("variants", "train and score the paper's variants from one base"),
+    _in_file("train", "train the shipped model from nothing", "train"),
+    _in_file("widen", "double a model's width without changing what it computes", "train"),
+    _in_file("polish", "train the VAE to mend what the model smears", "train"),
+    _in_file("distil", "make a trained model need few steps and no guidance", "train"),
+    _in_file("variants", "train and score the paper's variants from one base", "train"),
     _in_file("curves", "draw the curves of a training"),
 )

@@ -24,9 +24,9 @@ from tqdm import tqdm
 
 from conceptmaster.engine.model import ConceptMaster
 from conceptmaster.engine.weights import load_model, save_model
-from conceptmaster.runtime.errors import InputError
 from conceptmaster.runtime.solver import make_schedule
 
+from .arguments import check_counts, check_trained
 from .batches import Batch, Dropped, LatentPool
 from .learning import Average, MuonAdamW, gradient_norm, load_checkpoint, save_checkpoint, schedule
 from .train_model import ADAM_NAMES, cheapest_attention
@@ -68,12 +68,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Distil and collect a weights folder; returns 0. Raises InputError for what cannot work."""
-    for name in ("steps", "batch_size", "sampling_steps"):
-        if getattr(args, name) < 1:
-            raise InputError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
-    for path in (args.teacher / "model.safetensors", args.teacher / "vae.safetensors", args.data / "clips"):
-        if not path.exists():
-            raise InputError(f"{path} is missing: `train --output` makes it")
+    check_counts(args, "steps", "batch_size", "sampling_steps")
+    check_trained(args.teacher, args.data)
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     plan = Plan(steps=args.sampling_steps, guidance=args.guidance)

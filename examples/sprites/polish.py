@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-import time
 from pathlib import Path
 
 import numpy as np
@@ -21,14 +20,13 @@ from tqdm import tqdm
 from conceptmaster.engine.blocks import BlockVAE
 from conceptmaster.engine.model import ConceptMaster
 from conceptmaster.engine.weights import load_model
-from conceptmaster.runtime.errors import InputError
 
+from .arguments import check_counts, check_trained
 from .batches import Dropped, LatentPool
 from .distil import teach
-from .learning import Average, MuonAdamW, gradient_norm, load_checkpoint, save_checkpoint, schedule
 from .pool import open_shard
 from .train_model import cheapest_attention
-from .train_vae import JUDGED, load_vae, psnr, to_tensor, write_vae
+from .train_vae import Fit, drawing_loss, fit, frames_of, to_tensor
 from .vocabulary import build_tokenizer
 
 SIGMAS = (0.4, 0.85)
@@ -53,12 +51,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Denoise, train, and write a weights folder; returns 0. Raises InputError for what cannot work."""
-    for name in ("clips", "steps"):
-        if getattr(args, name) < 1:
-            raise InputError(f"--{name} must be at least 1, got {getattr(args, name)}")
-    for path in (args.weights / "model.safetensors", args.weights / "vae.safetensors", args.data / "clips"):
-        if not path.exists():
-            raise InputError(f"{path} is missing: `train --output` makes it")
+    check_counts(args, "clips", "steps")
+    check_trained(args.weights, args.data)
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     args.output.mkdir(parents=True, exist_ok=True)
@@ -118,46 +112,15 @@ def polish(
     log_every: int = 100,
 ) -> None:
     """Train the network of ``output/vae.safetensors`` to ``steps`` on the latents of ``redo``; resumes."""
-    torch.manual_seed(seed)
-    vae = load_vae(output).train().to(device)
-    optimizer = MuonAdamW(vae.named_parameters(), lr=lr, adam_lr=1e-3)
-    average = Average(vae, 0.99)
-    checkpoint, progress = output / "polish-training.safetensors", {"seconds": 0.0, "step": 0.0}
-    if checkpoint.exists():
-        progress = load_checkpoint(checkpoint, vae, average, optimizer)
     with np.load(redone) as file:
         latents, picks = file["latents"], file["picks"]
     videos = np.stack([open_shard(data / f"shard-{s:05d}").video[k] for s, k in picks])
-    held_out = np.asarray(open_shard(data / "shard-00000").video[:JUDGED])
-    bar = tqdm(total=steps, initial=int(progress["step"]), desc="polish")
-    while progress["step"] < steps:
-        start, step = time.perf_counter(), int(progress["step"])
-        rng = np.random.Generator(np.random.Philox(key=[seed, step]))
-        now, before, frames = _batch(rng, latents, videos, vae, batch_size, device)
-        optimizer.set_scale(schedule(step / steps))
-        with torch.autocast(torch.device(device).type, torch.bfloat16):
-            drawn = vae.decode_frame(now, before).float().permute(0, 4, 1, 2, 3)
-        difference = drawn - frames
-        loss = difference.abs().mean() + 0.5 * difference.square().mean()
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        gradient_norm(vae.parameters(), 1.0)
-        optimizer.step()
-        average.update(vae)
-        progress["seconds"] += time.perf_counter() - start
-        progress["step"] += 1
-        bar.update(1)
-        if (step + 1) % log_every == 0 or step + 1 == steps:
-            trained = {k: v.clone() for k, v in vae.state_dict().items()}
-            vae.load_state_dict(average.shadow)
-            record = progress | {"loss": float(loss.detach()), "psnr": psnr(vae, held_out)}
-            write_vae(vae, output, json.loads((output / "vae.json").read_text()))
-            vae.load_state_dict(trained)
-            save_checkpoint(checkpoint, vae, average, optimizer, progress)
-            with (output / "polish-log.jsonl").open("a") as log:
-                log.write(json.dumps({"phase": "polish", **record}) + "\n")
-            tqdm.write(json.dumps(record))
-    bar.close()
+
+    def loss(vae: BlockVAE, rng: np.random.Generator) -> Tensor:
+        return drawing_loss(vae, *_batch(rng, latents, videos, vae, batch_size, device))
+
+    settings = Fit(steps, seed, device, log_every, lr, adam_lr=1e-3, decay=0.99)
+    fit(data, output, "polish", loss, settings, about={"phase": "polish"})
 
 
 def _batch(
@@ -168,8 +131,7 @@ def _batch(
     t = vae.frames
     for _ in range(size):
         k, f = int(rng.integers(len(latents))), int(rng.integers(latents.shape[2]))
-        clip = videos[k][np.arange(t * f - 2 * t + 1, t * f + 1).clip(min=0)] if f else videos[k][[0] * 2 * t]
-        pair = to_tensor(clip[None])
+        pair = to_tensor(frames_of(videos[k], f, t)[None])
         if rng.random() < TRUE:
             first, second = vae.project(pair)[0].unbind(1)
         else:

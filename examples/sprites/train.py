@@ -21,6 +21,7 @@ from conceptmaster.engine.config import BINDINGS, ENCODERS, INJECTIONS, ModelCon
 from conceptmaster.engine.weights import WeightsError, load_model
 from conceptmaster.runtime.errors import InputError
 
+from .arguments import check_counts
 from .batches import portraits
 from .learning import CheckpointError
 from .pool import SHARD, draw_shard, encode_shard, open_shard, shards
@@ -48,12 +49,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--start", type=Path, help="weights folder to go on from, with a fresh optimizer")
     parser.add_argument("--clips", type=int, default=20000, help="training clips to draw (20000)")
     parser.add_argument("--vae-steps", type=int, default=6000, help="steps of the VAE's network (6000)")
-    parser.add_argument("--caption-steps", type=int, default=550, help="steps on captions alone, first (550)")
+    parser.add_argument(
+        "--picture-steps", type=int, help="steps on pictures alone, first (1500; with --start 0)"
+    )
+    parser.add_argument(
+        "--caption-steps", type=int, help="steps on captions alone, second (550; with --start 0)"
+    )
     parser.add_argument("--steps", type=int, default=4000, help="steps of model training (4000)")
     parser.add_argument("--batch-size", type=int, default=32, help="clips in a step, over all processes (32)")
     parser.add_argument("--encoder", choices=ENCODERS, default="qformer")
     parser.add_argument("--binding", choices=BINDINGS, default="dam")
     parser.add_argument("--injection", choices=INJECTIONS, default="standalone")
+    parser.add_argument(
+        "--freeze-encoders", action="store_true", help="leave text and picture encoder as they then are"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=None, help="CPU threads (one per core)")
@@ -78,14 +87,17 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    for name in ("clips", "steps", "batch_size", "vae_steps"):
-        if getattr(args, name) < 1:
-            raise InputError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
+    check_counts(args, "clips", "steps", "batch_size", "vae_steps")
     if args.clips < 2 * SHARD:
         least = f"at least {2 * SHARD}, the first {SHARD} judge the VAE"
         raise InputError(f"--clips must be {least}, got {args.clips}")
-    if args.caption_steps < 0:
-        raise InputError(f"--caption-steps must not be negative, got {args.caption_steps}")
+    usual = {"picture_steps": 1500, "caption_steps": 550} if args.start is None else {}
+    first = {name: usual.get(name, 0) for name in ("picture_steps", "caption_steps")}
+    for name in first:
+        if (value := getattr(args, name)) is not None:
+            if value < 0:
+                raise InputError(f"--{name.replace('_', '-')} must not be negative, got {value}")
+            first[name] = value
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     root: Path = args.output
@@ -124,8 +136,9 @@ def _run(args: argparse.Namespace) -> int:
             batch_size=args.batch_size,
             seed=args.seed,
             device=args.device,
-            caption_steps=args.caption_steps,
+            **first,
             start=args.start and args.start / "model.safetensors",
+            freeze=args.freeze_encoders,
         )
         collect(vae_folder, model_folder, root / "weights")
         print(f"weights: {root / 'weights'}")
@@ -149,7 +162,7 @@ def _require(found: object, stage: str, folder: Path) -> None:
 
 
 def _find_latents(clips: Path, held_out: Path, vae_folder: Path) -> None:
-    """The VAE's components, unless they are there, and every shard's latents and portraits."""
+    """The VAE's components, unless they are there, and every shard's latents, portraits and traits."""
     if not (vae_folder / "vae.json").exists():
         vae_folder.mkdir(parents=True, exist_ok=True)
         vae = new_vae(preset("sprites").vae)

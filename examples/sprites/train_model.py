@@ -1,9 +1,9 @@
 """Train ConceptMaster on the sprites world's latents.
 
 What makes it learn to look at the pictures at all: places are told in the caption, noisy times are drawn
-more often, and three training-only heads ask early for what the concepts must carry. ``LayoutHead`` asks the
-middle block where every concept is, ``StoryHead`` asks the caption the same (so that its tokens know their
-place and motion before the video needs them), ``PortraitHead`` asks the visual queries how it looks. None of
+more often, and training-only heads ask early for what the concepts must carry. ``LayoutHead`` asks the middle
+block where every concept is, ``StoryHead`` asks the caption the same (so that its tokens know their place and
+motion before the video needs them); those of ``train_pictures`` ask the visual queries how it looks. None of
 them is shipped.
 """
 
@@ -13,9 +13,11 @@ import json
 import os
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +25,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from tokenizers import Tokenizer
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
 from conceptmaster.engine.config import ModelConfig
@@ -31,14 +33,15 @@ from conceptmaster.engine.dit import LEAST_SIGMA
 from conceptmaster.engine.model import ConceptMaster
 from conceptmaster.engine.weights import load, load_strict, save_model
 
-from .batches import PORTRAIT, Batch, Dropped, LatentPool
+from .batches import Batch, Dropped, LatentPool
 from .learning import Average, MuonAdamW, gradient_norm, load_checkpoint, save_checkpoint, schedule
+from .train_pictures import PortraitHead, TraitHead, learn_pictures, picture_losses
 
 FOREGROUND = 3.0
 """Extra weight of the loss where a concept is."""
 HELD_SIGMA = 0.2
 """Below this noise level the loss counts the data's error, not the velocity's, which grows as 1/sigma."""
-LAYOUT_WEIGHT, STORY_WEIGHT, PORTRAIT_WEIGHT = 1.0, 0.3, 0.3
+LAYOUT_WEIGHT, STORY_WEIGHT, PICTURE_WEIGHT = 1.0, 0.3, 0.3
 ADAM_NAMES = (
     "shared",
     "embed_tokens",
@@ -49,8 +52,8 @@ ADAM_NAMES = (
     "queries",
     "proj_out",
     "embeddings",
+    "places",
 )
-
 
 FAST_NAMES = ("relative_attention_bias", "shared", "layer_norm")
 """What moves at ``FAST_LR`` while the caption is learned alone: at the usual rate words do not find their
@@ -90,23 +93,6 @@ class StoryHead(nn.Module):
         return self.net(scores.masked_fill(~mask[:, None], -torch.inf).softmax(-1) @ text)
 
 
-class PortraitHead(nn.Module):
-    """How a concept looks: visual queries [M,Q,Dc] -> the sprite upright, [M,3,24,24] in -1..1."""
-
-    def __init__(self, queries: int, concept_width: int, hidden: int = 256) -> None:
-        super().__init__()
-        self.net = nn.Sequential(
-            nn.Flatten(1),
-            nn.Linear(queries * concept_width, hidden),
-            nn.GELU(),
-            nn.Linear(hidden, 3 * PORTRAIT**2),
-        )
-
-    def forward(self, queries: Tensor) -> Tensor:
-        """Predicted pictures."""
-        return self.net(queries).unflatten(1, (3, PORTRAIT, PORTRAIT))
-
-
 class Trainee(nn.Module):
     """The model with its training-only heads; ``forward`` is the loss of one batch."""
 
@@ -117,7 +103,8 @@ class Trainee(nn.Module):
         self.layout = LayoutHead(config.transformer.width, concept.width)
         grid = [n // p for n, p in zip(config.latent_shape[1:], config.transformer.patch_size, strict=True)]
         self.story = StoryHead(concept.width, config.transformer.text_dim, int(np.prod(grid)))
-        self.portrait = PortraitHead(concept.tokens_per_concept, concept.width)
+        self.portrait = PortraitHead(concept.width)
+        self.trait = TraitHead(concept.tokens_per_concept, concept.width)
         self.middle = config.transformer.num_layers // 2 - 1
 
     def concepts(self, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -165,14 +152,42 @@ class Trainee(nn.Module):
         told = shown & (batch.token_mask.sum(1) > 1).repeat_interleave(batch.concept_mask.shape[1])
         logits = self.story(concepts.float(), text.float(), batch.token_mask).flatten(0, 1)
         story = _coverage_loss(logits[told], target[told])
-        portrait = (self.portrait(visual.float()) - batch.portraits[batch.label_mask.any(-1)]).abs().mean()
-        total = flow + LAYOUT_WEIGHT * layout + STORY_WEIGHT * story + PORTRAIT_WEIGHT * portrait
-        return {"total": total, "flow": flow, "layout": layout, "story": story, "portrait": portrait}
+        filled = batch.label_mask.any(-1)
+        seen = picture_losses(
+            self.portrait, self.trait, visual.float(), batch.portraits[filled], batch.traits[filled]
+        )
+        total = flow + LAYOUT_WEIGHT * layout + STORY_WEIGHT * story + PICTURE_WEIGHT * seen.pop("total")
+        return {"total": total, "flow": flow, "layout": layout, "story": story, **seen}
 
 
-def cheapest_attention(device: str) -> AbstractContextManager[None]:
-    """On CPUs plain attention: there the fused one takes half of a step for its gradient alone."""
-    return sdpa_kernel(SDPBackend.MATH) if torch.device(device).type == "cpu" else nullcontext()
+class PlainAttention(TorchFunctionMode):
+    """Softmax attention in three operations, in the dtype of its inputs but for the softmax: on CPUs a third
+    to a half of the time of torch's own with its gradient, at this size."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Takes the place of ``scaled_dot_product_attention``; all else runs as it is."""
+        kwargs = kwargs or {}
+        plain = not any(kwargs.get(name) for name in ("dropout_p", "is_causal", "enable_gqa"))
+        if func is not F.scaled_dot_product_attention or not plain:
+            return func(*args, **kwargs)
+        return _plain_attention(*args[:3], kwargs.get("attn_mask"), kwargs.get("scale"))
+
+
+def _plain_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, scale: float | None = None
+) -> Tensor:
+    """[B,A,S,E], [B,A,T,E] twice -> [B,A,S,E]; ``mask`` bool (True: attend) or what to add to the scores."""
+    scores = ((q * (scale or q.shape[-1] ** -0.5)) @ k.transpose(-1, -2)).float()  # [B,A,S,T]
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+    return scores.softmax(-1).to(v.dtype) @ v
+
+
+def cheapest_attention(device: str) -> AbstractContextManager[Any]:
+    """On CPUs ``PlainAttention``: there torch's fused one takes half of a step for its gradient alone."""
+    return PlainAttention() if torch.device(device).type == "cpu" else nullcontext()
 
 
 def _coverage_loss(logits: Tensor, target: Tensor) -> Tensor:
@@ -286,6 +301,36 @@ def start_from(model: ConceptMaster, weights: Path) -> list[str]:
     return sorted(fresh)
 
 
+def _learn_parts(
+    trainee: Trainee,
+    pool: LatentPool,
+    judge: LatentPool,
+    picture_steps: int,
+    caption_steps: int,
+    seed: int,
+    device: str,
+    log: Callable[[Mapping[str, object]], None],
+) -> None:
+    """What is learned before the videos: to see pictures, to read captions."""
+    see = nn.Sequential(trainee.model.image_encoder, trainee.model.qformer)
+    with cheapest_attention(device):
+        learn_pictures(
+            see,
+            trainee.portrait,
+            trainee.trait,
+            pool,
+            steps=picture_steps,
+            seed=seed,
+            device=device,
+            adam_names=ADAM_NAMES,
+            judge=judge,
+            log=lambda record: log({"phase": "pictures", **record}),
+        )
+    losses = learn_captions(trainee, pool, steps=caption_steps, seed=seed, device=device)
+    if losses:
+        log({"phase": "captions", "story": losses})
+
+
 def _log(output: Path, record: Mapping[str, object]) -> None:
     with (output / "log.jsonl").open("a") as log:
         log.write(json.dumps(record) + "\n")
@@ -305,15 +350,18 @@ def train_model(
     device: str = "cpu",
     lr: float = 0.012,
     adam_lr: float = 1.5e-3,
+    picture_steps: int = 1500,
     caption_steps: int = 550,
     log_every: int = 100,
     start: Path | None = None,
+    freeze: bool = False,
 ) -> None:
-    """Learn the captions alone, then train to ``steps``.
+    """Learn to see pictures alone, and to read captions alone, then train to ``steps``.
 
-    Resumes from ``output/training.safetensors``; a batch depends on seed and step only. ``start``, a
-    ``model.safetensors``, takes the place of learning the captions: the model goes on from there with fresh
-    heads and optimizer. ``data`` and ``held_out`` are pools with latents. Writes ``model.safetensors``
+    Resumes from ``output/training.safetensors``; a batch depends on seed and step only. ``start`` is a
+    ``model.safetensors`` to go on from, with fresh heads and optimizer; usually without captions then.
+    ``freeze`` leaves text and picture encoder as they are in the last stage, as the paper does with T5 and
+    CLIP. ``data`` and ``held_out`` are pools with latents. Writes ``model.safetensors``
     (averaged weights with their configuration), appends to ``log.jsonl``. Started by torchrun, processes
     share the work through gloo or nccl.
     """
@@ -324,25 +372,24 @@ def train_model(
     output.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)
     trainee = Trainee(config).to(device)
-    parameters = [p for p in trainee.parameters() if p.requires_grad]
-    optimizer = MuonAdamW(trainee.named_parameters(), lr, adam_lr, adam_names=ADAM_NAMES)
-    average = Average(trainee, 0.995)
     checkpoint, progress = output / "training.safetensors", {"step": 0.0, "seconds": 0.0}
     pool = LatentPool(data, tokenizer, config.text_tokens, config.concept.label_tokens)
     judge = LatentPool(held_out, tokenizer, config.text_tokens, config.concept.label_tokens)
     for p in (pool, judge):
         p.normalise(config.vae["latents_mean"], config.vae["latents_std"])
+    if not checkpoint.exists():
+        told = _log if rank == 0 else (lambda *_: None)
+        if start is not None:
+            told(output, {"phase": "start", "fresh": start_from(trainee.model, start)})
+        _learn_parts(trainee, pool, judge, picture_steps, caption_steps, seed, device, partial(told, output))
+    if freeze:
+        trainee.model.text_encoder.requires_grad_(False)
+        trainee.model.image_encoder.requires_grad_(False)
+    parameters = [p for p in trainee.parameters() if p.requires_grad]
+    optimizer = MuonAdamW(trainee.named_parameters(), lr, adam_lr, adam_names=ADAM_NAMES)
+    average = Average(trainee, 0.995)
     if checkpoint.exists():
         progress = load_checkpoint(checkpoint, trainee, average, optimizer)
-    elif start is not None:
-        fresh = start_from(trainee.model, start)
-        _log(output, {"phase": "start", "fresh": fresh})
-        average = Average(trainee, 0.995)
-    else:
-        losses = learn_captions(trainee, pool, steps=caption_steps, seed=seed, device=device)
-        if rank == 0:
-            _log(output, {"phase": "captions", "story": losses})
-        average = Average(trainee, 0.995)
     bar = tqdm(total=steps, initial=int(progress["step"]), desc="train", disable=rank > 0)
     sums: dict[str, float] = {}
     while progress["step"] < steps:

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -93,10 +95,14 @@ def _pairs(rng: np.random.Generator, pool: list[np.ndarray], vae: BlockVAE, batc
     for _ in range(batch):
         video = pool[rng.integers(len(pool))]
         clip = video[rng.integers(len(video))]
-        last = t * int(rng.integers(1 + (len(clip) - 1) // t))  # the frame that ends the second
-        frames = np.arange(last - 2 * t + 1, last + 1)
-        parts.append(clip[frames.clip(min=0) if last else frames * 0])
+        parts.append(frames_of(clip, int(rng.integers(1 + (len(clip) - 1) // t)), t))
     return to_tensor(np.stack(parts))
+
+
+def frames_of(clip: np.ndarray, index: int, t: int) -> np.ndarray:
+    """The 2t frames of a clip [F,H,W,3] that latent frame ``index`` and the one before stand for; its first
+    frame stands for all before it."""
+    return clip[np.arange(t * index - 2 * t + 1, t * index + 1).clip(min=0)]
 
 
 def train_vae(
@@ -117,24 +123,58 @@ def train_vae(
     ``log_every`` steps, with a line in ``vae-log.jsonl``. Components, and so latents, stay what they are.
     Raises CheckpointError for a checkpoint that cannot be read.
     """
-    torch.manual_seed(seed)
-    vae = load_vae(output).train().to(device)
-    optimizer = MuonAdamW(vae.named_parameters(), lr=lr, adam_lr=2e-3)
-    average = Average(vae, 0.995)
-    checkpoint, progress = output / "vae-training.safetensors", {"seconds": 0.0, "step": 0.0}
+    folders = shards(data)
+    pool = [np.load(folder / "video.npy") for folder in folders[1 : 1 + KEPT_SHARDS]]
+
+    def loss(vae: BlockVAE, rng: np.random.Generator) -> Tensor:
+        return _loss(vae, _pairs(rng, pool, vae, batch_size).to(device), rng)
+
+    settings = Fit(steps, seed, device, log_every, lr, adam_lr=2e-3, decay=0.995)
+    fit(data, output, "vae", loss, settings)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How ``fit`` trains: until which step, from which seed, where, logging how often, at which rates (Muon's
+    and AdamW's), and with which decay of the averaged weights."""
+
+    steps: int
+    seed: int
+    device: str
+    log_every: int
+    lr: float
+    adam_lr: float
+    decay: float
+
+
+def fit(
+    data: Path,
+    output: Path,
+    name: str,
+    loss_of: Callable[[BlockVAE, np.random.Generator], Tensor],
+    how: Fit,
+    about: Mapping[str, str] | None = None,
+) -> None:
+    """Train the network of ``output/vae.safetensors`` on a loss of a step's random numbers.
+
+    Resumes from ``output/NAME-training.safetensors``, writes ``vae.safetensors`` again, averaged, and lines
+    in ``NAME-log.jsonl``, each beginning with ``about``.
+    """
+    steps = how.steps
+    torch.manual_seed(how.seed)
+    vae = load_vae(output).train().to(how.device)
+    optimizer = MuonAdamW(vae.named_parameters(), lr=how.lr, adam_lr=how.adam_lr)
+    average = Average(vae, how.decay)
+    checkpoint, progress = output / f"{name}-training.safetensors", {"seconds": 0.0, "step": 0.0}
     if checkpoint.exists():
         progress = load_checkpoint(checkpoint, vae, average, optimizer)
-    folders = shards(data)
-    held_out = np.asarray(open_shard(folders[0]).video[:JUDGED])
-    pool = [np.load(folder / "video.npy") for folder in folders[1 : 1 + KEPT_SHARDS]]
-    bar = tqdm(total=steps, initial=int(progress["step"]), desc="vae")
+    held_out = np.asarray(open_shard(shards(data)[0]).video[:JUDGED])
+    bar = tqdm(total=steps, initial=int(progress["step"]), desc=name)
     while progress["step"] < steps:
         start, step = time.perf_counter(), int(progress["step"])
-        rng = np.random.Generator(np.random.Philox(key=[seed, step]))
-        video = _pairs(rng, pool, vae, batch_size).to(device)
+        rng = np.random.Generator(np.random.Philox(key=[how.seed, step]))
         optimizer.set_scale(schedule(step / steps))
-        with torch.autocast(video.device.type, torch.bfloat16):
-            loss = _loss(vae, video, rng)
+        loss = loss_of(vae, rng)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         gradient_norm(vae.parameters(), 1.0)
@@ -143,28 +183,34 @@ def train_vae(
         progress["seconds"] += time.perf_counter() - start
         progress["step"] += 1
         bar.update(1)
-        if (step + 1) % log_every == 0 or step + 1 == steps:
+        if (step + 1) % how.log_every == 0 or step + 1 == steps:
             trained = {k: v.clone() for k, v in vae.state_dict().items()}
             vae.load_state_dict(average.shadow)
             record = progress | {"loss": float(loss.detach()), "psnr": psnr(vae, held_out)}
             write_vae(vae, output, json.loads((output / "vae.json").read_text()))
             vae.load_state_dict(trained)
             save_checkpoint(checkpoint, vae, average, optimizer, progress)
-            with (output / "vae-log.jsonl").open("a") as log:
-                log.write(json.dumps(record) + "\n")
+            with (output / f"{name}-log.jsonl").open("a") as log:
+                log.write(json.dumps({**(about or {}), **record}) + "\n")
             tqdm.write(json.dumps(record))
     bar.close()
 
 
 def _loss(vae: BlockVAE, video: Tensor, rng: np.random.Generator) -> Tensor:
-    """Mean absolute and half the squared error of the later latent frame's video; video [B,3,2t,sH,sW]."""
-    with torch.autocast(video.device.type, enabled=False):
-        latents = vae.project(video)  # [B,Cz,2,H,W]
-        noise = torch.from_numpy(rng.standard_normal(latents.shape, np.float32)).to(video.device)
-        level = torch.from_numpy(rng.random((len(latents), 1, 1, 1, 1), np.float32)).to(video.device)
-        before, now = (latents + LATENT_NOISE * level * noise).unbind(2)
-    frames = vae.decode_frame(now, before).float().permute(0, 4, 1, 2, 3)
-    difference = frames - video[:, :, vae.frames :]
+    """``drawing_loss`` of the later latent frame, from latents with a little noise; video [B,3,2t,sH,sW]."""
+    latents = vae.project(video)  # [B,Cz,2,H,W]
+    noise = torch.from_numpy(rng.standard_normal(latents.shape, np.float32)).to(video.device)
+    level = torch.from_numpy(rng.random((len(latents), 1, 1, 1, 1), np.float32)).to(video.device)
+    before, now = (latents + LATENT_NOISE * level * noise).unbind(2)
+    return drawing_loss(vae, now, before, video[:, :, vae.frames :])
+
+
+def drawing_loss(vae: BlockVAE, now: Tensor, before: Tensor, frames: Tensor) -> Tensor:
+    """Mean absolute and half the squared error of a drawn latent frame: raw latents [B,Cz,H,W] of it and of
+    the one before, and what they should show, [B,3,t,sH,sW]."""
+    with torch.autocast(frames.device.type, torch.bfloat16):
+        drawn = vae.decode_frame(now, before)
+    difference = drawn.float().permute(0, 4, 1, 2, 3) - frames
     return difference.abs().mean() + 0.5 * difference.square().mean()
 
 

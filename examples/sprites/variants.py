@@ -1,8 +1,9 @@
 """The paper's tables 2 and 3 in small: its variants, trained alike from one base, scored alike, in one table.
 
 As in the paper, where CLIP, T5 and the video transformer came pretrained, every run starts from the same text
-encoder, picture encoder and plain transformer, and learns what ties pictures to the video anew: Q-Former, DAM
-and injection, drawn from the run's seed. Each row differs from ours in one field of the configuration.
+encoder, picture encoder (both stay as they are) and plain transformer, and learns what ties pictures to the
+video anew: Q-Former, DAM and injection, drawn from the run's seed. Each row differs from ours in one field of
+the configuration.
 
 A run lives in ``OUTPUT/NAME-SEED/`` and ends with its ``score.json``; one that has it is not run again, so
 the command may be stopped at any moment and goes on when it is given again.
@@ -11,6 +12,7 @@ the command may be stopped at any moment and goes on when it is given again.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import platform
 import shutil
@@ -23,6 +25,7 @@ import numpy as np
 import torch
 
 from conceptmaster import __version__
+from conceptmaster.engine.adapter import adapter_keys
 from conceptmaster.engine.config import ModelConfig
 from conceptmaster.engine.model import ConceptMaster
 from conceptmaster.engine.weights import WeightsError, load, load_model, save, sha256
@@ -32,10 +35,11 @@ from conceptmaster.export.source import open_source
 from conceptmaster.runtime.errors import ConceptMasterError, InputError
 from conceptmaster.runtime.files import check_output, replacing
 
-from .arguments import seed_range
+from .arguments import check_counts, seed_range
+from .batches import TRAITS_FILE
 from .pool import shards
 from .score import Options, score
-from .train import collect, sprites_config
+from .train import collect
 from .train_model import train_model
 from .vocabulary import build_tokenizer
 
@@ -43,8 +47,6 @@ CONCEPTS = 2
 """Concepts of every request that is scored."""
 FIELDS = ("encoder", "binding", "injection")
 """The fields of ``ConceptConfig`` in which variants differ."""
-CONCEPT_PATH = ("qformer.", "dam.")
-"""What is learned anew beside the transformer's ``concept_keys``: how the tensors' names begin."""
 LATENTS = ("mean", "basis", "scale")
 """The VAE's tensors that decide what its latents are; the others only draw them."""
 SCORES = {"different_nouns": False, "same_noun": True}
@@ -79,9 +81,10 @@ class Variant:
     binding: str = "dam"
     injection: str = "standalone"
 
-    def config(self, vae: dict[str, Any]) -> ModelConfig:
-        """The model of this variant for latents of a VAE of this configuration."""
-        return sprites_config(vae, encoder=self.encoder, binding=self.binding, injection=self.injection)
+    def config(self, base: ModelConfig) -> ModelConfig:
+        """The model of this variant, all else as in a base."""
+        concept = {name: getattr(self, name) for name in FIELDS}
+        return dataclasses.replace(base, concept=dataclasses.replace(base.concept, **concept))
 
 
 OURS = Variant("ours", "standalone, with DAM", (2, 3), 0.623)
@@ -128,8 +131,7 @@ def run(args: argparse.Namespace) -> int:
     """
     _check_arguments(args)
     check_data(args.data)
-    vae = _read_vae(args.data / "vae" / "vae.json")
-    base = _open_base(args.base, args.data, OURS.config(vae))
+    base = _open_base(args.base, args.data)
     args.output.mkdir(parents=True, exist_ok=True)
     table = check_output(args.table or args.output / "table.md", (".md",))
     everything = check_output(args.json or args.output / "variants.json", (".json",))
@@ -153,7 +155,7 @@ def run(args: argparse.Namespace) -> int:
             folder = args.output / f"{variant.name}-{seed}"
             if not (folder / "score.json").exists():
                 try:
-                    _train_and_score(variant, vae, seed, args, folder)
+                    _train_and_score(variant, base.config, seed, args, folder)
                 except (ConceptMasterError, ExportError, WeightsError) as error:
                     raise ConceptMasterError(f"{folder}: {error}") from error
                 _publish(args.output, settings, table, everything)
@@ -164,10 +166,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check_arguments(args: argparse.Namespace) -> None:
-    for name in ("steps", "batch_size", "threads"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise InputError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    check_counts(args, "steps", "batch_size", "threads")
     if not 0 < args.lr < float("inf"):
         raise InputError(f"--lr must be a positive number, got {args.lr}")
     if min(args.seeds) < 0 or len(set(args.seeds)) < len(args.seeds):
@@ -182,7 +181,7 @@ def check_data(data: Path) -> None:
         found = shards(data / pool)
         if not found:
             lacking["draw"].append(pool)
-        bare = [s for s in found if not ((s / "latents.npy").exists() and (s / "portraits.npy").exists())]
+        bare = [s for s in found if not ((s / "latents.npy").exists() and (s / TRAITS_FILE).exists())]
         if bare or not found:
             lacking["latents"].append(f"{pool}/{bare[0].name if bare else 'shard-*'}/latents.npy")
     for name, stage in (("vae.json", "latents"), ("vae.safetensors", "vae")):
@@ -197,26 +196,17 @@ def check_data(data: Path) -> None:
         raise InputError(f"{data} lacks {missing}: make it with `{command}`")
 
 
-def _read_vae(path: Path) -> dict[str, Any]:
-    try:
-        vae = json.loads(path.read_text("utf-8"))
-        OURS.config(vae)
-    except ValueError as error:  # no JSON, or a ConfigError
-        raise InputError(f"{path} is no configuration of this world's VAE: {error}") from error
-    return vae
-
-
-def _open_base(weights: Path, data: Path, config: ModelConfig) -> ConceptMaster:
-    """The base's whole model. Raises InputError where a tensor would not mean what it means in ``config``."""
+def _open_base(weights: Path, data: Path) -> ConceptMaster:
+    """The base's whole model. Raises InputError where its latents are not the data's."""
     try:
         model = load_model(weights / "model.safetensors")
         theirs, ours = (load(path / "vae.safetensors")[0] for path in (weights, data / "vae"))
+        vae = json.loads((data / "vae" / "vae.json").read_text("utf-8"))
     except (FileNotFoundError, WeightsError) as error:
         raise InputError(f"cannot start from {weights}: {error}") from error
-    for part in ("transformer", "text_encoder", "image_encoder"):
-        if getattr(model.config, part) != getattr(config, part):
-            raise InputError(f"cannot start from {weights}: its {part} is not configured as this world's")
-    alike = all(model.config.vae[name] == config.vae[name] for name in ("latents_mean", "latents_std"))
+    except ValueError as error:
+        raise InputError(f"{data / 'vae' / 'vae.json'} is not JSON: {error}") from error
+    alike = all(model.config.vae[name] == vae.get(name) for name in ("latents_mean", "latents_std"))
     alike = alike and all(n in theirs and torch.equal(theirs[n], ours[n]) for n in LATENTS if n in ours)
     if not alike:
         raise InputError(f"cannot start from {weights}: it was trained on other latents than {data} has")
@@ -225,9 +215,8 @@ def _open_base(weights: Path, data: Path, config: ModelConfig) -> ConceptMaster:
 
 def write_base(model: ConceptMaster, path: Path) -> None:
     """Write a model's weights without its concept path, as ``train_model`` takes them for ``start``."""
-    new = {f"transformer.{key}" for key in model.transformer.concept_keys()}
-    state = model.state_dict()
-    save(path, {k: v for k, v in state.items() if k not in new and not k.startswith(CONCEPT_PATH)})
+    new = adapter_keys(model)
+    save(path, {name: tensor for name, tensor in model.state_dict().items() if name not in new})
 
 
 def _hold(settings: Mapping[str, Any], path: Path) -> None:
@@ -242,12 +231,12 @@ def _hold(settings: Mapping[str, Any], path: Path) -> None:
 
 
 def _train_and_score(
-    variant: Variant, vae: dict[str, Any], seed: int, args: argparse.Namespace, folder: Path
+    variant: Variant, base: ModelConfig, seed: int, args: argparse.Namespace, folder: Path
 ) -> None:
     """One run, from the base to its ``score.json``; goes on from its last checkpoint."""
     vae_folder, model_folder = args.data / "vae", folder / "model"
     train_model(
-        variant.config(vae),
+        variant.config(base),
         args.data / "clips",
         args.data / "held-out",
         model_folder,
@@ -258,7 +247,10 @@ def _train_and_score(
         device=args.device,
         lr=args.lr,
         log_every=max(1, args.steps // 20),  # a checkpoint every quarter
+        picture_steps=0,
+        caption_steps=0,
         start=args.output / "base.safetensors",
+        freeze=True,
     )
     progress = json.loads(load(model_folder / "training.safetensors")[1]["progress"])
     collect(vae_folder, model_folder, folder / "weights")

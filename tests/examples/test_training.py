@@ -15,7 +15,16 @@ import torch
 
 from conceptmaster.engine.config import preset
 from conceptmaster.engine.weights import load, load_model
-from conceptmaster.examples.sprites import batches, distil, learning, polish, pool, train_model, train_vae
+from conceptmaster.examples.sprites import (
+    batches,
+    distil,
+    learning,
+    polish,
+    pool,
+    train_model,
+    train_vae,
+    widen,
+)
 from conceptmaster.examples.sprites.vocabulary import build_tokenizer
 from conceptmaster.examples.sprites.world import NOUNS, PLACES, random_scene
 
@@ -72,6 +81,7 @@ def train(folder, output, tokenizer, steps, **concept):
         tokenizer,
         steps=steps,
         batch_size=4,
+        picture_steps=1,
         caption_steps=2,
         log_every=2,
     )
@@ -83,7 +93,9 @@ def test_every_variant_trains(variant, folder, tokenizer, tmp_path):
     model = train(folder, tmp_path, tokenizer, 2, **variant)
     for field, value in variant.items():
         assert getattr(model.config.concept, field) == value
-    captions, record = (json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines())
+    lines = (tmp_path / "log.jsonl").read_text().splitlines()
+    pictures, captions, record = (json.loads(line) for line in lines)
+    assert pictures["phase"] == "pictures" and 0 <= pictures["held_out_texture"] <= 1
     assert captions["phase"] == "captions" and len(captions["story"]) == 1
     assert record["step"] == 2 and all(np.isfinite(v) for v in record.values())
 
@@ -106,7 +118,7 @@ def test_an_interrupted_training_resumes_to_the_same_weights(folder, tokenizer, 
     for (name, a), b in zip(whole.state_dict().items(), resumed.state_dict().values(), strict=True):
         assert torch.equal(a, b), name
     lines = (tmp_path / "parts" / "log.jsonl").read_text().splitlines()
-    logged = [record["step"] for record in map(json.loads, lines) if "step" in record]
+    logged = [record["step"] for record in map(json.loads, lines) if "phase" not in record]
     assert logged[-1] == 6 and len(set(logged)) == 3
 
 
@@ -303,3 +315,58 @@ def test_polishing_changes_the_network_alone_and_draws_the_models_latents_better
     with torch.no_grad():
         errors = [(vae.decode(latents) - videos).abs().mean() for vae in (before, after)]
     assert errors[1] < errors[0]
+
+
+@pytest.mark.parametrize("variant", [{}, {"injection": "shared_query"}, {"injection": "merged"}])
+def test_a_model_twice_as_wide_computes_the_same_until_it_is_trained(variant, folder, tokenizer, tmp_path):
+    model = train(folder, tmp_path, tokenizer, 2, **variant)
+    wide = widen.widened(model)
+    assert wide.config.transformer.width == 2 * model.config.transformer.width
+    torch.manual_seed(1)
+    concept = model.config.concept
+    inputs = (
+        torch.randn(2, *model.config.latent_shape),
+        torch.tensor([900.0, 200.0]),
+        torch.randn(2, 48, model.config.transformer.text_dim),
+        torch.randn(2, concept.max_concepts, concept.tokens_per_concept, concept.width),
+        torch.tensor([[True, True, False, False], [False] * 4]),
+    )
+    with torch.no_grad():
+        narrow, same = (m.transformer(*inputs) for m in (model, wide))
+    torch.testing.assert_close(same, narrow, rtol=1e-4, atol=1e-4)
+    velocity = wide.transformer(*inputs)
+    velocity.square().sum().backward()
+    twins = wide.transformer.blocks[0].ffn.net[0].proj.weight.grad.chunk(2)
+    assert not torch.allclose(twins[0], twins[1], rtol=1e-2), "twins would stay twins"
+
+
+def test_frozen_encoders_stay_as_they_are(folder, tokenizer, tmp_path):
+    start = train(folder, tmp_path / "start", tokenizer, 2)
+    train_model.train_model(
+        small_config(),
+        folder,
+        folder,
+        tmp_path / "on",
+        tokenizer,
+        steps=2,
+        batch_size=4,
+        picture_steps=0,
+        caption_steps=0,
+        start=tmp_path / "start" / "model.safetensors",
+        freeze=True,
+    )
+    after = load_model(tmp_path / "on" / "model.safetensors").state_dict()
+    before = start.state_dict()
+    moved = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
+    assert moved == {"qformer", "dam", "transformer"}
+
+
+def test_plain_attention_is_torchs_own():
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 3, n, 8) for n in (5, 7, 7))
+    for options in ({}, {"attn_mask": torch.rand(2, 1, 5, 7) > 0.3}, {"attn_mask": torch.randn(2, 1, 5, 7)}):
+        own = torch.nn.functional.scaled_dot_product_attention(q, k, v, **options)
+        with train_model.PlainAttention():
+            plain = torch.nn.functional.scaled_dot_product_attention(q, k, v, **options)
+        torch.testing.assert_close(plain, own)
+        assert plain is not own

@@ -1,0 +1,141 @@
+"""Teach the picture encoder and the Q-Former to see, on reference pictures alone, before any video.
+
+The paper's picture encoder is CLIP, which came trained; this world's starts from nothing, and the video's own
+loss asks for colours long before it asks for patterns. Two training-only heads ask early: one redraws the
+concept upright from its visual queries, the other names its texture, accessory and noun.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from conceptmaster.engine.concepts import QFormerLayer
+
+from .batches import PORTRAIT, LatentPool
+from .learning import MuonAdamW, gradient_norm, schedule
+from .world import ACCESSORIES, NOUNS, TEXTURES
+
+TRAITS = (len(TEXTURES), len(ACCESSORIES), len(NOUNS))
+"""Kinds of each trait that ``TraitHead`` names."""
+TRAIT_WEIGHT = 0.1
+PATCH = 4
+"""Side of the squares that a portrait is drawn in."""
+
+
+class PortraitHead(nn.Module):
+    """How a concept looks: visual queries [M,Q,Dc] -> the sprite upright, [M,3,32,32] in -1..1.
+
+    Each square of the portrait looks into the queries by cross-attention, as the video's tokens do.
+    """
+
+    def __init__(self, concept_width: int, heads: int = 4) -> None:
+        super().__init__()
+        side = PORTRAIT // PATCH
+        self.places = nn.Parameter(torch.randn(side * side, concept_width))
+        self.layers = nn.ModuleList([QFormerLayer(concept_width, heads) for _ in range(2)])
+        self.out = nn.Linear(concept_width, 3 * PATCH * PATCH)
+
+    def forward(self, queries: Tensor) -> Tensor:
+        """Predicted pictures."""
+        x = self.places.expand(len(queries), -1, -1)
+        for layer in self.layers:
+            x = layer(x, queries)
+        squares = self.out(x).transpose(1, 2)  # [M,3*PATCH*PATCH,side*side]
+        return F.fold(squares, PORTRAIT, PATCH, stride=PATCH)
+
+
+class TraitHead(nn.Module):
+    """What a concept is: visual queries [M,Q,Dc] -> logits of every trait, one [M,kinds] for each of
+    ``TRAITS``."""
+
+    def __init__(self, queries: int, concept_width: int) -> None:
+        super().__init__()
+        self.net = nn.Linear(queries * concept_width, sum(TRAITS))
+
+    def forward(self, queries: Tensor) -> tuple[Tensor, ...]:
+        """Logits in the order of ``TRAITS``."""
+        return self.net(queries.flatten(1)).split(TRAITS, dim=1)
+
+
+def picture_losses(
+    portrait_head: PortraitHead, trait_head: TraitHead, queries: Tensor, portraits: Tensor, traits: Tensor
+) -> dict[str, Tensor]:
+    """Losses of visual queries [M,Q,Dc], portraits [M,3,32,32] in -1..1, traits int64 [M,3]; ``texture`` is a
+    share of right answers, without gradient."""
+    difference = portrait_head(queries) - portraits
+    portrait = difference.abs().mean() + difference.square().mean()
+    logits = trait_head(queries)
+    named = sum((F.cross_entropy(part, traits[:, k]) for k, part in enumerate(logits)), queries.new_zeros(()))
+    right = (logits[0].argmax(1) == traits[:, 0]).float().mean()
+    return {
+        "total": portrait + TRAIT_WEIGHT * named,
+        "portrait": portrait,
+        "traits": named,
+        "texture": right,
+    }
+
+
+def learn_pictures(
+    see: nn.Module,
+    portrait_head: PortraitHead,
+    trait_head: TraitHead,
+    pool: LatentPool,
+    *,
+    steps: int,
+    seed: int,
+    device: str,
+    adam_names: tuple[str, ...],
+    batch_size: int = 128,
+    log: Callable[[dict[str, float]], None] | None = None,
+    judge: LatentPool | None = None,
+    lr: float = 0.012,
+    log_every: int = 50,
+) -> None:
+    """Train ``see`` (pixels [M,3,px,px] -> visual queries [M,Q,Dc]) and both heads on reference pictures.
+
+    ``log`` takes mean losses every ``log_every`` steps, with those of ``judge`` (looks held out) beside them.
+    """
+    parts = nn.ModuleDict({"see": see, "portrait": portrait_head, "trait": trait_head})
+    optimizer = MuonAdamW(parts.named_parameters(), lr, 1.5e-3, adam_names=adam_names)
+    sums: dict[str, float] = {}
+    for step in tqdm(range(steps), desc="pictures", disable=None):
+        optimizer.set_scale(schedule(step / steps))
+        rng = np.random.Generator(np.random.Philox(key=[seed, 2**32 + step]))
+        losses = _on_pictures(see, portrait_head, trait_head, pool, rng, batch_size, device)
+        optimizer.zero_grad(set_to_none=True)
+        losses["total"].backward()
+        gradient_norm([p for p in parts.parameters() if p.requires_grad], 2.0)
+        optimizer.step()
+        for name, value in losses.items():
+            sums[name] = sums.get(name, 0.0) + float(value.detach())
+        if log is not None and ((step + 1) % log_every == 0 or step + 1 == steps):
+            count = step % log_every + 1
+            record = {name: round(value / count, 4) for name, value in sums.items()}
+            sums = {}
+            if judge is not None:
+                with torch.no_grad():
+                    fixed = np.random.default_rng(0)
+                    found = _on_pictures(see, portrait_head, trait_head, judge, fixed, 512, device)
+                record |= {f"held_out_{name}": round(float(value), 4) for name, value in found.items()}
+            log({"step": step + 1, **record})
+
+
+def _on_pictures(
+    see: nn.Module,
+    portrait_head: PortraitHead,
+    trait_head: TraitHead,
+    pool: LatentPool,
+    rng: np.random.Generator,
+    size: int,
+    device: str,
+) -> dict[str, Tensor]:
+    pixels, portraits, traits = (x.to(device) for x in pool.pictures(rng, size))
+    with torch.autocast(torch.device(device).type, torch.bfloat16):
+        queries = see(pixels)
+    return picture_losses(portrait_head, trait_head, queries.float(), portraits, traits)
