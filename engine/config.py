@@ -362,13 +362,13 @@ def _sprites() -> ModelConfig:
     return ModelConfig(
         name="sprites",
         transformer=TransformerConfig(
-            num_attention_heads=6,
+            num_attention_heads=12,
             attention_head_dim=32,
             in_channels=48,
             out_channels=48,
             text_dim=128,
             freq_dim=128,
-            ffn_dim=576,
+            ffn_dim=1152,
             num_layers=6,
             position_channels=24,
             prediction="sample",

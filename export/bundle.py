@@ -15,6 +15,7 @@ from .. import __version__
 from ..engine.config import ModelConfig
 from ..runtime import manifest as manifests
 from ..runtime.manifest import Defaults, GraphFile, HashedFile, Manifest, Pictures, Shapes
+from .compact import compact
 from .errors import ExportError
 from .graphs import graph_specs
 from .onnx_graph import describe, export_graph
@@ -57,10 +58,12 @@ def write_bundle(
             path = temporary / f"{spec.name}.onnx"
             graphs[spec.name] = export_graph(spec, path)
             rows.append(_held(check(spec, path, "fp32")))
-            if precision_of(spec.name, precision) != "fp32":
+            own = precision_of(spec.name, precision)
+            if own != "fp32":
                 quantise(path)
+            if compact(path) or own != "fp32":
                 graphs[spec.name] = describe(path, spec)
-                rows[-1] = _held(check(spec, path, precision))
+                rows[-1] = _held(check(spec, path, own))
         tokenizer = temporary / "tokenizer.json"
         tokenizer.write_text(source.tokenizer, encoding="utf-8")
         manifest = Manifest(

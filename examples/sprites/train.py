@@ -18,7 +18,7 @@ import torch
 from tqdm import tqdm
 
 from conceptmaster.engine.config import BINDINGS, ENCODERS, INJECTIONS, ModelConfig, preset
-from conceptmaster.engine.weights import WeightsError, load_model
+from conceptmaster.engine.weights import WeightsError, load_model, save_model
 from conceptmaster.runtime.errors import InputError
 
 from .arguments import check_counts
@@ -182,9 +182,10 @@ def _find_latents(clips: Path, held_out: Path, vae_folder: Path) -> None:
 
 
 def collect(vae_folder: Path, model_folder: Path, output: Path) -> None:
-    """Put what ``conceptmaster export`` reads into one folder: weights, tokenizer and sampling defaults."""
+    """Put what ``conceptmaster export`` reads into one folder: weights (rounded to float16, which halves them
+    and their bundles), tokenizer and sampling defaults."""
     output.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(model_folder / "model.safetensors", output / "model.safetensors")
+    save_model(load_model(model_folder / "model.safetensors").half(), output / "model.safetensors")
     shutil.copyfile(vae_folder / "vae.safetensors", output / "vae.safetensors")
     build_tokenizer().save(str(output / "tokenizer.json"))
     (output / "defaults.json").write_text(json.dumps(DEFAULTS, indent=1) + "\n")
