@@ -48,6 +48,22 @@ class Captions:
         return Captions(*(getattr(self, f.name).to(device) for f in fields(self)))
 
 
+@dataclass(frozen=True)
+class Pictures:
+    """A batch of references alone: pixels [M,3,px,px] (CLIP-normalised), label_ids/label_mask [M,L],
+    portraits [M,3,32,32] in -1..1, traits int64 [M,3]."""
+
+    pixels: Tensor
+    label_ids: Tensor
+    label_mask: Tensor
+    portraits: Tensor
+    traits: Tensor
+
+    def to(self, device: str) -> Pictures:
+        """The batch on a device."""
+        return Pictures(*(getattr(self, f.name).to(device) for f in fields(self)))
+
+
 @dataclass
 class Batch:
     """One training batch; N slots of which ``concept_mask`` tells the filled ones, in random order.
@@ -216,10 +232,11 @@ class LatentPool:
             torch.from_numpy(traits),
         )
 
-    def pictures(self, rng: np.random.Generator, size: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Random references alone: pixels [M,3,px,px] (CLIP-normalised), portraits [M,3,32,32] in -1..1,
-        traits int64 [M,3]."""
+    def pictures(self, rng: np.random.Generator, size: int) -> Pictures:
+        """Random references alone."""
         pixels = np.zeros((size, *self.shards[0].references.shape[3:]), np.uint8)
+        label_ids = np.zeros((size, self.label_tokens), np.int64)
+        label_mask = np.zeros(label_ids.shape, bool)
         faces = np.zeros((size, PORTRAIT, PORTRAIT, 3), np.uint8)
         traits = np.zeros((size, 3), np.int64)
         for m in range(size):
@@ -228,8 +245,14 @@ class LatentPool:
             k = int(rng.integers(len(shard.captions)))
             n, r = int(rng.integers(len(shard.labels[k]))), int(rng.integers(shard.references.shape[2]))
             pixels[m] = shard.references[k, n, r]
+            label_ids[m], label_mask[m] = self.label(shard.labels[k][n])
             faces[m], traits[m] = self.portraits[s][k, n], self.traits[s][k, n]
-        return _for_clip(pixels), _minus_one_to_one(faces), torch.from_numpy(traits)
+        return Pictures(
+            _for_clip(pixels),
+            *(torch.from_numpy(array) for array in (label_ids, label_mask)),
+            _minus_one_to_one(faces),
+            torch.from_numpy(traits),
+        )
 
 
 def _for_clip(pixels: np.ndarray) -> Tensor:

@@ -41,8 +41,8 @@ class Plan:
     teacher's; ``shift``: of both schedules."""
 
     steps: int = 4
-    substeps: int = 3
-    guidance: float = 2.5
+    substeps: int = 2
+    guidance: float = 3.0
     shift: float = 3.0
 
     def sigmas(self) -> np.ndarray:
@@ -60,7 +60,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, default=1000, help="steps of training (1000)")
     parser.add_argument("--batch-size", type=int, default=32, help="clips in a step (32)")
     parser.add_argument("--sampling-steps", type=int, default=4, help="what the student will need (4)")
-    parser.add_argument("--guidance", type=float, default=2.5, help="the teacher's (2.5)")
+    parser.add_argument("--substeps", type=int, default=2, help="the teacher's steps for each of these (2)")
+    parser.add_argument("--guidance", type=float, default=3.0, help="the teacher's (3)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=None, help="CPU threads (one per core)")
@@ -68,11 +69,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Distil and collect a weights folder; returns 0. Raises InputError for what cannot work."""
-    check_counts(args, "steps", "batch_size", "sampling_steps")
+    check_counts(args, "steps", "batch_size", "sampling_steps", "substeps")
     check_trained(args.teacher, args.data)
     if args.threads is not None:
         torch.set_num_threads(args.threads)
-    plan = Plan(steps=args.sampling_steps, guidance=args.guidance)
+    plan = Plan(steps=args.sampling_steps, substeps=args.substeps, guidance=args.guidance)
     distil(
         args.teacher / "model.safetensors",
         args.data / "clips",

@@ -9,6 +9,7 @@ them is shipped.
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import time
@@ -35,7 +36,7 @@ from conceptmaster.engine.weights import load, load_strict, save_model
 
 from .batches import Batch, Dropped, LatentPool
 from .learning import Average, MuonAdamW, gradient_norm, load_checkpoint, save_checkpoint, schedule
-from .train_pictures import PortraitHead, TraitHead, learn_pictures, picture_losses
+from .train_pictures import PortraitHead, Sight, TraitHead, learn_pictures, picture_losses
 
 FOREGROUND = 3.0
 """Extra weight of the loss where a concept is."""
@@ -309,22 +310,23 @@ def _learn_parts(
     caption_steps: int,
     seed: int,
     device: str,
+    started: bool,
     log: Callable[[Mapping[str, object]], None],
 ) -> None:
-    """What is learned before the videos: to see pictures, to read captions."""
-    see = nn.Sequential(trainee.model.image_encoder, trainee.model.qformer)
+    """What is learned before the videos: to see pictures, without becoming unreadable for what was there
+    before if the model was ``started`` from another, and to read captions."""
+    model = trainee.model
+    sight = Sight(model, trainee.portrait, trainee.trait, copy.deepcopy(model).eval() if started else None)
     with cheapest_attention(device):
         learn_pictures(
-            see,
-            trainee.portrait,
-            trainee.trait,
+            sight,
             pool,
             steps=picture_steps,
             seed=seed,
             device=device,
             adam_names=ADAM_NAMES,
             judge=judge,
-            log=lambda record: log({"phase": "pictures", **record}),
+            log=log,
         )
     losses = learn_captions(trainee, pool, steps=caption_steps, seed=seed, device=device)
     if losses:
@@ -381,7 +383,8 @@ def train_model(
         told = _log if rank == 0 else (lambda *_: None)
         if start is not None:
             told(output, {"phase": "start", "fresh": start_from(trainee.model, start)})
-        _learn_parts(trainee, pool, judge, picture_steps, caption_steps, seed, device, partial(told, output))
+        log = partial(told, output)
+        _learn_parts(trainee, pool, judge, picture_steps, caption_steps, seed, device, start is not None, log)
     if freeze:
         trainee.model.text_encoder.requires_grad_(False)
         trainee.model.image_encoder.requires_grad_(False)

@@ -7,7 +7,7 @@ concept upright from its visual queries, the other names its texture, accessory 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from conceptmaster.engine.concepts import QFormerLayer
+from conceptmaster.engine.model import ConceptMaster
 
-from .batches import PORTRAIT, LatentPool
+from .batches import PORTRAIT, LatentPool, Pictures
 from .learning import MuonAdamW, gradient_norm, schedule
 from .world import ACCESSORIES, NOUNS, TEXTURES
 
@@ -81,61 +82,72 @@ def picture_losses(
     }
 
 
+class Sight(nn.Module):
+    """What is trained here: the parts of a model that see and bind, and the two heads.
+
+    With ``kept``, an earlier state of the same model, concept tokens are also held to the earlier ones: what
+    reads them goes on understanding them while they come to tell more.
+    """
+
+    def __init__(
+        self, model: ConceptMaster, portrait: PortraitHead, trait: TraitHead, kept: ConceptMaster | None
+    ) -> None:
+        super().__init__()
+        self.image_encoder, self.qformer = model.image_encoder, model.qformer
+        self.portrait, self.trait = portrait, trait
+        if kept is not None:
+            self.dam = model.dam  # without it nothing here reaches it
+        self.before = [kept] if kept is not None else []  # in a list: no part of this module
+
+    def forward(self, batch: Pictures) -> dict[str, Tensor]:
+        """The losses of ``picture_losses``, and ``kept``: relative squared error to the earlier tokens."""
+        with torch.autocast(batch.pixels.device.type, torch.bfloat16):
+            queries = self.qformer(self.image_encoder(batch.pixels))  # [M,Q,Dc]
+        losses = picture_losses(self.portrait, self.trait, queries.float(), batch.portraits, batch.traits)
+        for before in self.before:
+            with torch.no_grad():
+                text = before.text_encoder(batch.label_ids, batch.label_mask)
+                seen = before.qformer(before.image_encoder(batch.pixels))
+                wanted = before.dam(seen, text, batch.label_mask)
+            found = self.dam(queries.float(), text, batch.label_mask)  # [M,Q,Dc]
+            losses["kept"] = (found - wanted).square().mean() / wanted.square().mean()
+            losses["total"] = losses["total"] + losses["kept"]
+        return losses
+
+
 def learn_pictures(
-    see: nn.Module,
-    portrait_head: PortraitHead,
-    trait_head: TraitHead,
+    sight: Sight,
     pool: LatentPool,
     *,
     steps: int,
     seed: int,
     device: str,
     adam_names: tuple[str, ...],
+    judge: LatentPool,
+    log: Callable[[Mapping[str, object]], None],
     batch_size: int = 128,
-    log: Callable[[dict[str, float]], None] | None = None,
-    judge: LatentPool | None = None,
     lr: float = 0.012,
     log_every: int = 50,
 ) -> None:
-    """Train ``see`` (pixels [M,3,px,px] -> visual queries [M,Q,Dc]) and both heads on reference pictures.
-
-    ``log`` takes mean losses every ``log_every`` steps, with those of ``judge`` (looks held out) beside them.
-    """
-    parts = nn.ModuleDict({"see": see, "portrait": portrait_head, "trait": trait_head})
-    optimizer = MuonAdamW(parts.named_parameters(), lr, 1.5e-3, adam_names=adam_names)
+    """Train on reference pictures; ``log`` takes mean losses every ``log_every`` steps, with those of
+    ``judge`` (looks held out) beside them."""
+    parameters = [p for p in sight.parameters() if p.requires_grad]
+    optimizer = MuonAdamW(sight.named_parameters(), lr, 1.5e-3, adam_names=adam_names)
     sums: dict[str, float] = {}
     for step in tqdm(range(steps), desc="pictures", disable=None):
         optimizer.set_scale(schedule(step / steps))
         rng = np.random.Generator(np.random.Philox(key=[seed, 2**32 + step]))
-        losses = _on_pictures(see, portrait_head, trait_head, pool, rng, batch_size, device)
+        losses = sight(pool.pictures(rng, batch_size).to(device))
         optimizer.zero_grad(set_to_none=True)
         losses["total"].backward()
-        gradient_norm([p for p in parts.parameters() if p.requires_grad], 2.0)
+        gradient_norm(parameters, 2.0)
         optimizer.step()
         for name, value in losses.items():
             sums[name] = sums.get(name, 0.0) + float(value.detach())
-        if log is not None and ((step + 1) % log_every == 0 or step + 1 == steps):
-            count = step % log_every + 1
-            record = {name: round(value / count, 4) for name, value in sums.items()}
+        if (step + 1) % log_every == 0 or step + 1 == steps:
+            record = {name: round(value / (step % log_every + 1), 4) for name, value in sums.items()}
             sums = {}
-            if judge is not None:
-                with torch.no_grad():
-                    fixed = np.random.default_rng(0)
-                    found = _on_pictures(see, portrait_head, trait_head, judge, fixed, 512, device)
-                record |= {f"held_out_{name}": round(float(value), 4) for name, value in found.items()}
-            log({"step": step + 1, **record})
-
-
-def _on_pictures(
-    see: nn.Module,
-    portrait_head: PortraitHead,
-    trait_head: TraitHead,
-    pool: LatentPool,
-    rng: np.random.Generator,
-    size: int,
-    device: str,
-) -> dict[str, Tensor]:
-    pixels, portraits, traits = (x.to(device) for x in pool.pictures(rng, size))
-    with torch.autocast(torch.device(device).type, torch.bfloat16):
-        queries = see(pixels)
-    return picture_losses(portrait_head, trait_head, queries.float(), portraits, traits)
+            with torch.no_grad():
+                found = sight(judge.pictures(np.random.default_rng(0), 512).to(device))
+            record |= {f"held_out_{name}": round(float(value), 4) for name, value in found.items()}
+            log({"phase": "pictures", "step": step + 1, **record})

@@ -3,6 +3,7 @@ named."""
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import errno
 import json
@@ -22,6 +23,7 @@ from conceptmaster.examples.sprites import (
     polish,
     pool,
     train_model,
+    train_pictures,
     train_vae,
     widen,
 )
@@ -372,3 +374,37 @@ def test_plain_attention_is_torchs_own():
             plain = torch.nn.functional.scaled_dot_product_attention(q, k, v, **options)
         torch.testing.assert_close(plain, own)
         assert plain is not own
+
+
+def test_learning_to_see_more_keeps_what_the_transformer_reads(folder, tokenizer, tmp_path):
+    start = train(folder, tmp_path, tokenizer, 2)
+    torch.manual_seed(3)
+    model = copy.deepcopy(start).train()
+    with torch.no_grad():
+        for parameter in model.qformer.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    concept, data = start.config.concept, batches.LatentPool(folder, tokenizer, 48, 8)
+    heads = (
+        train_pictures.PortraitHead(concept.width),
+        train_pictures.TraitHead(concept.tokens_per_concept, concept.width),
+    )
+    records = []
+    train_pictures.learn_pictures(
+        train_pictures.Sight(model, *heads, start),
+        data,
+        steps=12,
+        seed=0,
+        device="cpu",
+        adam_names=train_model.ADAM_NAMES,
+        judge=data,
+        log=records.append,
+        batch_size=16,
+        log_every=4,
+    )
+    held = [record["held_out_kept"] for record in records]
+    assert held[-1] < 0.7 * held[0]
+    pictures = data.pictures(np.random.default_rng(1), 8)
+    with torch.no_grad():
+        mask, filled = pictures.label_mask[:, None], pictures.pixels[:, None]
+        a, b = (m.eval().concepts(filled, pictures.label_ids[:, None], mask) for m in (start, model))
+    assert float((a - b).square().mean() / a.square().mean()) == pytest.approx(held[-1], abs=0.3)
