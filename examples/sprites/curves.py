@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +14,45 @@ from conceptmaster.runtime.files import check_output, replacing
 from .plot import import_matplotlib
 
 LOGS = Path(__file__).parent / "training"
+
+
+@dataclass(frozen=True)
+class Panel:
+    """A log's file, its x axis, its curves, their title, and the phase whose lines they are (None: those
+    without one)."""
+
+    file: str
+    x: str
+    curves: tuple[str, ...]
+    title: str
+    phase: str | None = None
+
+
 PANELS = (
-    ("vae-log.jsonl", "step", ("psnr",), "VAE: PSNR of held-out clips, dB"),
-    ("model-log.jsonl", "samples", ("flow",), "model: loss of the velocity"),
-    ("model-log.jsonl", "samples", ("layout", "story", "portrait"), "model: training-only heads"),
-    (
+    Panel("vae-log.jsonl", "step", ("psnr",), "VAE: PSNR of held-out clips, dB"),
+    Panel(
+        "model-log.jsonl",
+        "step",
+        ("texture", "held_out_texture"),
+        "pictures alone: share of textures named right",
+        "pictures",
+    ),
+    Panel(
+        "model-log.jsonl",
+        "step",
+        ("portrait", "held_out_portrait", "held_out_kept"),
+        "pictures alone: portraits, and what is kept",
+        "pictures",
+    ),
+    Panel("model-log.jsonl", "samples", ("flow",), "videos: loss of the velocity"),
+    Panel("model-log.jsonl", "samples", ("layout", "story", "portrait"), "videos: training-only heads"),
+    Panel(
         "model-log.jsonl",
         "samples",
         ("probe_with", "probe_without", "probe_swapped"),
-        "model: error at noise 0.85, held-out looks",
+        "videos: error at noise 0.85, held-out looks",
     ),
 )
-"""File, its x axis, its curves, and the panel's title."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Draw the curves; returns 0. Raises InputError for logs that are missing or damaged."""
     output = check_output(Path(args.output), (".png",))
-    records = {name: _read(args.logs / name) for name in sorted({panel[0] for panel in PANELS})}
+    records = {name: _read(args.logs / name) for name in sorted({panel.file for panel in PANELS})}
     draw(records, output)
     print(output)
     return 0
@@ -55,14 +83,16 @@ def _read(path: Path) -> list[dict[str, Any]]:
 
 def draw(records: dict[str, list[dict[str, Any]]], output: Path) -> None:
     """Write the picture, whole or not at all. Raises MissingDependency without matplotlib."""
-    figure = import_matplotlib()(figsize=(11, 6.5), layout="constrained")
-    for axes, (file, x, names, title) in zip(figure.subplots(2, 2).flat, PANELS, strict=True):
-        for name in names:
-            points = [(record[x], record[name]) for record in records[file] if name in record and x in record]
-            axes.plot(*zip(*points, strict=True), label=name)
-        axes.set(title=title, xlabel=x)
+    figure = import_matplotlib()(figsize=(15, 6.5), layout="constrained")
+    for axes, panel in zip(figure.subplots(2, 3).flat, PANELS, strict=True):
+        own = [record for record in records[panel.file] if record.get("phase") == panel.phase]
+        for name in panel.curves:
+            points = [(r[panel.x], r[name]) for r in own if name in r and panel.x in r]
+            if points:
+                axes.plot(*zip(*points, strict=True), label=name)
+        axes.set(title=panel.title, xlabel=panel.x)
         axes.grid(alpha=0.3)
-        if len(names) > 1:
+        if len(panel.curves) > 1:
             axes.legend()
     with replacing(output) as temporary:
-        figure.savefig(temporary, format="png", dpi=110)
+        figure.savefig(temporary, format="png", dpi=100)

@@ -119,3 +119,10 @@ def test_drawing_and_scoring_load_no_torch(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
+
+
+def test_curves_are_drawn_from_the_shipped_logs(tmp_path, capsys):
+    assert main(["curves", "--output", str(tmp_path / "curves.png")]) == 0
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert main(["curves", "--logs", str(tmp_path), "--output", str(tmp_path / "again.png")]) == 2
+    assert "no log at" in capsys.readouterr().err and not (tmp_path / "again.png").exists()
