@@ -249,7 +249,8 @@ class LatentPool:
             faces[m], traits[m] = self.portraits[s][k, n], self.traits[s][k, n]
         return Pictures(
             _for_clip(pixels),
-            *(torch.from_numpy(array) for array in (label_ids, label_mask)),
+            torch.from_numpy(label_ids),
+            torch.from_numpy(label_mask),
             _minus_one_to_one(faces),
             torch.from_numpy(traits),
         )

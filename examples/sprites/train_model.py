@@ -173,7 +173,8 @@ class PlainAttention(TorchFunctionMode):
         plain = not any(kwargs.get(name) for name in ("dropout_p", "is_causal", "enable_gqa"))
         if func is not F.scaled_dot_product_attention or not plain:
             return func(*args, **kwargs)
-        return _plain_attention(*args[:3], kwargs.get("attn_mask"), kwargs.get("scale"))
+        q, k, v = args
+        return _plain_attention(q, k, v, kwargs.get("attn_mask"), kwargs.get("scale"))
 
 
 def _plain_attention(
