@@ -29,7 +29,7 @@ from conceptmaster.runtime.solver import make_schedule
 from .arguments import check_counts, check_trained
 from .batches import Batch, Dropped, LatentPool
 from .learning import Average, MuonAdamW, gradient_norm, load_checkpoint, save_checkpoint, schedule
-from .train_model import ADAM_NAMES, cheapest_attention
+from .train_model import ADAM_NAMES, FOREGROUND, cheapest_attention
 from .vocabulary import build_tokenizer
 
 SOLVER = "euler_trailing"
@@ -165,7 +165,7 @@ def distil(
     while progress["step"] < steps:
         step, began = int(progress["step"]), time.perf_counter()
         rng = np.random.Generator(np.random.Philox(key=[seed, step]))
-        batch = pool.batch(rng, batch_size, Dropped(0, 0, 0)).to(device)
+        batch = pool.batch(rng, batch_size, Dropped(concepts=0.1, caption=0, both=0)).to(device)
         noise = torch.from_numpy(rng.standard_normal(batch.latents.shape, np.float32)).to(device)
         sigmas = levels[torch.from_numpy(rng.integers(plan.steps, size=batch_size)).to(device)]
         optimizer.set_scale(schedule(step / steps))
@@ -197,7 +197,8 @@ def distil(
 def _loss(
     student: ConceptMaster, teacher: ConceptMaster, batch: Batch, noise: Tensor, sigmas: Tensor, scale: float
 ) -> Tensor:
-    """Mean squared error of the mean velocity between two of the student's levels."""
+    """Mean squared error of the mean velocity between two of the student's levels; what the concepts cover
+    counts as in the teacher's training."""
     first, last = (sigmas[:, k, None, None, None, None] for k in (0, -1))
     noisy = (1 - first) * batch.latents + first * noise
     reached = teach(teacher, batch, noisy, sigmas, scale)
@@ -206,4 +207,5 @@ def _loss(
         text = student.text_encoder(batch.token_ids, batch.token_mask)
         concepts = student.concepts(batch.pixels, batch.label_ids, batch.label_mask)
     velocity = student.transformer(noisy, sigmas[:, 0] * 1000.0, text, concepts, batch.concept_mask)
-    return (velocity.float() - target).square().mean()
+    weight = 1 + FOREGROUND * batch.coverage.sum(1, keepdim=True).clamp(max=1)  # [B,1,F,H,W]
+    return ((velocity.float() - target).square() * weight).mean() / weight.mean()
