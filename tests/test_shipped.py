@@ -22,12 +22,12 @@ def pipeline():
     return Pipeline.from_bundle("sprites", threads=1)
 
 
-@pytest.mark.parametrize("bundle", ["sprites", "sprites-int8"])
+@pytest.mark.parametrize("bundle", ["sprites", "sprites-int8", "sprites-fast"])
 def test_concepts_keep_their_own_looks_in_their_own_places(bundle):
     report, _ = score(Options(seeds=range(500, 508), bundle=bundle, controls=False, threads=1))
     assert report["requests"] == 8
     assert report["pair_binding"] >= 0.85  # chance 0.5
-    assert report["identity"] >= 0.35  # chance 0.11
+    assert report["identity"] >= 0.6  # chance 0.11
     assert report["motion"] >= 0.75  # chance 0.17
 
 

@@ -87,7 +87,7 @@ def run(args: argparse.Namespace) -> int:
     )
     weights = args.output / "weights"
     shutil.copytree(args.teacher, weights, dirs_exist_ok=True)
-    shutil.copyfile(args.output / "model.safetensors", weights / "model.safetensors")
+    save_model(load_model(args.output / "model.safetensors").half(), weights / "model.safetensors")
     defaults = json.loads((args.teacher / "defaults.json").read_text())
     own = {"solver": SOLVER, "steps": plan.steps, "shift": plan.shift, "guidance": 1.0}
     (weights / "defaults.json").write_text(json.dumps(defaults | own, indent=1) + "\n")
