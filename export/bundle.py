@@ -21,7 +21,7 @@ from .graphs import graph_specs
 from .onnx_graph import describe, export_graph
 from .quantise import precision_of, quantise
 from .source import Source
-from .verify import Row, check, steps
+from .verify import Row, check, check_small, checked_specs, steps
 
 # How CLIP's pictures are normalised (OpenAI's constants), and white for what a picture leaves free.
 PICTURES = Pictures(
@@ -51,12 +51,18 @@ def write_bundle(
     _check_target(folder, overwrite)
     defaults = _defaults(source.defaults, branches)
     specs = graph_specs(source.model, source.vae, branches=branches)
+    if precision != "fp32" and specs[0].external:
+        raise ExportError("int8 is for models whose weights fit the memory: this base's stay on disk")
+    small = checked_specs(source, branches) if specs[0].external else specs
     with _moved_into_place(folder) as temporary:
         graphs: dict[str, GraphFile] = {}
         rows: list[Row] = []
-        for spec in steps(specs, "export", progress):
+        for spec, checked in zip(steps(specs, "export", progress), small, strict=True):
             path = temporary / f"{spec.name}.onnx"
-            graphs[spec.name] = export_graph(spec, path)
+            graphs[spec.name] = export_graph(spec, path, progress)
+            if spec.external:
+                rows.append(_held(check_small(checked, path)))
+                continue
             rows.append(_held(check(spec, path, "fp32")))
             own = precision_of(spec.name, precision)
             if own != "fp32":
