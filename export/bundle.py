@@ -57,13 +57,13 @@ def write_bundle(
         for spec in steps(specs, "export", progress):
             path = temporary / f"{spec.name}.onnx"
             graphs[spec.name] = export_graph(spec, path)
-            rows.append(_held(check(spec, path, "fp32")))
             own = precision_of(spec.name, precision)
             if own != "fp32":
+                _held(check(spec, path, "fp32"))
                 quantise(path)
             if compact(path) or own != "fp32":
                 graphs[spec.name] = describe(path, spec)
-                rows[-1] = _held(check(spec, path, own))
+            rows.append(_held(check(spec, path, own)))
         tokenizer = temporary / "tokenizer.json"
         tokenizer.write_text(source.tokenizer, encoding="utf-8")
         manifest = Manifest(

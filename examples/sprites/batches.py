@@ -3,8 +3,9 @@ guidance."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 import torch
@@ -33,8 +34,17 @@ class Dropped:
     both: float = 0.06
 
 
+class Tensors:
+    """A dataclass of tensors that go to a device together."""
+
+    def to(self, device: str) -> Self:
+        """The batch on a device."""
+        values = vars(self).values()
+        return type(self)(*(value.to(device, non_blocking=True) for value in values))
+
+
 @dataclass(frozen=True)
-class Captions:
+class Captions(Tensors):
     """A batch of sentences without pictures or latents; fields as in ``Batch``."""
 
     token_ids: Tensor
@@ -43,13 +53,9 @@ class Captions:
     label_mask: Tensor
     coverage: Tensor
 
-    def to(self, device: str) -> Captions:
-        """The batch on a device."""
-        return Captions(*(getattr(self, f.name).to(device) for f in fields(self)))
-
 
 @dataclass(frozen=True)
-class Pictures:
+class Pictures(Tensors):
     """A batch of references alone: pixels [M,3,px,px] (CLIP-normalised), label_ids/label_mask [M,L],
     portraits [M,3,32,32] in -1..1, traits int64 [M,3]."""
 
@@ -59,13 +65,9 @@ class Pictures:
     portraits: Tensor
     traits: Tensor
 
-    def to(self, device: str) -> Pictures:
-        """The batch on a device."""
-        return Pictures(*(getattr(self, f.name).to(device) for f in fields(self)))
-
 
 @dataclass
-class Batch:
+class Batch(Tensors):
     """One training batch; N slots of which ``concept_mask`` tells the filled ones, in random order.
 
     latents [B,Cz,F,H,W], token_ids/token_mask [B,T], pixels [B,N,3,px,px] (CLIP-normalised),
@@ -83,10 +85,6 @@ class Batch:
     coverage: Tensor
     portraits: Tensor
     traits: Tensor
-
-    def to(self, device: str) -> Batch:
-        """The batch on a device."""
-        return Batch(*(getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)))
 
 
 def tokenise(tokenizer: Tokenizer, texts: list[str], length: int) -> tuple[np.ndarray, np.ndarray]:
@@ -125,6 +123,11 @@ def portraits(shard: Shard, first_seed: int, held_out: bool = False) -> None:
         partial.rename(shard.folder / name)
 
 
+def is_encoded(folder: Path) -> bool:
+    """Whether a shard has all that training reads beside its clips."""
+    return all((folder / name).exists() for name in ("latents.npy", PORTRAIT_FILE, TRAITS_FILE))
+
+
 class LatentPool:
     """All encoded shards of a folder; grows when ``refresh`` finds new ones."""
 
@@ -149,8 +152,7 @@ class LatentPool:
         """Take up shards that have been encoded since; returns how many there are."""
         known = {shard.folder for shard in self.shards}
         for folder in shards(self.folder):
-            needed = ("latents.npy", PORTRAIT_FILE, TRAITS_FILE)
-            if folder in known or not all((folder / name).exists() for name in needed):
+            if folder in known or not is_encoded(folder):
                 continue
             shard = open_shard(folder)
             self.shards.append(shard)
@@ -169,11 +171,12 @@ class LatentPool:
 
     def batch(self, rng: np.random.Generator, size: int, dropped: Dropped) -> Batch:
         """A random batch; the same generator state gives the same batch."""
-        picks = []
-        for _ in range(size):
-            s = int(rng.integers(len(self.shards)))
-            picks.append((s, int(rng.integers(len(self.shards[s].captions)))))
-        return self.collate(picks, rng, dropped)
+        return self.collate([self._pick(rng) for _ in range(size)], rng, dropped)
+
+    def _pick(self, rng: np.random.Generator) -> tuple[int, int]:
+        """A random clip: its shard's number and its own in that."""
+        s = int(rng.integers(len(self.shards)))
+        return s, int(rng.integers(len(self.shards[s].captions)))
 
     def captions(self, rng: np.random.Generator, size: int) -> Captions:
         """A random batch of captions with their labels and what they tell."""
@@ -182,8 +185,7 @@ class LatentPool:
         label_mask = np.zeros(label_ids.shape, bool)
         coverage = np.zeros((size, *self.shards[0].coverage.shape[1:]), np.float32)
         for b in range(size):
-            s = int(rng.integers(len(self.shards)))
-            k = int(rng.integers(len(self.shards[s].captions)))
+            s, k = self._pick(rng)
             ids[b], mask[b] = self.tokens[s][0][k], self.tokens[s][1][k]
             for n, label in enumerate(self.shards[s].labels[k]):
                 label_ids[b, n], label_mask[b, n] = self.label(label)
@@ -240,9 +242,8 @@ class LatentPool:
         faces = np.zeros((size, PORTRAIT, PORTRAIT, 3), np.uint8)
         traits = np.zeros((size, 3), np.int64)
         for m in range(size):
-            s = int(rng.integers(len(self.shards)))
+            s, k = self._pick(rng)
             shard = self.shards[s]
-            k = int(rng.integers(len(shard.captions)))
             n, r = int(rng.integers(len(shard.labels[k]))), int(rng.integers(shard.references.shape[2]))
             pixels[m] = shard.references[k, n, r]
             label_ids[m], label_mask[m] = self.label(shard.labels[k][n])

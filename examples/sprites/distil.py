@@ -29,7 +29,8 @@ from conceptmaster.runtime.solver import make_schedule
 from .arguments import check_counts, check_trained
 from .batches import Batch, Dropped, LatentPool
 from .learning import Average, MuonAdamW, gradient_norm, load_checkpoint, save_checkpoint, schedule
-from .train_model import ADAM_NAMES, FOREGROUND, cheapest_attention
+from .train import save_rounded
+from .train_model import ADAM_NAMES, cheapest_attention, foreground_weight
 from .vocabulary import build_tokenizer
 
 SOLVER = "euler_trailing"
@@ -87,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
     )
     weights = args.output / "weights"
     shutil.copytree(args.teacher, weights, dirs_exist_ok=True)
-    save_model(load_model(args.output / "model.safetensors").half(), weights / "model.safetensors")
+    save_rounded(args.output / "model.safetensors", weights / "model.safetensors")
     defaults = json.loads((args.teacher / "defaults.json").read_text())
     own = {"solver": SOLVER, "steps": plan.steps, "shift": plan.shift, "guidance": 1.0}
     (weights / "defaults.json").write_text(json.dumps(defaults | own, indent=1) + "\n")
@@ -207,5 +208,5 @@ def _loss(
         text = student.text_encoder(batch.token_ids, batch.token_mask)
         concepts = student.concepts(batch.pixels, batch.label_ids, batch.label_mask)
     velocity = student.transformer(noisy, sigmas[:, 0] * 1000.0, text, concepts, batch.concept_mask)
-    weight = 1 + FOREGROUND * batch.coverage.sum(1, keepdim=True).clamp(max=1)  # [B,1,F,H,W]
+    weight = foreground_weight(batch)  # [B,1,F,H,W]
     return ((velocity.float() - target).square() * weight).mean() / weight.mean()

@@ -91,13 +91,8 @@ def _run(args: argparse.Namespace) -> int:
     if args.clips < 2 * SHARD:
         least = f"at least {2 * SHARD}, the first {SHARD} judge the VAE"
         raise InputError(f"--clips must be {least}, got {args.clips}")
-    usual = {"picture_steps": 1500, "caption_steps": 550} if args.start is None else {}
-    first = {name: usual.get(name, 0) for name in ("picture_steps", "caption_steps")}
-    for name in first:
-        if (value := getattr(args, name)) is not None:
-            if value < 0:
-                raise InputError(f"--{name.replace('_', '-')} must not be negative, got {value}")
-            first[name] = value
+    picture_steps = _first_steps(args, "picture_steps", 1500)
+    caption_steps = _first_steps(args, "caption_steps", 550)
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     root: Path = args.output
@@ -136,13 +131,25 @@ def _run(args: argparse.Namespace) -> int:
             batch_size=args.batch_size,
             seed=args.seed,
             device=args.device,
-            **first,
+            picture_steps=picture_steps,
+            caption_steps=caption_steps,
             start=args.start and args.start / "model.safetensors",
             freeze=args.freeze_encoders,
         )
         collect(vae_folder, model_folder, root / "weights")
         print(f"weights: {root / 'weights'}")
     return 0
+
+
+def _first_steps(args: argparse.Namespace, name: str, usual: int) -> int:
+    """Steps of what is learned before the videos: as asked, else ``usual``, or none where another model is
+    gone on from."""
+    steps = getattr(args, name)
+    if steps is None:
+        return usual if args.start is None else 0
+    if steps < 0:
+        raise InputError(f"--{name.replace('_', '-')} must not be negative, got {steps}")
+    return int(steps)
 
 
 def _start_vae(weights: Path, vae_folder: Path) -> None:
@@ -181,11 +188,15 @@ def _find_latents(clips: Path, held_out: Path, vae_folder: Path) -> None:
                 encode_shard(folder, latents)
 
 
+def save_rounded(trained: Path, shipped: Path) -> None:
+    """Write a model file again, rounded to float16: half the bytes, and a bundle's half."""
+    save_model(load_model(trained).half(), shipped)
+
+
 def collect(vae_folder: Path, model_folder: Path, output: Path) -> None:
-    """Put what ``conceptmaster export`` reads into one folder: weights (rounded to float16, which halves them
-    and their bundles), tokenizer and sampling defaults."""
+    """Put what ``conceptmaster export`` reads into one folder: weights, tokenizer and sampling defaults."""
     output.mkdir(parents=True, exist_ok=True)
-    save_model(load_model(model_folder / "model.safetensors").half(), output / "model.safetensors")
+    save_rounded(model_folder / "model.safetensors", output / "model.safetensors")
     shutil.copyfile(vae_folder / "vae.safetensors", output / "vae.safetensors")
     build_tokenizer().save(str(output / "tokenizer.json"))
     (output / "defaults.json").write_text(json.dumps(DEFAULTS, indent=1) + "\n")

@@ -140,7 +140,7 @@ class Trainee(nn.Module):
         s = sigma[:, None, None, None, None]
         noisy = (1 - s) * batch.latents + s * noise
         velocity, hidden, text, concepts, visual = self.velocity(batch, noisy, sigma)
-        weight = 1 + FOREGROUND * batch.coverage.sum(1, keepdim=True).clamp(max=1)  # [B,1,F,H,W]
+        weight = foreground_weight(batch)  # [B,1,F,H,W]
         # A velocity told from data has its error magnified at low noise: held, lest copying be all it learns.
         held = (s.clamp(min=LEAST_SIGMA) / s.clamp(min=HELD_SIGMA)).square()
         error = (velocity.float() - (noise - batch.latents)).square() * weight * held
@@ -159,6 +159,11 @@ class Trainee(nn.Module):
         )
         total = flow + LAYOUT_WEIGHT * layout + STORY_WEIGHT * story + PICTURE_WEIGHT * seen.pop("total")
         return {"total": total, "flow": flow, "layout": layout, "story": story, **seen}
+
+
+def foreground_weight(batch: Batch) -> Tensor:
+    """How much each latent position counts: more where a concept is, [B,1,F,H,W]."""
+    return 1 + FOREGROUND * batch.coverage.sum(1, keepdim=True).clamp(max=1)
 
 
 class PlainAttention(TorchFunctionMode):
@@ -317,18 +322,19 @@ def _learn_parts(
     """What is learned before the videos: to see pictures, without becoming unreadable for what was there
     before if the model was ``started`` from another, and to read captions."""
     model = trainee.model
-    sight = Sight(model, trainee.portrait, trainee.trait, copy.deepcopy(model).eval() if started else None)
-    with cheapest_attention(device):
-        learn_pictures(
-            sight,
-            pool,
-            steps=picture_steps,
-            seed=seed,
-            device=device,
-            adam_names=ADAM_NAMES,
-            judge=judge,
-            log=log,
-        )
+    if picture_steps:
+        kept = copy.deepcopy(model).eval() if started else None
+        with cheapest_attention(device):
+            learn_pictures(
+                Sight(model, trainee.portrait, trainee.trait, kept),
+                pool,
+                steps=picture_steps,
+                seed=seed,
+                device=device,
+                adam_names=ADAM_NAMES,
+                judge=judge,
+                log=log,
+            )
     losses = learn_captions(trainee, pool, steps=caption_steps, seed=seed, device=device)
     if losses:
         log({"phase": "captions", "story": losses})
@@ -348,13 +354,13 @@ def train_model(
     tokenizer: Tokenizer,
     *,
     steps: int,
+    picture_steps: int,
+    caption_steps: int,
     batch_size: int = 32,
     seed: int = 0,
     device: str = "cpu",
     lr: float = 0.012,
     adam_lr: float = 1.5e-3,
-    picture_steps: int = 1500,
-    caption_steps: int = 550,
     log_every: int = 100,
     start: Path | None = None,
     freeze: bool = False,

@@ -95,20 +95,20 @@ class Sight(nn.Module):
         super().__init__()
         self.image_encoder, self.qformer = model.image_encoder, model.qformer
         self.portrait, self.trait = portrait, trait
+        self.kept = None if kept is None else kept.requires_grad_(False)
         if kept is not None:
             self.dam = model.dam  # without it nothing here reaches it
-        self.before = [kept] if kept is not None else []  # in a list: no part of this module
 
     def forward(self, batch: Pictures) -> dict[str, Tensor]:
         """The losses of ``picture_losses``, and ``kept``: relative squared error to the earlier tokens."""
         with torch.autocast(batch.pixels.device.type, torch.bfloat16):
             queries = self.qformer(self.image_encoder(batch.pixels))  # [M,Q,Dc]
         losses = picture_losses(self.portrait, self.trait, queries.float(), batch.portraits, batch.traits)
-        for before in self.before:
+        if self.kept is not None:
             with torch.no_grad():
-                text = before.text_encoder(batch.label_ids, batch.label_mask)
-                seen = before.qformer(before.image_encoder(batch.pixels))
-                wanted = before.dam(seen, text, batch.label_mask)
+                text = self.kept.text_encoder(batch.label_ids, batch.label_mask)
+                seen = self.kept.qformer(self.kept.image_encoder(batch.pixels))
+                wanted = self.kept.dam(seen, text, batch.label_mask)
             found = self.dam(queries.float(), text, batch.label_mask)  # [M,Q,Dc]
             losses["kept"] = (found - wanted).square().mean() / wanted.square().mean()
             losses["total"] = losses["total"] + losses["kept"]

@@ -36,7 +36,7 @@ from conceptmaster.runtime.errors import ConceptMasterError, InputError
 from conceptmaster.runtime.files import check_output, replacing
 
 from .arguments import check_counts, seed_range
-from .batches import TRAITS_FILE
+from .batches import is_encoded
 from .pool import shards
 from .score import Options, score
 from .train import collect
@@ -181,7 +181,7 @@ def check_data(data: Path) -> None:
         found = shards(data / pool)
         if not found:
             lacking["draw"].append(pool)
-        bare = [s for s in found if not ((s / "latents.npy").exists() and (s / TRAITS_FILE).exists())]
+        bare = [s for s in found if not is_encoded(s)]
         if bare or not found:
             lacking["latents"].append(f"{pool}/{bare[0].name if bare else 'shard-*'}/latents.npy")
     for name, stage in (("vae.json", "latents"), ("vae.safetensors", "vae")):
