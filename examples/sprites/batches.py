@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .draw import paint_along
 from .pool import Shard, open_shard, shards
-from .world import ACCESSORIES, MAX_CONCEPTS, NOUNS, TEXTURES, random_scene
+from .world import ACCESSORIES, MAX_CONCEPTS, NOUNS, PERIODS, TEXTURES, Identity, random_scene
 
 CLIP_MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
 CLIP_STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
@@ -23,6 +23,9 @@ PORTRAIT = 32
 video, since what is smaller keeps no pattern."""
 PORTRAIT_FILE = f"portraits-{PORTRAIT}.npy"
 TRAITS_FILE = "traits.npy"
+PATTERNS_FILE = "patterns.npy"
+RUNS = 7
+"""How a texture runs: cosine and sine of its angle, of twice and of four times its angle, and its period."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,10 @@ class Tensors:
         values = vars(self).values()
         return type(self)(*(value.to(device, non_blocking=True) for value in values))
 
+    def __getitem__(self, rows: Tensor) -> Self:
+        """Some of its rows; ``rows`` bool or int64 [B]."""
+        return type(self)(*(value[rows] for value in vars(self).values()))
+
 
 @dataclass(frozen=True)
 class Captions(Tensors):
@@ -57,13 +64,14 @@ class Captions(Tensors):
 @dataclass(frozen=True)
 class Pictures(Tensors):
     """A batch of references alone: pixels [M,3,px,px] (CLIP-normalised), label_ids/label_mask [M,L],
-    portraits [M,3,32,32] in -1..1, traits int64 [M,3]."""
+    portraits [M,3,32,32] in -1..1, traits int64 [M,3], patterns [M,RUNS]."""
 
     pixels: Tensor
     label_ids: Tensor
     label_mask: Tensor
     portraits: Tensor
     traits: Tensor
+    patterns: Tensor
 
 
 @dataclass
@@ -72,7 +80,7 @@ class Batch(Tensors):
 
     latents [B,Cz,F,H,W], token_ids/token_mask [B,T], pixels [B,N,3,px,px] (CLIP-normalised),
     label_ids/label_mask [B,N,L], concept_mask [B,N], coverage [B,N,F,H,W] in 0..1, portraits [B,N,3,32,32]
-    in -1..1, traits int64 [B,N,3] (texture, accessory, noun).
+    in -1..1, traits int64 [B,N,3] (texture, accessory, noun), patterns [B,N,RUNS] (see ``how_it_runs``).
     """
 
     latents: Tensor
@@ -85,6 +93,7 @@ class Batch(Tensors):
     coverage: Tensor
     portraits: Tensor
     traits: Tensor
+    patterns: Tensor
 
 
 def tokenise(tokenizer: Tokenizer, texts: list[str], length: int) -> tuple[np.ndarray, np.ndarray]:
@@ -99,13 +108,31 @@ def tokenise(tokenizer: Tokenizer, texts: list[str], length: int) -> tuple[np.nd
     return ids, mask
 
 
+def how_it_runs(look: Identity) -> np.ndarray:
+    """What tells a texture from others of its kind, float32 [RUNS]; NaN where the kind has no such thing.
+
+    Checks look the same after half a turn, dots after a quarter: twice and four times the angle do not jump
+    there. Stripes change places after half a turn; twice the angle says how they lie. The period is scaled to
+    -1..1.
+    """
+    runs = np.full(RUNS, np.nan, np.float32)
+    for column, times, kinds in ((0, 1, ("stripes",)), (2, 2, ("stripes", "checks")), (4, 4, ("dots",))):
+        if look.texture in kinds:
+            runs[column : column + 2] = np.cos(times * look.angle), np.sin(times * look.angle)
+    if look.texture != "plain":
+        runs[6] = (look.period - np.mean(PERIODS)) / (np.ptp(PERIODS) / 2)
+    return runs
+
+
 def portraits(shard: Shard, first_seed: int, held_out: bool = False) -> None:
     """Write beside a shard, unless they are there, every concept upright and alone on grey (uint8
-    [n,N,32,32,3]) and what it is (traits, uint8 [n,N,3]: texture, accessory, noun)."""
-    if all((shard.folder / name).exists() for name in (PORTRAIT_FILE, TRAITS_FILE)):
+    [n,N,32,32,3]), what it is (traits, uint8 [n,N,3]: texture, accessory, noun) and how its texture runs
+    (patterns, float32 [n,N,RUNS])."""
+    if all((shard.folder / name).exists() for name in (PORTRAIT_FILE, TRAITS_FILE, PATTERNS_FILE)):
         return
     faces = np.full((len(shard.captions), MAX_CONCEPTS, PORTRAIT, PORTRAIT, 3), 128, np.uint8)
     traits = np.zeros((len(shard.captions), MAX_CONCEPTS, 3), np.uint8)
+    patterns = np.full((len(shard.captions), MAX_CONCEPTS, RUNS), np.nan, np.float32)
     centre = np.full((1, 2), PORTRAIT / 2, np.float32)
     for k in range(len(faces)):
         for n, actor in enumerate(random_scene(first_seed + k, held_out=held_out).actors):
@@ -117,7 +144,8 @@ def portraits(shard: Shard, first_seed: int, held_out: bool = False) -> None:
                 ACCESSORIES.index(look.accessory),
                 NOUNS.index(actor.noun),
             )
-    for name, array in ((PORTRAIT_FILE, faces), (TRAITS_FILE, traits)):
+            patterns[k, n] = how_it_runs(look)
+    for name, array in ((PORTRAIT_FILE, faces), (TRAITS_FILE, traits), (PATTERNS_FILE, patterns)):
         partial = shard.folder / f".{name}.tmp.npy"
         np.save(partial, array)
         partial.rename(shard.folder / name)
@@ -125,7 +153,8 @@ def portraits(shard: Shard, first_seed: int, held_out: bool = False) -> None:
 
 def is_encoded(folder: Path) -> bool:
     """Whether a shard has all that training reads beside its clips."""
-    return all((folder / name).exists() for name in ("latents.npy", PORTRAIT_FILE, TRAITS_FILE))
+    names = ("latents.npy", PORTRAIT_FILE, TRAITS_FILE, PATTERNS_FILE)
+    return all((folder / name).exists() for name in names)
 
 
 class LatentPool:
@@ -138,6 +167,7 @@ class LatentPool:
         self.shards: list[Shard] = []
         self.portraits: list[np.ndarray] = []
         self.traits: list[np.ndarray] = []
+        self.patterns: list[np.ndarray] = []
         self.tokens: list[tuple[np.ndarray, np.ndarray]] = []
         self._label_cache: dict[str, tuple[np.ndarray, np.ndarray]] = {}
         self.mean, self.std = np.zeros((1, 1, 1, 1), np.float32), np.ones((1, 1, 1, 1), np.float32)
@@ -159,6 +189,7 @@ class LatentPool:
             self.latents.append(np.load(folder / "latents.npy"))
             self.portraits.append(np.load(folder / PORTRAIT_FILE, mmap_mode="r"))
             self.traits.append(np.load(folder / TRAITS_FILE))
+            self.patterns.append(np.load(folder / PATTERNS_FILE))
             self.tokens.append(tokenise(self.tokenizer, shard.captions, self.text_tokens))
         return len(self.shards)
 
@@ -206,6 +237,7 @@ class LatentPool:
         coverage = np.zeros((size, n, *self.shards[0].coverage.shape[2:]), np.float32)
         faces = np.zeros((size, n, PORTRAIT, PORTRAIT, 3), np.uint8)
         traits = np.zeros((size, n, 3), np.int64)
+        patterns = np.full((size, n, RUNS), np.nan, np.float32)
         for b, (s, k) in enumerate(picks):
             shard = self.shards[s]
             fate = rng.random()
@@ -221,6 +253,7 @@ class LatentPool:
                 concept_mask[b, slot] = not no_concepts
                 coverage[b, slot] = shard.coverage[k, i]
                 faces[b, slot], traits[b, slot] = self.portraits[s][k, i], self.traits[s][k, i]
+                patterns[b, slot] = self.patterns[s][k, i]
         return Batch(
             torch.from_numpy((latents - self.mean) / self.std),
             torch.from_numpy(ids),
@@ -232,6 +265,7 @@ class LatentPool:
             torch.from_numpy(coverage / 255),
             _minus_one_to_one(faces),
             torch.from_numpy(traits),
+            torch.from_numpy(patterns),
         )
 
     def pictures(self, rng: np.random.Generator, size: int) -> Pictures:
@@ -241,6 +275,7 @@ class LatentPool:
         label_mask = np.zeros(label_ids.shape, bool)
         faces = np.zeros((size, PORTRAIT, PORTRAIT, 3), np.uint8)
         traits = np.zeros((size, 3), np.int64)
+        patterns = np.zeros((size, RUNS), np.float32)
         for m in range(size):
             s, k = self._pick(rng)
             shard = self.shards[s]
@@ -248,12 +283,14 @@ class LatentPool:
             pixels[m] = shard.references[k, n, r]
             label_ids[m], label_mask[m] = self.label(shard.labels[k][n])
             faces[m], traits[m] = self.portraits[s][k, n], self.traits[s][k, n]
+            patterns[m] = self.patterns[s][k, n]
         return Pictures(
             _for_clip(pixels),
             torch.from_numpy(label_ids),
             torch.from_numpy(label_mask),
             _minus_one_to_one(faces),
             torch.from_numpy(traits),
+            torch.from_numpy(patterns),
         )
 
 

@@ -28,7 +28,15 @@ from conceptmaster.runtime.solver import make_schedule
 
 from .arguments import check_counts, check_trained
 from .batches import Batch, Dropped, LatentPool
-from .learning import Average, MuonAdamW, gradient_norm, load_checkpoint, save_checkpoint, schedule
+from .learning import (
+    Average,
+    MuonAdamW,
+    autocast,
+    gradient_norm,
+    load_checkpoint,
+    save_checkpoint,
+    schedule,
+)
 from .train import save_rounded
 from .train_model import ADAM_NAMES, cheapest_attention, foreground_weight
 from .vocabulary import build_tokenizer
@@ -170,7 +178,7 @@ def distil(
         noise = torch.from_numpy(rng.standard_normal(batch.latents.shape, np.float32)).to(device)
         sigmas = levels[torch.from_numpy(rng.integers(plan.steps, size=batch_size)).to(device)]
         optimizer.set_scale(schedule(step / steps))
-        with cheapest_attention(device), torch.autocast(torch.device(device).type, torch.bfloat16):
+        with cheapest_attention(device), autocast(device):
             loss = _loss(student, teacher, batch, noise, sigmas, plan.guidance)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()

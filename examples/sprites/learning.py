@@ -7,6 +7,7 @@ are theirs.
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
@@ -27,11 +28,27 @@ class CheckpointError(ConceptMasterError):
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
 
+@functools.cache
+def fast_dtype(device: str) -> torch.dtype:
+    """What matrices are multiplied in: bfloat16 where the device has instructions for it, otherwise float32,
+    which is then several times as fast as bfloat16 made up."""
+    if torch.device(device).type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return torch.float32
+    return torch.bfloat16
+
+
+def autocast(device: str) -> torch.autocast:
+    """Mixed precision in ``fast_dtype``; nothing is cast where that is float32."""
+    dtype = fast_dtype(device)
+    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=dtype == torch.bfloat16)
+
+
 def orthogonalised(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
     """The nearest semi-orthogonal matrices, roughly: [..., r, c] -> [..., r, c] with singular values near 1;
-    computed in bf16."""
+    computed in ``fast_dtype``."""
     a, b, c = NEWTON_SCHULZ
-    x = (matrices / (matrices.norm(dim=(-2, -1), keepdim=True) + 1e-7)).bfloat16()
+    x = matrices / (matrices.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    x = x.to(fast_dtype(str(matrices.device)))
     tall = x.shape[-2] > x.shape[-1]
     x = x.mT if tall else x
     for _ in range(steps):

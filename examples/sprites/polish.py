@@ -24,6 +24,7 @@ from conceptmaster.engine.weights import load_model
 from .arguments import check_counts, check_trained
 from .batches import Dropped, LatentPool
 from .distil import teach
+from .learning import autocast
 from .pool import open_shard
 from .train_model import cheapest_attention
 from .train_vae import Fit, drawing_loss, fit, frames_of, to_tensor
@@ -90,7 +91,7 @@ def redo(
         start = torch.from_numpy(rng.uniform(*SIGMAS, size=(batch, 1)).astype(np.float32)).to(device)
         sigmas = start * torch.linspace(1, 0, SUBSTEPS + 1, device=device)
         level = start[:, :, None, None, None]
-        with cheapest_attention(str(device)), torch.autocast(device.type, torch.bfloat16):
+        with cheapest_attention(str(device)), autocast(str(device)):
             latents = teach(model, b, (1 - level) * b.latents + level * noise, sigmas, guidance)
         made.append((latents.float().cpu().numpy() * pool.std + pool.mean).astype(np.float16))
         picked += [(int(pool.shards[s].folder.name.removeprefix("shard-")), k) for s, k in picks]

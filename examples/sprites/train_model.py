@@ -35,13 +35,23 @@ from conceptmaster.engine.model import ConceptMaster
 from conceptmaster.engine.weights import load, load_strict, save_model
 
 from .batches import Batch, Dropped, LatentPool
-from .learning import Average, MuonAdamW, gradient_norm, load_checkpoint, save_checkpoint, schedule
+from .learning import (
+    Average,
+    MuonAdamW,
+    autocast,
+    gradient_norm,
+    load_checkpoint,
+    save_checkpoint,
+    schedule,
+)
 from .train_pictures import PortraitHead, Sight, TraitHead, learn_pictures, picture_losses
 
 FOREGROUND = 3.0
 """Extra weight of the loss where a concept is."""
 HELD_SIGMA = 0.2
-"""Below this noise level the loss counts the data's error, not the velocity's, which grows as 1/sigma."""
+"""Where nothing else is said, the level below which the loss counts the data's error."""
+OWN_SHARE, OWN_SIGMAS = 0.5, (0.65, 1.0)
+"""How many of the clips go on from the model's own estimate, and the noise levels that this is made at."""
 LAYOUT_WEIGHT, STORY_WEIGHT, PICTURE_WEIGHT = 1.0, 0.3, 0.3
 ADAM_NAMES = (
     "shared",
@@ -135,15 +145,18 @@ class Trainee(nn.Module):
         handle.remove()
         return velocity, kept[0], text, concepts, visual
 
-    def forward(self, batch: Batch, noise: Tensor, sigma: Tensor) -> dict[str, Tensor]:
-        """Losses: ``total`` and its parts. ``noise`` like the latents, ``sigma`` [B] in 0..1."""
+    def forward(self, batch: Batch, noise: Tensor, sigma: Tensor, held: Tensor) -> dict[str, Tensor]:
+        """Losses: ``total`` and its parts. ``noise`` like the latents, ``sigma`` [B] in 0..1.
+
+        Below the level ``held`` [B] the loss counts the data's error, not the velocity's, which is 1/sigma
+        times that: held, lest copying be all it learns, or what cannot be known any more be all that counts.
+        """
         s = sigma[:, None, None, None, None]
         noisy = (1 - s) * batch.latents + s * noise
         velocity, hidden, text, concepts, visual = self.velocity(batch, noisy, sigma)
         weight = foreground_weight(batch)  # [B,1,F,H,W]
-        # A velocity told from data has its error magnified at low noise: held, lest copying be all it learns.
-        held = (s.clamp(min=LEAST_SIGMA) / s.clamp(min=HELD_SIGMA)).square()
-        error = (velocity.float() - (noise - batch.latents)).square() * weight * held
+        counted = s.clamp(min=LEAST_SIGMA) / torch.maximum(s, held[:, None, None, None, None])
+        error = (velocity.float() - (noise - batch.latents)).square() * weight * counted.square()
         flow = error.mean() / weight.mean()
         patch = self.model.config.transformer.patch_size
         target = F.avg_pool3d(batch.coverage.flatten(0, 1)[:, None], patch).flatten(1)  # [B*N,S]
@@ -154,9 +167,8 @@ class Trainee(nn.Module):
         logits = self.story(concepts.float(), text.float(), batch.token_mask).flatten(0, 1)
         story = _coverage_loss(logits[told], target[told])
         filled = batch.label_mask.any(-1)
-        seen = picture_losses(
-            self.portrait, self.trait, visual.float(), batch.portraits[filled], batch.traits[filled]
-        )
+        truth = batch.portraits[filled], batch.traits[filled], batch.patterns[filled]
+        seen = picture_losses(self.portrait, self.trait, visual.float(), *truth)
         total = flow + LAYOUT_WEIGHT * layout + STORY_WEIGHT * story + PICTURE_WEIGHT * seen.pop("total")
         return {"total": total, "flow": flow, "layout": layout, "story": story, **seen}
 
@@ -164,6 +176,36 @@ class Trainee(nn.Module):
 def foreground_weight(batch: Batch) -> Tensor:
     """How much each latent position counts: more where a concept is, [B,1,F,H,W]."""
     return 1 + FOREGROUND * batch.coverage.sum(1, keepdim=True).clamp(max=1)
+
+
+@torch.no_grad()
+def own_noise(
+    trainee: Trainee, batch: Batch, noise: Tensor, sigma: Tensor, rng: np.random.Generator
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Noise and noise levels like those given, with the model's own errors in the noise of ``OWN_SHARE`` of
+    the clips that have concepts; and the level [B] that a clip was told at, ``HELD_SIGMA`` for the others.
+
+    Such a clip is noised to a level of ``OWN_SIGMAS``, told by the model, and noised again to a lower level;
+    the noise returned is what leads there from the true clip. Where a sample is at that level when the model
+    generates, what it drew before has no pattern yet; true clips have it even where noise hides it from the
+    eye, so that from them alone the model learns to read patterns off the clip, never off the pictures.
+    """
+    least, most = OWN_SIGMAS
+    chosen = torch.from_numpy(rng.random(len(sigma), np.float32) < OWN_SHARE).to(sigma.device)
+    first = torch.from_numpy(rng.uniform(least, most, len(sigma)).astype(np.float32)).to(sigma.device)
+    again = torch.from_numpy(rng.standard_normal(noise.shape, np.float32)).to(sigma.device)
+    chosen &= batch.concept_mask.any(-1)
+    if not chosen.any():
+        return noise, sigma, torch.full_like(sigma, HELD_SIGMA)
+    part, s = batch[chosen], first[chosen, None, None, None, None]
+    noisy = (1 - s) * part.latents + s * noise[chosen]
+    told = noisy - s * trainee.velocity(part, noisy, first[chosen])[0].float()
+    # Between the level that it was told at and a third of it.
+    share = torch.from_numpy(rng.uniform(1 / 3, 1, len(sigma)).astype(np.float32)).to(sigma.device)
+    noise, sigma = noise.clone(), torch.where(chosen, first * share, sigma)
+    s = sigma[chosen, None, None, None, None]
+    noise[chosen] = again[chosen] + (1 - s) / s * (told - part.latents)
+    return noise, sigma, torch.where(chosen, first, HELD_SIGMA)
 
 
 class PlainAttention(TorchFunctionMode):
@@ -409,8 +451,8 @@ def train_model(
         noise = torch.from_numpy(rng.standard_normal(batch.latents.shape, np.float32)).to(device)
         sigma = random_sigma(rng, len(noise)).to(device)
         optimizer.set_scale(schedule(step / steps))
-        with cheapest_attention(device), torch.autocast(torch.device(device).type, torch.bfloat16):
-            losses = trainee(batch, noise, sigma)
+        with cheapest_attention(device), autocast(device):
+            losses = trainee(batch, *own_noise(trainee, batch, noise, sigma, rng))
         optimizer.zero_grad(set_to_none=True)
         losses["total"].backward()
         if world > 1:

@@ -2,7 +2,8 @@
 
 The paper's picture encoder is CLIP, which came trained; this world's starts from nothing, and the video's own
 loss asks for colours long before it asks for patterns. Two training-only heads ask early: one redraws the
-concept upright from its visual queries, the other names its texture, accessory and noun.
+concept upright from its visual queries, the other names its texture, accessory and noun, and tells how the
+texture runs: without that the tokens said that there were stripes, and not which way.
 """
 
 from __future__ import annotations
@@ -18,13 +19,13 @@ from tqdm import tqdm
 from conceptmaster.engine.concepts import QFormerLayer
 from conceptmaster.engine.model import ConceptMaster
 
-from .batches import PORTRAIT, LatentPool, Pictures
-from .learning import MuonAdamW, gradient_norm, schedule
+from .batches import PORTRAIT, RUNS, LatentPool, Pictures
+from .learning import MuonAdamW, autocast, gradient_norm, schedule
 from .world import ACCESSORIES, NOUNS, TEXTURES
 
 TRAITS = (len(TEXTURES), len(ACCESSORIES), len(NOUNS))
 """Kinds of each trait that ``TraitHead`` names."""
-TRAIT_WEIGHT = 0.1
+TRAIT_WEIGHT, PATTERN_WEIGHT = 0.1, 1.0
 PATCH = 4
 """Side of the squares that a portrait is drawn in."""
 
@@ -53,30 +54,38 @@ class PortraitHead(nn.Module):
 
 class TraitHead(nn.Module):
     """What a concept is: visual queries [M,Q,Dc] -> logits of every trait, one [M,kinds] for each of
-    ``TRAITS``."""
+    ``TRAITS``, and at last how its texture runs, [M,RUNS]."""
 
     def __init__(self, queries: int, concept_width: int) -> None:
         super().__init__()
-        self.net = nn.Linear(queries * concept_width, sum(TRAITS))
+        self.net = nn.Linear(queries * concept_width, sum(TRAITS) + RUNS)
 
     def forward(self, queries: Tensor) -> tuple[Tensor, ...]:
-        """Logits in the order of ``TRAITS``."""
-        return self.net(queries.flatten(1)).split(TRAITS, dim=1)
+        """Logits in the order of ``TRAITS``, then the runs."""
+        return self.net(queries.flatten(1)).split((*TRAITS, RUNS), dim=1)
 
 
 def picture_losses(
-    portrait_head: PortraitHead, trait_head: TraitHead, queries: Tensor, portraits: Tensor, traits: Tensor
+    portrait_head: PortraitHead,
+    trait_head: TraitHead,
+    queries: Tensor,
+    portraits: Tensor,
+    traits: Tensor,
+    patterns: Tensor,
 ) -> dict[str, Tensor]:
-    """Losses of visual queries [M,Q,Dc], portraits [M,3,32,32] in -1..1, traits int64 [M,3]; ``texture`` is a
-    share of right answers, without gradient."""
+    """Losses of visual queries [M,Q,Dc], portraits [M,3,32,32] in -1..1, traits int64 [M,3] and patterns
+    [M,RUNS], NaN where there is nothing to tell; ``texture`` is a share of right answers, no gradient."""
     difference = portrait_head(queries) - portraits
     portrait = difference.abs().mean() + difference.square().mean()
-    logits = trait_head(queries)
+    *logits, runs = trait_head(queries)
+    asked = patterns.isfinite()
+    pattern = (runs - patterns.nan_to_num()).square()[asked].sum() / asked.sum().clamp(min=1)
     named = sum((F.cross_entropy(part, traits[:, k]) for k, part in enumerate(logits)), queries.new_zeros(()))
     right = (logits[0].argmax(1) == traits[:, 0]).float().mean()
     return {
-        "total": portrait + TRAIT_WEIGHT * named,
+        "total": portrait + TRAIT_WEIGHT * named + PATTERN_WEIGHT * pattern,
         "portrait": portrait,
+        "pattern": pattern,
         "traits": named,
         "texture": right,
     }
@@ -101,9 +110,11 @@ class Sight(nn.Module):
 
     def forward(self, batch: Pictures) -> dict[str, Tensor]:
         """The losses of ``picture_losses``, and ``kept``: relative squared error to the earlier tokens."""
-        with torch.autocast(batch.pixels.device.type, torch.bfloat16):
+        with autocast(str(batch.pixels.device)):
             queries = self.qformer(self.image_encoder(batch.pixels))  # [M,Q,Dc]
-        losses = picture_losses(self.portrait, self.trait, queries.float(), batch.portraits, batch.traits)
+        losses = picture_losses(
+            self.portrait, self.trait, queries.float(), batch.portraits, batch.traits, batch.patterns
+        )
         if self.kept is not None:
             with torch.no_grad():
                 text = self.kept.text_encoder(batch.label_ids, batch.label_mask)

@@ -22,7 +22,15 @@ from tqdm import tqdm
 from conceptmaster.engine.blocks import BlockVAE
 from conceptmaster.engine.weights import load, load_strict, save
 
-from .learning import Average, MuonAdamW, gradient_norm, load_checkpoint, save_checkpoint, schedule
+from .learning import (
+    Average,
+    MuonAdamW,
+    autocast,
+    gradient_norm,
+    load_checkpoint,
+    save_checkpoint,
+    schedule,
+)
 from .pool import open_shard, shards
 
 LATENT_NOISE = 0.05
@@ -208,7 +216,7 @@ def _loss(vae: BlockVAE, video: Tensor, rng: np.random.Generator) -> Tensor:
 def drawing_loss(vae: BlockVAE, now: Tensor, before: Tensor, frames: Tensor) -> Tensor:
     """Mean absolute and half the squared error of a drawn latent frame: raw latents [B,Cz,H,W] of it and of
     the one before, and what they should show, [B,3,t,sH,sW]."""
-    with torch.autocast(frames.device.type, torch.bfloat16):
+    with autocast(str(frames.device)):
         drawn = vae.decode_frame(now, before)
     difference = drawn.float().permute(0, 4, 1, 2, 3) - frames
     return difference.abs().mean() + 0.5 * difference.square().mean()

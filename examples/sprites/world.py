@@ -65,6 +65,8 @@ CELL = 20.0
 JITTER = 1.5
 APART = 19.0
 """Least distance in pixels between the centres of two sprites, over the whole clip."""
+PERIODS = 0.52, 0.8
+"""Least and greatest period of a texture, in sprite units."""
 LOOK_APART = 0.45
 """Least Euclidean distance (RGB, 0..1) between the body colours of two concepts of one scene."""
 
@@ -134,7 +136,7 @@ def random_identity(rng: np.random.Generator, held_out: bool) -> Identity:
             second=colorsys.hsv_to_rgb(hue2, rng.uniform(0.3, 1.0), rng.uniform(0.6, 1.0)),
             accent=colorsys.hsv_to_rgb(rng.random(), rng.uniform(0.6, 1.0), rng.uniform(0.6, 1.0)),
             texture=str(rng.choice(TEXTURES)),
-            period=float(rng.uniform(0.52, 0.8)),
+            period=float(rng.uniform(*PERIODS)),
             angle=float(rng.uniform(0, np.pi)),
             accessory=str(rng.choice(ACCESSORIES)),
         )

@@ -22,13 +22,14 @@ from conceptmaster.examples.sprites import (
     learning,
     polish,
     pool,
+    shapes,
     train_model,
     train_pictures,
     train_vae,
     widen,
 )
 from conceptmaster.examples.sprites.vocabulary import build_tokenizer
-from conceptmaster.examples.sprites.world import NOUNS, PLACES, random_scene
+from conceptmaster.examples.sprites.world import NOUNS, PERIODS, PLACES, TEXTURES, random_scene
 
 CLIPS = 6
 VARIANTS = [
@@ -46,9 +47,7 @@ def small_config(**concept: str) -> object:
     config = preset("sprites")
     return dataclasses.replace(
         config,
-        transformer=dataclasses.replace(
-            config.transformer, num_attention_heads=6, num_layers=2, ffn_dim=96
-        ),
+        transformer=dataclasses.replace(config.transformer, num_attention_heads=6, num_layers=2, ffn_dim=96),
         concept=dataclasses.replace(config.concept, **concept),
         vae=config.vae | {"width": 8, "layers": 1},
     )
@@ -408,3 +407,49 @@ def test_learning_to_see_more_keeps_what_the_transformer_reads(folder, tokenizer
         mask, filled = pictures.label_mask[:, None], pictures.pixels[:, None]
         a, b = (m.eval().concepts(filled, pictures.label_ids[:, None], mask) for m in (start, model))
     assert float((a - b).square().mean() / a.square().mean()) == pytest.approx(held[-1], abs=0.3)
+
+
+@pytest.mark.parametrize("texture", TEXTURES)
+def test_textures_that_look_alike_are_told_alike_and_others_are_not(texture):
+    axis = np.linspace(-1, 1, 64, dtype=np.float32)
+    u, v = np.meshgrid(axis, axis)
+    look = dataclasses.replace(random_scene(0, held_out=False).actors[0].identity, texture=texture)
+
+    def paint_and_runs(look):
+        return shapes.texture(look, u, v, 0.05), np.nan_to_num(batches.how_it_runs(look))
+
+    painted, told = paint_and_runs(look)
+    for change in (
+        {"angle": look.angle + np.pi},
+        {"angle": look.angle + np.pi / 2},
+        {"angle": look.angle + 0.4},
+    ):
+        repainted, retold = paint_and_runs(dataclasses.replace(look, **change))
+        same = np.abs(repainted - painted).max() < 1e-3
+        assert np.allclose(told, retold, atol=1e-5) == same, change
+    other = batches.how_it_runs(dataclasses.replace(look, period=PERIODS[1]))
+    assert np.isnan(other[6]) if texture == "plain" else other[6] == pytest.approx(1)
+
+
+@pytest.mark.parametrize("knows", [True, False])
+def test_clips_that_the_model_told_are_all_that_its_own_noise_shows(knows, folder, tokenizer):
+    config = small_config()
+    shown = batches.LatentPool(folder, tokenizer, config.text_tokens, config.concept.label_tokens)
+    batch = shown.batch(np.random.default_rng(0), 64, batches.Dropped())
+    told = batch.latents if knows else torch.zeros_like(batch.latents)
+
+    class Teller:
+        def velocity(self, part, noisy, sigma):
+            rows = [int((batch.latents == clip).flatten(1).all(1).nonzero()[0]) for clip in part.latents]
+            return ((noisy - told[rows]) / sigma[:, None, None, None, None],)
+
+    noise = torch.randn(batch.latents.shape, generator=torch.Generator().manual_seed(0))
+    sigma = torch.full((64,), 0.1)
+    own, level, held = train_model.own_noise(Teller(), batch, noise, sigma, np.random.default_rng(1))
+    went_on = level != sigma
+    assert 0 < went_on.sum() < 64 and not went_on[~batch.concept_mask.any(-1)].any()
+    assert torch.equal(own[~went_on], noise[~went_on]) and (held[~went_on] == train_model.HELD_SIGMA).all()
+    assert (level < held)[went_on].all() and (held[went_on] >= train_model.OWN_SIGMAS[0]).all()
+    s = level[:, None, None, None, None]
+    left = ((1 - s) * (batch.latents - told) + s * own)[went_on] / s[went_on]  # the noise alone
+    assert abs(float(left.mean())) < 0.01 and float(left.std()) == pytest.approx(1, abs=0.01)
