@@ -163,6 +163,7 @@ def score(
         "source": options.source,
         **about,
         **summary(results, options.concepts),
+        "texture_of": texture_of(options, results),
         "seconds": round(time.perf_counter() - start, 2),
         "seconds_per_video": _rounded(np.median(seconds)) if seconds else None,
         "machine": {"processor": platform.machine(), "device": options.device, "workers": options.workers},
@@ -195,6 +196,16 @@ def summary(results: list[Result], count: int) -> dict[str, Any]:
             measure: _rounded(1 / number) if number > 1 else None for measure, number in rivals.items()
         },
     }
+
+
+def texture_of(options: Options, results: list[Result]) -> dict[str, float | None]:
+    """Share of right textures among the concepts asked with each kind, None for a kind that no one asked."""
+    won: dict[str, list[bool]] = {kind: [] for kind in TEXTURES}
+    for result in results:
+        actors = options.scene(result.seed).actors
+        for actor, right in zip(actors, result.won[ASKED]["texture"], strict=True):
+            won[actor.identity.texture].append(right)
+    return {kind: _rounded(np.mean(rights)) if rights else None for kind, rights in won.items()}
 
 
 def _rounded(value: float | np.floating) -> float:

@@ -2,9 +2,10 @@
 
 What makes it learn to look at the pictures at all: places are told in the caption, noisy times are drawn
 more often, and training-only heads ask early for what the concepts must carry. ``LayoutHead`` asks the middle
-block where every concept is, ``StoryHead`` asks the caption the same (so that its tokens know their place and
-motion before the video needs them); those of ``train_pictures`` ask the visual queries how it looks. None of
-them is shipped.
+block where every concept is, a ``TraitHead`` what the concept looks like that its tokens will show;
+``StoryHead`` asks the caption where every concept is (so that its tokens know their place and motion before
+the video needs them); those of ``train_pictures`` ask the visual queries how it looks. None of them is
+shipped.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ from .learning import (
     save_checkpoint,
     schedule,
 )
-from .train_pictures import PortraitHead, Sight, TraitHead, learn_pictures, picture_losses
+from .train_pictures import PortraitHead, Sight, TraitHead, learn_pictures, picture_losses, trait_losses
 
 FOREGROUND = 3.0
 """Extra weight of the loss where a concept is."""
@@ -52,7 +53,9 @@ HELD_SIGMA = 0.2
 """Where nothing else is said, the level below which the loss counts the data's error."""
 OWN_SHARE, OWN_SIGMAS = 0.5, (0.65, 1.0)
 """How many of the clips go on from the model's own estimate, and the noise levels that this is made at."""
-LAYOUT_WEIGHT, STORY_WEIGHT, PICTURE_WEIGHT = 1.0, 0.3, 0.3
+LAYOUT_WEIGHT, STORY_WEIGHT, PICTURE_WEIGHT, LOOK_WEIGHT = 1.0, 0.3, 0.3, 0.3
+LOOK_COVERAGE = 0.4
+"""A video token is asked for the look of a concept that covers at least so much of it."""
 ADAM_NAMES = (
     "shared",
     "embed_tokens",
@@ -116,6 +119,7 @@ class Trainee(nn.Module):
         self.story = StoryHead(concept.width, config.transformer.text_dim, int(np.prod(grid)))
         self.portrait = PortraitHead(concept.width)
         self.trait = TraitHead(concept.tokens_per_concept, concept.width)
+        self.look = TraitHead(1, config.transformer.width)
         self.middle = config.transformer.num_layers // 2 - 1
 
     def concepts(self, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -167,10 +171,24 @@ class Trainee(nn.Module):
         logits = self.story(concepts.float(), text.float(), batch.token_mask).flatten(0, 1)
         story = _coverage_loss(logits[told], target[told])
         filled = batch.label_mask.any(-1)
+        look = self._look_losses(batch, hidden, target.view(*batch.concept_mask.shape, -1))
         truth = batch.portraits[filled], batch.traits[filled], batch.patterns[filled]
         seen = picture_losses(self.portrait, self.trait, visual.float(), *truth)
-        total = flow + LAYOUT_WEIGHT * layout + STORY_WEIGHT * story + PICTURE_WEIGHT * seen.pop("total")
-        return {"total": total, "flow": flow, "layout": layout, "story": story, **seen}
+        total = flow + LAYOUT_WEIGHT * layout + STORY_WEIGHT * story
+        total = total + PICTURE_WEIGHT * seen.pop("total") + LOOK_WEIGHT * look.pop("total")
+        told = {f"look_{name}": value for name, value in look.items()}
+        return {"total": total, "flow": flow, "layout": layout, "story": story, **seen, **told}
+
+    def _look_losses(self, batch: Batch, hidden: Tensor, coverage: Tensor) -> dict[str, Tensor]:
+        """What the middle block's tokens [B,S,D] know of the look of the concept that covers most of them;
+        ``coverage`` [B,N,S]. Without shown concepts nothing is asked."""
+        most, which = (coverage * batch.concept_mask[..., None]).max(1)  # [B,S]
+        rows, columns = torch.nonzero(most > LOOK_COVERAGE, as_tuple=True)
+        concept = which[rows, columns]
+        traits, patterns = batch.traits[rows, concept], batch.patterns[rows, concept]
+        if len(rows) == 0:
+            return {name: hidden.new_zeros(()) for name in ("total", "pattern", "traits", "texture")}
+        return trait_losses(self.look, hidden[rows, columns, None].float(), traits, patterns)
 
 
 def foreground_weight(batch: Batch) -> Tensor:

@@ -77,14 +77,20 @@ def picture_losses(
     [M,RUNS], NaN where there is nothing to tell; ``texture`` is a share of right answers, no gradient."""
     difference = portrait_head(queries) - portraits
     portrait = difference.abs().mean() + difference.square().mean()
-    *logits, runs = trait_head(queries)
+    losses = trait_losses(trait_head, queries, traits, patterns)
+    return losses | {"total": portrait + losses["total"], "portrait": portrait}
+
+
+def trait_losses(head: TraitHead, tokens: Tensor, traits: Tensor, patterns: Tensor) -> dict[str, Tensor]:
+    """What ``head`` says of tokens [M,Q,Dc] against traits int64 [M,3] and patterns [M,RUNS], NaN where there
+    is nothing to tell; ``texture`` is a share of right answers, no gradient."""
+    *logits, runs = head(tokens)
     asked = patterns.isfinite()
     pattern = (runs - patterns.nan_to_num()).square()[asked].sum() / asked.sum().clamp(min=1)
-    named = sum((F.cross_entropy(part, traits[:, k]) for k, part in enumerate(logits)), queries.new_zeros(()))
+    named = sum((F.cross_entropy(part, traits[:, k]) for k, part in enumerate(logits)), tokens.new_zeros(()))
     right = (logits[0].argmax(1) == traits[:, 0]).float().mean()
     return {
-        "total": portrait + TRAIT_WEIGHT * named + PATTERN_WEIGHT * pattern,
-        "portrait": portrait,
+        "total": TRAIT_WEIGHT * named + PATTERN_WEIGHT * pattern,
         "pattern": pattern,
         "traits": named,
         "texture": right,

@@ -15,7 +15,7 @@ from conceptmaster.examples.sprites.measures import MEASURES
 from conceptmaster.examples.sprites.requesting import references
 from conceptmaster.examples.sprites.score import Options, Result, check_bundle, judged_scene, score, summary
 from conceptmaster.examples.sprites.sheet import GAP, TILE, Row, draw_sheet, save_sheet
-from conceptmaster.examples.sprites.world import FPS, random_identity
+from conceptmaster.examples.sprites.world import FPS, TEXTURES, random_identity
 from conceptmaster.runtime import InputError, Request, Video
 
 
@@ -80,6 +80,27 @@ def test_truth_and_shuffled() -> None:
     assert all(shuffled[measure] < 0.8 for measure in MEASURES)
     for result, next_seed in zip(results, [1, 2, 3, 0], strict=True):
         np.testing.assert_array_equal(result.videos[""], draw_clip(judged_scene(next_seed, 2, False))[0])
+
+
+def test_textures_are_counted_by_kind() -> None:
+    class Stripes(Painter):
+        """Paints as asked, but every body in stripes."""
+
+        def __call__(self, request: Request) -> Video:
+            scene = judged_scene(request.seed, self.concepts, self.same_noun)
+            striped = tuple(
+                dataclasses.replace(a, identity=dataclasses.replace(a.identity, texture="stripes"))
+                for a in scene.actors
+            )
+            return Video(draw_clip(dataclasses.replace(scene, actors=striped))[0], FPS, request.seed)
+
+    report, results = score(Options(range(8), controls=False), generate=Stripes(2))
+    asked = [actor.identity.texture for r in results for actor in judged_scene(r.seed, 2, False).actors]
+    assert report["texture_of"].keys() == set(TEXTURES) and "stripes" in asked and "rings" in asked
+    assert {kind: share for kind, share in report["texture_of"].items() if share is not None} == {
+        kind: float(kind == "stripes") for kind in asked
+    }
+    assert report["texture"] == asked.count("stripes") / len(asked)
 
 
 def test_workers_give_the_same() -> None:
