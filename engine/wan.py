@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 
 from .concepts import concept_binder, concept_encoder
-from .config import ConceptConfig, ConfigError, ModelConfig, TransformerConfig, preset
+from .config import ConceptConfig, ConfigError, ModelConfig, TransformerConfig
 from .folders import read_json, read_tensors
 from .model import ConceptMaster
+from .presets import preset
 from .vae import build_vae
 from .weights import WeightsError, load_strict, load_wan
 

@@ -12,7 +12,7 @@ import pytest
 @pytest.fixture(scope="session")
 def tiny() -> Callable[..., Any]:
     """`tiny(position_channels=0, injection="merged", …)`: the tiny preset with fields replaced."""
-    from conceptmaster.engine.config import preset
+    from conceptmaster.engine.presets import preset
 
     def build(**changes: Any) -> Any:
         config = preset("tiny")

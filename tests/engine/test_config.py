@@ -5,7 +5,8 @@ import json
 
 import pytest
 
-from conceptmaster.engine.config import PRESETS, ConceptConfig, ConfigError, ModelConfig, preset
+from conceptmaster.engine.config import ConceptConfig, ConfigError, ModelConfig
+from conceptmaster.engine.presets import PRESETS, preset
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -5,7 +5,7 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("diffusers")
 
-from conceptmaster.engine.config import preset  # noqa: E402
+from conceptmaster.engine.presets import preset  # noqa: E402
 from conceptmaster.engine.vae import DecodeFirst, DecodeNext, build_vae, decode, encode  # noqa: E402
 
 KINDS = {

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from conceptmaster.engine.config import preset
 from conceptmaster.engine.model import ConceptMaster
+from conceptmaster.engine.presets import preset
 from conceptmaster.engine.vae import build_vae
 from conceptmaster.engine.weights import load, load_model, save, save_model
 from conceptmaster.examples.sprites import batches, pool, train, train_model, variants
@@ -36,9 +36,7 @@ def small_config(vae=None, **concept):
     config = preset("sprites")
     return dataclasses.replace(
         config,
-        transformer=dataclasses.replace(
-            config.transformer, num_attention_heads=6, num_layers=2, ffn_dim=96
-        ),
+        transformer=dataclasses.replace(config.transformer, num_attention_heads=6, num_layers=2, ffn_dim=96),
         concept=dataclasses.replace(config.concept, **concept),
         vae=vae or config.vae | {"width": 8, "layers": 1},
     )
