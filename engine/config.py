@@ -9,6 +9,7 @@ from typing import Any
 ENCODERS = ("qformer", "mlp")
 BINDINGS = ("dam", "none", "concat_mlp", "self_attention")
 INJECTIONS = ("standalone", "shared_query", "merged")
+GIVEN = ("none", "first", "first_last", "references")
 PREDICTIONS = ("velocity", "sample")
 VAES = ("wan", "blocks")
 
@@ -45,8 +46,9 @@ class TransformerConfig:
     `position_channels` is this project's own: so many constant channels (sines and cosines of a latent
     position's frame, row and column, in equal parts) are appended to the latents before the patch embedding.
     0 is Wan. `prediction` is what the last projection tells: the `velocity` (Wan) or the `sample`, from which
-    the transformer then computes the velocity. `image_dim` and `added_kv_proj_dim` belong to Wan's
-    image-to-video models, which this engine does not build: None.
+    the transformer then computes the velocity. Wan's image-to-video models have `image_dim` (width of the
+    picture encoder's tokens), `added_kv_proj_dim` (the transformer's own width) and, where a first and a last
+    picture are told apart by place, `pos_embed_seq_len` (tokens of all pictures together); None elsewhere.
     """
 
     patch_size: tuple[int, int, int] = (1, 2, 2)
@@ -64,6 +66,7 @@ class TransformerConfig:
     rope_max_seq_len: int = 1024
     image_dim: int | None = None
     added_kv_proj_dim: int | None = None
+    pos_embed_seq_len: int | None = None
     position_channels: int = 0
     prediction: str = "velocity"
 
@@ -94,12 +97,23 @@ class TransformerConfig:
         _require_choice(self, "qk_norm", ("rms_norm_across_heads",))
         _require_choice(self, "prediction", PREDICTIONS)
         _require(self.eps > 0, f"TransformerConfig.eps must be positive, got {self.eps}")
-        for name in ("image_dim", "added_kv_proj_dim"):
-            value = getattr(self, name)
-            _require(
-                value is None,
-                f"TransformerConfig.{name} must be None (no image-to-video base), got {value!r}",
-            )
+        self._check_pictures()
+
+    def _check_pictures(self) -> None:
+        """The fields of image-to-video models fit each other."""
+        if self.image_dim is None:
+            for name in ("added_kv_proj_dim", "pos_embed_seq_len"):
+                value = getattr(self, name)
+                _require(value is None, f"TransformerConfig.{name} ({value!r}) needs an image_dim")
+            return
+        _require_positive(self, "image_dim")
+        _require(
+            self.added_kv_proj_dim == self.width,
+            f"TransformerConfig.added_kv_proj_dim must be the transformer's width ({self.width}) where there "
+            f"is an image_dim, got {self.added_kv_proj_dim!r}",
+        )
+        if self.pos_embed_seq_len is not None:
+            _require_positive(self, "pos_embed_seq_len")
 
     @property
     def width(self) -> int:
@@ -114,8 +128,13 @@ class ConceptConfig:
     encoder: `qformer` (learned queries) or `mlp` (the paper's row "without Q-Former"). binding: `dam`, `none`
     (without DAM, labels unused), `concat_mlp` or `self_attention`. injection: `standalone` (an injector of
     its own in every block), `shared_query` (own keys and values beside the text's, same query), `merged`
-    (concept tokens behind the caption's, through the text cross-attention) or `none` (the base alone: it
-    takes no concepts and has none of the modules above).
+    (concept tokens behind the caption's, through the text cross-attention), `none` (the base alone: it
+    takes no concepts and has none of the modules above) or `base` (an image-to-video base alone: pictures
+    through its own keys and values beside the text's; labels say nothing to it).
+
+    given: for `base`, how pictures are also frames of the video: `first` (the one picture is the first
+    frame), `first_last` (two, at both ends), `references` (each leads the video in a latent frame of its own,
+    which is then left out, as in SkyReels-A2). `none` for every other injection.
     """
 
     max_concepts: int = 4
@@ -130,6 +149,7 @@ class ConceptConfig:
     encoder: str = "qformer"
     binding: str = "dam"
     injection: str = "standalone"
+    given: str = "none"
 
     def __post_init__(self) -> None:
         """Raises ConfigError for a value that cannot be built."""
@@ -139,7 +159,18 @@ class ConceptConfig:
         _require_positive(self, "queries", "layers", "heads", "width")
         _require_choice(self, "encoder", ENCODERS)
         _require_choice(self, "binding", BINDINGS)
-        _require_choice(self, "injection", (*INJECTIONS, "none"))
+        _require_choice(self, "injection", (*INJECTIONS, "none", "base"))
+        _require_choice(self, "given", GIVEN)
+        _require(
+            (self.injection == "base") == (self.given != "none"),
+            f"ConceptConfig.given must be 'none' unless the injection is 'base', and then not, got "
+            f"{self.given!r} with {self.injection!r}",
+        )
+        places = {"first": 1, "first_last": 2}.get(self.given, self.max_concepts)
+        _require(
+            self.max_concepts == places,
+            f"ConceptConfig.max_concepts must be {places} for {self.given!r}, got {self.max_concepts}",
+        )
         _require(
             self.width % self.heads == 0,
             f"ConceptConfig.width ({self.width}) must be a multiple of ConceptConfig.heads ({self.heads})",
@@ -148,7 +179,17 @@ class ConceptConfig:
     @property
     def tokens_per_concept(self) -> int:
         """Q: tokens that one concept brings into the transformer; without a Q-Former every picture token."""
-        return self.queries if self.encoder == "qformer" else self.picture_tokens
+        return self.queries if self.has_modules and self.encoder == "qformer" else self.picture_tokens
+
+    @property
+    def has_modules(self) -> bool:
+        """Whether there are an encoder and a binding, not a base alone."""
+        return self.injection not in ("none", "base")
+
+    @property
+    def takes_pictures(self) -> bool:
+        """Whether there is a picture encoder."""
+        return self.injection != "none"
 
     @property
     def concept_tokens(self) -> int:
@@ -190,21 +231,80 @@ class ModelConfig:
             f"label_tokens ({concept.label_tokens}) must not exceed text_tokens ({self.text_tokens})",
         )
         self._match("text_encoder", "d_model", transformer.text_dim, "transformer.text_dim")
-        if concept.injection != "none":
-            self._match("image_encoder", "image_size", concept.picture_size, "concept.picture_size")
-            self._match("image_encoder", "projection_dim", concept.picture_dim, "concept.picture_dim")
-            grid = concept.picture_size // self._entry("image_encoder", "patch_size")
-            _require(
-                grid * grid == concept.picture_tokens,
-                f"concept.picture_tokens must be {grid * grid}, got {concept.picture_tokens}",
-            )
-        self._match("vae", "z_dim", transformer.in_channels, "transformer.in_channels")
+        if concept.takes_pictures:
+            self._check_pictures()
+        _require(
+            (concept.injection == "base") == (transformer.image_dim is not None),
+            "concept.injection must be 'base' where transformer.image_dim is given, and nowhere else, got "
+            f"{concept.injection!r} with {transformer.image_dim!r}",
+        )
+        if concept.injection == "base":
+            self._check_given()
+        else:
+            self._match("vae", "z_dim", transformer.in_channels, "transformer.in_channels")
         self._match("vae", "z_dim", transformer.out_channels, "transformer.out_channels")
         z = self._entry("vae", "z_dim")
         for name in ("latents_mean", "latents_std"):
             _require(len(self._entry("vae", name)) == z, f"vae[{name!r}] must have z_dim ({z}) entries")
         _require(all(s > 0 for s in self.vae["latents_std"]), "vae['latents_std'] must be positive")
         object.__setattr__(self, "latent_shape", (z, *self._latent_grid()))
+
+    @property
+    def given_channels(self) -> int:
+        """Channels behind the latents that tell the frames given by pictures: a mask for each video frame of
+        a latent one, then latents. 0 unless the injection is `base`."""
+        if self.concept.injection != "base":
+            return 0
+        return int(self._entry("vae", "scale_factor_temporal") + self._entry("vae", "z_dim"))
+
+    def _check_pictures(self) -> None:
+        """The picture encoder gives what the concept part reads."""
+        concept = self.concept
+        self._match("image_encoder", "image_size", concept.picture_size, "concept.picture_size")
+        own = concept.injection == "base"  # which reads hidden states, the class token's too
+        width = "hidden_size" if own else "projection_dim"
+        self._match("image_encoder", width, concept.picture_dim, "concept.picture_dim")
+        grid = concept.picture_size // self._entry("image_encoder", "patch_size")
+        tokens = grid * grid + int(own)
+        _require(
+            concept.picture_tokens == tokens,
+            f"concept.picture_tokens must be {tokens}, got {concept.picture_tokens}",
+        )
+
+    def _check_given(self) -> None:
+        """What an image-to-video base reads fits it."""
+        concept, transformer = self.concept, self.transformer
+        for name in ("picture_dim", "width"):
+            value = getattr(concept, name)
+            _require(
+                value == transformer.image_dim,
+                f"concept.{name} ({value}) must equal transformer.image_dim ({transformer.image_dim})",
+            )
+        _require(self.vae.get("kind", "wan") == "wan", "an image-to-video base needs Wan's VAE")
+        wanted = self._entry("vae", "z_dim") + self.given_channels
+        _require(
+            transformer.in_channels == wanted,
+            f"transformer.in_channels must be {wanted} for this VAE (noise, mask, pictures), got "
+            f"{transformer.in_channels}",
+        )
+        tokens = transformer.pos_embed_seq_len
+        _require(
+            tokens is None or tokens == concept.concept_tokens,
+            f"transformer.pos_embed_seq_len ({tokens}) must equal the pictures' tokens "
+            f"({concept.concept_tokens})",
+        )
+        least = 1 + self._entry("vae", "scale_factor_temporal") * (self.least_latent_frames - 1)
+        _require(
+            self.frames >= least,
+            f"frames must be at least {least}, of which the pictures give some, got {self.frames}",
+        )
+
+    @property
+    def least_latent_frames(self) -> int:
+        """The fewest latent frames of which the pictures leave one to be made."""
+        if self.concept.injection != "base":
+            return 1
+        return self.concept.max_concepts + 1
 
     def _entry(self, part: str, name: str) -> Any:
         values = getattr(self, part)
