@@ -192,6 +192,11 @@ class ConceptConfig:
         return self.injection != "none"
 
     @property
+    def least_latent_frames(self) -> int:
+        """The fewest latent frames of a video of which pictures leave one to be made."""
+        return 1 if self.given == "none" else self.max_concepts + 1
+
+    @property
     def concept_tokens(self) -> int:
         """C: tokens of all concepts together, max_concepts * tokens_per_concept."""
         return self.max_concepts * self.tokens_per_concept
@@ -231,13 +236,13 @@ class ModelConfig:
             f"label_tokens ({concept.label_tokens}) must not exceed text_tokens ({self.text_tokens})",
         )
         self._match("text_encoder", "d_model", transformer.text_dim, "transformer.text_dim")
-        if concept.takes_pictures:
-            self._check_pictures()
         _require(
             (concept.injection == "base") == (transformer.image_dim is not None),
             "concept.injection must be 'base' where transformer.image_dim is given, and nowhere else, got "
             f"{concept.injection!r} with {transformer.image_dim!r}",
         )
+        if concept.takes_pictures:
+            self._check_pictures()
         if concept.injection == "base":
             self._check_given()
         else:
@@ -293,18 +298,11 @@ class ModelConfig:
             f"transformer.pos_embed_seq_len ({tokens}) must equal the pictures' tokens "
             f"({concept.concept_tokens})",
         )
-        least = 1 + self._entry("vae", "scale_factor_temporal") * (self.least_latent_frames - 1)
+        least = 1 + self._entry("vae", "scale_factor_temporal") * (concept.least_latent_frames - 1)
         _require(
             self.frames >= least,
             f"frames must be at least {least}, of which the pictures give some, got {self.frames}",
         )
-
-    @property
-    def least_latent_frames(self) -> int:
-        """The fewest latent frames of which the pictures leave one to be made."""
-        if self.concept.injection != "base":
-            return 1
-        return self.concept.max_concepts + 1
 
     def _entry(self, part: str, name: str) -> Any:
         values = getattr(self, part)

@@ -7,6 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+# How CLIP's pictures are normalised, by channel of 0..1: OpenAI's constants.
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
 
 class TextEncoder(nn.Module):
     """UMT5's encoder with random weights, for captions and for labels. `config`: arguments of UMT5Config."""

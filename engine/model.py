@@ -63,8 +63,8 @@ class ConceptMaster(nn.Module):
 
         latents [B,Cz,F,H,W], time [B] (sigma * 1000), token_ids int64 [B,T], token_mask bool [B,T],
         pixels [B,N,3,px,px] (CLIP-normalised), label_ids int64 [B,N,L], label_mask bool [B,N,L],
-        concept_mask bool [B,N] (False: padded or dropped), given [B,Cg,F,H,W] for the injection `base`. Returns
-        [B,Cz,F,H,W].
+        concept_mask bool [B,N] (False: padded or dropped), given [B,Cg,F,H,W] for the injection `base`.
+        Returns [B,Cz,F,H,W].
         """
         text = self.text_encoder(token_ids, token_mask)  # [B,T,Dt]
         concepts = self.concepts(pixels, label_ids, label_mask)  # [B,N,Q,Dc]

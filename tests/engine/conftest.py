@@ -63,3 +63,27 @@ def request_for() -> Callable[..., dict[str, Any]]:
         }
 
     return build
+
+
+@pytest.fixture(scope="session")
+def tiny_base() -> Callable[..., Any]:
+    """`tiny_base("references", pictures=3)`: the tiny preset as an image-to-video base of Wan's."""
+    from conceptmaster.engine.presets import preset
+
+    def build(given: str = "first", pictures: int = 1, positions: bool = False, **changes: Any) -> Any:
+        config = preset("tiny")
+        transformer = dataclasses.replace(
+            config.transformer,
+            in_channels=12,
+            image_dim=16,
+            added_kv_proj_dim=24,
+            pos_embed_seq_len=5 * pictures if positions else None,
+            position_channels=0,
+        )
+        concept = dataclasses.replace(
+            config.concept, max_concepts=pictures, picture_tokens=5, injection="base", given=given
+        )
+        changes = {"frames": 1 + 4 * pictures} | changes
+        return dataclasses.replace(config, transformer=transformer, concept=concept, **changes)
+
+    return build
