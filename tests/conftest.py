@@ -108,14 +108,9 @@ def image_to_video_parts(wan_parts: Callable[..., dict[str, Any]]) -> Callable[.
         parts = wan_parts()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(1)
-            own = {
-                "in_channels": 12,
-                "image_dim": 16,
-                "added_kv_proj_dim": 24,
-                "pos_embed_seq_len": positions,
-            }
-            config = dict(parts["transformer"].config) | own
-            transformer = diffusers.WanTransformer3DModel.from_config(config)
+            plain = {k: v for k, v in parts["transformer"].config.items() if not k.startswith("_")}
+            own = {"in_channels": 12, "image_dim": 16, "added_kv_proj_dim": 24}
+            transformer = diffusers.WanTransformer3DModel(**plain | own | {"pos_embed_seq_len": positions})
             sizes = {"image_size": 16, "patch_size": 8, "num_hidden_layers": 3, "num_attention_heads": 2}
             widths = {"hidden_size": 16, "intermediate_size": 32, "projection_dim": 8}
             clip = CLIPVisionModel(CLIPVisionConfig(**sizes, **widths))
