@@ -126,7 +126,8 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
         action="append",
         metavar=("LABEL", "IMAGE"),
         default=None,
-        help="a thing to show and its picture; repeat for more, each with its own label",
+        help="a thing to show and its picture; repeat for more, each with its own label. Of an "
+        "image-to-video bundle: a first frame, a last frame, or references, in this order",
     )
     what.add_argument(
         "--request",

@@ -116,6 +116,9 @@ def image_to_video_parts(wan_parts: Callable[..., dict[str, Any]]) -> Callable[.
             clip = CLIPVisionModel(CLIPVisionConfig(**sizes, **widths))
             for parameter in [*transformer.parameters(), *clip.parameters()]:
                 torch.nn.init.normal_(parameter, mean=0.0, std=0.3)
+            torch.nn.init.normal_(transformer.patch_embedding.weight, std=1.5)  # pictures show in the pixels
+            for block in transformer.blocks:
+                torch.nn.init.normal_(block.attn2.add_v_proj.weight, std=3.0)
         square = {"height": 16, "width": 16}
         processor = CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size=square)
         more = {"image_encoder": clip.eval(), "image_processor": processor}

@@ -165,9 +165,10 @@ def test_a_first_frame_gives_the_pipeline_s_frames(first, first_bundle, generate
     expected = upstream(first[0], noise, image)
     held(generated(first_bundle, [image], noise), expected)
     other = generated(first_bundle, [picture(1, *size)], noise)
-    assert abs(other - expected).mean() > 2
+    assert abs(other - expected).max() > 5
 
 
+@pytest.mark.slow
 def test_a_first_and_a_last_frame_give_the_pipeline_s_frames(saved, exported, generated):
     pipeline, folder = saved("tiny-flf2v", positions=10)
     images, noise = [picture(0, 80, 60), picture(1, 64, 64)], noise_for(1)
@@ -175,6 +176,7 @@ def test_a_first_and_a_last_frame_give_the_pipeline_s_frames(saved, exported, ge
     held(generated(exported(folder), images, noise), expected)
 
 
+@pytest.mark.slow
 def test_without_guidance(first, command, generated, tmp_path):
     pipeline, folder = first
     code, _, err = command("export", folder, "--output", tmp_path / "one", *SIZE, "--branches", 1)
