@@ -7,6 +7,7 @@ table of positions), and SkyReels-A2, whose own classes have other names.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -87,12 +88,13 @@ def _check_processor(path: Path, size: int) -> None:
                 f"{path}: {name} must be {known[0]} for this image_encoder, got {values[name]!r}"
             )
     numbers = {"image_mean": CLIP_MEAN, "image_std": CLIP_STD, "rescale_factor": (1 / 255,)}
-    for name, known in numbers.items():
-        found = values.get(name, known)
-        found = found if isinstance(found, (list, tuple)) else [found]
-        same = len(found) == len(known) and all(
-            isinstance(a, (int, float)) and math.isclose(a, b, rel_tol=1e-6)
-            for a, b in zip(found, known, strict=True)
-        )
-        if not same:
-            raise ConfigError(f"{path}: {name} must be CLIP's {list(known)}, got {found!r}")
+    for name, right in numbers.items():
+        found = values.get(name, right)
+        if not _close(found if isinstance(found, (list, tuple)) else [found], right):
+            raise ConfigError(f"{path}: {name} must be CLIP's {list(right)}, got {found!r}")
+
+
+def _close(found: Sequence[Any], right: Sequence[float]) -> bool:
+    """Whether these are the right numbers, but for their last digits."""
+    numbers = len(found) == len(right) and all(isinstance(value, (int, float)) for value in found)
+    return numbers and all(math.isclose(a, b, rel_tol=1e-6) for a, b in zip(found, right, strict=True))

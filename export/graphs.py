@@ -192,7 +192,9 @@ class _Samples:
         self.model, self.config = model, model.config
         self.branches, self.solver_states = branches, solver_states
         self.decoders = streaming_decoders(vae)
-        self.encoders = streaming_encoders(vae) if model.config.given_channels else ()  # type: ignore[arg-type]
+        self.encoders: tuple[nn.Module, ...] = ()
+        if model.config.given_channels:  # so it is Wan's VAE
+            self.encoders = streaming_encoders(vae)  # type: ignore[arg-type]
         self.upstream = functools.lru_cache(4)(self._upstream)
 
     def text_encoder(self, seed: int) -> Sample:
