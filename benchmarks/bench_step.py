@@ -32,7 +32,7 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def spec(one_thread: None) -> Any:
     """The denoise graph of a random `sprites` model."""
-    from conceptmaster.engine.config import preset
+    from conceptmaster.engine.presets import preset
     from conceptmaster.export.graphs import graph_specs
     from conceptmaster.export.source import random_source
 

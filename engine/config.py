@@ -9,6 +9,7 @@ from typing import Any
 ENCODERS = ("qformer", "mlp")
 BINDINGS = ("dam", "none", "concat_mlp", "self_attention")
 INJECTIONS = ("standalone", "shared_query", "merged")
+GIVEN = ("none", "first", "first_last", "references")
 PREDICTIONS = ("velocity", "sample")
 VAES = ("wan", "blocks")
 
@@ -45,8 +46,9 @@ class TransformerConfig:
     `position_channels` is this project's own: so many constant channels (sines and cosines of a latent
     position's frame, row and column, in equal parts) are appended to the latents before the patch embedding.
     0 is Wan. `prediction` is what the last projection tells: the `velocity` (Wan) or the `sample`, from which
-    the transformer then computes the velocity. `image_dim` and `added_kv_proj_dim` belong to Wan's
-    image-to-video models, which this engine does not build: None.
+    the transformer then computes the velocity. Wan's image-to-video models have `image_dim` (width of the
+    picture encoder's tokens), `added_kv_proj_dim` (the transformer's own width) and, where a first and a last
+    picture are told apart by place, `pos_embed_seq_len` (tokens of all pictures together); None elsewhere.
     """
 
     patch_size: tuple[int, int, int] = (1, 2, 2)
@@ -64,6 +66,7 @@ class TransformerConfig:
     rope_max_seq_len: int = 1024
     image_dim: int | None = None
     added_kv_proj_dim: int | None = None
+    pos_embed_seq_len: int | None = None
     position_channels: int = 0
     prediction: str = "velocity"
 
@@ -94,12 +97,23 @@ class TransformerConfig:
         _require_choice(self, "qk_norm", ("rms_norm_across_heads",))
         _require_choice(self, "prediction", PREDICTIONS)
         _require(self.eps > 0, f"TransformerConfig.eps must be positive, got {self.eps}")
-        for name in ("image_dim", "added_kv_proj_dim"):
-            value = getattr(self, name)
-            _require(
-                value is None,
-                f"TransformerConfig.{name} must be None (no image-to-video base), got {value!r}",
-            )
+        self._check_pictures()
+
+    def _check_pictures(self) -> None:
+        """The fields of image-to-video models fit each other."""
+        if self.image_dim is None:
+            for name in ("added_kv_proj_dim", "pos_embed_seq_len"):
+                value = getattr(self, name)
+                _require(value is None, f"TransformerConfig.{name} ({value!r}) needs an image_dim")
+            return
+        _require_positive(self, "image_dim")
+        _require(
+            self.added_kv_proj_dim == self.width,
+            f"TransformerConfig.added_kv_proj_dim must be the transformer's width ({self.width}) where there "
+            f"is an image_dim, got {self.added_kv_proj_dim!r}",
+        )
+        if self.pos_embed_seq_len is not None:
+            _require_positive(self, "pos_embed_seq_len")
 
     @property
     def width(self) -> int:
@@ -114,8 +128,13 @@ class ConceptConfig:
     encoder: `qformer` (learned queries) or `mlp` (the paper's row "without Q-Former"). binding: `dam`, `none`
     (without DAM, labels unused), `concat_mlp` or `self_attention`. injection: `standalone` (an injector of
     its own in every block), `shared_query` (own keys and values beside the text's, same query), `merged`
-    (concept tokens behind the caption's, through the text cross-attention) or `none` (the base alone: it
-    takes no concepts and has none of the modules above).
+    (concept tokens behind the caption's, through the text cross-attention), `none` (the base alone: it
+    takes no concepts and has none of the modules above) or `base` (an image-to-video base alone: pictures
+    through its own keys and values beside the text's; labels say nothing to it).
+
+    given: for `base`, how pictures are also frames of the video: `first` (the one picture is the first
+    frame), `first_last` (two, at both ends), `references` (each leads the video in a latent frame of its own,
+    which is then left out, as in SkyReels-A2). `none` for every other injection.
     """
 
     max_concepts: int = 4
@@ -130,6 +149,7 @@ class ConceptConfig:
     encoder: str = "qformer"
     binding: str = "dam"
     injection: str = "standalone"
+    given: str = "none"
 
     def __post_init__(self) -> None:
         """Raises ConfigError for a value that cannot be built."""
@@ -139,7 +159,18 @@ class ConceptConfig:
         _require_positive(self, "queries", "layers", "heads", "width")
         _require_choice(self, "encoder", ENCODERS)
         _require_choice(self, "binding", BINDINGS)
-        _require_choice(self, "injection", (*INJECTIONS, "none"))
+        _require_choice(self, "injection", (*INJECTIONS, "none", "base"))
+        _require_choice(self, "given", GIVEN)
+        _require(
+            (self.injection == "base") == (self.given != "none"),
+            f"ConceptConfig.given must be 'none' unless the injection is 'base', and then not, got "
+            f"{self.given!r} with {self.injection!r}",
+        )
+        places = {"first": 1, "first_last": 2}.get(self.given, self.max_concepts)
+        _require(
+            self.max_concepts == places,
+            f"ConceptConfig.max_concepts must be {places} for {self.given!r}, got {self.max_concepts}",
+        )
         _require(
             self.width % self.heads == 0,
             f"ConceptConfig.width ({self.width}) must be a multiple of ConceptConfig.heads ({self.heads})",
@@ -148,7 +179,22 @@ class ConceptConfig:
     @property
     def tokens_per_concept(self) -> int:
         """Q: tokens that one concept brings into the transformer; without a Q-Former every picture token."""
-        return self.queries if self.encoder == "qformer" else self.picture_tokens
+        return self.queries if self.has_modules and self.encoder == "qformer" else self.picture_tokens
+
+    @property
+    def has_modules(self) -> bool:
+        """Whether there are an encoder and a binding, not a base alone."""
+        return self.injection not in ("none", "base")
+
+    @property
+    def takes_pictures(self) -> bool:
+        """Whether there is a picture encoder."""
+        return self.injection != "none"
+
+    @property
+    def least_latent_frames(self) -> int:
+        """The fewest latent frames of a video of which pictures leave one to be made."""
+        return 1 if self.given == "none" else self.max_concepts + 1
 
     @property
     def concept_tokens(self) -> int:
@@ -190,21 +236,73 @@ class ModelConfig:
             f"label_tokens ({concept.label_tokens}) must not exceed text_tokens ({self.text_tokens})",
         )
         self._match("text_encoder", "d_model", transformer.text_dim, "transformer.text_dim")
-        if concept.injection != "none":
-            self._match("image_encoder", "image_size", concept.picture_size, "concept.picture_size")
-            self._match("image_encoder", "projection_dim", concept.picture_dim, "concept.picture_dim")
-            grid = concept.picture_size // self._entry("image_encoder", "patch_size")
-            _require(
-                grid * grid == concept.picture_tokens,
-                f"concept.picture_tokens must be {grid * grid}, got {concept.picture_tokens}",
-            )
-        self._match("vae", "z_dim", transformer.in_channels, "transformer.in_channels")
+        _require(
+            (concept.injection == "base") == (transformer.image_dim is not None),
+            "concept.injection must be 'base' where transformer.image_dim is given, and nowhere else, got "
+            f"{concept.injection!r} with {transformer.image_dim!r}",
+        )
+        if concept.takes_pictures:
+            self._check_pictures()
+        if concept.injection == "base":
+            self._check_given()
+        else:
+            self._match("vae", "z_dim", transformer.in_channels, "transformer.in_channels")
         self._match("vae", "z_dim", transformer.out_channels, "transformer.out_channels")
         z = self._entry("vae", "z_dim")
         for name in ("latents_mean", "latents_std"):
             _require(len(self._entry("vae", name)) == z, f"vae[{name!r}] must have z_dim ({z}) entries")
         _require(all(s > 0 for s in self.vae["latents_std"]), "vae['latents_std'] must be positive")
         object.__setattr__(self, "latent_shape", (z, *self._latent_grid()))
+
+    @property
+    def given_channels(self) -> int:
+        """Channels behind the latents that tell the frames given by pictures: a mask for each video frame of
+        a latent one, then latents. 0 unless the injection is `base`."""
+        if self.concept.injection != "base":
+            return 0
+        return int(self._entry("vae", "scale_factor_temporal") + self._entry("vae", "z_dim"))
+
+    def _check_pictures(self) -> None:
+        """The picture encoder gives what the concept part reads."""
+        concept = self.concept
+        self._match("image_encoder", "image_size", concept.picture_size, "concept.picture_size")
+        own = concept.injection == "base"  # which reads hidden states, the class token's too
+        width = "hidden_size" if own else "projection_dim"
+        self._match("image_encoder", width, concept.picture_dim, "concept.picture_dim")
+        grid = concept.picture_size // self._entry("image_encoder", "patch_size")
+        tokens = grid * grid + int(own)
+        _require(
+            concept.picture_tokens == tokens,
+            f"concept.picture_tokens must be {tokens}, got {concept.picture_tokens}",
+        )
+
+    def _check_given(self) -> None:
+        """What an image-to-video base reads fits it."""
+        concept, transformer = self.concept, self.transformer
+        for name in ("picture_dim", "width"):
+            value = getattr(concept, name)
+            _require(
+                value == transformer.image_dim,
+                f"concept.{name} ({value}) must equal transformer.image_dim ({transformer.image_dim})",
+            )
+        _require(self.vae.get("kind", "wan") == "wan", "an image-to-video base needs Wan's VAE")
+        wanted = self._entry("vae", "z_dim") + self.given_channels
+        _require(
+            transformer.in_channels == wanted,
+            f"transformer.in_channels must be {wanted} for this VAE (noise, mask, pictures), got "
+            f"{transformer.in_channels}",
+        )
+        tokens = transformer.pos_embed_seq_len
+        _require(
+            tokens is None or tokens == concept.concept_tokens,
+            f"transformer.pos_embed_seq_len ({tokens}) must equal the pictures' tokens "
+            f"({concept.concept_tokens})",
+        )
+        least = 1 + self._entry("vae", "scale_factor_temporal") * (concept.least_latent_frames - 1)
+        _require(
+            self.frames >= least,
+            f"frames must be at least {least}, of which the pictures give some, got {self.frames}",
+        )
 
     def _entry(self, part: str, name: str) -> Any:
         values = getattr(self, part)
@@ -279,172 +377,3 @@ def _build(cls: Any, values: dict[str, Any]) -> Any:
     missing = needed - set(values)
     _require(not missing, f"{cls.__name__} needs the field {', '.join(sorted(missing))}")
     return cls(**values)
-
-
-def _umt5(d_model: int, d_kv: int, heads: int, d_ff: int, layers: int, vocab: int) -> dict[str, Any]:
-    return {
-        "vocab_size": vocab,
-        "d_model": d_model,
-        "d_kv": d_kv,
-        "d_ff": d_ff,
-        "num_layers": layers,
-        "num_heads": heads,
-        "feed_forward_proj": "gated-gelu",
-        "dropout_rate": 0.0,
-    }
-
-
-def _clip(
-    hidden: int, layers: int, heads: int, mlp: int, patch: int, image: int, projection: int
-) -> dict[str, Any]:
-    return {
-        "hidden_size": hidden,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "intermediate_size": mlp,
-        "patch_size": patch,
-        "image_size": image,
-        "projection_dim": projection,
-    }
-
-
-def _tiny() -> ModelConfig:
-    return ModelConfig(
-        name="tiny",
-        transformer=TransformerConfig(
-            num_attention_heads=2,
-            attention_head_dim=12,
-            in_channels=4,
-            out_channels=4,
-            text_dim=16,
-            freq_dim=16,
-            ffn_dim=48,
-            num_layers=2,
-            position_channels=6,
-        ),
-        concept=ConceptConfig(
-            max_concepts=3,
-            picture_size=16,
-            picture_tokens=4,
-            picture_dim=16,
-            label_tokens=6,
-            queries=2,
-            layers=1,
-            heads=2,
-            width=16,
-        ),
-        text_encoder=_umt5(d_model=16, d_kv=8, heads=2, d_ff=32, layers=2, vocab=512),
-        image_encoder=_clip(hidden=16, layers=2, heads=2, mlp=32, patch=8, image=16, projection=16),
-        vae={
-            "base_dim": 4,
-            "z_dim": 4,
-            "dim_mult": [1, 2, 4],
-            "num_res_blocks": 1,
-            "attn_scales": [],
-            "temperal_downsample": [True, True],
-            "patch_size": 2,
-            "in_channels": 12,
-            "out_channels": 12,
-            "scale_factor_temporal": 4,
-            "scale_factor_spatial": 8,
-            "latents_mean": [0.0] * 4,
-            "latents_std": [1.0] * 4,
-        },
-        text_tokens=24,
-        frames=5,
-        height=32,
-        width=32,
-        fps=8.0,
-    )
-
-
-def _sprites() -> ModelConfig:
-    return ModelConfig(
-        name="sprites",
-        transformer=TransformerConfig(
-            num_attention_heads=12,
-            attention_head_dim=32,
-            in_channels=48,
-            out_channels=48,
-            text_dim=128,
-            freq_dim=128,
-            ffn_dim=1152,
-            num_layers=6,
-            position_channels=24,
-            prediction="sample",
-        ),
-        concept=ConceptConfig(
-            max_concepts=4,
-            picture_size=64,
-            picture_tokens=64,
-            picture_dim=128,
-            label_tokens=8,
-            queries=8,
-            layers=2,
-            heads=4,
-            width=128,
-        ),
-        text_encoder=_umt5(d_model=128, d_kv=32, heads=4, d_ff=256, layers=2, vocab=512),
-        image_encoder=_clip(hidden=128, layers=3, heads=4, mlp=256, patch=8, image=64, projection=128),
-        vae={
-            "kind": "blocks",
-            "z_dim": 48,
-            "width": 64,
-            "layers": 4,
-            "scale_factor_temporal": 4,
-            "scale_factor_spatial": 8,
-            "latents_mean": [0.0] * 48,
-            "latents_std": [0.5] * 48,
-        },
-        text_tokens=48,
-        frames=17,
-        height=64,
-        width=64,
-        fps=8.0,
-    )
-
-
-# Statistics of Wan2.1's VAE, from its published configuration.
-_WAN_MEAN = [-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508]
-_WAN_MEAN += [0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921]
-_WAN_STD = [2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743]
-_WAN_STD += [3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160]
-
-
-def _wan(name: str, heads: int, layers: int, ffn_dim: int) -> ModelConfig:
-    return ModelConfig(
-        name=name,
-        transformer=TransformerConfig(num_attention_heads=heads, num_layers=layers, ffn_dim=ffn_dim),
-        concept=ConceptConfig(),
-        text_encoder=_umt5(d_model=4096, d_kv=64, heads=64, d_ff=10240, layers=24, vocab=256384),
-        image_encoder=_clip(hidden=1024, layers=24, heads=16, mlp=4096, patch=14, image=224, projection=768),
-        vae={
-            "base_dim": 96,
-            "z_dim": 16,
-            "dim_mult": [1, 2, 4, 4],
-            "num_res_blocks": 2,
-            "attn_scales": [],
-            "temperal_downsample": [False, True, True],
-            "scale_factor_temporal": 4,
-            "scale_factor_spatial": 8,
-            "latents_mean": list(_WAN_MEAN),
-            "latents_std": list(_WAN_STD),
-        },
-    )
-
-
-_BUILDERS = {
-    "tiny": _tiny,
-    "sprites": _sprites,
-    "wan2.1-1.3b": lambda: _wan("wan2.1-1.3b", heads=12, layers=30, ffn_dim=8960),
-    "wan2.1-14b": lambda: _wan("wan2.1-14b", heads=40, layers=40, ffn_dim=13824),
-}
-
-PRESETS = tuple(_BUILDERS)
-"""Names that `preset` knows."""
-
-
-def preset(name: str) -> ModelConfig:
-    """A fresh ModelConfig by name: one of `PRESETS`. Raises ConfigError for an unknown name."""
-    _require(name in _BUILDERS, f"unknown preset {name!r}; there are {', '.join(PRESETS)}")
-    return _BUILDERS[name]()

@@ -2,26 +2,27 @@
 
 Parts first, the model last. Module names are diffusers' (WanTransformer3DModel), so that its state dict
 loads; what is new has names of its own: `injector` in every block (standalone), `add_k_proj`, `add_v_proj`
-and `norm_added_k` in `attn2` (shared_query), `concept_proj` (merged).
+and `norm_added_k` in `attn2` (shared_query), `concept_proj` (merged). An image-to-video model of Wan's has
+the same three as shared_query, but they are its own: its concept tokens are picture tokens (base).
 
 Letters: B batch, K guidance branches (also a batch), N concepts, Q tokens per concept, C = N*Q, T text
 tokens, F H W latent frames, height, width, S video tokens, D width, A heads, E head width, Dc concept width,
-Dt text width.
+Dt text width, Cg channels that tell the frames which are given.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import NamedTuple, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels.cross_attention import attention, concept_injection, decoupled_cross_attention
 from .config import ModelConfig, TransformerConfig
-from .positions import Constants, Positions, rotate
+from .embedders import ConditionEmbedder
+from .layers import FeedForward, WideLayerNorm, wide
+from .positions import Positions, rotate
 
 LEAST_SIGMA = 0.05
 """Where the network predicts data, its distance to the latents is divided by at least this noise level."""
@@ -31,26 +32,11 @@ Conditions = dict[str, Tensor]
 is `merged` or `none`."""
 
 
-def _wide(x: Tensor) -> Tensor:
-    """x in float32 at least: modulation and layer norms are computed there, whatever the weights' dtype."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-class WideLayerNorm(nn.LayerNorm):
-    """LayerNorm computed in float32 at least and left in that dtype; [..., D] -> [..., D]."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalises the last axis of x, any floating dtype."""
-        weight = None if self.weight is None else _wide(self.weight)
-        bias = None if self.bias is None else _wide(self.bias)
-        return F.layer_norm(_wide(x), self.normalized_shape, weight, bias, self.eps)
-
-
 class Attention(nn.Module):
     """Projections and query/key normalisation (RMS across all heads) of one attention; `to_out` has its bias.
 
     With `added_width` it carries keys and values for concept tokens of that width beside the text's
-    (shared_query).
+    (shared_query, base).
     """
 
     def __init__(self, width: int, heads: int, eps: float, added_width: int | None = None) -> None:
@@ -116,82 +102,6 @@ class Injector(nn.Module):
         return self.to_out(concept_injection(q, keys, values, mask).flatten(-2))  # [B,S,D]
 
 
-class GeluProjection(nn.Module):
-    """Linear, then GELU in its tanh form."""
-
-    def __init__(self, width: int, hidden: int) -> None:
-        super().__init__()
-        self.proj = nn.Linear(width, hidden)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., width] -> [..., hidden]."""
-        return F.gelu(self.proj(x), approximate="tanh")
-
-
-class FeedForward(nn.Module):
-    """The block's two-layer network; index 1 of `net` is where diffusers keeps its dropout."""
-
-    def __init__(self, width: int, hidden: int) -> None:
-        super().__init__()
-        self.net = nn.Sequential(GeluProjection(width, hidden), nn.Identity(), nn.Linear(hidden, width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[B,S,D] -> [B,S,D]."""
-        return self.net(x)
-
-
-class TwoLayers(nn.Module):
-    """Linear, activation, Linear, under the names linear_1 and linear_2."""
-
-    def __init__(self, width_in: int, width: int, activation: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.linear_1 = nn.Linear(width_in, width)
-        self.linear_2 = nn.Linear(width, width)
-        self.activation = activation
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., width_in] -> [..., width]."""
-        return self.linear_2(self.activation(self.linear_1(x)))
-
-
-def _gelu_tanh(x: Tensor) -> Tensor:
-    return F.gelu(x, approximate="tanh")
-
-
-class TimeWaves(Constants):
-    """Cosines, then sines, of a time at `width`/2 frequencies from 1 down to nearly 1/10000."""
-
-    frequencies: Tensor
-
-    def __init__(self, width: int) -> None:
-        # In float32 on purpose: the exact values that Wan's weights were trained with.
-        steps = torch.arange(width // 2, dtype=torch.float32, device="cpu")
-        super().__init__(frequencies=torch.exp(-math.log(10000.0) * steps / (width // 2)))
-
-    def forward(self, time: Tensor) -> Tensor:
-        """time [B] -> float32 [B,width]."""
-        angle = time[:, None].float() * self.frequencies[None]  # [B,width/2]
-        return torch.cat((angle.cos(), angle.sin()), dim=-1)  # [B,width]
-
-
-class ConditionEmbedder(nn.Module):
-    """Time to modulation, text to the transformer's width."""
-
-    def __init__(self, config: TransformerConfig) -> None:
-        super().__init__()
-        self.time_waves = TimeWaves(config.freq_dim)
-        self.time_embedder = TwoLayers(config.freq_dim, config.width, F.silu)
-        self.time_proj = nn.Linear(config.width, 6 * config.width)
-        self.text_embedder = TwoLayers(config.text_dim, config.width, _gelu_tanh)
-
-    def time(self, time: Tensor) -> tuple[Tensor, Tensor]:
-        """time [B] in 0..1000 -> embedding [B,D], and the blocks' modulation [B,6,D]."""
-        waves = self.time_waves(time).to(self.time_embedder.linear_1.weight.dtype)  # [B,freq_dim]
-        embedding = self.time_embedder(waves)  # [B,D]
-        hidden = F.silu(embedding).to(self.time_proj.weight.dtype)
-        return embedding, self.time_proj(hidden).unflatten(1, (6, -1))  # [B,D], [B,6,D]
-
-
 class BlockConditions(NamedTuple):
     """Keys and values that one block attends to: text [K,T,A,E], concepts [K,C,A,E].
 
@@ -210,26 +120,28 @@ class Block(nn.Module):
     def __init__(self, config: TransformerConfig, concept_width: int, injection: str) -> None:
         super().__init__()
         width, heads, eps = config.width, config.num_attention_heads, config.eps
-        shared = injection == "shared_query"
+        # a base's own has brought the tokens to the transformer's width before
+        added = {"shared_query": concept_width, "base": config.added_kv_proj_dim}.get(injection)
         self.injection = injection
         self.scale_shift_table = nn.Parameter(torch.randn(1, 6, width) / width**0.5)
         self.norm1 = WideLayerNorm(width, eps, elementwise_affine=False)
         self.attn1 = Attention(width, heads, eps)
         self.norm2 = WideLayerNorm(width, eps) if config.cross_attn_norm else nn.Identity()
-        self.attn2 = Attention(width, heads, eps, added_width=concept_width if shared else None)
+        self.attn2 = Attention(width, heads, eps, added_width=added)
         self.norm3 = WideLayerNorm(width, eps, elementwise_affine=False)
-        self.ffn = FeedForward(width, config.ffn_dim)
+        self.ffn = FeedForward(width, config.ffn_dim, width)
         if injection == "standalone":
             self.injector = Injector(width, heads, eps, concept_width)
 
     def conditions(self, text: Tensor, concepts: Tensor) -> BlockConditions:
         """This block's keys and values.
 
-        text [K,T,D] (when `merged`: with the projected concept tokens behind it), concepts [K,C,Dc].
+        text [K,T,D] (when `merged`: with the projected concept tokens behind it), concepts [K,C,Dc] (when
+        `base`: [K,C,D]).
         """
         if self.injection == "standalone":
             return BlockConditions(*self.attn2.keys_values(text), *self.injector.keys_values(concepts))
-        if self.injection == "shared_query":
+        if self.injection in ("shared_query", "base"):
             return BlockConditions(*self.attn2.keys_values(text), *self.attn2.added_keys_values(concepts))
         return BlockConditions(*self.attn2.keys_values(text), None, None)
 
@@ -237,13 +149,13 @@ class Block(nn.Module):
         self, x: Tensor, modulation: Tensor, rotary: tuple[Tensor, Tensor], kv: BlockConditions, mask: Tensor
     ) -> Tensor:
         """x [K,S,D], modulation [K or 1,6,D], rotary two [S,1,E/2], mask bool [K,C] (merged: T+C) -> x."""
-        table = _wide(self.scale_shift_table) + _wide(modulation)  # [K,6,D]
+        table = wide(self.scale_shift_table) + wide(modulation)  # [K,6,D]
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = table.chunk(6, dim=1)  # [K,1,D] each
 
         h = (self.norm1(x) * (1 + scale) + shift).type_as(x)
         k, v = self.attn1.keys_values(h)
         out = self.attn1.output(attention(rotate(self.attn1.queries(h), *rotary), rotate(k, *rotary), v))
-        x = (_wide(x) + out * gate).type_as(x)  # [K,S,D]
+        x = (wide(x) + out * gate).type_as(x)  # [K,S,D]
 
         q = self.attn2.queries(self.norm2(x).type_as(x))  # [K,S,A,E]
         x = x + self.attn2.output(self._cross_attention(q, kv, mask))  # [K,S,D]
@@ -252,7 +164,7 @@ class Block(nn.Module):
             x = x + self.injector(x, kv.concept_keys, kv.concept_values, mask)  # [K,S,D]
 
         h = (self.norm3(x) * (1 + ffn_scale) + ffn_shift).type_as(x)
-        return (_wide(x) + _wide(self.ffn(h)) * ffn_gate).type_as(x)  # [K,S,D]
+        return (wide(x) + wide(self.ffn(h)) * ffn_gate).type_as(x)  # [K,S,D]
 
     def _cross_attention(self, q: Tensor, kv: BlockConditions, mask: Tensor) -> Tensor:
         """[K,S,A,E] -> [K,S,A,E]: to the text, and to the concepts where these share the text's query."""
@@ -264,11 +176,6 @@ class Block(nn.Module):
         return decoupled_cross_attention(
             q, kv.text_keys, kv.text_values, kv.concept_keys, kv.concept_values, mask
         )
-
-
-def _is_concept(key: str) -> bool:
-    new = ("injector.", "add_k_proj.", "add_v_proj.", "norm_added_k.", "concept_proj.")
-    return any(part in key for part in new)
 
 
 def _initialise(modules: dict[str, nn.Module]) -> None:
@@ -317,15 +224,19 @@ class ConceptDiT(nn.Module):
 
         For a model that was built on the meta device, where nothing has values; the base is left alone.
         """
-        new = {n: m for n, m in self.named_modules() if _is_concept(f"{n}.") and m._parameters}
+        new = {n: m for n, m in self.named_modules() if self._is_concept(f"{n}.") and m._parameters}
         for module in new.values():
             module.to_empty(device="cpu", recurse=False)
             cast("nn.Linear", module).reset_parameters()
         _initialise(new)
 
     def concept_keys(self) -> set[str]:
-        """State-dict keys that a plain Wan2.1 transformer does not have."""
-        return {key for key in self.state_dict() if _is_concept(key)}
+        """State-dict keys that a Wan2.1 transformer does not have; an image-to-video one has all."""
+        return {key for key in self.state_dict() if self._is_concept(key)}
+
+    def _is_concept(self, key: str) -> bool:
+        new = ("injector.", "add_k_proj.", "add_v_proj.", "norm_added_k.", "concept_proj.")
+        return self.config.concept.injection != "base" and any(part in key for part in new)
 
     def _token_mask(self, concept_mask: Tensor) -> Tensor:
         """bool [K,N] -> bool [K,C]."""
@@ -337,10 +248,13 @@ class ConceptDiT(nn.Module):
 
         text [K,T,Dt] (zero where padded: Wan attends to all T tokens), concept_tokens [K,N,Q,Dc], or [N,Q,Dc]
         for the same concepts in every branch, concept_mask bool [K,N]. A masked concept's tokens are not
-        read, not even when they are NaN. Keys come out normalised.
+        read, not even when they are NaN. Keys come out normalised. For `base` the tokens are the picture
+        encoder's, [K,N,P,Dp].
         """
         text = self.condition_embedder.text_embedder(text)  # [K,T,D]
         concepts = torch.where(concept_mask[:, :, None, None], concept_tokens, 0.0).flatten(1, 2)  # [K,C,Dc]
+        if self.condition_embedder.image_embedder is not None:
+            concepts = self.condition_embedder.image_embedder(concepts)  # [K,C,D]
         if self.concept_proj is not None:
             text = torch.cat((text, self.concept_proj(concepts)), dim=1)  # [K,T+C,D]
         blocks = [block.conditions(text, concepts) for block in cast("list[Block]", self.blocks)]
@@ -350,13 +264,21 @@ class ConceptDiT(nn.Module):
             if parts[0] is not None
         }
 
-    def denoise(self, latents: Tensor, time: Tensor, kv: Conditions, concept_mask: Tensor) -> Tensor:
+    def denoise(
+        self, latents: Tensor, time: Tensor, kv: Conditions, concept_mask: Tensor, given: Tensor | None = None
+    ) -> Tensor:
         """The velocity (noise minus data) at these latents.
 
         latents [K,Cz,F,H,W] of any size that divides into patches, time [K] or [1] (sigma * 1000), kv from
-        `condition`, concept_mask bool [K,N] as given there. Returns [K,Cz,F,H,W].
+        `condition`, concept_mask bool [K,N] as given there, given [K or 1,Cg,F,H,W] (for `base`, and only
+        there): a mask of the frames that pictures give, then their latents. Returns [K,Cz,F,H,W].
         """
-        placed, rotary = self.positions(latents)  # [K,Cz+p,F,H,W]
+        known = latents
+        if given is not None:
+            known = torch.cat(
+                (latents, given.expand(latents.shape[0], -1, -1, -1, -1)), dim=1
+            )  # [K,Cz+Cg,F,H,W]
+        placed, rotary = self.positions(known)  # [K,Cz+Cg+p,F,H,W]
         patches = self.patch_embedding(placed)  # [K,D,f,h,w]
         grid, x = patches.shape[2:], patches.flatten(2).transpose(1, 2)  # x [K,S,D]
 
@@ -379,13 +301,20 @@ class ConceptDiT(nn.Module):
         if self.config.transformer.prediction == "velocity":
             return output
         sigma = (time / 1000.0).clamp(min=LEAST_SIGMA)[:, None, None, None, None]  # [K,1,1,1,1]
-        return ((_wide(latents) - _wide(output)) / sigma).type_as(latents)
+        return ((wide(latents) - wide(output)) / sigma).type_as(latents)
 
     def forward(
-        self, latents: Tensor, time: Tensor, text: Tensor, concept_tokens: Tensor, concept_mask: Tensor
+        self,
+        latents: Tensor,
+        time: Tensor,
+        text: Tensor,
+        concept_tokens: Tensor,
+        concept_mask: Tensor,
+        given: Tensor | None = None,
     ) -> Tensor:
         """`condition`, then `denoise`, with their shapes."""
-        return self.denoise(latents, time, self.condition(text, concept_tokens, concept_mask), concept_mask)
+        kv = self.condition(text, concept_tokens, concept_mask)
+        return self.denoise(latents, time, kv, concept_mask, given)
 
     def _unpatch(self, x: Tensor, grid: torch.Size) -> Tensor:
         """[K,S,pf*ph*pw*Cz] -> [K,Cz,F,H,W], for a grid of f, h, w patches."""

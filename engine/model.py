@@ -13,15 +13,16 @@ from .encoders import ImageEncoder, TextEncoder
 class ConceptMaster(nn.Module):
     """All that is trained beside the VAE. `qformer` and `dam` are the variants that the config names.
 
-    With the injection `none` it is text encoder and transformer alone.
+    With the injection `none` it is text encoder and transformer alone, with `base` picture encoder, too.
     """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
         self.text_encoder = TextEncoder(config.text_encoder)
-        if config.concept.injection != "none":
-            self.image_encoder = ImageEncoder(config.image_encoder)
+        if config.concept.takes_pictures:
+            self.image_encoder = ImageEncoder(config.image_encoder, hidden=config.concept.injection == "base")
+        if config.concept.has_modules:
             self.qformer = concept_encoder(config)
             self.dam = concept_binder(config)
         self.transformer = ConceptDiT(config)
@@ -31,12 +32,15 @@ class ConceptMaster(nn.Module):
 
         pixels [B,N,3,px,px] (CLIP-normalised), label_ids int64 [B,N,L], label_mask bool [B,N,L] ->
         [B,N,Q,Dc]. Each label is encoded on its own. A padded slot may hold any finite pixels and an empty
-        label. Zeros, which nothing reads, with the injection `none`.
+        label. Zeros, which nothing reads, with the injection `none`; with `base` the picture tokens.
         """
         batch = pixels.shape[:2]
-        if self.config.concept.injection == "none":
+        if not self.config.concept.takes_pictures:
             return pixels.new_zeros(*batch, self.config.concept.tokens_per_concept, self.config.concept.width)
-        visual = self.qformer(self.image_encoder(pixels.flatten(0, 1)))  # [B*N,Q,Dc]
+        pictures = self.image_encoder(pixels.flatten(0, 1))  # [B*N,P,Dp]
+        if not self.config.concept.has_modules:
+            return pictures.unflatten(0, batch)  # [B,N,P,Dp]
+        visual = self.qformer(pictures)  # [B*N,Q,Dc]
         mask = label_mask.flatten(0, 1)  # [B*N,L]
         if self.config.concept.binding == "none":
             return visual.unflatten(0, batch)  # [B,N,Q,Dc]
@@ -53,13 +57,15 @@ class ConceptMaster(nn.Module):
         label_ids: Tensor,
         label_mask: Tensor,
         concept_mask: Tensor,
+        given: Tensor | None = None,
     ) -> Tensor:
         """The velocity (noise minus data) that the model predicts, with gradient everywhere.
 
         latents [B,Cz,F,H,W], time [B] (sigma * 1000), token_ids int64 [B,T], token_mask bool [B,T],
         pixels [B,N,3,px,px] (CLIP-normalised), label_ids int64 [B,N,L], label_mask bool [B,N,L],
-        concept_mask bool [B,N] (False: padded or dropped). Returns [B,Cz,F,H,W].
+        concept_mask bool [B,N] (False: padded or dropped), given [B,Cg,F,H,W] for the injection `base`.
+        Returns [B,Cz,F,H,W].
         """
         text = self.text_encoder(token_ids, token_mask)  # [B,T,Dt]
         concepts = self.concepts(pixels, label_ids, label_mask)  # [B,N,Q,Dc]
-        return self.transformer(latents, time, text, concepts, concept_mask)  # [B,Cz,F,H,W]
+        return self.transformer(latents, time, text, concepts, concept_mask, given)  # [B,Cz,F,H,W]

@@ -1,5 +1,7 @@
 """A Wan2.1 base from a folder in diffusers' layout: its config.json files as a ModelConfig, then its weights.
 
+Text-to-video and image-to-video; how the latter takes pictures is image_to_video.py's.
+
 What the engine cannot honour is refused, never guessed. Weights go into a model that was built on the meta
 device, so loading takes about as much memory as they do.
 """
@@ -15,9 +17,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 
 from .concepts import concept_binder, concept_encoder
-from .config import ConceptConfig, ConfigError, ModelConfig, TransformerConfig, preset
+from .config import ConceptConfig, ConfigError, ModelConfig, TransformerConfig
 from .folders import read_json, read_tensors
+from .image_to_video import A2_FPS, A2_TRANSFORMER, is_a2, read_concept
 from .model import ConceptMaster
+from .presets import preset
 from .vae import build_vae
 from .weights import WeightsError, load_strict, load_wan
 
@@ -25,6 +29,8 @@ if TYPE_CHECKING:
     from .vae import VAE
 
 _Module = TypeVar("_Module")
+
+TEXT_TOKENS, FPS = 512, 16.0  # of every Wan2.1
 
 # What diffusers takes where a transformer's config.json leaves it out; the rest has the same default here.
 TRANSFORMER = {"num_attention_heads": 40, "num_layers": 40, "ffn_dim": 13824}
@@ -100,7 +106,12 @@ class Sampling:
 
 
 def read_sampling(folder: Path) -> Sampling:
-    """What scheduler/scheduler_config.json asks for. Raises ConfigError where no solver gives that."""
+    """What scheduler/scheduler_config.json asks for. Raises ConfigError where no solver gives that.
+
+    SkyReels-A2's programs put a scheduler of their own into its place, which this gives.
+    """
+    if is_a2(folder):
+        return Sampling("unipc", 8.0)
     path = folder / "scheduler" / "scheduler_config.json"
     values = read_json(path)
     kind = values.get("_class_name")
@@ -136,22 +147,31 @@ def read_config(
     image_encoder: dict[str, Any] = {}
     if (folder / "image_encoder").is_dir():
         image_encoder = _encoder(folder, "image_encoder", "clip_vision_model", IMAGE_SIZES, IMAGE_OPTIONS)
+    if transformer.image_dim is not None:
+        concept = _own_concept(folder, transformer, image_encoder, concept)
+    elif is_a2(folder):
+        raise ConfigError(f"{folder}: the transformer of SkyReels-A2 has an image_dim, this one has none")
+    elif image_encoder:
         concept = concept or _new_concept(image_encoder)
     elif concept is not None and concept.injection != "none":
         raise ConfigError(
             f"{folder} has no image_encoder/: put there the CLIP that the adapter was trained with"
         )
+    concept = concept or ConceptConfig(injection="none")
+    patch_frames = transformer.patch_size[0]
+    latent_frames = patch_frames * -(-concept.least_latent_frames // patch_frames)
     config = ModelConfig(
         name=name,
         transformer=transformer,
-        concept=concept or ConceptConfig(injection="none"),
+        concept=concept,
         text_encoder=text_encoder,
         image_encoder=image_encoder,
         vae=vae,
         # the smallest video of any base, until its true size is known to fit
-        frames=1 + (transformer.patch_size[0] - 1) * vae["scale_factor_temporal"],
+        frames=1 + (latent_frames - 1) * vae["scale_factor_temporal"],
         height=transformer.patch_size[1] * vae["scale_factor_spatial"],
         width=transformer.patch_size[2] * vae["scale_factor_spatial"],
+        fps=A2_FPS if concept.given == "references" else FPS,
     )
     _check_video(config, size, frames)
     return dataclasses.replace(config, width=size[0], height=size[1], frames=frames)
@@ -160,14 +180,15 @@ def read_config(
 def load_base(folder: Path, config: ModelConfig) -> ConceptMaster:
     """The model of `config` with the weights of `folder`, in evaluation mode and float32 on the CPU.
 
-    Its concept part is new: it changes nothing in the video. Raises WeightsError that names the part and
-    lists every tensor that is missing, unexpected or mis-shaped.
+    Its concept part, if it has one, is new: it changes nothing in the video. Raises WeightsError that names
+    the part and lists every tensor that is missing, unexpected or mis-shaped.
     """
     model = _on_meta(ConceptMaster, config, folder)
     _load(folder / "transformer", model.transformer)
     _load(folder / "text_encoder", model.text_encoder.model)
-    if config.concept.injection != "none":
+    if config.concept.takes_pictures:
         _load(folder / "image_encoder", model.image_encoder.model)
+    if config.concept.has_modules:
         model.qformer, model.dam = concept_encoder(config), concept_binder(config)
         model.transformer.initialise_concepts()
     return model.eval()
@@ -195,6 +216,10 @@ def _on_meta(build: Callable[[ModelConfig], _Module], config: ModelConfig, folde
 def _load(part: Path, module: torch.nn.Module) -> None:
     # transformers once saved this buffer, which its models make themselves
     state = {k: v for k, v in read_tensors(part).items() if not k.endswith("embeddings.position_ids")}
+    if part.name == "image_encoder" and not hasattr(module, "visual_projection"):
+        # the tower alone: with or without the prefix that its file has as a part of a larger model
+        tower = {k.removeprefix("vision_model."): v for k, v in state.items()}
+        state = {k: v for k, v in tower.items() if k != "visual_projection.weight"}
     try:
         if part.name == "transformer":
             load_wan(module, state, assign=True)  # type: ignore[arg-type]
@@ -217,11 +242,11 @@ def _check_pipeline(folder: Path) -> None:
             )
 
 
-def _own(path: Path, kind: str, known: set[str]) -> dict[str, Any]:
-    """The entries of a config.json of diffusers' class `kind`, all of which must be known or empty."""
+def _own(path: Path, kinds: tuple[str, ...], known: set[str]) -> dict[str, Any]:
+    """The entries of a config.json of one of the classes `kinds`, all of which must be known or empty."""
     values = read_json(path)
-    if (found := values.get("_class_name", kind)) != kind:
-        raise ConfigError(f"{path}: the model must be a {kind}, got {found!r}")
+    if (found := values.get("_class_name", kinds[0])) not in kinds:
+        raise ConfigError(f"{path}: the model must be a {' or '.join(kinds)}, got {found!r}")
     values = {name: value for name, value in values.items() if not name.startswith("_")}
     for name, value in values.items():
         if name not in known and value is not None:
@@ -233,7 +258,7 @@ def _transformer(folder: Path) -> TransformerConfig:
     path = folder / "transformer" / "config.json"
     own = {"position_channels", "prediction"}  # this project's own
     known = {field.name for field in dataclasses.fields(TransformerConfig)} - own
-    values = TRANSFORMER | _own(path, "WanTransformer3DModel", known)
+    values = TRANSFORMER | _own(path, ("WanTransformer3DModel", A2_TRANSFORMER), known)
     if values.get("out_channels", 0) is None:
         values["out_channels"] = values.get("in_channels", 16)
     if "cross_attn_norm" in values and not isinstance(values["cross_attn_norm"], bool):
@@ -246,7 +271,7 @@ def _transformer(folder: Path) -> TransformerConfig:
 
 def _vae(folder: Path) -> dict[str, Any]:
     path = folder / "vae" / "config.json"
-    values = VAE_DEFAULTS | _own(path, "AutoencoderKLWan", {*VAE_DEFAULTS, *VAE_ONLY})
+    values = VAE_DEFAULTS | _own(path, ("AutoencoderKLWan",), {*VAE_DEFAULTS, *VAE_ONLY})
     for name in ("dim_mult", "temperal_downsample", "latents_mean", "latents_std", "attn_scales"):
         if not isinstance(values[name], list):
             raise ConfigError(f"{path}: {name} must be a list, got {values[name]!r}")
@@ -272,6 +297,19 @@ def _require_size(path: Path, name: str, value: Any) -> None:
         raise ConfigError(f"{path}: {name} must be a positive whole number, got {value!r}")
 
 
+def _own_concept(
+    folder: Path, transformer: TransformerConfig, image_encoder: dict[str, Any], adapter: ConceptConfig | None
+) -> ConceptConfig:
+    """How an image-to-video base takes pictures, which no adapter can change."""
+    if adapter is not None:
+        raise ConfigError(f"{folder} is an image-to-video model, which takes pictures itself: no adapter")
+    if not image_encoder:
+        raise ConfigError(
+            f"{folder} has no image_encoder/, which an image-to-video model reads pictures with"
+        )
+    return read_concept(folder, transformer, image_encoder, TEXT_TOKENS)
+
+
 def _new_concept(image_encoder: dict[str, Any]) -> ConceptConfig:
     """A new adapter's: as wide as the picture tokens, with heads of 64 where that divides."""
     width, side = image_encoder["projection_dim"], image_encoder["image_size"] // image_encoder["patch_size"]
@@ -290,12 +328,12 @@ def _check_video(config: ModelConfig, size: tuple[int, int], frames: int) -> Non
     time, space = vae["scale_factor_temporal"], vae["scale_factor_spatial"]
     pf, ph, pw = transformer.patch_size
 
-    def nearest(wanted: float, patch: int) -> int:
+    def nearest(wanted: float, patch: int, least: int = 1) -> int:
         """The latent length that is closest to `wanted`."""
-        return patch * min(max(1, round(wanted / patch)), transformer.rope_max_seq_len)
+        return patch * min(max(-(-least // patch), round(wanted / patch)), transformer.rope_max_seq_len)
 
     width, height = (space * nearest(n / space, patch) for n, patch in zip(size, (pw, ph), strict=True))
-    length = 1 + time * (nearest((frames - 1) / time + 1, pf) - 1)
+    length = 1 + time * (nearest((frames - 1) / time + 1, pf, config.concept.least_latent_frames) - 1)
     if (width, height, length) != (*size, frames):
         raise ConfigError(
             f"the base cannot make {frames} frames of {size[0]}x{size[1]}: the width must be a multiple of "

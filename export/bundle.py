@@ -14,21 +14,16 @@ from pathlib import Path
 from .. import __version__
 from ..engine.config import ModelConfig
 from ..runtime import manifest as manifests
-from ..runtime.manifest import Defaults, GraphFile, HashedFile, Manifest, Pictures, Shapes
+from ..runtime.manifest import Defaults, GraphFile, HashedFile, Manifest, Shapes
 from .compact import compact
 from .errors import ExportError
 from .graphs import graph_specs
 from .onnx_graph import describe, export_graph
 from .quantise import precision_of, quantise
+from .recipes import given_of, pictures_of
 from .source import Source
 from .verify import Row, check, steps
 
-# How CLIP's pictures are normalised (OpenAI's constants), and white for what a picture leaves free.
-PICTURES = Pictures(
-    mean=(0.48145466, 0.4578275, 0.40821073),
-    std=(0.26862954, 0.26130258, 0.27577711),
-    background=(255, 255, 255),
-)
 WRITERS = ("torch", "onnx", "onnxscript", "onnxruntime")
 
 
@@ -50,6 +45,8 @@ def write_bundle(
     folder = Path(os.path.abspath(output))
     _check_target(folder, overwrite)
     defaults = _defaults(source.defaults, branches)
+    if branches == 3 and source.model.config.concept.injection == "base":
+        raise ExportError("an image-to-video model's guidance is of captions alone: --branches 1 or 2")
     specs = graph_specs(source.model, source.vae, branches=branches)
     with _moved_into_place(folder) as temporary:
         graphs: dict[str, GraphFile] = {}
@@ -75,10 +72,11 @@ def write_bundle(
             shapes=_shapes(source.model.config, branches, graphs),
             fps=source.model.config.fps,
             precision=precision,
-            pictures=PICTURES,
+            pictures=pictures_of(source.model.config),
             defaults=defaults,
             tokenizer=HashedFile(tokenizer.name, manifests.sha256_file(tokenizer)),
             graphs=graphs,
+            given=given_of(source.model.config),
         )
         manifests.save(manifest, temporary)
         manifests.load(temporary)

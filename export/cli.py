@@ -29,6 +29,8 @@ with the PyTorch module that it came from before the bundle is put into place.
 The last is a base: a folder in diffusers' layout (transformer/, vae/, text_encoder/, tokenizer/,
 scheduler/), or the name of one in the Hugging Face Hub. With a CLIP in image_encoder/ it takes concepts,
 which show once it has a trained --adapter; without one its bundle makes videos from captions alone.
+An image-to-video base takes its pictures itself: a first frame, a first and a last one, or, of SkyReels-A2,
+up to three references.
 """
 VERIFY = """\
 Runs every graph of a bundle in ONNX Runtime and in PyTorch, on the same inputs, and prints how far apart the

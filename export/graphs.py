@@ -4,7 +4,8 @@ Exporter, verifier and manifest all read `GraphSpec`; nothing about a graph is w
 
 Letters: K guidance branches, N concepts, P picture tokens, Q tokens per concept, C = N*Q, T text tokens,
 L label tokens, F H W latent frames, height, width, A heads, E head width, M solver states, Cz latent
-channels, Dt text width, Dc concept width, f video frames of one latent frame.
+channels, Cg channels that tell the frames which are given, Dt text width, Dc concept width, f video frames of
+one latent frame.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from ..engine.concepts import VisualOnly
 from ..engine.dit import BlockConditions, ConceptDiT
 from ..engine.model import ConceptMaster
+from ..engine.streaming_encoder import streaming_encoders
 from ..engine.vae import streaming_decoders
 from ..runtime.manifest import TensorSpec
 
@@ -67,12 +69,14 @@ class DenoiseStep(nn.Module):
     """One step of the solver: guidance and update around the transformer.
 
     state [M,Cz,F,H,W], time [1] (sigma * 1000), concept_mask bool [K,N], guidance [K], coefficients
-    [M,M+1], then the tensors of `Condition` -> next state [M,Cz,F,H,W].
+    [M,M+1], for an image-to-video base given [1,Cg,F,H,W], then the tensors of `Condition` -> next state
+    [M,Cz,F,H,W].
     """
 
     def __init__(self, transformer: ConceptDiT) -> None:
         super().__init__()
         self.transformer = transformer
+        self.reads_given = transformer.config.given_channels > 0
 
     def forward(
         self,
@@ -81,18 +85,19 @@ class DenoiseStep(nn.Module):
         concept_mask: Tensor,
         guidance: Tensor,
         coefficients: Tensor,
-        *conditions: Tensor,
+        *known: Tensor,
     ) -> Tensor:
         """coefficients @ [state_0 .. state_{M-1}, sum_k guidance_k velocity_k(state_0)]."""
+        given, conditions = (known[0], known[1:]) if self.reads_given else (None, known)
         kv = dict(zip(BlockConditions._fields, conditions, strict=False))
         branches = concept_mask.shape[0]
         latents = state[:1].expand(branches, -1, -1, -1, -1)  # [K,Cz,F,H,W]
-        velocities = self.transformer.denoise(latents, time, kv, concept_mask)  # [K,Cz,F,H,W]
+        velocities = self.transformer.denoise(latents, time, kv, concept_mask, given)  # [K,Cz,F,H,W]
         velocity = (guidance[:, None] * velocities.flatten(1).float()).sum(
             dim=0, keepdim=True
         )  # [1,Cz*F*H*W]
-        known = torch.cat((state.flatten(1), velocity))  # [M+1,Cz*F*H*W]
-        return (coefficients @ known).unflatten(1, state.shape[1:])  # [M,Cz,F,H,W]
+        seen = torch.cat((state.flatten(1), velocity))  # [M+1,Cz*F*H*W]
+        return (coefficients @ seen).unflatten(1, state.shape[1:])  # [M,Cz,F,H,W]
 
 
 def condition_names(injection: str) -> tuple[str, ...]:
@@ -108,6 +113,7 @@ def graph_specs(
 
     branches: K, 1 to 3; solver_states: M. Both modules must be in evaluation mode and float32. A video of one
     latent frame has no graph `decode`, a model that takes no concepts none of those that make their tokens.
+    Of an image-to-video base the picture tokens are the concept tokens, and two graphs encode its frames.
     """
     samples = _Samples(model, vae, branches, solver_states)
     known = samples.upstream(0)
@@ -116,8 +122,9 @@ def graph_specs(
 
     specs = [
         _spec("text_encoder", model.text_encoder, samples.text_encoder, {"text": known["text"][:1]}),
-        *(_concept_specs(model, samples) if model.config.concept.injection != "none" else ()),
+        *_concept_specs(model, samples),
         _spec("condition", Condition(model.transformer), samples.condition, conditions),
+        *_encoder_specs(samples),
         _spec("denoise", DenoiseStep(model.transformer), samples.denoise, {"next_state": samples.state(0)}),
         _spec("decode_first", samples.decoders[0], samples.decode_first, {"frames": first, **states}),
     ]
@@ -131,11 +138,30 @@ def graph_specs(
 
 def _concept_specs(model: ConceptMaster, samples: _Samples) -> list[GraphSpec]:
     """From pictures and labels to concept tokens."""
+    if not model.config.concept.takes_pictures:
+        return []
     known = samples.upstream(0)
+    if not model.config.concept.has_modules:
+        tokens = _only(known, "concept_tokens")
+        return [_spec("image_encoder", model.image_encoder, samples.image_encoder, tokens)]
     return [
         _spec("image_encoder", model.image_encoder, samples.image_encoder, _only(known, "picture_tokens")),
         _spec("qformer", model.qformer, samples.qformer, _only(known, "visual_queries")),
         _spec("dam", model.dam, samples.dam, _only(known, "concept_tokens")),
+    ]
+
+
+def _encoder_specs(samples: _Samples) -> list[GraphSpec]:
+    """From frames that pictures give to their latents, one latent frame at a time."""
+    if not samples.encoders:
+        return []
+    with torch.inference_mode():
+        latents, states = samples.first_latents(0)
+        _, *following = samples.encoders[1](*samples.encode(0).values())
+    outputs = {f"next_{name}": state for name, state in zip(states, following, strict=True)}
+    return [
+        _spec("encode_first", samples.encoders[0], samples.encode_first, {"latents": latents, **states}),
+        _spec("encode", samples.encoders[1], samples.encode, {"latents": latents, **outputs}),
     ]
 
 
@@ -166,6 +192,9 @@ class _Samples:
         self.model, self.config = model, model.config
         self.branches, self.solver_states = branches, solver_states
         self.decoders = streaming_decoders(vae)
+        self.encoders: tuple[nn.Module, ...] = ()
+        if model.config.given_channels:  # so it is Wan's VAE
+            self.encoders = streaming_encoders(vae)  # type: ignore[arg-type]
         self.upstream = functools.lru_cache(4)(self._upstream)
 
     def text_encoder(self, seed: int) -> Sample:
@@ -215,8 +244,27 @@ class _Samples:
             "concept_mask": kept["concept_mask"],
             "guidance": guidance,
             "coefficients": coefficients,
+            **({"given": self.given(seed)} if self.encoders else {}),
             **{name: kept[name] for name in condition_names(self.config.concept.injection)},
         }
+
+    def encode_first(self, seed: int) -> Sample:
+        """A picture of smooth colours in -1..1."""
+        return {"frames": self._frames(seed, 1)}
+
+    def encode(self, seed: int) -> Sample:
+        """Another picture, in each frame, and the state that the first left."""
+        count = self.config.vae["scale_factor_temporal"]
+        return {"frames": self._frames(seed + 1, 1).expand(count, -1, -1, -1), **self.first_latents(seed)[1]}
+
+    def given(self, seed: int) -> Tensor:
+        """A picture for the first frame and none for the others, [1,Cg,F,H,W]."""
+        channels, frames, height, width = self.config.latent_shape
+        mask = torch.zeros(1, self.config.given_channels - channels, frames, height, width)
+        mask[:, :, 0] = 1.0
+        latents = torch.zeros(1, channels, frames, height, width)
+        latents[:, :, :1] = self.first_latents(seed)[0]
+        return torch.cat((mask, latents), dim=1)
 
     def decode_first(self, seed: int) -> Sample:
         """Latents of the size that training sees."""
@@ -236,6 +284,19 @@ class _Samples:
         """The first frame [1,height,width,3] and the decoder's state behind it, by name."""
         frames, *states = self.decoders[0](self._latents(seed))
         return frames, {f"state_{i:02}": state for i, state in enumerate(states)}
+
+    @torch.inference_mode()
+    def first_latents(self, seed: int) -> tuple[Tensor, Sample]:
+        """The latents [1,Cz,1,H,W] of a first frame, and the encoder's state behind it, by name."""
+        latents, *states = self.encoders[0](self._frames(seed, 1))
+        return latents, {f"state_{i:02}": state for i, state in enumerate(states)}
+
+    def _frames(self, seed: int, count: int) -> Tensor:
+        g = torch.Generator().manual_seed(seed)
+        coarse = torch.randn(count, 3, 4, 4, generator=g)
+        size = (self.config.height, self.config.width)
+        frames = nn.functional.interpolate(coarse, size=size, mode="bilinear").clamp(-1.0, 1.0)
+        return frames.permute(0, 2, 3, 1).contiguous()  # [f,height,width,3]
 
     def _latents(self, seed: int) -> Tensor:
         channels, _, height, width = self.config.latent_shape
@@ -262,8 +323,8 @@ class _Samples:
         lengths = torch.randint(1, self.config.text_tokens + 1, (self.branches,), generator=g)
         text = self.model.text_encoder(*self._tokens(lengths, self.config.text_tokens, g))  # [K,T,Dt]
         seen = torch.zeros(self.branches, c.max_concepts, dtype=torch.bool)
-        seen[-1] = present  # [K,N]
-        if c.injection == "none":
+        seen[0 if c.injection == "base" else -1 :] = present  # [K,N]; a base's guidance is of captions only
+        if not c.takes_pictures:
             known = {"concept_tokens": torch.zeros(c.max_concepts, c.tokens_per_concept, c.width)}
         else:
             known = self._concepts(seed, present, g)
@@ -273,6 +334,8 @@ class _Samples:
     def _concepts(self, seed: int, present: Tensor, g: torch.Generator) -> Sample:
         """The outputs of the modules that make concept tokens, for the concepts that are there, bool [N]."""
         c = self.config.concept
+        if not c.has_modules:
+            return {"concept_tokens": self.model.image_encoder(self.image_encoder(seed)["pixels"])}
         lengths = torch.randint(1, c.label_tokens + 1, (c.max_concepts,), generator=g)
         ids, mask = self._tokens(torch.where(present, lengths, 1), c.label_tokens, g)
         labels = self.model.text_encoder(ids, mask) * present[:, None, None]  # [N,L,Dt]

@@ -13,9 +13,10 @@ import torch
 from torch import nn
 
 from ..engine.adapter import check_base, load_adapter, read_adapter
-from ..engine.config import ConfigError, ModelConfig, preset
+from ..engine.config import ConfigError, ModelConfig
 from ..engine.folders import HUB_ID, is_folder, locate
 from ..engine.model import ConceptMaster
+from ..engine.presets import preset
 from ..engine.vae import build_vae
 from ..engine.wan import load_base, load_base_vae, read_config, read_sampling
 from ..engine.weights import WeightsError, load, load_model, load_strict, refuse_pickle

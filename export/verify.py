@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import onnxruntime
 
+from ..engine.config import ConfigError, ModelConfig
 from ..runtime import manifest as manifests
 from ..runtime.manifest import Manifest
 from .errors import ExportError
@@ -96,7 +97,7 @@ def verify(bundle: Path, source: Source, progress: bool = False) -> list[Row]:
     Raises ExportError when the bundle was made from another model; BundleError when it is not sound.
     """
     manifest: Manifest = manifests.load(bundle)
-    if manifest.model != source.model.config.to_dict():
+    if not _same_model(manifest, source):
         raise ExportError(f"{str(bundle)!r} is a bundle of another model configuration than these weights")
     shapes = manifest.shapes
     specs = graph_specs(
@@ -106,6 +107,15 @@ def verify(bundle: Path, source: Source, progress: bool = False) -> list[Row]:
         check(spec, bundle / manifest.graphs[spec.name].file, precision_of(spec.name, manifest.precision))
         for spec in steps(specs, "verify", progress)
     ]
+
+
+def _same_model(manifest: Manifest, source: Source) -> bool:
+    """Whether the bundle's configuration, which may have been written before a field was added, is the
+    source's."""
+    try:
+        return ModelConfig.from_dict(manifest.model) == source.model.config
+    except ConfigError:
+        return False
 
 
 def steps(specs: list[GraphSpec], label: str, show: bool) -> Any:

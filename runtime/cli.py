@@ -23,7 +23,7 @@ from .errors import ConceptMasterError, InputError
 if TYPE_CHECKING:
     import numpy as np
 
-    from .manifest import Manifest, TensorSpec
+    from .manifest import Given, Manifest, TensorSpec
     from .request import Request
     from .video import Video
 
@@ -126,7 +126,8 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
         action="append",
         metavar=("LABEL", "IMAGE"),
         default=None,
-        help="a thing to show and its picture; repeat for more, each with its own label",
+        help="a thing to show and its picture; repeat for more, each with its own label. Of an "
+        "image-to-video bundle: a first frame, a last frame, or references, in this order",
     )
     what.add_argument(
         "--request",
@@ -322,6 +323,13 @@ def _inspect(args: argparse.Namespace) -> int:
     return 0
 
 
+def _places(given: Given) -> str:
+    """Where the pictures of an image-to-video bundle stand."""
+    where = ", ".join(f"frame {place.first} (× {place.count})" for place in given.places)
+    dropped = f"; {given.dropped} frames are left out for each" if given.dropped else ""
+    return f"{given.least} to {len(given.places)}, as {where}{dropped}"
+
+
 def _describe(manifest: Manifest, sizes: dict[str, int], folder: Path) -> str:
     s, d = manifest.shapes, manifest.defaults
     lines = [
@@ -331,6 +339,7 @@ def _describe(manifest: Manifest, sizes: dict[str, int], folder: Path) -> str:
         f"concepts  up to {s.concepts}, pictures {s.picture_size}×{s.picture_size}, {s.queries} tokens each"
         if manifest.concepts
         else "concepts  none: a base alone",
+        *([] if manifest.given is None else [f"pictures  {_places(manifest.given)}"]),
         f"text      {s.text_tokens} tokens, labels {s.label_tokens}",
         f"latents   {' × '.join(map(str, s.latent))} (channels, frames, height, width)",
         f"guidance  {s.branches} branch{'es' if s.branches > 1 else ''}",

@@ -1,4 +1,6 @@
-"""manifest.json: what a bundle holds, in which shapes, and the SHA-256 of every file. Format 1.
+"""manifest.json: what a bundle holds, in which shapes, and the SHA-256 of every file. Format 2.
+
+Format 1 had no `given`, and no choice of how pictures are fitted; it is read as if it said so.
 
 Reading fails closed. A newer format, an unknown or missing key, a wrong type, a path that leaves the bundle,
 a missing file, a hash that differs: each is a BundleError of one line. The manifest's own contents are
@@ -22,9 +24,11 @@ from .errors import BundleError
 from .files import replacing
 from .solver import SHIFTS, SOLVERS, STATES, TRAINED_STEPS
 
-FORMAT = 1
+FORMAT = 2
+READABLE = (1, 2)
 FILE_NAME = "manifest.json"
 PRECISIONS = ("fp32", "int8")
+FITS = ("whole", "middle", "padded", "cut", "stretched")
 DTYPES = ("float32", "float16", "int64", "int32", "bool")
 REPAIR = "write it again with `conceptmaster export`, or reinstall conceptmaster if it came with it"
 
@@ -114,18 +118,64 @@ class Shapes:
 
 @dataclass(frozen=True)
 class Pictures:
-    """How reference pictures are prepared: (pixel / 255 - mean) / std per channel, padded with `background`
-    (RGB).
+    """How the picture encoder's pictures are prepared: fitted into its square (`fit`, one of FITS, see
+    pictures.py), then (pixel / 255 - mean) / std per channel.
+
+    background: RGB, where a picture leaves the square free or is transparent; padded_to: None, or the side of
+    a square in pixels that a picture is padded and scaled to before.
     """
 
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     background: tuple[int, int, int]
+    fit: str = "whole"
+    padded_to: int | None = None
 
     def __post_init__(self) -> None:
+        _require(self.fit in FITS, f"unknown fit {self.fit!r}")
+        _require(self.padded_to is None or self.padded_to > 0, "padded_to must be positive")
         _require(all(math.isfinite(mean) for mean in self.mean), "mean must be finite")
         _require(all(0 < std < math.inf for std in self.std), "std must be positive")
         _require(all(0 <= channel <= 255 for channel in self.background), "background must be 0 to 255")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where one picture stands in the video: `count` frames from frame `first` on (negative: counted from the
+    end). fit: how it is fitted into a frame, one of FITS."""
+
+    first: int
+    count: int
+    fit: str
+
+    def __post_init__(self) -> None:
+        _require(self.count > 0, "count must be positive")
+        _require(self.fit in FITS, f"unknown fit {self.fit!r}")
+
+    def frames(self, total: int) -> range:
+        """The frames' numbers in a video of `total` frames."""
+        first = self.first if self.first >= 0 else total + self.first
+        return range(first, first + self.count)
+
+
+@dataclass(frozen=True)
+class Given:
+    """How the pictures of an image-to-video model are frames of its video, too.
+
+    places: for the first picture, the second, …; least: how many pictures a request must have, at most as
+    many as there are places; dropped: video frames that each picture costs at the start: they are made and
+    decoded, then left out.
+    """
+
+    places: tuple[Place, ...]
+    least: int
+    dropped: int
+
+    def __post_init__(self) -> None:
+        _require(
+            1 <= self.least <= len(self.places), f"least must be 1 to {len(self.places)}, not {self.least}"
+        )
+        _require(self.dropped >= 0, "dropped must not be negative")
 
 
 @dataclass(frozen=True)
@@ -152,7 +202,7 @@ class Manifest:
     """The whole of manifest.json but its checksum.
 
     written_by: program → version; model: the engine's configuration, opaque here; fps: frames per second;
-    precision: one of PRECISIONS; graphs: graph name → GraphFile.
+    precision: one of PRECISIONS; graphs: graph name → GraphFile; given: of an image-to-video model alone.
     """
 
     format: int
@@ -166,21 +216,34 @@ class Manifest:
     defaults: Defaults
     tokenizer: HashedFile
     graphs: dict[str, GraphFile]
+    given: Given | None = None
 
     def __post_init__(self) -> None:
-        _require(self.format == FORMAT, f"format must be {FORMAT}")
+        _require(self.format in READABLE, f"format must be {' or '.join(map(str, READABLE))}")
         _require(0 < self.fps < math.inf, "fps must be positive")
         _require(self.precision in PRECISIONS, f"unknown precision {self.precision!r}")
         _require(
             self.defaults.concept_guidance is None or self.shapes.branches == 3,
             "a default concept_guidance needs 3 guidance branches",
         )
-        signatures.check(self.graphs, self.shapes)
+        if self.given is not None:
+            self._check_given(self.given)
+        signatures.check(self.graphs, self.shapes, self.given is not None)
+
+    def _check_given(self, given: Given) -> None:
+        shapes = self.shapes
+        _require(self.format > 1, "format 1 has no given frames")
+        _require(shapes.branches <= 2, "given frames are the same in at most 2 guidance branches")
+        _require(len(given.places) == shapes.concepts, "given must have a place for each concept")
+        taken = [frame for place in given.places for frame in place.frames(shapes.frames)]
+        inside = set(taken) < set(range(shapes.frames))
+        _require(inside and len(set(taken)) == len(taken), "given frames must differ and leave some free")
+        _require(given.dropped * len(given.places) < shapes.frames, "given frames leave nothing of the video")
 
     @property
     def concepts(self) -> int:
         """How many concepts a request may have; none for a base alone, whatever the shapes leave room for."""
-        return self.shapes.concepts if set(signatures.CONCEPT_GRAPHS) <= set(self.graphs) else 0
+        return self.shapes.concepts if "image_encoder" in self.graphs else 0
 
     def files(self) -> Iterator[HashedFile]:
         """Every file that the manifest vouches for."""
@@ -255,7 +318,7 @@ def _check_format(data: dict[str, Any]) -> None:
     found = data.get("format")
     if type(found) is int and found > FORMAT:
         raise ValueError(
-            f"has format {found}, this conceptmaster reads format {FORMAT}: upgrade conceptmaster"
+            f"has format {found}, this conceptmaster reads formats up to {FORMAT}: upgrade conceptmaster"
         )
 
 

@@ -2,6 +2,8 @@
 
 prompt, labels ──▶ text_encoder ─────────────┐
 pictures ──▶ image_encoder ▶ qformer ▶ dam ──┴─▶ condition ──▶ denoise × steps ──▶ decode
+
+Of an image-to-video model there is no qformer and no dam, and its pictures are frames, too: see given.py.
 """
 
 from __future__ import annotations
@@ -12,12 +14,12 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from . import given, pictures
 from . import noise as noises
-from . import pictures
 from .backends import Backend, open_backend
 from .bundle import Bundle
 from .errors import Cancelled, GenerationError
@@ -28,11 +30,14 @@ from .solver import STATES, Schedule, make_schedule
 from .tokenizer import Tokenizer
 from .video import Video
 
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
 Preview = Callable[[], np.ndarray]
 Callback = Callable[[int, int, Preview], bool | None]
 """callback(step, steps, preview): called after each step, step = 1..steps, counted over all samples of the
-request. preview() decodes the model's current estimate of the first frame, uint8 [H,W,3]. Returning False
-cancels."""
+request. preview() decodes the model's current estimate of a frame at the start, uint8 [H,W,3]. Returning
+False cancels."""
 
 ENCODERS = ("text_encoder", "image_encoder", "qformer", "dam")
 CACHED_TEXTS = 32  # encoded strings kept per pipeline
@@ -115,33 +120,35 @@ class Pipeline:
         if noise is not None:
             starts = noises.from_array(noise, shapes.latent, request.samples)
         self._check_texts(request, guidance)
-        concepts = self._load_concepts(request)
+        originals = self._read_pictures(request)
+        concepts = self._fit_concepts(request, originals)
+        frames = given.fitted(originals, [c.label for c in concepts], self.manifest)
 
         seconds: dict[str, float] = {}
         with _timed(seconds, "load"):
             skipped = () if concepts else ENCODERS[1:]
             self.backend.load(graph for graph in self.manifest.graphs if graph not in skipped)
         with _timed(seconds, "encode"):
-            text = self._branch_texts(request, guidance)  # [K,T,Dt]
-            concept_tokens = self._concept_tokens(concepts)  # [N,Q,Dc]
+            known: dict[str, Any] = {"text": self._branch_texts(request, guidance)}  # [K,T,Dt]
+            known["concept_tokens"] = self._concept_tokens(concepts)  # [N,Q,Dc]
+            if self.manifest.given is not None:
+                known["given"] = given.channels(self.backend, frames, shapes)  # [1,t+Cz,F,H,W]
         with _timed(seconds, "condition"):
-            mask = np.zeros((shapes.branches, shapes.concepts), bool)
-            mask[np.array(guidance.concepts), : len(concepts)] = True  # [K,N]
-            known = {"text": text, "concept_tokens": concept_tokens, "concept_mask": mask}
+            known["concept_mask"] = self._concept_mask(guidance, len(concepts))  # [K,N]
             known |= self.backend.run("condition", known) | {"guidance": guidance.weights}
 
-        videos = []
+        videos, leading = [], given.leading(self.manifest, len(concepts))
         steps = request.samples * request.steps
         with bar(steps + request.samples * shapes.latent[1], "steps and frames", progress) as advance:
-            report = self._reporter(callback, steps, advance)
+            report = self._reporter(callback, steps, advance, 0 if leading == 0 else len(concepts))
             for seed, start in zip(request.seeds, starts, strict=True):
                 own = dict(seconds)
                 with _timed(own, "denoise"):
                     start = noises.from_seed(seed, shapes.latent) if start is None else start  # [Cz,F,H,W]
                     latents = self._denoise(start, known, schedule, report)  # [Cz,F,H,W]
                 with _timed(own, "decode"):
-                    frames = self._decode(latents, advance)  # [frames,height,width,3]
-                videos.append(Video(frames, self.manifest.fps, seed, request.prompt, concepts, own))
+                    video = self._decode(latents, advance)[leading:]  # [frames,height,width,3]
+                videos.append(Video(video, self.manifest.fps, seed, request.prompt, concepts, own))
         return videos
 
     def _check_texts(self, request: Request, guidance: Guidance) -> None:
@@ -154,13 +161,26 @@ class Pipeline:
         for what, text, limit in texts:
             self._tokenizer.encode(text, shapes.text_tokens, limit, what)
 
-    def _load_concepts(self, request: Request) -> tuple[Concept, ...]:
-        """The concepts with their pictures as uint8 [px,px,3]."""
-        size, background = self.manifest.shapes.picture_size, self.manifest.pictures.background
+    def _read_pictures(self, request: Request) -> list[Image]:
+        """The concepts' pictures as they are."""
+        background = self.manifest.pictures.background
+        return [pictures.read(c.image, background, f"the picture of {c.label!r}") for c in request.concepts]
+
+    def _fit_concepts(self, request: Request, originals: list[Image]) -> tuple[Concept, ...]:
+        """The concepts with their pictures as the picture encoder sees them, uint8 [px,px,3]."""
+        how, size = self.manifest.pictures, self.manifest.shapes.picture_size
         return tuple(
-            Concept(c.label, pictures.load(c.image, size, background, f"the picture of {c.label!r}"))
-            for c in request.concepts
+            Concept(concept.label, pictures.prepare(original, how, size))
+            for concept, original in zip(request.concepts, originals, strict=True)
         )
+
+    def _concept_mask(self, guidance: Guidance, count: int) -> np.ndarray:
+        """Which branch sees which concept, bool [K,N]."""
+        shapes = self.manifest.shapes
+        mask = np.zeros((shapes.branches, shapes.concepts), bool)
+        # an image-to-video model's guidance is of captions alone: every branch sees its pictures
+        mask[np.array(guidance.concepts) | (self.manifest.given is not None), :count] = True
+        return mask
 
     def _encode_text(self, text: str) -> tuple[np.ndarray, np.ndarray]:
         """One string → text [1,T,Dt] float32 (zero behind its end), mask [1,T]. Cached as `_text`."""
@@ -184,6 +204,8 @@ class Pipeline:
         for i, concept in enumerate(concepts):
             pixels[i] = pictures.normalise(np.asarray(concept.image), images.mean, images.std)
         known = self.backend.run("image_encoder", {"pixels": pixels})
+        if self.manifest.given is not None:
+            return known["concept_tokens"]
         known = self.backend.run("qformer", known)
         if self.manifest.graphs["dam"].input("label_text") is not None:
             known |= self._labels(concepts)
@@ -218,23 +240,24 @@ class Pipeline:
         return latents
 
     def _reporter(
-        self, callback: Callback | None, steps: int, advance: Callable[[], object]
+        self, callback: Callback | None, steps: int, advance: Callable[[], object], first: int
     ) -> Callable[[Any], None]:
-        """A function to be called with the state after each step, of all samples together."""
+        """A function to be called with the state after each step, of all samples together; first: the latent
+        frame to preview."""
         counter = itertools.count(1)
 
         def report(state: Any) -> None:
             step = next(counter)
             advance()
-            if callback is not None and callback(step, steps, lambda: self._preview(state)) is False:
+            if callback is not None and callback(step, steps, lambda: self._preview(state, first)) is False:
                 raise Cancelled(f"cancelled after step {step} of {steps}")
 
         return report
 
-    def _preview(self, state: Any) -> np.ndarray:
-        """The first frame of the newest estimate of the data (slot 2), uint8 [H,W,3]."""
+    def _preview(self, state: Any, first: int) -> np.ndarray:
+        """The latent frame `first` of the newest estimate of the data (slot 2), uint8 [H,W,3]."""
         latents = self.backend.to_host(state)[2]  # [Cz,F,H,W]
-        frames = self.backend.run("decode_first", {"latents": _latent_frame(latents, 0)})["frames"]
+        frames = self.backend.run("decode_first", {"latents": _latent_frame(latents, first)})["frames"]
         return _to_uint8(self.backend.to_host(frames))[0]
 
     def _decode(self, latents: np.ndarray, advance: Callable[[], object]) -> np.ndarray:

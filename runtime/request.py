@@ -98,7 +98,8 @@ class Request:
     def resolve(self, manifest: Manifest) -> Request:
         """This request with the bundle's defaults filled in, every field but concept_guidance set.
 
-        Raises: InputError for more concepts than the bundle takes, or guidance that it cannot follow.
+        Raises: InputError for more concepts than the bundle takes, fewer pictures than it needs, or guidance
+            that it cannot follow.
         """
         names = ("negative", "steps", "guidance", "concept_guidance", "solver", "shift")
         missing = {name: getattr(manifest.defaults, name) for name in names if getattr(self, name) is None}
@@ -109,6 +110,13 @@ class Request:
             raise InputError(
                 f"the bundle {manifest.name!r} takes no concepts: it was exported from a base without a "
                 "picture encoder"
+            )
+        least = 0 if manifest.given is None else manifest.given.least
+        if len(self.concepts) < least:
+            need = "a picture" if least == 1 else f"{least} pictures"
+            raise InputError(
+                f"the bundle {manifest.name!r} makes videos out of pictures: give it {need}, each with "
+                "--concept LABEL IMAGE"
             )
         if len(self.concepts) > most:
             raise InputError(

@@ -10,7 +10,11 @@ if TYPE_CHECKING:
 Kind = tuple[str, tuple[int, ...]]  # dtype, shape
 
 CONCEPT_GRAPHS = ("image_encoder", "qformer", "dam")
-"""From pictures and labels to concept tokens. A bundle of a base alone, which takes no concepts, has none."""
+"""From pictures and labels to concept tokens. A bundle of a base alone has none; of an image-to-video base,
+whose picture tokens are the concept tokens, the first."""
+
+ENCODERS = ("encode_first", "encode")
+"""From frames to latents, of an image-to-video base."""
 
 UPSTREAM = {  # a graph gets all outputs of the one before it, too
     "qformer": "image_encoder",
@@ -18,28 +22,34 @@ UPSTREAM = {  # a graph gets all outputs of the one before it, too
     "condition": "dam",
     "denoise": "condition",
     "decode": "decode_first",
+    "encode": "encode_first",
 }
 
 
-def check(graphs: dict[str, GraphFile], shapes: Shapes) -> None:
+def check(graphs: dict[str, GraphFile], shapes: Shapes, given: bool) -> None:
     """Every input must be something that the pipeline has, in its dtype and shape; the outputs that the
     pipeline reads must be there; the frames must add up. A graph need not use all that it is offered, and
-    those of CONCEPT_GRAPHS may be absent together.
+    those of CONCEPT_GRAPHS may be absent together. given: whether the bundle's pictures are frames, too.
 
     Raises: ValueError for the first difference.
     """
-    inputs = _inputs(shapes)
-    if not set(CONCEPT_GRAPHS) & set(graphs):
-        inputs = {name: offered for name, offered in inputs.items() if name not in CONCEPT_GRAPHS}
+    inputs, upstream = _inputs(shapes), UPSTREAM
+    absent: tuple[str, ...] = ENCODERS
+    if given:
+        absent, upstream = CONCEPT_GRAPHS[1:], UPSTREAM | {"condition": CONCEPT_GRAPHS[0]}
+    elif not set(CONCEPT_GRAPHS) & set(graphs):
+        absent += CONCEPT_GRAPHS
+    inputs = {name: offered for name, offered in inputs.items() if name not in absent}
     if set(graphs) != set(inputs):
         raise ValueError(f"the graphs must be {', '.join(inputs)}; they are {', '.join(graphs)}")
     for name, offered in inputs.items():
-        if UPSTREAM.get(name) in graphs:
-            offered = offered | _given(graphs[UPSTREAM[name]])
+        if upstream.get(name) in graphs:
+            offered = offered | _given(graphs[upstream[name]])
         _check_inputs(name, graphs[name], offered)
-    if "decode" in graphs:  # from its second call on it gets its own state back
-        _check_inputs("decode", graphs["decode"], inputs["decode"] | _given(graphs["decode"]))
-    for name, (output, kind) in _outputs(shapes).items():
+    for name in ("encode", "decode"):  # from its second call on each gets its own state back
+        if name in graphs:
+            _check_inputs(name, graphs[name], inputs[name] | _given(graphs[name]))
+    for name, (output, kind) in _outputs(shapes, given).items():
         if name not in inputs:
             continue
         found = graphs[name].output(output)
@@ -52,6 +62,8 @@ def _inputs(s: Shapes) -> dict[str, dict[str, Kind]]:
     branches, latent = s.branches, s.latent
     mask: Kind = ("bool", (branches, s.concepts))
     decoder: dict[str, Kind] = {"latents": ("float32", (1, latent[0], 1, *latent[2:]))}
+    following = frames_per_latent(s)
+    known: Kind = ("float32", (1, following + latent[0], *latent[1:]))
     inputs: dict[str, dict[str, Kind]] = {
         "text_encoder": {
             "token_ids": ("int64", (1, s.text_tokens)),
@@ -70,16 +82,28 @@ def _inputs(s: Shapes) -> dict[str, dict[str, Kind]]:
             "concept_mask": mask,
             "guidance": ("float32", (branches,)),
             "coefficients": ("float32", (s.solver_states, s.solver_states + 1)),
+            "given": known,
         },
+        "encode_first": {"frames": ("float32", (1, s.height, s.width, 3))},
+        "encode": {"frames": ("float32", (following, s.height, s.width, 3))},
         "decode_first": decoder,
     }
     return inputs | {"decode": decoder} if latent[1] > 1 else inputs
 
 
-def _outputs(s: Shapes) -> dict[str, tuple[str, Kind]]:
+def frames_per_latent(s: Shapes) -> int:
+    """Video frames of every latent frame but the first, which is one."""
+    return (s.frames - 1) // max(1, s.latent[1] - 1)
+
+
+def _outputs(s: Shapes, given: bool) -> dict[str, tuple[str, Kind]]:
+    tokens: tuple[str, Kind] = ("concept_tokens", ("float32", (s.concepts, s.queries, s.concept_width)))
+    latents: tuple[str, Kind] = ("latents", ("float32", (1, s.latent[0], 1, *s.latent[2:])))
     return {
+        CONCEPT_GRAPHS[0 if given else -1]: tokens,
+        "encode_first": latents,
+        "encode": latents,
         "text_encoder": ("text", ("float32", (1, s.text_tokens, s.text_width))),
-        "dam": ("concept_tokens", ("float32", (s.concepts, s.queries, s.concept_width))),
         "denoise": ("next_state", ("float32", (s.solver_states, *s.latent))),
     }
 

@@ -93,6 +93,40 @@ def wan_parts() -> Callable[..., dict[str, Any]]:
     return build
 
 
+@pytest.fixture(scope="session")
+def image_to_video_parts(wan_parts: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
+    """`image_to_video_parts(positions=None)`: those of a tiny WanImageToVideoPipeline; positions: the
+    transformer's pos_embed_seq_len. A picture has 5 tokens."""
+
+    def build(positions: int | None = None) -> dict[str, Any]:
+        import diffusers
+        import torch
+        from transformers.models.clip.configuration_clip import CLIPVisionConfig
+        from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+        from transformers.models.clip.modeling_clip import CLIPVisionModel
+
+        parts = wan_parts()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(1)
+            plain = {k: v for k, v in parts["transformer"].config.items() if not k.startswith("_")}
+            own = {"in_channels": 12, "image_dim": 16, "added_kv_proj_dim": 24}
+            transformer = diffusers.WanTransformer3DModel(**plain | own | {"pos_embed_seq_len": positions})
+            sizes = {"image_size": 16, "patch_size": 8, "num_hidden_layers": 3, "num_attention_heads": 2}
+            widths = {"hidden_size": 16, "intermediate_size": 32, "projection_dim": 8}
+            clip = CLIPVisionModel(CLIPVisionConfig(**sizes, **widths))
+            for parameter in [*transformer.parameters(), *clip.parameters()]:
+                torch.nn.init.normal_(parameter, mean=0.0, std=0.3)
+            torch.nn.init.normal_(transformer.patch_embedding.weight, std=1.5)  # pictures show in the pixels
+            for block in transformer.blocks:
+                torch.nn.init.normal_(block.attn2.add_v_proj.weight, std=3.0)
+        square = {"height": 16, "width": 16}
+        processor = CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size=square)
+        more = {"image_encoder": clip.eval(), "image_processor": processor}
+        return parts | {"transformer": transformer.eval()} | more
+
+    return build
+
+
 def _tokenizer() -> Any:
     """Pieces as T5's tokenizers have them, words before letters: pad 0, end 1, unknown 2. Not trained: that
     gives other pieces each time."""

@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from conceptmaster.engine.config import BINDINGS, ENCODERS, INJECTIONS, ModelConfig, preset
+from conceptmaster.engine.config import BINDINGS, ENCODERS, INJECTIONS, ModelConfig
+from conceptmaster.engine.presets import preset
 from conceptmaster.engine.weights import WeightsError, load_model, save_model
 from conceptmaster.runtime.errors import InputError
 

@@ -12,7 +12,7 @@ import pytest
 @pytest.fixture(scope="session")
 def tiny() -> Callable[..., Any]:
     """`tiny(position_channels=0, injection="merged", …)`: the tiny preset with fields replaced."""
-    from conceptmaster.engine.config import preset
+    from conceptmaster.engine.presets import preset
 
     def build(**changes: Any) -> Any:
         config = preset("tiny")
@@ -61,5 +61,29 @@ def request_for() -> Callable[..., dict[str, Any]]:
             "label_mask": mask[:, :, None] & (torch.arange(labels) < 3),
             "concept_mask": mask,
         }
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def tiny_base() -> Callable[..., Any]:
+    """`tiny_base("references", pictures=3)`: the tiny preset as an image-to-video base of Wan's."""
+    from conceptmaster.engine.presets import preset
+
+    def build(given: str = "first", pictures: int = 1, positions: bool = False, **changes: Any) -> Any:
+        config = preset("tiny")
+        transformer = dataclasses.replace(
+            config.transformer,
+            in_channels=12,
+            image_dim=16,
+            added_kv_proj_dim=24,
+            pos_embed_seq_len=5 * pictures if positions else None,
+            position_channels=0,
+        )
+        concept = dataclasses.replace(
+            config.concept, max_concepts=pictures, picture_tokens=5, injection="base", given=given
+        )
+        changes = {"frames": 1 + 4 * pictures} | changes
+        return dataclasses.replace(config, transformer=transformer, concept=concept, **changes)
 
     return build

@@ -7,7 +7,8 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from conceptmaster.engine.blocks import BlockVAE  # noqa: E402
-from conceptmaster.engine.config import ConfigError, preset  # noqa: E402
+from conceptmaster.engine.config import ConfigError  # noqa: E402
+from conceptmaster.engine.presets import preset  # noqa: E402
 from conceptmaster.engine.vae import build_vae, decode, encode, streaming_decoders  # noqa: E402
 
 

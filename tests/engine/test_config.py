@@ -5,7 +5,8 @@ import json
 
 import pytest
 
-from conceptmaster.engine.config import PRESETS, ConceptConfig, ConfigError, ModelConfig, preset
+from conceptmaster.engine.config import ConceptConfig, ConfigError, ModelConfig
+from conceptmaster.engine.presets import PRESETS, preset
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -50,7 +51,7 @@ def test_tokens_per_concept():
         ({"position_channels": 8}, "multiple of 6"),
         ({"qk_norm": "layer_norm"}, "qk_norm must be one of"),
         ({"prediction": "noise"}, "prediction must be one of velocity, sample"),
-        ({"image_dim": 1280}, "image_dim must be None"),
+        ({"image_dim": 1280}, "added_kv_proj_dim must be the transformer's width"),
         ({"patch_size": (2, 2)}, "three positive whole numbers"),
         ({"patch_size": (1, 3, 2)}, "divide into patches"),
         ({"text_dim": 32}, "d_model"),

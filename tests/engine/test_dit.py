@@ -9,8 +9,9 @@ torch = pytest.importorskip("torch")
 from hypothesis import given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
-from conceptmaster.engine.config import INJECTIONS, preset  # noqa: E402
+from conceptmaster.engine.config import INJECTIONS  # noqa: E402
 from conceptmaster.engine.dit import ConceptDiT  # noqa: E402
+from conceptmaster.engine.presets import preset  # noqa: E402
 from conceptmaster.engine.weights import WeightsError, load_wan  # noqa: E402
 
 

@@ -5,7 +5,8 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("diffusers")
 
-from conceptmaster.engine.config import preset  # noqa: E402
+from conceptmaster.engine.presets import preset  # noqa: E402
+from conceptmaster.engine.streaming_encoder import streaming_encoders  # noqa: E402
 from conceptmaster.engine.vae import DecodeFirst, DecodeNext, build_vae, decode, encode  # noqa: E402
 
 KINDS = {
@@ -82,3 +83,24 @@ def test_encode_is_the_normalised_mean_and_causal(vae, assert_close):
     assert_close(latents * std + mean, vae.encode(video).latent_dist.mode())
     assert_close(encode(vae, video[:, :, :5]), latents[:, :, :2])
     assert decode(vae, latents).shape == video.shape
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("latent_frames", [1, 2, 5])
+def test_streaming_equals_encoding_at_once(vae, latent_frames, assert_close):
+    g = torch.Generator().manual_seed(0)
+    video = torch.rand(1, 3, 1 + 4 * (latent_frames - 1), 32, 48, generator=g) * 2 - 1
+    whole = encode(vae, video)  # [1,4,F,H,W]
+    first, step = streaming_encoders(vae)
+    frames = video[0].permute(1, 2, 3, 0)  # [f,height,width,3]
+    latents, *states = first(frames[:1])
+    parts, shapes = [latents], [state.shape for state in states]
+    for i in range(1, latent_frames):
+        kept = [state.clone() for state in states]
+        latents, *following = step(frames[4 * i - 3 : 4 * i + 1], *states)
+        assert [state.shape for state in following] == shapes
+        assert all(torch.equal(state, before) for state, before in zip(states, kept, strict=True))
+        states = following
+        parts.append(latents)
+    assert_close(torch.cat(parts, dim=2), whole)
+    assert whole.std() > 0

@@ -163,9 +163,9 @@ def test_the_text_encoder_s_table_may_have_either_name(own, name):
 @pytest.mark.parametrize(
     ("part", "changes", "message"),
     [
-        ("transformer", {"image_dim": 1280}, "image_dim must be None"),
-        ("transformer", {"added_kv_proj_dim": 24}, "added_kv_proj_dim must be None"),
-        ("transformer", {"pos_embed_seq_len": 514}, "pos_embed_seq_len is 514, which the engine cannot"),
+        ("transformer", {"image_dim": 1280}, "added_kv_proj_dim must be the transformer's width"),
+        ("transformer", {"added_kv_proj_dim": 24}, "added_kv_proj_dim .24. needs an image_dim"),
+        ("transformer", {"pos_embed_seq_len": 514}, "pos_embed_seq_len .514. needs an image_dim"),
         ("transformer", {"vace_layers": [0]}, "vace_layers is"),
         ("transformer", {"_class_name": "WanVACETransformer3DModel"}, "must be a WanTransformer3DModel"),
         ("transformer", {"qk_norm": "layer"}, "qk_norm must be one of"),

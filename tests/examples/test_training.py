@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from conceptmaster.engine.config import preset
+from conceptmaster.engine.presets import preset
 from conceptmaster.engine.weights import load, load_model
 from conceptmaster.examples.sprites import (
     batches,

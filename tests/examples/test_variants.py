@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from conceptmaster.engine.config import preset
 from conceptmaster.engine.model import ConceptMaster
+from conceptmaster.engine.presets import preset
 from conceptmaster.engine.vae import build_vae
 from conceptmaster.engine.weights import load, load_model, save, save_model
 from conceptmaster.examples.sprites import batches, pool, train, train_model, variants

@@ -26,7 +26,7 @@ def one_thread() -> Any:
 @pytest.fixture(scope="session")
 def source_for() -> Callable[..., Any]:
     """`source_for(injection="merged", …)`: the tiny preset with its concept part changed, random weights."""
-    from conceptmaster.engine.config import preset
+    from conceptmaster.engine.presets import preset
     from conceptmaster.export.source import random_source
 
     def build(**changes: Any) -> Any:

@@ -224,8 +224,8 @@ def test_sizes_defaults_and_their_errors(own, command, tmp_path):
 
 def test_what_a_base_cannot_be(own, command, tmp_path, wan_folder):
     from conceptmaster.engine.adapter import save_adapter
-    from conceptmaster.engine.config import preset
     from conceptmaster.engine.model import ConceptMaster
+    from conceptmaster.engine.presets import preset
 
     output = ("--output", tmp_path / "new", *SIZE)
     adapter = tmp_path / "adapter.safetensors"

@@ -72,8 +72,8 @@ def test_missing_and_truncated_files(own: Path, name: str) -> None:
 
 
 CHANGES: list[tuple[str, Callable[[dict], object], str]] = [
-    ("newer format", lambda d: d.update(format=2, more=1), "has format 2.*upgrade"),
-    ("older format", lambda d: d.update(format=0), "format must be 1"),
+    ("newer format", lambda d: d.update(format=3, more=1), "has format 3.*upgrade"),
+    ("older format", lambda d: d.update(format=0), "format must be 1 or 2"),
     ("format is text", lambda d: d.update(format="1"), "manifest.format must be an integer"),
     ("unknown key", lambda d: d.update(more=1), "unknown key 'more'"),
     (

@@ -1,0 +1,48 @@
+"""Layers that both the transformer's blocks and its embedders are made of, under diffusers' names."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def wide(x: Tensor) -> Tensor:
+    """x in float32 at least: modulation and layer norms are computed there, whatever the weights' dtype."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+class WideLayerNorm(nn.LayerNorm):
+    """LayerNorm computed in float32 at least and left in that dtype; [..., D] -> [..., D]."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalises the last axis of x, any floating dtype."""
+        weight = None if self.weight is None else wide(self.weight)
+        bias = None if self.bias is None else wide(self.bias)
+        return F.layer_norm(wide(x), self.normalized_shape, weight, bias, self.eps)
+
+
+class GeluProjection(nn.Module):
+    """Linear, then GELU: `approximate` is "tanh", as in the blocks, or "none"."""
+
+    def __init__(self, width: int, hidden: int, approximate: str) -> None:
+        super().__init__()
+        self.proj = nn.Linear(width, hidden)
+        self.approximate = approximate
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., width] -> [..., hidden]."""
+        return F.gelu(self.proj(x), approximate=self.approximate)
+
+
+class FeedForward(nn.Module):
+    """A two-layer network with GELU; index 1 of `net` is where diffusers keeps its dropout."""
+
+    def __init__(self, width: int, hidden: int, width_out: int, approximate: str = "tanh") -> None:
+        super().__init__()
+        first = GeluProjection(width, hidden, approximate)
+        self.net = nn.Sequential(first, nn.Identity(), nn.Linear(hidden, width_out))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., width] -> [..., width_out]."""
+        return self.net(x)
