@@ -27,6 +27,7 @@ from conceptmaster.engine.weights import load_model, save_model
 from conceptmaster.runtime.solver import make_schedule
 
 from .arguments import check_counts, check_trained
+from .attention import cheapest_attention
 from .batches import Batch, Dropped, LatentPool
 from .learning import (
     Average,
@@ -38,7 +39,7 @@ from .learning import (
     schedule,
 )
 from .train import save_rounded
-from .train_model import ADAM_NAMES, cheapest_attention, foreground_weight
+from .train_model import ADAM_NAMES, foreground_weight
 from .vocabulary import build_tokenizer
 
 SOLVER = "euler_trailing"

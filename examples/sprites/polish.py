@@ -22,11 +22,11 @@ from conceptmaster.engine.model import ConceptMaster
 from conceptmaster.engine.weights import load_model
 
 from .arguments import check_counts, check_trained
+from .attention import cheapest_attention
 from .batches import Dropped, LatentPool
 from .distil import teach
 from .learning import autocast
 from .pool import open_shard
-from .train_model import cheapest_attention
 from .train_vae import Fit, drawing_loss, fit, frames_of, to_tensor
 from .vocabulary import build_tokenizer
 

@@ -16,10 +16,8 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -27,7 +25,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from tokenizers import Tokenizer
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
 from conceptmaster.engine.config import ModelConfig
@@ -35,7 +32,9 @@ from conceptmaster.engine.dit import LEAST_SIGMA
 from conceptmaster.engine.model import ConceptMaster
 from conceptmaster.engine.weights import load, load_strict, save_model
 
+from .attention import cheapest_attention
 from .batches import Batch, Dropped, LatentPool
+from .heads import LayoutHead, StoryHead
 from .learning import (
     Average,
     MuonAdamW,
@@ -73,38 +72,6 @@ FAST_NAMES = ("relative_attention_bias", "shared", "layer_norm")
 """What moves at ``FAST_LR`` while the caption is learned alone: at the usual rate words do not find their
 neighbours ("a cat at the top left") for tens of thousands of samples, at this one within ten thousand."""
 FAST_LR = 0.02
-
-
-class LayoutHead(nn.Module):
-    """Where every concept is: a bilinear match of video tokens [B,S,D] and concept tokens [B,N,Q,Dc] ->
-    [B,N,S]."""
-
-    def __init__(self, width: int, concept_width: int, inner: int = 64) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(width)
-        self.video = nn.Linear(width, inner)
-        self.concept = nn.Linear(concept_width, inner)
-        self.bias = nn.Parameter(torch.tensor(-2.0))
-
-    def forward(self, hidden: Tensor, concepts: Tensor) -> Tensor:
-        """Logits of coverage."""
-        tokens, wanted = self.video(self.norm(hidden)), self.concept(concepts.mean(2))
-        return torch.einsum("bsd,bnd->bns", tokens, wanted) / tokens.shape[-1] ** 0.5 + self.bias
-
-
-class StoryHead(nn.Module):
-    """Where every concept will be, read from the caption alone: concept tokens [B,N,Q,Dc] look into the
-    caption's tokens [B,T,Dt] -> coverage logits [B,N,S]."""
-
-    def __init__(self, concept_width: int, text_width: int, tokens: int, inner: int = 64) -> None:
-        super().__init__()
-        self.query, self.key = nn.Linear(concept_width, inner), nn.Linear(text_width, inner)
-        self.net = nn.Sequential(nn.Linear(text_width, 256), nn.GELU(), nn.Linear(256, tokens))
-
-    def forward(self, concepts: Tensor, text: Tensor, mask: Tensor) -> Tensor:
-        """``mask`` bool [B,T]: the caption's tokens."""
-        scores = torch.einsum("bni,bti->bnt", self.query(concepts.mean(2)), self.key(text)) / 8
-        return self.net(scores.masked_fill(~mask[:, None], -torch.inf).softmax(-1) @ text)
 
 
 class Trainee(nn.Module):
@@ -176,8 +143,8 @@ class Trainee(nn.Module):
         seen = picture_losses(self.portrait, self.trait, visual.float(), *truth)
         total = flow + LAYOUT_WEIGHT * layout + STORY_WEIGHT * story
         total = total + PICTURE_WEIGHT * seen.pop("total") + LOOK_WEIGHT * look.pop("total")
-        told = {f"look_{name}": value for name, value in look.items()}
-        return {"total": total, "flow": flow, "layout": layout, "story": story, **seen, **told}
+        seen |= {f"look_{name}": value for name, value in look.items()}
+        return {"total": total, "flow": flow, "layout": layout, "story": story, **seen}
 
     def _look_losses(self, batch: Batch, hidden: Tensor, coverage: Tensor) -> dict[str, Tensor]:
         """What the middle block's tokens [B,S,D] know of the look of the concept that covers most of them;
@@ -224,37 +191,6 @@ def own_noise(
     s = sigma[chosen, None, None, None, None]
     noise[chosen] = again[chosen] + (1 - s) / s * (told - part.latents)
     return noise, sigma, torch.where(chosen, first, HELD_SIGMA)
-
-
-class PlainAttention(TorchFunctionMode):
-    """Softmax attention in three operations, in the dtype of its inputs but for the softmax: on CPUs a third
-    to a half of the time of torch's own with its gradient, at this size."""
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        """Takes the place of ``scaled_dot_product_attention``; all else runs as it is."""
-        kwargs = kwargs or {}
-        plain = not any(kwargs.get(name) for name in ("dropout_p", "is_causal", "enable_gqa"))
-        if func is not F.scaled_dot_product_attention or not plain:
-            return func(*args, **kwargs)
-        q, k, v = args
-        return _plain_attention(q, k, v, kwargs.get("attn_mask"), kwargs.get("scale"))
-
-
-def _plain_attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, scale: float | None = None
-) -> Tensor:
-    """[B,A,S,E], [B,A,T,E] twice -> [B,A,S,E]; ``mask`` bool (True: attend) or what to add to the scores."""
-    scores = ((q * (scale or q.shape[-1] ** -0.5)) @ k.transpose(-1, -2)).float()  # [B,A,S,T]
-    if mask is not None:
-        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
-    return scores.softmax(-1).to(v.dtype) @ v
-
-
-def cheapest_attention(device: str) -> AbstractContextManager[Any]:
-    """On CPUs ``PlainAttention``: there torch's fused one takes half of a step for its gradient alone."""
-    return PlainAttention() if torch.device(device).type == "cpu" else nullcontext()
 
 
 def _coverage_loss(logits: Tensor, target: Tensor) -> Tensor:

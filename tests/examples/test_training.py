@@ -17,6 +17,7 @@ import torch
 from conceptmaster.engine.presets import preset
 from conceptmaster.engine.weights import load, load_model
 from conceptmaster.examples.sprites import (
+    attention,
     batches,
     distil,
     learning,
@@ -369,7 +370,7 @@ def test_plain_attention_is_torchs_own():
     q, k, v = (torch.randn(2, 3, n, 8) for n in (5, 7, 7))
     for options in ({}, {"attn_mask": torch.rand(2, 1, 5, 7) > 0.3}, {"attn_mask": torch.randn(2, 1, 5, 7)}):
         own = torch.nn.functional.scaled_dot_product_attention(q, k, v, **options)
-        with train_model.PlainAttention():
+        with attention.PlainAttention():
             plain = torch.nn.functional.scaled_dot_product_attention(q, k, v, **options)
         torch.testing.assert_close(plain, own)
         assert plain is not own
