@@ -58,11 +58,13 @@ class TraitHead(nn.Module):
 
     def __init__(self, queries: int, concept_width: int) -> None:
         super().__init__()
+        self.norm = nn.LayerNorm(concept_width)
         self.net = nn.Linear(queries * concept_width, sum(TRAITS) + RUNS)
+        nn.init.zeros_(self.net.weight)  # a model that is gone on from is not pushed about by a head's chance
 
     def forward(self, queries: Tensor) -> tuple[Tensor, ...]:
         """Logits in the order of ``TRAITS``, then the runs."""
-        return self.net(queries.flatten(1)).split((*TRAITS, RUNS), dim=1)
+        return self.net(self.norm(queries).flatten(1)).split((*TRAITS, RUNS), dim=1)
 
 
 def picture_losses(
