@@ -1,0 +1,190 @@
+"""Compiles every kernel for Hopper (sm_90a) without a GPU and reports registers, shared memory and spills.
+
+    python -m conceptmaster.benchmarks.sm90 [--write]
+
+prints the table; `--write` also writes benchmarks/results/sm90.json, which a test holds to the sources and to
+the limits. What is compiled is what would be launched: the launchers run on tensors of the meta device, and
+their launches are recorded with Triton's own specialisation of arguments.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import hashlib
+import importlib.metadata
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+REPORT = ROOT / "benchmarks" / "results" / "sm90.json"
+MAX_SHARED = 232_448
+"""Bytes of shared memory that a program may have; more compiles without a word and fails at launch."""
+
+DTYPES = ("bfloat16", "float16", "float32")
+
+
+def sources() -> dict[str, str]:
+    """File of kernels/ -> SHA-256 of its functions under `@triton.jit` and of its launchers."""
+    found = {}
+    for path in sorted((ROOT / "kernels").glob("*.py")):
+        text = path.read_text("utf-8")
+        parts = [
+            ast.get_source_segment(text, node) or ""
+            for node in ast.parse(text).body
+            if isinstance(node, ast.FunctionDef)
+            and (
+                node.name.endswith("_triton") or "triton.jit" in {ast.unparse(d) for d in node.decorator_list}
+            )
+        ]
+        if parts:
+            found[path.name] = hashlib.sha256("\n".join(parts).encode()).hexdigest()
+    return found
+
+
+def launches() -> Iterator[tuple[str, Callable[[], object]]]:
+    """(what it is, a call that launches kernels): shapes of the shipped model and of Wan2.1, every dtype."""
+    import torch
+
+    from conceptmaster.kernels.cross_attention import cross_attention_triton
+
+    for name in DTYPES:
+        dtype = getattr(torch, name)
+
+        def new(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+            return torch.empty(shape, dtype=dtype, device="meta")
+
+        for case, (batch, tokens, text, concepts, heads, width) in {
+            "1.3B 480p": (2, 32760, 512, 64, 12, 128),
+            "1.3B 480p, many concept tokens": (2, 32760, 512, 256, 12, 128),
+            "sprites": (2, 80, 48, 32, 12, 32),
+            "odd": (1, 67, 33, 3, 3, 12),
+            "few tokens": (2, 1024, 512, 64, 12, 128),
+        }.items():
+            q, k, c = (new(batch, count, heads, width) for count in (tokens, text, concepts))
+            mask, rms = new(batch, concepts, dtype=torch.bool), new(batch, tokens, dtype=torch.float32)
+
+            def shared(q: Any = q, k: Any = k, c: Any = c, mask: Any = mask, rms: Any = rms) -> object:
+                return cross_attention_triton(torch.empty_like(q), q, (k, k), (c, c), mask, 1.0, rms)
+
+            def alone(q: Any = q, c: Any = c, mask: Any = mask) -> object:
+                return cross_attention_triton(torch.empty_like(q), q, None, (c, c), mask, 1.0, None)
+
+            yield f"decoupled, {case}, {name}", shared
+            yield f"injection, {case}, {name}", alone
+
+
+def aim_at_hopper() -> None:
+    """Makes Triton compile for sm_90, though there is no driver; for the rest of this process."""
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+
+    driver.set_active(
+        SimpleNamespace(
+            get_current_device=lambda: 0,
+            get_current_stream=lambda device: 0,
+            get_current_target=lambda: GPUTarget("cuda", 90, 32),
+        )
+    )
+
+
+def compile_row(
+    case: str, kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], options: dict[str, Any]
+) -> dict[str, Any]:
+    """One line of the report. Raises RuntimeError when ptxas fails."""
+    compiled = kernel.warmup(*arguments, grid=grid, **options)
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "kernel.ptx")
+        source.write_text(compiled.asm["ptx"], "utf-8")
+        command = [str(_ptxas()), "-v", "--gpu-name=sm_90a", str(source), "-o", os.devnull]
+        done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"ptxas: {done.stderr}")
+    registers = re.search(r"Used (\d+) registers", done.stderr)
+    spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", done.stderr)
+    assert registers and spills, done.stderr
+    return {
+        "case": case,
+        "kernel": kernel.__name__,
+        "warps": compiled.metadata.num_warps,
+        "stages": compiled.metadata.num_stages,
+        "registers": int(registers[1]),
+        "shared_bytes": compiled.metadata.shared,
+        "spill_bytes": int(spills[1]) + int(spills[2]),
+        "wgmma": compiled.asm["ptx"].count("wgmma.mma_async"),
+    }
+
+
+def _ptxas() -> Path:
+    import triton
+
+    return Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
+
+
+def report(wanted: str = "") -> dict[str, Any]:
+    """Compiles the cases whose name has `wanted` in it; the report as it is written."""
+    from conceptmaster.kernels.common import INTERPRETED, launches_to
+
+    if INTERPRETED:
+        raise RuntimeError("TRITON_INTERPRET is set: nothing is compiled. Unset it")
+    rows: list[dict[str, Any]] = []
+    aim_at_hopper()
+    for case, call in launches():
+        if wanted not in case:
+            continue
+
+        def record(kernel: Any, grid: Any, *arguments: Any, case: str = case, **options: Any) -> None:
+            rows.append(compile_row(case, kernel, grid, arguments, options))
+            print(_line(rows[-1]), flush=True)
+
+        with launches_to(record):
+            call()
+    return {
+        "target": "sm_90a",
+        "triton": importlib.metadata.version("triton"),
+        "max_shared_bytes": MAX_SHARED,
+        "command": "python -m conceptmaster.benchmarks.sm90 --write",
+        "sources": sources(),
+        "kernels": rows,
+    }
+
+
+def _line(row: dict[str, Any]) -> str:
+    return (
+        f"{row['case']:56} {row['kernel']:28} {row['warps']:2} warps  {row['registers']:3} registers  "
+        f"{row['shared_bytes']:7,} B shared  {row['spill_bytes']:5} B spilled  {row['wgmma']:3} wgmma"
+    )
+
+
+def bad(rows: list[dict[str, Any]]) -> list[str]:
+    """The rows that spill or do not fit, as lines."""
+    return [_line(row) for row in rows if row["spill_bytes"] or row["shared_bytes"] > MAX_SHARED]
+
+
+def main() -> int:
+    """The command. Returns 1 when a kernel spills or does not fit."""
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser.add_argument("--write", action="store_true", help=f"write {REPORT.relative_to(ROOT)}")
+    parser.add_argument("--only", default="", metavar="TEXT", help="only cases with this in their name")
+    arguments = parser.parse_args()
+    if arguments.write and arguments.only:
+        parser.error("--write needs every case")
+    found = report(arguments.only)
+    if arguments.write:
+        REPORT.write_text(json.dumps(found, indent=1) + "\n", "utf-8")
+    wrong = bad(found["kernels"])
+    print("\n".join(["spilled, or too much shared memory:", *wrong]) if wrong else "no spills, all fit")
+    return bool(wrong)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
