@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -54,32 +55,57 @@ def launches() -> Iterator[tuple[str, Callable[[], object]]]:
     """(what it is, a call that launches kernels): shapes of the shipped model and of Wan2.1, every dtype."""
     import torch
 
-    from conceptmaster.kernels.cross_attention import cross_attention_triton
-
     for name in DTYPES:
-        dtype = getattr(torch, name)
+        new = functools.partial(torch.empty, dtype=getattr(torch, name), device="meta")
+        yield from ((f"{case}, {name}", call) for case, call in _attention_launches(new))
+        yield from ((f"{case}, {name}", call) for case, call in _row_launches(new))
 
-        def new(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
-            return torch.empty(shape, dtype=dtype, device="meta")
 
-        for case, (batch, tokens, text, concepts, heads, width) in {
-            "1.3B 480p": (2, 32760, 512, 64, 12, 128),
-            "1.3B 480p, many concept tokens": (2, 32760, 512, 256, 12, 128),
-            "sprites": (2, 80, 48, 32, 12, 32),
-            "odd": (1, 67, 33, 3, 3, 12),
-            "few tokens": (2, 1024, 512, 64, 12, 128),
-        }.items():
-            q, k, c = (new(batch, count, heads, width) for count in (tokens, text, concepts))
-            mask, rms = new(batch, concepts, dtype=torch.bool), new(batch, tokens, dtype=torch.float32)
+def _attention_launches(new: Callable[..., Any]) -> Iterator[tuple[str, Callable[[], object]]]:
+    import torch
 
-            def shared(q: Any = q, k: Any = k, c: Any = c, mask: Any = mask, rms: Any = rms) -> object:
-                return cross_attention_triton(torch.empty_like(q), q, (k, k), (c, c), mask, 1.0, rms)
+    from conceptmaster.kernels.cross_attention import cross_attention_triton as launch
 
-            def alone(q: Any = q, c: Any = c, mask: Any = mask) -> object:
-                return cross_attention_triton(torch.empty_like(q), q, None, (c, c), mask, 1.0, None)
+    shapes = {
+        "1.3B 480p": (2, 32760, 512, 64, 12, 128),
+        "1.3B 480p, many concept tokens": (2, 32760, 512, 256, 12, 128),
+        "few tokens": (2, 1024, 512, 64, 12, 128),
+        "sprites": (2, 80, 48, 32, 12, 32),
+        "odd": (1, 67, 33, 3, 3, 12),
+    }
+    for case, (batch, tokens, text, concepts, heads, width) in shapes.items():
+        q, k, c = (new((batch, count, heads, width)) for count in (tokens, text, concepts))
+        mask = torch.empty((batch, concepts), dtype=torch.bool, device="meta")
+        rms = torch.empty((batch, tokens), device="meta")
+        out = torch.empty_like(q)
+        yield f"decoupled, {case}", functools.partial(launch, out, q, (k, k), (c, c), mask, 1.0, rms)
+        yield f"injection, {case}", functools.partial(launch, out, q, None, (c, c), mask, 1.0, None)
 
-            yield f"decoupled, {case}, {name}", shared
-            yield f"injection, {case}, {name}", alone
+
+def _row_launches(new: Callable[..., Any]) -> Iterator[tuple[str, Callable[[], object]]]:
+    import torch
+
+    from conceptmaster.kernels.modulate import modulate_triton
+    from conceptmaster.kernels.qk_norm_rope import inverse_rms_triton, qk_norm_rope_triton
+
+    shapes = {"14B": (40, 128), "1.3B": (12, 128), "sprites": (12, 32)}
+    for case, (heads, width) in shapes.items():
+        x, weight, out = new((2, 2048, heads * width)), new((heads * width,)), new((2, 2048, heads, width))
+        gate, scale, shift = torch.empty((2, 6, heads * width), device="meta").unbind(1)[:3]
+        table, rms = torch.empty((2048, 1, width // 2), device="meta"), torch.empty((2, 2048), device="meta")
+        yield (
+            f"residual and modulation, {case}",
+            functools.partial(modulate_triton, x, x, x, x, gate, scale, shift, True, 1e-6),
+        )
+        yield (
+            f"modulation, {case}",
+            functools.partial(modulate_triton, x, None, x, None, None, scale, shift, True, 1e-6),
+        )
+        yield (
+            f"norm and rotation, {case}",
+            functools.partial(qk_norm_rope_triton, out, out, x, x, weight, weight, table, table, 1e-6),
+        )
+        yield f"inverse rms, {case}", functools.partial(inverse_rms_triton, rms, x, 1e-6)
 
 
 def aim_at_hopper() -> None:

@@ -20,8 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels.cross_attention import attention, concept_injection, decoupled_cross_attention
+from ..kernels.qk_norm_rope import rotate
 from .config import ModelConfig, TransformerConfig
-from .positions import Constants, Positions, rotate
+from .positions import Constants, Positions
 
 LEAST_SIGMA = 0.05
 """Where the network predicts data, its distance to the latents is divided by at least this noise level."""

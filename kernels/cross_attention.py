@@ -305,16 +305,16 @@ def _check(
         if pair is not None and (pair[0].shape != pair[1].shape or not pair[0].numel()):
             shapes = f"{list(pair[0].shape)} and {list(pair[1].shape)}"
             raise ValueError(f"{op}: {name}_k and {name}_v need one shape with some tokens, not {shapes}")
-    for name, tensor, shape, dtype in (
+    for name, extra, shape, dtype in (
         ("concept_mask", mask, (batch, concepts[0].shape[1]), torch.bool),
         ("inverse_rms", inverse_rms, (batch, tokens), torch.promote_types(q.dtype, torch.float32)),
     ):
-        if tensor is None:
+        if extra is None:
             continue
-        right = tensor.shape == shape and tensor.dtype == dtype and tensor.device == q.device
-        if not right or tensor.stride(-1) > 1:
+        right = extra.shape == shape and extra.dtype == dtype and extra.device == q.device
+        if not right or extra.stride(-1) > 1:
             wanted = f"{str(dtype).removeprefix('torch.')} {list(shape)} on {q.device}"
-            given = f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)} on {tensor.device}"
+            given = f"{str(extra.dtype).removeprefix('torch.')} {list(extra.shape)} on {extra.device}"
             raise ValueError(f"{op}: {name} must be {wanted}, contiguous along its last axis, not {given}")
 
 
