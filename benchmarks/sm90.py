@@ -57,13 +57,14 @@ def launches() -> Iterator[tuple[str, Callable[[], object]]]:
 
     for name in DTYPES:
         new = functools.partial(torch.empty, dtype=getattr(torch, name), device="meta")
-        yield from ((f"{case}, {name}", call) for case, call in _attention_launches(new))
-        yield from ((f"{case}, {name}", call) for case, call in _row_launches(new))
+        for family in (_attention_launches, _row_launches, _eight_bit_launches):
+            yield from ((f"{case}, {name}", call) for case, call in family(new))
 
 
 def _attention_launches(new: Callable[..., Any]) -> Iterator[tuple[str, Callable[[], object]]]:
     import torch
 
+    from conceptmaster.kernels.absorbed_injection import concept_weights_triton as weigh
     from conceptmaster.kernels.cross_attention import cross_attention_triton as launch
 
     shapes = {
@@ -80,6 +81,24 @@ def _attention_launches(new: Callable[..., Any]) -> Iterator[tuple[str, Callable
         out = torch.empty_like(q)
         yield f"decoupled, {case}", functools.partial(launch, out, q, (k, k), (c, c), mask, 1.0, rms)
         yield f"injection, {case}", functools.partial(launch, out, q, None, (c, c), mask, 1.0, None)
+        found = new((batch, tokens, heads * concepts))
+        yield f"folded output, {case}", functools.partial(weigh, found, q, c, mask, None, 0.1)
+
+
+def _eight_bit_launches(new: Callable[..., Any]) -> Iterator[tuple[str, Callable[[], object]]]:
+    import torch
+
+    from conceptmaster.kernels.fp8_linear import quantise_rows_triton
+    from conceptmaster.kernels.self_attention import attention8_triton
+
+    for width in (1536, 8960, 13824):
+        x8 = torch.empty((4096, width), dtype=torch.float8_e4m3fn, device="meta")
+        scale = torch.empty((4096, 1), device="meta")
+        call = functools.partial(quantise_rows_triton, x8, scale, new((4096, width)))
+        yield f"fp8 rows of {width}", call
+    for case, shape in {"1.3B 480p": (2, 32760, 12, 128), "sprites": (2, 80, 12, 32)}.items():
+        q = new(shape)
+        yield f"8-bit attention, {case}", functools.partial(attention8_triton, q, q, q, q)
 
 
 def _row_launches(new: Callable[..., Any]) -> Iterator[tuple[str, Callable[[], object]]]:
@@ -146,6 +165,7 @@ def compile_row(
         "shared_bytes": compiled.metadata.shared,
         "spill_bytes": int(spills[1]) + int(spills[2]),
         "wgmma": compiled.asm["ptx"].count("wgmma.mma_async"),
+        "serialised": "serialized" in done.stderr,  # ptxas waits after each wgmma: correct, but slow
     }
 
 
@@ -187,6 +207,7 @@ def _line(row: dict[str, Any]) -> str:
     return (
         f"{row['case']:56} {row['kernel']:28} {row['warps']:2} warps  {row['registers']:3} registers  "
         f"{row['shared_bytes']:7,} B shared  {row['spill_bytes']:5} B spilled  {row['wgmma']:3} wgmma"
+        f"{', serialised' if row['serialised'] else ''}"
     )
 
 

@@ -32,7 +32,17 @@ except ImportError:
 
     triton = tl = _Absent()
 
-__all__ = ["INTERPRETED", "launch", "launches_to", "require", "require_alike", "served", "tl", "triton"]
+__all__ = [
+    "INTERPRETED",
+    "launch",
+    "launches_to",
+    "require",
+    "require_alike",
+    "served",
+    "tl",
+    "to_fp8",
+    "triton",
+]
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """Whether kernels run in Triton's interpreter, on the CPU. It does arithmetic on the raw bits of bfloat16, so
@@ -40,6 +50,15 @@ that there every kernel widens what it has loaded to float32."""
 
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 """What the Triton kernels compute on; the references also take float64."""
+
+
+@triton.jit
+def to_fp8(x, ROUND: tl.constexpr):
+    """float32 to float8_e4m3fn, to the nearest; ROUND: the interpreter cuts off what it should round."""
+    if ROUND:
+        x = ((x.to(tl.int32, bitcast=True) + 0x80000) & -0x100000).to(tl.float32, bitcast=True)
+    return x.to(tl.float8e4nv)
+
 
 _launch: Callable[..., None] | None = None  # what `launches_to` has put in the place of a real launch
 
