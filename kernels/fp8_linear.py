@@ -53,12 +53,12 @@ def quantise_rows_kernel(x, out, scale, x_m, WIDTH: tl.constexpr, BLOCK: tl.cons
 
 
 def quantise_rows_triton(out: Tensor, scale: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Launches the kernel into `out` float8_e4m3fn [M,I] and `scale` float32 [M,1], contiguous; returns them."""
+    """Launches the kernel into `out` float8_e4m3fn [M,I], `scale` float32 [M,1], contiguous; returns both."""
     rows, width = x.shape
     block = max(128, 1 << (width - 1).bit_length())
     launch(
-        quantise_rows_kernel, (rows,), x, out, scale, x.stride(0), WIDTH=width, BLOCK=block, ROUND=INTERPRETED,
-        num_warps=4 if block <= 2048 else 8, num_stages=1,
+        quantise_rows_kernel, (rows,), x, out, scale, x.stride(0),
+        WIDTH=width, BLOCK=block, ROUND=INTERPRETED, num_warps=4 if block <= 2048 else 8, num_stages=1,
     )  # fmt: skip
     return out, scale
 
