@@ -37,12 +37,11 @@ MOST_ROWS = 1024
 
 
 def check(case: Case) -> dict[str, Any]:
-    """Ours against float64: {"ok", "relative_l2", "worst"}; worst is the largest error over what is allowed."""
+    """Ours against float64: {"ok", "relative_l2", "worst"}; worst: the largest error over what is allowed."""
     step = max(1, case.tokens // MOST_ROWS)
     rows = torch.arange(case.tokens - 1, -1, -step)[:MOST_ROWS].flip(0)
-    found, expected = case.ours(), None
-    device = (found[0] if isinstance(found, tuple) else found).device
-    rows = rows.to(device)
+    found = case.ours()
+    rows = rows.to((found[0] if isinstance(found, tuple) else found).device)
     expected = case.exact(rows)
     pairs = zip(found, expected, strict=True) if isinstance(found, tuple) else [(found, expected)]
     worst, l2 = 0.0, 0.0
@@ -213,8 +212,8 @@ def main() -> int:
     if not torch.cuda.is_available():
         built = "this PyTorch is built without CUDA" if torch.version.cuda is None else "PyTorch sees no GPU"
         print(
-            f"{built}: run `make gpu` on a machine with an NVIDIA GPU (Hopper for the 8-bit kernels), with a CUDA "
-            "build of PyTorch and `pip install '.[gpu]'`",
+            f"{built}: run `make gpu` on a machine with an NVIDIA GPU (Hopper for the 8-bit kernels), with a "
+            "CUDA build of PyTorch and `pip install '.[gpu]'`",
             file=sys.stderr,
         )
         return 1

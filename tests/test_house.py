@@ -59,7 +59,9 @@ IMPORT_NAMES = {
 }
 
 # Imported without being declared, with the reason.
-UNDECLARED: dict[str, str] = {}
+UNDECLARED: dict[str, str] = {
+    "flash_attn_interface": "FlashAttention-3 is built from source, and taken where it is there",
+}
 
 PICKLING = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 
