@@ -208,10 +208,10 @@ def _row_cases(shapes: Shapes, name: str, batch: int, tokens: int, heads: int, w
         return summed, modulating.norm_reference(summed, scale, shift, True, EPS)
 
     def exactly(rows: Tensor) -> tuple[Tensor, Tensor]:
-        wide = _wide(x[:, rows], branch[:, rows], gate, scale, shift)
-        summed = modulating.residual_reference(*wide[:3])
+        carried, added, g, factor, offset = _wide(x[:, rows], branch[:, rows], gate, scale, shift)
+        summed = modulating.residual_reference(carried, added, g)
         rounded = summed.to(x.dtype).double()  # the norm is of the row as it is written
-        return summed, modulating.norm_reference(rounded, *wide[3:], True, EPS)
+        return summed, modulating.norm_reference(rounded, factor, offset, True, EPS)
 
     yield Case(
         f"residual and modulation, {name}", shape, "bfloat16", tokens,
@@ -220,16 +220,16 @@ def _row_cases(shapes: Shapes, name: str, batch: int, tokens: int, heads: int, w
         compiled={"torch.compile": _compiled(separate, x, branch)},
     )  # fmt: skip
 
-    weights = 1 + 0.1 * shapes.new(2, total)
+    q_weight, k_weight = 1 + 0.1 * shapes.new(2, total)
     angles = 6 * shapes.new(tokens, 1, width // 2, dtype=torch.float32)
-    tables = angles.cos(), angles.sin()
+    cos, sin = angles.cos(), angles.sin()
     normed = functools.partial(rotating.qk_norm_rope_reference, eps=EPS)
     yield Case(
         f"norm and rotation, {name}", shape, "bfloat16", tokens,
-        functools.partial(rotating.qk_norm_rope, x, branch, *weights, *tables),
-        lambda rows: normed(*_wide(x[:, rows], branch[:, rows], *weights, *(t[rows] for t in tables))),
-        {"eager": functools.partial(normed, x, branch, *weights, *tables)}, moved_bytes=4 * size,
-        compiled={"torch.compile": _compiled(normed, x, branch, *weights, *tables)},
+        functools.partial(rotating.qk_norm_rope, x, branch, q_weight, k_weight, cos, sin),
+        lambda rows: normed(*_wide(x[:, rows], branch[:, rows], q_weight, k_weight, cos[rows], sin[rows])),
+        {"eager": functools.partial(normed, x, branch, q_weight, k_weight, cos, sin)}, moved_bytes=4 * size,
+        compiled={"torch.compile": _compiled(normed, x, branch, q_weight, k_weight, cos, sin)},
     )  # fmt: skip
 
 

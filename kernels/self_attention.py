@@ -78,8 +78,9 @@ def attention8_reference(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         rounded, step = int8_reference(x, mean)
         exact = rounded.unflatten(2, (-1, BLOCK)).float() * step[..., None, None]
         found.append(exact.flatten(2, 3)[:, :, :tokens])  # [B,A,S,E]
+    queries, keys = found
     values = fp8_reference(v, scale).float().transpose(-1, -2)[:, :, :tokens] * scale[:, :, None]
-    return F.scaled_dot_product_attention(*found, values).transpose(1, 2).type_as(q)  # [B,S,A,E]
+    return F.scaled_dot_product_attention(queries, keys, values).transpose(1, 2).type_as(q)  # [B,S,A,E]
 
 
 # Triton.
