@@ -192,9 +192,18 @@ def _eps(norm: nn.RMSNorm) -> float:
 
 
 def _quantise(module: nn.Module, absorb: bool) -> None:
-    """Linear layers of a block in fp8, where the GPU can: both widths divide by 16. What runs once per request
-    is left as it is: what makes keys and values, and an output projection that is folded into them."""
-    once: tuple[str, ...] = ("attn2.to_k", "attn2.to_v", "add_k_proj", "add_v_proj", "injector.to_k", "injector.to_v")
+    """Linear layers of a block in fp8, where a GPU can: both widths divide by 16.
+
+    What runs once per request stays as it is: what makes keys and values, and what is folded into them.
+    """
+    once: tuple[str, ...] = (
+        "attn2.to_k",
+        "attn2.to_v",
+        "add_k_proj",
+        "add_v_proj",
+        "injector.to_k",
+        "injector.to_v",
+    )
     once += ("injector.to_out",) if absorb else ()
     found = {
         name: child

@@ -1,4 +1,4 @@
-"""The fused transformer against the plain one: by its references, and by its kernels in Triton's interpreter."""
+"""The fused transformer against the plain one: its references, and its kernels in Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -46,8 +46,9 @@ def arguments(config, batch=2, seed=0):
     )
 
 
-def pair(config, randomise, fusing=Fusing()):
+def pair(config, randomise, fusing=None):
     """A plain transformer and a fused one of the same weights."""
+    fusing = fusing or Fusing()
     plain = randomise(ConceptDiT(config))
     return plain, fuse(copy.deepcopy(plain), fusing)
 
@@ -106,7 +107,7 @@ def test_kernels_give_the_plain_transformer(kernels, tiny, randomise, assert_clo
 
 @torch.no_grad()
 def test_kernels_in_bfloat16_are_as_near_as_the_plain_transformer(kernels, tiny, randomise):
-    """Held to float32: fusing must not add to the error that bfloat16 has anyway, but for another rounding."""
+    """Held to float32: fusing must not add to the error that bfloat16 has anyway."""
     config = tiny()
     exact, fused = pair(config, randomise)
     plain = narrow(copy.deepcopy(exact), torch.bfloat16)
