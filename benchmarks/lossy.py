@@ -35,7 +35,7 @@ REPORT = ROOT / "benchmarks" / "results" / "lossy.json"
 REQUESTS = ROOT / "examples" / "sprites" / "requests"
 BUNDLE = "sprites"
 OPTIONS = (
-    *(TorchOptions(skip_guidance=part) for part in (0.1, 0.25, 0.5)),
+    *(TorchOptions(skip_guidance=part) for part in (0.25, 0.5)),
     *(TorchOptions(step_cache=change) for change in (0.05, 0.1, 0.2)),
     TorchOptions(dtype="bfloat16"),
     TorchOptions(tier="high"),
@@ -70,13 +70,13 @@ def generate(options: TorchOptions, wanted: list[Request], show: bool) -> tuple[
     return np.stack(frames), backend.stepper.evaluations
 
 
-def difference(found: np.ndarray, exact: np.ndarray) -> dict[str, float]:
-    """Of frames, uint8 both."""
+def difference(found: np.ndarray, exact: np.ndarray) -> dict[str, float | None]:
+    """Of frames, uint8 both; no ratio where they are the same."""
     error = found.astype(np.float64) - exact
     square = float((error**2).mean())
     return {
         "mean_abs_255": float(np.abs(error).mean()),
-        "psnr_db": 10 * math.log10(255**2 / square) if square else math.inf,
+        "psnr_db": 10 * math.log10(255**2 / square) if square else None,
     }
 
 
@@ -112,10 +112,14 @@ def table(report: dict[str, Any]) -> str:
     """For people, as in docs/performance.md."""
     lines = ["| options | evaluated | mean difference, 1/255 | PSNR, dB |", "| --- | --- | --- | --- |"]
     lines += [
-        f"| `{row['options']}` | {row['evaluated']:.0%} | {row['mean_abs_255']:.2f} | {row['psnr_db']:.1f} |"
+        f"| `{row['options']}` | {row['evaluated']:.0%} | {row['mean_abs_255']:.2f} | {_ratio(row)} |"
         for row in report["rows"]
     ]
     return "\n".join(lines)
+
+
+def _ratio(row: dict[str, Any]) -> str:
+    return "the same" if row["psnr_db"] is None else f"{row['psnr_db']:.1f}"
 
 
 def main() -> int:
@@ -123,7 +127,7 @@ def main() -> int:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--write", action="store_true", help=f"write {REPORT.relative_to(ROOT)}")
-    parser.add_argument("--seeds", type=int, default=4, metavar="N", help="of each example request (4)")
+    parser.add_argument("--seeds", type=int, default=2, metavar="N", help="of each example request (2)")
     arguments = parser.parse_args()
     report = run(arguments.seeds, show=sys.stderr.isatty())
     if arguments.write:
