@@ -16,7 +16,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 REQUEST := examples/sprites/requests/first/request.json
 
-.PHONY: help video test test-slow lint bench clean
+.PHONY: help video test test-slow lint bench gpu clean
 .DEFAULT_GOAL := help
 
 help:
@@ -25,6 +25,7 @@ help:
 	@echo "make test-slow  the tests that take minutes"
 	@echo "make lint       ruff and mypy"
 	@echo "make bench      the latency suite"
+	@echo "make gpu        check the kernels on a GPU, then measure them against their rivals (9 minutes)"
 	@echo "make clean      remove $(VENV), build outputs and caches; out/ stays"
 
 video: $(VENV)/.base
@@ -46,6 +47,11 @@ lint: $(VENV)/.dev
 
 bench: $(VENV)/.dev
 	$(BIN)/pytest benchmarks --benchmark-only $(ARGS)
+
+# Installs nothing: it needs a PyTorch built for CUDA, and runs in whatever environment PYTHON is of.
+gpu:
+	@mkdir -p out/gpu && ln -sfn '$(CURDIR)' out/gpu/conceptmaster
+	PYTHONPATH='$(CURDIR)/out/gpu' $(PYTHON) -m conceptmaster.benchmarks.gpu $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

@@ -19,10 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels.cross_attention import attention, concept_injection, decoupled_cross_attention
+from ..kernels.qk_norm_rope import rotate
 from .config import ModelConfig, TransformerConfig
 from .embedders import ConditionEmbedder
 from .layers import FeedForward, WideLayerNorm, wide
-from .positions import Positions, rotate
+from .positions import Positions
 
 LEAST_SIGMA = 0.05
 """Where the network predicts data, its distance to the latents is divided by at least this noise level."""

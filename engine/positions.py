@@ -1,6 +1,6 @@
-"""Where a video token is: rotary embedding, position channels, and constants that keep their precision.
+"""Where a video token is: rotary tables, position channels, and constants that keep their precision.
 
-Letters: B batch, F H W latent frames, height, width, S video tokens, A heads, E head width.
+Letters: B batch, F H W latent frames, height, width, S video tokens, E head width.
 """
 
 from __future__ import annotations
@@ -106,11 +106,3 @@ class Positions(Constants):
             planes = planes.to(latents.dtype).expand(latents.shape[0], -1, -1, -1, -1)
             latents = torch.cat((latents, planes), dim=1)  # [B,Cz+p,F,H,W]
         return latents, (cos, sin)
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates pairs of neighbouring channels: x [B,S,A,E], cos and sin [S,1,E/2] -> [B,S,A,E], x's dtype."""
-    first, second = x.unflatten(-1, (-1, 2)).unbind(-1)  # [B,S,A,E/2] each
-    return (
-        torch.stack((first * cos - second * sin, first * sin + second * cos), dim=-1).flatten(-2).type_as(x)
-    )

@@ -1,16 +1,32 @@
-"""Cross-attention from video tokens to text and to concepts: the plain-torch reference.
+"""Cross-attention from video tokens to text and to concepts: reference, Triton kernel, torch op.
 
 Letters: B batch, S video tokens, T text tokens, C concept tokens, A heads, E head width.
 
 A masked key contributes exactly nothing: its softmax weight is an exact zero, so whatever (finite) content it
 has, the result is the same bit for bit. A row without any key left gives exactly zero, never NaN.
+
+The kernel does both attentions in one launch: it reads a tile of queries once, keeps one accumulator, and
+writes once. That one accumulator suffices because the concepts' softmax is normalised before its values are
+added: its maxima and sums come from a first sweep over the (few) concept keys. Where all of them fit into one
+tile, as they nearly always do, there is nothing to sweep twice.
+
+A query's RMS norm runs over all heads, but a program sees one head. What is left of the norm inside the
+kernel is one number per token: the norm's weight belongs to the keys (fold it into them once per request),
+and 1/rms scales a row of logits. So the normalised queries need never be written: `inverse_rms` reads them
+once, and the kernel takes its [B,S] numbers.
 """
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from .common import INTERPRETED, launch, require, require_alike, served, tl, triton
+
+# Reference.
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -30,14 +46,342 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Te
     return torch.where(some[:, :, None, None], out, torch.zeros_like(out)).transpose(1, 2)  # [B,S,A,E]
 
 
+def decoupled_cross_attention_reference(
+    q: Tensor,
+    text_k: Tensor,
+    text_v: Tensor,
+    concept_k: Tensor,
+    concept_v: Tensor,
+    concept_mask: Tensor | None = None,
+    concept_scale: float = 1.0,
+    inverse_rms: Tensor | None = None,
+) -> Tensor:
+    """`decoupled_cross_attention` in plain torch; with inverse_rms, `normed_decoupled_cross_attention`."""
+    if inverse_rms is not None:
+        q = (q * inverse_rms[:, :, None, None]).type_as(q)  # [B,S,A,E]
+    text = attention(q, text_k, text_v)  # [B,S,A,E]
+    concepts = attention(q, concept_k, concept_v, concept_mask)  # [B,S,A,E]
+    return text + concepts if concept_scale == 1.0 else text + concept_scale * concepts  # [B,S,A,E]
+
+
+# Triton.
+
+MAX_WIDTH = 128
+"""The widest head that the kernel takes."""
+
+FEW_QUERIES = 64 * 4 * 132
+"""Up to so many, over all heads and batch rows, a program takes 64: four programs for each SM of an H100."""
+
+
+@triton.jit
+def _tile(
+    pointer, rows, columns, row_stride, kept,
+    WIDTH: tl.constexpr, BLOCK_E: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Rows [rows, BLOCK_E] of a matrix, zero where not kept."""
+    inside = kept[:, None]
+    if WIDTH != BLOCK_E:
+        inside = inside & (columns < WIDTH)[None, :]
+    tile = tl.load(pointer + rows[:, None] * row_stride + columns[None, :], mask=inside, other=0.0)
+    if UPCAST:
+        tile = tile.to(tl.float32)
+    return tile
+
+
+@triton.jit
+def _kept_concepts(mask, first, C, BLOCK_C: tl.constexpr, HAS_MASK: tl.constexpr):
+    """Which of the concept tokens first … first + BLOCK_C are there and not masked."""
+    concepts = first + tl.arange(0, BLOCK_C)
+    kept = concepts < C
+    if HAS_MASK:
+        kept = tl.load(mask + concepts, mask=kept, other=0) != 0
+    return kept
+
+
+@triton.jit
+def _concept_logits(
+    q, row_scale, k, first, k_stride, kept, columns,
+    BLOCK_C: tl.constexpr, WIDTH: tl.constexpr, BLOCK_E: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Base-2 logits [BLOCK_S, BLOCK_C], minus infinity where not kept."""
+    keys = _tile(k, first + tl.arange(0, BLOCK_C), columns, k_stride, kept, WIDTH, BLOCK_E, UPCAST)
+    logits = tl.dot(q, tl.trans(keys), input_precision=PRECISION) * row_scale[:, None]
+    return tl.where(kept[None, :], logits, -float("inf"))
+
+
+@triton.jit
+def cross_attention_kernel(
+    q, text_k, text_v, concept_k, concept_v, mask, inverse_rms, out,
+    S, T, C, A, logit_scale, concept_scale,
+    q_b, q_s, q_a, tk_b, tk_t, tk_a, tv_b, tv_t, tv_a, ck_b, ck_c, ck_a, cv_b, cv_c, cv_a,
+    mask_b, rms_b, out_b, out_s, out_a,
+    WIDTH: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_E: tl.constexpr, HAS_TEXT: tl.constexpr, HAS_MASK: tl.constexpr, HAS_RMS: tl.constexpr,
+    ONE_BLOCK: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """One program: BLOCK_S queries of one head of one batch row. `x_b`, `x_s`, … are strides in elements."""
+    start = tl.program_id(0).to(tl.int64) * BLOCK_S
+    batch = (tl.program_id(1) // A).to(tl.int64)
+    head = tl.program_id(1) % A
+    rows, columns = tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_E)
+    there = rows < S - start
+    q = _tile(q + batch * q_b + start * q_s + head * q_a, rows, columns, q_s, there, WIDTH, BLOCK_E, UPCAST)
+    row_scale = tl.full([BLOCK_S], logit_scale, tl.float32)
+    if HAS_RMS:
+        row_scale *= tl.load(inverse_rms + batch * rms_b + start + rows, mask=there, other=0.0)
+    acc = tl.zeros([BLOCK_S, BLOCK_E], tl.float32)
+
+    if HAS_TEXT:
+        text_k += batch * tk_b + head * tk_a
+        text_v += batch * tv_b + head * tv_a
+        top = tl.full([BLOCK_S], -float("inf"), tl.float32)
+        total = tl.zeros([BLOCK_S], tl.float32)
+        for first in range(0, T, BLOCK_T):
+            tokens = first + tl.arange(0, BLOCK_T)
+            kept = tokens < T
+            keys = _tile(text_k, tokens, columns, tk_t, kept, WIDTH, BLOCK_E, UPCAST)
+            logits = tl.dot(q, tl.trans(keys), input_precision=PRECISION) * row_scale[:, None]
+            logits = tl.where(kept[None, :], logits, -float("inf"))
+            higher = tl.maximum(top, tl.max(logits, 1))
+            weights = tl.exp2(logits - higher[:, None])
+            shrink = tl.exp2(top - higher)
+            total = total * shrink + tl.sum(weights, 1)
+            values = _tile(text_v, tokens, columns, tv_t, kept, WIDTH, BLOCK_E, UPCAST)
+            acc = tl.dot(weights.to(values.dtype), values, acc * shrink[:, None], input_precision=PRECISION)
+            top = higher
+        acc = acc / total[:, None]
+
+    concept_k += batch * ck_b + head * ck_a
+    concept_v += batch * cv_b + head * cv_a
+    mask += batch * mask_b
+    last = C  # behind the last concept token that is not masked: padding is not even read
+    if HAS_MASK:
+        last = 0
+        for first in range(0, C, BLOCK_C):
+            kept = _kept_concepts(mask, first, C, BLOCK_C, HAS_MASK)
+            last = tl.maximum(last, tl.max(tl.where(kept, first + tl.arange(0, BLOCK_C) + 1, 0), 0))
+    if ONE_BLOCK:
+        if last > 0:
+            kept = _kept_concepts(mask, 0, C, BLOCK_C, HAS_MASK)
+            logits = _concept_logits(
+                q, row_scale, concept_k, 0, ck_c, kept, columns, BLOCK_C, WIDTH, BLOCK_E, PRECISION, UPCAST
+            )
+            weights = tl.exp2(logits - tl.max(logits, 1)[:, None])
+            weights *= (concept_scale / tl.sum(weights, 1))[:, None]
+            values = _tile(concept_v, tl.arange(0, BLOCK_C), columns, cv_c, kept, WIDTH, BLOCK_E, UPCAST)
+            acc = tl.dot(weights.to(values.dtype), values, acc, input_precision=PRECISION)
+    else:
+        top = tl.full([BLOCK_S], -float("inf"), tl.float32)
+        total = tl.zeros([BLOCK_S], tl.float32)
+        for first in range(0, last, BLOCK_C):
+            kept = _kept_concepts(mask, first, C, BLOCK_C, HAS_MASK)
+            logits = _concept_logits(
+                q,
+                row_scale,
+                concept_k,
+                first,
+                ck_c,
+                kept,
+                columns,
+                BLOCK_C,
+                WIDTH,
+                BLOCK_E,
+                PRECISION,
+                UPCAST,
+            )
+            higher = tl.maximum(top, tl.max(logits, 1))
+            finite = tl.where(higher == -float("inf"), 0.0, higher)  # nothing but masked keys so far
+            total = total * tl.exp2(top - finite) + tl.sum(tl.exp2(logits - finite[:, None]), 1)
+            top = higher
+        gain = concept_scale / tl.where(total > 0, total, 1.0)
+        for first in range(0, last, BLOCK_C):
+            kept = _kept_concepts(mask, first, C, BLOCK_C, HAS_MASK)
+            logits = _concept_logits(
+                q,
+                row_scale,
+                concept_k,
+                first,
+                ck_c,
+                kept,
+                columns,
+                BLOCK_C,
+                WIDTH,
+                BLOCK_E,
+                PRECISION,
+                UPCAST,
+            )
+            weights = tl.exp2(logits - top[:, None]) * gain[:, None]
+            values = _tile(
+                concept_v, first + tl.arange(0, BLOCK_C), columns, cv_c, kept, WIDTH, BLOCK_E, UPCAST
+            )
+            acc = tl.dot(weights.to(values.dtype), values, acc, input_precision=PRECISION)
+
+    place = out + batch * out_b + start * out_s + head * out_a + rows[:, None] * out_s + columns[None, :]
+    inside = there[:, None]
+    if WIDTH != BLOCK_E:
+        inside = inside & (columns < WIDTH)[None, :]
+    tl.store(place, acc.to(out.dtype.element_ty), mask=inside)
+
+
+def _power_of_two(count: int, least: int, most: int) -> int:
+    return min(most, max(least, 1 << (count - 1).bit_length()))
+
+
+def cross_attention_triton(
+    out: Tensor,
+    q: Tensor,
+    text: tuple[Tensor, Tensor] | None,
+    concepts: tuple[Tensor, Tensor],
+    mask: Tensor | None,
+    concept_scale: float,
+    inverse_rms: Tensor | None,
+) -> Tensor:
+    """Launches the kernel into `out` [B,S,A,E], contiguous, and returns it. text and concepts: (keys,
+    values).
+
+    Tiles: 128 queries leave the accumulator 64 registers a thread at 8 warps; three stages of 64 keys fit
+    beside them. Few queries get small tiles, to fill the GPU. In float32 a product is three products in tf32
+    (float32 accuracy), whose operands need so many registers that wide heads take 16 queries at a time.
+    """
+    batch, tokens, heads, width = q.shape
+    block_e = _power_of_two(width, 16, 128)
+    if q.dtype == torch.float32:
+        block_s, most, warps = (64, 32, 4) if block_e <= 64 else (16, 32, 8)
+    else:
+        few = tokens * batch * heads <= FEW_QUERIES
+        block_s, most, warps = (64, 64, 4) if few else (128, 64, 8)
+    concept_k, concept_v = concepts
+    text_k, text_v = text if text is not None else concepts
+    masked = mask if mask is not None else q  # any tensor: the kernel does not look at it
+    rms = inverse_rms if inverse_rms is not None else q
+    block_t, block_c = (_power_of_two(k.shape[1], 16, most) for k in (text_k, concept_k))
+    scale = math.log2(math.e) / math.sqrt(width)  # exponentials are to base 2
+    texts = (text_k, text_v)
+    text_strides, concept_strides = ((*k.stride()[:3], *v.stride()[:3]) for k, v in (texts, concepts))
+    launch(
+        cross_attention_kernel, (-(-tokens // block_s), batch * heads),
+        q, text_k, text_v, concept_k, concept_v, masked, rms, out,
+        tokens, text_k.shape[1], concept_k.shape[1], heads, scale, concept_scale,
+        *q.stride()[:3], *text_strides, *concept_strides, masked.stride(0), rms.stride(0), *out.stride()[:3],
+        WIDTH=width, BLOCK_S=block_s, BLOCK_T=block_t, BLOCK_C=block_c, BLOCK_E=block_e,
+        HAS_TEXT=text is not None, HAS_MASK=mask is not None, HAS_RMS=inverse_rms is not None,
+        ONE_BLOCK=concept_k.shape[1] <= block_c, PRECISION="tf32x3" if q.dtype == torch.float32 else "ieee",
+        UPCAST=INTERPRETED,
+        num_warps=warps, num_stages=3,
+    )  # fmt: skip
+    return out
+
+
+# The torch op.
+
+DECOUPLED = "decoupled_cross_attention"
+
+
+def _check(
+    op: str,
+    q: Tensor,
+    text: tuple[Tensor, Tensor] | None,
+    concepts: tuple[Tensor, Tensor],
+    mask: Tensor | None,
+    inverse_rms: Tensor | None = None,
+) -> None:
+    """Raises ValueError with one line that says what is wrong."""
+    text_k, text_v = text if text is not None else (None, None)
+    require_alike(op, q=q, text_k=text_k, text_v=text_v, concept_k=concepts[0], concept_v=concepts[1])
+    require(op, q.dim() == 4, f"q must be [B,S,A,E], not {list(q.shape)}")
+    batch, tokens, heads, width = q.shape
+    require(op, q.numel() > 0, f"q is empty: {list(q.shape)}")
+    require(
+        op, width <= MAX_WIDTH or not q.is_cuda, f"on CUDA heads are at most {MAX_WIDTH} wide, not {width}"
+    )
+    for name, pair in (("text", text), ("concept", concepts)):
+        for letter, tensor in zip("kv", pair or (), strict=False):
+            if tensor.dim() != 4 or tensor.shape[::2] != q.shape[::2] or tensor.shape[3] != width:
+                raise ValueError(
+                    f"{op}: {name}_{letter} must be [{batch},tokens,{heads},{width}] beside this q, "
+                    f"not {list(tensor.shape)}"
+                )
+        if pair is not None and (pair[0].shape != pair[1].shape or not pair[0].numel()):
+            shapes = f"{list(pair[0].shape)} and {list(pair[1].shape)}"
+            raise ValueError(f"{op}: {name}_k and {name}_v need one shape with some tokens, not {shapes}")
+    for name, extra, shape, dtype in (
+        ("concept_mask", mask, (batch, concepts[0].shape[1]), torch.bool),
+        ("inverse_rms", inverse_rms, (batch, tokens), torch.promote_types(q.dtype, torch.float32)),
+    ):
+        if extra is None:
+            continue
+        right = extra.shape == shape and extra.dtype == dtype and extra.device == q.device
+        if not right or extra.stride(-1) > 1:
+            wanted = f"{str(dtype).removeprefix('torch.')} {list(shape)} on {q.device}"
+            given = f"{str(extra.dtype).removeprefix('torch.')} {list(extra.shape)} on {extra.device}"
+            raise ValueError(f"{op}: {name} must be {wanted}, contiguous along its last axis, not {given}")
+
+
+@torch.library.custom_op(
+    "conceptmaster::decoupled_cross_attention",
+    mutates_args=(),
+    device_types="cpu",
+    schema="(Tensor q, Tensor text_k, Tensor text_v, Tensor concept_k, Tensor concept_v, "
+    "Tensor? concept_mask, float concept_scale, Tensor? inverse_rms) -> Tensor",
+)
+def _decoupled_op(q, text_k, text_v, concept_k, concept_v, concept_mask, concept_scale, inverse_rms):
+    _check(DECOUPLED, q, (text_k, text_v), (concept_k, concept_v), concept_mask, inverse_rms)
+    return decoupled_cross_attention_reference(
+        q, text_k, text_v, concept_k, concept_v, concept_mask, concept_scale, inverse_rms
+    ).contiguous()  # [B,S,A,E]
+
+
+@_decoupled_op.register_kernel("cuda")
+def _(q, text_k, text_v, concept_k, concept_v, concept_mask, concept_scale, inverse_rms):
+    text, concepts = (text_k, text_v), (concept_k, concept_v)
+    _check(DECOUPLED, q, text, concepts, concept_mask, inverse_rms)
+    out = q.new_empty(q.shape)
+    return cross_attention_triton(out, q, text, concepts, concept_mask, concept_scale, inverse_rms)
+
+
+@_decoupled_op.register_fake
+def _(q, text_k, text_v, concept_k, concept_v, concept_mask, concept_scale, inverse_rms):
+    _check(DECOUPLED, q, (text_k, text_v), (concept_k, concept_v), concept_mask, inverse_rms)
+    return q.new_empty(q.shape)
+
+
+@torch.library.custom_op(
+    "conceptmaster::concept_injection",
+    mutates_args=(),
+    device_types="cpu",
+    schema="(Tensor q, Tensor concept_k, Tensor concept_v, Tensor? concept_mask) -> Tensor",
+)
+def _injection_op(q, concept_k, concept_v, concept_mask):
+    _check("concept_injection", q, None, (concept_k, concept_v), concept_mask)
+    return attention(q, concept_k, concept_v, concept_mask).contiguous()  # [B,S,A,E]
+
+
+@_injection_op.register_kernel("cuda")
+def _(q, concept_k, concept_v, concept_mask):
+    _check("concept_injection", q, None, (concept_k, concept_v), concept_mask)
+    out = q.new_empty(q.shape)
+    return cross_attention_triton(out, q, None, (concept_k, concept_v), concept_mask, 1.0, None)
+
+
+@_injection_op.register_fake
+def _(q, concept_k, concept_v, concept_mask):
+    _check("concept_injection", q, None, (concept_k, concept_v), concept_mask)
+    return q.new_empty(q.shape)
+
+
 def concept_injection(
     q: Tensor, concept_k: Tensor, concept_v: Tensor, concept_mask: Tensor | None = None
 ) -> Tensor:
     """Attention of video queries to concept tokens: the core of ConceptMaster's injector (arXiv 2501.04698).
 
     q [B,S,A,E], concept_k and concept_v [B,C,A,E], concept_mask bool [B,C]. Returns [B,S,A,E]; exactly zero
-    for a batch row whose concepts are all masked.
+    for a batch row whose concepts are all masked. Raises ValueError for other shapes, mixed dtypes or
+    devices, or a last axis that is not contiguous.
     """
+    if served(q, concept_k, concept_v):
+        return _injection_op(q, concept_k, concept_v, concept_mask)
+    _check("concept_injection", q, None, (concept_k, concept_v), concept_mask)
     return attention(q, concept_k, concept_v, concept_mask)
 
 
@@ -54,8 +398,32 @@ def decoupled_cross_attention(
 
     q [B,S,A,E], text_k and text_v [B,T,A,E], concept_k and concept_v [B,C,A,E], concept_mask bool [B,C]
     (True: attend). Returns attention(text) + concept_scale * attention(concepts), [B,S,A,E]. Text is never
-    masked, as in Wan.
+    masked, as in Wan. Raises ValueError as `concept_injection`.
     """
-    text = attention(q, text_k, text_v)  # [B,S,A,E]
-    concepts = attention(q, concept_k, concept_v, concept_mask)  # [B,S,A,E]
-    return text + concepts if concept_scale == 1.0 else text + concept_scale * concepts  # [B,S,A,E]
+    return _decoupled(q, text_k, text_v, concept_k, concept_v, concept_mask, concept_scale, None)
+
+
+def normed_decoupled_cross_attention(
+    q: Tensor,
+    inverse_rms: Tensor,
+    text_k: Tensor,
+    text_v: Tensor,
+    concept_k: Tensor,
+    concept_v: Tensor,
+    concept_mask: Tensor | None = None,
+    concept_scale: float = 1.0,
+) -> Tensor:
+    """`decoupled_cross_attention` of queries that are not normalised yet, [B,S,A,E].
+
+    inverse_rms: `qk_norm_rope.inverse_rms` of the queries, float32 [B,S] (float64 of float64). The norm's
+    weight must be in the keys already: k * weight.
+    """
+    return _decoupled(q, text_k, text_v, concept_k, concept_v, concept_mask, concept_scale, inverse_rms)
+
+
+def _decoupled(q, text_k, text_v, concept_k, concept_v, concept_mask, concept_scale, inverse_rms) -> Tensor:
+    arguments = (q, text_k, text_v, concept_k, concept_v, concept_mask, concept_scale, inverse_rms)
+    if served(q, text_k, text_v, concept_k, concept_v, inverse_rms):
+        return _decoupled_op(*arguments)
+    _check(DECOUPLED, q, (text_k, text_v), (concept_k, concept_v), concept_mask, inverse_rms)
+    return decoupled_cross_attention_reference(*arguments)

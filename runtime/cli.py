@@ -23,6 +23,7 @@ from .errors import ConceptMasterError, InputError
 if TYPE_CHECKING:
     import numpy as np
 
+    from .backends.torch_options import TorchOptions
     from .manifest import Given, Manifest, TensorSpec
     from .request import Request
     from .video import Video
@@ -154,6 +155,10 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     )
     how.add_argument("--threads", type=int, metavar="N", help="CPU threads (one per core)")
     how.add_argument("--device", metavar="NAME", default="cpu", help="cpu or cuda (cpu)")
+    how.add_argument(
+        "--backend", metavar="NAME", default="onnxruntime", help="onnxruntime or torch (onnxruntime)"
+    )
+    _add_torch_options(parser.add_argument_group("with --backend torch"))
     out = parser.add_argument_group("output")
     out.add_argument(
         "--output",
@@ -176,6 +181,36 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     out.add_argument("--verbose", action="store_true", help="say which backend is used")
 
 
+def _add_torch_options(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--weights",
+        metavar="FOLDER",
+        help="what the bundle was exported from (its folder weights/, of a shipped one those of examples/)",
+    )
+    group.add_argument("--adapter", metavar="FILE", help="concept modules, where the weights are a base")
+    group.add_argument("--dtype", metavar="D", help="float32 or bfloat16 (cpu: float32, cuda: bfloat16)")
+    group.add_argument("--compile", action="store_true", default=None, help="compile its blocks, in minutes")
+    group.add_argument("--tier", metavar="T", help="lossless, or high: 8 bits, lossy (lossless)")
+    group.add_argument(
+        "--skip-guidance",
+        type=float,
+        metavar="X",
+        help="lossy: the last X (0 to 1) of steps unguided (0)",
+    )
+    group.add_argument(
+        "--step-cache", type=float, metavar="X", help="lossy: leave out steps that change less than X (0)"
+    )
+
+
+def _torch_options(args: argparse.Namespace) -> TorchOptions | None:
+    """The options that were given, None if none was."""
+    from .backends.torch_options import TorchOptions
+
+    names = [field.name for field in dataclasses.fields(TorchOptions)]
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    return TorchOptions(**given) if given else None
+
+
 def _generate(args: argparse.Namespace) -> int:
     start = time.perf_counter()
     from .pipeline import Pipeline
@@ -185,7 +220,15 @@ def _generate(args: argparse.Namespace) -> int:
     check_scale(args.scale)
     outputs, sheets, frames = _outputs(args, request)
     noise = None if args.noise is None else _load_noise(args.noise)
-    pipeline = Pipeline.from_bundle(args.bundle, device=args.device, threads=args.threads)
+    if args.backend == "torch" and not args.quiet:  # which memory it plans is worth a line
+        logging.getLogger(f"{__package__}.backends.torch_backend").setLevel(logging.INFO)
+    pipeline = Pipeline.from_bundle(
+        args.bundle,
+        device=args.device,
+        threads=args.threads,
+        backend=args.backend,
+        options=_torch_options(args),
+    )
     opened = time.perf_counter() - start
     progress = args.progress or (sys.stderr.isatty() and not args.quiet)
     videos = pipeline.generate(request, noise=noise, progress=progress)

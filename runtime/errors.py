@@ -32,3 +32,7 @@ class GenerationError(ConceptMasterError, RuntimeError):
 
 class Cancelled(ConceptMasterError):
     """The caller's callback stopped the generation between two steps. Nothing was written. Exit code 1."""
+
+
+class OutOfMemory(ConceptMasterError, MemoryError):
+    """A request needs more memory than there is; the message says what would fit. Exit code 1."""

@@ -33,6 +33,8 @@ from .video import Video
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from .backends.torch_options import TorchOptions
+
 Preview = Callable[[], np.ndarray]
 Callback = Callable[[int, int, Preview], bool | None]
 """callback(step, steps, preview): called after each step, step = 1..steps, counted over all samples of the
@@ -59,15 +61,23 @@ class Pipeline:
 
     @classmethod
     def from_bundle(
-        cls, name_or_path: str | os.PathLike[str], *, device: str = "cpu", threads: int | None = None
+        cls,
+        name_or_path: str | os.PathLike[str],
+        *,
+        device: str = "cpu",
+        threads: int | None = None,
+        backend: str = "onnxruntime",
+        options: TorchOptions | None = None,
     ) -> Pipeline:
         """Opens and verifies a bundle: the name of a shipped one ("sprites") or a path.
 
-        Args: device: "cpu" or "cuda"; threads: CPU threads, None for one per core.
-        Raises: InputError (no such bundle or device), BundleError (not sound), MissingDependency.
+        Args: device: "cpu" or "cuda"; threads: CPU threads, None for one per core; backend: "onnxruntime" or
+            "torch"; options: of the latter.
+        Raises: InputError (no such bundle, device or backend), BundleError (not sound), MissingDependency,
+            OutOfMemory.
         """
         bundle = Bundle.open(name_or_path)
-        return cls(bundle, open_backend(bundle, device, threads))
+        return cls(bundle, open_backend(bundle, device, threads, backend, options))
 
     def __call__(
         self,
@@ -232,6 +242,7 @@ class Pipeline:
         state[0] = start
         for step, coefficients in enumerate(schedule.coefficients):
             scalars = {"time": schedule.timesteps[step : step + 1], "coefficients": coefficients}
+            scalars["step"] = np.array([step, len(schedule.coefficients)])  # no graph's: for lossy options
             state = self.backend.run("denoise", {**known, **scalars, "state": state})["next_state"]
             report(state)
         latents = self.backend.to_host(state)[0]

@@ -11,8 +11,10 @@ if TYPE_CHECKING:
     import numpy as np
 
     from ..bundle import Bundle
+    from .torch_options import TorchOptions
 
 DEVICES = ("cpu", "cuda")
+BACKENDS = ("onnxruntime", "torch")
 
 
 class Backend(Protocol):
@@ -33,15 +35,31 @@ class Backend(Protocol):
         ...
 
 
-def open_backend(bundle: Bundle, device: str, threads: int | None) -> Backend:
-    """The backend for `device` ("cpu" or "cuda"). threads: CPU threads, None for one per core.
+def open_backend(
+    bundle: Bundle,
+    device: str,
+    threads: int | None,
+    name: str = "onnxruntime",
+    options: TorchOptions | None = None,
+) -> Backend:
+    """The backend `name` (one of BACKENDS) for `device` ("cpu" or "cuda").
 
-    Raises: InputError for an unknown or absent device; MissingDependency.
+    threads: CPU threads, None for one per core (torch: as PyTorch has it); options: of the torch backend.
+    Raises: InputError for an unknown or absent device, an unknown backend, or options of another one;
+        MissingDependency; what the backend raises.
     """
+    if name not in BACKENDS:
+        raise InputError(f"unknown backend {name!r}: choose one of {', '.join(BACKENDS)}")
     if device not in DEVICES:
         raise InputError(f"unknown device {device!r}: choose one of {', '.join(DEVICES)}")
     if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
         raise InputError(f"threads must be a positive integer, not {threads!r}")
+    if name == "torch":
+        from .torch_backend import TorchBackend
+
+        return TorchBackend(bundle, device, threads, options)
+    if options is not None:
+        raise InputError(f"the backend {name} has no such options: they are for the backend torch")
     from .onnxruntime_backend import OnnxRuntimeBackend
 
     return OnnxRuntimeBackend(bundle, device, threads)

@@ -1,0 +1,221 @@
+"""The transformer as it is served: the same weights and the same sums, between products by fused kernels.
+
+`fuse` puts a FusedBlock in the place of every block. A block's parts stay those of dit.py; what stands
+between them goes through `kernels/`, whose ops are Triton on CUDA and plain torch elsewhere. For inference
+only: training and the exporter keep the plain blocks, so ONNX graphs do not know of this file.
+
+Letters: K guidance branches, C concept tokens, T text tokens, S video tokens, D width, A heads, E head width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from ..kernels.absorbed_injection import (
+    MAX_CONCEPT_TOKENS,
+    absorbed_injection,
+    absorbed_values,
+    absorbing_wins,
+)
+from ..kernels.cross_attention import attention, concept_injection, normed_decoupled_cross_attention
+from ..kernels.fp8_linear import Fp8Linear
+from ..kernels.modulate import modulate, residual_modulate, residual_reference
+from ..kernels.qk_norm_rope import inverse_rms, qk_norm_rope
+from ..kernels.self_attention import TIERS, self_attention
+from .dit import Attention, Block, BlockConditions, ConceptDiT
+
+WIDE = ("time_embedder.", "scale_shift_table", "norm1.", "norm2.", "norm3.", "injector.norm.")
+"""Parts of names that keep float32 in a model of fewer bits, as in diffusers' WanTransformer3DModel."""
+
+
+@dataclass(frozen=True)
+class Fusing:
+    """How blocks are fused.
+
+    tier: "lossless", or "high" for 8-bit self-attention and linear layers in fp8 (lossy; their errors are
+    RELATIVE_L2 in kernels/tolerances.py). absorb: whether an injector's output projection is folded into its
+    values once per request; None where that costs fewer multiplications. Raises ValueError for another tier.
+    """
+
+    tier: str = "lossless"
+    absorb: bool | None = None
+
+    def __post_init__(self) -> None:
+        if self.tier not in TIERS:
+            raise ValueError(f"unknown tier {self.tier!r}: choose one of {', '.join(TIERS)}")
+
+
+class Pending(NamedTuple):
+    """x + branch * gate, not yet added up: the next block's first kernel does it. [K,S,D], [K,S,D], [K,D]."""
+
+    x: Tensor
+    branch: Tensor
+    gate: Tensor
+
+
+class FusedBlock(nn.Module):
+    """A Block with fused kernels between its products, and the same weights.
+
+    Takes and gives what Block does, with two differences that only fused blocks see: where the injector is
+    absorbed, its values [K,C,A,E] are [K,A*C,D]; and between blocks x is a `Pending`.
+    """
+
+    def __init__(self, block: Block, last: bool, absorb: bool, tier: str) -> None:
+        super().__init__()
+        self.block = block
+        self.shares_query = hasattr(block.attn2, "add_k_proj")
+        self.last = last
+        self.absorb = absorb
+        self.tier = tier
+
+    def conditions(self, text: Tensor, concepts: Tensor) -> BlockConditions:
+        """The block's keys and values, once per request, with whatever can be folded into them.
+
+        text [K,T,D], concepts [K,C,Dc].
+        """
+        kv, block = self.block.conditions(text, concepts), self.block
+        if self.absorb:
+            assert kv.concept_values is not None
+            folded = absorbed_values(kv.concept_values, block.injector.to_out.weight)  # [K,A*C,D]
+            return kv._replace(concept_values=folded)
+        if self.shares_query and kv.concept_keys is not None:
+            weight = block.attn2.norm_q.weight.unflatten(0, (block.attn2.heads, -1))  # [A,E]
+            return kv._replace(text_keys=kv.text_keys * weight, concept_keys=kv.concept_keys * weight)
+        return kv
+
+    def forward(
+        self,
+        x: Tensor | Pending,
+        modulation: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        kv: BlockConditions,
+        mask: Tensor,
+    ) -> Tensor | Pending:
+        """As `Block.forward`; x [K,S,D] or, behind another fused block, Pending."""
+        block, dtype = self.block, torch.promote_types(modulation.dtype, torch.float32)
+        table = block.scale_shift_table.to(dtype) + modulation.to(dtype)  # [K,6,D]
+        shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = table.unbind(1)  # [K,D] each
+
+        if isinstance(x, Pending):
+            x, h = residual_modulate(*x, scale, shift, eps=block.norm1.eps)  # [K,S,D] each
+        else:
+            x = x.contiguous()  # patches come with their channels first
+            h = modulate(x, scale, shift, eps=block.norm1.eps)  # [K,S,D]
+        out = self._self_attention(h, rotary)  # [K,S,D]
+
+        x, h = _affine(x, out, gate, block.norm2)  # [K,S,D] each
+        out = block.attn2.output(self._cross_attention(h, kv, mask))  # [K,S,D]
+
+        if block.injection == "standalone":
+            assert kv.concept_keys is not None and kv.concept_values is not None
+            injector = block.injector
+            x, h = _affine(x, out, None, injector.norm)  # [K,S,D] each
+            q = injector.norm_q(injector.to_q(h)).unflatten(-1, (injector.heads, -1))  # [K,S,A,E]
+            if self.absorb:
+                x = absorbed_injection(x, q, kv.concept_keys, kv.concept_values, mask)  # [K,S,D]
+                h = modulate(x, ffn_scale, ffn_shift, eps=block.norm3.eps)  # [K,S,D]
+                return self._feed_forward(x, h, ffn_gate)
+            out = injector.to_out(concept_injection(q, kv.concept_keys, kv.concept_values, mask).flatten(-2))
+        x, h = residual_modulate(x, out, None, ffn_scale, ffn_shift, eps=block.norm3.eps)  # [K,S,D] each
+        return self._feed_forward(x, h, ffn_gate)
+
+    def _self_attention(self, h: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+        """[K,S,D] -> [K,S,D]."""
+        attn = self.block.attn1
+        q, k = attn.to_q(h), attn.to_k(h)  # [K,S,D] each
+        q, k = qk_norm_rope(q, k, attn.norm_q.weight, attn.norm_k.weight, *rotary, eps=_eps(attn.norm_q))
+        v = attn.to_v(h).unflatten(-1, (attn.heads, -1))  # [K,S,A,E]
+        return attn.output(self_attention(q, k, v, self.tier))
+
+    def _cross_attention(self, h: Tensor, kv: BlockConditions, mask: Tensor) -> Tensor:
+        """[K,S,D] -> [K,S,A,E]: to the text, and to the concepts where these share the text's query."""
+        attn: Attention = self.block.attn2
+        if not self.shares_query or kv.concept_keys is None or kv.concept_values is None:
+            merged = mask if self.block.injection == "merged" else None
+            return attention(attn.queries(h), kv.text_keys, kv.text_values, merged)
+        q = attn.to_q(h)  # [K,S,D]
+        rms = inverse_rms(q, _eps(attn.norm_q))  # [K,S]
+        keys = kv.text_keys, kv.text_values, kv.concept_keys, kv.concept_values
+        return normed_decoupled_cross_attention(q.unflatten(-1, (attn.heads, -1)), rms, *keys, mask)
+
+    def _feed_forward(self, x: Tensor, h: Tensor, gate: Tensor) -> Tensor | Pending:
+        branch = self.block.ffn(h)  # [K,S,D]
+        return residual_reference(x, branch, gate) if self.last else Pending(x, branch, gate)
+
+
+def fuse(transformer: ConceptDiT, fusing: Fusing = Fusing()) -> ConceptDiT:  # noqa: B008  (frozen)
+    """Replaces every block of `transformer` by a FusedBlock, in place, and returns it. For inference only."""
+    c, concept = transformer.config.transformer, transformer.config.concept
+    absorb = concept.injection == "standalone" and concept.concept_tokens <= MAX_CONCEPT_TOKENS
+    if fusing.absorb is None:
+        absorb &= absorbing_wins(concept.concept_tokens, c.num_attention_heads, c.attention_head_dim)
+    else:
+        absorb &= fusing.absorb
+    blocks = cast("list[Block]", list(transformer.blocks))
+    if fusing.tier == "high":
+        for block in blocks:
+            _quantise(block, absorb)
+    transformer.blocks = nn.ModuleList(
+        [FusedBlock(block, block is blocks[-1], absorb, fusing.tier) for block in blocks]
+    )
+    return transformer
+
+
+def narrow(transformer: ConceptDiT, dtype: torch.dtype) -> ConceptDiT:
+    """Brings the weights to `dtype`, in place, but for those that are WIDE: they stay as they are.
+
+    Before `fuse`, which in its tier `high` quantises what it finds.
+    """
+    for name, parameter in transformer.named_parameters():
+        if not any(part in name for part in WIDE):
+            parameter.data = parameter.data.to(dtype)
+    return transformer
+
+
+def _affine(x: Tensor, branch: Tensor, gate: Tensor | None, norm: nn.Module) -> tuple[Tensor, Tensor]:
+    """(x + branch * gate, its affine LayerNorm), [K,S,D] each; twice the sum where `norm` is no LayerNorm."""
+    if not isinstance(norm, nn.LayerNorm):
+        x = residual_reference(x, branch, gate)  # [K,S,D]
+        return x, x
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    weight, bias = (vector.to(dtype)[None] for vector in (norm.weight, norm.bias))  # [1,D] each
+    return residual_modulate(x, branch, gate, weight, bias, plus_one=False, eps=norm.eps)
+
+
+def _eps(norm: nn.RMSNorm) -> float:
+    assert norm.eps is not None
+    return norm.eps
+
+
+def _quantise(module: nn.Module, absorb: bool) -> None:
+    """Linear layers of a block in fp8, where a GPU can: both widths divide by 16.
+
+    What runs once per request stays as it is: what makes keys and values, and what is folded into them.
+    """
+    once: tuple[str, ...] = (
+        "attn2.to_k",
+        "attn2.to_v",
+        "add_k_proj",
+        "add_v_proj",
+        "injector.to_k",
+        "injector.to_v",
+    )
+    once += ("injector.to_out",) if absorb else ()
+    found = {
+        name: child
+        for name, child in module.named_modules()
+        if isinstance(child, nn.Linear)
+        and not name.endswith(once)
+        and not (child.in_features % 16 or child.out_features % 16)
+    }
+    for name, child in found.items():
+        parent, _, own = name.rpartition(".")
+        owner = module.get_submodule(parent)
+        if isinstance(owner, (nn.ModuleList, nn.Sequential)):
+            owner[int(own)] = Fp8Linear(child)
+        else:
+            setattr(owner, own, Fp8Linear(child))

@@ -1,0 +1,130 @@
+"""What the kernels share: Triton where it is installed, the checks of what they are given, and their launch.
+
+Importing this compiles nothing. Without Triton the kernels are plain functions that `launch` refuses, and
+everything runs by its reference.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+
+    INSTALLED = True
+except ImportError:
+    INSTALLED = False
+
+    class _Absent:
+        """Takes the place of Triton: lets the kernels be defined."""
+
+        @staticmethod
+        def jit(function: Callable[..., Any]) -> Callable[..., Any]:
+            """The function as it is."""
+            return function
+
+    triton = tl = _Absent()
+
+__all__ = [
+    "INTERPRETED",
+    "launch",
+    "launches_to",
+    "require",
+    "require_alike",
+    "served",
+    "tl",
+    "to_fp8",
+    "triton",
+]
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+"""Whether kernels run in Triton's interpreter, on the CPU. It does arithmetic on the raw bits of bfloat16, so
+that there every kernel widens what it has loaded to float32."""
+
+KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+"""What the Triton kernels compute on; the references also take float64."""
+
+
+@triton.jit
+def to_fp8(x, ROUND: tl.constexpr):
+    """float32 to float8_e4m3fn, to the nearest; ROUND: the interpreter cuts off what it should round."""
+    if ROUND:
+        x = ((x.to(tl.int32, bitcast=True) + 0x80000) & -0x100000).to(tl.float32, bitcast=True)
+    return x.to(tl.float8e4nv)
+
+
+_launch: Callable[..., None] | None = None  # what `launches_to` has put in the place of a real launch
+
+
+def served(*tensors: Tensor | None) -> bool:
+    """Whether the torch op is to be called: on CUDA, no gradient wanted, no graph being exported.
+
+    Otherwise the reference is called instead. The exporter gets it as plain torch, so that ONNX graphs hold
+    standard operators, and autograd differentiates it.
+    """
+    given = [tensor for tensor in tensors if tensor is not None]
+    if torch.compiler.is_exporting() or not all(tensor.is_cuda for tensor in given):
+        return False
+    return not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given))
+
+
+def require(op: str, condition: bool, message: str) -> None:
+    """Raises ValueError "op: message" unless the condition holds."""
+    if not condition:
+        raise ValueError(f"{op}: {message}")
+
+
+def require_alike(op: str, **tensors: Tensor | None) -> None:
+    """Raises ValueError unless all tensors have the first one's device and dtype, and a contiguous last axis.
+
+    None is left out. On CUDA the dtype must be one of `KERNEL_DTYPES`.
+    """
+    (first_name, first), *others = [(n, t) for n, t in tensors.items() if t is not None]
+    require(op, first.is_floating_point(), f"{first_name} must be floating point, not {_name(first.dtype)}")
+    if first.is_cuda:
+        known = ", ".join(map(_name, KERNEL_DTYPES))
+        require(op, first.dtype in KERNEL_DTYPES, f"{first_name} is {_name(first.dtype)}: CUDA takes {known}")
+    for name, tensor in others:
+        if tensor.device != first.device:
+            raise ValueError(f"{op}: {first_name} is on {first.device}, {name} on {tensor.device}")
+        if tensor.dtype != first.dtype:
+            raise ValueError(f"{op}: {first_name} is {_name(first.dtype)}, {name} {_name(tensor.dtype)}")
+    for name, tensor in [(first_name, first), *others]:
+        if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+            raise ValueError(f"{op}: the last axis of {name} is not contiguous: pass {name}.contiguous()")
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
+    """Runs a Triton kernel on the device of its first argument, a tensor; options: constexprs, num_warps, ….
+
+    Raises RuntimeError without Triton.
+    """
+    if _launch is not None:
+        return _launch(kernel, grid, *arguments, **options)
+    if not INSTALLED:
+        raise RuntimeError("Triton is not installed: pip install 'conceptmaster[gpu]'")
+    device = arguments[0].device
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        kernel[grid](*arguments, **options)
+
+
+@contextmanager
+def launches_to(record: Callable[..., None]) -> Iterator[None]:
+    """Hands every launch to `record(kernel, grid, *arguments, **options)`: to compile what would have run."""
+    global _launch
+    before, _launch = _launch, record
+    try:
+        yield
+    finally:
+        _launch = before

@@ -1,0 +1,219 @@
+"""What stands between two products of a block, in one pass: residual, LayerNorm, scale and shift.
+
+Letters: B batch, S tokens, D width.
+
+A row is read once and stays in registers. Mean and variance are those of the row as it is written (rounded to
+x's dtype), as if the two steps were separate, so that fusing changes nothing but the order of sums.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .common import launch, require, require_alike, served, tl, triton
+
+# Reference.
+
+
+def _wide(x: Tensor) -> Tensor:
+    """x in float32 at least."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def residual_reference(x: Tensor, branch: Tensor, gate: Tensor | None) -> Tensor:
+    """x + branch * gate in x's dtype, computed in float32 at least; gate [B or 1,D] or None for one."""
+    added = _wide(branch) if gate is None else _wide(branch) * gate[:, None]
+    return (_wide(x) + added).type_as(x)  # [B,S,D]
+
+
+def norm_reference(x: Tensor, scale: Tensor, shift: Tensor | None, plus_one: bool, eps: float) -> Tensor:
+    """LayerNorm(x) * scale + shift in x's dtype; scale and shift [B or 1,D]."""
+    factor = 1 + scale if plus_one else scale
+    normed = F.layer_norm(_wide(x), x.shape[-1:], eps=eps) * factor[:, None]  # [B,S,D]
+    return (normed if shift is None else normed + shift[:, None]).type_as(x)  # [B,S,D]
+
+
+# Triton.
+
+
+@triton.jit
+def modulate_kernel(
+    x, branch, gate, scale, shift, summed, out,
+    S, eps,
+    x_b, x_s, branch_b, branch_s, gate_b, scale_b, shift_b,
+    D: tl.constexpr, BLOCK: tl.constexpr, HAS_BRANCH: tl.constexpr, HAS_GATE: tl.constexpr,
+    HAS_SHIFT: tl.constexpr, PLUS_ONE: tl.constexpr,
+):  # fmt: skip
+    """One program: one token. `summed` and `out` are contiguous; `x_b`, … are strides in elements."""
+    row = tl.program_id(0).to(tl.int64)
+    batch, token = row // S, row % S
+    columns = tl.arange(0, BLOCK)
+    inside = columns < D
+    value = tl.load(x + batch * x_b + token * x_s + columns, mask=inside, other=0.0).to(tl.float32)
+    if HAS_BRANCH:
+        added = tl.load(branch + batch * branch_b + token * branch_s + columns, mask=inside, other=0.0)
+        added = added.to(tl.float32)
+        if HAS_GATE:
+            added *= tl.load(gate + batch * gate_b + columns, mask=inside, other=0.0)
+        value = (value + added).to(summed.dtype.element_ty)
+        tl.store(summed + row * D + columns, value, mask=inside)
+        value = value.to(tl.float32)
+    mean = tl.sum(value, 0) / D
+    centred = tl.where(inside, value - mean, 0.0)
+    normed = centred * tl.rsqrt(tl.sum(centred * centred, 0) / D + eps)
+    factor = tl.load(scale + batch * scale_b + columns, mask=inside, other=0.0)
+    if PLUS_ONE:
+        factor += 1.0
+    normed *= factor
+    if HAS_SHIFT:
+        normed += tl.load(shift + batch * shift_b + columns, mask=inside, other=0.0)
+    tl.store(out + row * D + columns, normed.to(out.dtype.element_ty), mask=inside)
+
+
+def modulate_triton(
+    out: Tensor,
+    summed: Tensor | None,
+    x: Tensor,
+    branch: Tensor | None,
+    gate: Tensor | None,
+    scale: Tensor,
+    shift: Tensor | None,
+    plus_one: bool,
+    eps: float,
+) -> None:
+    """Launches the kernel into `out` and, with a branch, `summed`: [B,S,D], contiguous.
+
+    A token to a program: its row lies in the registers of 4 warps, 16 values a thread at D = 1536, or of 8.
+    """
+    batch, tokens, width = x.shape
+    block = max(128, 1 << (width - 1).bit_length())
+    vectors = [x if vector is None else vector for vector in (gate, scale, shift)]  # x: is not looked at
+    steps = [0 if vector.shape[0] == 1 else vector.stride(0) for vector in vectors]
+    added, target = (x if branch is None else branch), (out if summed is None else summed)
+    launch(
+        modulate_kernel, (batch * tokens,),
+        x, added, *vectors, target, out, tokens, eps, *x.stride()[:2], *added.stride()[:2], *steps,
+        D=width, BLOCK=block, HAS_BRANCH=branch is not None, HAS_GATE=gate is not None,
+        HAS_SHIFT=shift is not None, PLUS_ONE=plus_one,
+        num_warps=4 if block <= 2048 else 8, num_stages=1,
+    )  # fmt: skip
+
+
+# The torch op.
+
+
+def _check(
+    x: Tensor, branch: Tensor | None, gate: Tensor | None, scale: Tensor | None, shift: Tensor | None
+) -> None:
+    """Raises ValueError with one line that says what is wrong."""
+    require_alike("modulate", x=x, branch=branch)
+    require("modulate", x.dim() == 3 and x.numel() > 0, f"x must be [B,S,D], not {list(x.shape)}")
+    require("modulate", x.shape[-1] <= MAX_WIDTH, f"x is wider than {MAX_WIDTH}: {list(x.shape)}")
+    if branch is not None and branch.shape != x.shape:
+        raise ValueError(f"modulate: branch must be {list(x.shape)} as x, not {list(branch.shape)}")
+    batch, _, width = x.shape
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    for name, vector in (("gate", gate), ("scale", scale), ("shift", shift)):
+        if vector is None:
+            continue
+        if vector.dtype != dtype or vector.device != x.device or vector.stride(-1) > 1:
+            wanted = f"{str(dtype).removeprefix('torch.')} on {x.device}, contiguous along its last axis"
+            given = f"{str(vector.dtype).removeprefix('torch.')} on {vector.device}"
+            raise ValueError(f"modulate: {name} must be {wanted}, not {given}")
+        if vector.shape not in ((batch, width), (1, width)):
+            wanted = f"[{batch},{width}] or [1,{width}]"
+            raise ValueError(f"modulate: {name} must be {wanted}, not {list(vector.shape)}")
+
+
+MAX_WIDTH = 16384
+"""The widest row that fits into a program's registers."""
+
+
+@torch.library.custom_op(
+    "conceptmaster::modulate",
+    mutates_args=(),
+    device_types="cpu",
+    schema="(Tensor x, Tensor scale, Tensor? shift, bool plus_one, float eps) -> Tensor",
+)
+def _norm_op(x, scale, shift, plus_one, eps):
+    _check(x, None, None, scale, shift)
+    return norm_reference(x, scale, shift, plus_one, eps).contiguous()  # [B,S,D]
+
+
+@_norm_op.register_kernel("cuda")
+def _(x, scale, shift, plus_one, eps):
+    _check(x, None, None, scale, shift)
+    out = x.new_empty(x.shape)
+    modulate_triton(out, None, x, None, None, scale, shift, plus_one, eps)
+    return out  # [B,S,D]
+
+
+@_norm_op.register_fake
+def _(x, scale, shift, plus_one, eps):
+    _check(x, None, None, scale, shift)
+    return x.new_empty(x.shape)
+
+
+@torch.library.custom_op(
+    "conceptmaster::residual_modulate",
+    mutates_args=(),
+    device_types="cpu",
+    schema="(Tensor x, Tensor branch, Tensor? gate, Tensor scale, Tensor? shift, bool plus_one, float eps) "
+    "-> (Tensor, Tensor)",
+)
+def _residual_op(x, branch, gate, scale, shift, plus_one, eps):
+    _check(x, branch, gate, scale, shift)
+    summed = residual_reference(x, branch, gate).contiguous()  # [B,S,D]
+    return summed, norm_reference(summed, scale, shift, plus_one, eps).contiguous()  # [B,S,D] each
+
+
+@_residual_op.register_kernel("cuda")
+def _(x, branch, gate, scale, shift, plus_one, eps):
+    _check(x, branch, gate, scale, shift)
+    summed, out = x.new_empty(x.shape), x.new_empty(x.shape)
+    modulate_triton(out, summed, x, branch, gate, scale, shift, plus_one, eps)
+    return summed, out  # [B,S,D] each
+
+
+@_residual_op.register_fake
+def _(x, branch, gate, scale, shift, plus_one, eps):
+    _check(x, branch, gate, scale, shift)
+    return x.new_empty(x.shape), x.new_empty(x.shape)
+
+
+def modulate(
+    x: Tensor, scale: Tensor, shift: Tensor | None = None, *, plus_one: bool = True, eps: float = 1e-6
+) -> Tensor:
+    """LayerNorm(x) * (1 + scale) + shift: adaLN; with plus_one=False, scale and shift are an affine norm's.
+
+    x [B,S,D]; scale and shift float32 (float64 of float64), [B,D] or [1,D]. Returns [B,S,D] in x's dtype.
+    Raises ValueError for other shapes, dtypes or devices.
+    """
+    if served(x, scale, shift):
+        return _norm_op(x, scale, shift, plus_one, eps)
+    _check(x, None, None, scale, shift)
+    return norm_reference(x, scale, shift, plus_one, eps)
+
+
+def residual_modulate(
+    x: Tensor,
+    branch: Tensor,
+    gate: Tensor | None,
+    scale: Tensor,
+    shift: Tensor | None = None,
+    *,
+    plus_one: bool = True,
+    eps: float = 1e-6,
+) -> tuple[Tensor, Tensor]:
+    """(x + branch * gate, and `modulate` of that), each [B,S,D]: what is carried on, and what the next part
+    reads.
+
+    branch [B,S,D], gate float32 [B,D] or [1,D], None for one; the rest as for `modulate`.
+    """
+    if served(x, branch, gate, scale, shift):
+        return _residual_op(x, branch, gate, scale, shift, plus_one, eps)
+    _check(x, branch, gate, scale, shift)
+    summed = residual_reference(x, branch, gate)  # [B,S,D]
+    return summed, norm_reference(summed, scale, shift, plus_one, eps)

@@ -1,0 +1,237 @@
+"""Wan's normalisation of queries and keys, and their rotary embedding, in one pass.
+
+Letters: B batch, S video tokens, D width, A heads, E head width.
+
+The RMS norm runs across all heads, so a program takes a whole token: its row of queries and its row of keys
+are each read once and written once, already rotated. `inverse_rms` is what is left of the norm where another
+kernel applies it (see cross_attention.py): it reads once and writes one number per token.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .common import launch, require, require_alike, served, tl, triton
+
+# Reference.
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotates pairs of neighbouring channels: x [B,S,A,E], cos and sin [S,1,E/2] -> [B,S,A,E], x's dtype."""
+    first, second = x.unflatten(-1, (-1, 2)).unbind(-1)  # [B,S,A,E/2] each
+    return (
+        torch.stack((first * cos - second * sin, first * sin + second * cos), dim=-1).flatten(-2).type_as(x)
+    )
+
+
+def qk_norm_rope_reference(
+    q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """`qk_norm_rope` in plain torch."""
+    heads = (-1, 2 * cos.shape[-1])
+    q, k = (
+        F.rms_norm(x, x.shape[-1:], weight, eps).unflatten(-1, heads)
+        for x, weight in ((q, q_weight), (k, k_weight))
+    )
+    return rotate(q, cos, sin), rotate(k, cos, sin)  # [B,S,A,E] each
+
+
+def inverse_rms_reference(x: Tensor, eps: float) -> Tensor:
+    """`inverse_rms` in plain torch."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return (wide.square().mean(dim=-1) + eps).rsqrt()  # [B,S]
+
+
+# Triton.
+
+
+@triton.jit
+def _norm_rotate(x, weight, cos, sin, out, D, E, eps, BLOCK: tl.constexpr):
+    """One row of D channels, from x to out; cos and sin are this token's, of E // 2 pairs."""
+    columns = tl.arange(0, BLOCK)
+    inside = columns < D
+    value = tl.load(x + columns, mask=inside, other=0.0).to(tl.float32)
+    value *= tl.rsqrt(tl.sum(value * value, 0) / D + eps)
+    value *= tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
+    pairs = tl.arange(0, BLOCK // 2)
+    c = tl.load(cos + pairs % (E // 2), mask=pairs < D // 2, other=0.0)
+    s = tl.load(sin + pairs % (E // 2), mask=pairs < D // 2, other=0.0)
+    first, second = tl.split(tl.reshape(value, (BLOCK // 2, 2)))
+    turned = tl.reshape(tl.join(first * c - second * s, first * s + second * c), (BLOCK,))
+    tl.store(out + columns, turned.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def qk_norm_rope_kernel(
+    q, k, q_weight, k_weight, cos, sin, q_out, k_out,
+    S, eps, q_b, q_s, k_b, k_s,
+    D: tl.constexpr, E: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One program: one token, its queries (second index 0) or its keys (1). The outputs are contiguous."""
+    row = tl.program_id(0).to(tl.int64)
+    batch, token = row // S, row % S
+    cos += token * (E // 2)
+    sin += token * (E // 2)
+    if tl.program_id(1) == 0:
+        _norm_rotate(q + batch * q_b + token * q_s, q_weight, cos, sin, q_out + row * D, D, E, eps, BLOCK)
+    else:
+        _norm_rotate(k + batch * k_b + token * k_s, k_weight, cos, sin, k_out + row * D, D, E, eps, BLOCK)
+
+
+@triton.jit
+def inverse_rms_kernel(x, out, S, eps, x_b, x_s, D: tl.constexpr, BLOCK: tl.constexpr):
+    """One program: one token."""
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    place = x + row // S * x_b + row % S * x_s + columns
+    value = tl.load(place, mask=columns < D, other=0.0).to(tl.float32)
+    tl.store(out + row, tl.rsqrt(tl.sum(value * value, 0) / D + eps))
+
+
+def qk_norm_rope_triton(
+    q_out: Tensor,
+    k_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    eps: float,
+) -> None:
+    """Launches the kernel into q_out and k_out [B,S,A,E], contiguous: two programs for each token."""
+    batch, tokens, width = q.shape
+    block = max(128, 1 << (width - 1).bit_length())
+    launch(
+        qk_norm_rope_kernel, (batch * tokens, 2),
+        q, k, q_weight, k_weight, cos, sin, q_out, k_out, tokens, eps, *q.stride()[:2], *k.stride()[:2],
+        D=width, E=q_out.shape[-1], BLOCK=block, num_warps=4 if block <= 2048 else 8, num_stages=1,
+    )  # fmt: skip
+
+
+def inverse_rms_triton(out: Tensor, x: Tensor, eps: float) -> Tensor:
+    """Launches the kernel into `out` float32 [B,S], contiguous, and returns it."""
+    batch, tokens, width = x.shape
+    block = max(128, 1 << (width - 1).bit_length())
+    launch(
+        inverse_rms_kernel, (batch * tokens,), x, out, tokens, eps, *x.stride()[:2],
+        D=width, BLOCK=block, num_warps=4 if block <= 2048 else 8, num_stages=1,
+    )  # fmt: skip
+    return out
+
+
+# The torch ops.
+
+MAX_WIDTH = 16384
+"""The widest row that fits into a program's registers."""
+
+
+def _check_row(op: str, name: str, x: Tensor) -> None:
+    require_alike(op, **{name: x})
+    require(op, x.dim() == 3 and x.numel() > 0, f"{name} must be [B,S,D], not {list(x.shape)}")
+    require(op, x.shape[-1] <= MAX_WIDTH, f"{name} is wider than {MAX_WIDTH}: {list(x.shape)}")
+
+
+def _check(q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor) -> None:
+    """Raises ValueError with one line that says what is wrong."""
+    op = "qk_norm_rope"
+    _check_row(op, "q", q)
+    require_alike(op, q=q, k=k, q_weight=q_weight, k_weight=k_weight)
+    width, tokens = q.shape[2], q.shape[1]
+    require(op, k.shape == q.shape, f"k must be {list(q.shape)} as q, not {list(k.shape)}")
+    for name, weight in (("q_weight", q_weight), ("k_weight", k_weight)):
+        require(op, weight.shape == (width,), f"{name} must be [{width}], not {list(weight.shape)}")
+    for name, table in (("cos", cos), ("sin", sin)):
+        shape = list(table.shape)
+        fits = len(shape) == 3 and shape[:2] == [tokens, 1] and shape[2] and width % (2 * shape[2]) == 0
+        require(op, bool(fits), f"{name} must be [{tokens},1,E/2], E a divisor of {width}, not {shape}")
+        require(op, table.is_contiguous(), f"{name} is not contiguous: pass {name}.contiguous()")
+        wanted = f"{name} must be float32 on {q.device}, not {table.dtype} on {table.device}"
+        require(op, table.dtype in _tables(q) and table.device == q.device, wanted.replace("torch.", ""))
+    require(op, cos.shape == sin.shape, f"cos is {list(cos.shape)}, sin {list(sin.shape)}")
+
+
+def _tables(x: Tensor) -> tuple[torch.dtype, ...]:
+    return (torch.float32, torch.float64) if x.dtype == torch.float64 else (torch.float32,)
+
+
+@torch.library.custom_op(
+    "conceptmaster::qk_norm_rope",
+    mutates_args=(),
+    device_types="cpu",
+    schema="(Tensor q, Tensor k, Tensor q_weight, Tensor k_weight, Tensor cos, Tensor sin, float eps) "
+    "-> (Tensor, Tensor)",
+)
+def _qk_op(q, k, q_weight, k_weight, cos, sin, eps):
+    _check(q, k, q_weight, k_weight, cos, sin)
+    return qk_norm_rope_reference(q, k, q_weight, k_weight, cos, sin, eps)  # [B,S,A,E] each
+
+
+@_qk_op.register_kernel("cuda")
+def _(q, k, q_weight, k_weight, cos, sin, eps):
+    _check(q, k, q_weight, k_weight, cos, sin)
+    shape = (*q.shape[:2], q.shape[2] // (2 * cos.shape[-1]), 2 * cos.shape[-1])
+    q_out, k_out = q.new_empty(shape), q.new_empty(shape)
+    qk_norm_rope_triton(q_out, k_out, q, k, q_weight, k_weight, cos, sin, eps)
+    return q_out, k_out  # [B,S,A,E] each
+
+
+@_qk_op.register_fake
+def _(q, k, q_weight, k_weight, cos, sin, eps):
+    _check(q, k, q_weight, k_weight, cos, sin)
+    shape = (*q.shape[:2], q.shape[2] // (2 * cos.shape[-1]), 2 * cos.shape[-1])
+    return q.new_empty(shape), q.new_empty(shape)
+
+
+@torch.library.custom_op(
+    "conceptmaster::inverse_rms",
+    mutates_args=(),
+    device_types="cpu",
+    schema="(Tensor x, float eps) -> Tensor",
+)
+def _inverse_rms_op(x, eps):
+    _check_row("inverse_rms", "x", x)
+    return inverse_rms_reference(x, eps)  # [B,S]
+
+
+@_inverse_rms_op.register_kernel("cuda")
+def _(x, eps):
+    _check_row("inverse_rms", "x", x)
+    return inverse_rms_triton(x.new_empty(x.shape[:2], dtype=torch.float32), x, eps)
+
+
+@_inverse_rms_op.register_fake
+def _(x, eps):
+    _check_row("inverse_rms", "x", x)
+    return x.new_empty(x.shape[:2], dtype=torch.promote_types(x.dtype, torch.float32))
+
+
+def qk_norm_rope(
+    q: Tensor,
+    k: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    eps: float = 1e-6,
+) -> tuple[Tensor, Tensor]:
+    """Queries and keys, RMS-normalised across all heads and rotated in pairs of neighbouring channels.
+
+    q and k [B,S,D], as projected; weights [D]; cos and sin float32 [S,1,E/2], which say how wide a head is.
+    Returns two [B,S,A,E] in q's dtype. The kernel rounds once, at the end; the reference after the norm too,
+    as the model does. Raises ValueError for other shapes, dtypes or devices.
+    """
+    if served(q, k, q_weight, k_weight):
+        return _qk_op(q, k, q_weight, k_weight, cos, sin, eps)
+    _check(q, k, q_weight, k_weight, cos, sin)
+    return qk_norm_rope_reference(q, k, q_weight, k_weight, cos, sin, eps)
+
+
+def inverse_rms(x: Tensor, eps: float = 1e-6) -> Tensor:
+    """1 / sqrt(mean(x²) + eps) over the last axis: x [B,S,D] -> float32 [B,S] (float64 of float64)."""
+    if served(x):
+        return _inverse_rms_op(x, eps)
+    _check_row("inverse_rms", "x", x)
+    return inverse_rms_reference(x, eps)

@@ -1,0 +1,158 @@
+"""The fused transformer against the plain one: its references, and its kernels in Triton's interpreter."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from conceptmaster.engine.dit import ConceptDiT  # noqa: E402
+from conceptmaster.engine.fused import WIDE, FusedBlock, Fusing, fuse, narrow  # noqa: E402
+from conceptmaster.kernels import (  # noqa: E402
+    absorbed_injection,
+    common,
+    cross_attention,
+    modulate,
+    qk_norm_rope,
+)
+from conceptmaster.kernels.tolerances import RELATIVE_L2  # noqa: E402
+
+INJECTIONS = ("standalone", "shared_query", "merged", "none")
+OPS = {
+    "modulate": (modulate, "_norm_op"),
+    "residual_modulate": (modulate, "_residual_op"),
+    "qk_norm_rope": (qk_norm_rope, "_qk_op"),
+    "inverse_rms": (qk_norm_rope, "_inverse_rms_op"),
+    "decoupled_cross_attention": (cross_attention, "_decoupled_op"),
+    "concept_injection": (cross_attention, "_injection_op"),
+    "concept_weights": (absorbed_injection, "_weights_op"),
+}
+
+
+def arguments(config, batch=2, seed=0):
+    """Random latents, time, text, concept tokens, and a mask: nothing in the first branch, one left out."""
+    g = torch.Generator().manual_seed(seed)
+    c = config.concept
+    mask = (torch.arange(c.max_concepts) < c.max_concepts - 1).repeat(batch, 1)
+    mask[0] = False
+    return (
+        torch.randn(batch, config.transformer.in_channels, *config.latent_shape[1:], generator=g),
+        torch.rand(1, generator=g) * 1000,
+        torch.randn(batch, config.text_tokens, config.transformer.text_dim, generator=g),
+        torch.randn(c.max_concepts, c.tokens_per_concept, c.width, generator=g),
+        mask,
+    )
+
+
+def pair(config, randomise, fusing=None):
+    """A plain transformer and a fused one of the same weights."""
+    fusing = fusing or Fusing()
+    plain = randomise(ConceptDiT(config))
+    return plain, fuse(copy.deepcopy(plain), fusing)
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    """Has the ops run what they run on CUDA, in the interpreter; gives the names of those that ran."""
+    pytest.importorskip("triton")
+    if not common.INTERPRETED:
+        pytest.skip("Triton was imported before the tests could ask for its interpreter")
+    ran = set()
+
+    def watched(name, function):
+        def call(*given):
+            ran.add(name)
+            return function(*given)
+
+        return call
+
+    for name, (module, op) in OPS.items():
+        on_cuda = getattr(module, op)._backend_fns["cuda"]
+        monkeypatch.setattr(module, "served", lambda *tensors: True)
+        monkeypatch.setattr(module, op, watched(name, on_cuda))
+    return ran
+
+
+@pytest.mark.parametrize("absorb", [False, True])
+@pytest.mark.parametrize("injection", INJECTIONS)
+@torch.no_grad()
+def test_references_give_the_plain_transformer(tiny, randomise, assert_close, injection, absorb):
+    for changes in ({}, {"cross_attn_norm": False, "prediction": "sample"}):
+        config = tiny(injection=injection, **changes)
+        plain, fused = pair(config, randomise, Fusing(absorb=absorb))
+        assert all(isinstance(block, FusedBlock) for block in fused.blocks)
+        assert fused.blocks[0].absorb == (absorb and injection == "standalone")
+        given = arguments(config)
+        assert_close(fused(*given), plain(*given))
+
+
+@pytest.mark.parametrize(("injection", "absorb"), [*((i, False) for i in INJECTIONS), ("standalone", True)])
+@torch.no_grad()
+def test_kernels_give_the_plain_transformer(kernels, tiny, randomise, assert_close, injection, absorb):
+    config = tiny(injection=injection)
+    plain, fused = pair(config, randomise, Fusing(absorb=absorb))
+    given = arguments(config)
+    expected = plain(*given)
+    kernels.clear()
+    assert_close(fused(*given), expected)
+    always = {"modulate", "residual_modulate", "qk_norm_rope"}
+    own = {
+        "standalone": {"concept_weights"} if absorb else {"concept_injection"},
+        "shared_query": {"inverse_rms", "decoupled_cross_attention"},
+    }
+    assert kernels == always | own.get(injection, set())
+
+
+@torch.no_grad()
+def test_kernels_in_bfloat16_are_as_near_as_the_plain_transformer(kernels, tiny, randomise):
+    """Held to float32: fusing must not add to the error that bfloat16 has anyway."""
+    config = tiny()
+    exact, fused = pair(config, randomise)
+    plain = narrow(copy.deepcopy(exact), torch.bfloat16)
+    fused = fuse(narrow(copy.deepcopy(exact), torch.bfloat16))
+    x, time, text, concepts, mask = arguments(config)
+    low = x.bfloat16(), time, text.bfloat16(), concepts.bfloat16(), mask
+    expected = exact(x, time, text, concepts, mask)
+    errors = [float((m(*low).float() - expected).norm() / expected.norm()) for m in (plain, fused)]
+    assert errors[1] < 1.5 * errors[0] < 0.05
+
+
+def test_narrow_keeps_what_diffusers_keeps(tiny):
+    diffusers = pytest.importorskip("diffusers")
+    kept = set(diffusers.WanTransformer3DModel._keep_in_fp32_modules) - {"rope"}  # no weights
+    assert all(any(name in part for part in WIDE) for name in kept)
+    model = narrow(ConceptDiT(tiny()), torch.bfloat16)
+    dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
+    assert dtypes["blocks.0.norm2.weight"] == dtypes["scale_shift_table"] == torch.float32
+    assert dtypes["blocks.0.attn1.to_q.weight"] == dtypes["proj_out.bias"] == torch.bfloat16
+
+
+@torch.no_grad()
+def test_masked_concepts_change_no_bit(tiny, randomise):
+    for absorb in (False, True):
+        _, fused = pair(tiny(), randomise, Fusing(absorb=absorb))
+        x, time, text, concepts, mask = arguments(fused.config)
+        other = concepts.clone()
+        other[-1] = float("nan")
+        assert torch.equal(fused(x, time, text, concepts, mask), fused(x, time, text, other, mask))
+
+
+@torch.no_grad()
+def test_the_high_tier_is_near_and_says_how_near(tiny, randomise):
+    config = tiny(num_attention_heads=2, attention_head_dim=16, ffn_dim=64)
+    plain, fused = pair(config, randomise, Fusing(tier="high", absorb=False))
+    given = arguments(config)
+    expected = plain(*given)
+    error = float((fused(*given) - expected).norm() / expected.norm())
+    assert 1e-3 < error < 3 * RELATIVE_L2["linear8"]  # several such layers, one behind the other
+    names = {name for name, module in fused.named_modules() if type(module).__name__ == "Fp8Linear"}
+    first = {name.removeprefix("blocks.0.block.") for name in names if name.startswith("blocks.0.")}
+    attn = {"attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0", "attn2.to_q", "attn2.to_out.0"}
+    assert first == attn | {"ffn.net.0.proj", "ffn.net.2", "injector.to_q", "injector.to_out"}
+
+
+def test_another_tier_is_one_clear_error():
+    with pytest.raises(ValueError, match="unknown tier 'fast': choose one of lossless, high"):
+        Fusing(tier="fast")

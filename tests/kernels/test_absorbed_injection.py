@@ -1,0 +1,126 @@
+"""The folded injector against the engine's, and its kernel in Triton's interpreter against float64."""
+
+from __future__ import annotations
+
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("triton")
+
+from conceptmaster.kernels.absorbed_injection import (  # noqa: E402
+    absorbed_injection,
+    absorbed_keys,
+    absorbed_values,
+    absorbing_wins,
+    concept_weights,
+    concept_weights_triton,
+    fully_absorbed_injection,
+)
+from conceptmaster.kernels.cross_attention import concept_injection  # noqa: E402
+
+OPS = torch.ops.conceptmaster
+
+
+def tensors(batch, tokens, concepts, heads, width, dtype=torch.float32, seed=0):
+    """q, k, v and a mask whose first row is all False."""
+    g = torch.Generator().manual_seed(seed)
+    q, k, v = (
+        torch.randn(batch, n, heads, width, generator=g).to(dtype) for n in (tokens, concepts, concepts)
+    )
+    mask = torch.rand(batch, concepts, generator=g) < 0.6
+    mask[0], mask[1:, 0] = False, True
+    return q, k, v, mask
+
+
+def run(q, k, *rest):
+    out = torch.full((*q.shape[:2], q.shape[2] * k.shape[1]), float("nan"), dtype=q.dtype)
+    return concept_weights_triton(out, q, k, *rest)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(2, 67, 3, 2, 12), (2, 70, 100, 1, 128)], ids=str)
+def test_the_kernel_is_the_reference(shape, dtype, assert_close):
+    q, k, _, mask = tensors(*shape, dtype=dtype)
+    wide = q.double(), k.double()
+    out = run(q, k, mask, None, 0.3)
+    assert_close(out, concept_weights(*wide, mask, None, 0.3), dtype)
+    assert out[0].count_nonzero() == 0
+    assert_close(run(q, k, None, None, 0.3), concept_weights(*wide, None, None, 0.3), dtype)
+
+
+def test_what_a_masked_key_holds_changes_no_bit():
+    q, k, _, mask = tensors(2, 20, 9, 2, 16)
+    changed = torch.where(mask[:, :, None, None], k, float("nan"))
+    assert torch.equal(run(q, k, mask, None, 0.25), run(q, changed, mask, None, 0.25))
+
+
+def test_folding_the_output_gives_the_injector(assert_close):
+    q, k, v, mask = tensors(2, 11, 5, 3, 8, dtype=torch.float64)
+    g = torch.Generator().manual_seed(1)
+    x, weight = torch.randn(2, 11, 24, generator=g).double(), torch.randn(24, 24, generator=g).double()
+    expected = x + concept_injection(q, k, v, mask).flatten(2) @ weight.T
+    found = absorbed_injection(x, q, k, absorbed_values(v, weight), mask)
+    assert_close(found, expected, "float64")
+    assert torch.equal(found[0], x[0])
+
+
+def test_folding_both_gives_the_injector_without_a_norm(assert_close):
+    _, k, v, mask = tensors(2, 11, 5, 3, 8, dtype=torch.float64)
+    g = torch.Generator().manual_seed(1)
+    x, h = (torch.randn(2, 11, 24, generator=g).double() for _ in range(2))
+    to_q, to_out = torch.nn.Linear(24, 24).double(), torch.randn(24, 24, generator=g).double()
+    with torch.no_grad():
+        q = to_q(h).unflatten(-1, (3, 8))
+        expected = x + concept_injection(q, k, v, mask).flatten(2) @ to_out.T
+        keys, offset = absorbed_keys(k, to_q.weight, to_q.bias)
+        found = fully_absorbed_injection(x, h, keys, offset, absorbed_values(v, to_out), mask)
+    assert_close(found, expected, "float64")
+    shared = h.float()[:, :, None].expand(-1, -1, 3, -1)  # a width of 24, in steps of the tile
+    weights = concept_weights(shared.double(), keys, mask, offset, 8**-0.5)
+    assert_close(run(shared, keys.float(), mask, offset.float(), 8**-0.5), weights)
+
+
+def test_it_is_the_engines_injector(assert_close):
+    from conceptmaster.engine.dit import Injector
+
+    injector = Injector(24, 3, 1e-6, 10)
+    torch.nn.init.normal_(injector.to_out.weight)
+    g = torch.Generator().manual_seed(2)
+    x, concepts = torch.randn(2, 11, 24, generator=g), torch.randn(2, 5, 10, generator=g)
+    mask = torch.tensor([[True, False, True, True, False], [False] * 5])
+    with torch.no_grad():
+        k, v = injector.keys_values(concepts)
+        q = injector.norm_q(injector.to_q(injector.norm(x))).unflatten(-1, (3, 8))
+        found = absorbed_injection(x, q, k, absorbed_values(v, injector.to_out.weight), mask)
+        assert_close(found, x + injector(x, k, v, mask))
+
+
+def test_when_folding_wins():
+    assert absorbing_wins(64, 12, 128) and not absorbing_wins(256, 12, 128)
+    assert absorbing_wins(139, 12, 128) and not absorbing_wins(140, 12, 128)  # 12 * 140 = 1536 + 144
+
+
+def test_the_op_is_registered_well():
+    q, k, _, mask = tensors(2, 9, 3, 2, 8)
+    torch.library.opcheck(
+        OPS.concept_weights.default, (q, k, mask, None, 0.5), test_utils=("test_schema", "test_faketensor")
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"k": lambda t: t.half()}, "q is float32, k float16"),
+        ({"k": lambda t: t[:, :, :1]}, r"k must be \[2,C,2,8\]"),
+        ({"mask": lambda t: t[:, :2]}, r"mask must be bool \[2,3\]"),
+        ({"k": lambda t: t.repeat(1, 100, 1, 1)}, "at most 256 concept tokens, not 300"),
+        ({"q": lambda t: t[0]}, r"q must be \[B,S,A,E\]"),
+    ],
+)
+def test_bad_input_is_one_clear_error(change, words):
+    q, k, _, mask = tensors(2, 9, 3, 2, 8)
+    given = {"q": q, "k": k, "mask": mask}
+    given |= {name: edit(given[name]) for name, edit in change.items()}
+    for call in (concept_weights, lambda **named: OPS.concept_weights(*named.values(), None, 0.5)):
+        with pytest.raises(ValueError, match=words):
+            call(**given)

@@ -1,0 +1,144 @@
+"""The kernel in Triton's interpreter against the reference in float64; the op's answers to bad input."""
+
+from __future__ import annotations
+
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("triton")
+
+from conceptmaster.kernels import cross_attention  # noqa: E402
+from conceptmaster.kernels.cross_attention import (  # noqa: E402
+    attention,
+    concept_injection,
+    cross_attention_triton,
+    decoupled_cross_attention,
+    decoupled_cross_attention_reference,
+    normed_decoupled_cross_attention,
+)
+
+OPS = torch.ops.conceptmaster
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+def tensors(batch, queries, text, concepts, heads, width, dtype=torch.float32, seed=0):
+    """q, text k and v, concept k and v, mask; the mask's first row is all False, the second ends in False."""
+    g = torch.Generator().manual_seed(seed)
+    q, *kv = (
+        torch.randn(batch, n, heads, width, generator=g, dtype=torch.float64).to(dtype)
+        for n in (queries, text, text, concepts, concepts)
+    )
+    mask = torch.rand(batch, concepts, generator=g) < 0.6
+    mask[0] = False
+    mask[1:, 0] = True
+    mask[1:, 2 * concepts // 3 + 1 :] = False
+    return q, *kv, mask
+
+
+def nan_like(q):
+    return torch.full_like(q, float("nan"), memory_format=torch.contiguous_format)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("shape", "scale"),
+    [((2, 67, 33, 3, 2, 12), 1.0), ((2, 130, 70, 150, 1, 128), 0.7)],  # one tile of concepts, several
+    ids=str,
+)
+def test_decoupled_is_the_reference(shape, scale, dtype, assert_close):
+    q, tk, tv, ck, cv, mask = tensors(*shape, dtype=dtype)
+    out = cross_attention_triton(nan_like(q), q, (tk, tv), (ck, cv), mask, scale, None)
+    wide = (t.double() for t in (q, tk, tv, ck, cv))
+    assert_close(out, decoupled_cross_attention_reference(*wide, mask, scale), dtype)
+
+
+def test_many_queries_take_the_large_tiles(monkeypatch, assert_close):
+    q, tk, tv, ck, cv, mask = tensors(2, 200, 5, 3, 1, 16, dtype=torch.float16)
+    monkeypatch.setattr(cross_attention, "FEW_QUERIES", 0)
+    out = cross_attention_triton(nan_like(q), q, (tk, tv), (ck, cv), mask, 1.0, None)
+    wide = (t.double() for t in (q, tk, tv, ck, cv))
+    assert_close(out, decoupled_cross_attention_reference(*wide, mask), "float16")
+
+
+@pytest.mark.parametrize("concepts", [1, 16, 100])
+def test_injection_is_the_reference(concepts, assert_close):
+    q, _, _, k, v, mask = tensors(2, 65, 1, concepts, 2, 32)
+    for given in (mask, None):
+        out = cross_attention_triton(nan_like(q), q, None, (k, v), given, 1.0, None)
+        assert_close(out, attention(*(t.double() for t in (q, k, v)), given))
+        assert given is None or out[0].count_nonzero() == 0
+
+
+@pytest.mark.parametrize("concepts", [9, 40])
+def test_a_masked_key_changes_no_bit_not_even_as_nan(concepts):
+    q, tk, tv, ck, cv, mask = tensors(2, 20, 7, concepts, 2, 16)
+    hidden = ~mask[:, :, None, None]
+    out = cross_attention_triton(nan_like(q), q, (tk, tv), (ck, cv), mask, 0.5, None)
+    changed = torch.where(hidden, float("nan"), ck), torch.where(hidden, float("nan"), cv)
+    assert torch.equal(cross_attention_triton(nan_like(q), q, (tk, tv), changed, mask, 0.5, None), out)
+    alone = cross_attention_triton(nan_like(q), q, (tk, tv), (ck, cv), torch.zeros_like(mask), 0.5, None)
+    assert torch.equal(out[0], alone[0]) and not torch.equal(out[1], alone[1])
+
+
+def test_strides_are_followed(assert_close):
+    # keys and values out of one stacked tensor, queries out of a fused projection, the mask out of a wider
+    # one
+    q, tk, tv, ck, cv, mask = tensors(2, 20, 7, 9, 2, 16)
+    fused = torch.stack((nan_like(q), q), dim=2).flatten(2, 3)[:, :, 2:]  # [B,S,A,E], other stride along S
+    text = torch.stack((tk, tv), dim=3).unbind(3)
+    concepts = torch.stack((ck, cv), dim=1).unbind(1)
+    wider = torch.cat((mask, ~mask), dim=1)[:, :9]
+    assert not fused.is_contiguous() and not text[0].is_contiguous() and not wider.is_contiguous()
+    out = cross_attention_triton(nan_like(q), fused, text, concepts, wider, 1.0, None)
+    assert torch.equal(out, cross_attention_triton(nan_like(q), q, (tk, tv), (ck, cv), mask, 1.0, None))
+
+
+def test_the_queries_norm_is_folded_in(assert_close):
+    q, tk, tv, ck, cv, mask = tensors(2, 37, 9, 5, 3, 16)
+    weight = 1.0 + 0.1 * torch.randn(3, 16, generator=torch.Generator().manual_seed(1))
+    flat = (3.0 * q).flatten(2).double()
+    normed = torch.nn.functional.rms_norm(flat, (48,), weight.flatten().double(), 1e-6).unflatten(-1, (3, 16))
+    expected = decoupled_cross_attention_reference(normed, *(t.double() for t in (tk, tv, ck, cv)), mask)
+    rms = (flat.square().mean(-1) + 1e-6).rsqrt().float()  # [B,S]
+    text, concepts = (tk * weight, tv), (ck * weight, cv)
+    folded = cross_attention_triton(nan_like(q), 3.0 * q, text, concepts, mask, 1.0, rms)
+    assert_close(folded, expected)
+    plain = normed_decoupled_cross_attention(3.0 * q, rms, tk * weight, tv, ck * weight, cv, mask)
+    assert_close(plain, expected)
+
+
+def test_the_op_is_registered_well():
+    q, tk, tv, ck, cv, mask = tensors(2, 9, 6, 3, 2, 8)
+    checks = ("test_schema", "test_faketensor")
+    given = (q, tk, tv, ck, cv, mask, 1.0, None)
+    torch.library.opcheck(OPS.decoupled_cross_attention.default, given, test_utils=checks)
+    torch.library.opcheck(OPS.concept_injection.default, (q, ck, cv, mask), test_utils=checks)
+    both = decoupled_cross_attention(q, tk, tv, ck, cv, mask)
+    assert torch.equal(OPS.decoupled_cross_attention(*given), both)
+    assert torch.equal(OPS.concept_injection(q, ck, cv, None), concept_injection(q, ck, cv))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"text_v": lambda t: t.double()}, "q is float32, text_v float64"),
+        ({"concept_k": lambda t: t.to("meta")}, "q is on cpu, concept_k on meta"),
+        ({"concept_k": lambda t: t[:, :, :1]}, r"concept_k must be \[2,tokens,2,8\]"),
+        ({"concept_v": lambda t: t[:, :2]}, "concept_k and concept_v need one shape"),
+        ({"text_k": lambda t: t[:, :0], "text_v": lambda t: t[:, :0]}, "with some tokens"),
+        ({"q": lambda t: t.transpose(1, 3).contiguous().transpose(1, 3)}, "last axis of q is not contiguous"),
+        ({"q": lambda t: t[0]}, r"q must be \[B,S,A,E\]"),
+        ({"q": lambda t: t.int()}, "q must be floating point"),
+        ({"concept_mask": lambda t: t.float()}, "concept_mask must be bool"),
+        ({"concept_mask": lambda t: t[:, :2]}, r"concept_mask must be bool \[2, 3\]"),
+    ],
+)
+def test_bad_input_is_one_clear_error(change, words):
+    names = ("q", "text_k", "text_v", "concept_k", "concept_v", "concept_mask")
+    given = dict(zip(names, tensors(2, 9, 6, 3, 2, 8), strict=True))
+    given |= {name: edit(given[name]) for name, edit in change.items()}
+    op = OPS.decoupled_cross_attention
+    for call in (decoupled_cross_attention, lambda **named: op(*named.values(), 1.0, None)):
+        with pytest.raises(ValueError, match=words) as caught:
+            call(**given)
+        assert "\n" not in str(caught.value)
