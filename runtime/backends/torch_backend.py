@@ -10,7 +10,7 @@ import logging
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -23,6 +23,7 @@ try:
 
     from ...engine.config import ModelConfig
     from ...engine.fused import Fusing, fuse, narrow
+    from ...engine.streaming_encoder import streaming_encoders
     from ...engine.vae import streaming_decoders
     from .torch_step import Carried, Stepper, cuda_graphs
     from .torch_weights import count_weights, load_weights
@@ -33,6 +34,8 @@ except ImportError as error:
     ) from error
 
 if TYPE_CHECKING:
+    from diffusers import AutoencoderKLWan
+
     from ..bundle import Bundle
     from ..manifest import TensorSpec
 
@@ -158,6 +161,10 @@ class TorchBackend:
             "decode_first": self._called("decode_first", first, torch.float32),
             "decode": self._called("decode", following, torch.float32),
         }
+        if "encode_first" in self._manifest.graphs:  # an image-to-video base, so it is Wan's VAE
+            pair = streaming_encoders(cast("AutoencoderKLWan", vae))
+            for name, encoder in zip(("encode_first", "encode"), pair, strict=True):
+                modules[name] = self._called(name, encoder.to(self._device), torch.float32)
         return modules | {name: self._called(name, encoders[name]) for name in ONES if name in encoders}
 
     def _called(self, graph: str, module: torch.nn.Module, dtype: torch.dtype | None = None) -> Module:
@@ -194,8 +201,8 @@ class TorchBackend:
         state, step = given.pop("state"), given.pop("step", None)
         carried = state if isinstance(state, Carried) else Carried(state)
         given.setdefault("concept_mask", self._no_concepts())
-        names = ("time", "concept_mask", "guidance", "coefficients")
-        inputs = {name: given.pop(name) for name in names}
+        names = ("time", "concept_mask", "guidance", "coefficients", "given")
+        inputs = {name: given.pop(name) for name in names if name in given}
         index, steps = (0, 1 << 30) if step is None else (int(number) for number in step)
         return {"next_state": self.stepper(carried, inputs, given, index, steps)}
 

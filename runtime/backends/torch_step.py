@@ -126,8 +126,8 @@ class Stepper:
         step: int,
         steps: int,
     ) -> Carried:
-        """inputs: time [1], concept_mask bool [K,N], guidance [K], coefficients [M,M+1], and what the
-        transformer wants besides; conditions: the keys and values of all blocks, [layers,K,…] each; step of
+        """inputs: time [1], concept_mask bool [K,N], guidance [K], coefficients [M,M+1], of an image-to-video
+        base given [1,Cg,F,H,W]; conditions: the keys and values of all blocks, [layers,K,…] each; step of
         steps, from 0."""
         inputs = {"state": carried.state, **inputs}
         if len(inputs["guidance"]) > 1 and step >= steps * (1 - self.skip_guidance):
@@ -158,12 +158,14 @@ class Stepper:
 
     def _step(
         self, state: Tensor, time: Tensor, concept_mask: Tensor, guidance: Tensor, coefficients: Tensor,
-        **conditions: Tensor,
+        given: Tensor | None = None, **conditions: Tensor,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """state [M,Cz,F,H,W] -> (the next one, the guided velocity [Cz,F,H,W]), float32 both."""
+        """state [M,Cz,F,H,W] -> (the next one, the guided velocity [Cz,F,H,W]), float32 both. given
+        [1,Cg,F,H,W]: of an image-to-video base, see `ConceptDiT.denoise`."""
         branches = len(guidance)
         latents = state[:1].to(self.dtype).expand(branches, -1, -1, -1, -1)  # [K,Cz,F,H,W]
-        velocities = self.transformer.denoise(latents, time, conditions, concept_mask).float()
+        known = {} if given is None else {"given": given.to(self.dtype)}
+        velocities = self.transformer.denoise(latents, time, conditions, concept_mask, **known).float()
         velocity = (guidance[:, None] * velocities.flatten(1)).sum(dim=0).view(state.shape[1:])
         return update(state, velocity, coefficients), velocity
 

@@ -36,6 +36,8 @@ INSIDE = "weights"
 LEAST = 16
 """Elements of a vector that is looked for: enough to be no coincidence."""
 LOOKED_FOR = 12
+UNREAD = "image_encoder."
+"""What no vector is taken from: a graph of CLIP may do without its last layer, whose output nothing reads."""
 STORED = (torch.float32, torch.float16, torch.bfloat16)
 """Dtypes that a graph may keep a vector in, where it loses nothing."""
 
@@ -119,8 +121,8 @@ def _needles(module: torch.nn.Module) -> list[list[bytes]]:
     """Vectors, which no exporter transposes, as the bytes that they may be stored as."""
     tensors = [
         p.detach()
-        for p in module.parameters()
-        if p.dim() == 1 and p.numel() >= LEAST and p.unique().numel() > 1
+        for name, p in module.named_parameters()
+        if p.dim() == 1 and p.numel() >= LEAST and p.unique().numel() > 1 and not name.startswith(UNREAD)
     ]
     step = max(1, len(tensors) // LOOKED_FOR)
     return [

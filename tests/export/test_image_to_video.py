@@ -109,14 +109,14 @@ def command(capsys):
 def generated(command, tmp_path):
     """`generated(bundle, pictures, noise)`: the frames that the command line writes."""
 
-    def call(bundle, pictures, noise):
+    def call(bundle, pictures, noise, *more):
         np.save(tmp_path / "noise.npy", noise)
         request = ["--prompt", PROMPT, "--negative", NEGATIVE, "--steps", STEPS, "--threads", 1]
         for i, image in enumerate(pictures):
             image.save(tmp_path / f"{i}.png")
             request += ["--concept", f"thing {i}", tmp_path / f"{i}.png"]
         files = ("--noise", tmp_path / "noise.npy", "--output", tmp_path / "video.npy", "--quiet")
-        code, _, err = command("generate", "--bundle", bundle, *request, *files)
+        code, _, err = command("generate", "--bundle", bundle, *request, *files, *more)
         assert code == 0, err
         return np.load(tmp_path / "video.npy")
 
@@ -253,6 +253,12 @@ def test_references_give_the_recipe_s_frames(a2, a2_bundle, generated, monkeypat
     monkeypatch.setattr(pipeline, "prepare_latents", lambda *_: (torch.from_numpy(noise)[None], condition))
     expected = upstream(pipeline, noise, images[0])[4 * count :]
     held(generated(a2_bundle, images, noise), expected)
+
+
+def test_the_torch_backend_gives_the_same_frames(a2, a2_bundle, generated):
+    images, noise = [picture(0, 50, 80), picture(1, 97, 41)], noise_for(5)
+    found = generated(a2_bundle, images, noise, "--backend", "torch", "--weights", a2[1])
+    held(found, generated(a2_bundle, images, noise).astype(np.float64))
 
 
 @torch.no_grad()

@@ -75,7 +75,7 @@ def write_bundle(folder, injection):
     """A bundle of the tiny preset, with its weights inside."""
     pytest.importorskip("diffusers")
     pytest.importorskip("onnxscript")
-    from conceptmaster.engine.config import preset
+    from conceptmaster.engine.presets import preset
     from conceptmaster.engine.weights import save, save_model
     from conceptmaster.export.bundle import write_bundle as write
     from conceptmaster.export.source import random_source
