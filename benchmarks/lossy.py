@@ -28,7 +28,7 @@ from conceptmaster.runtime.progress import bar
 from conceptmaster.runtime.request import Request
 
 from .alternating import machine
-from .gpu import commit
+from .gpu_timing import commit
 
 ROOT = Path(__file__).resolve().parents[1]
 REPORT = ROOT / "benchmarks" / "results" / "lossy.json"
