@@ -1,22 +1,22 @@
-"""Checks every kernel on a GPU against float64, and only if all are right measures them against their rivals.
+"""Checks every kernel and the model on a GPU, and measures them against their rivals only if all are right.
 
-    python -m conceptmaster.benchmarks.gpu [--output FILE] [--minutes 9]     (`make gpu`)
+    python -m conceptmaster.benchmarks.gpu [--output FILE] [--minutes 9] [--only PART …]     (`make gpu`)
 
-Prints a table; the last line is JSON, also written to FILE: hardware, clocks, versions, commit, the card's
-own matrix rate and copy bandwidth measured in the same run, and for every case its error and milliseconds
-(p20, p50, p80) for us and each rival, timed in turn as replayed CUDA graphs, so that no launch overhead is
-counted. What `torch.compile` takes to compile is not in them. Cases for which there was no time are named.
-Nothing is timed while a check is red.
+Parts: `kernels` (each against float64, then against its rivals), `forward` (Wan2.1 1.3B, 832x480x81, against
+diffusers), `ladder` (a step with 4 concepts, from plain PyTorch up), `stages` and `video` (from request to
+mp4), `scaling` (concepts, frames, pixels, 14B). Prints a table; the last line is JSON, also written to FILE:
+hardware, clocks, versions, commit, the card's own matrix rate and copy bandwidth measured in the same run,
+and for every case its shape, its error and milliseconds (p20, p50, p80) of ours and of each rival, timed in
+turn as replayed CUDA graphs, so that no launch overhead is counted but where it is the point. What
+`torch.compile` takes to compile is in none of them. What there was no time for is named. Nothing is timed
+while a check is red. `python -m conceptmaster.benchmarks.gpu_plot FILE` draws it.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import math
-import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -27,13 +27,17 @@ import torch
 
 from conceptmaster.kernels.tolerances import TOLERANCES
 
-from .alternating import machine
-from .gpu_cases import Call, Case, Shapes, cases
+from . import gpu_model, gpu_video
+from .gpu_cases import Case, Shapes, cases
+from .gpu_timing import ROOT, commit, hardware, in_turn, roofline
 
-ROOT = Path(__file__).resolve().parents[1]
 ROUNDS = 30
+MODEL_ROUNDS = 10
 MOST_ROWS = 1024
 """Tokens of a case that are held to float64, spread over all of them."""
+PARTS = ("kernels", "forward", "ladder", "stages", "video", "scaling")
+KERNELS_SHARE = 0.4
+"""Of the time: what timing kernels may use up before the model's turn."""
 
 
 def check(case: Case) -> dict[str, Any]:
@@ -55,136 +59,117 @@ def check(case: Case) -> dict[str, Any]:
     return {"ok": ok, "relative_l2": l2, "worst": worst}
 
 
-def captured(call: Call) -> Call:
-    """The call as a CUDA graph, to be replayed; on the CPU the call itself."""
-    if not torch.cuda.is_available():
-        return call
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            call()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        kept = call()
-
-    def replay() -> object:
-        graph.replay()
-        return kept
-
-    return replay
-
-
-def once(call: Call) -> float:
-    """Milliseconds of one call: by CUDA's clock, or on the CPU by the wall's."""
-    if not torch.cuda.is_available():
-        start = time.perf_counter()
-        call()
-        return 1e3 * (time.perf_counter() - start)
-    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    first.record()
-    call()
-    last.record()
-    last.synchronize()
-    return first.elapsed_time(last)
-
-
 def measure(case: Case) -> dict[str, Any]:
-    """Milliseconds by name, "ours" first: p20, p50, p80; the rivals' ratio to ours; our share of work and
-    traffic.
-    """
+    """Milliseconds by name, "ours" first; the rivals' ratio to ours; our share of work and traffic."""
     rivals = {"ours": case.ours, **case.rivals, **(case.compiled if torch.cuda.is_available() else {})}
-    ready = {name: captured(call) for name, call in rivals.items()}
-    for call in ready.values():
-        once(call)
-    times: dict[str, list[float]] = {name: [] for name in ready}
-    for _ in range(ROUNDS):
-        for name, call in ready.items():
-            times[name].append(once(call))
-    found: dict[str, Any] = {name: percentiles(values) for name, values in times.items()}
-    ours = found["ours"]["p50_ms"]
-    for name in rivals:
-        found[name]["times_ours"] = found[name]["p50_ms"] / ours
+    timed = in_turn(rivals, ROUNDS)
+    found = {name: timed[name] for name in rivals}
+    ours = found["ours"].get("p50_ms")
+    if ours is None:
+        return found
+    for entry in found.values():
+        if "p50_ms" in entry:
+            entry["times_ours"] = entry["p50_ms"] / ours
     found["ours"]["tflops"] = case.flops / ours / 1e9 or None
     found["ours"]["gb_per_s"] = case.moved_bytes / ours / 1e6 or None
     return found
 
 
-def percentiles(values: list[float]) -> dict[str, float]:
-    """p20, p50 and p80 of milliseconds."""
-    fifths = statistics.quantiles(values, n=5, method="inclusive")
-    return {"p20_ms": fifths[0], "p50_ms": statistics.median(values), "p80_ms": fifths[-1]}
-
-
-def roofline(shapes: Shapes) -> dict[str, Any]:
-    """The card's own rates: a bfloat16 product of 8192 cubed in TFLOP/s, a copy of 1 GiB in GB/s."""
-    side = 64 if shapes.small else 8192
-    a, b = shapes.new(side, side), shapes.new(side, side)
-    source = torch.empty(2**12 if shapes.small else 2**30, dtype=torch.uint8, device=shapes.device)
-    target = torch.empty_like(source)
-    product = percentiles([once(lambda: a @ b) for _ in range(ROUNDS)])["p50_ms"]
-    copy = percentiles([once(lambda: target.copy_(source)) for _ in range(ROUNDS)])["p50_ms"]
-    return {"matrix_tflops": 2 * side**3 / product / 1e9, "copy_gb_per_s": 2 * source.numel() / copy / 1e6}
-
-
-def hardware() -> dict[str, Any]:
-    """The card and its clocks, beside what `alternating.machine` tells."""
-    found: dict[str, Any] = {"cuda": torch.version.cuda, **machine()}
-    with contextlib.suppress(ImportError):
-        import triton
-
-        found["triton"] = triton.__version__
-    if torch.cuda.is_available():
-        properties = torch.cuda.get_device_properties(0)
-        found |= {"gpu": properties.name, "memory_gib": round(properties.total_memory / 2**30, 1)}
-        query = "clocks.sm,clocks.max.sm,clocks.mem,power.limit,driver_version"
-        with contextlib.suppress(OSError, subprocess.CalledProcessError):
-            command = ["nvidia-smi", "-i", "0", f"--query-gpu={query}", "--format=csv,noheader"]
-            done = subprocess.run(command, capture_output=True, text=True, check=True)
-            found |= dict(zip(query.split(","), done.stdout.strip().split(", "), strict=False))
-    return found
-
-
-def commit() -> str | None:
-    """The commit of this checkout, with "-dirty" when something is changed; None outside one."""
-    with contextlib.suppress(OSError, subprocess.CalledProcessError):
-        command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40"]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    return None
-
-
-def run(shapes: Shapes, seconds: float, say: Callable[[str], object] = print) -> dict[str, Any]:
-    """Checks, then, if all is right, measurements; the report. Stops measuring after `seconds`."""
+def run(
+    shapes: Shapes,
+    seconds: float,
+    say: Callable[[str], object] = print,
+    parts: tuple[str, ...] = PARTS,
+) -> dict[str, Any]:
+    """Checks, then, if all is right, measurements; the report. Begins nothing after `seconds`."""
     start = time.perf_counter()
-    rows: dict[str, dict[str, Any]] = {}
+
+    def spent(share: float = 1.0) -> bool:
+        return time.perf_counter() - start > share * seconds
+
+    report: dict[str, Any] = {
+        "ok": True,
+        "hardware": hardware(),
+        "commit": commit(),
+        "rounds": ROUNDS,
+        "parts": list(parts),
+    }
+    with torch.inference_mode():
+        if "kernels" in parts:
+            report["cases"] = _check_kernels(shapes, say)
+            report["ok"] = all(row["ok"] for row in report["cases"].values())
+        if not report["ok"]:
+            say("a check is red: nothing is timed")
+            return report
+        report["roofline"] = roofline(shapes.new, shapes.small, ROUNDS)
+        if "kernels" in parts:
+            share = KERNELS_SHARE if len(parts) > 1 else 1.0
+            report["left_out"] = _time_kernels(shapes, report["cases"], lambda: spent(share), say)
+        _model_parts(shapes, report, parts, spent, say)
+    report["seconds"] = time.perf_counter() - start
+    if left := report.get("left_out"):
+        say(f"no time was left for: {', '.join(left)}")
+    return report
+
+
+def _check_kernels(shapes: Shapes, say: Callable[[str], object]) -> dict[str, dict[str, Any]]:
+    rows = {}
     for case in _each(shapes):
         row = {"shape": case.shape, "dtype": case.dtype, **check(case)}
         rows[case.name] = row
         say(f"{'right' if row['ok'] else 'WRONG'}  {case.name:58} relative L2 {row['relative_l2']:.1e}")
-    ok = all(row["ok"] for row in rows.values())
-    report: dict[str, Any] = {
-        "ok": ok,
-        "hardware": hardware(),
-        "commit": commit(),
-        "rounds": ROUNDS,
-        "cases": rows,
-    }
-    if not ok:
-        say("a check is red: nothing is timed")
-        return report
-    report["roofline"] = roofline(shapes)
+    return rows
+
+
+def _time_kernels(
+    shapes: Shapes, rows: dict[str, Any], spent: Callable[[], bool], say: Callable[[str], object]
+) -> list[str]:
+    """Adds "timing" to the rows; the names of those that there was no time for."""
     left: list[str] = []
     for case in _each(shapes):
-        if time.perf_counter() - start > seconds:
+        if spent():
             left.append(case.name)
             continue
         rows[case.name]["timing"] = timing = measure(case)
         say(_line(case.name, timing))
-    report |= {"left_out": left, "seconds": time.perf_counter() - start}
-    if left:
-        say(f"no time was left for: {', '.join(left)}")
-    return report
+    return left
+
+
+def _model_parts(
+    shapes: Shapes,
+    report: dict[str, Any],
+    parts: tuple[str, ...],
+    spent: Callable[[], bool],
+    say: Callable[[str], object],
+) -> None:
+    """Adds the parts that are of the whole model to the report, as long as there is time."""
+    size = gpu_model.SMALL if shapes.small else gpu_model.Size()
+    device, rounds = shapes.device, min(ROUNDS, MODEL_ROUNDS)
+    steps = 2 if shapes.small else None
+    todo: dict[str, Callable[[], Any]] = {
+        "forward": lambda: gpu_model.forward(size, device, rounds, say),
+        "ladder": lambda: gpu_model.ladder(size, device, rounds, say),
+        "video": lambda: gpu_video.shipped(device, rounds, steps),
+        "scaling": lambda: gpu_model.scaling(
+            gpu_model.scaling_sizes(shapes.small), device, min(rounds, 3), spent
+        ),
+        "stages": lambda: gpu_video.stages(size, device, min(rounds, 5), spent, say),
+    }
+    for name, measured in todo.items():
+        if name not in parts:
+            continue
+        if spent():
+            report.setdefault("left_out", []).append(name)
+            continue
+        report[name] = measured()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+    forward, roof = report.get("forward", {}), report["roofline"]
+    if forward.get("lossless") is False or report.get("ladder", {}).get("ok") is False:
+        report["ok"] = False
+    if ours := forward.get("timing", {}).get("ours", {}).get("p50_ms"):
+        forward["tflops"] = forward["flops"] / ours / 1e9
+        forward["of_matrix_rate"] = forward["tflops"] / roof["matrix_tflops"]
 
 
 def _each(shapes: Shapes) -> Iterator[Case]:
@@ -194,10 +179,14 @@ def _each(shapes: Shapes) -> Iterator[Case]:
 
 def _line(name: str, timing: dict[str, Any]) -> str:
     ours, *rivals = timing.items()
-    against = ", ".join(
-        f"{rival} {entry['p50_ms']:.3f} ({entry['times_ours']:.2f}×)" for rival, entry in rivals
-    )
-    return f"{name:58} {ours[1]['p50_ms']:8.3f} ms   {against}"
+    words = [
+        f"{rival} {entry['p50_ms']:.3f} ({entry['times_ours']:.2f}×)"
+        if "times_ours" in entry
+        else f"{rival} failed"
+        for rival, entry in rivals
+    ]
+    own = f"{ours[1]['p50_ms']:8.3f} ms" if "p50_ms" in ours[1] else "failed"
+    return f"{name:58} {own}   {', '.join(words)}"
 
 
 def main() -> int:
@@ -206,7 +195,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--output", type=Path, default=ROOT / "out" / "gpu.json", metavar="FILE")
     parser.add_argument(
-        "--minutes", type=float, default=9.0, help="no case is begun later than a minute before"
+        "--minutes", type=float, default=9.0, help="nothing is begun later than a minute before"
+    )
+    parser.add_argument(
+        "--only", nargs="+", choices=PARTS, default=PARTS, metavar="PART", help=", ".join(PARTS)
     )
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
@@ -217,7 +209,8 @@ def main() -> int:
             file=sys.stderr,
         )
         return 1
-    report = run(Shapes("cuda", small=False), 60 * (arguments.minutes - 1))
+    seconds = 60 * (arguments.minutes - 1)
+    report = run(Shapes("cuda", small=False), seconds, parts=tuple(arguments.only))
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     arguments.output.write_text(json.dumps(report, indent=1) + "\n", "utf-8")
     print(json.dumps(report))

@@ -1,0 +1,123 @@
+"""How calls are timed on a GPU: rivals in turn, replayed as CUDA graphs, by CUDA's own clock."""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .alternating import machine
+
+ROOT = Path(__file__).resolve().parents[1]
+Call = Callable[[], Any]
+
+
+def captured(call: Call) -> Call:
+    """The call as a CUDA graph, to be replayed; on the CPU the call itself."""
+    if not torch.cuda.is_available():
+        return call
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        kept = call()
+
+    def replay() -> object:
+        graph.replay()
+        return kept
+
+    return replay
+
+
+def once(call: Call) -> float:
+    """Milliseconds of one call: by CUDA's clock, or on the CPU by the wall's."""
+    if not torch.cuda.is_available():
+        start = time.perf_counter()
+        call()
+        return 1e3 * (time.perf_counter() - start)
+    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    first.record()
+    call()
+    last.record()
+    last.synchronize()
+    return first.elapsed_time(last)
+
+
+def in_turn(calls: Mapping[str, Call], rounds: int, graphs: bool = True) -> dict[str, dict[str, Any]]:
+    """p20, p50 and p80 milliseconds by name, after one call each that is not counted.
+
+    graphs: replay each call as a CUDA graph. A call that fails is not timed: its entry is {"failed": why}.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    ready: dict[str, Call] = {}
+    for name, call in calls.items():
+        try:
+            ready[name] = captured(call) if graphs else call
+            once(ready[name])
+        except Exception as error:  # what a rival or its compiler raises has no common base
+            found[name] = {"failed": why(error)}
+            ready.pop(name, None)
+    times: dict[str, list[float]] = {name: [] for name in ready}
+    for _ in range(rounds):
+        for name, call in ready.items():
+            times[name].append(once(call))
+    return found | {name: percentiles(values) for name, values in times.items()}
+
+
+def why(error: Exception) -> str:
+    """An error as one short line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
+def percentiles(values: list[float]) -> dict[str, float]:
+    """p20, p50 and p80 of milliseconds."""
+    if len(values) < 2:
+        return {"p20_ms": values[0], "p50_ms": values[0], "p80_ms": values[0]}
+    fifths = statistics.quantiles(values, n=5, method="inclusive")
+    return {"p20_ms": fifths[0], "p50_ms": statistics.median(values), "p80_ms": fifths[-1]}
+
+
+def roofline(new: Callable[..., torch.Tensor], small: bool, rounds: int) -> dict[str, Any]:
+    """The card's own rates: a bfloat16 product of 8192 cubed in TFLOP/s, a copy of 1 GiB in GB/s."""
+    side = 64 if small else 8192
+    a, b = new(side, side), new(side, side)
+    source = torch.empty(2**12 if small else 2**30, dtype=torch.uint8, device=a.device)
+    target = torch.empty_like(source)
+    product = percentiles([once(lambda: a @ b) for _ in range(rounds)])["p50_ms"]
+    copy = percentiles([once(lambda: target.copy_(source)) for _ in range(rounds)])["p50_ms"]
+    return {"matrix_tflops": 2 * side**3 / product / 1e9, "copy_gb_per_s": 2 * source.numel() / copy / 1e6}
+
+
+def hardware() -> dict[str, Any]:
+    """The card and its clocks, beside what `alternating.machine` tells."""
+    found: dict[str, Any] = {"cuda": torch.version.cuda, **machine()}
+    for name in ("triton", "transformers", "diffusers"):
+        with contextlib.suppress(ImportError):
+            found[name] = __import__(name).__version__
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(0)
+        found |= {"gpu": properties.name, "memory_gib": round(properties.total_memory / 2**30, 1)}
+        query = "clocks.sm,clocks.max.sm,clocks.mem,power.limit,driver_version"
+        with contextlib.suppress(OSError, subprocess.CalledProcessError):
+            command = ["nvidia-smi", "-i", "0", f"--query-gpu={query}", "--format=csv,noheader"]
+            done = subprocess.run(command, capture_output=True, text=True, check=True)
+            found |= dict(zip(query.split(","), done.stdout.strip().split(", "), strict=False))
+    return found
+
+
+def commit() -> str | None:
+    """The commit of this checkout, with "-dirty" when something is changed; None outside one."""
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    return None

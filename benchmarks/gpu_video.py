@@ -1,0 +1,178 @@
+"""From request to mp4 by stage: the shipped model through the pipeline, and Wan2.1's stages one by one.
+
+The first is cold (weights loaded, kernels compiled, the step captured) and then warm. The second has random
+weights and no bundle: each stage alone, in the dtype that the torch backend runs it in. What lacks a package
+is named, not left out in silence.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+
+from conceptmaster.engine.config import ModelConfig
+
+from .gpu_model import Size
+from .gpu_timing import ROOT, Call, in_turn, percentiles, why
+
+REQUEST = ROOT / "examples" / "sprites" / "requests" / "first" / "request.json"
+
+
+def shipped(device: str, rounds: int, steps: int | None = None) -> dict[str, Any]:
+    """The shipped bundle's videos by stage: torch on `device`, ONNX Runtime on the CPU beside it."""
+    found: dict[str, Any] = {}
+    for backend, place in (("torch", device), ("onnxruntime", "cpu")):
+        try:
+            found[f"{backend} on {place}"] = _videos(backend, place, rounds, steps)
+        except Exception as error:  # a package that this machine lacks, each with an error of its own
+            found[f"{backend} on {place}"] = {"failed": why(error)}
+    return found
+
+
+def _videos(backend: str, device: str, rounds: int, steps: int | None) -> dict[str, Any]:
+    import dataclasses
+
+    from conceptmaster import Pipeline
+    from conceptmaster.runtime.request import Request
+
+    request = dataclasses.replace(Request.from_json(REQUEST), steps=steps)
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    start = time.perf_counter()
+    pipeline = Pipeline.from_bundle("sprites", device=device, backend=backend)
+    video = pipeline.generate(request)[0]
+    report: dict[str, Any] = {
+        "cold_s": {"total": time.perf_counter() - start, **video.seconds, "encode_mp4": _encode(video)}
+    }
+    stages: dict[str, list[float]] = {}
+    for _ in range(rounds):
+        pipeline._text.cache_clear()  # a caption is encoded once per request
+        start = time.perf_counter()
+        video = pipeline.generate(request)[0]
+        seconds = {"total": time.perf_counter() - start, **video.seconds}
+        for stage, value in seconds.items():
+            stages.setdefault(stage, []).append(1e3 * value)
+    report["warm"] = {stage: percentiles(values) for stage, values in stages.items()}
+    if device == "cuda":
+        report["peak_bytes"] = torch.cuda.max_memory_allocated()
+    plan = getattr(pipeline.backend, "plan", None)
+    return report if plan is None else report | {"planned_bytes": plan}
+
+
+def _encode(video: Any) -> float | str:
+    """Seconds that the mp4 takes, or why there is none."""
+    with TemporaryDirectory() as folder:
+        start = time.perf_counter()
+        try:
+            video.save(Path(folder) / "a.mp4")
+        except ImportError as error:
+            return why(error)
+        return time.perf_counter() - start
+
+
+def stages(
+    size: Size, device: str, rounds: int, out_of_time: Callable[[], bool], say: Callable[[str], object]
+) -> dict[str, Any]:
+    """Milliseconds of every stage beside the steps, one after the other, each with its peak memory."""
+    found: dict[str, Any] = {}
+    for name, make in _makers(size.config, device):
+        if out_of_time():
+            found[name] = {"failed": "no time was left"}
+            continue
+        try:
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+                torch.cuda.reset_peak_memory_stats()
+            with torch.inference_mode():
+                call = make()
+                found[name] = in_turn({name: call}, rounds, graphs=False)[name]
+            del call
+            if torch.cuda.is_available():
+                found[name]["peak_bytes"] = torch.cuda.max_memory_allocated()
+        except Exception as error:  # out of memory, or a package that this machine lacks
+            found[name] = {"failed": why(error)}
+        entry = found[name]
+        words = entry.get("failed") or f"{entry['p50_ms']:.2f} ms"
+        say(f"stage: {name:30} {words}")
+    return found
+
+
+def _makers(config: ModelConfig, device: str) -> Iterator[tuple[str, Callable[[], Call]]]:
+    """(stage, what builds it with random weights and gives its call)."""
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    yield "text encoder", functools.partial(_text, config, device, dtype)
+    if config.concept.injection != "none":
+        yield "image encoder", functools.partial(_image, config, device, dtype)
+        yield "Q-Former and DAM", functools.partial(_concepts, config, device, dtype)
+    yield "condition", functools.partial(_condition, config, device)
+    yield "decode, first latent frame", functools.partial(_decode, config, device, 0)
+    yield "decode, each other", functools.partial(_decode, config, device, 1)
+
+
+def _placed(build: Callable[[], torch.nn.Module], device: str, dtype: torch.dtype) -> torch.nn.Module:
+    """Built on the device in its dtype, so that billions of weights are never there in float32."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            return build().eval().requires_grad_(False)
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _text(config: ModelConfig, device: str, dtype: torch.dtype) -> Call:
+    from conceptmaster.engine.encoders import TextEncoder
+
+    model = _placed(lambda: TextEncoder(config.text_encoder), device, dtype)
+    ids = torch.ones((1, config.text_tokens), dtype=torch.int64, device=device)
+    return lambda: model(ids, ids.bool())
+
+
+def _image(config: ModelConfig, device: str, dtype: torch.dtype) -> Call:
+    from conceptmaster.engine.encoders import ImageEncoder
+
+    model = _placed(lambda: ImageEncoder(config.image_encoder), device, dtype).to(device)
+    c = config.concept
+    pixels = torch.randn(c.max_concepts, 3, c.picture_size, c.picture_size, device=device, dtype=dtype)
+    return lambda: model(pixels)
+
+
+def _concepts(config: ModelConfig, device: str, dtype: torch.dtype) -> Call:
+    from conceptmaster.engine.concepts import concept_binder, concept_encoder
+
+    encoder = _placed(lambda: concept_encoder(config), device, dtype)
+    binder = _placed(lambda: concept_binder(config), device, dtype)
+    c = config.concept
+    new = functools.partial(torch.randn, device=device, dtype=dtype)
+    pictures = new(c.max_concepts, c.picture_tokens, c.picture_dim)
+    label = new(c.max_concepts, c.label_tokens, config.transformer.text_dim)
+    mask = torch.ones(label.shape[:2], dtype=torch.bool, device=device)
+    return lambda: binder(encoder(pictures), label, mask)
+
+
+def _condition(config: ModelConfig, device: str) -> Call:
+    from conceptmaster.engine.fused import fuse, narrow
+
+    from .gpu_model import Inputs, build
+
+    model = fuse(narrow(build(config, device), torch.bfloat16))
+    given = Inputs.of(config, device, 2).to(torch.bfloat16)
+    return lambda: model.condition(given.text, given.concepts, given.mask)
+
+
+def _decode(config: ModelConfig, device: str, which: int) -> Call:
+    from conceptmaster.engine.vae import build_vae, streaming_decoders
+
+    first, following = (part.to(device) for part in streaming_decoders(build_vae(config)))
+    channels, _, height, width = config.latent_shape
+    latents = torch.randn(1, channels, 1, height, width, device=device)
+    if which == 0:
+        return lambda: first(latents)
+    _, *states = first(latents)
+    return lambda: following(latents, *states)
