@@ -18,12 +18,14 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from .streamed import stored_weights
 from .weights import WeightsError, load
 
 # Module names, diffusers' to Wan2.1's; what is not listed has the same name in both. diffusers swapped norm2
@@ -154,7 +156,7 @@ def merge_lora(
         error; otherwise they are told in the report.
     A pair without an alpha has alpha = rank. Alphas are read from the file's `.alpha` tensors, from the
     metadata that diffusers writes, or, for PEFT's `adapter_model.safetensors`, from the
-    `adapter_config.json` beside it.
+    `adapter_config.json` beside it. Weights on disk (streamed.py) are changed whenever they are read.
     Raises: FileNotFoundError, or WeightsError, one line, for a file that cannot be read, does not fit, or
         holds numbers that are not finite. Then no weight has changed.
     """
@@ -167,8 +169,12 @@ def merge_lora(
     deltas = _deltas(path, layers, state, unused, _read_alphas(path, metadata))
     _check(path, deltas, state, unused, strict)
     if scale:  # adding zero would turn -0.0 into 0.0
+        later = {} if isinstance(transformer, Mapping) else stored_weights(transformer)
         for delta in deltas:
-            delta.add_to(state[delta.target], scale)
+            if delta.target in later:
+                later[delta.target].changes.append(partial(delta.add_to, scale=scale))
+            else:
+                delta.add_to(state[delta.target], scale)
     names = sorted({delta.target for delta in deltas})
     ranks = sorted({delta.down.tensor.shape[0] for delta in deltas if delta.down is not None})
     return LoraReport(str(path), scale, tuple(names), tuple(ranks), tuple(sorted(unused)))
