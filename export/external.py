@@ -27,6 +27,7 @@ KINDS = {
     torch.bfloat16: ir.DataType.BFLOAT16,
 }
 PROBE = 4096  # elements that tell, nearly always, that a tensor does not fit 16 bits
+CHUNK = 2**24  # elements that are compared at a time
 STORED = ".stored"  # behind the name of a weight: its values in 16 bits
 
 Readers = Mapping[str, Callable[[], Tensor]]
@@ -87,7 +88,7 @@ def write_weights(model: ir.Model, readers: Readers, turned: set[str], path: Pat
     with target.open("wb") as file:
         for name in tqdm(names, desc=f"{path.stem}: weights", leave=False, disable=not show):
             tensor = readers[name]()
-            tensor = narrowed(tensor.t() if name in turned else tensor).contiguous()
+            tensor = narrowed(tensor.t() if name in turned else tensor)
             offset = -(-file.tell() // ALIGNMENT) * ALIGNMENT
             for data in (bytes(offset - file.tell()), memoryview(tensor.flatten().view(torch.uint8).numpy())):
                 file.write(data)
@@ -140,13 +141,18 @@ def place(model: ir.Model, layout: Layout) -> None:
 
 def narrowed(tensor: Tensor) -> Tensor:
     """A float32 tensor in 16 bits, if one of the two kinds holds all of its values, else as it is."""
-    probe = tensor.flatten()[:PROBE] if tensor.is_contiguous() else tensor[:1].flatten()[:PROBE]
+    tensor = tensor.contiguous()
+    parts = tensor.flatten().split(CHUNK)
     for dtype in (torch.float16, torch.bfloat16):
-        if probe.to(dtype).to(tensor.dtype).equal(probe):
-            narrow = tensor.to(dtype)
-            if narrow.to(tensor.dtype).equal(tensor):
-                return narrow
+        if not _holds(dtype, parts[0][:PROBE]):
+            continue
+        if all(_holds(dtype, part) for part in parts):
+            return tensor.to(dtype)
     return tensor
+
+
+def _holds(dtype: torch.dtype, values: Tensor) -> bool:
+    return values.to(dtype).to(values.dtype).equal(values)
 
 
 def _widen_behind(gather: ir.Node, stored: ir.Value) -> None:

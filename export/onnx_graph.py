@@ -35,7 +35,8 @@ def export_graph(spec: GraphSpec, path: Path, show: bool = False) -> GraphFile:
     Every shape is fixed; the file names no machine, path or time, so the same weights give the same bytes.
     Weights on disk (engine/streamed.py) go from file to file one by one; show: a progress bar for that.
     Returns the graph's entry for the manifest, its signature as it is in the file: an input that the graph
-    turned out not to use is not there. Raises WeightsError for those, and ExportError when the graph is not a valid one.
+    turned out not to use is not there. Raises ExportError when the graph is not a valid one, WeightsError
+    when weights cannot be read.
     """
     if not spec.external:
         save(trace(spec)[0], path)

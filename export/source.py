@@ -50,8 +50,8 @@ class Choices:
     """What a base leaves open; None is its default. Trained weights and presets leave nothing open.
 
     size: width and height in pixels; frames: of the video; adapter: a file of `save_adapter`; revision: a
-    branch, tag or commit of a model in the Hugging Face Hub; lora: a file that is merged into the transformer,
-    lora_scale (1) times.
+    branch, tag or commit of a model in the Hugging Face Hub; lora: a file that is merged into the
+    transformer, lora_scale (1) times.
     """
 
     size: tuple[int, int] | None = None
@@ -86,7 +86,8 @@ def open_source(place: str | Path, choices: Choices | None = None) -> Source:
         return _base_source(place, choices)
     if choices != Choices():
         raise ExportError(
-            f"{str(place)!r} is no base in diffusers' layout: size, frames, adapter, lora, revision are for those"
+            f"{str(place)!r} is no base in diffusers' layout: size, frames, adapter, lora, revision are for "
+            "those"
         )
     if str(place).startswith(PRESET):
         try:

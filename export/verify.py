@@ -148,7 +148,7 @@ def _compare(spec: GraphSpec, session: onnxruntime.InferenceSession, precision: 
 
 
 def small_video(config: ModelConfig) -> ModelConfig:
-    """`config` for a video of 6 by 4 patches and two latent frames (or what has two patches), and few words."""
+    """`config` for a video of 6 by 4 patches, two of them in time, and few words."""
     patch, vae = config.transformer.patch_size, config.vae
     time, space = vae["scale_factor_temporal"], vae["scale_factor_spatial"]
     return replace(
@@ -206,7 +206,8 @@ def table(rows: list[Row]) -> str:
     lines = [f"{'graph':14} {'':5} {'max error':>10} {'relative':>10} {'tolerance':>10} {'ms':>9}"]
     lines += [
         f"{row.graph:14} {row.precision:5} {row.max_error:10.2e} {row.relative:10.2e} {row.tolerance:10.0e} "
-        f"{row.seconds * 1e3:9.2f}  {'ok' if row.ok else 'TOO FAR OFF'}{' (small video)' if row.small else ''}"
+        f"{row.seconds * 1e3:9.2f}  {'ok' if row.ok else 'TOO FAR OFF'}"
+        f"{' (small video)' if row.small else ''}"
         for row in rows
     ]
     return "\n".join(lines)

@@ -109,7 +109,12 @@ def test_what_does_not_fit_is_listed_before_anything_is_read(memory, tmp_path):
     save(tmp_path / "model.safetensors", state)
     with pytest.raises(WeightsError) as error:
         streaming(memory.config, tmp_path)
-    for words in ("1 missing: transformer.proj_out.weight", "1 unexpected: transformer.extra", "(3,), expected"):
+    expected = (
+        "1 missing: transformer.proj_out.weight",
+        "1 unexpected: transformer.extra",
+        "is (3,), expected",
+    )
+    for words in expected:
         assert words in str(error.value)
 
 

@@ -38,8 +38,7 @@ def test_a_base_on_disk_gives_the_bundle_of_one_in_memory(wan_folder, tmp_path, 
     from conceptmaster.export.graphs import graph_specs
 
     for spec in graph_specs(source.model, source.vae):
-        found, expected = (
-            run(tmp_path / f / f"{spec.name}.onnx", spec.sample(2)) for f in ("disk", "memory")
-        )
+        paths = (tmp_path / folder / f"{spec.name}.onnx" for folder in ("disk", "memory"))
+        found, expected = (run(path, spec.sample(2)) for path in paths)
         for name, value in expected.items():
             np.testing.assert_allclose(found[name], value, rtol=2e-5, atol=2e-5, err_msg=spec.name)

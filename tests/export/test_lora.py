@@ -78,7 +78,7 @@ def test_the_bundle_gives_the_frames_of_the_fused_pipeline(pipeline, folder, com
     mask = manifest.graphs["condition"].input("text")
     assert mask.shape[0] == 1 and manifest.graphs["denoise"].input("text_keys").shape[1] == 1
     assert command("verify", tmp_path / "fast", "--source", folder, *lora)[0] == 0
-    assert command("verify", tmp_path / "fast", "--source", folder)[0] == 1  # without it these are other weights
+    assert command("verify", tmp_path / "fast", "--source", folder)[0] == 1  # without it: other weights
 
     noise = np.random.default_rng(0).standard_normal((4, 3, 8, 8), np.float32)
     np.save(tmp_path / "noise.npy", noise)
