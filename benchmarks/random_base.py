@@ -20,8 +20,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..engine.config import PRESETS, ModelConfig, preset
+from ..engine.config import ModelConfig
 from ..engine.model import ConceptMaster
+from ..engine.presets import PRESETS, preset
 from ..engine.vae import build_vae
 from ..export.source import byte_tokenizer
 
