@@ -148,12 +148,15 @@ def _compare(spec: GraphSpec, session: onnxruntime.InferenceSession, precision: 
 
 
 def small_video(config: ModelConfig) -> ModelConfig:
-    """`config` for a video of 6 by 4 patches, two of them in time, and few words."""
+    """`config` for a video of 6 by 4 patches, two of them in time or what pictures need, and few words."""
     patch, vae = config.transformer.patch_size, config.vae
     time, space = vae["scale_factor_temporal"], vae["scale_factor_spatial"]
+    latent_frames = patch[0] * max(2, -(-config.concept.least_latent_frames // patch[0]))
+    if not config.concept.has_modules:  # which reads no labels
+        config = replace(config, concept=replace(config.concept, label_tokens=1))
     return replace(
         config,
-        frames=min(config.frames, 1 + time * (2 * patch[0] - 1)),
+        frames=min(config.frames, 1 + time * (latent_frames - 1)),
         height=min(config.height, 4 * patch[1] * space),
         width=min(config.width, 6 * patch[2] * space),
         text_tokens=min(config.text_tokens, max(config.concept.label_tokens, SMALL_TEXT)),
@@ -169,20 +172,24 @@ def verify(bundle: Path, source: Source, progress: bool = False) -> list[Row]:
     manifest: Manifest = manifests.load(bundle)
     if not _same_model(manifest, source):
         raise ExportError(f"{str(bundle)!r} is a bundle of another model configuration than these weights")
+    shapes = manifest.shapes
+    specs = checked_specs(source, shapes.branches, shapes.solver_states)
     return [
         check_small(spec, bundle / manifest.graphs[spec.name].file)
         if spec.external
         else check(
             spec, bundle / manifest.graphs[spec.name].file, precision_of(spec.name, manifest.precision)
         )
-        for spec in steps(checked_specs(source, manifest.shapes.branches), "verify", progress)
+        for spec in steps(specs, "verify", progress)
     ]
 
 
-def checked_specs(source: Source, branches: int) -> list[GraphSpec]:
+def checked_specs(source: Source, branches: int, solver_states: int = 4) -> list[GraphSpec]:
     """The graphs of `source` as they are compared with PyTorch: external ones for a small video."""
     config = small_video(source.model.config) if stored_weights(source.model) else None
-    return graph_specs(source.model, source.vae, branches=branches, config=config)
+    return graph_specs(
+        source.model, source.vae, branches=branches, solver_states=solver_states, config=config
+    )
 
 
 def _same_model(manifest: Manifest, source: Source) -> bool:
