@@ -21,9 +21,14 @@ def clean(text: str) -> str:
 
     Raises: MissingDependency.
     """
-    if not PLAIN.fullmatch(text) or ENTITY.search(text):  # else ftfy has nothing to do
-        text = _fixed(text)
-    return " ".join(html.unescape(html.unescape(text)).split())
+    read = _read_entities(text)
+    if not PLAIN.fullmatch(text + read) or ENTITY.search(read):  # else ftfy has nothing to do
+        read = _read_entities(_fixed(text))
+    return " ".join(read.split())
+
+
+def _read_entities(text: str) -> str:
+    return html.unescape(html.unescape(text))
 
 
 def _fixed(text: str) -> str:
