@@ -1,6 +1,6 @@
 """A Wan2.1 base of full size with random weights, to measure exports where the real ones cannot be had.
 
-    python -m conceptmaster.benchmarks.random_base wan2.1-1.3b base/ [--layers N] [--text-layers N]
+    python -m conceptmaster.benchmarks.random_base wan2.1-1.3b base/ [--a2] [--layers N] [--text-layers N]
 
 Writes the folder in diffusers' layout, tensor by tensor: it takes the memory of the largest. Transformer and
 VAE are in float32, the encoders of text and pictures in bfloat16.
@@ -20,19 +20,51 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..engine.config import ModelConfig
+from ..engine.config import ConceptConfig, ModelConfig
+from ..engine.image_to_video import A2_REFERENCES, A2_TRANSFORMER
 from ..engine.model import ConceptMaster
 from ..engine.presets import PRESETS, preset
 from ..engine.vae import build_vae
 from ..export.source import byte_tokenizer
 
 SHARD = 2_000_000_000  # bytes after which a new file begins
+# The picture encoder of Wan2.1's image-to-video models and of SkyReels-A2: CLIP's ViT-H/14.
+VIT_H = {
+    "hidden_size": 1280,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 16,
+    "intermediate_size": 5120,
+    "patch_size": 14,
+    "image_size": 224,
+    "projection_dim": 1024,
+}
 SCHEDULER = {
     "_class_name": "UniPCMultistepScheduler",
     "prediction_type": "flow_prediction",
     "use_flow_sigmas": True,
     "flow_shift": 3.0,
 }
+
+
+def like_a2(config: ModelConfig) -> ModelConfig:
+    """`config` as an image-to-video model like SkyReels-A2: 36 channels in, ViT-H, three references."""
+    transformer = dataclasses.replace(
+        config.transformer,
+        in_channels=36,
+        image_dim=VIT_H["hidden_size"],
+        added_kv_proj_dim=config.transformer.width,
+    )
+    concept = ConceptConfig(
+        max_concepts=A2_REFERENCES,
+        picture_size=VIT_H["image_size"],
+        picture_tokens=(VIT_H["image_size"] // VIT_H["patch_size"]) ** 2 + 1,
+        picture_dim=VIT_H["hidden_size"],
+        width=VIT_H["hidden_size"],
+        heads=1,
+        injection="base",
+        given="references",
+    )
+    return dataclasses.replace(config, transformer=transformer, concept=concept, image_encoder=VIT_H)
 
 
 def write_base(config: ModelConfig, folder: Path, seed: int = 0) -> None:
@@ -50,12 +82,12 @@ def write_base(config: ModelConfig, folder: Path, seed: int = 0) -> None:
     for own in ("position_channels", "prediction"):
         del transformer[own]
     parts: list[tuple[str, nn.Module, torch.dtype, dict[str, Any]]] = [
-        ("transformer", model.transformer, torch.float32, {"_class_name": "WanTransformer3DModel"}),
+        ("transformer", model.transformer, torch.float32, {"_class_name": kind_of(config)}),
         ("vae", vae, torch.float32, {"_class_name": "AutoencoderKLWan"}),
         ("text_encoder", model.text_encoder.model, torch.bfloat16, {"model_type": "umt5"}),
     ]
     values = {"transformer": transformer, "vae": config.vae, "text_encoder": config.text_encoder}
-    if config.concept.injection != "none":
+    if config.concept.takes_pictures:
         kind = {"model_type": "clip_vision_model"}
         parts.append(("image_encoder", model.image_encoder.model, torch.bfloat16, kind))
         values["image_encoder"] = config.image_encoder
@@ -71,6 +103,11 @@ def write_base(config: ModelConfig, folder: Path, seed: int = 0) -> None:
     (folder / "tokenizer").mkdir()
     tokenizer = byte_tokenizer(config.text_encoder["vocab_size"])
     (folder / "tokenizer" / "tokenizer.json").write_text(tokenizer, "utf-8")
+
+
+def kind_of(config: ModelConfig) -> str:
+    """What the transformer's class is called in the folder's configuration."""
+    return A2_TRANSFORMER if config.concept.given == "references" else "WanTransformer3DModel"
 
 
 def _json(path: Path, values: Mapping[str, Any]) -> None:
@@ -114,8 +151,9 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--layers", type=int, metavar="N", help="of the transformer (all)")
     parser.add_argument("--text-layers", type=int, metavar="N", help="of the text encoder (all)")
+    parser.add_argument("--a2", action="store_true", help="an image-to-video model like SkyReels-A2")
     args = parser.parse_args()
-    config = preset(args.name)
+    config = like_a2(preset(args.name)) if args.a2 else preset(args.name)
     if args.layers:
         transformer = dataclasses.replace(config.transformer, num_layers=args.layers)
         config = dataclasses.replace(config, transformer=transformer)
