@@ -145,6 +145,26 @@ def test_large_videos_get_the_same_operators_and_longer_ones_the_same_decoder(st
     assert found[0] == found[1]
 
 
+def test_references_on_disk(image_to_video_parts, tmp_path, streamed, capsys):
+    """SkyReels-A2's three need a longer small video, and have two graphs that encode them."""
+    import json
+
+    from conceptmaster.cli import main
+    from conceptmaster.runtime.manifest import load
+
+    folder = tmp_path / "a2"
+    for name, part in image_to_video_parts().items():
+        part.save_pretrained(folder / name)
+    path = folder / "transformer" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"_class_name": "A2Model"}))
+    size = ("--size", "128x96", "--frames", "21", "--quiet")
+    assert main(["export", str(folder), "--output", str(tmp_path / "new"), *size]) == 0
+    out, err = capsys.readouterr()
+    assert err == "" and out.count(" ok (small video)\n") == 8
+    assert all(graph.external for graph in load(tmp_path / "new").graphs.values())
+    assert main(["verify", str(tmp_path / "new"), "--source", str(folder), "--quiet"]) == 0
+
+
 def test_int8_is_for_models_in_memory(tmp_path, streamed, wan_folder, capsys):
     from conceptmaster.cli import main
 
