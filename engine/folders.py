@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from safetensors import SafetensorError, safe_open
 
-from .weights import PICKLES, WeightsError, load, refuse_pickle
+from .streamed import DTYPES, Stored
+from .weights import PICKLES, WeightsError, refuse_pickle
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 WEIGHTED = ("transformer", "vae", "text_encoder", "image_encoder")
@@ -70,23 +71,35 @@ def read_json(path: Path) -> dict[str, Any]:
     return values
 
 
-def read_tensors(part: Path, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    """All tensors of one part, those of floating point in `dtype`; others as they are.
+def stored_tensors(part: Path) -> dict[str, Stored]:
+    """All tensors of one part, where they lie: headers are read, no values.
 
-    One safetensors file, or the shards that the index beside them names. Tensors that already have the dtype
-    stay in the mapped file; the others are converted one by one. Raises WeightsError for a part without
-    safetensors, an index that is wrong, or a damaged file.
+    One safetensors file, or the shards that the index beside them names. Raises WeightsError for a part
+    without safetensors, an index that is wrong, or a damaged file.
     """
-    tensors: dict[str, Tensor] = {}
+    tensors: dict[str, Stored] = {}
     for file, names in _shards(part).items():
-        found, _ = load(part / file)
+        path = part / file
+        found = _header(path)
         if names is not None and set(found) != names:
             wrong = ", ".join(sorted(set(found) ^ names))
-            raise WeightsError(f"{part / file} and the index beside it do not agree on: {wrong}")
-        for name in list(found):
-            tensor = found.pop(name)
-            tensors[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
+            raise WeightsError(f"{path} and the index beside it do not agree on: {wrong}")
+        tensors |= found
     return tensors
+
+
+def _header(path: Path) -> dict[str, Stored]:
+    """The tensors of one file."""
+    refuse_pickle(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            return {
+                name: Stored(path, name, torch.Size(part.get_shape()), DTYPES.get(part.get_dtype()))
+                for name, part in slices.items()
+            }
+    except (SafetensorError, OSError) as error:
+        raise WeightsError(f"{path} is not a readable safetensors file: {error}") from error
 
 
 def _shards(part: Path) -> dict[str, set[str] | None]:

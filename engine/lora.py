@@ -18,12 +18,14 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from .streamed import stored_weights
 from .weights import WeightsError, load
 
 # Module names, diffusers' to Wan2.1's; what is not listed has the same name in both. diffusers swapped norm2
@@ -36,6 +38,11 @@ _OUTSIDE = {
     "condition_embedder.time_proj": "time_projection.1",
     "proj_out": "head.head",
     "scale_shift_table": "head.modulation",
+    "condition_embedder.image_embedder.norm1": "img_emb.proj.0",
+    "condition_embedder.image_embedder.ff.net.0.proj": "img_emb.proj.1",
+    "condition_embedder.image_embedder.ff.net.2": "img_emb.proj.3",
+    "condition_embedder.image_embedder.norm2": "img_emb.proj.4",
+    "condition_embedder.image_embedder.pos_embed": "img_emb.emb_pos",
 }
 _IN_BLOCK = {
     f"{ours}.{layer}": f"{theirs}.{name}"
@@ -49,13 +56,16 @@ _IN_BLOCK = {
         ("norm_k", "norm_k"),
     )
 } | {
+    "attn2.add_k_proj": "cross_attn.k_img",
+    "attn2.add_v_proj": "cross_attn.v_img",
+    "attn2.norm_added_k": "cross_attn.norm_k_img",
     "norm2": "norm3",
     "ffn.net.0.proj": "ffn.0",
     "ffn.net.2": "ffn.2",
     "scale_shift_table": "modulation",
 }
-# Parts of names that in Wan2.1 mean an image-to-video model. A ConceptDiT may have add_k_proj, add_v_proj and
-# norm_added_k too, for its concepts: an image-to-video LoRA must not land there.
+# Parts of names that in Wan2.1 mean an image-to-video model. Over a text-to-video base a ConceptDiT may have
+# add_k_proj, add_v_proj and norm_added_k too, for its concepts: an image-to-video LoRA must not land there.
 _IMAGE = ("add_k_proj", "add_v_proj", "norm_added_k", "image_embedder", "k_img", "v_img", "img_emb")
 
 _PREFIXES = ("base_model.model.", "model.", "diffusion_model.", "transformer.", "lora_unet_")
@@ -154,7 +164,7 @@ def merge_lora(
         error; otherwise they are told in the report.
     A pair without an alpha has alpha = rank. Alphas are read from the file's `.alpha` tensors, from the
     metadata that diffusers writes, or, for PEFT's `adapter_model.safetensors`, from the
-    `adapter_config.json` beside it.
+    `adapter_config.json` beside it. Weights on disk (streamed.py) are changed whenever they are read.
     Raises: FileNotFoundError, or WeightsError, one line, for a file that cannot be read, does not fit, or
         holds numbers that are not finite. Then no weight has changed.
     """
@@ -167,8 +177,12 @@ def merge_lora(
     deltas = _deltas(path, layers, state, unused, _read_alphas(path, metadata))
     _check(path, deltas, state, unused, strict)
     if scale:  # adding zero would turn -0.0 into 0.0
+        later = {} if isinstance(transformer, Mapping) else stored_weights(transformer)
         for delta in deltas:
-            delta.add_to(state[delta.target], scale)
+            if delta.target in later:
+                later[delta.target].changes.append(partial(delta.add_to, scale=scale))
+            else:
+                delta.add_to(state[delta.target], scale)
     names = sorted({delta.target for delta in deltas})
     ranks = sorted({delta.down.tensor.shape[0] for delta in deltas if delta.down is not None})
     return LoraReport(str(path), scale, tuple(names), tuple(ranks), tuple(sorted(unused)))
@@ -184,7 +198,8 @@ def wan_name(module: str) -> str:
 
 def _modules(state: Mapping[str, Tensor]) -> dict[str, str]:
     """Every spelling of every module that a LoRA may change, to the module's name in `state`."""
-    own = {key.removesuffix(".weight").removesuffix(".bias") for key in state if not _about_images(key)}
+    keys = [key for key in state if _takes_images(state) or not _about_images(key)]
+    own = {key.removesuffix(".weight").removesuffix(".bias") for key in keys}
     dotted = {wan_name(module): module for module in own} | {module: module for module in own}
     return {name.replace(".", "_"): module for name, module in dotted.items()} | dotted
 
@@ -287,7 +302,7 @@ def _check(
 ) -> None:
     """Raises WeightsError for whatever must keep this file from being merged."""
     images = [key for key in unused if _about_images(key)]
-    if images and strict:
+    if images and strict and not _takes_images(state):
         raise WeightsError(
             f"{path} is a LoRA of an image-to-video model, this transformer is text-to-video; it has nothing "
             f"for {_some(images)}"
@@ -307,6 +322,11 @@ def _check(
                 raise WeightsError(f"{path} has numbers in {part.key} that are not finite")
         if not math.isfinite(delta.factor):
             raise WeightsError(f"{path} has an alpha for {delta.target} that is not finite")
+
+
+def _takes_images(state: Mapping[str, Tensor]) -> bool:
+    """Whether this is an image-to-video model."""
+    return any("image_embedder" in key for key in state)
 
 
 def _about_images(key: str) -> bool:

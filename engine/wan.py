@@ -2,8 +2,8 @@
 
 Text-to-video and image-to-video; how the latter takes pictures is image_to_video.py's.
 
-What the engine cannot honour is refused, never guessed. Weights go into a model that was built on the meta
-device, so loading takes about as much memory as they do.
+What the engine cannot honour is refused, never guessed. Large weights stay on disk until a layer is called
+(streamed.py), so a model of any size takes about as much memory as its largest layer.
 """
 
 from __future__ import annotations
@@ -18,12 +18,14 @@ import torch
 
 from .concepts import concept_binder, concept_encoder
 from .config import ConceptConfig, ConfigError, ModelConfig, TransformerConfig
-from .folders import read_json, read_tensors
+from .dit import ConceptDiT
+from .folders import read_json, stored_tensors
 from .image_to_video import A2_FPS, A2_TRANSFORMER, is_a2, read_concept
 from .model import ConceptMaster
 from .presets import preset
+from .streamed import stream
 from .vae import build_vae
-from .weights import WeightsError, load_strict, load_wan
+from .weights import WeightsError, load_strict
 
 if TYPE_CHECKING:
     from .vae import VAE
@@ -180,6 +182,7 @@ def read_config(
 def load_base(folder: Path, config: ModelConfig) -> ConceptMaster:
     """The model of `config` with the weights of `folder`, in evaluation mode and float32 on the CPU.
 
+    Large ones stay on disk and are read when they are used (streamed.py): the folder must stay as it is.
     Its concept part, if it has one, is new: it changes nothing in the video. Raises WeightsError that names
     the part and lists every tensor that is missing, unexpected or mis-shaped.
     """
@@ -215,16 +218,16 @@ def _on_meta(build: Callable[[ModelConfig], _Module], config: ModelConfig, folde
 
 def _load(part: Path, module: torch.nn.Module) -> None:
     # transformers once saved this buffer, which its models make themselves
-    state = {k: v for k, v in read_tensors(part).items() if not k.endswith("embeddings.position_ids")}
+    stored = {k: v for k, v in stored_tensors(part).items() if not k.endswith("embeddings.position_ids")}
     if part.name == "image_encoder" and not hasattr(module, "visual_projection"):
         # the tower alone: with or without the prefix that its file has as a part of a larger model
-        tower = {k.removeprefix("vision_model."): v for k, v in state.items()}
-        state = {k: v for k, v in tower.items() if k != "visual_projection.weight"}
+        tower = {k.removeprefix("vision_model."): v for k, v in stored.items()}
+        stored = {k: v for k, v in tower.items() if k != "visual_projection.weight"}
     try:
-        if part.name == "transformer":
-            load_wan(module, state, assign=True)  # type: ignore[arg-type]
+        if part.name == "vae":  # small, and asked for its device, which on disk it does not have
+            load_strict(module, {name: value.read() for name, value in stored.items()}, assign=True)
         else:
-            load_strict(module, state, assign=True)
+            stream(module, stored, module.concept_keys() if isinstance(module, ConceptDiT) else frozenset())
     except WeightsError as error:
         raise WeightsError(f"{part}: {error}") from error
 

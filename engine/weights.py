@@ -7,7 +7,9 @@ import json
 import os
 from collections.abc import Mapping, Set
 from pathlib import Path
+from typing import Any, Protocol, TypeVar
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -22,6 +24,18 @@ CONVERT = (
     "tensor in torch.load(sys.argv[1], weights_only=True).items()}, sys.argv[2])"
 )
 """Python that turns a pickled state dict into safetensors; cloned, since no file may hold a tensor twice."""
+
+
+class _Comparable(Protocol):
+    """A tensor, or something that stands for one."""
+
+    @property
+    def shape(self) -> torch.Size: ...
+
+    def equal(self, other: Any, /) -> bool: ...
+
+
+_Shaped = TypeVar("_Shaped", bound=_Comparable)
 
 
 class WeightsError(ValueError):
@@ -93,8 +107,19 @@ def load_strict(
 
     `absent` names the tensors that must not be in `state`; they keep their values. Of tied weights one name
     is enough. With `assign` the tensors are not copied but become the module's own, in their own dtype: for a
-    module that was built on the meta device. Raises one WeightsError that lists all missing, unexpected and
-    mis-shaped tensors, and tied ones that differ.
+    module that was built on the meta device. Raises WeightsError as `check_strict`.
+    """
+    full = check_strict(module, state, absent)
+    module.load_state_dict(_as_parameters(module, full) if assign else full, strict=False, assign=assign)
+
+
+def check_strict(
+    module: nn.Module, state: Mapping[str, _Shaped], absent: Set[str] = frozenset()
+) -> dict[str, _Shaped]:
+    """`state`, which must fit `module` exactly, with every name of a tied parameter that it has under one.
+
+    `absent` as for `load_strict`. Raises one WeightsError that lists all missing, unexpected and mis-shaped
+    tensors, and tied ones that differ.
     """
     own = module.state_dict()
     full, differing = _with_ties(module, state)
@@ -118,7 +143,7 @@ def load_strict(
     ]
     if problems:
         raise WeightsError(f"the weights do not fit {type(module).__name__}: " + "\n".join(problems))
-    module.load_state_dict(_as_parameters(module, full) if assign else full, strict=False, assign=assign)
+    return full
 
 
 def _tied(module: nn.Module) -> list[list[str]]:
@@ -129,7 +154,7 @@ def _tied(module: nn.Module) -> list[list[str]]:
     return [group for group in names.values() if len(group) > 1]
 
 
-def _with_ties(module: nn.Module, state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+def _with_ties(module: nn.Module, state: Mapping[str, _Shaped]) -> tuple[dict[str, _Shaped], list[str]]:
     """`state` with every name of a tied parameter that it has under one; and the groups that contradict."""
     full, differing = dict(state), []
     for group in _tied(module):

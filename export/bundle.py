@@ -22,7 +22,7 @@ from .onnx_graph import describe, export_graph
 from .quantise import precision_of, quantise
 from .recipes import given_of, pictures_of
 from .source import Source
-from .verify import Row, check, steps
+from .verify import Row, check, check_small, checked_specs, steps
 
 WRITERS = ("torch", "onnx", "onnxscript", "onnxruntime")
 
@@ -48,12 +48,18 @@ def write_bundle(
     if branches == 3 and source.model.config.concept.injection == "base":
         raise ExportError("an image-to-video model's guidance is of captions alone: --branches 1 or 2")
     specs = graph_specs(source.model, source.vae, branches=branches)
+    if precision != "fp32" and specs[0].external:
+        raise ExportError("int8 is for models whose weights fit the memory: this base's stay on disk")
+    small = checked_specs(source, branches) if specs[0].external else specs
     with _moved_into_place(folder) as temporary:
         graphs: dict[str, GraphFile] = {}
         rows: list[Row] = []
-        for spec in steps(specs, "export", progress):
+        for spec, checked in zip(steps(specs, "export", progress), small, strict=True):
             path = temporary / f"{spec.name}.onnx"
-            graphs[spec.name] = export_graph(spec, path)
+            graphs[spec.name] = export_graph(spec, path, progress)
+            if spec.external:
+                rows.append(_held(check_small(checked, path)))
+                continue
             own = precision_of(spec.name, precision)
             if own != "fp32":
                 _held(check(spec, path, "fp32"))

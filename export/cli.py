@@ -9,7 +9,9 @@ import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
+from ..engine.weights import WeightsError
 from ..runtime import manifest as manifests
+from ..runtime.manifest import SOLVERS
 from .bundle import write_bundle
 from .errors import ExportError
 from .source import Choices, Source, is_base, open_source
@@ -30,7 +32,10 @@ The last is a base: a folder in diffusers' layout (transformer/, vae/, text_enco
 scheduler/), or the name of one in the Hugging Face Hub. With a CLIP in image_encoder/ it takes concepts,
 which show once it has a trained --adapter; without one its bundle makes videos from captions alone.
 An image-to-video base takes its pictures itself: a first frame, a first and a last one, or, of SkyReels-A2,
-up to three references.
+up to three references. A base with a LoRA for few steps, and a bundle without guidance, which takes half the
+time:
+
+  conceptmaster export wan/ --output fast --lora few-steps.safetensors --solver euler --steps 4 --guidance 1
 """
 VERIFY = """\
 Runs every graph of a bundle in ONNX Runtime and in PyTorch, on the same inputs, and prints how far apart the
@@ -55,12 +60,16 @@ def add_export_arguments(parser: argparse.ArgumentParser) -> None:
         "--branches",
         type=int,
         choices=(1, 2, 3),
-        default=2,
         metavar="K",
-        help="guidance branches: 1 none, 2 one scale, 3 a scale of its own for the concepts (2)",
+        help="guidance branches: 1 none, 2 one scale, 3 a scale of its own for the concepts "
+        "(2; 1 where the default guidance is 1, which is none)",
     )
-    parser.add_argument("--guidance", type=float, metavar="G", help="the bundle's default guidance scale")
     parser.add_argument("--overwrite", action="store_true", help="replace a bundle that is there already")
+    defaults = parser.add_argument_group("what a request gets that does not say")
+    defaults.add_argument("--solver", choices=SOLVERS)
+    defaults.add_argument("--steps", type=int, metavar="N", help="of the solver")
+    defaults.add_argument("--shift", type=float, metavar="S", help="of its time")
+    defaults.add_argument("--guidance", type=float, metavar="G", help="scale; 1 is none")
     base = parser.add_argument_group("of a base")
     base.add_argument("--size", type=_size, metavar="WxH", help="of the video, in pixels (832x480)")
     base.add_argument("--frames", type=int, metavar="N", help="of the video (81)")
@@ -71,17 +80,16 @@ def add_export_arguments(parser: argparse.ArgumentParser) -> None:
 def run_export(args: argparse.Namespace) -> int:
     """Writes a bundle; returns the exit code: 0, 1 failed, 2 wrong input."""
     try:
-        choices = Choices(args.size, args.frames, args.adapter, args.revision)
-        source = _guided(open_source(args.source, choices), args.guidance)
+        source = _with_defaults(open_source(args.source, _choices(args, args.size, args.frames)), args)
         rows = write_bundle(
             source,
             args.output,
             precision="int8" if args.int8 else "fp32",
-            branches=args.branches,
+            branches=args.branches or (1 if source.defaults.guidance == 1.0 else 2),
             overwrite=args.overwrite,
             progress=_progress(args),
         )
-    except ExportError as error:
+    except (ExportError, WeightsError) as error:  # the latter while weights are read from disk
         return _fail(error)
     _report(args, rows, {"bundle": args.output})
     return 0
@@ -107,7 +115,7 @@ def run_verify(args: argparse.Namespace) -> int:
         place = args.source or _default_source(folder)
         source = open_source(place, _choices_of(folder, place, args))
         rows = verify(folder, source, _progress(args))
-    except ExportError as error:
+    except (ExportError, WeightsError) as error:
         return _fail(error)
     _report(args, rows, {"bundle": args.bundle})
     return 0 if all(row.ok for row in rows) else 1
@@ -121,22 +129,28 @@ def _size(text: str) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
-def _guided(source: Source, guidance: float | None) -> Source:
-    """`source` with another default guidance scale, if one is given."""
-    if guidance is None:
-        return source
+def _with_defaults(source: Source, args: argparse.Namespace) -> Source:
+    """`source` with the defaults that are given."""
+    named = {name: getattr(args, name) for name in ("solver", "steps", "shift", "guidance")}
     try:
-        return replace(source, defaults=replace(source.defaults, guidance=guidance))
+        defaults = replace(source.defaults, **{k: v for k, v in named.items() if v is not None})
     except ValueError as error:
         raise ExportError(str(error)) from error
+    return replace(source, defaults=defaults)
+
+
+def _choices(
+    args: argparse.Namespace, size: tuple[int, int] | None = None, frames: int | None = None
+) -> Choices:
+    return Choices(size, frames, args.adapter, args.revision, args.lora, args.lora_scale)
 
 
 def _choices_of(bundle: Path, place: str | Path, args: argparse.Namespace) -> Choices:
     """What was chosen when `bundle` was exported from `place`, as far as the bundle tells."""
     if not is_base(place):
-        return Choices(adapter=args.adapter, revision=args.revision)
+        return _choices(args)
     shapes = manifests.load(bundle).shapes
-    return Choices((shapes.width, shapes.height), shapes.frames, args.adapter, args.revision)
+    return _choices(args, (shapes.width, shapes.height), shapes.frames)
 
 
 def _find_bundle(name: str) -> Path:
@@ -160,6 +174,8 @@ def _default_source(folder: Path) -> Path:
 
 def _add_base_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--adapter", type=Path, metavar="FILE", help="trained concept modules, safetensors")
+    group.add_argument("--lora", type=Path, metavar="FILE", help="merged into the transformer, safetensors")
+    group.add_argument("--lora-scale", type=float, metavar="S", help="what the LoRA is multiplied with (1)")
     group.add_argument("--revision", metavar="R", help="branch, tag or commit in the Hugging Face Hub")
 
 
@@ -179,6 +195,6 @@ def _report(args: argparse.Namespace, rows: list[Row], about: dict[str, str]) ->
         print(table(rows))
 
 
-def _fail(error: ExportError) -> int:
+def _fail(error: ExportError | WeightsError) -> int:
     print(f"conceptmaster: error: {' '.join(str(error).split())}", file=sys.stderr)
-    return error.exit_code
+    return error.exit_code if isinstance(error, ExportError) else 2

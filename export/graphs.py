@@ -12,15 +12,17 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from ..engine.concepts import VisualOnly
+from ..engine.config import ModelConfig
 from ..engine.dit import BlockConditions, ConceptDiT
 from ..engine.model import ConceptMaster
+from ..engine.streamed import faked, stored_weights
 from ..engine.streaming_encoder import streaming_encoders
 from ..engine.vae import streaming_decoders
 from ..runtime.manifest import TensorSpec
@@ -36,6 +38,7 @@ class GraphSpec:
     """One graph: `module(*inputs)` gives the outputs, in the order of `inputs` and `outputs`.
 
     sample(seed) makes realistic inputs, name to tensor, in the order of `inputs`; the same for the same seed.
+    external: the weights go into a file beside the graph, whatever their number.
     """
 
     name: str
@@ -43,6 +46,7 @@ class GraphSpec:
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     sample: Callable[[int], Sample]
+    external: bool = False
 
     def run(self, sample: Sample) -> Sample:
         """The module's outputs for `sample`, name to tensor: what the exported graph is held to."""
@@ -107,15 +111,34 @@ def condition_names(injection: str) -> tuple[str, ...]:
 
 
 def graph_specs(
-    model: ConceptMaster, vae: VAE, *, branches: int = 2, solver_states: int = 4
+    model: ConceptMaster,
+    vae: VAE,
+    *,
+    branches: int = 2,
+    solver_states: int = 4,
+    config: ModelConfig | None = None,
 ) -> list[GraphSpec]:
     """Every graph of `model` and `vae`, in the order in which a request runs them.
 
-    branches: K, 1 to 3; solver_states: M. Both modules must be in evaluation mode and float32. A video of one
-    latent frame has no graph `decode`, a model that takes no concepts none of those that make their tokens.
-    Of an image-to-video base the picture tokens are the concept tokens, and two graphs encode its frames.
+    branches: K, 1 to 3; solver_states: M; config: the model's for another video or fewer text tokens. Both
+    modules must be in evaluation mode and float32. A video of one latent frame has no graph `decode`, a model
+    that takes no concepts none of those that make their tokens. Of an image-to-video base the picture tokens
+    are the concept tokens, and two graphs encode its frames. Where weights are on disk all are external.
     """
-    samples = _Samples(model, vae, branches, solver_states)
+    config = config or model.config
+    shapes, samples = (_Samples(model, vae, config, branches, solver_states) for _ in range(2))
+    external = bool(stored_weights(model))
+    if external:  # a model that is not in memory is too large to be run for its shapes
+        with faked(model) as mode, mode:
+            specs = _specs(shapes)
+    else:
+        specs = _specs(shapes)
+    return [replace(spec, sample=getattr(samples, spec.name), external=external) for spec in specs]
+
+
+def _specs(samples: _Samples) -> list[GraphSpec]:
+    """The specs by what `samples` gives; each graph's sample is the method of its name."""
+    model = samples.model
     known = samples.upstream(0)
     conditions = {name: known[name] for name in condition_names(model.config.concept.injection)}
     first, states = samples.first_frame(0)
@@ -128,7 +151,7 @@ def graph_specs(
         _spec("denoise", DenoiseStep(model.transformer), samples.denoise, {"next_state": samples.state(0)}),
         _spec("decode_first", samples.decoders[0], samples.decode_first, {"frames": first, **states}),
     ]
-    if model.config.latent_shape[1] > 1:
+    if samples.config.latent_shape[1] > 1:
         with torch.inference_mode():
             frames, *following = samples.decoders[1](*samples.decode(0).values())
         outputs = {f"next_{name}": state for name, state in zip(states, following, strict=True)}
@@ -188,8 +211,10 @@ class _Samples:
     other's statistics get them. Some concepts are there and some are padded; the last branch alone sees
     concepts."""
 
-    def __init__(self, model: ConceptMaster, vae: VAE, branches: int, solver_states: int) -> None:
-        self.model, self.config = model, model.config
+    def __init__(
+        self, model: ConceptMaster, vae: VAE, config: ModelConfig, branches: int, solver_states: int
+    ) -> None:
+        self.model, self.config = model, config
         self.branches, self.solver_states = branches, solver_states
         self.decoders = streaming_decoders(vae)
         self.encoders: tuple[nn.Module, ...] = ()

@@ -7,15 +7,17 @@ import contextlib
 import io
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import onnx
 import torch
 from onnxscript import ir
 
+from ..engine.streamed import faked
 from ..runtime.manifest import DTYPES, GraphFile, HashedFile, TensorSpec, sha256_file
 from .errors import ExportError
+from .external import data_file, hide, turn, weight_readers, write_weights
 from .graphs import GraphSpec
 from .rewrite import rewrite
 
@@ -27,41 +29,68 @@ OPSET = 23
 EXTERNAL_BYTES = 1_500_000_000  # weights beyond this go beside the file: protobuf ends at 2 GiB
 
 
-def export_graph(spec: GraphSpec, path: Path) -> GraphFile:
-    """Writes `spec` to `path` (and its weights to `path`.data when there are many) and says what is there.
+def export_graph(spec: GraphSpec, path: Path, show: bool = False) -> GraphFile:
+    """Writes `spec` to `path`, and its weights to `path`.data when it is external or they are many.
 
     Every shape is fixed; the file names no machine, path or time, so the same weights give the same bytes.
+    Weights on disk (engine/streamed.py) go from file to file one by one; show: a progress bar for that.
     Returns the graph's entry for the manifest, its signature as it is in the file: an input that the graph
-    turned out not to use is not there. Raises ExportError when the graph is not a valid one.
+    turned out not to use is not there. Raises ExportError when the graph is not a valid one, WeightsError
+    when weights cannot be read.
     """
-    sample = spec.sample(0)
-    with _quiet(), torch.no_grad():
+    if not spec.external:
+        save(trace(spec)[0], path)
+        return describe(path, spec)
+    readers = weight_readers(spec.module)
+    model, turned = trace(spec, readers)
+    digest = write_weights(model, readers, turned, path, show)
+    ir.save(model, path)
+    return describe(path, spec, digest)
+
+
+def trace(spec: GraphSpec, hidden: Iterable[str] = ()) -> tuple[ir.Model, set[str]]:
+    """The model of `spec`, and which of the weights `hidden` it reads transposed (see `turn`).
+
+    hidden: weights of which the model gets name and shape but no values; they may be on disk.
+    """
+    hidden = set(hidden)
+    with _quiet(), torch.no_grad(), faked(spec.module) as mode:
+        with mode if hidden else contextlib.nullcontext():
+            sample = [torch.zeros(t.shape, dtype=getattr(torch, t.dtype)) for t in spec.inputs]
         program = torch.onnx.export(
             spec.module,
-            tuple(sample.values()),
+            tuple(sample),
             dynamo=True,
             opset_version=OPSET,
             input_names=[tensor.name for tensor in spec.inputs],
             output_names=[tensor.name for tensor in spec.outputs],
             external_data=False,
             verbose=False,
+            optimize=not hidden,
         )
-    assert program is not None
-    model = program.model
+        assert program is not None
+        model = program.model
+        if hidden:
+            hide(model, hidden)
+            program.optimize()
+            model = program.model
+    turned = turn(model, hidden)
     rewrite(model)
     _clean(model, spec)
-    save(model, path)
-    return describe(path, spec)
+    return model, turned
 
 
 def save(model: ir.Model, path: Path) -> None:
-    """Writes a model; weights beyond EXTERNAL_BYTES go to `path`.data."""
+    """Writes a model with all of its weights; those beyond EXTERNAL_BYTES go to `path`.data."""
     large = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value)
-    ir.save(model, path, external_data=f"{path.name}.data" if large > EXTERNAL_BYTES else None)
+    ir.save(model, path, external_data=data_file(path).name if large > EXTERNAL_BYTES else None)
 
 
-def describe(path: Path, spec: GraphSpec) -> GraphFile:
-    """The manifest's entry for a graph file. Raises ExportError when it is not sound or not `spec`'s."""
+def describe(path: Path, spec: GraphSpec, external_sha256: str | None = None) -> GraphFile:
+    """The manifest's entry for a graph file. Raises ExportError when it is not sound or not `spec`'s.
+
+    external_sha256: of the file beside it, if that is known already.
+    """
     try:
         onnx.checker.check_model(str(path), full_check=True)
     except Exception as error:  # the checker and shape inference have several types, one of them private
@@ -71,13 +100,13 @@ def describe(path: Path, spec: GraphSpec) -> GraphFile:
     expected = tuple(tensor for tensor in spec.inputs if tensor.name in {found.name for found in inputs})
     if inputs != expected or outputs != spec.outputs:
         raise ExportError(f"the exported graph {spec.name} has another signature than its module", 1)
-    external = path.with_name(f"{path.name}.data")
+    external = data_file(path)
     return GraphFile(
         path.name,
         sha256_file(path),
         inputs,
         outputs,
-        (HashedFile(external.name, sha256_file(external)),) if external.exists() else (),
+        (HashedFile(external.name, external_sha256 or sha256_file(external)),) if external.exists() else (),
     )
 
 

@@ -15,6 +15,7 @@ from torch import nn
 from ..engine.adapter import check_base, load_adapter, read_adapter
 from ..engine.config import ConfigError, ModelConfig
 from ..engine.folders import HUB_ID, is_folder, locate
+from ..engine.lora import merge_lora
 from ..engine.model import ConceptMaster
 from ..engine.presets import preset
 from ..engine.vae import build_vae
@@ -49,13 +50,21 @@ class Choices:
     """What a base leaves open; None is its default. Trained weights and presets leave nothing open.
 
     size: width and height in pixels; frames: of the video; adapter: a file of `save_adapter`; revision: a
-    branch, tag or commit of a model in the Hugging Face Hub.
+    branch, tag or commit of a model in the Hugging Face Hub; lora: a file that is merged into the
+    transformer, lora_scale (1) times.
     """
 
     size: tuple[int, int] | None = None
     frames: int | None = None
     adapter: Path | None = None
     revision: str | None = None
+    lora: Path | None = None
+    lora_scale: float | None = None
+
+    def __post_init__(self) -> None:
+        """Raises ExportError for a scale of nothing."""
+        if self.lora_scale is not None and self.lora is None:
+            raise ExportError("a scale without a LoRA: --lora FILE says which")
 
 
 def is_base(place: str | Path) -> bool:
@@ -77,7 +86,8 @@ def open_source(place: str | Path, choices: Choices | None = None) -> Source:
         return _base_source(place, choices)
     if choices != Choices():
         raise ExportError(
-            f"{str(place)!r} is no base in diffusers' layout: size, frames, adapter, revision are for those"
+            f"{str(place)!r} is no base in diffusers' layout: size, frames, adapter, lora, revision are for "
+            "those"
         )
     if str(place).startswith(PRESET):
         try:
@@ -115,7 +125,7 @@ def _check_folder(folder: Path) -> None:
 
 
 def _base_source(place: str | Path, choices: Choices) -> Source:
-    """A base, with the adapter that was chosen or a new one, which changes nothing in the video."""
+    """A base, a LoRA merged, with the adapter that was chosen or a new one, which changes nothing."""
     name = Path(place).resolve().name if Path(place).exists() else str(place).partition("/")[2]
     try:
         folder = locate(place, choices.revision)
@@ -139,6 +149,10 @@ def _base_source(place: str | Path, choices: Choices) -> Source:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)  # a new adapter is the same each time, so that a bundle can be verified
             model = load_base(folder, config)
+        if choices.lora is not None:
+            merge_lora(
+                model.transformer, choices.lora, 1.0 if choices.lora_scale is None else choices.lora_scale
+            )
         if adapter:
             load_adapter(model, adapter)
         return Source(model, load_base_vae(folder, config), tokenizer, defaults)

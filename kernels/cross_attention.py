@@ -43,7 +43,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Te
     # ONNX Runtime's Attention wants a mask with an entry for every query.
     allowed = (mask | ~some)[:, None, None].expand(-1, -1, q.shape[2], -1)  # [B,1,S,T]
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed)  # [B,A,S,E]
-    return torch.where(some[:, :, None, None], out, torch.zeros_like(out)).transpose(1, 2)  # [B,S,A,E]
+    return torch.where(some[:, :, None, None], out, 0.0).transpose(1, 2)  # [B,S,A,E]
 
 
 def decoupled_cross_attention_reference(

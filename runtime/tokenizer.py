@@ -1,8 +1,9 @@
-"""Text to token ids. The only file that imports tokenizers."""
+"""Text to token ids. The only file that imports tokenizers and ftfy."""
 
 from __future__ import annotations
 
 import html
+import re
 from pathlib import Path
 
 import numpy as np
@@ -11,12 +12,31 @@ from .errors import BundleError, InputError, MissingDependency
 from .manifest import REPAIR
 
 PAD = 0  # the id of <pad>
+PLAIN, ENTITY = re.compile(r"[ -~\t\n\r]*"), re.compile(r"&#?\w+;")
 
 
 def clean(text: str) -> str:
-    """`text` as diffusers' WanPipeline gives it to its tokenizer: HTML entities read, twice, since some are
-    escaped twice, and any white space as one space. Its repair of broken encodings (ftfy) is left out."""
-    return " ".join(html.unescape(html.unescape(text)).split())
+    """`text` as diffusers' WanPipeline gives it to its tokenizer: broken encodings repaired and quotes made
+    straight (ftfy), HTML entities read, twice, since some are escaped twice, any white space as one space.
+
+    Raises: MissingDependency.
+    """
+    read = _read_entities(text)
+    if not PLAIN.fullmatch(text + read) or ENTITY.search(read):  # else ftfy has nothing to do
+        read = _read_entities(_fixed(text))
+    return " ".join(read.split())
+
+
+def _read_entities(text: str) -> str:
+    return html.unescape(html.unescape(text))
+
+
+def _fixed(text: str) -> str:
+    try:
+        import ftfy
+    except ImportError as error:
+        raise MissingDependency(f"ftfy does not load ({error}): pip install ftfy") from error
+    return ftfy.fix_text(text)
 
 
 class Tokenizer:

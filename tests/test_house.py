@@ -43,7 +43,7 @@ OPEN_NAMES = {"conceptmaster.__version__"}
 
 # Optional dependencies: in this folder, one file imports it, and no other, except for types alone.
 ONE_FILE = {
-    "runtime": {"av", "cuda", "onnxruntime", "PIL", "tensorrt", "tokenizers", "tqdm"},
+    "runtime": {"av", "cuda", "ftfy", "onnxruntime", "PIL", "tensorrt", "tokenizers", "tqdm"},
     "engine": {"diffusers", "huggingface_hub", "safetensors", "tqdm", "transformers"},
 }
 # (folder, dependency): (how many files, why)
@@ -418,7 +418,7 @@ def test_package_data_stays_small() -> None:
 
 
 HEAVY = ["diffusers", "onnx", "onnxscript", "torch", "transformers", "triton"]
-LIGHT = ["PIL", "av", "numpy", "onnxruntime", "tokenizers", "tqdm"]
+LIGHT = ["PIL", "av", "ftfy", "numpy", "onnxruntime", "tokenizers", "tqdm"]
 
 
 @pytest.mark.parametrize(

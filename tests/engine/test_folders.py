@@ -7,7 +7,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from conceptmaster.engine.folders import is_folder, locate, read_json, read_tensors  # noqa: E402
+from conceptmaster.engine.folders import is_folder, locate, read_json, stored_tensors  # noqa: E402
 from conceptmaster.engine.weights import WeightsError, save  # noqa: E402
 
 INDEX = "model.safetensors.index.json"
@@ -32,22 +32,24 @@ def index(part, **changes):
 
 
 def test_shards_are_read_as_their_index_says(part):
-    tensors = read_tensors(part)
+    tensors = {name: stored.read() for name, stored in stored_tensors(part).items()}
     assert {name: value.dtype for name, value in tensors.items()} == {
         "a": torch.float32,
         "b": torch.int64,
         "c": torch.float32,
     }
     assert tensors["a"].tolist() == [1, 1] and tensors["c"].flatten().tolist() == [0.5] * 4
-    assert read_tensors(part, torch.bfloat16)["c"].dtype == torch.bfloat16
+    shapes = {name: stored.shape for name, stored in stored_tensors(part).items()}
+    assert shapes == {name: value.shape for name, value in tensors.items()}
+    assert stored_tensors(part)["a"].dtype == torch.bfloat16 and stored_tensors(part)["b"].dtype is None
 
 
 def test_one_file_needs_no_index(part):
     (part / INDEX).unlink()
     with pytest.raises(WeightsError, match="several safetensors and no index.*one.safetensors, two"):
-        read_tensors(part)
+        stored_tensors(part)
     (part / "two.safetensors").unlink()
-    assert set(read_tensors(part)) == {"a", "b"}
+    assert set(stored_tensors(part)) == {"a", "b"}
 
 
 @pytest.mark.parametrize(
@@ -69,7 +71,7 @@ def test_one_file_needs_no_index(part):
 def test_indices_that_are_wrong(part, changes, message):
     index(part, **changes)
     with pytest.raises(WeightsError, match=message):
-        read_tensors(part)
+        stored_tensors(part)
 
 
 def test_files_that_are_wrong(part):
@@ -77,16 +79,16 @@ def test_files_that_are_wrong(part):
     for broken in (whole[:-1], whole[:40], b"", b"\xff" * 64):
         (part / "two.safetensors").write_bytes(broken)
         with pytest.raises(WeightsError, match="two.safetensors is not a readable safetensors file"):
-            read_tensors(part)
+            stored_tensors(part)
     (part / INDEX).write_text("{")
     with pytest.raises(WeightsError, match="is not JSON"):
-        read_tensors(part)
+        stored_tensors(part)
     (part / INDEX).write_text("[]")
     with pytest.raises(WeightsError, match="is not a JSON object"):
         read_json(part / INDEX)
     shutil.copy(part / INDEX, part / "other.safetensors.index.json")
     with pytest.raises(WeightsError, match="several indices"):
-        read_tensors(part)
+        stored_tensors(part)
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "wan.pth", "model.pt"])
@@ -95,11 +97,11 @@ def test_pickles_are_told_how_to_become_safetensors(tmp_path, name):
     part.mkdir()
     torch.save({"a": torch.ones(2), "b": torch.zeros(1)}, part / name)
     with pytest.raises(WeightsError, match=f"{name} is a pickle.*Convert it") as error:
-        read_tensors(part)
+        stored_tensors(part)
     with pytest.raises(WeightsError, match="is a pickle"):
         locate(part / name)
     _run(str(error.value).partition("with: ")[2])
-    assert set(read_tensors(part)) == {"a", "b"}
+    assert set(stored_tensors(part)) == {"a", "b"}
 
 
 def _run(command):
@@ -123,7 +125,7 @@ def test_where_a_folder_is(part, tmp_path):
     with pytest.raises(WeightsError, match="no folder at"):
         locate(tmp_path / "nothing")
     with pytest.raises(WeightsError, match="has no safetensors"):
-        read_tensors(tmp_path)
+        stored_tensors(tmp_path)
 
 
 def test_the_hub_s_cache_is_honoured_and_nothing_is_fetched_offline(tmp_path, monkeypatch):

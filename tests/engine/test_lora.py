@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -87,11 +88,11 @@ def diffusers_file(model, tmp_path, alpha=None, layers=(*LAYERS, "patch_embeddin
     save(tmp_path / "lora.safetensors", tensors, metadata)
 
 
-def wan_file(model, tmp_path, style):
+def wan_file(model, tmp_path, style, layers=LAYERS):
     """A LoRA as the step-distilled ones are: Wan2.1's names, alphas, biases, the head's whole difference."""
     state, tensors = model.state_dict(), {}
     down_key, up_key = ("lora_A", "lora_B") if style == "A and B" else ("lora_down", "lora_up")
-    for i, (ours, theirs) in enumerate(LAYERS.items()):
+    for i, (ours, theirs) in enumerate(layers.items()):
         if style == "kohya":
             if not ours.startswith("blocks"):
                 continue  # diffusers reads only blocks there
@@ -158,6 +159,57 @@ def test_merging_equals_diffusers_loading_and_fusing(config, model, wan, file, s
     assert_close(video / unit, wanted / unit)
 
 
+IMAGE_LAYERS = LAYERS | {
+    "condition_embedder.image_embedder.ff.net.0.proj": "img_emb.proj.1",
+    "condition_embedder.image_embedder.ff.net.2": "img_emb.proj.3",
+    **{
+        f"blocks.{i}.attn2.add_{name}_proj": f"blocks.{i}.cross_attn.{name}_img"
+        for i in range(2)
+        for name in "kv"
+    },
+}
+
+
+@pytest.mark.parametrize("style", ["diffusers", "A and B", "alpha", "differences"])
+def test_merging_into_an_image_to_video_base(tiny_base, randomise, style, tmp_path, assert_close):
+    diffusers = pytest.importorskip("diffusers")
+    pytest.importorskip("peft")
+    config = tiny_base("first_last", 2, True)
+    own = {"position_channels", "prediction"}
+    fields = {k: v for k, v in dataclasses.asdict(config.transformer).items() if k not in own}
+    wan, model = randomise(diffusers.WanTransformer3DModel(**fields)), ConceptDiT(config)
+    model.load_state_dict(wan.state_dict())
+    if style == "diffusers":
+        diffusers_file(model, tmp_path, layers=IMAGE_LAYERS)
+    else:
+        wan_file(model, tmp_path, style, IMAGE_LAYERS)
+    path = tmp_path / "lora.safetensors"
+    loaded = diffusers.WanPipeline.lora_state_dict(
+        str(tmp_path), weight_name=path.name, local_files_only=True
+    )
+    diffusers.WanPipeline.load_lora_into_transformer(loaded, wan, adapter_name="lora")
+    wan.fuse_lora(lora_scale=0.7)
+    wan.unload_lora()
+    before = copy_of(model)
+    report = merge_lora(model, path, 0.7)
+    assert {f"{layer}.weight" for layer in IMAGE_LAYERS} <= set(report.names)
+    after = model.state_dict()
+    assert {name for name, value in after.items() if not torch.equal(value, before[name])} == set(
+        report.names
+    )
+    for name, value in wan.state_dict().items():
+        assert_close(after[name], value)
+
+
+@pytest.mark.parametrize(("positions", "pictures"), [(False, 1), (True, 2)])
+def test_image_to_video_tensors_have_the_names_that_wan_gave_them(tiny_base, positions, pictures):
+    pytest.importorskip("diffusers")
+    from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
+
+    model = ConceptDiT(tiny_base("first_last" if positions else "first", pictures, positions))
+    check_names(model.state_dict(), convert_wan_transformer_to_diffusers)
+
+
 @pytest.mark.filterwarnings("ignore:Adapter .* invalid shape")  # PEFT takes its own biases for shards
 def test_a_file_that_diffusers_saved(model, wan, tmp_path, assert_close):
     from peft import LoraConfig
@@ -177,19 +229,23 @@ def test_a_file_that_diffusers_saved(model, wan, tmp_path, assert_close):
         assert_close(after[name], value)
 
 
-def test_every_tensor_has_the_name_that_wan_gave_it(config, model):
-    pytest.importorskip("diffusers")
-    from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
-
-    base = set(model.state_dict()) - model.concept_keys()
+def check_names(keys, convert):
+    """`convert`, diffusers' own, leads from our spelling of Wan2.1's names back to `keys`."""
     original = {}
-    for key in base:
+    for key in keys:
         module, dot, kind = key.rpartition(".")
         if kind not in ("weight", "bias"):
             module, dot, kind = key, "", ""
         original[f"{wan_name(module)}{dot}{kind}"] = key
-    assert len(original) == len(base) and f"{BLOCK}.norm3.weight" in original
-    assert all(key == value for key, value in convert_wan_transformer_to_diffusers(original).items())
+    assert len(original) == len(keys) and f"{BLOCK}.norm3.weight" in original
+    assert all(key == value for key, value in convert(original).items())
+
+
+def test_every_tensor_has_the_name_that_wan_gave_it(config, model):
+    pytest.importorskip("diffusers")
+    from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
+
+    check_names(set(model.state_dict()) - model.concept_keys(), convert_wan_transformer_to_diffusers)
     assert {wan_name(ours) for ours in LAYERS} == set(LAYERS.values())
 
 

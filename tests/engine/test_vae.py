@@ -62,6 +62,25 @@ def test_streaming_equals_decoding_at_once(vae, assert_close):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("length", [1, 2, 5, 21])
+def test_streaming_equals_diffusers_decoding(vae, assert_close, length):
+    """Against AutoencoderKLWan.decode itself, with the statistics undone here."""
+    latents = latents_for(length)
+    mean, std = (
+        torch.tensor(values).view(1, -1, 1, 1, 1)
+        for values in (vae.config.latents_mean, vae.config.latents_std)
+    )
+    expected = (vae.decode(latents * std + mean).sample[0].permute(1, 2, 3, 0) + 1) / 2
+    frames, *states = DecodeFirst(vae)(latents[:, :, :1])
+    parts, step = [frames], DecodeNext(vae)
+    for latent in latents.split(1, dim=2)[1:]:
+        frames, *states = step(latent, *states)
+        parts.append(frames)
+    assert len(torch.cat(parts)) == 1 + 4 * (length - 1)
+    assert_close(torch.cat(parts), expected)
+
+
+@torch.no_grad()
 def test_states_are_not_shared_between_videos(vae):
     latents = latents_for(frames=2)
     first, step = DecodeFirst(vae), DecodeNext(vae)

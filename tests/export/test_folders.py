@@ -153,6 +153,7 @@ def test_a_new_adapter_is_invisible_and_a_trained_one_is_not(own, pipeline, comm
 
 
 def test_prompts_become_the_pipeline_s_tokens(pipeline, alone):
+    pytest.importorskip("ftfy")
     from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 
     from conceptmaster.runtime.tokenizer import Tokenizer
