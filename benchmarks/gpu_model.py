@@ -21,9 +21,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from conceptmaster.engine.config import ModelConfig, preset
+from conceptmaster.engine.config import ModelConfig
 from conceptmaster.engine.dit import ConceptDiT
 from conceptmaster.engine.fused import Fusing, fuse, narrow
+from conceptmaster.engine.presets import preset
 from conceptmaster.runtime.backends.torch_step import Stepper
 
 from .gpu_timing import Call, in_turn, why

@@ -58,6 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--steps", type=int, default=4000, help="steps of model training (4000)")
     parser.add_argument("--batch-size", type=int, default=32, help="clips in a step, over all processes (32)")
+    parser.add_argument("--lr", type=float, default=0.012, help="Muon's, AdamW takes an eighth (0.012)")
     parser.add_argument("--encoder", choices=ENCODERS, default="qformer")
     parser.add_argument("--binding", choices=BINDINGS, default="dam")
     parser.add_argument("--injection", choices=INJECTIONS, default="standalone")
@@ -92,6 +93,8 @@ def _run(args: argparse.Namespace) -> int:
     if args.clips < 2 * SHARD:
         least = f"at least {2 * SHARD}, the first {SHARD} judge the VAE"
         raise InputError(f"--clips must be {least}, got {args.clips}")
+    if not 0 < args.lr < 1:
+        raise InputError(f"--lr must lie between 0 and 1, got {args.lr}")
     picture_steps = _first_steps(args, "picture_steps", 1500)
     caption_steps = _first_steps(args, "caption_steps", 550)
     if args.threads is not None:
@@ -132,6 +135,7 @@ def _run(args: argparse.Namespace) -> int:
             batch_size=args.batch_size,
             seed=args.seed,
             device=args.device,
+            lr=args.lr,
             picture_steps=picture_steps,
             caption_steps=caption_steps,
             start=args.start and args.start / "model.safetensors",

@@ -356,7 +356,6 @@ def train_model(
     seed: int = 0,
     device: str = "cpu",
     lr: float = 0.012,
-    adam_lr: float = 1.5e-3,
     log_every: int = 100,
     start: Path | None = None,
     freeze: bool = False,
@@ -365,10 +364,10 @@ def train_model(
 
     Resumes from ``output/training.safetensors``; a batch depends on seed and step only. ``start`` is a
     ``model.safetensors`` to go on from, with fresh heads and optimizer; usually without captions then.
-    ``freeze`` leaves text and picture encoder as they are in the last stage, as the paper does with T5 and
-    CLIP. ``data`` and ``held_out`` are pools with latents. Writes ``model.safetensors``
-    (averaged weights with their configuration), appends to ``log.jsonl``. Started by torchrun, processes
-    share the work through gloo or nccl.
+    ``lr`` is Muon's, for matrices; AdamW takes an eighth of it. ``freeze`` leaves text and picture encoder as
+    they are in the last stage, as the paper does with T5 and CLIP. ``data`` and ``held_out`` are pools with
+    latents. Writes ``model.safetensors`` (averaged weights with their configuration), appends to
+    ``log.jsonl``. Started by torchrun, processes share the work through gloo or nccl.
     """
     world, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     if world > 1 and not dist.is_initialized():
@@ -392,7 +391,7 @@ def train_model(
         trainee.model.text_encoder.requires_grad_(False)
         trainee.model.image_encoder.requires_grad_(False)
     parameters = [p for p in trainee.parameters() if p.requires_grad]
-    optimizer = MuonAdamW(trainee.named_parameters(), lr, adam_lr, adam_names=ADAM_NAMES)
+    optimizer = MuonAdamW(trainee.named_parameters(), lr, lr / 8, adam_names=ADAM_NAMES)
     average = Average(trainee, 0.995)
     if checkpoint.exists():
         progress = load_checkpoint(checkpoint, trainee, average, optimizer)
