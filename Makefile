@@ -25,7 +25,7 @@ help:
 	@echo "make test-slow  the tests that take minutes"
 	@echo "make lint       ruff and mypy"
 	@echo "make bench      the latency suite"
-	@echo "make gpu        check the kernels on a GPU, then measure them against their rivals (9 minutes)"
+	@echo "make gpu        check kernels and model on a GPU, then measure them against their rivals (9 minutes)"
 	@echo "make clean      remove $(VENV), build outputs and caches; out/ stays"
 
 video: $(VENV)/.base
@@ -51,7 +51,7 @@ bench: $(VENV)/.dev
 # Installs nothing: it needs a PyTorch built for CUDA, and runs in whatever environment PYTHON is of.
 gpu:
 	@mkdir -p out/gpu && ln -sfn '$(CURDIR)' out/gpu/conceptmaster
-	PYTHONPATH='$(CURDIR)/out/gpu' $(PYTHON) -m conceptmaster.benchmarks.gpu $(ARGS)
+	PYTHONPATH='$(CURDIR)/out/gpu'"$${PYTHONPATH:+:$$PYTHONPATH}" $(PYTHON) -m conceptmaster.benchmarks.gpu $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
