@@ -90,7 +90,7 @@ def write_weights(model: ir.Model, readers: Readers, turned: set[str], path: Pat
             tensor = readers[name]()
             tensor = narrowed(tensor.t() if name in turned else tensor)
             offset = -(-file.tell() // ALIGNMENT) * ALIGNMENT
-            for data in (bytes(offset - file.tell()), memoryview(tensor.flatten().view(torch.uint8).numpy())):
+            for data in (bytes(offset - file.tell()), tensor.flatten().view(torch.uint8).numpy().data):
                 file.write(data)
                 digest.update(data)
             layout[name] = ir.ExternalTensor(
