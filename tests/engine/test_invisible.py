@@ -61,7 +61,7 @@ def bases(tiny, trained):
 @torch.no_grad()
 def test_a_new_adapter_equals_the_base_exactly(bases, injection, **shapes):
     alone, new = bases[injection]
-    values = request(alone.config, **shapes)
+    values = request(new.config, **shapes)
     assert torch.equal(new(*values), alone(*values))
 
 
@@ -71,7 +71,7 @@ def test_a_new_adapter_equals_the_base_exactly(bases, injection, **shapes):
 @torch.no_grad()
 def test_any_adapter_without_a_concept_equals_the_base_exactly(trained, bases, injection, **shapes):
     alone, _ = bases[injection]
-    *values, mask = request(alone.config, **shapes)
+    *values, mask = request(trained[injection].config, **shapes)
     none = torch.zeros_like(mask)
     assert torch.equal(trained[injection](*values, none), alone(*values, none))
 

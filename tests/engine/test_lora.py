@@ -238,7 +238,8 @@ def check_names(keys, convert):
             module, dot, kind = key, "", ""
         original[f"{wan_name(module)}{dot}{kind}"] = key
     assert len(original) == len(keys) and f"{BLOCK}.norm3.weight" in original
-    assert all(key == value for key, value in convert(original).items())
+    unlike = {key for key, value in convert(original).items() if key != value}
+    assert unlike <= {"img_emb.emb_pos"}  # which that function does not know: no LoRA is for a table
 
 
 def test_every_tensor_has_the_name_that_wan_gave_it(config, model):

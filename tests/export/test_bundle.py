@@ -54,7 +54,7 @@ def no_export(monkeypatch):
     class Reached(Exception):
         pass
 
-    def stop(spec, path):
+    def stop(spec, path, *show):
         raise Reached
 
     monkeypatch.setattr(bundles, "export_graph", stop)
@@ -188,12 +188,12 @@ def exported_before(bundle, monkeypatch):
     from conceptmaster.export.errors import ExportError
     from conceptmaster.export.onnx_graph import describe, export_graph
 
-    def export(spec, path):
+    def export(spec, path, *show):
         shutil.copy(bundle / path.name, path)
         try:
             return describe(path, spec)
         except ExportError:  # other shapes
-            return export_graph(spec, path)
+            return export_graph(spec, path, *show)
 
     monkeypatch.setattr(bundles, "export_graph", export)
 
@@ -321,7 +321,7 @@ def test_a_graph_too_far_off_stops_the_export(tiny, tmp_path, monkeypatch, expor
 def test_an_interrupted_export_leaves_nothing(tiny, tmp_path, monkeypatch):
     from conceptmaster.export import bundle as bundles
 
-    def interrupt(spec, path):
+    def interrupt(spec, path, *show):
         path.write_bytes(b"half of it")
         raise KeyboardInterrupt
 
