@@ -65,6 +65,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--freeze-encoders", action="store_true", help="leave text and picture encoder as they then are"
     )
+    parser.add_argument(
+        "--own", type=float, default=0.0, help="share of clips that go on from the model's own estimate (0)"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=None, help="CPU threads (one per core)")
@@ -95,6 +98,8 @@ def _run(args: argparse.Namespace) -> int:
         raise InputError(f"--clips must be {least}, got {args.clips}")
     if not 0 < args.lr < 1:
         raise InputError(f"--lr must lie between 0 and 1, got {args.lr}")
+    if not 0 <= args.own <= 1:
+        raise InputError(f"--own must lie between 0 and 1, got {args.own}")
     picture_steps = _first_steps(args, "picture_steps", 1500)
     caption_steps = _first_steps(args, "caption_steps", 550)
     if args.threads is not None:
@@ -140,6 +145,7 @@ def _run(args: argparse.Namespace) -> int:
             caption_steps=caption_steps,
             start=args.start and args.start / "model.safetensors",
             freeze=args.freeze_encoders,
+            own=args.own,
         )
         collect(vae_folder, model_folder, root / "weights")
         print(f"weights: {root / 'weights'}")

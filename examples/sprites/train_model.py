@@ -50,8 +50,8 @@ FOREGROUND = 3.0
 """Extra weight of the loss where a concept is."""
 HELD_SIGMA = 0.2
 """Where nothing else is said, the level below which the loss counts the data's error."""
-OWN_SHARE, OWN_SIGMAS = 0.5, (0.65, 1.0)
-"""How many of the clips go on from the model's own estimate, and the noise levels that this is made at."""
+OWN_SIGMAS = 0.65, 1.0
+"""Noise levels at which the model's own estimate is made, for clips that go on from it."""
 LAYOUT_WEIGHT, STORY_WEIGHT, PICTURE_WEIGHT, LOOK_WEIGHT = 1.0, 0.3, 0.3, 0.3
 LOOK_COVERAGE = 0.4
 """A video token is asked for the look of a concept that covers at least so much of it."""
@@ -165,10 +165,10 @@ def foreground_weight(batch: Batch) -> Tensor:
 
 @torch.no_grad()
 def own_noise(
-    trainee: Trainee, batch: Batch, noise: Tensor, sigma: Tensor, rng: np.random.Generator
+    trainee: Trainee, batch: Batch, noise: Tensor, sigma: Tensor, rng: np.random.Generator, share: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Noise and noise levels like those given, with the model's own errors in the noise of ``OWN_SHARE`` of
-    the clips that have concepts; and the level [B] that a clip was told at, ``HELD_SIGMA`` for the others.
+    """Noise and noise levels like those given, with the model's own errors in the noise of a ``share`` of the
+    clips that have concepts; and the level [B] that a clip was told at, ``HELD_SIGMA`` for the others.
 
     Such a clip is noised to a level of ``OWN_SIGMAS``, told by the model, and noised again to a lower level;
     the noise returned is what leads there from the true clip. Where a sample is at that level when the model
@@ -176,7 +176,7 @@ def own_noise(
     eye, so that from them alone the model learns to read patterns off the clip, never off the pictures.
     """
     least, most = OWN_SIGMAS
-    chosen = torch.from_numpy(rng.random(len(sigma), np.float32) < OWN_SHARE).to(sigma.device)
+    chosen = torch.from_numpy(rng.random(len(sigma), np.float32) < share).to(sigma.device)
     first = torch.from_numpy(rng.uniform(least, most, len(sigma)).astype(np.float32)).to(sigma.device)
     again = torch.from_numpy(rng.standard_normal(noise.shape, np.float32)).to(sigma.device)
     chosen &= batch.concept_mask.any(-1)
@@ -186,8 +186,8 @@ def own_noise(
     noisy = (1 - s) * part.latents + s * noise[chosen]
     told = noisy - s * trainee.velocity(part, noisy, first[chosen])[0].float()
     # Between the level that it was told at and a third of it.
-    share = torch.from_numpy(rng.uniform(1 / 3, 1, len(sigma)).astype(np.float32)).to(sigma.device)
-    noise, sigma = noise.clone(), torch.where(chosen, first * share, sigma)
+    lower = torch.from_numpy(rng.uniform(1 / 3, 1, len(sigma)).astype(np.float32)).to(sigma.device)
+    noise, sigma = noise.clone(), torch.where(chosen, first * lower, sigma)
     s = sigma[chosen, None, None, None, None]
     noise[chosen] = again[chosen] + (1 - s) / s * (told - part.latents)
     return noise, sigma, torch.where(chosen, first, HELD_SIGMA)
@@ -359,15 +359,17 @@ def train_model(
     log_every: int = 100,
     start: Path | None = None,
     freeze: bool = False,
+    own: float = 0.0,
 ) -> None:
     """Learn to see pictures alone, and to read captions alone, then train to ``steps``.
 
     Resumes from ``output/training.safetensors``; a batch depends on seed and step only. ``start`` is a
     ``model.safetensors`` to go on from, with fresh heads and optimizer; usually without captions then.
     ``lr`` is Muon's, for matrices; AdamW takes an eighth of it. ``freeze`` leaves text and picture encoder as
-    they are in the last stage, as the paper does with T5 and CLIP. ``data`` and ``held_out`` are pools with
-    latents. Writes ``model.safetensors`` (averaged weights with their configuration), appends to
-    ``log.jsonl``. Started by torchrun, processes share the work through gloo or nccl.
+    they are in the last stage, as the paper does with T5 and CLIP. ``own``: the share of `own_noise`. ``data``
+    and ``held_out`` are pools with latents. Writes ``model.safetensors`` (averaged weights with their
+    configuration), appends to ``log.jsonl``. Started by torchrun, processes share the work through gloo or
+    nccl.
     """
     world, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     if world > 1 and not dist.is_initialized():
@@ -405,7 +407,7 @@ def train_model(
         sigma = random_sigma(rng, len(noise)).to(device)
         optimizer.set_scale(schedule(step / steps))
         with cheapest_attention(device), autocast(device):
-            losses = trainee(batch, *own_noise(trainee, batch, noise, sigma, rng))
+            losses = trainee(batch, *own_noise(trainee, batch, noise, sigma, rng, own))
         optimizer.zero_grad(set_to_none=True)
         losses["total"].backward()
         if world > 1:
