@@ -366,7 +366,7 @@ def train_model(
     Resumes from ``output/training.safetensors``; a batch depends on seed and step only. ``start`` is a
     ``model.safetensors`` to go on from, with fresh heads and optimizer; usually without captions then.
     ``lr`` is Muon's, for matrices; AdamW takes an eighth of it. ``freeze`` leaves text and picture encoder as
-    they are in the last stage, as the paper does with T5 and CLIP. ``own``: the share of `own_noise`. ``data``
+    they are in the last stage, as the paper does with T5 and CLIP. ``own``: see ``own_noise``. ``data``
     and ``held_out`` are pools with latents. Writes ``model.safetensors`` (averaged weights with their
     configuration), appends to ``log.jsonl``. Started by torchrun, processes share the work through gloo or
     nccl.
