@@ -47,7 +47,9 @@ ONE_FILE = {
     "engine": {"diffusers", "huggingface_hub", "safetensors", "tqdm", "transformers"},
 }
 # (folder, dependency): (how many files, why)
-ONE_FILE_EXCEPTIONS: dict[tuple[str, str], tuple[int, str]] = {}
+ONE_FILE_EXCEPTIONS: dict[tuple[str, str], tuple[int, str]] = {
+    ("engine", "safetensors"): (3, "a model's file, a folder's shards, and weights that stay on disk"),
+}
 # Dependencies that a folder never imports, with the files that may all the same.
 NEVER = {
     "kernels": {"transformers", "diffusers", "onnxruntime", "tensorrt"},

@@ -34,8 +34,6 @@ except ImportError as error:
     ) from error
 
 if TYPE_CHECKING:
-    from diffusers import AutoencoderKLWan
-
     from ..bundle import Bundle
     from ..manifest import TensorSpec
 
@@ -162,7 +160,7 @@ class TorchBackend:
             "decode": self._called("decode", following, torch.float32),
         }
         if "encode_first" in self._manifest.graphs:  # an image-to-video base, so it is Wan's VAE
-            pair = streaming_encoders(cast("AutoencoderKLWan", vae))
+            pair = streaming_encoders(cast("Any", vae))
             for name, encoder in zip(("encode_first", "encode"), pair, strict=True):
                 modules[name] = self._called(name, encoder.to(self._device), torch.float32)
         return modules | {name: self._called(name, encoders[name]) for name in ONES if name in encoders}
