@@ -14,9 +14,11 @@ import onnx
 import torch
 from onnxscript import ir
 
+from ..kernels.common import kept_whole
 from ..runtime.manifest import DTYPES, GraphFile, HashedFile, TensorSpec, sha256_file
 from .errors import ExportError
 from .graphs import GraphSpec
+from .nodes import add_functions, translations
 from .rewrite import rewrite
 
 # 23 has Attention, RMSNormalization and RotaryEmbedding as operators. The denoise step of `sprites` on ONNX
@@ -35,7 +37,7 @@ def export_graph(spec: GraphSpec, path: Path) -> GraphFile:
     turned out not to use is not there. Raises ExportError when the graph is not a valid one.
     """
     sample = spec.sample(0)
-    with _quiet(), torch.no_grad():
+    with _quiet(), kept_whole(), torch.no_grad():
         program = torch.onnx.export(
             spec.module,
             tuple(sample.values()),
@@ -44,10 +46,12 @@ def export_graph(spec: GraphSpec, path: Path) -> GraphFile:
             input_names=[tensor.name for tensor in spec.inputs],
             output_names=[tensor.name for tensor in spec.outputs],
             external_data=False,
+            custom_translation_table=translations(),
             verbose=False,
         )
     assert program is not None
     model = program.model
+    add_functions(model)
     rewrite(model)
     _clean(model, spec)
     save(model, path)
