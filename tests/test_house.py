@@ -22,7 +22,7 @@ FOLDERS = ("kernels", "engine", "export", "runtime", "benchmarks", "examples")  
 ARROWS = {
     "kernels": set(),
     "engine": {"kernels"},
-    "export": {"engine", "runtime.manifest"},
+    "export": {"kernels", "engine", "runtime.manifest", "runtime.engines"},
     "runtime": set(),
     "benchmarks": {"kernels", "engine", "export", "runtime", "examples", "root"},
     "examples": {"kernels", "engine", "export", "runtime", "benchmarks", "root"},
