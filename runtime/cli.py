@@ -152,7 +152,7 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
         "--samples", type=int, metavar="N", help="videos, 1 to 64, with the seeds seed, seed + 1, ... (1)"
     )
     how.add_argument("--threads", type=int, metavar="N", help="CPU threads (one per core)")
-    how.add_argument("--device", metavar="NAME", default="cpu", help="cpu or cuda (cpu)")
+    how.add_argument("--device", metavar="NAME", default="cpu", help="cpu, cuda, tensorrt or rtx (cpu)")
     out = parser.add_argument_group("output")
     out.add_argument(
         "--output",

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     from ..bundle import Bundle
 
-DEVICES = ("cpu", "cuda")
+DEVICES = ("cpu", "cuda", "tensorrt", "rtx")
 
 
 class Backend(Protocol):
@@ -34,7 +34,7 @@ class Backend(Protocol):
 
 
 def open_backend(bundle: Bundle, device: str, threads: int | None) -> Backend:
-    """The backend for `device` ("cpu" or "cuda"). threads: CPU threads, None for one per core.
+    """The backend for `device`; "tensorrt" and "rtx" run engines that `conceptmaster build` made. threads: CPU threads, None for one per core.
 
     Raises: InputError for an unknown or absent device; MissingDependency.
     """
@@ -42,6 +42,10 @@ def open_backend(bundle: Bundle, device: str, threads: int | None) -> Backend:
         raise InputError(f"unknown device {device!r}: choose one of {', '.join(DEVICES)}")
     if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
         raise InputError(f"threads must be a positive integer, not {threads!r}")
+    if device in ("tensorrt", "rtx"):
+        from .tensorrt_backend import TensorRTBackend
+
+        return TensorRTBackend(bundle, device)
     from .onnxruntime_backend import OnnxRuntimeBackend
 
     return OnnxRuntimeBackend(bundle, device, threads)

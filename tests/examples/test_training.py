@@ -46,9 +46,7 @@ def small_config(**concept: str) -> object:
     config = preset("sprites")
     return dataclasses.replace(
         config,
-        transformer=dataclasses.replace(
-            config.transformer, num_attention_heads=6, num_layers=2, ffn_dim=96
-        ),
+        transformer=dataclasses.replace(config.transformer, num_attention_heads=6, num_layers=2, ffn_dim=96),
         concept=dataclasses.replace(config.concept, **concept),
         vae=config.vae | {"width": 8, "layers": 1},
     )

@@ -36,9 +36,7 @@ def small_config(vae=None, **concept):
     config = preset("sprites")
     return dataclasses.replace(
         config,
-        transformer=dataclasses.replace(
-            config.transformer, num_attention_heads=6, num_layers=2, ffn_dim=96
-        ),
+        transformer=dataclasses.replace(config.transformer, num_attention_heads=6, num_layers=2, ffn_dim=96),
         concept=dataclasses.replace(config.concept, **concept),
         vae=vae or config.vae | {"width": 8, "layers": 1},
     )
