@@ -60,6 +60,7 @@ IMPORT_NAMES = {
 
 # Imported without being declared, with the reason.
 UNDECLARED: dict[str, str] = {
+    "triton_python_backend_utils": "NVIDIA's inference server puts it on the path of its Python models",
     "flash_attn_interface": "FlashAttention-3 is built from source, and taken where it is there",
 }
 
