@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import sys
 import types
@@ -17,6 +18,13 @@ from conceptmaster import Pipeline  # noqa: E402
 from conceptmaster.cli import main  # noqa: E402
 from conceptmaster.runtime.bundle import SHIPPED  # noqa: E402
 from conceptmaster.runtime.manifest import load  # noqa: E402
+
+
+@functools.cache
+def session(path):
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.log_severity_level = 1, 3
+    return onnxruntime.InferenceSession(str(path), options)
 
 
 @pytest.fixture(scope="module")
@@ -53,8 +61,8 @@ def test_every_configuration_follows_the_published_schema(repository):
         graph = manifest.graphs[folder.name]
         assert [(t.name, tuple(t.dims)) for t in config.input] == [(s.name, s.shape) for s in graph.inputs]
         assert [(t.name, tuple(t.dims)) for t in config.output] == [(s.name, s.shape) for s in graph.outputs]
-        session = onnxruntime.InferenceSession(str(folder / "1" / "model.onnx"))
-        assert [i.name for i in session.get_inputs()] == [t.name for t in config.input]
+        inputs = session(folder / "1" / "model.onnx").get_inputs()
+        assert [i.name for i in inputs] == [t.name for t in config.input]
 
 
 class Tensor:
@@ -94,8 +102,7 @@ def served(repository, monkeypatch):
             self.inputs = inputs
 
         def exec(self):
-            session = onnxruntime.InferenceSession(str(self.path))
-            found = session.run(self.names, {t.name(): t.as_numpy() for t in self.inputs})
+            found = session(self.path).run(self.names, {t.name(): t.as_numpy() for t in self.inputs})
             return InferenceResponse([Tensor(n, v) for n, v in zip(self.names, found, strict=True)])
 
     server.InferenceRequest, server.InferenceResponse = InferenceRequest, InferenceResponse
