@@ -61,7 +61,8 @@ def _add_identity(parser: argparse.ArgumentParser) -> None:
 
 
 def _exporting(name: str, summary: str, module: str = "cli") -> cli.Command:
-    """The command `name`, from the functions add_NAME_arguments(parser) and run_NAME(args) of export/`module`.py."""
+    """The command `name`, from the functions add_NAME_arguments(parser) and run_NAME(args) of
+    export/`module`.py."""
     function = name.replace("-", "_")
 
     def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -26,8 +26,8 @@ class Tiles:
     stages: int
 
 
-# Tactic number, from 1, to configuration; TensorRT times them all. The last of each needs at most 48 KiB of shared
-# memory, which every launcher grants unasked.
+# Tactic number, from 1, to configuration; TensorRT times them all. The last of each needs at most 48 KiB of
+# shared memory, which every launcher grants unasked.
 TACTICS = {
     2: (Tiles(128, 64, 8, 3), Tiles(64, 64, 4, 3), Tiles(64, 32, 4, 1)),
     4: (Tiles(64, 32, 4, 3), Tiles(16, 32, 8, 3), Tiles(16, 16, 4, 1)),
@@ -110,8 +110,8 @@ def only_parameters(ptx: str, count: int) -> str:
     """PTX whose kernel takes its first `count` parameters and no others.
 
     Triton adds pointers to scratch memory, which these kernels do not use. TensorRT passes what the plugin
-    declares and nothing behind it, so a launch would read past the end of its list. Raises ExportError when one
-    of them is used.
+    declares and nothing behind it, so a launch would read past the end of its list. Raises ExportError when
+    one of them is used.
     """
     header = re.search(r"\.entry\s+\w+\s*\((.*?)\)", ptx, re.DOTALL)
     if header is None:

@@ -23,8 +23,8 @@ LEAST_VERSION = (10, 13)  # of the full library: plugins compiled ahead of time,
 
 @dataclass(frozen=True)
 class Limits:
-    """workspace: bytes that the builder may use for tactics, None for all there are; level: 0 to 5, how long it
-    searches."""
+    """workspace: bytes that the builder may use for tactics, None for all there are; level: 0 to 5, how long
+    it searches."""
 
     workspace: int | None = None
     level: int | None = None
@@ -32,8 +32,8 @@ class Limits:
 
 @dataclass(frozen=True)
 class Built:
-    """An engine's bytes; how many layers TensorRT's network had, and which of them are attention that it keeps
-    whole, rather than taking it apart into products and a softmax."""
+    """An engine's bytes; how many layers TensorRT's network had, and which of them are attention that it
+    keeps whole, rather than taking it apart into products and a softmax."""
 
     engine: bytes
     layers: int
@@ -57,9 +57,10 @@ def library(flavor: str) -> Any:
 def build(trt: Any, graph: Path, capability: int | None, limits: Limits, cache: Path | None = None) -> Built:
     """Builds the engine of the graph at `graph`.
 
-    Args: trt: from `library`; capability: 89 for sm_89, None for the GPU that is there (the full library knows
-        no other); cache: a timing cache that is read if it is there, and written.
-    Raises: ExportError naming the node and the operator that TensorRT does not take, or what its builder says.
+    Args: trt: from `library`; capability: 89 for sm_89, None for the GPU that is there (the full library
+        knows no other); cache: a timing cache that is read if it is there, and written.
+    Raises: ExportError naming the node and the operator that TensorRT does not take, or what its builder
+    says.
     """
     log = _log(trt)
     builder = trt.Builder(log)
@@ -85,7 +86,8 @@ def build(trt: Any, graph: Path, capability: int | None, limits: Limits, cache: 
 
 
 def capabilities(trt: Any) -> list[int]:
-    """The compute capabilities that the library builds for without being on such a GPU; none: only its own."""
+    """The compute capabilities that the library builds for without being on such a GPU; none: only its
+    own."""
     known = getattr(getattr(trt, "ComputeCapability", None), "__members__", {})
     return sorted(int(name.removeprefix("SM")) for name in known if name.startswith("SM"))
 

@@ -4,9 +4,10 @@
     conceptmaster::DecoupledCrossAttention(q, text_k, text_v, k, v, mask) -> out
 
 q and out are [B,S,D], keys and values [B,T,D] of the text and [B,C,D] of the concepts, mask is bool [B,C]
-(True: attend); the attribute `heads` is A, D = A*E. ONNX Runtime, which knows no such operator, runs the body,
-made of standard operators; TensorRT, which looks for a plugin of that name first, takes the Triton kernel
-(see plugin.py), for which the node says two things that nobody else reads: `plugin_namespace` and `aot`.
+(True: attend); the attribute `heads` is A, D = A*E. ONNX Runtime, which knows no such operator, runs the
+body, made of standard operators; TensorRT, which looks for a plugin of that name first, takes the Triton
+kernel (see plugin.py), for which the node says two things that nobody else reads: `plugin_namespace` and
+`aot`.
 
 Letters: B batch, S video tokens, T text tokens, C concept tokens, A heads, E head width, D = A*E.
 """
@@ -30,8 +31,8 @@ DECOUPLED = "DecoupledCrossAttention"
 FOR_TENSORRT: dict[str, str | int] = {"plugin_namespace": DOMAIN, "aot": 1}
 """Attributes with which TensorRT's parser finds a plugin that was compiled ahead of time."""
 
-# A row whose mask is all False attends to everything and is then replaced by zeros: without any key it would be
-# 0/0. ONNX Runtime's Attention wants a mask with an entry for every query.
+# A row whose mask is all False attends to everything and is then replaced by zeros: without any key it would
+# be 0/0. ONNX Runtime's Attention wants a mask with an entry for every query.
 _MASKED = """
     number = Cast<to: int = 6>(mask)
     axis = Constant<value_ints: ints = [1]>()

@@ -1,7 +1,9 @@
-"""The nodes of nodes.py as TensorRT plugins whose kernel is this project's Triton code, compiled ahead of time.
+"""The nodes of nodes.py as TensorRT plugins whose kernel is this project's Triton code, compiled ahead of
+time.
 
-An engine holds the PTX, so it runs in C++ and in trtexec without Python. Only who builds it needs this module:
-`register(trt)` before a graph is parsed. TensorRT for RTX has no such plugins, and there the body stands.
+An engine holds the PTX, so it runs in C++ and in trtexec without Python. Only who builds it needs this
+module: `register(trt)` before a graph is parsed. TensorRT for RTX has no such plugins, and there the body
+stands.
 """
 
 from __future__ import annotations

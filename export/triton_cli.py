@@ -9,7 +9,8 @@ from .cli import _find_bundle
 from .triton_repository import write_repository
 
 TEXT = """\
-Writes a model repository for NVIDIA's Triton Inference Server: a model for each graph, and one that calls them.
+Writes a model repository for NVIDIA's Triton Inference Server: a model for each graph, and one that calls
+them.
 
   conceptmaster export-triton my-bundle models
   tritonserver --model-repository=models        # its Python needs `pip install conceptmaster`

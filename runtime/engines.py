@@ -1,8 +1,8 @@
 """engines.json: the TensorRT engines beside a bundle's graphs, and what they were built for. Format 1.
 
-An engine runs on one kind of GPU, under one version of one TensorRT. So engines lie in a folder that says both,
-`engines/sm90-tensorrt11.4.0-bf16/`, with the SHA-256 of each and of the graph that it was built from. Whatever
-does not fit is a BundleError that names the command which builds it again.
+An engine runs on one kind of GPU, under one version of one TensorRT. So engines lie in a folder that says
+both, `engines/sm90-tensorrt11.4.0-bf16/`, with the SHA-256 of each and of the graph that it was built from.
+Whatever does not fit is a BundleError that names the command which builds it again.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ PLUGIN_ABI = 1
 
 @dataclass(frozen=True)
 class EngineFile:
-    """One engine: its file, relative to its folder, and the SHA-256 of the bundle's graph it was built from."""
+    """One engine: its file, relative to its folder, and the SHA-256 of the bundle's graph it was built
+    from."""
 
     file: str
     sha256: str
@@ -132,8 +133,8 @@ def choose(
     """The folder of the engines for this GPU and library, every hash checked, and what its engines.json says.
 
     graphs: name -> SHA-256 of the bundle's graphs. precision: None takes the only one that is there.
-    Raises: BundleError naming the command that builds them, when there are none for this GPU and library, when
-    they were built from other graphs or for another plugin, or when a file is not what it was.
+    Raises: BundleError naming the command that builds them, when there are none for this GPU and library,
+    when they were built from other graphs or for another plugin, or when a file is not what it was.
     """
     found = [load(path.parent) for path in sorted((bundle / FOLDER).glob(f"*/{FILE_NAME}"))]
     fitting = [
@@ -150,14 +151,16 @@ def choose(
     if not fitting:
         there = ", ".join(e.folder_name for e in found) or "none"
         raise BundleError(
-            f"{str(bundle)!r} has no engines for sm_{capability} and {flavor} {version} (there are: {there}): {build}"
+            f"{str(bundle)!r} has no engines for sm_{capability} and {flavor} {version} "
+            f"(there are: {there}): {build}"
         )
     (engines,) = fitting
     folder = bundle / FOLDER / engines.folder_name
     build = rebuild_command(bundle, engines)
     if engines.plugin_abi not in (0, PLUGIN_ABI):
         raise BundleError(
-            f"the engines in {str(folder)!r} hold a plugin of ABI {engines.plugin_abi}, this is {PLUGIN_ABI}: {build}"
+            f"the engines in {str(folder)!r} hold a plugin of ABI {engines.plugin_abi}, "
+            f"this is {PLUGIN_ABI}: {build}"
         )
     for name, sha256 in graphs.items():
         if name not in engines.engines:

@@ -34,7 +34,8 @@ class Backend(Protocol):
 
 
 def open_backend(bundle: Bundle, device: str, threads: int | None) -> Backend:
-    """The backend for `device`; "tensorrt" and "rtx" run engines that `conceptmaster build` made. threads: CPU threads, None for one per core.
+    """The backend for `device`; "tensorrt" and "rtx" run engines that `conceptmaster build` made. threads:
+    CPU threads, None for one per core.
 
     Raises: InputError for an unknown or absent device; MissingDependency.
     """

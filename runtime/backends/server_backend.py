@@ -1,4 +1,5 @@
-"""A bundle inside NVIDIA's Triton Inference Server: each graph is one of its models, this is the one around them.
+"""A bundle inside NVIDIA's Triton Inference Server: each graph is one of its models, this is the one around
+them.
 
 `conceptmaster export-triton` writes the models; the server imports `TritonPythonModel` from here.
 """

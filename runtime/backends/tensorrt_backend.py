@@ -1,9 +1,9 @@
 """TensorRT, or TensorRT for RTX: a bundle's engines, with cuda-python for memory. No torch.
 
-The only file that imports them. Every buffer is allocated once and used again: a host array is copied into its
-graph's own input buffer, a graph writes into buffers that nobody holds any more, and what it wrote is bound as the
-next graph's input where it lies. Everything is in the order of one stream. From its second call with the same
-buffers on, a graph is replayed as a CUDA graph.
+The only file that imports them. Every buffer is allocated once and used again: a host array is copied into
+its graph's own input buffer, a graph writes into buffers that nobody holds any more, and what it wrote is
+bound as the next graph's input where it lies. Everything is in the order of one stream. From its second call
+with the same buffers on, a graph is replayed as a CUDA graph.
 """
 
 from __future__ import annotations
@@ -47,7 +47,8 @@ class TensorRTBackend:
     Args: flavor: "tensorrt" or "rtx"; precision: of the engines, None for the only ones that are there;
         cuda_graphs: replay instead of launching again. May be used from several threads, one after the other.
     Raises: MissingDependency; InputError without a GPU, or with too little memory on it; BundleError when the
-        engines are missing, of another GPU, version or bundle, or damaged, naming the command that builds them.
+        engines are missing, of another GPU, version or bundle, or damaged, naming the command that builds
+        them.
     """
 
     def __init__(
@@ -80,8 +81,8 @@ class TensorRTBackend:
                 self._context(graph)
 
     def run(self, graph: str, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        """Runs `graph`. inputs: NumPy arrays or DeviceArrays, exact dtypes and shapes. Returns DeviceArrays by
-        name, before they are computed.
+        """Runs `graph`. inputs: NumPy arrays or DeviceArrays, exact dtypes and shapes. Returns DeviceArrays
+        by name, before they are computed.
 
         Raises: KeyError for a missing input, ValueError for a wrong dtype or shape.
         """
@@ -187,8 +188,8 @@ class TensorRTBackend:
         free, _ = self._call("cudaMemGetInfo")
         if size > free:
             raise InputError(
-                f"the engine of {graph} needs {size / 2**30:.2f} GiB more of GPU memory, {free / 2**30:.2f} GiB "
-                "are free: end other programs there, or use a larger GPU"
+                f"the engine of {graph} needs {size / 2**30:.2f} GiB more of GPU memory, "
+                f"{free / 2**30:.2f} GiB are free: end other programs there, or use a larger GPU"
             )
 
     def _allocate(self, size: int) -> int:

@@ -1,4 +1,5 @@
-"""The plugin's kernel: its order of arguments in the interpreter, its PTX, and what TensorRT is told. No GPU."""
+"""The plugin's kernel: its order of arguments in the interpreter, its PTX, and what TensorRT is told. No
+GPU."""
 
 from __future__ import annotations
 
@@ -83,7 +84,8 @@ for node, dtype, number in CASES:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "kernel.ptx")
         path.write_text(kernel.ptx)
-        done = subprocess.run([ptxas, "-v", "--gpu-name=sm_90a", path, "-o", os.devnull], capture_output=True, text=True)
+        command = [ptxas, "-v", "--gpu-name=sm_90a", path, "-o", os.devnull]
+        done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "0 bytes spill stores, 0 bytes spill loads" in done.stderr, done.stderr
 print("compiled", len(CASES))

@@ -1,4 +1,5 @@
-"""The project's own nodes: their function bodies in ONNX Runtime against the torch ops that they stand for."""
+"""The project's own nodes: their function bodies in ONNX Runtime against the torch ops that they stand
+for."""
 
 from __future__ import annotations
 

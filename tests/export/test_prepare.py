@@ -19,7 +19,8 @@ from conceptmaster.runtime.bundle import SHIPPED  # noqa: E402
 
 BUNDLE = SHIPPED / "sprites"
 GRAPHS = sorted(path.stem for path in BUNDLE.glob("*.onnx"))
-# Relative error of a whole graph whose products are rounded, on random inputs. Measured on `sprites`: see docs/tensorrt.md.
+# Relative error of a whole graph whose products are rounded, on random inputs. Measured on `sprites`: see
+# docs/tensorrt.md.
 TOLERANCES = {"fp16": 1e-2, "bf16": 6e-2}
 
 

@@ -1,7 +1,8 @@
-"""Every graph through NVIDIA's own parser and builder: TensorRT for RTX does both without a GPU. Nothing runs.
+"""Every graph through NVIDIA's own parser and builder: TensorRT for RTX does both without a GPU. Nothing
+runs.
 
-Quick here: the tiny preset and the shipped bundle's small graphs. Slow: all of the shipped bundle, and two blocks of
-Wan2.1 1.3B's width, in every precision and for every target.
+Quick here: the tiny preset and the shipped bundle's small graphs. Slow: all of the shipped bundle, and two
+blocks of Wan2.1 1.3B's width, in every precision and for every target.
 """
 
 from __future__ import annotations

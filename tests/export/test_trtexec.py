@@ -48,7 +48,8 @@ def trtexec(tmp_path, monkeypatch):
 def test_the_script_has_a_command_for_every_graph():
     text = build_engines.script_text(["a", "b"], 90, Limits(4 << 30, 3))
     commands = [line for line in text.splitlines() if line.startswith("trtexec")]
-    wanted = "--timingCacheFile=timing.cache --skipInference --memPoolSize=workspace:4096M --builderOptimizationLevel=3"
+    wanted = "--timingCacheFile=timing.cache --skipInference "
+    wanted += "--memPoolSize=workspace:4096M --builderOptimizationLevel=3"
     assert commands == [
         f"trtexec --onnx=graphs/{name}.onnx --saveEngine={name}.engine {wanted} 2>&1 | tee -a build.log"
         for name in "ab"

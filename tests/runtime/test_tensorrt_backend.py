@@ -1,7 +1,8 @@
 """The TensorRT backend against fakes of tensorrt and cuda-python: no engine runs here.
 
-The fakes hold to the two libraries' interfaces. Device memory is host memory, and a fake engine is the ONNX graph
-itself, which ONNX Runtime computes when the engine would: so what is tested is all that lies around an engine.
+The fakes hold to the two libraries' interfaces. Device memory is host memory, and a fake engine is the ONNX
+graph itself, which ONNX Runtime computes when the engine would: so what is tested is all that lies around an
+engine.
 """
 
 from __future__ import annotations
