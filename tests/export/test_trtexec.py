@@ -83,9 +83,7 @@ def test_without_trtexec_the_script_is_named(folder, monkeypatch):
         build_engines.run_script(folder / "build.sh")
 
 
-@pytest.mark.parametrize(
-    ("line", "version"), [("v8501", "8.5.1"), ("v101303", "10.13.3"), ("v110400", "11.4.0")]
-)
+@pytest.mark.parametrize(("line", "version"), [("v101303", "10.13.3"), ("v110400", "11.4.0")])
 def test_the_version_is_read_from_the_log(tmp_path, line, version):
     log = tmp_path / "build.log"
     log.write_text(f"&&&& RUNNING TensorRT.trtexec [TensorRT {line}] [b9]\n")
