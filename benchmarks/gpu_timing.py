@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from conceptmaster.runtime.backends.torch_step import cuda_graphs
+
 from .alternating import machine
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -20,23 +22,7 @@ Call = Callable[[], Any]
 
 def captured(call: Call) -> Call:
     """The call as a CUDA graph, to be replayed; on the CPU the call itself."""
-    if not torch.cuda.is_available():
-        return call
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            call()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        kept = call()
-
-    def replay() -> object:
-        graph.replay()
-        return kept
-
-    return replay
+    return cuda_graphs()(call) if torch.cuda.is_available() else call
 
 
 def once(call: Call) -> float:

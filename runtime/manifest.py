@@ -17,12 +17,15 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from . import signatures, strict
 from .errors import BundleError
 from .files import replacing
 from .solver import SHIFTS, SOLVERS, STATES, TRAINED_STEPS
+
+if TYPE_CHECKING:
+    import numpy as np
 
 FORMAT = 2
 READABLE = (1, 2)
@@ -47,6 +50,12 @@ class TensorSpec:
             all(size > 0 for size in self.shape),
             f"the shape {list(self.shape)} of {self.name!r} is not fixed",
         )
+
+    def check(self, graph: str, array: np.ndarray) -> None:
+        """Raises ValueError, which names the graph, unless `array` has exactly this dtype and shape."""
+        if array.dtype != self.dtype or array.shape != self.shape:
+            given = f"{array.dtype} {list(array.shape)}"
+            raise ValueError(f"{graph}: {self.name!r} must be {self.dtype} {list(self.shape)}, not {given}")
 
 
 @dataclass(frozen=True)

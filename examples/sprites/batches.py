@@ -12,12 +12,13 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from conceptmaster.engine.encoders import CLIP_MEAN, CLIP_STD
+
 from .draw import paint_along
 from .pool import Shard, open_shard, shards
 from .world import ACCESSORIES, MAX_CONCEPTS, NOUNS, PERIODS, TEXTURES, Identity, random_scene
 
-CLIP_MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
-CLIP_STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
+MEAN, STD = np.asarray(CLIP_MEAN, np.float32), np.asarray(CLIP_STD, np.float32)
 PORTRAIT = 32
 """Side of the upright sprite that a training-only head redraws from the visual queries: as large as in a
 video, since what is smaller keeps no pattern."""
@@ -296,7 +297,7 @@ class LatentPool:
 
 def _for_clip(pixels: np.ndarray) -> Tensor:
     """uint8 [..., H, W, 3] -> float32 [..., 3, H, W], normalised as CLIP's pictures are."""
-    return _channels_first((pixels.astype(np.float32) / 255 - CLIP_MEAN) / CLIP_STD)
+    return _channels_first((pixels.astype(np.float32) / 255 - MEAN) / STD)
 
 
 def _minus_one_to_one(pixels: np.ndarray) -> Tensor:

@@ -177,11 +177,11 @@ def own_noise(
     """
     least, most = OWN_SIGMAS
     chosen = torch.from_numpy(rng.random(len(sigma), np.float32) < share).to(sigma.device)
-    first = torch.from_numpy(rng.uniform(least, most, len(sigma)).astype(np.float32)).to(sigma.device)
-    again = torch.from_numpy(rng.standard_normal(noise.shape, np.float32)).to(sigma.device)
     chosen &= batch.concept_mask.any(-1)
     if not chosen.any():
         return noise, sigma, torch.full_like(sigma, HELD_SIGMA)
+    first = torch.from_numpy(rng.uniform(least, most, len(sigma)).astype(np.float32)).to(sigma.device)
+    again = torch.from_numpy(rng.standard_normal(noise.shape, np.float32)).to(sigma.device)
     part, s = batch[chosen], first[chosen, None, None, None, None]
     noisy = (1 - s) * part.latents + s * noise[chosen]
     told = noisy - s * trainee.velocity(part, noisy, first[chosen])[0].float()

@@ -94,9 +94,7 @@ class OnnxRuntimeBackend:
     def _to_device(self, array: Any, graph: str, spec: TensorSpec) -> Any:
         if not isinstance(array, np.ndarray):
             return array
-        if array.dtype != spec.dtype or array.shape != spec.shape:
-            given = f"{array.dtype} {list(array.shape)}"
-            raise ValueError(f"{graph}: {spec.name!r} must be {spec.dtype} {list(spec.shape)}, not {given}")
+        spec.check(graph, array)
         return onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array), self._device)
 
     def _session(self, graph: str) -> Any:

@@ -6,6 +6,7 @@ modules, so running these on the bundle's weights gives the same videos. Which w
 
 from __future__ import annotations
 
+import functools
 import logging
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -126,9 +127,7 @@ class TorchBackend:
     def _to_device(self, array: Any, graph: str, spec: TensorSpec) -> Any:
         if not isinstance(array, np.ndarray):
             return array
-        if array.dtype != spec.dtype or array.shape != spec.shape:
-            given = f"{array.dtype} {list(array.shape)}"
-            raise ValueError(f"{graph}: {spec.name!r} must be {spec.dtype} {list(spec.shape)}, not {given}")
+        spec.check(graph, array)
         return torch.from_numpy(np.ascontiguousarray(array)).to(self._device)
 
     def _build(self) -> dict[str, Module]:
@@ -190,7 +189,7 @@ class TorchBackend:
             tokens = text.new_zeros(shapes.concepts, shapes.queries, shapes.concept_width)
         mask = given.get("concept_mask")
         if mask is None:
-            mask = self._no_concepts()
+            mask = self._no_concepts
         text, tokens = (_floating(tensor, self._dtype) for tensor in (text, tokens))
         return self.stepper.transformer.condition(text, tokens, mask)
 
@@ -198,12 +197,13 @@ class TorchBackend:
         assert self.stepper is not None
         state, step = given.pop("state"), given.pop("step", None)
         carried = state if isinstance(state, Carried) else Carried(state)
-        given.setdefault("concept_mask", self._no_concepts())
+        given.setdefault("concept_mask", self._no_concepts)
         names = ("time", "concept_mask", "guidance", "coefficients", "given")
         inputs = {name: given.pop(name) for name in names if name in given}
         index, steps = (0, 1 << 30) if step is None else (int(number) for number in step)
         return {"next_state": self.stepper(carried, inputs, given, index, steps)}
 
+    @functools.cached_property
     def _no_concepts(self) -> torch.Tensor:
         shapes = self._manifest.shapes
         return torch.zeros((shapes.branches, shapes.concepts), dtype=torch.bool, device=self._device)

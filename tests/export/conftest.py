@@ -23,6 +23,28 @@ def one_thread() -> Any:
     torch.set_num_threads(threads)
 
 
+@pytest.fixture
+def command(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """`command("export", …)`: exit code, standard output, standard error."""
+    from conceptmaster.cli import main
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        code = main([str(argument) for argument in arguments])
+        return code, *capsys.readouterr()
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def pipeline(wan_parts: Callable[..., dict[str, Any]]) -> Any:
+    """diffusers' pipeline of a tiny text-to-video base."""
+    from diffusers import WanPipeline
+
+    pipeline = WanPipeline(**wan_parts())
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
 @pytest.fixture(scope="session")
 def source_for() -> Callable[..., Any]:
     """`source_for(injection="merged", …)`: the tiny preset with its concept part changed, random weights."""

@@ -17,18 +17,6 @@ def own(bundle, tmp_path):
     return shutil.copytree(bundle, tmp_path / "own")
 
 
-@pytest.fixture
-def command(capsys):
-    """`command("verify", …)`: exit code, standard output, standard error."""
-    from conceptmaster.cli import main
-
-    def call(*arguments):
-        code = main([str(argument) for argument in arguments])
-        return code, *capsys.readouterr()
-
-    return call
-
-
 @pytest.fixture(scope="module")
 def weights(tiny, tmp_path_factory):
     """A source folder with the weights of `tiny`. Not to be changed."""

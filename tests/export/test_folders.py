@@ -16,16 +16,6 @@ STEPS, GUIDANCE = 4, 5.0
 
 
 @pytest.fixture(scope="module")
-def pipeline(wan_parts):
-    """diffusers' pipeline of the parts that `folder` has."""
-    from diffusers import WanPipeline
-
-    pipeline = WanPipeline(**wan_parts())
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
-@pytest.fixture(scope="module")
 def folder(pipeline, tmp_path_factory):
     """`pipeline` as it saves itself: no picture encoder. Not to be changed."""
     folder = tmp_path_factory.mktemp("pipelines") / "tiny-wan"
@@ -37,18 +27,6 @@ def folder(pipeline, tmp_path_factory):
 def own(wan_folder, tmp_path):
     """A folder with a picture encoder, to be changed."""
     return shutil.copytree(wan_folder, tmp_path / "own")
-
-
-@pytest.fixture
-def command(capsys):
-    """`command("export", …)`: exit code, standard output, standard error."""
-    from conceptmaster.cli import main
-
-    def call(*arguments):
-        code = main([str(argument) for argument in arguments])
-        return code, *capsys.readouterr()
-
-    return call
 
 
 @pytest.fixture(scope="module")

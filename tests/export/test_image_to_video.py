@@ -94,18 +94,6 @@ def a2_bundle(a2, exported):
 
 
 @pytest.fixture
-def command(capsys):
-    """`command("export", …)`: exit code, standard output, standard error."""
-    from conceptmaster.cli import main
-
-    def call(*arguments):
-        code = main([str(argument) for argument in arguments])
-        return code, *capsys.readouterr()
-
-    return call
-
-
-@pytest.fixture
 def generated(command, tmp_path):
     """`generated(bundle, pictures, noise)`: the frames that the command line writes."""
 

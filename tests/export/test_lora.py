@@ -14,18 +14,9 @@ PROMPT = "a red ball rolls to the left"
 
 
 @pytest.fixture(scope="module")
-def pipeline(wan_parts):
-    pytest.importorskip("peft")
-    from diffusers import WanPipeline
-
-    pipeline = WanPipeline(**wan_parts())
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
-@pytest.fixture(scope="module")
 def folder(pipeline, tmp_path_factory):
     """`pipeline` before it gets its LoRA, and in lora.safetensors beside it that LoRA."""
+    pytest.importorskip("peft")
     from safetensors.torch import save_file
 
     folder = tmp_path_factory.mktemp("pipelines") / "tiny-wan"
@@ -39,17 +30,6 @@ def folder(pipeline, tmp_path_factory):
             tensors[f"transformer.{name}.lora_B.weight"] = torch.randn(o, 3, generator=g) * 0.3
     save_file(tensors, folder.parent / "lora.safetensors")
     return folder
-
-
-@pytest.fixture
-def command(capsys):
-    from conceptmaster.cli import main
-
-    def call(*arguments):
-        code = main([str(argument) for argument in arguments])
-        return code, *capsys.readouterr()
-
-    return call
 
 
 def frames(pipeline, noise):
