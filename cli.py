@@ -21,7 +21,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     # --identity makes another command of `verify`: neither loads the packages that only the other needs
     verify = _verify_identity() if IDENTITY in arguments else _verify_graphs()
-    return cli.main(arguments, [_exporting("export", "turn weights into a bundle"), verify])
+    build = _exporting("build", "build TensorRT engines from a bundle", "build_cli")
+    serving = _exporting("export-triton", "write a model repository for NVIDIA's Triton server", "triton_cli")
+    return cli.main(arguments, [_exporting("export", "turn weights into a bundle"), verify, build, serving])
 
 
 def _verify_graphs() -> cli.Command:
@@ -58,14 +60,16 @@ def _add_identity(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _exporting(name: str, summary: str) -> cli.Command:
-    """The command `name`, from export/cli.py's functions add_NAME_arguments(parser) and run_NAME(args)."""
+def _exporting(name: str, summary: str, module: str = "cli") -> cli.Command:
+    """The command `name`, from the functions add_NAME_arguments(parser) and run_NAME(args) of
+    export/`module`.py."""
+    function = name.replace("-", "_")
 
     def add_arguments(parser: argparse.ArgumentParser) -> None:
-        _export_module(name, f"add_{name}_arguments")(parser)
+        _export_module(name, module, f"add_{function}_arguments")(parser)
 
     def run(args: argparse.Namespace) -> int:
-        command = _export_module(name, f"run_{name}")
+        command = _export_module(name, module, f"run_{function}")
         from .export.errors import ExportError
 
         try:
@@ -78,9 +82,9 @@ def _exporting(name: str, summary: str) -> cli.Command:
     return cli.Command(name, summary, add_arguments, run)
 
 
-def _export_module(command: str, function: str) -> Any:
+def _export_module(command: str, module: str, function: str) -> Any:
     try:
-        return getattr(importlib.import_module(".export.cli", __package__), function)
+        return getattr(importlib.import_module(f".export.{module}", __package__), function)
     except ModuleNotFoundError as error:
         raise MissingDependency(
             f"`conceptmaster {command}` needs {error.name}: pip install 'conceptmaster[export]'"

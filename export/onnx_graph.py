@@ -15,10 +15,12 @@ import torch
 from onnxscript import ir
 
 from ..engine.streamed import faked
+from ..kernels.common import kept_whole
 from ..runtime.manifest import DTYPES, GraphFile, HashedFile, TensorSpec, sha256_file
 from .errors import ExportError
 from .external import data_file, hide, turn, weight_readers, write_weights
 from .graphs import GraphSpec
+from .nodes import add_functions, translations
 from .rewrite import rewrite
 
 # 23 has Attention, RMSNormalization and RotaryEmbedding as operators. The denoise step of `sprites` on ONNX
@@ -54,7 +56,7 @@ def trace(spec: GraphSpec, hidden: Iterable[str] = ()) -> tuple[ir.Model, set[st
     hidden: weights of which the model gets name and shape but no values; they may be on disk.
     """
     hidden = set(hidden)
-    with _quiet(), torch.no_grad(), faked(spec.module) as mode:
+    with _quiet(), kept_whole(), torch.no_grad(), faked(spec.module) as mode:
         with mode if hidden else contextlib.nullcontext():
             sample = [torch.zeros(t.shape, dtype=getattr(torch, t.dtype)) for t in spec.inputs]
         program = torch.onnx.export(
@@ -65,6 +67,7 @@ def trace(spec: GraphSpec, hidden: Iterable[str] = ()) -> tuple[ir.Model, set[st
             input_names=[tensor.name for tensor in spec.inputs],
             output_names=[tensor.name for tensor in spec.outputs],
             external_data=False,
+            custom_translation_table=translations(),
             verbose=False,
             optimize=not hidden,
         )
@@ -74,6 +77,7 @@ def trace(spec: GraphSpec, hidden: Iterable[str] = ()) -> tuple[ir.Model, set[st
             hide(model, hidden)
             program.optimize()
             model = program.model
+    add_functions(model)
     turned = turn(model, hidden)
     rewrite(model)
     _clean(model, spec)

@@ -34,6 +34,7 @@ except ImportError:
 
 __all__ = [
     "INTERPRETED",
+    "kept_whole",
     "launch",
     "launches_to",
     "require",
@@ -42,6 +43,7 @@ __all__ = [
     "tl",
     "to_fp8",
     "triton",
+    "whole",
 ]
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -73,6 +75,25 @@ def served(*tensors: Tensor | None) -> bool:
     if torch.compiler.is_exporting() or not all(tensor.is_cuda for tensor in given):
         return False
     return not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given))
+
+
+_whole = False  # whether `kept_whole` is in force
+
+
+def whole() -> bool:
+    """Whether this runs under an exporter that wants the op as it is: one node instead of its reference."""
+    return _whole and torch.compiler.is_exporting()
+
+
+@contextmanager
+def kept_whole() -> Iterator[None]:
+    """Lets an exporter meet the cross-attention's ops themselves, see `whole`."""
+    global _whole
+    before, _whole = _whole, True
+    try:
+        yield
+    finally:
+        _whole = before
 
 
 def require(op: str, condition: bool, message: str) -> None:

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .common import INTERPRETED, launch, require, require_alike, served, tl, triton
+from .common import INTERPRETED, launch, require, require_alike, served, tl, triton, whole
 
 # Reference.
 
@@ -379,7 +379,7 @@ def concept_injection(
     for a batch row whose concepts are all masked. Raises ValueError for other shapes, mixed dtypes or
     devices, or a last axis that is not contiguous.
     """
-    if served(q, concept_k, concept_v):
+    if whole() or served(q, concept_k, concept_v):
         return _injection_op(q, concept_k, concept_v, concept_mask)
     _check("concept_injection", q, None, (concept_k, concept_v), concept_mask)
     return attention(q, concept_k, concept_v, concept_mask)
@@ -423,7 +423,7 @@ def normed_decoupled_cross_attention(
 
 def _decoupled(q, text_k, text_v, concept_k, concept_v, concept_mask, concept_scale, inverse_rms) -> Tensor:
     arguments = (q, text_k, text_v, concept_k, concept_v, concept_mask, concept_scale, inverse_rms)
-    if served(q, text_k, text_v, concept_k, concept_v, inverse_rms):
+    if whole() or served(q, text_k, text_v, concept_k, concept_v, inverse_rms):
         return _decoupled_op(*arguments)
     _check(DECOUPLED, q, (text_k, text_v), (concept_k, concept_v), concept_mask, inverse_rms)
     return decoupled_cross_attention_reference(*arguments)

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from ..bundle import Bundle
     from .torch_options import TorchOptions
 
-DEVICES = ("cpu", "cuda")
+DEVICES = ("cpu", "cuda", "tensorrt", "rtx")
 BACKENDS = ("onnxruntime", "torch")
 
 
@@ -42,7 +42,7 @@ def open_backend(
     name: str = "onnxruntime",
     options: TorchOptions | None = None,
 ) -> Backend:
-    """The backend `name` (one of BACKENDS) for `device` ("cpu" or "cuda").
+    """The backend `name` (one of BACKENDS) for `device`; "tensorrt" and "rtx" run what `conceptmaster build` made.
 
     threads: CPU threads, None for one per core (torch: as PyTorch has it); options: of the torch backend.
     Raises: InputError for an unknown or absent device, an unknown backend, or options of another one;
@@ -55,11 +55,17 @@ def open_backend(
     if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
         raise InputError(f"threads must be a positive integer, not {threads!r}")
     if name == "torch":
+        if device not in ("cpu", "cuda"):
+            raise InputError(f"the backend torch runs on cpu or cuda, not on {device!r}")
         from .torch_backend import TorchBackend
 
         return TorchBackend(bundle, device, threads, options)
     if options is not None:
         raise InputError(f"the backend {name} has no such options: they are for the backend torch")
+    if device in ("tensorrt", "rtx"):
+        from .tensorrt_backend import TensorRTBackend
+
+        return TensorRTBackend(bundle, device)
     from .onnxruntime_backend import OnnxRuntimeBackend
 
     return OnnxRuntimeBackend(bundle, device, threads)

@@ -1,0 +1,80 @@
+"""The command `conceptmaster build`, for the root's cli.py."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+from ..runtime.engines import FLAVORS, target_capability
+from . import build_engines
+from .cli import _find_bundle, _progress
+from .engine_builder import Limits
+from .errors import ExportError
+from .prepare import PRECISIONS
+
+BUILD = """\
+Builds TensorRT engines from a bundle's graphs, into BUNDLE/engines/. Build from an fp32 bundle: --precision
+decides what products are computed in.
+
+  conceptmaster build my-bundle                                   # for the GPU here, in bf16
+  conceptmaster build my-bundle --flavor rtx --target sm_89       # TensorRT for RTX; needs no GPU
+  conceptmaster build my-bundle --trtexec --target sm_90 --dry-run   # only write engines/…/build.sh
+  conceptmaster build my-bundle --trtexec --target sm_90 --collect   # take over what build.sh made
+"""
+
+
+def add_build_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `conceptmaster build`."""
+    parser.description = BUILD
+    parser.add_argument("bundle", metavar="BUNDLE", help="shipped bundle or a path")
+    parser.add_argument(
+        "--target", metavar="sm_90", help="the GPU's compute capability (that of the GPU here)"
+    )
+    parser.add_argument("--precision", choices=PRECISIONS, default="bf16", help="of products (bf16)")
+    parser.add_argument("--flavor", choices=FLAVORS, default="tensorrt", help="which library (tensorrt)")
+    parser.add_argument("--workspace", type=int, metavar="MB", help="memory that the builder may use")
+    parser.add_argument("--level", type=int, choices=range(6), metavar="0-5", help="how long it searches")
+    parser.add_argument("--trtexec", action="store_true", help="build with trtexec, by a script that is kept")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="with --trtexec: write the script, do not run it"
+    )
+    parser.add_argument(
+        "--collect", action="store_true", help="with --trtexec: the script has been run by hand"
+    )
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of the table")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+
+
+def run_build(args: argparse.Namespace) -> int:
+    """Builds; returns the exit code 0. Raises ExportError, InputError, BundleError."""
+    bundle = _find_bundle(args.bundle)
+    capability = None if args.target is None else target_capability(args.target)
+    if args.workspace is not None and args.workspace < 1:
+        raise ExportError("--workspace is a number of megabytes, 1 at least")
+    limits = Limits(None if args.workspace is None else args.workspace << 20, args.level)
+    if (args.dry_run or args.collect) and not args.trtexec:
+        raise ExportError("--dry-run and --collect go with --trtexec")
+    if not args.trtexec:
+        show = _progress(args)
+        folder, lines = build_engines.build_all(bundle, args.flavor, capability, args.precision, limits, show)
+        return _report(args, folder, lines)
+    if args.flavor != "tensorrt":
+        raise ExportError("--trtexec builds with the full TensorRT: leave out --flavor, or --trtexec")
+    target = build_engines.gpu_capability() if capability is None else capability
+    if not args.collect:
+        script = build_engines.write_script(bundle, target, args.precision, limits, _progress(args))
+        if args.dry_run:
+            print(script)
+            return 0
+        build_engines.run_script(script)
+    return _report(args, *build_engines.collect(bundle, target, args.precision))
+
+
+def _report(args: argparse.Namespace, folder: Path, lines: list[build_engines.Line]) -> int:
+    if args.json:
+        print(json.dumps({"folder": str(folder), "engines": [asdict(line) for line in lines]}))
+    else:
+        print(f"{build_engines.table(lines)}\n{folder}")
+    return 0

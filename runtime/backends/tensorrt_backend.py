@@ -1,0 +1,223 @@
+"""TensorRT, or TensorRT for RTX: a bundle's engines, with cuda-python for memory. No torch.
+
+The only file that imports them. Every buffer is allocated once and used again: a host array is copied into
+its graph's own input buffer, a graph writes into buffers that nobody holds any more, and what it wrote is
+bound as the next graph's input where it lies. Everything is in the order of one stream. From its second call
+with the same buffers on, a graph is replayed as a CUDA graph.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import math
+import threading
+import weakref
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .. import engines as stored
+from ..errors import BundleError, InputError, MissingDependency
+from ..manifest import TensorSpec
+
+if TYPE_CHECKING:
+    from ..bundle import Bundle
+
+log = logging.getLogger(__name__)
+
+MODULES = {"tensorrt": "tensorrt", "rtx": "tensorrt_rtx"}
+EXTRAS = {"tensorrt": "tensorrt", "rtx": "tensorrt-rtx"}
+DTYPES = {"FLOAT": "float32", "HALF": "float16", "INT64": "int64", "INT32": "int32", "BOOL": "bool"}
+CUDA_GRAPHS = 16  # kept; more would mean that the buffers never come round
+
+
+class DeviceArray:
+    """Where a result lies on the GPU; its buffer is used again once nobody holds this any more."""
+
+    def __init__(self, address: int, spec: TensorSpec) -> None:
+        self.address = address
+        self.spec = spec
+
+
+class TensorRTBackend:
+    """Runs a bundle's engines for the GPU that is there; arrays are `DeviceArray`s.
+
+    Args: flavor: "tensorrt" or "rtx"; precision: of the engines, None for the only ones that are there;
+        cuda_graphs: replay instead of launching again. May be used from several threads, one after the other.
+    Raises: MissingDependency; InputError without a GPU, or with too little memory on it; BundleError when the
+        engines are missing, of another GPU, version or bundle, or damaged, naming the command that builds
+        them.
+    """
+
+    def __init__(
+        self, bundle: Bundle, flavor: str = "tensorrt", precision: str | None = None, cuda_graphs: bool = True
+    ) -> None:
+        self._trt = _import(MODULES[flavor], EXTRAS[flavor])
+        self._cuda = _import("cuda.bindings.runtime", EXTRAS[flavor])
+        self._bundle = bundle
+        graphs = {name: graph.sha256 for name, graph in bundle.manifest.graphs.items()}
+        version = stored.short_version(self._trt.__version__)
+        capability = self._capability()
+        self._folder, self._engines = stored.choose(
+            bundle.folder, graphs, flavor, version, capability, precision
+        )
+        self._rebuild = stored.rebuild_command(bundle.folder, self._engines)
+        self._runtime = self._trt.Runtime(self._trt.Logger(self._trt.Logger.ERROR))
+        self._stream = self._call("cudaStreamCreate")
+        self._contexts: dict[str, tuple[Any, Any]] = {}  # graph -> engine, context
+        self._inputs: dict[tuple[str, str], int] = {}  # graph, input -> its buffer for host arrays
+        self._free: dict[int, list[int]] = {}  # bytes -> buffers that nobody holds
+        self._seen: set[tuple[Any, ...]] = set()
+        self._replays: dict[tuple[Any, ...], Any] | None = {} if cuda_graphs else None
+        self._lock = threading.RLock()
+        log.info("%s %s on sm_%d, engines in %s", flavor, version, capability, self._folder)
+
+    def load(self, graphs: Iterable[str]) -> None:
+        """Deserialises the engines of `graphs`. Raises BundleError, InputError when memory is short."""
+        with self._lock:
+            for graph in graphs:
+                self._context(graph)
+
+    def run(self, graph: str, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Runs `graph`. inputs: NumPy arrays or DeviceArrays, exact dtypes and shapes. Returns DeviceArrays
+        by name, before they are computed.
+
+        Raises: KeyError for a missing input, ValueError for a wrong dtype or shape.
+        """
+        signature = self._bundle.manifest.graphs[graph]
+        with self._lock:
+            context = self._context(graph)
+            addresses = {spec.name: self._bind(graph, spec, inputs[spec.name]) for spec in signature.inputs}
+            results = {spec.name: self._result(spec) for spec in signature.outputs}
+            addresses |= {name: result.address for name, result in results.items()}
+            self._launch(graph, context, addresses)
+        return results
+
+    def to_host(self, array: Any) -> np.ndarray:
+        """A DeviceArray (or NumPy array) as NumPy; waits until it is computed."""
+        if isinstance(array, np.ndarray):
+            return array
+        host = np.empty(array.spec.shape, array.spec.dtype)
+        kind = self._cuda.cudaMemcpyKind.cudaMemcpyDeviceToHost
+        with self._lock:
+            self._call("cudaMemcpyAsync", host.ctypes.data, array.address, host.nbytes, kind, self._stream)
+            self._call("cudaStreamSynchronize", self._stream)
+        return host
+
+    def _launch(self, graph: str, context: Any, addresses: dict[str, int]) -> None:
+        key = (graph, *addresses.values())
+        if self._replays is not None and key in self._replays:
+            self._call("cudaGraphLaunch", self._replays[key], self._stream)
+            return
+        for name, address in addresses.items():
+            if not context.set_tensor_address(name, address):
+                raise BundleError(f"the engine of {graph} has no tensor {name!r}: {self._rebuild}")
+        if self._replays is None or key not in self._seen or len(self._replays) >= CUDA_GRAPHS:
+            self._seen.add(key)  # the first call may allocate, which no CUDA graph may hold
+            self._enqueue(graph, context)
+            return
+        mode = self._cuda.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
+        self._call("cudaStreamBeginCapture", self._stream, mode)
+        self._enqueue(graph, context)
+        captured = self._call("cudaStreamEndCapture", self._stream)
+        self._replays[key] = self._call("cudaGraphInstantiate", captured, 0)
+        self._call("cudaGraphLaunch", self._replays[key], self._stream)
+
+    def _enqueue(self, graph: str, context: Any) -> None:
+        if not context.execute_async_v3(int(self._stream)):
+            raise BundleError(f"the engine of {graph} does not run: {self._rebuild}")
+
+    def _bind(self, graph: str, spec: TensorSpec, array: Any) -> int:
+        """The address of an input; of a host array, after copying it there."""
+        own = array.spec if isinstance(array, DeviceArray) else array
+        if str(own.dtype) != spec.dtype or tuple(own.shape) != spec.shape:
+            given = f"{own.dtype} {list(own.shape)}"
+            raise ValueError(f"{graph}: {spec.name!r} must be {spec.dtype} {list(spec.shape)}, not {given}")
+        if isinstance(array, DeviceArray):
+            return array.address
+        key = (graph, spec.name)
+        if key not in self._inputs:
+            self._inputs[key] = self._allocate(_bytes(spec))
+        host = np.ascontiguousarray(array)
+        kind = self._cuda.cudaMemcpyKind.cudaMemcpyHostToDevice
+        self._call("cudaMemcpyAsync", self._inputs[key], host.ctypes.data, host.nbytes, kind, self._stream)
+        return self._inputs[key]
+
+    def _result(self, spec: TensorSpec) -> DeviceArray:
+        size = _bytes(spec)
+        waiting = self._free.setdefault(size, [])
+        result = DeviceArray(waiting.pop() if waiting else self._allocate(size), spec)
+        weakref.finalize(result, waiting.append, result.address)
+        return result
+
+    def _context(self, graph: str) -> Any:
+        if graph not in self._contexts:
+            self._contexts[graph] = self._open(graph)
+        return self._contexts[graph][1]
+
+    def _open(self, graph: str) -> tuple[Any, Any]:
+        data = (self._folder / self._engines.engines[graph].file).read_bytes()
+        self._require_memory(len(data), graph)
+        engine = self._runtime.deserialize_cuda_engine(data)
+        if engine is None:
+            raise BundleError(f"TensorRT does not load the engine of {graph}: {self._rebuild}")
+        self._check_signature(graph, engine)
+        self._require_memory(engine.device_memory_size_v2, graph)
+        context = engine.create_execution_context()
+        if context is None:
+            raise BundleError(f"TensorRT makes no context for {graph}: {self._rebuild}")
+        return engine, context
+
+    def _check_signature(self, graph: str, engine: Any) -> None:
+        signature, sides = self._bundle.manifest.graphs[graph], self._trt.TensorIOMode
+        real: dict[Any, list[TensorSpec]] = {sides.INPUT: [], sides.OUTPUT: []}
+        for index in range(engine.num_io_tensors):
+            name = engine.get_tensor_name(index)
+            kind = engine.get_tensor_dtype(name).name
+            shape = tuple(engine.get_tensor_shape(name))
+            real[engine.get_tensor_mode(name)].append(TensorSpec(name, DTYPES.get(kind, kind), shape))
+        for side, specs in ((sides.INPUT, signature.inputs), (sides.OUTPUT, signature.outputs)):
+            if sorted(real[side], key=lambda s: s.name) != sorted(specs, key=lambda s: s.name):
+                raise BundleError(
+                    f"the engine of {graph} has another signature than its graph: {self._rebuild}"
+                )
+
+    def _require_memory(self, size: int, graph: str) -> None:
+        free, _ = self._call("cudaMemGetInfo")
+        if size > free:
+            raise InputError(
+                f"the engine of {graph} needs {size / 2**30:.2f} GiB more of GPU memory, "
+                f"{free / 2**30:.2f} GiB are free: end other programs there, or use a larger GPU"
+            )
+
+    def _allocate(self, size: int) -> int:
+        self._require_memory(size, "this bundle")
+        return int(self._call("cudaMalloc", size))
+
+    def _capability(self) -> int:
+        kinds = self._cuda.cudaDeviceAttr
+        major = self._call("cudaDeviceGetAttribute", kinds.cudaDevAttrComputeCapabilityMajor, 0)
+        return 10 * major + self._call("cudaDeviceGetAttribute", kinds.cudaDevAttrComputeCapabilityMinor, 0)
+
+    def _call(self, name: str, *arguments: Any) -> Any:
+        """Calls a function of CUDA's runtime; its results but the status. Raises InputError."""
+        status, *results = getattr(self._cuda, name)(*arguments)
+        if int(status):
+            raise InputError(f"CUDA: {name} says {getattr(status, 'name', status)}")
+        return results[0] if len(results) == 1 else tuple(results)
+
+
+def _import(module: str, extra: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except Exception as error:  # a wheel that is only a stub raises what it likes
+        reason = " ".join(str(error).split())[:160]
+        raise MissingDependency(
+            f"{module} does not load ({reason}): pip install 'conceptmaster[{extra}]'"
+        ) from error
+
+
+def _bytes(spec: TensorSpec) -> int:
+    return math.prod(spec.shape) * np.dtype(spec.dtype).itemsize
