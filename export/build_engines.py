@@ -62,8 +62,9 @@ def build_all(
         graph = folder / f".{name}.onnx"
         try:
             prepare(bundle / manifest.graphs[name].file, graph, precision)
-            aim = target if flavor == "rtx" else None
-            built = engine_builder.build(trt, graph, aim, limits, folder / CACHE)
+            rtx = flavor == "rtx"  # which takes a target, and for which a timing cache does nothing
+            aim, cache = (target, None) if rtx else (None, folder / CACHE)
+            built = engine_builder.build(trt, graph, aim, limits, cache)
         finally:
             for file in (graph, graph.with_name(f"{graph.name}.data")):
                 file.unlink(missing_ok=True)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import ExportError
+from .prepare import FUSED_WIDTHS
 
 MODULES = {"tensorrt": "tensorrt", "rtx": "tensorrt_rtx"}
 INSTALL = {
@@ -102,14 +103,19 @@ def _aim(trt: Any, config: Any, capability: int) -> None:
 
 
 def _attention(trt: Any, network: Any) -> tuple[int, int]:
-    """Lets float32 attention, for which there is no kernel, be taken apart; (whole, taken apart)."""
+    """Lets attention that there is no kernel for be taken apart; (whole, taken apart).
+
+    That is float32, and heads of a width that FUSED_WIDTHS lacks. Everything else must be kept whole: taken
+    apart unasked it would be slow without a word.
+    """
     counts = [0, 0]
     kind = getattr(trt.LayerType, "ATTENTION_INPUT", None)
     for index in range(network.num_layers):
         layer = network.get_layer(index)
         if kind is None or layer.type != kind:
             continue
-        apart = layer.get_input(0).dtype == trt.DataType.FLOAT
+        q = layer.get_input(0)  # [B,A,S,E]
+        apart = q.dtype == trt.DataType.FLOAT or q.shape[-1] not in FUSED_WIDTHS
         if apart:
             layer.__class__ = trt.IAttentionInputLayer
             layer.attention.decomposable = True

@@ -28,6 +28,10 @@ NARROW = {
 PRODUCTS = ("MatMul", "Gemm", "Conv", "Attention")
 """Operators, besides this project's own nodes, that compute in 16 bits where the precision says so."""
 
+FUSED_WIDTHS = range(16, 257, 8)
+"""Head widths that attention is computed for in 16 bits; with others it stays float32. For heads 8 wide
+TensorRT for RTX 1.7.1 has no kernel in 16 bits, and with 12 its builder crashes; it keeps 32 and 128 whole."""
+
 MAX_AXES = 8
 """TensorRT's Dims::MAX_DIMS."""
 
@@ -99,7 +103,8 @@ def narrow(model: ir.Model, precision: str, *, emulate: bool) -> None:
     ShapeInferencePass()(model)
     cast = _Casts(model.graph, kind, dtype, emulate)
     for node in list(model.graph):
-        if node.domain == DOMAIN or (not node.domain and node.op_type in PRODUCTS):
+        own = node.domain == DOMAIN
+        if (own or (not node.domain and node.op_type in PRODUCTS)) and _fused(node, own):
             for index, value in enumerate(node.inputs):
                 if value is not None and value.dtype == ir.DataType.FLOAT:
                     node.replace_input_with(index, cast.narrowed(value))
@@ -109,6 +114,18 @@ def narrow(model: ir.Model, precision: str, *, emulate: bool) -> None:
         for value in node.outputs:
             if not value.is_graph_output():
                 value.shape = value.type = None
+
+
+def _fused(node: ir.Node, own: bool) -> bool:
+    """Whether a product is computed in 16 bits; of attention, by its head width."""
+    if not own and node.op_type != "Attention":
+        return True
+    q = node.inputs[0]
+    if q is None or q.shape is None:
+        return False
+    heads = node.attributes.get("heads" if own else "q_num_heads")
+    width = int(q.shape[-1])  # type: ignore[arg-type]
+    return (width if heads is None or len(q.shape) == 4 else width // heads.as_int()) in FUSED_WIDTHS
 
 
 class _Casts:
