@@ -30,7 +30,7 @@ PRODUCTS = ("MatMul", "Gemm", "Conv", "Attention")
 
 FUSED_WIDTHS = range(16, 257, 8)
 """Head widths that attention is computed for in 16 bits; with others it stays float32. For heads 8 wide
-TensorRT for RTX 1.7.1 has no kernel in 16 bits, and with 12 its builder crashes; it keeps 32 and 128 whole."""
+TensorRT for RTX 1.7.1 has no kernel in 16 bits, with 12 its builder crashes; it keeps 32 and 128 whole."""
 
 MAX_AXES = 8
 """TensorRT's Dims::MAX_DIMS."""
