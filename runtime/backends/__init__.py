@@ -42,7 +42,8 @@ def open_backend(
     name: str = "onnxruntime",
     options: TorchOptions | None = None,
 ) -> Backend:
-    """The backend `name` (one of BACKENDS) for `device`; "tensorrt" and "rtx" run what `conceptmaster build` made.
+    """The backend `name` (one of BACKENDS) for `device`; "tensorrt" and "rtx" run engines that are
+    built.
 
     threads: CPU threads, None for one per core (torch: as PyTorch has it); options: of the torch backend.
     Raises: InputError for an unknown or absent device, an unknown backend, or options of another one;
