@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from .alternating import alternate, report
 ROUNDS = 10
 REQUEST = Path(__file__).parents[1] / "examples/sprites/requests/first/request.json"
 NAMES = ("sprites", "sprites-int8")
+TORCH = "sprites, torch backend"
 
 
 def test_video(benchmark: Any, capsys: pytest.CaptureFixture[str]) -> None:
@@ -27,6 +29,11 @@ def test_video(benchmark: Any, capsys: pytest.CaptureFixture[str]) -> None:
         pytest.skip("no bundle is shipped with this checkout, or no example request")
     request = Request.from_json(REQUEST)
     pipelines = {name: Pipeline.from_bundle(name, threads=1) for name in names}
+    if "sprites" in names and all(importlib.util.find_spec(name) for name in ("torch", "diffusers")):
+        import torch
+
+        torch.set_num_threads(1)
+        pipelines[TORCH] = Pipeline.from_bundle("sprites", backend="torch")
     stages: dict[str, dict[str, float]] = {}
 
     def generate(name: str) -> None:
@@ -34,7 +41,7 @@ def test_video(benchmark: Any, capsys: pytest.CaptureFixture[str]) -> None:
         stages[name] = dict(pipelines[name].generate(request)[0].seconds)
 
     measured = alternate(
-        benchmark, {name: functools.partial(generate, name) for name in names}, ROUNDS, warmup=1
+        benchmark, {name: functools.partial(generate, name) for name in pipelines}, ROUNDS, warmup=1
     )
     benchmark.extra_info["stages_of_the_last_round_s"] = stages
     with capsys.disabled():

@@ -31,6 +31,7 @@ from . import gpu_model, gpu_video
 from .gpu_cases import Case, Shapes, cases
 from .gpu_timing import ROOT, commit, hardware, in_turn, roofline
 
+REPORT = ROOT / "benchmarks" / "results" / "gpu.json"
 ROUNDS = 30
 MODEL_ROUNDS = 10
 MOST_ROWS = 1024
@@ -193,7 +194,7 @@ def main() -> int:
     """The command. Returns 1 when a check is red or there is no GPU."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    parser.add_argument("--output", type=Path, default=ROOT / "out" / "gpu.json", metavar="FILE")
+    parser.add_argument("--output", type=Path, default=REPORT, metavar="FILE")
     parser.add_argument(
         "--minutes", type=float, default=9.0, help="nothing is begun later than a minute before"
     )

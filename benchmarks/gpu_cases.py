@@ -77,15 +77,17 @@ def _wide(*tensors: Tensor | None) -> list[Any]:
 
 
 class Shapes:
-    """Sizes that are run: the real ones, or `small` ones that a CPU gets through in seconds."""
+    """Sizes that are run: the real ones, of these with `only` those whose name begins so, or `small` ones
+    that a CPU gets through in seconds; in `dtype`, but for the 8-bit kernels, which are for bfloat16."""
 
-    def __init__(self, device: str, small: bool) -> None:
-        self.device, self.small = device, small
+    def __init__(self, device: str, small: bool, only: str = "", dtype: str = "bfloat16") -> None:
+        self.device, self.small, self.only, self.dtype = device, small, only, dtype
         self.generator = torch.Generator(device=device).manual_seed(0)
 
-    def new(self, *shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    def new(self, *shape: int, dtype: str | None = None) -> Tensor:
         """Normal numbers."""
-        return torch.randn(shape, generator=self.generator, device=self.device, dtype=torch.float32).to(dtype)
+        drawn = torch.randn(shape, generator=self.generator, device=self.device, dtype=torch.float32)
+        return drawn.to(getattr(torch, dtype or self.dtype))
 
     def mask(self, batch: int, concepts: int, kept: int) -> Tensor:
         """bool [B,C]: no concepts in the first branch, `kept` of them in the others."""
@@ -123,10 +125,13 @@ def cases(shapes: Shapes) -> Iterator[Callable[[], Iterator[Case]]]:
     alive.
     """
     for name, size in shapes.cross():
-        yield functools.partial(_cross_cases, shapes, name, *size)
+        if name.startswith(shapes.only):
+            yield functools.partial(_cross_cases, shapes, name, *size)
     for name, row in shapes.rows():
-        yield functools.partial(_row_cases, shapes, name, *row)
-        yield functools.partial(_eight_bit_cases, shapes, name, *row)
+        if name.startswith(shapes.only):
+            yield functools.partial(_row_cases, shapes, name, *row)
+            if shapes.dtype == "bfloat16":
+                yield functools.partial(_eight_bit_cases, shapes, name, *row)
 
 
 def _cross_cases(
@@ -145,7 +150,7 @@ def _cross_cases(
     )
     mask = shapes.mask(batch, concepts, kept)
     shape = {"B": batch, "S": tokens, "T": text, "C": concepts, "kept": kept, "A": heads, "E": width}
-    dtype, size = "bfloat16", q.numel() * 2
+    dtype, size = shapes.dtype, q.nbytes
     both = crossing.decoupled_cross_attention_reference
     alone = crossing.attention
 
@@ -199,9 +204,9 @@ def _cross_cases(
 def _row_cases(shapes: Shapes, name: str, batch: int, tokens: int, heads: int, width: int) -> Iterator[Case]:
     total = heads * width
     x, branch = shapes.new(batch, tokens, total), shapes.new(batch, tokens, total)
-    table = 0.3 * shapes.new(batch, 3, total, dtype=torch.float32)
+    table = 0.3 * shapes.new(batch, 3, total, dtype="float32")
     gate, scale, shift = table.unbind(1)
-    shape, size = {"B": batch, "S": tokens, "D": total}, x.numel() * 2
+    shape, size = {"B": batch, "S": tokens, "D": total}, x.nbytes
 
     def separate(x: Tensor, branch: Tensor) -> tuple[Tensor, Tensor]:
         summed = modulating.residual_reference(x, branch, gate)
@@ -214,18 +219,18 @@ def _row_cases(shapes: Shapes, name: str, batch: int, tokens: int, heads: int, w
         return summed, modulating.norm_reference(rounded, factor, offset, True, EPS)
 
     yield Case(
-        f"residual and modulation, {name}", shape, "bfloat16", tokens,
+        f"residual and modulation, {name}", shape, shapes.dtype, tokens,
         functools.partial(modulating.residual_modulate, x, branch, gate, scale, shift),
         exactly, {"eager": functools.partial(separate, x, branch)}, moved_bytes=4 * size,
         compiled={"torch.compile": _compiled(separate, x, branch)},
     )  # fmt: skip
 
     q_weight, k_weight = 1 + 0.1 * shapes.new(2, total)
-    angles = 6 * shapes.new(tokens, 1, width // 2, dtype=torch.float32)
+    angles = 6 * shapes.new(tokens, 1, width // 2, dtype="float32")
     cos, sin = angles.cos(), angles.sin()
     normed = functools.partial(rotating.qk_norm_rope_reference, eps=EPS)
     yield Case(
-        f"norm and rotation, {name}", shape, "bfloat16", tokens,
+        f"norm and rotation, {name}", shape, shapes.dtype, tokens,
         functools.partial(rotating.qk_norm_rope, x, branch, q_weight, k_weight, cos, sin),
         lambda rows: normed(*_wide(x[:, rows], branch[:, rows], q_weight, k_weight, cos[rows], sin[rows])),
         {"eager": functools.partial(normed, x, branch, q_weight, k_weight, cos, sin)}, moved_bytes=4 * size,

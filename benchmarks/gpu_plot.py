@@ -1,6 +1,6 @@
 """Draws a report of `make gpu`: the ladder, the forward against diffusers, and scaling beside its prediction.
 
-python -m conceptmaster.benchmarks.gpu_plot out/gpu.json docs/performance.svg
+python -m conceptmaster.benchmarks.gpu_plot benchmarks/results/gpu.json docs/performance.svg
 """
 
 from __future__ import annotations

@@ -3,7 +3,8 @@
 The paper's picture encoder is CLIP, which came trained; this world's starts from nothing, and the video's own
 loss asks for colours long before it asks for patterns. Two training-only heads ask early: one redraws the
 concept upright from its visual queries, the other names its texture, accessory and noun, and tells how the
-texture runs: without that the tokens said that there were stripes, and not which way.
+texture runs: without that the tokens said that there were stripes, and not which way. A third asks that of
+the picture encoder's own tokens, since through the Q-Former the question comes slowly.
 """
 
 from __future__ import annotations
@@ -100,7 +101,7 @@ def trait_losses(head: TraitHead, tokens: Tensor, traits: Tensor, patterns: Tens
 
 
 class Sight(nn.Module):
-    """What is trained here: the parts of a model that see and bind, and the two heads.
+    """What is trained here: the parts of a model that see and bind, and the heads.
 
     With ``kept``, an earlier state of the same model, concept tokens are also held to the earlier ones: what
     reads them goes on understanding them while they come to tell more.
@@ -112,22 +113,27 @@ class Sight(nn.Module):
         super().__init__()
         self.image_encoder, self.qformer = model.image_encoder, model.qformer
         self.portrait, self.trait = portrait, trait
+        self.eye = TraitHead(1, model.config.concept.picture_dim)
         self.kept = None if kept is None else kept.requires_grad_(False)
         if kept is not None:
             self.dam = model.dam  # without it nothing here reaches it
 
     def forward(self, batch: Pictures) -> dict[str, Tensor]:
-        """The losses of ``picture_losses``, and ``kept``: relative squared error to the earlier tokens."""
+        """The losses of ``picture_losses``; ``eye_pattern`` of the picture encoder's tokens; and ``kept``:
+        relative squared error to the earlier concept tokens."""
         with autocast(str(batch.pixels.device)):
-            queries = self.qformer(self.image_encoder(batch.pixels))  # [M,Q,Dc]
+            seen = self.image_encoder(batch.pixels)  # [M,P,Dp]
+            queries = self.qformer(seen)  # [M,Q,Dc]
         losses = picture_losses(
             self.portrait, self.trait, queries.float(), batch.portraits, batch.traits, batch.patterns
         )
+        eye = trait_losses(self.eye, seen.float().mean(1, keepdim=True), batch.traits, batch.patterns)
+        losses |= {"total": losses["total"] + eye["total"], "eye_pattern": eye["pattern"]}
         if self.kept is not None:
             with torch.no_grad():
                 text = self.kept.text_encoder(batch.label_ids, batch.label_mask)
-                seen = self.kept.qformer(self.kept.image_encoder(batch.pixels))
-                wanted = self.kept.dam(seen, text, batch.label_mask)
+                before = self.kept.qformer(self.kept.image_encoder(batch.pixels))
+                wanted = self.kept.dam(before, text, batch.label_mask)
             found = self.dam(queries.float(), text, batch.label_mask)  # [M,Q,Dc]
             losses["kept"] = (found - wanted).square().mean() / wanted.square().mean()
             losses["total"] = losses["total"] + losses["kept"]
