@@ -175,12 +175,18 @@ def gradient_norm(parameters: Iterable[torch.nn.Parameter], limit: float) -> flo
 
 
 def save_checkpoint(
-    path: Path, module: torch.nn.Module, average: Average, optimizer: MuonAdamW, progress: dict[str, float]
+    path: Path,
+    module: torch.nn.Module,
+    average: Average | None,
+    optimizer: MuonAdamW,
+    progress: dict[str, float],
 ) -> None:
-    """Write weights, average, optimizer state and ``progress`` as one safetensors file, whole or not at
-    all."""
+    """Write weights, average (if there is one), optimizer state and ``progress`` as one safetensors file,
+    whole or not at all."""
     tensors = {f"model.{k}": v.detach().clone().contiguous() for k, v in module.state_dict().items()}
-    tensors |= {f"average.{k}": v.contiguous() for k, v in average.shadow.items()}
+    if average is not None:
+        tensors |= {f"average.{k}": v.contiguous() for k, v in average.shadow.items()}
+        progress = progress | {"average_count": average.count}
     names = {id(p): n for n, p in module.named_parameters()}
     steps = {}
     for p, state in optimizer.state.items():
@@ -189,7 +195,7 @@ def save_checkpoint(
                 tensors[f"optimizer.{key}.{names[id(p)]}"] = value.contiguous()
             else:
                 steps[names[id(p)]] = value
-    header = {"progress": json.dumps(progress | {"average_count": average.count}), "steps": json.dumps(steps)}
+    header = {"progress": json.dumps(progress), "steps": json.dumps(steps)}
     partial = path.with_name(f".{path.name}.tmp")
     try:
         save_file(tensors, partial, metadata=header)
@@ -199,7 +205,7 @@ def save_checkpoint(
 
 
 def load_checkpoint(
-    path: Path, module: torch.nn.Module, average: Average, optimizer: MuonAdamW
+    path: Path, module: torch.nn.Module, average: Average | None, optimizer: MuonAdamW
 ) -> dict[str, float]:
     """Read back what ``save_checkpoint`` wrote into the same objects; returns ``progress``.
 
@@ -212,12 +218,14 @@ def load_checkpoint(
         progress, steps = json.loads(header["progress"]), json.loads(header["steps"])
         module.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("model.")}, strict=True)
     except Exception as error:
+        why = str(error).strip().splitlines()[0][:200]  # of another model PyTorch names every tensor
         raise CheckpointError(
-            f"{path} is not a whole checkpoint of this training ({error}); delete it to start over"
+            f"{path} is not a whole checkpoint of this training ({why}); delete it to start over"
         ) from error
     device = next(module.parameters()).device
-    average.shadow = {k[8:]: v.to(device) for k, v in tensors.items() if k.startswith("average.")}
-    average.count = int(progress["average_count"])
+    if average is not None:
+        average.shadow = {k[8:]: v.to(device) for k, v in tensors.items() if k.startswith("average.")}
+        average.count = int(progress["average_count"])
     for name, p in module.named_parameters():
         for key in ("momentum", "first", "second"):
             tensor = tensors.get(f"optimizer.{key}.{name}")

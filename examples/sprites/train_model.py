@@ -314,6 +314,9 @@ def _learn_parts(
     device: str,
     started: bool,
     log: Callable[[Mapping[str, object]], None],
+    log_every: int,
+    checkpoint: Path,
+    write: bool,
 ) -> None:
     """What is learned before the videos: to see pictures, without becoming unreadable for what was there
     before if the model was ``started`` from another, and to read captions."""
@@ -330,6 +333,9 @@ def _learn_parts(
                 adam_names=ADAM_NAMES,
                 judge=judge,
                 log=log,
+                log_every=log_every,
+                checkpoint=checkpoint,
+                write=write,
             )
     losses = learn_captions(trainee, pool, steps=caption_steps, seed=seed, device=device)
     if losses:
@@ -363,13 +369,13 @@ def train_model(
 ) -> None:
     """Learn to see pictures alone, and to read captions alone, then train to ``steps``.
 
-    Resumes from ``output/training.safetensors``; a batch depends on seed and step only. ``start`` is a
-    ``model.safetensors`` to go on from, with fresh heads and optimizer; usually without captions then.
-    ``lr`` is Muon's, for matrices; AdamW takes an eighth of it. ``freeze`` leaves text and picture encoder as
-    they are in the last stage, as the paper does with T5 and CLIP. ``own``: see ``own_noise``. ``data``
-    and ``held_out`` are pools with latents. Writes ``model.safetensors`` (averaged weights with their
-    configuration), appends to ``log.jsonl``. Started by torchrun, processes share the work through gloo or
-    nccl.
+    Resumes from ``output/training.safetensors``, before that from ``pictures.safetensors``; a batch depends
+    on seed and step only. ``start`` is a ``model.safetensors`` to go on from, with fresh heads and
+    optimizer; usually without captions then. ``lr`` is Muon's, for matrices; AdamW takes an eighth of it.
+    ``freeze`` leaves text and picture encoder as they are in the last stage, as the paper does with T5 and
+    CLIP. ``own``: see ``own_noise``. ``data`` and ``held_out`` are pools with latents. Writes
+    ``model.safetensors`` (averaged weights with their configuration), appends to ``log.jsonl``. Started by
+    torchrun, processes share the work through gloo or nccl.
     """
     world, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     if world > 1 and not dist.is_initialized():
@@ -388,7 +394,20 @@ def train_model(
         if start is not None:
             told(output, {"phase": "start", "fresh": start_from(trainee.model, start)})
         log = partial(told, output)
-        _learn_parts(trainee, pool, judge, picture_steps, caption_steps, seed, device, start is not None, log)
+        _learn_parts(
+            trainee,
+            pool,
+            judge,
+            picture_steps,
+            caption_steps,
+            seed,
+            device,
+            start is not None,
+            log,
+            max(1, log_every // 2),
+            output / "pictures.safetensors",
+            rank == 0,
+        )
     if freeze:
         trainee.model.text_encoder.requires_grad_(False)
         trainee.model.image_encoder.requires_grad_(False)

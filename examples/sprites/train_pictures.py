@@ -10,6 +10,7 @@ the picture encoder's own tokens, since through the Q-Former the question comes 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -21,7 +22,14 @@ from conceptmaster.engine.concepts import QFormerLayer
 from conceptmaster.engine.model import ConceptMaster
 
 from .batches import PORTRAIT, RUNS, LatentPool, Pictures
-from .learning import MuonAdamW, autocast, gradient_norm, schedule
+from .learning import (
+    MuonAdamW,
+    autocast,
+    gradient_norm,
+    load_checkpoint,
+    save_checkpoint,
+    schedule,
+)
 from .world import ACCESSORIES, NOUNS, TEXTURES
 
 TRAITS = (len(TEXTURES), len(ACCESSORIES), len(NOUNS))
@@ -150,16 +158,20 @@ def learn_pictures(
     adam_names: tuple[str, ...],
     judge: LatentPool,
     log: Callable[[Mapping[str, object]], None],
+    checkpoint: Path,
+    write: bool = True,
     batch_size: int = 128,
     lr: float = 0.012,
     log_every: int = 50,
 ) -> None:
     """Train on reference pictures; ``log`` takes mean losses every ``log_every`` steps, with those of
-    ``judge`` (looks held out) beside them."""
+    ``judge`` (looks held out) beside them. Resumes from ``checkpoint``, to the same
+    weights; that is written (unless not to ``write``) whenever there is something to log."""
     parameters = [p for p in sight.parameters() if p.requires_grad]
     optimizer = MuonAdamW(sight.named_parameters(), lr, 1.5e-3, adam_names=adam_names)
     sums: dict[str, float] = {}
-    for step in tqdm(range(steps), desc="pictures", disable=None):
+    done = int(load_checkpoint(checkpoint, sight, None, optimizer)["step"]) if checkpoint.exists() else 0
+    for step in tqdm(range(done, steps), desc="pictures", total=steps, initial=done, disable=None):
         optimizer.set_scale(schedule(step / steps))
         rng = np.random.Generator(np.random.Philox(key=[seed, 2**32 + step]))
         losses = sight(pool.pictures(rng, batch_size).to(device))
@@ -176,3 +188,5 @@ def learn_pictures(
                 found = sight(judge.pictures(np.random.default_rng(0), 512).to(device))
             record |= {f"held_out_{name}": round(float(value), 4) for name, value in found.items()}
             log({"phase": "pictures", "step": step + 1, **record})
+            if write:
+                save_checkpoint(checkpoint, sight, None, optimizer, {"step": step + 1})

@@ -76,7 +76,7 @@ def folder(tmp_path_factory):
     return root
 
 
-def train(folder, output, tokenizer, steps, **concept):
+def train(folder, output, tokenizer, steps, pictures=1, **concept):
     train_model.train_model(
         small_config(**concept),
         folder,
@@ -85,7 +85,7 @@ def train(folder, output, tokenizer, steps, **concept):
         tokenizer,
         steps=steps,
         batch_size=4,
-        picture_steps=1,
+        picture_steps=pictures,
         caption_steps=2,
         log_every=2,
     )
@@ -104,9 +104,10 @@ def test_every_variant_trains(variant, folder, tokenizer, tmp_path):
     assert record["step"] == 2 and all(np.isfinite(v) for v in record.values())
 
 
-def test_an_interrupted_training_resumes_to_the_same_weights(folder, tokenizer, tmp_path, monkeypatch):
-    whole = train(folder, tmp_path / "whole", tokenizer, 6)
-    draw, calls = batches.LatentPool.batch, []
+@pytest.mark.parametrize("stage", ["pictures", "batch"])
+def test_an_interrupted_training_resumes_to_the_same_weights(stage, folder, tokenizer, tmp_path, monkeypatch):
+    whole = train(folder, tmp_path / "whole", tokenizer, 6, pictures=4)
+    draw, calls = getattr(batches.LatentPool, stage), []
 
     def stop_at_the_fifth(self, *args):
         calls.append(1)
@@ -114,11 +115,11 @@ def test_an_interrupted_training_resumes_to_the_same_weights(folder, tokenizer, 
             raise KeyboardInterrupt
         return draw(self, *args)
 
-    monkeypatch.setattr(batches.LatentPool, "batch", stop_at_the_fifth)
+    monkeypatch.setattr(batches.LatentPool, stage, stop_at_the_fifth)
     with pytest.raises(KeyboardInterrupt):
-        train(folder, tmp_path / "parts", tokenizer, 6)
+        train(folder, tmp_path / "parts", tokenizer, 6, pictures=4)
     monkeypatch.undo()
-    resumed = train(folder, tmp_path / "parts", tokenizer, 6)
+    resumed = train(folder, tmp_path / "parts", tokenizer, 6, pictures=4)
     for (name, a), b in zip(whole.state_dict().items(), resumed.state_dict().values(), strict=True):
         assert torch.equal(a, b), name
     lines = (tmp_path / "parts" / "log.jsonl").read_text().splitlines()
@@ -398,6 +399,7 @@ def test_learning_to_see_more_keeps_what_the_transformer_reads(folder, tokenizer
         adam_names=train_model.ADAM_NAMES,
         judge=data,
         log=records.append,
+        checkpoint=tmp_path / "seeing.safetensors",
         batch_size=16,
         log_every=4,
     )
