@@ -10,12 +10,9 @@ and true videos of other requests, can be scored in the model's place to see tha
 from __future__ import annotations
 
 import functools
-import multiprocessing
 import platform
-import signal
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +29,7 @@ from conceptmaster.runtime.video import Video
 
 from .draw import draw_clip
 from .measures import MEASURES, RIVALS, Judge
+from .processes import in_processes
 from .requesting import concepts, references
 from .world import FRAMES, MAX_CONCEPTS, MOTIONS, NOUNS, SIZE, TEXTURES, Scene, random_scene
 
@@ -277,14 +275,7 @@ def _judge_all(options: Options, generate: Generate | None, keep: int) -> Iterat
         for seed in options.seeds:
             yield _judge(options, generate, keep, seed)
         return
-    # spawned, because ONNX Runtime's threads do not survive a fork
-    context = multiprocessing.get_context("spawn")
-    workers = min(options.workers, len(options.seeds))
-    pool = ProcessPoolExecutor(workers, context, signal.signal, (signal.SIGINT, signal.SIG_IGN))
-    try:
-        yield from pool.map(functools.partial(_work, options, keep), options.seeds)
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+    yield from in_processes(functools.partial(_work, options, keep), options.seeds, options.workers)
 
 
 def _open(options: Options) -> Generate | None:

@@ -9,11 +9,12 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import multiprocessing
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -22,10 +23,11 @@ from conceptmaster.engine.presets import preset
 from conceptmaster.engine.weights import WeightsError, load_model, save_model
 from conceptmaster.runtime.errors import InputError
 
-from .arguments import check_counts
+from .arguments import check_counts, cores
 from .batches import portraits
 from .learning import CheckpointError
 from .pool import SHARD, draw_shard, encode_shard, open_shard, shards
+from .processes import in_processes
 from .train_model import train_model
 from .train_vae import analyse, load_vae, new_vae, to_tensor, train_vae, write_vae
 from .vocabulary import build_tokenizer
@@ -71,6 +73,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=None, help="CPU threads (one per core)")
+    parser.add_argument(
+        "--workers", type=int, default=cores(), help="processes that draw and encode (one per core)"
+    )
 
 
 def sprites_config(vae: dict[str, Any] | None = None, **concept: Any) -> ModelConfig:
@@ -92,7 +97,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    check_counts(args, "clips", "steps", "batch_size", "vae_steps")
+    check_counts(args, "clips", "steps", "batch_size", "vae_steps", "workers")
     if args.clips < 2 * SHARD:
         least = f"at least {2 * SHARD}, the first {SHARD} judge the VAE"
         raise InputError(f"--clips must be {least}, got {args.clips}")
@@ -115,12 +120,11 @@ def _run(args: argparse.Namespace) -> int:
     if args.start is not None and not (vae_folder / "vae.json").exists():
         _start_vae(args.start, vae_folder)
     if "draw" in args.stages:
-        for index in tqdm(range(-(-args.clips // SHARD)), desc="draw", unit="shard"):
-            draw_shard(clips, index)
-        draw_shard(held_out, 0, held_out=True)
+        jobs = [(held_out, 0, True), *((clips, index, False) for index in range(-(-args.clips // SHARD)))]
+        _all(_draw, jobs, args.workers, "draw")
     _require(shards(clips), "draw", clips)
     if "latents" in args.stages:
-        _find_latents(clips, held_out, vae_folder)
+        _find_latents(clips, held_out, vae_folder, args.workers)
     _require((vae_folder / "vae.json").exists(), "latents", vae_folder)
     if "vae" in args.stages:
         train_vae(clips, vae_folder, steps=args.vae_steps, seed=args.seed, device=args.device)
@@ -179,24 +183,40 @@ def _require(found: object, stage: str, folder: Path) -> None:
         raise InputError(f"{folder} has nothing of the stage {stage!r} yet: add it to --stages")
 
 
-def _find_latents(clips: Path, held_out: Path, vae_folder: Path) -> None:
+def _find_latents(clips: Path, held_out: Path, vae_folder: Path, workers: int) -> None:
     """The VAE's components, unless they are there, and every shard's latents, portraits and traits."""
     if not (vae_folder / "vae.json").exists():
         vae_folder.mkdir(parents=True, exist_ok=True)
         vae = new_vae(preset("sprites").vae)
         analyse(vae, clips)
         write_vae(vae, vae_folder, preset("sprites").vae)
+    jobs = [
+        (vae_folder, folder, judged)
+        for pool, judged in ((held_out, True), (clips, False))
+        for folder in shards(pool)
+    ]
+    _all(_encode, jobs, workers, "latents")
+
+
+def _all(function: Callable[[Any], object], jobs: list[Any], workers: int, label: str) -> None:
+    for _ in tqdm(in_processes(function, jobs, workers), desc=label, unit="shard", total=len(jobs)):
+        pass
+
+
+def _draw(job: tuple[Path, int, bool]) -> None:
+    pool, index, judged = job
+    draw_shard(pool, index, held_out=judged)
+
+
+def _encode(job: tuple[Path, Path, bool]) -> None:
+    vae_folder, folder, judged = job
+    portraits(open_shard(folder), int(folder.name.removeprefix("shard-")) * SHARD, judged)
+    if (folder / "latents.npy").exists():
+        return
+    if multiprocessing.parent_process() is not None:
+        torch.set_num_threads(1)
     vae = load_vae(vae_folder)
-
-    def latents(video: np.ndarray) -> np.ndarray:
-        return vae.encode(to_tensor(video)).numpy()
-
-    for pool, judged in ((held_out, True), (clips, False)):
-        for folder in tqdm(shards(pool), desc="latents", unit="shard"):
-            index = int(folder.name.removeprefix("shard-"))
-            portraits(open_shard(folder), index * SHARD, judged)
-            if not (folder / "latents.npy").exists():
-                encode_shard(folder, latents)
+    encode_shard(folder, lambda video: vae.encode(to_tensor(video)).numpy())
 
 
 def save_rounded(trained: Path, shipped: Path) -> None:

@@ -3,10 +3,12 @@ named."""
 
 from __future__ import annotations
 
+import argparse
 import copy
 import dataclasses
 import errno
 import json
+import math
 import os
 import shutil
 
@@ -23,12 +25,14 @@ from conceptmaster.examples.sprites import (
     learning,
     polish,
     pool,
+    processes,
     shapes,
     train_model,
     train_pictures,
     train_vae,
     widen,
 )
+from conceptmaster.examples.sprites import train as train_stages
 from conceptmaster.examples.sprites.vocabulary import build_tokenizer
 from conceptmaster.examples.sprites.world import NOUNS, PERIODS, PLACES, TEXTURES, random_scene
 
@@ -456,3 +460,37 @@ def test_clips_that_the_model_told_are_all_that_its_own_noise_shows(knows, folde
     s = level[:, None, None, None, None]
     left = ((1 - s) * (batch.latents - told) + s * own)[went_on] / s[went_on]  # the noise alone
     assert abs(float(left.mean())) < 0.01 and float(left.std()) == pytest.approx(1, abs=0.01)
+
+
+def test_drawing_and_encoding_stop_at_any_shard_and_go_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(pool, "SHARD", CLIPS)
+    monkeypatch.setattr(train_stages, "SHARD", CLIPS)
+    parser = argparse.ArgumentParser()
+    train_stages.add_arguments(parser)
+    words = ["--output", str(tmp_path), "--stages", "draw", "latents", "--clips", str(3 * CLIPS)]
+    args = parser.parse_args([*words, "--workers", "1"])
+    encode, calls = train_stages.encode_shard, []
+
+    def stop_at_the_second(*arguments):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        encode(*arguments)
+
+    monkeypatch.setattr(train_stages, "encode_shard", stop_at_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        train_stages.run(args)
+    assert len(pool.shards(tmp_path / "clips")) == 3
+    monkeypatch.setattr(train_stages, "encode_shard", encode)
+    first = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/shard-*/latents.npy")}
+    assert len(first) == 1 and train_stages.run(args) == 0
+    latents = [folder / "latents.npy" for folder in tmp_path.glob("*/shard-*")]
+    assert len(latents) == 4 and all(np.load(path).shape == (CLIPS, 48, 5, 8, 8) for path in latents)
+    assert all(path.stat().st_mtime_ns == made for path, made in first.items())
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_processes_give_results_in_the_order_of_their_jobs(workers):
+    assert list(processes.in_processes(math.sqrt, [9.0, 4.0, 1.0], workers)) == [3.0, 2.0, 1.0]
+    with pytest.raises(ValueError, match="math domain|nonnegative"):
+        list(processes.in_processes(math.sqrt, [1.0, -1.0], workers))

@@ -1,0 +1,31 @@
+"""Work shared out to processes of one thread each."""
+
+from __future__ import annotations
+
+import multiprocessing
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from typing import TypeVar
+
+Job = TypeVar("Job")
+Done = TypeVar("Done")
+
+
+def in_processes(function: Callable[[Job], Done], jobs: Sequence[Job], workers: int) -> Iterator[Done]:
+    """``function`` of each job, in their order; ``function`` and jobs can be pickled.
+
+    With one worker all is done here. Whoever stops asking stops the work that has not begun; an interrupt is
+    this process's affair.
+    """
+    if workers == 1 or len(jobs) < 2:
+        yield from map(function, jobs)
+        return
+    # spawned, because neither ONNX Runtime's threads nor PyTorch's survive a fork
+    context = multiprocessing.get_context("spawn")
+    count = min(workers, len(jobs))
+    pool = ProcessPoolExecutor(count, context, signal.signal, (signal.SIGINT, signal.SIG_IGN))
+    try:
+        yield from pool.map(function, jobs)
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
