@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from .streamed import DTYPES, Stored
-from .weights import PICKLES, WeightsError, refuse_pickle
+from .weights import PICKLES, WeightsError, refuse_pickle, unreadable
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 WEIGHTED = ("transformer", "vae", "text_encoder", "image_encoder")
@@ -99,7 +99,7 @@ def _header(path: Path) -> dict[str, Stored]:
                 for name, part in slices.items()
             }
     except (SafetensorError, OSError) as error:
-        raise WeightsError(f"{path} is not a readable safetensors file: {error}") from error
+        raise unreadable(path, error) from error
 
 
 def _shards(part: Path) -> dict[str, set[str] | None]:
