@@ -51,7 +51,7 @@ def write_bundle(
     if branches == 3 and source.model.config.concept.injection == "base":
         raise ExportError("an image-to-video model's guidance is of captions alone: --branches 1 or 2")
     tiles = tile_of(source.model.config, tile)
-    size = tiles and tiles.size
+    size = None if tiles is None else tiles.size
     specs = graph_specs(source.model, source.vae, branches=branches, tile=size)
     if precision != "fp32" and specs[0].external:
         raise ExportError("int8 is for models whose weights fit the memory: this base's stay on disk")

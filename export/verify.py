@@ -173,7 +173,7 @@ def verify(bundle: Path, source: Source, progress: bool = False) -> list[Row]:
     if not _same_model(manifest, source):
         raise ExportError(f"{str(bundle)!r} is a bundle of another model configuration than these weights")
     shapes = manifest.shapes
-    tile = manifest.tile and manifest.tile.size
+    tile = None if manifest.tile is None else manifest.tile.size
     specs = checked_specs(source, shapes.branches, shapes.solver_states, tile)
     return [
         check_small(spec, bundle / manifest.graphs[spec.name].file)

@@ -25,12 +25,13 @@ def source():
 
 
 @pytest.fixture(scope="module")
-def tiled(source, tmp_path_factory):
+def tiled(source, bundle, taken_from, tmp_path_factory):
     """Its bundle, which decodes 4 by 4 latents at a time. Not to be changed."""
     from conceptmaster.export.bundle import write_bundle
 
     folder = tmp_path_factory.mktemp("tiles") / "tiled"
-    write_bundle(source, folder, tile=(TILE, TILE))
+    with taken_from(bundle, "text_encoder", "image_encoder", "qformer", "dam", "condition"):
+        write_bundle(source, folder, tile=(TILE, TILE))
     return folder
 
 
