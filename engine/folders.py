@@ -55,7 +55,8 @@ def locate(place: str | Path, revision: str | None = None) -> Path:
         return Path(snapshot_download(str(place), revision=revision, allow_patterns=WANTED))
     except Exception as error:  # those of huggingface_hub and of its HTTP client have no common base
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise WeightsError(f"{place} is no folder, and not to be had from the Hub: {reason}") from error
+        at = "" if revision is None else f" at revision {revision!r}"
+        raise WeightsError(f"{place} is no folder, and not to be had from the Hub{at}: {reason}") from error
 
 
 def read_json(path: Path) -> dict[str, Any]:

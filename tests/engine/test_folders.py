@@ -148,3 +148,4 @@ def test_the_hub_s_cache_is_honoured_and_nothing_is_fetched_offline(tmp_path, mo
         with pytest.raises(WeightsError, match="is no folder, and not to be had from the Hub") as error:
             locate(place, revision)
         assert "\n" not in str(error.value)
+        assert (" at revision 'v2': " in str(error.value)) == (revision is not None)
