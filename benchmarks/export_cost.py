@@ -41,7 +41,7 @@ def measure(arguments: list[str]) -> dict[str, object]:
         raise subprocess.CalledProcessError(process.returncode, command)
     files = {path.name: path.stat().st_size for path in sorted(Path(_output(arguments)).iterdir())}
     return {
-        "command": "conceptmaster export " + " ".join(arguments),
+        "command": "conceptmaster export " + " ".join(map(_named, arguments)),
         "minutes": round(minutes, 1),
         "processor_minutes": round((_processor_seconds() - before) / 60, 1),
         "peak_gib": {name: round(value / 2**20, 2) for name, value in peak.items()},
@@ -77,6 +77,11 @@ def _memory(pid: int) -> dict[str, int]:
 def _cpu() -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "?")
+
+
+def _named(argument: str) -> str:
+    """An argument as it is told elsewhere: of a path the last name."""
+    return Path(argument).name if "/" in argument and Path(argument).exists() else argument
 
 
 def _output(arguments: list[str]) -> str:

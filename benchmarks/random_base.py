@@ -1,9 +1,11 @@
 """A Wan2.1 base of full size with random weights, to measure exports where the real ones cannot be had.
 
     python -m conceptmaster.benchmarks.random_base wan2.1-1.3b base/ [--a2] [--layers N] [--text-layers N]
+        [--adapter FILE]
 
 Writes the folder in diffusers' layout, tensor by tensor: it takes the memory of the largest. Transformer and
-VAE are in float32, the encoders of text and pictures in bfloat16.
+VAE are in float32, the encoders of text and pictures in bfloat16. With --adapter it writes concept modules
+for that base, too, of which every layer shows in the video.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ..engine.adapter import adapter_keys, save_adapter
 from ..engine.config import ConceptConfig, ModelConfig
 from ..engine.image_to_video import A2_REFERENCES, A2_TRANSFORMER
 from ..engine.model import ConceptMaster
@@ -105,6 +108,18 @@ def write_base(config: ModelConfig, folder: Path, seed: int = 0) -> None:
     (folder / "tokenizer" / "tokenizer.json").write_text(tokenizer, "utf-8")
 
 
+def write_adapter(config: ModelConfig, path: Path, seed: int = 1) -> None:
+    """Writes concept modules for the base of `config` to `path`, in float32: every layer is drawn, also those
+    that a new adapter has at zero. Raises WeightsError where `config` takes no concepts."""
+    g = torch.Generator().manual_seed(seed)
+    with torch.device("meta"):
+        model = ConceptMaster(config)
+    own = adapter_keys(model)
+    drawn = {key: _draw(key, value.shape, g) for key, value in model.state_dict().items() if key in own}
+    model.load_state_dict(drawn, strict=False, assign=True)
+    save_adapter(model, path)
+
+
 def kind_of(config: ModelConfig) -> str:
     """What the transformer's class is called in the folder's configuration."""
     return A2_TRANSFORMER if config.concept.given == "references" else "WanTransformer3DModel"
@@ -152,6 +167,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, metavar="N", help="of the transformer (all)")
     parser.add_argument("--text-layers", type=int, metavar="N", help="of the text encoder (all)")
     parser.add_argument("--a2", action="store_true", help="an image-to-video model like SkyReels-A2")
+    parser.add_argument("--adapter", type=Path, metavar="FILE", help="where to write concept modules")
     args = parser.parse_args()
     config = like_a2(preset(args.name)) if args.a2 else preset(args.name)
     if args.layers:
@@ -161,6 +177,8 @@ def main() -> None:
         text_encoder = config.text_encoder | {"num_layers": args.text_layers}
         config = dataclasses.replace(config, text_encoder=text_encoder)
     write_base(config, args.folder)
+    if args.adapter:
+        write_adapter(config, args.adapter)
 
 
 if __name__ == "__main__":

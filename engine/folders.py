@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from .streamed import DTYPES, Stored
-from .weights import PICKLES, WeightsError, refuse_pickle
+from .weights import PICKLES, WeightsError, refuse_pickle, unreadable
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 WEIGHTED = ("transformer", "vae", "text_encoder", "image_encoder")
@@ -55,7 +55,8 @@ def locate(place: str | Path, revision: str | None = None) -> Path:
         return Path(snapshot_download(str(place), revision=revision, allow_patterns=WANTED))
     except Exception as error:  # those of huggingface_hub and of its HTTP client have no common base
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise WeightsError(f"{place} is no folder, and not to be had from the Hub: {reason}") from error
+        at = "" if revision is None else f" at revision {revision!r}"
+        raise WeightsError(f"{place} is no folder, and not to be had from the Hub{at}: {reason}") from error
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -99,7 +100,7 @@ def _header(path: Path) -> dict[str, Stored]:
                 for name, part in slices.items()
             }
     except (SafetensorError, OSError) as error:
-        raise WeightsError(f"{path} is not a readable safetensors file: {error}") from error
+        raise unreadable(path, error) from error
 
 
 def _shards(part: Path) -> dict[str, set[str] | None]:

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from .weights import WeightsError, check_strict
+from .weights import check_strict, unreadable
 
 LEAST = 2**20
 """Elements of the smallest tensor that stays on disk."""
@@ -48,7 +48,7 @@ class Stored:
             with safe_open(self.path, framework="pt") as file:
                 tensor = file.get_tensor(self.name)
         except (SafetensorError, OSError) as error:
-            raise WeightsError(f"{self.path} is not a readable safetensors file: {error}") from error
+            raise unreadable(self.path, error) from error
         if tensor.is_floating_point():
             tensor = tensor.to(torch.float32)
         if self.changes:

@@ -18,6 +18,7 @@ from .config import ConfigError, ModelConfig
 from .dit import ConceptDiT
 from .model import ConceptMaster
 
+LFS = b"version https://git-lfs"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 CONVERT = (
     "import sys, torch, safetensors.torch as s; s.save_file({name: tensor.clone().contiguous() for name, "
@@ -82,6 +83,18 @@ def refuse_pickle(path: Path) -> None:
         )
 
 
+def unreadable(path: Path, error: Exception) -> WeightsError:
+    """What to raise for a file that safetensors cannot read, `error`: it says what to do, as well."""
+    advice = "it is cut off or damaged, fetch it again"
+    try:
+        with path.open("rb") as file:
+            if file.read(len(LFS)) == LFS:
+                advice = "it is Git LFS's pointer to the file, which `git lfs pull` fetches"
+    except OSError:
+        advice = "it cannot be opened"
+    return WeightsError(f"{path} is not a readable safetensors file, {advice}: {error}")
+
+
 def load(path: str | Path, digest: str | None = None) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Reads a safetensors file: (tensors on the CPU, metadata).
 
@@ -97,7 +110,7 @@ def load(path: str | Path, digest: str | None = None) -> tuple[dict[str, Tensor]
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
     except SafetensorError as error:
-        raise WeightsError(f"{path} is not a readable safetensors file: {error}") from error
+        raise unreadable(path, error) from error
 
 
 def load_strict(
@@ -142,7 +155,7 @@ def check_strict(
         if found
     ]
     if problems:
-        raise WeightsError(f"the weights do not fit {type(module).__name__}: " + "\n".join(problems))
+        raise WeightsError(f"the weights do not fit {type(module).__name__}: " + ",\n".join(problems))
     return full
 
 

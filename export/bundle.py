@@ -20,7 +20,7 @@ from .errors import ExportError
 from .graphs import graph_specs
 from .onnx_graph import describe, export_graph
 from .quantise import precision_of, quantise
-from .recipes import given_of, pictures_of
+from .recipes import given_of, pictures_of, tile_of
 from .source import Source
 from .verify import Row, check, check_small, checked_specs, steps
 
@@ -33,24 +33,29 @@ def write_bundle(
     *,
     precision: str = "fp32",
     branches: int = 2,
+    tile: tuple[int, int] | None = None,
     overwrite: bool = False,
     progress: bool = False,
 ) -> list[Row]:
     """Writes the folder `output`, whole or not at all, and returns how far each graph is from PyTorch.
 
-    Args: precision: "fp32" or "int8"; branches: guidance branches K, 1 to 3; overwrite: replace a bundle
-        that is there already.
-    Raises: ExportError when `output` is taken, or when a graph is too far off; OSError.
+    Args: precision: "fp32" or "int8"; branches: guidance branches K, 1 to 3; tile: width and height, in
+        pixels, of the parts that the decoder takes one after the other, None for the whole picture at once;
+        overwrite: replace a bundle that is there already.
+    Raises: ExportError when `output` is taken, for a tile that cannot be, or when a graph is too far off;
+        OSError.
     """
     folder = Path(os.path.abspath(output))
     _check_target(folder, overwrite)
     defaults = _defaults(source.defaults, branches)
     if branches == 3 and source.model.config.concept.injection == "base":
         raise ExportError("an image-to-video model's guidance is of captions alone: --branches 1 or 2")
-    specs = graph_specs(source.model, source.vae, branches=branches)
+    tiles = tile_of(source.model.config, tile)
+    size = None if tiles is None else tiles.size
+    specs = graph_specs(source.model, source.vae, branches=branches, tile=size)
     if precision != "fp32" and specs[0].external:
         raise ExportError("int8 is for models whose weights fit the memory: this base's stay on disk")
-    small = checked_specs(source, branches) if specs[0].external else specs
+    small = checked_specs(source, branches, tile=size) if specs[0].external else specs
     with _moved_into_place(folder) as temporary:
         graphs: dict[str, GraphFile] = {}
         rows: list[Row] = []
@@ -83,6 +88,7 @@ def write_bundle(
             tokenizer=HashedFile(tokenizer.name, manifests.sha256_file(tokenizer)),
             graphs=graphs,
             given=given_of(source.model.config),
+            tile=tiles,
         )
         manifests.save(manifest, temporary)
         manifests.load(temporary)

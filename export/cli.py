@@ -64,6 +64,13 @@ def add_export_arguments(parser: argparse.ArgumentParser) -> None:
         help="guidance branches: 1 none, 2 one scale, 3 a scale of its own for the concepts "
         "(2; 1 where the default guidance is 1, which is none)",
     )
+    parser.add_argument(
+        "--tile",
+        type=_size,
+        metavar="WxH",
+        help="decode in tiles of so many pixels, which overlap: less memory for large videos, but not the "
+        "same frames to the last bit",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace a bundle that is there already")
     defaults = parser.add_argument_group("what a request gets that does not say")
     defaults.add_argument("--solver", choices=SOLVERS)
@@ -86,6 +93,7 @@ def run_export(args: argparse.Namespace) -> int:
             args.output,
             precision="int8" if args.int8 else "fp32",
             branches=args.branches or (1 if source.defaults.guidance == 1.0 else 2),
+            tile=args.tile,
             overwrite=args.overwrite,
             progress=_progress(args),
         )

@@ -117,16 +117,18 @@ def graph_specs(
     branches: int = 2,
     solver_states: int = 4,
     config: ModelConfig | None = None,
+    tile: tuple[int, int] | None = None,
 ) -> list[GraphSpec]:
     """Every graph of `model` and `vae`, in the order in which a request runs them.
 
-    branches: K, 1 to 3; solver_states: M; config: the model's for another video or fewer text tokens. Both
+    branches: K, 1 to 3; solver_states: M; config: the model's for another video or fewer text tokens;
+    tile: height and width, in latents, of what the decoder takes at once, None for all of a frame. Both
     modules must be in evaluation mode and float32. A video of one latent frame has no graph `decode`, a model
     that takes no concepts none of those that make their tokens. Of an image-to-video base the picture tokens
     are the concept tokens, and two graphs encode its frames. Where weights are on disk all are external.
     """
     config = config or model.config
-    shapes, samples = (_Samples(model, vae, config, branches, solver_states) for _ in range(2))
+    shapes, samples = (_Samples(model, vae, config, branches, solver_states, tile) for _ in range(2))
     external = bool(stored_weights(model))
     if external:  # a model that is not in memory is too large to be run for its shapes
         with faked(model) as mode, mode:
@@ -212,9 +214,16 @@ class _Samples:
     concepts."""
 
     def __init__(
-        self, model: ConceptMaster, vae: VAE, config: ModelConfig, branches: int, solver_states: int
+        self,
+        model: ConceptMaster,
+        vae: VAE,
+        config: ModelConfig,
+        branches: int,
+        solver_states: int,
+        tile: tuple[int, int] | None,
     ) -> None:
         self.model, self.config = model, config
+        self.decoded = tile or config.latent_shape[2:]
         self.branches, self.solver_states = branches, solver_states
         self.decoders = streaming_decoders(vae)
         self.encoders: tuple[nn.Module, ...] = ()
@@ -292,7 +301,7 @@ class _Samples:
         return torch.cat((mask, latents), dim=1)
 
     def decode_first(self, seed: int) -> Sample:
-        """Latents of the size that training sees."""
+        """Latents of a frame, or of a tile."""
         return {"latents": self._latents(seed)}
 
     def decode(self, seed: int) -> Sample:
@@ -324,8 +333,8 @@ class _Samples:
         return frames.permute(0, 2, 3, 1).contiguous()  # [f,height,width,3]
 
     def _latents(self, seed: int) -> Tensor:
-        channels, _, height, width = self.config.latent_shape
-        return torch.randn(1, channels, 1, height, width, generator=torch.Generator().manual_seed(seed))
+        g = torch.Generator().manual_seed(seed)
+        return torch.randn(1, self.config.latent_shape[0], 1, *self.decoded, generator=g)
 
     def _present(self, seed: int) -> Tensor:
         """bool [N]: at least one concept and, where there is room for two, at least one padded place."""

@@ -1,4 +1,5 @@
-"""How a model's pictures are prepared, and where an image-to-video model's stand in the video.
+"""How a model's pictures are prepared, where an image-to-video model's stand in the video, and how a large
+video is decoded in tiles.
 
 Read in diffusers' WanImageToVideoPipeline, and for SkyReels-A2 in its infer.py and A2Pipeline: the first
 reference is one frame, the others fill a latent frame each; two are padded with white, the third, a
@@ -9,9 +10,11 @@ from __future__ import annotations
 
 from ..engine.config import ModelConfig
 from ..engine.encoders import CLIP_MEAN, CLIP_STD
-from ..runtime.manifest import Given, Pictures, Place
+from ..runtime.manifest import Given, Pictures, Place, Tile
+from .errors import ExportError
 
 WHITE = (255, 255, 255)
+LEAST_TILE = 4  # latents of a side: a quarter of it, which tiles share, is one
 A2_CLIP_SIDE = 512  # pixels that a reference is padded and scaled to, before CLIP's own preparation
 
 
@@ -39,3 +42,25 @@ def given_of(config: ModelConfig) -> Given | None:
         fit = "padded" if latent_frame < 2 else "cut"
         places.append(Place(1 + following * (latent_frame - 1), following, fit))
     return Given(tuple(places), least=1, dropped=following)
+
+
+def tile_of(config: ModelConfig, size: tuple[int, int] | None) -> Tile | None:
+    """The tiles that decode a video of `config`: `size` is their width and height in pixels, a quarter of
+    which they share, as diffusers' do. None where no size is given, or the video is no larger than one.
+
+    Raises ExportError, which names the nearest that works, for sides that are not whole latents.
+    """
+    if size is None:
+        return None
+    space = config.vae["scale_factor_spatial"]
+    nearest = tuple(space * max(LEAST_TILE, round(side / space)) for side in size)
+    if nearest != size:
+        raise ExportError(
+            f"a tile cannot be {size[0]}x{size[1]}: its sides must be multiples of {space} from "
+            f"{LEAST_TILE * space} on; the nearest that works is {nearest[0]}x{nearest[1]}"
+        )
+    whole = config.latent_shape[2:]
+    height, width = (min(side // space, most) for side, most in zip(reversed(size), whole, strict=True))
+    if (height, width) == whole:
+        return None
+    return Tile((height, width), (max(1, height // 4), max(1, width // 4)))

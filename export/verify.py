@@ -173,7 +173,8 @@ def verify(bundle: Path, source: Source, progress: bool = False) -> list[Row]:
     if not _same_model(manifest, source):
         raise ExportError(f"{str(bundle)!r} is a bundle of another model configuration than these weights")
     shapes = manifest.shapes
-    specs = checked_specs(source, shapes.branches, shapes.solver_states)
+    tile = None if manifest.tile is None else manifest.tile.size
+    specs = checked_specs(source, shapes.branches, shapes.solver_states, tile)
     return [
         check_small(spec, bundle / manifest.graphs[spec.name].file)
         if spec.external
@@ -184,11 +185,20 @@ def verify(bundle: Path, source: Source, progress: bool = False) -> list[Row]:
     ]
 
 
-def checked_specs(source: Source, branches: int, solver_states: int = 4) -> list[GraphSpec]:
-    """The graphs of `source` as they are compared with PyTorch: external ones for a small video."""
-    config = small_video(source.model.config) if stored_weights(source.model) else None
+def checked_specs(
+    source: Source, branches: int, solver_states: int = 4, tile: tuple[int, int] | None = None
+) -> list[GraphSpec]:
+    """The graphs of `source` as they are compared with PyTorch: external ones for a small video.
+
+    tile: as for `graph_specs`.
+    """
+    config = None
+    if stored_weights(source.model):
+        config = small_video(source.model.config)
+        height, width = config.latent_shape[2:]
+        tile = tile and (min(tile[0], height), min(tile[1], width))
     return graph_specs(
-        source.model, source.vae, branches=branches, solver_states=solver_states, config=config
+        source.model, source.vae, branches=branches, solver_states=solver_states, config=config, tile=tile
     )
 
 

@@ -373,6 +373,17 @@ def _places(given: Given) -> str:
     return f"{given.least} to {len(given.places)}, as {where}{dropped}"
 
 
+def _tiles(manifest: Manifest) -> str:
+    """In which tiles a bundle decodes."""
+    assert manifest.tile is not None
+    space = manifest.shapes.height // manifest.shapes.latent[2]
+    (height, width), shared = manifest.tile.size, manifest.tile.overlap
+    return (
+        f"in tiles of {space * width}×{space * height}, which share {space * shared[1]}×{space * shared[0]} "
+        "pixels at least"
+    )
+
+
 def _describe(manifest: Manifest, sizes: dict[str, int], folder: Path) -> str:
     s, d = manifest.shapes, manifest.defaults
     lines = [
@@ -385,6 +396,7 @@ def _describe(manifest: Manifest, sizes: dict[str, int], folder: Path) -> str:
         *([] if manifest.given is None else [f"pictures  {_places(manifest.given)}"]),
         f"text      {s.text_tokens} tokens, labels {s.label_tokens}",
         f"latents   {' × '.join(map(str, s.latent))} (channels, frames, height, width)",
+        *([] if manifest.tile is None else [f"decoding  {_tiles(manifest)}"]),
         f"guidance  {s.branches} branch{'es' if s.branches > 1 else ''}",
         "defaults  " + ", ".join(f"{key} {value!r}" for key, value in dataclasses.asdict(d).items()),
         "written   " + ", ".join(f"{key} {value}" for key, value in manifest.written_by.items()),

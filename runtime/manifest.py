@@ -1,6 +1,6 @@
 """manifest.json: what a bundle holds, in which shapes, and the SHA-256 of every file. Format 2.
 
-Format 1 had no `given`, and no choice of how pictures are fitted; it is read as if it said so.
+Format 1 had no `given`, no `tile`, and no choice of how pictures are fitted; it is read as if it said so.
 
 Reading fails closed. A newer format, an unknown or missing key, a wrong type, a path that leaves the bundle,
 a missing file, a hash that differs: each is a BundleError of one line. The manifest's own contents are
@@ -188,6 +188,27 @@ class Given:
 
 
 @dataclass(frozen=True)
+class Tile:
+    """A part of the video that the decoder takes at once, where it does not take all of it.
+
+    size: height and width, in latents; overlap: the least that neighbours share, of height and of width.
+    """
+
+    size: tuple[int, int]
+    overlap: tuple[int, int]
+
+    def __post_init__(self) -> None:
+        _require(
+            all(0 < 2 * shared <= side for side, shared in zip(self.size, self.overlap, strict=True)),
+            "a tile's overlap must be 1 to half of its size",
+        )
+
+    def axis(self, index: int) -> tuple[int, int]:
+        """(size, overlap) of the height, 0, or of the width, 1."""
+        return self.size[index], self.overlap[index]
+
+
+@dataclass(frozen=True)
 class Defaults:
     """What a request that leaves these out gets."""
 
@@ -211,7 +232,8 @@ class Manifest:
     """The whole of manifest.json but its checksum.
 
     written_by: program → version; model: the engine's configuration, opaque here; fps: frames per second;
-    precision: one of PRECISIONS; graphs: graph name → GraphFile; given: of an image-to-video model alone.
+    precision: one of PRECISIONS; graphs: graph name → GraphFile; given: of an image-to-video model alone;
+    tile: None where the decoder takes the whole picture.
     """
 
     format: int
@@ -226,6 +248,7 @@ class Manifest:
     tokenizer: HashedFile
     graphs: dict[str, GraphFile]
     given: Given | None = None
+    tile: Tile | None = None
 
     def __post_init__(self) -> None:
         _require(self.format in READABLE, f"format must be {' or '.join(map(str, READABLE))}")
@@ -237,7 +260,10 @@ class Manifest:
         )
         if self.given is not None:
             self._check_given(self.given)
-        signatures.check(self.graphs, self.shapes, self.given is not None)
+        if self.tile is not None:
+            inside = all(a <= b for a, b in zip(self.tile.size, self.shapes.latent[2:], strict=True))
+            _require(inside and self.format > 1, "a tile must not be larger than the video")
+        signatures.check(self.graphs, self.shapes, self.given is not None, self.decoded)
 
     def _check_given(self, given: Given) -> None:
         shapes = self.shapes
@@ -248,6 +274,11 @@ class Manifest:
         inside = set(taken) < set(range(shapes.frames))
         _require(inside and len(set(taken)) == len(taken), "given frames must differ and leave some free")
         _require(given.dropped * len(given.places) < shapes.frames, "given frames leave nothing of the video")
+
+    @property
+    def decoded(self) -> tuple[int, int]:
+        """Height and width, in latents, of what the decoder takes at once."""
+        return self.shapes.latent[2:] if self.tile is None else self.tile.size
 
     @property
     def concepts(self) -> int:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from . import given, pictures
+from . import given, pictures, tiles
 from . import noise as noises
 from .backends import Backend, open_backend
 from .bundle import Bundle
@@ -56,6 +56,7 @@ class Pipeline:
         self.bundle = bundle
         self.manifest = bundle.manifest
         self.backend = backend
+        self._tiles = tiles.layout(bundle.manifest)
         self._tokenizer = Tokenizer(bundle.tokenizer)
         self._text = functools.lru_cache(CACHED_TEXTS)(self._encode_text)
 
@@ -149,7 +150,8 @@ class Pipeline:
 
         videos, leading = [], given.leading(self.manifest, len(concepts))
         steps = request.samples * request.steps
-        with bar(steps + request.samples * shapes.latent[1], "steps and frames", progress) as advance:
+        decodes = request.samples * shapes.latent[1] * len(self._tiles)
+        with bar(steps + decodes, "steps and frames", progress) as advance:
             report = self._reporter(callback, steps, advance, 0 if leading == 0 else len(concepts))
             for seed, start in zip(request.seeds, starts, strict=True):
                 own = dict(seconds)
@@ -268,20 +270,27 @@ class Pipeline:
     def _preview(self, state: Any, first: int) -> np.ndarray:
         """The latent frame `first` of the newest estimate of the data (slot 2), uint8 [H,W,3]."""
         latents = self.backend.to_host(state)[2]  # [Cz,F,H,W]
-        frames = self.backend.run("decode_first", {"latents": _latent_frame(latents, first)})["frames"]
-        return _to_uint8(self.backend.to_host(frames))[0]
+        return self._decode(latents[:, first : first + 1], lambda: None)[0]
 
     def _decode(self, latents: np.ndarray, advance: Callable[[], object]) -> np.ndarray:
         """Latents [Cz,F,H,W] → uint8 [frames,height,width,3], one latent frame at a time."""
-        parts: list[np.ndarray] = []
+        if len(self._tiles) == 1:
+            return np.concatenate([_to_uint8(frames) for frames in self._stream(latents, advance)])
+        stream = functools.partial(self._stream, advance=advance)
+        video = tiles.decode(latents, stream, self.manifest, self._tiles)  # [frames,height,width,3]
+        return np.stack([_to_uint8(frame) for frame in video])
+
+    def _stream(self, latents: np.ndarray, advance: Callable[[], object]) -> Iterator[np.ndarray]:
+        """Latents [Cz,F,H,W], of all of the picture or of a tile → each latent frame's frames, float32
+        [f,height,width,3]; the decoder's state stays on the device."""
         state: dict[str, Any] = {}
         for index in range(latents.shape[1]):
             graph = "decode" if index else "decode_first"
             outputs = self.backend.run(graph, {**state, "latents": _latent_frame(latents, index)})
-            parts.append(_to_uint8(self.backend.to_host(outputs.pop("frames"))))
+            frames = self.backend.to_host(outputs.pop("frames"))
             state = {name.removeprefix("next_"): value for name, value in outputs.items()}
             advance()
-        return np.concatenate(parts)
+            yield frames
 
 
 def _latent_frame(latents: np.ndarray, index: int) -> np.ndarray:

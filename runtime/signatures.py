@@ -26,14 +26,15 @@ UPSTREAM = {  # a graph gets all outputs of the one before it, too
 }
 
 
-def check(graphs: dict[str, GraphFile], shapes: Shapes, given: bool) -> None:
+def check(graphs: dict[str, GraphFile], shapes: Shapes, given: bool, decoded: tuple[int, int]) -> None:
     """Every input must be something that the pipeline has, in its dtype and shape; the outputs that the
     pipeline reads must be there; the frames must add up. A graph need not use all that it is offered, and
-    those of CONCEPT_GRAPHS may be absent together. given: whether the bundle's pictures are frames, too.
+    those of CONCEPT_GRAPHS may be absent together. given: whether the bundle's pictures are frames, too;
+    decoded: height and width, in latents, of what the decoder takes at once.
 
     Raises: ValueError for the first difference.
     """
-    inputs, upstream = _inputs(shapes), UPSTREAM
+    inputs, upstream = _inputs(shapes, decoded), UPSTREAM
     absent: tuple[str, ...] = ENCODERS
     if given:
         absent, upstream = CONCEPT_GRAPHS[1:], UPSTREAM | {"condition": CONCEPT_GRAPHS[0]}
@@ -55,13 +56,13 @@ def check(graphs: dict[str, GraphFile], shapes: Shapes, given: bool) -> None:
         found = graphs[name].output(output)
         if found is None or (found.dtype, found.shape) != kind:
             raise ValueError(f"the graph {name} must give {output!r}, {_spelled(kind)}")
-    _check_frames(graphs, shapes)
+    _check_frames(graphs, shapes, decoded)
 
 
-def _inputs(s: Shapes) -> dict[str, dict[str, Kind]]:
+def _inputs(s: Shapes, decoded: tuple[int, int]) -> dict[str, dict[str, Kind]]:
     branches, latent = s.branches, s.latent
     mask: Kind = ("bool", (branches, s.concepts))
-    decoder: dict[str, Kind] = {"latents": ("float32", (1, latent[0], 1, *latent[2:]))}
+    decoder: dict[str, Kind] = {"latents": ("float32", (1, latent[0], 1, *decoded))}
     following = frames_per_latent(s)
     known: Kind = ("float32", (1, following + latent[0], *latent[1:]))
     inputs: dict[str, dict[str, Kind]] = {
@@ -122,15 +123,16 @@ def _check_inputs(name: str, graph: GraphFile, offered: dict[str, Kind]) -> None
             raise ValueError(f"the graph {name} wants {spec.name!r} as {_spelled(kind)}, it gets {given}")
 
 
-def _check_frames(graphs: dict[str, GraphFile], s: Shapes) -> None:
+def _check_frames(graphs: dict[str, GraphFile], s: Shapes, decoded: tuple[int, int]) -> None:
     total = 0
+    height, width = (
+        n * whole // m for n, whole, m in zip(decoded, (s.height, s.width), s.latent[2:], strict=True)
+    )
     for name, calls in (("decode_first", 1), ("decode", s.latent[1] - 1)):
         if calls:
             frames = graphs[name].output("frames")
-            if frames is None or frames.dtype != "float32" or frames.shape[1:] != (s.height, s.width, 3):
-                raise ValueError(
-                    f"the graph {name} must give 'frames', float32 [f, {s.height}, {s.width}, 3]"
-                )
+            if frames is None or frames.dtype != "float32" or frames.shape[1:] != (height, width, 3):
+                raise ValueError(f"the graph {name} must give 'frames', float32 [f, {height}, {width}, 3]")
             total += calls * frames.shape[0]
     if total != s.frames:
         raise ValueError(f"the decoders give {total} frames, the video has {s.frames}")

@@ -29,7 +29,8 @@ class Demand:
     """What decides the memory: the engine's configuration, the shapes, and how it is run.
 
     model: the manifest's `model`; elements: of the weights by part, the video autoencoder's under "vae";
-    graphs: whether steps are replayed as CUDA graphs, whose inputs are held twice.
+    graphs: whether steps are replayed as CUDA graphs, whose inputs are held twice; decoded: height and width
+    in latents of what the decoder takes at once, None for a whole frame.
     """
 
     model: Mapping[str, Any]
@@ -37,6 +38,7 @@ class Demand:
     elements: Mapping[str, int]
     dtype: str
     graphs: bool
+    decoded: tuple[int, int] | None = None
 
     def at(self, frames: int, scale: float) -> Demand:
         """For a video of so many latent frames, its sides scaled, in the steps that patches allow."""
@@ -104,9 +106,11 @@ def plan(demand: Demand) -> dict[str, int]:
 def _decoding(demand: Demand) -> int:
     """Of one latent frame, in float32: some six times its widest layer, and the causal states."""
     vae, shapes = demand.model["vae"], demand.shapes
-    pixels = demand.frames_per_latent * shapes.height * shapes.width
+    space, whole = shapes.height // shapes.latent[2], shapes.latent[2:]
+    area = space**2 * math.prod(min(a, b) for a, b in zip(demand.decoded or whole, whole, strict=True))
+    pixels = demand.frames_per_latent * area
     if vae.get("kind") == "blocks":
-        return 4 * (pixels * 3 * 4 + 6 * vae["width"] * shapes.height * shapes.width // 4)
+        return 4 * (pixels * 3 * 4 + 6 * vae["width"] * area // 4)
     pixels //= (vae.get("patch_size") or 1) ** 2
     return 4 * 6 * pixels * 2 * vae["base_dim"]
 

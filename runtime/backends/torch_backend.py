@@ -81,6 +81,7 @@ class TorchBackend:
             count_weights(ModelConfig.from_dict(self._manifest.model)),
             self._dtype_name,
             graphs=device == "cuda",
+            decoded=self._manifest.decoded,
         )
         self.stepper: Stepper | None = None
         """What runs the steps, once weights are loaded."""

@@ -78,8 +78,11 @@ def test_files_that_are_wrong(part):
     whole = (part / "two.safetensors").read_bytes()
     for broken in (whole[:-1], whole[:40], b"", b"\xff" * 64):
         (part / "two.safetensors").write_bytes(broken)
-        with pytest.raises(WeightsError, match="two.safetensors is not a readable safetensors file"):
+        with pytest.raises(WeightsError, match="two.safetensors is not .* damaged, fetch it again"):
             stored_tensors(part)
+    (part / "two.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid 0\n")
+    with pytest.raises(WeightsError, match="Git LFS's pointer to the file, which `git lfs pull` fetches"):
+        stored_tensors(part)
     (part / INDEX).write_text("{")
     with pytest.raises(WeightsError, match="is not JSON"):
         stored_tensors(part)
@@ -145,3 +148,4 @@ def test_the_hub_s_cache_is_honoured_and_nothing_is_fetched_offline(tmp_path, mo
         with pytest.raises(WeightsError, match="is no folder, and not to be had from the Hub") as error:
             locate(place, revision)
         assert "\n" not in str(error.value)
+        assert (" at revision 'v2': " in str(error.value)) == (revision is not None)

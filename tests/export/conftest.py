@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import dataclasses
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +24,53 @@ def one_thread() -> Any:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def operators_once() -> Any:
+    """The exporter makes its table of operators anew for each graph, a fifth of a tiny export: here once."""
+    from torch.onnx._internal.exporter import _registration
+
+    registry = getattr(_registration, "ONNXRegistry", None)
+    if not hasattr(registry, "from_torchlib") or not hasattr(registry(), "functions"):
+        yield  # another torch: slower, otherwise the same
+        return
+    made: dict[Any, Any] = {}
+    build = registry.from_torchlib
+
+    def once(opset_version: int = 18) -> Any:
+        if opset_version not in made:
+            made[opset_version] = build(opset_version=opset_version)
+        fresh = copy.copy(made[opset_version])
+        fresh.functions = {name: list(found) for name, found in made[opset_version].functions.items()}
+        return fresh
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(registry, "from_torchlib", staticmethod(once))
+        yield
+
+
+@pytest.fixture(scope="session")
+def taken_from() -> Callable[..., Any]:
+    """`with taken_from(bundle, *graphs):` exports take these graphs from a bundle that has the same; each is
+    held to its own module all the same."""
+
+    @contextlib.contextmanager
+    def context(folder: Path, *names: str) -> Any:
+        from conceptmaster.export import bundle as bundles
+        from conceptmaster.export.onnx_graph import describe, export_graph
+
+        def export(spec: Any, path: Path, show: bool = False) -> Any:
+            if spec.name not in names:
+                return export_graph(spec, path, show)
+            shutil.copy(folder / path.name, path)
+            return describe(path, spec)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(bundles, "export_graph", export)
+            yield
+
+    return context
 
 
 @pytest.fixture
@@ -87,8 +137,6 @@ def specs(tiny: Any) -> dict[str, Any]:
 @pytest.fixture(scope="session")
 def int8(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The denoise graph of `bundle` in int8."""
-    import shutil
-
     from conceptmaster.export.quantise import quantise
 
     path = tmp_path_factory.mktemp("int8") / "denoise.onnx"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import shutil
 
-import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -25,28 +24,27 @@ def streamed(monkeypatch):
     monkeypatch.setattr(external, "LEAST", 64)
 
 
-def test_a_base_on_disk_gives_the_bundle_of_one_in_memory(wan_folder, tmp_path, streamed, monkeypatch, run):
+def test_a_base_on_disk_gives_what_one_in_memory_does(wan_folder, tmp_path, streamed, monkeypatch, run):
+    """Every graph, at its own size, against the modules with all weights in memory."""
     from conceptmaster.cli import main
     from conceptmaster.engine.streamed import stored_weights
+    from conceptmaster.export.graphs import graph_specs
     from conceptmaster.export.source import Choices, open_source
+    from conceptmaster.export.verify import TOLERANCES, relative_error
     from conceptmaster.runtime.manifest import load
 
     assert main(["export", str(wan_folder), "--output", str(tmp_path / "disk"), *SIZE]) == 0
-    assert main(["verify", str(tmp_path / "disk"), "--source", str(wan_folder), "--quiet"]) == 0
     monkeypatch.undo()
-    assert main(["export", str(wan_folder), "--output", str(tmp_path / "memory"), *SIZE]) == 0
-    disk, memory = (load(tmp_path / name) for name in ("disk", "memory"))
-    assert all(graph.external for graph in disk.graphs.values())
-    assert not any(graph.external for graph in memory.graphs.values())
+    assert all(graph.external for graph in load(tmp_path / "disk").graphs.values())
     source = open_source(wan_folder, Choices((64, 64), 9))
     assert not stored_weights(source.model)
-    from conceptmaster.export.graphs import graph_specs
-
     for spec in graph_specs(source.model, source.vae):
-        paths = (tmp_path / folder / f"{spec.name}.onnx" for folder in ("disk", "memory"))
-        found, expected = (run(path, spec.sample(2)) for path in paths)
+        assert not spec.external
+        sample = spec.sample(2)
+        found, expected = run(tmp_path / "disk" / f"{spec.name}.onnx", sample), spec.run(sample)
+        assert list(found) == list(expected)
         for name, value in expected.items():
-            np.testing.assert_allclose(found[name], value, rtol=2e-5, atol=2e-5, err_msg=spec.name)
+            assert relative_error(found[name], value.numpy()) <= TOLERANCES["fp32"], (spec.name, name)
 
 
 def test_what_lies_beside_a_graph(tmp_path, streamed, wan_folder):
@@ -97,14 +95,14 @@ def test_what_a_graph_on_disk_is_held_to(tmp_path, streamed, wan_folder):
     from conceptmaster.export.verify import check_small, checked_specs
 
     source = open_source(wan_folder, Choices((64, 64), 9))
-    spec = {spec.name: spec for spec in graph_specs(source.model, source.vae)}["condition"]
-    small = {spec.name: spec for spec in checked_specs(source, branches=2)}["condition"]
-    path = tmp_path / "condition.onnx"
+    spec = {spec.name: spec for spec in graph_specs(source.model, source.vae)}["dam"]
+    small = {spec.name: spec for spec in checked_specs(source, branches=2)}["dam"]
+    path = tmp_path / "dam.onnx"
     export_graph(spec, path)
     row = check_small(small, path)
     assert row.ok and row.small and 0 < row.relative < 2e-5
 
-    data = path.with_name("condition.onnx.data")
+    data = path.with_name("dam.onnx.data")
     whole = data.read_bytes()
     data.write_bytes(whole[:8192] + bytes(512) + whole[8192 + 512 :])
     assert not check_small(small, path).ok
@@ -121,8 +119,6 @@ def test_what_a_graph_on_disk_is_held_to(tmp_path, streamed, wan_folder):
 
 def test_large_videos_get_the_same_operators_and_longer_ones_the_same_decoder(streamed, wan_folder):
     """None of the rewrites stops at a size, and the decoder does not grow with the number of frames."""
-    from onnxscript import ir
-
     from conceptmaster.export.external import weight_readers
     from conceptmaster.export.graphs import graph_specs
     from conceptmaster.export.onnx_graph import trace
@@ -134,18 +130,22 @@ def test_large_videos_get_the_same_operators_and_longer_ones_the_same_decoder(st
     small = {spec.name: spec for spec in checked_specs(source, branches=2)}
     weights = weight_readers(large["denoise"].module)
     operators = [_computes(trace(specs["denoise"], weights)[0], weights) for specs in (large, small)]
-    assert operators[0] == operators[1] and operators[0].count("Attention") == 6
+    assert operators[0] == operators[1]
+    kinds = ("Attention", "ConceptInjection", "RotaryEmbedding")  # of two blocks
+    assert [operators[0].count(kind) for kind in kinds] == [4, 2, 4]
 
     longer = dataclasses.replace(source.model.config, frames=161, height=64, width=64)
     short = dataclasses.replace(longer, frames=5)
-    found = []
-    for config in (longer, short):
-        spec = {s.name: s for s in graph_specs(source.model, source.vae, config=config)}["decode"]
-        model, _ = trace(spec, weight_readers(spec.module))
-        found.append(ir.to_proto(model).SerializeToString())
-    assert found[0] == found[1]
+    for name in ("decode_first", "decode"):  # a graph is traced from these alone
+        one, other = (
+            {s.name: s for s in graph_specs(source.model, source.vae, config=config)}[name]
+            for config in (longer, short)
+        )
+        assert (one.inputs, one.outputs) == (other.inputs, other.outputs)
+        assert repr(one.module) == repr(other.module)
 
 
+@pytest.mark.slow
 def test_references_on_disk(image_to_video_parts, tmp_path, streamed, capsys):
     """SkyReels-A2's three need a longer small video, and have two graphs that encode them."""
     import json

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 
@@ -69,13 +70,19 @@ def a2(saved):
 
 
 @pytest.fixture(scope="module")
-def exported(tmp_path_factory):
-    """`exported(folder)`: its bundle."""
+def exported(tmp_path_factory, taken_from):
+    """`exported(folder)`: its bundle. All folders have the same text encoder and VAE, whose graphs are traced
+    for the first alone."""
     from conceptmaster.cli import main
+
+    shared = ("text_encoder", "encode_first", "encode", "decode_first", "decode")
+    made = []
 
     def build(folder):
         bundle = tmp_path_factory.mktemp("bundles") / folder.name
-        assert main(["export", str(folder), "--output", str(bundle), *map(str, SIZE), "--quiet"]) == 0
+        with taken_from(made[0], *shared) if made else contextlib.nullcontext():
+            assert main(["export", str(folder), "--output", str(bundle), *map(str, SIZE), "--quiet"]) == 0
+        made.append(bundle)
         return bundle
 
     return build
