@@ -21,11 +21,13 @@ from ..runtime import manifest as manifests
 from ..runtime.engines import EngineFile, Engines
 from ..runtime.manifest import Manifest
 from . import engine_builder
+from .calibrate import Calibration
 from .engine_builder import Limits
 from .errors import ExportError
 from .prepare import prepare
 
 SCRIPT, LOG, CACHE = "build.sh", "build.log", "timing.cache"
+LEAST_FP8 = 89
 BY_HAND = "by-hand"  # where trtexec works, until it has said which version it is
 
 
@@ -41,11 +43,18 @@ class Line:
 
 
 def build_all(
-    bundle: Path, flavor: str, capability: int | None, precision: str, limits: Limits, show: bool
+    bundle: Path,
+    flavor: str,
+    capability: int | None,
+    precision: str,
+    limits: Limits,
+    show: bool,
+    calibration: Calibration | None = None,
 ) -> tuple[Path, list[Line]]:
     """Builds every engine with the Python API; returns their folder and a line each.
 
-    capability: None for the GPU that is there, which is all that the full library builds for.
+    capability: None for the GPU that is there, which is all that the full library builds for; calibration:
+    for fp8.
     Raises: ExportError, see engine_builder; BundleError for a bundle that is not sound.
     """
     manifest = manifests.load(bundle)
@@ -61,7 +70,7 @@ def build_all(
     for name in _bar(manifest.graphs, "build", show):
         graph = folder / f".{name}.onnx"
         try:
-            prepare(bundle / manifest.graphs[name].file, graph, precision)
+            prepare(bundle / manifest.graphs[name].file, graph, precision, _largest(calibration))
             rtx = flavor == "rtx"  # which takes a target, and for which a timing cache does nothing
             aim, cache = (target, None) if rtx else (None, folder / CACHE)
             built = engine_builder.build(trt, graph, aim, limits, cache)
@@ -75,14 +84,22 @@ def build_all(
     return folder, lines
 
 
-def write_script(bundle: Path, capability: int, precision: str, limits: Limits, show: bool) -> Path:
+def write_script(
+    bundle: Path,
+    capability: int,
+    precision: str,
+    limits: Limits,
+    show: bool,
+    calibration: Calibration | None = None,
+) -> Path:
     """Writes the prepared graphs and build.sh, which builds every engine with trtexec; returns its path."""
     manifest = manifests.load(bundle)
     folder = bundle / stored.FOLDER / f"sm{capability}-{BY_HAND}-{precision}"
     shutil.rmtree(folder, ignore_errors=True)
     (folder / "graphs").mkdir(parents=True)
     for name in _bar(manifest.graphs, "prepare", show):
-        prepare(bundle / manifest.graphs[name].file, folder / "graphs" / f"{name}.onnx", precision)
+        target = folder / "graphs" / f"{name}.onnx"
+        prepare(bundle / manifest.graphs[name].file, target, precision, _largest(calibration))
     script = folder / SCRIPT
     script.write_text(script_text(manifest.graphs, capability, limits), encoding="utf-8")
     script.chmod(0o755)
@@ -148,6 +165,18 @@ def logged_version(log: Path) -> str:
     return ".".join(str(int(part)) for part in found.groups())
 
 
+def find_target(flavor: str, capability: int | None) -> int:
+    """The capability that engines are to be built for. Raises ExportError for one that the library does not
+    build for, and when the library or the GPU is not there."""
+    return _target(engine_builder.library(flavor), flavor, capability)
+
+
+def require_fp8(capability: int) -> None:
+    """Raises ExportError for GPUs without 8-bit floating-point tensor cores."""
+    if capability < LEAST_FP8:
+        raise ExportError(f"fp8 needs sm_{LEAST_FP8} or newer, not sm_{capability}: choose --precision bf16")
+
+
 def gpu_capability() -> int:
     """The compute capability of the first GPU, 90 for sm_90. Raises ExportError when there is none."""
     advice = (
@@ -200,6 +229,10 @@ def _target(trt: Any, flavor: str, capability: int | None) -> int:
             "--trtexec --dry-run writes what to run on another one"
         )
     return here
+
+
+def _largest(calibration: Calibration | None) -> dict[str, float]:
+    return {} if calibration is None else calibration.largest
 
 
 def _plugin(trt: Any) -> int:
