@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -45,6 +46,9 @@ def add_build_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--level", type=int, choices=range(6), metavar="0-5", help="how long it searches")
     parser.add_argument("--trtexec", action="store_true", help="build with trtexec, by a script that is kept")
     parser.add_argument(
+        "--trtexec-version", metavar="10.13", help="its version, if it is older than 10.15 (newer)"
+    )
+    parser.add_argument(
         "--dry-run", action="store_true", help="with --trtexec: write the script, do not run it"
     )
     parser.add_argument(
@@ -61,8 +65,10 @@ def run_build(args: argparse.Namespace) -> int:
     if args.workspace is not None and args.workspace < 1:
         raise ExportError("--workspace is a number of megabytes, 1 at least")
     limits = Limits(None if args.workspace is None else args.workspace << 20, args.level)
-    if (args.dry_run or args.collect) and not args.trtexec:
-        raise ExportError("--dry-run and --collect go with --trtexec")
+    if (args.dry_run or args.collect or args.trtexec_version is not None) and not args.trtexec:
+        raise ExportError("--dry-run, --collect and --trtexec-version go with --trtexec")
+    if args.trtexec_version is not None and not re.fullmatch(r"\d+(\.\d+)+", args.trtexec_version):
+        raise ExportError(f"--trtexec-version {args.trtexec_version!r}: write it as 10.13")
     if args.request is not None and args.precision != "fp8":
         raise ExportError("--request goes with --precision fp8")
     show = _progress(args)
@@ -79,7 +85,8 @@ def run_build(args: argparse.Namespace) -> int:
     ranges = None
     if not args.collect:
         ranges = _calibration(args, bundle, target)
-        script = build_engines.write_script(bundle, target, args.precision, limits, show, ranges)
+        version = args.trtexec_version
+        script = build_engines.write_script(bundle, target, args.precision, limits, show, ranges, version)
         if args.dry_run:
             if ranges is not None:
                 print(_error_line(ranges), file=sys.stderr)

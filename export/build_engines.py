@@ -21,10 +21,12 @@ from ..runtime import manifest as manifests
 from ..runtime.engines import EngineFile, Engines
 from ..runtime.manifest import Manifest
 from . import engine_builder
+from .calibrate import GRAPH as CALIBRATED
 from .calibrate import Calibration
 from .engine_builder import Limits
 from .errors import ExportError
 from .prepare import prepare
+from .spelled_out import spell_out, unknown_to
 
 SCRIPT, LOG, CACHE = "build.sh", "build.log", "timing.cache"
 LEAST_FP8 = 89
@@ -60,8 +62,9 @@ def build_all(
     manifest = manifests.load(bundle)
     trt = engine_builder.library(flavor)
     target = _target(trt, flavor, capability)
-    abi = _plugin(trt) if flavor == "tensorrt" else 0
     version = stored.short_version(trt.__version__)
+    unknown = unknown_to(version) if flavor == "tensorrt" else []
+    abi = _plugin(trt) if flavor == "tensorrt" and not unknown else 0
     engines = Engines(stored.FORMAT, flavor, version, target, precision, abi, {})
     folder = bundle / stored.FOLDER / engines.folder_name
     folder.mkdir(parents=True, exist_ok=True)
@@ -70,7 +73,8 @@ def build_all(
     for name in _bar(manifest.graphs, "build", show):
         graph = folder / f".{name}.onnx"
         try:
-            prepare(bundle / manifest.graphs[name].file, graph, precision, _largest(calibration))
+            prepare(bundle / manifest.graphs[name].file, graph, precision, _largest(name, calibration))
+            spell_out(graph, unknown)
             rtx = flavor == "rtx"  # which takes a target, and for which a timing cache does nothing
             aim, cache = (target, None) if rtx else (None, folder / CACHE)
             built = engine_builder.build(trt, graph, aim, limits, cache)
@@ -91,15 +95,20 @@ def write_script(
     limits: Limits,
     show: bool,
     calibration: Calibration | None = None,
+    version: str | None = None,
 ) -> Path:
-    """Writes the prepared graphs and build.sh, which builds every engine with trtexec; returns its path."""
+    """Writes the prepared graphs and build.sh, which builds every engine with trtexec; returns its path.
+
+    version: trtexec's, None for one that knows every operator.
+    """
     manifest = manifests.load(bundle)
     folder = bundle / stored.FOLDER / f"sm{capability}-{BY_HAND}-{precision}"
     shutil.rmtree(folder, ignore_errors=True)
     (folder / "graphs").mkdir(parents=True)
     for name in _bar(manifest.graphs, "prepare", show):
         target = folder / "graphs" / f"{name}.onnx"
-        prepare(bundle / manifest.graphs[name].file, target, precision, _largest(calibration))
+        prepare(bundle / manifest.graphs[name].file, target, precision, _largest(name, calibration))
+        spell_out(target, [] if version is None else unknown_to(version))
     script = folder / SCRIPT
     script.write_text(script_text(manifest.graphs, capability, limits), encoding="utf-8")
     script.chmod(0o755)
@@ -231,8 +240,8 @@ def _target(trt: Any, flavor: str, capability: int | None) -> int:
     return here
 
 
-def _largest(calibration: Calibration | None) -> dict[str, float]:
-    return {} if calibration is None else calibration.largest
+def _largest(graph: str, calibration: Calibration | None) -> dict[str, float]:
+    return calibration.largest if calibration is not None and graph == CALIBRATED else {}
 
 
 def _plugin(trt: Any) -> int:

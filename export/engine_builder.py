@@ -33,10 +33,10 @@ class Limits:
 
 @dataclass(frozen=True)
 class Built:
-    """An engine's bytes; how many layers TensorRT's network had, and which of them are attention that it
-    keeps whole, rather than taking it apart into products and a softmax."""
+    """An engine's bytes, where the library has them; how many layers TensorRT's network had, and which of
+    them are attention that it keeps whole, rather than taking it apart into products and a softmax."""
 
-    engine: bytes
+    engine: memoryview
     layers: int
     whole_attention: int
     decomposed_attention: int
@@ -65,7 +65,7 @@ def build(trt: Any, graph: Path, capability: int | None, limits: Limits, cache: 
     """
     log = _log(trt)
     builder = trt.Builder(log)
-    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    network = builder.create_network(_strongly_typed(trt))
     parser = trt.OnnxParser(network, log)
     if not parser.parse_from_file(str(graph)):
         raise ExportError(_parser_errors(graph, parser), 1)
@@ -83,7 +83,7 @@ def build(trt: Any, graph: Path, capability: int | None, limits: Limits, cache: 
         raise ExportError(f"TensorRT cannot build {graph.name}: {log.last() or 'it does not say why'}", 1)
     if timings is not None and cache is not None:
         cache.write_bytes(bytes(timings.serialize()))
-    return Built(bytes(engine), network.num_layers, whole, decomposed)
+    return Built(memoryview(engine), network.num_layers, whole, decomposed)
 
 
 def capabilities(trt: Any) -> list[int]:
@@ -91,6 +91,12 @@ def capabilities(trt: Any) -> list[int]:
     own."""
     known = getattr(getattr(trt, "ComputeCapability", None), "__members__", {})
     return sorted(int(name.removeprefix("SM")) for name in known if name.startswith("SM"))
+
+
+def _strongly_typed(trt: Any) -> int:
+    """The creation flag that TensorRT 10 needs and 11, whose networks are all so, may one day lack."""
+    flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
+    return 0 if flag is None else 1 << int(flag)
 
 
 def _aim(trt: Any, config: Any, capability: int) -> None:

@@ -44,7 +44,7 @@ def prepare(source: Path, target: Path, precision: str, largest: Mapping[str, fl
     """Writes the graph `source` to `target` in `precision`, one of PRECISIONS, for TensorRT's parser.
 
     Weights beside the graph are read one after the other, and written beside `target`. largest: for fp8, see
-    `quantise_linears`; a graph without any such matrix is in bf16.
+    `quantise_linears`; without it, as for every graph but denoise, fp8 is bf16.
     Raises ExportError for an unknown precision, a graph in int8, and fp16 that a weight does not fit into.
     """
     if precision not in PRECISIONS:
@@ -60,7 +60,7 @@ def reduce(model: ir.Model, precision: str, largest: Mapping[str, float], *, emu
     """Does to `model` what `precision` says; emulate: see `narrow`."""
     if precision != "fp32":
         narrow(model, "bf16" if precision == "fp8" else precision, emulate=emulate)
-    if precision == "fp8":
+    if precision == "fp8" and largest:
         quantise_linears(model, largest)
 
 
