@@ -213,7 +213,7 @@ class _Casts:
         dtype, wide = self._dtype, np.dtype(np.float32)
         if self._kind == ir.DataType.FLOAT16 and tensor.dtype != self._kind:
             most = float(np.abs(tensor.numpy().astype(wide)).max(initial=0.0))
-            if not most <= np.finfo(np.float16).max:
+            if not most <= float(np.finfo(np.float16).max):
                 raise ExportError(
                     f"the weight {value.name!r} has values up to {most:.1e}, too large for float16: "
                     "choose bf16"
