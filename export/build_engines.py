@@ -82,7 +82,7 @@ def build_all(
             for file in (graph, graph.with_name(f"{graph.name}.data")):
                 file.unlink(missing_ok=True)
         (folder / f"{name}.engine").write_bytes(built.engine)
-        whole, apart = built.whole_attention, built.decomposed_attention
+        whole, apart = len(built.whole_attention), len(built.decomposed_attention)
         lines.append(Line(name, len(built.engine), built.layers, whole, apart))
     _store(folder, engines, manifest)
     return folder, lines

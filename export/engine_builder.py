@@ -33,13 +33,14 @@ class Limits:
 
 @dataclass(frozen=True)
 class Built:
-    """An engine's bytes, where the library has them; how many layers TensorRT's network had, and which of
-    them are attention that it keeps whole, rather than taking it apart into products and a softmax."""
+    """An engine's bytes, where the library has them; how many layers TensorRT's network had; the names of
+    those that are attention, the ones that it keeps whole and the ones that it takes apart into products and
+    a softmax."""
 
     engine: memoryview
     layers: int
-    whole_attention: int
-    decomposed_attention: int
+    whole_attention: tuple[str, ...]
+    decomposed_attention: tuple[str, ...]
 
 
 def library(flavor: str) -> Any:
@@ -108,13 +109,13 @@ def _aim(trt: Any, config: Any, capability: int) -> None:
     config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{capability}"), 0)
 
 
-def _attention(trt: Any, network: Any) -> tuple[int, int]:
-    """Lets attention that there is no kernel for be taken apart; (whole, taken apart).
+def _attention(trt: Any, network: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Lets attention that there is no kernel for be taken apart; the names of the others, and of these.
 
     That is float32, and heads of a width that FUSED_WIDTHS lacks. Everything else must be kept whole: taken
     apart unasked it would be slow without a word.
     """
-    counts = [0, 0]
+    names: tuple[list[str], list[str]] = ([], [])
     kind = getattr(trt.LayerType, "ATTENTION_INPUT", None)
     for index in range(network.num_layers):
         layer = network.get_layer(index)
@@ -122,11 +123,11 @@ def _attention(trt: Any, network: Any) -> tuple[int, int]:
             continue
         q = layer.get_input(0)  # [B,A,S,E]
         apart = q.dtype == trt.DataType.FLOAT or q.shape[-1] not in FUSED_WIDTHS
+        names[apart].append(str(layer.name))
         if apart:
             layer.__class__ = trt.IAttentionInputLayer
             layer.attention.decomposable = True
-        counts[apart] += 1
-    return counts[0], counts[1]
+    return tuple(names[0]), tuple(names[1])
 
 
 def _timing_cache(config: Any, path: Path | None) -> Any:
