@@ -1,8 +1,8 @@
 """Every graph through NVIDIA's own parser and builder: TensorRT for RTX does both without a GPU. Nothing
 runs.
 
-Quick here: every graph of the shipped bundle in each precision, and the tiny preset with the node. Slow: every precision for every target, two blocks of Wan2.1 1.3B's width, and its denoise graph in
-full depth.
+Quick here: every graph of the shipped bundle in each precision, and the tiny preset with the node. Slow:
+every precision for every target, two blocks of Wan2.1 1.3B's width, and its denoise graph in full depth.
 """
 
 from __future__ import annotations
