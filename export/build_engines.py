@@ -117,7 +117,8 @@ def write_script(
 
 def script_text(graphs: Iterable[str], capability: int, limits: Limits) -> str:
     """build.sh: one trtexec command line per graph."""
-    options = [f"--timingCacheFile={CACHE}", "--skipInference"]
+    # TensorRT 10 needs to be told that precision is the graph's; 11 knows nothing else, and takes the option
+    options = ["--stronglyTyped", f"--timingCacheFile={CACHE}", "--skipInference"]
     if limits.workspace is not None:
         options.append(f"--memPoolSize=workspace:{max(1, limits.workspace >> 20)}M")
     if limits.level is not None:

@@ -81,7 +81,8 @@ def build(trt: Any, graph: Path, capability: int | None, limits: Limits, cache: 
     timings = _timing_cache(config, cache)
     engine = builder.build_serialized_network(network, config)
     if engine is None:
-        raise ExportError(f"TensorRT cannot build {graph.name}: {log.last() or 'it does not say why'}", 1)
+        reason = log.last() or "it does not say why"
+        raise ExportError(f"TensorRT cannot build the graph {_name(graph)}: {reason}", 1)
     if timings is not None and cache is not None:
         cache.write_bytes(bytes(timings.serialize()))
     return Built(memoryview(engine), network.num_layers, whole, decomposed)
@@ -141,15 +142,18 @@ def _timing_cache(config: Any, path: Path | None) -> Any:
 
 
 def _parser_errors(graph: Path, parser: Any) -> str:
+    says = f"TensorRT does not take the graph {_name(graph)}"
     if not parser.num_errors:
-        return f"TensorRT does not take {graph.name}, and does not say why"
+        return f"{says}, and does not say why"
     error = parser.get_error(0)
     reason = " ".join(error.desc().split())
+    where = f"node {error.node_name()!r}, operator {error.node_operator()}: " if error.node_operator() else ""
     more = f"; and {parser.num_errors - 1} more nodes" if parser.num_errors > 1 else ""
-    return (
-        f"TensorRT does not take {graph.name}: node {error.node_name()!r}, operator {error.node_operator()}: "
-        f"{reason:.200}{more}"
-    )
+    return f"{says}: {where}{reason:.200} ({error.code().name}){more}"
+
+
+def _name(graph: Path) -> str:
+    return graph.stem.lstrip(".")  # hidden while it is built
 
 
 def _log(trt: Any) -> Any:

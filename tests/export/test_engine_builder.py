@@ -111,6 +111,9 @@ def fake(version, errors=(), engine=b"engine"):
         def desc(self):
             return self.given[2]
 
+        def code(self):
+            return types.SimpleNamespace(name="UNSUPPORTED_NODE")
+
     class OnnxParser:
         num_errors = len(errors)
 
@@ -162,13 +165,14 @@ def test_a_timing_cache_of_another_gpu_is_begun_again(tmp_path):
 def test_node_and_operator_are_named(tmp_path):
     trt = fake(VERSIONS[0], errors=[("a.b", "Einsum", "not\n here"), ("c", "Einsum", "")])
     with pytest.raises(
-        ExportError, match=r"not take a\.onnx: node 'a\.b', operator Einsum: not here; and 1 more"
+        ExportError,
+        match=r"the graph a: node 'a\.b', operator Einsum: not here \(UNSUPPORTED_NODE\); and 1 more",
     ):
         engine_builder.build(trt, tmp_path / "a.onnx", None, Limits())
 
 
 def test_what_the_builder_says_is_told(tmp_path):
-    with pytest.raises(ExportError, match=r"cannot build a\.onnx: no kernel for it$"):
+    with pytest.raises(ExportError, match=r"cannot build the graph a: no kernel for it$"):
         engine_builder.build(fake(VERSIONS[1], engine=None), tmp_path / "a.onnx", None, Limits())
 
 

@@ -31,6 +31,7 @@ VERSION, CAPABILITY = "11.4.0.106", 90
 class Status(enum.IntEnum):
     cudaSuccess = 0
     cudaErrorMemoryAllocation = 2
+    cudaErrorNoDevice = 100
 
 
 class Cuda(types.ModuleType):
@@ -276,9 +277,18 @@ def test_an_engine_that_does_not_load_is_told(tmp_path, cuda):
 
 def test_too_little_memory_says_how_much(folder, cuda):
     backend = open_backend(Bundle.open(folder), "tensorrt", None)
-    cuda.free = 1000
-    with pytest.raises(InputError, match=r"denoise needs 0\.03 GiB more of GPU memory, 0\.00 GiB are free"):
+    cuda.free = 3 << 19
+    size = (folder / "denoise.onnx").stat().st_size / 2**20
+    with pytest.raises(
+        InputError, match=rf"denoise needs {size:.1f} MiB more of GPU memory, 1\.5 MiB are free"
+    ):
         backend.load(["denoise"])
+
+
+def test_without_a_gpu_it_is_told(folder, cuda, monkeypatch):
+    monkeypatch.setattr(cuda, "cudaDeviceGetAttribute", lambda *_: (Status.cudaErrorNoDevice, None))
+    with pytest.raises(InputError, match="there is no GPU, which engines need .*cudaErrorNoDevice"):
+        open_backend(Bundle.open(folder), "tensorrt", None)
 
 
 def test_without_the_libraries_the_extra_is_named(folder, monkeypatch):
