@@ -256,7 +256,9 @@ def _plugin(trt: Any) -> int:
 def _store(folder: Path, engines: Engines, manifest: Manifest) -> None:
     for name, graph in manifest.graphs.items():
         file = f"{name}.engine"
-        engines.engines[name] = EngineFile(file, manifests.sha256_file(folder / file), graph.sha256)
+        engines.engines[name] = EngineFile(
+            file, manifests.sha256_file(folder / file), stored.graph_sha256(graph)
+        )
     stored.save(engines, folder)
 
 

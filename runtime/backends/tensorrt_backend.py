@@ -57,11 +57,10 @@ class TensorRTBackend:
         self._trt = _import(MODULES[flavor], EXTRAS[flavor])
         self._cuda = _import("cuda.bindings.runtime", EXTRAS[flavor])
         self._bundle = bundle
-        graphs = {name: graph.sha256 for name, graph in bundle.manifest.graphs.items()}
         version = stored.short_version(self._trt.__version__)
         capability = self._capability()
         self._folder, self._engines = stored.choose(
-            bundle.folder, graphs, flavor, version, capability, precision
+            bundle.folder, bundle.manifest.graphs, flavor, version, capability, precision
         )
         self._rebuild = stored.rebuild_command(bundle.folder, self._engines)
         self._runtime = self._trt.Runtime(self._trt.Logger(self._trt.Logger.ERROR))

@@ -8,6 +8,7 @@ engine.
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import enum
 import inspect
 import shutil
@@ -23,7 +24,7 @@ from conceptmaster.runtime import engines as stored
 from conceptmaster.runtime.backends import open_backend
 from conceptmaster.runtime.bundle import SHIPPED, Bundle
 from conceptmaster.runtime.errors import BundleError, InputError, MissingDependency
-from conceptmaster.runtime.manifest import load, sha256_file
+from conceptmaster.runtime.manifest import HashedFile, load, sha256_file
 
 VERSION, CAPABILITY = "11.4.0.106", 90
 
@@ -197,7 +198,7 @@ def write_engines(folder, engines, contents=None):
     for name, graph in load(folder).graphs.items():
         path = place / f"{name}.engine"
         path.write_bytes(contents or (folder / graph.file).read_bytes())
-        engines.engines[name] = stored.EngineFile(path.name, sha256_file(path), graph.sha256)
+        engines.engines[name] = stored.EngineFile(path.name, sha256_file(path), stored.graph_sha256(graph))
     stored.save(engines, place)
     return place
 
@@ -250,6 +251,18 @@ def test_engines_for_something_else_name_the_command(tmp_path, cuda, change, wor
     with pytest.raises(BundleError, match=words) as error:
         open_backend(Bundle.open(folder), "tensorrt", None)
     assert f"conceptmaster build {folder} --target sm_90 --precision bf16" in str(error.value)
+
+
+def test_engines_of_other_weights_beside_the_same_graph_are_refused(folder, cuda):
+    manifest = load(folder)
+    graph = manifest.graphs["denoise"]
+    other = [dataclasses.replace(graph, external=(HashedFile("denoise.onnx.data", x * 64),)) for x in "ab"]
+    first, second, plain = (stored.graph_sha256(g) for g in (*other, graph))
+    assert len({first, second, plain}) == 3 and plain == graph.sha256
+    with pytest.raises(
+        BundleError, match="denoise.engine' was built from another denoise than this bundle's"
+    ):
+        stored.choose(folder, manifest.graphs | {"denoise": other[0]}, "tensorrt", "11.4.0", CAPABILITY)
 
 
 def test_a_tampered_engine_is_refused(folder, cuda):
