@@ -111,6 +111,7 @@ def narrow(model: ir.Model, precision: str, *, emulate: bool) -> None:
 
     emulate: rounds the same values but computes in float32, for an ONNX Runtime that lacks the kernels; the
         accumulation of a tensor core is float32 too.
+    Raises ExportError where shape inference leaves open what a product reads: it would stay float32 unseen.
     """
     kind, dtype = NARROW[precision]
     ShapeInferencePass()(model)
@@ -119,6 +120,8 @@ def narrow(model: ir.Model, precision: str, *, emulate: bool) -> None:
         own = node.domain == DOMAIN
         if (own or (not node.domain and node.op_type in PRODUCTS)) and _fused(node, own):
             for index, value in enumerate(node.inputs):
+                if value is not None and value.dtype is None:
+                    raise _unknown(node)
                 if value is not None and value.dtype == ir.DataType.FLOAT:
                     node.replace_input_with(index, cast.narrowed(value))
             cast.widen(node)
@@ -135,10 +138,16 @@ def _fused(node: ir.Node, own: bool) -> bool:
         return True
     q = node.inputs[0]
     if q is None or q.shape is None:
-        return False
+        raise _unknown(node)
     heads = node.attributes.get("heads" if own else "q_num_heads")
     width = int(q.shape[-1])  # type: ignore[arg-type]
     return (width if heads is None or len(q.shape) == 4 else width // heads.as_int()) in FUSED_WIDTHS
+
+
+def _unknown(node: ir.Node) -> ExportError:
+    return ExportError(
+        f"what goes into the node {node.name!r} ({node.op_type}) is of unknown shape or type", 1
+    )
 
 
 class _Casts:

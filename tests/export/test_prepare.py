@@ -103,6 +103,19 @@ def test_int8_is_refused_by_name(tmp_path):
         prepare(source, tmp_path / "graph.onnx", "bf16")
 
 
+def test_a_product_of_something_unknown_is_told_and_not_left_in_float32():
+    helper = onnx.helper
+    nodes = [
+        helper.make_node("Odd", ["x"], ["y"], domain="odd"),
+        helper.make_node("MatMul", ["y", "y"], ["z"], name="product"),
+    ]
+    sides = [[helper.make_tensor_value_info(name, 1, [4, 4])] for name in "xz"]
+    opsets = [helper.make_opsetid("", 23), helper.make_opsetid("odd", 1)]
+    model = ir.from_proto(helper.make_model(helper.make_graph(nodes, "g", *sides), opset_imports=opsets))
+    with pytest.raises(ExportError, match=r"into the node 'product' \(MatMul\) is of unknown shape or type"):
+        preparing.narrow(model, "bf16", emulate=False)
+
+
 def test_an_unknown_precision_is_refused(tmp_path):
     with pytest.raises(ExportError, match="unknown precision 'int4': choose one of fp32, fp16, bf16, fp8"):
         prepare(BUNDLE / "dam.onnx", tmp_path / "graph.onnx", "int4")

@@ -34,7 +34,7 @@ from conceptmaster.runtime.manifest import HashedFile, load, save, sha256_file  
 SPRITES = SHIPPED / "sprites"
 GRAPHS = sorted(path.stem for path in SPRITES.glob("*.onnx"))
 TARGETS = (80, 89, 120)
-FULL_DEPTH = 20, 12  # GiB of memory, of disk
+FULL_DEPTH = 16, 12  # GiB of memory, of disk
 EVERYTHING = [
     (g, p, t) for g in GRAPHS for p in PRECISIONS for t in TARGETS if (p, t) != ("fp8", 80)
 ]  # which has no 8-bit floating point
