@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
+import sys
 from dataclasses import asdict
 from pathlib import Path
 
 from ..runtime.engines import FLAVORS, target_capability
+from ..runtime.request import Request
 from . import build_engines
+from .calibrate import Calibration, calibrate
 from .cli import _find_bundle, _progress
 from .engine_builder import Limits
 from .errors import ExportError
@@ -16,7 +20,8 @@ from .prepare import PRECISIONS
 
 BUILD = """\
 Builds TensorRT engines from a bundle's graphs, into BUNDLE/engines/. Build from an fp32 bundle: --precision
-decides what products are computed in.
+decides what products are computed in. For fp8, a short video is made on the CPU first, to know how large the
+numbers become; the error that fp8 makes in it is printed.
 
   conceptmaster build my-bundle                                   # for the GPU here, in bf16
   conceptmaster build my-bundle --flavor rtx --target sm_89       # TensorRT for RTX; needs no GPU
@@ -33,10 +38,16 @@ def add_build_arguments(parser: argparse.ArgumentParser) -> None:
         "--target", metavar="sm_90", help="the GPU's compute capability (that of the GPU here)"
     )
     parser.add_argument("--precision", choices=PRECISIONS, default="bf16", help="of products (bf16)")
+    parser.add_argument(
+        "--request", metavar="FILE", type=Path, help="for fp8: what that video shows (made-up things)"
+    )
     parser.add_argument("--flavor", choices=FLAVORS, default="tensorrt", help="which library (tensorrt)")
     parser.add_argument("--workspace", type=int, metavar="MB", help="memory that the builder may use")
     parser.add_argument("--level", type=int, choices=range(6), metavar="0-5", help="how long it searches")
     parser.add_argument("--trtexec", action="store_true", help="build with trtexec, by a script that is kept")
+    parser.add_argument(
+        "--trtexec-version", metavar="10.13", help="its version, if it is older than 10.15 (newer)"
+    )
     parser.add_argument(
         "--dry-run", action="store_true", help="with --trtexec: write the script, do not run it"
     )
@@ -54,27 +65,61 @@ def run_build(args: argparse.Namespace) -> int:
     if args.workspace is not None and args.workspace < 1:
         raise ExportError("--workspace is a number of megabytes, 1 at least")
     limits = Limits(None if args.workspace is None else args.workspace << 20, args.level)
-    if (args.dry_run or args.collect) and not args.trtexec:
-        raise ExportError("--dry-run and --collect go with --trtexec")
+    if (args.dry_run or args.collect or args.trtexec_version is not None) and not args.trtexec:
+        raise ExportError("--dry-run, --collect and --trtexec-version go with --trtexec")
+    if args.trtexec_version is not None and not re.fullmatch(r"\d+(\.\d+)+", args.trtexec_version):
+        raise ExportError(f"--trtexec-version {args.trtexec_version!r}: write it as 10.13")
+    if args.request is not None and args.precision != "fp8":
+        raise ExportError("--request goes with --precision fp8")
+    show = _progress(args)
     if not args.trtexec:
-        show = _progress(args)
-        folder, lines = build_engines.build_all(bundle, args.flavor, capability, args.precision, limits, show)
-        return _report(args, folder, lines)
+        target = build_engines.find_target(args.flavor, capability)
+        ranges = _calibration(args, bundle, target)
+        folder, lines = build_engines.build_all(
+            bundle, args.flavor, capability, args.precision, limits, show, ranges
+        )
+        return _report(args, folder, lines, ranges)
     if args.flavor != "tensorrt":
         raise ExportError("--trtexec builds with the full TensorRT: leave out --flavor, or --trtexec")
     target = build_engines.gpu_capability() if capability is None else capability
+    ranges = None
     if not args.collect:
-        script = build_engines.write_script(bundle, target, args.precision, limits, _progress(args))
+        ranges = _calibration(args, bundle, target)
+        version = args.trtexec_version
+        script = build_engines.write_script(bundle, target, args.precision, limits, show, ranges, version)
         if args.dry_run:
+            if ranges is not None:
+                print(_error_line(ranges), file=sys.stderr)
             print(script)
             return 0
         build_engines.run_script(script)
-    return _report(args, *build_engines.collect(bundle, target, args.precision))
+    return _report(args, *build_engines.collect(bundle, target, args.precision), ranges)
 
 
-def _report(args: argparse.Namespace, folder: Path, lines: list[build_engines.Line]) -> int:
+def _calibration(args: argparse.Namespace, bundle: Path, capability: int) -> Calibration | None:
+    if args.precision != "fp8":
+        return None
+    build_engines.require_fp8(capability)
+    request = None if args.request is None else Request.from_json(args.request)
+    return calibrate(bundle, request, _progress(args))
+
+
+def _report(
+    args: argparse.Namespace,
+    folder: Path,
+    lines: list[build_engines.Line],
+    calibration: Calibration | None,
+) -> int:
     if args.json:
-        print(json.dumps({"folder": str(folder), "engines": [asdict(line) for line in lines]}))
-    else:
-        print(f"{build_engines.table(lines)}\n{folder}")
+        error = {} if calibration is None else {"fp8_error": calibration.error}
+        print(json.dumps({"folder": str(folder), "engines": [asdict(line) for line in lines]} | error))
+        return 0
+    print(build_engines.table(lines))
+    if calibration is not None:
+        print(_error_line(calibration))
+    print(folder)
     return 0
+
+
+def _error_line(calibration: Calibration) -> str:
+    return f"fp8: a step's estimate of the latents is off by {calibration.error:.1%} at most (relative L2)"

@@ -21,11 +21,15 @@ from ..runtime import manifest as manifests
 from ..runtime.engines import EngineFile, Engines
 from ..runtime.manifest import Manifest
 from . import engine_builder
+from .calibrate import GRAPH as CALIBRATED
+from .calibrate import Calibration
 from .engine_builder import Limits
 from .errors import ExportError
 from .prepare import prepare
+from .spelled_out import spell_out, unknown_to
 
 SCRIPT, LOG, CACHE = "build.sh", "build.log", "timing.cache"
+LEAST_FP8 = 89
 BY_HAND = "by-hand"  # where trtexec works, until it has said which version it is
 
 
@@ -41,18 +45,26 @@ class Line:
 
 
 def build_all(
-    bundle: Path, flavor: str, capability: int | None, precision: str, limits: Limits, show: bool
+    bundle: Path,
+    flavor: str,
+    capability: int | None,
+    precision: str,
+    limits: Limits,
+    show: bool,
+    calibration: Calibration | None = None,
 ) -> tuple[Path, list[Line]]:
     """Builds every engine with the Python API; returns their folder and a line each.
 
-    capability: None for the GPU that is there, which is all that the full library builds for.
+    capability: None for the GPU that is there, which is all that the full library builds for; calibration:
+    for fp8.
     Raises: ExportError, see engine_builder; BundleError for a bundle that is not sound.
     """
     manifest = manifests.load(bundle)
     trt = engine_builder.library(flavor)
     target = _target(trt, flavor, capability)
-    abi = _plugin(trt) if flavor == "tensorrt" else 0
     version = stored.short_version(trt.__version__)
+    unknown = unknown_to(version) if flavor == "tensorrt" else []
+    abi = _plugin(trt) if flavor == "tensorrt" and not unknown else 0
     engines = Engines(stored.FORMAT, flavor, version, target, precision, abi, {})
     folder = bundle / stored.FOLDER / engines.folder_name
     folder.mkdir(parents=True, exist_ok=True)
@@ -61,7 +73,8 @@ def build_all(
     for name in _bar(manifest.graphs, "build", show):
         graph = folder / f".{name}.onnx"
         try:
-            prepare(bundle / manifest.graphs[name].file, graph, precision)
+            prepare(bundle / manifest.graphs[name].file, graph, precision, _largest(name, calibration))
+            spell_out(graph, unknown)
             rtx = flavor == "rtx"  # which takes a target, and for which a timing cache does nothing
             aim, cache = (target, None) if rtx else (None, folder / CACHE)
             built = engine_builder.build(trt, graph, aim, limits, cache)
@@ -69,20 +82,33 @@ def build_all(
             for file in (graph, graph.with_name(f"{graph.name}.data")):
                 file.unlink(missing_ok=True)
         (folder / f"{name}.engine").write_bytes(built.engine)
-        whole, apart = built.whole_attention, built.decomposed_attention
+        whole, apart = len(built.whole_attention), len(built.decomposed_attention)
         lines.append(Line(name, len(built.engine), built.layers, whole, apart))
     _store(folder, engines, manifest)
     return folder, lines
 
 
-def write_script(bundle: Path, capability: int, precision: str, limits: Limits, show: bool) -> Path:
-    """Writes the prepared graphs and build.sh, which builds every engine with trtexec; returns its path."""
+def write_script(
+    bundle: Path,
+    capability: int,
+    precision: str,
+    limits: Limits,
+    show: bool,
+    calibration: Calibration | None = None,
+    version: str | None = None,
+) -> Path:
+    """Writes the prepared graphs and build.sh, which builds every engine with trtexec; returns its path.
+
+    version: trtexec's, None for one that knows every operator.
+    """
     manifest = manifests.load(bundle)
     folder = bundle / stored.FOLDER / f"sm{capability}-{BY_HAND}-{precision}"
     shutil.rmtree(folder, ignore_errors=True)
     (folder / "graphs").mkdir(parents=True)
     for name in _bar(manifest.graphs, "prepare", show):
-        prepare(bundle / manifest.graphs[name].file, folder / "graphs" / f"{name}.onnx", precision)
+        target = folder / "graphs" / f"{name}.onnx"
+        prepare(bundle / manifest.graphs[name].file, target, precision, _largest(name, calibration))
+        spell_out(target, [] if version is None else unknown_to(version))
     script = folder / SCRIPT
     script.write_text(script_text(manifest.graphs, capability, limits), encoding="utf-8")
     script.chmod(0o755)
@@ -91,7 +117,8 @@ def write_script(bundle: Path, capability: int, precision: str, limits: Limits, 
 
 def script_text(graphs: Iterable[str], capability: int, limits: Limits) -> str:
     """build.sh: one trtexec command line per graph."""
-    options = [f"--timingCacheFile={CACHE}", "--skipInference"]
+    # TensorRT 10 needs to be told that precision is the graph's; 11 knows nothing else, and takes the option
+    options = ["--stronglyTyped", f"--timingCacheFile={CACHE}", "--skipInference"]
     if limits.workspace is not None:
         options.append(f"--memPoolSize=workspace:{max(1, limits.workspace >> 20)}M")
     if limits.level is not None:
@@ -148,6 +175,18 @@ def logged_version(log: Path) -> str:
     return ".".join(str(int(part)) for part in found.groups())
 
 
+def find_target(flavor: str, capability: int | None) -> int:
+    """The capability that engines are to be built for. Raises ExportError for one that the library does not
+    build for, and when the library or the GPU is not there."""
+    return _target(engine_builder.library(flavor), flavor, capability)
+
+
+def require_fp8(capability: int) -> None:
+    """Raises ExportError for GPUs without 8-bit floating-point tensor cores."""
+    if capability < LEAST_FP8:
+        raise ExportError(f"fp8 needs sm_{LEAST_FP8} or newer, not sm_{capability}: choose --precision bf16")
+
+
 def gpu_capability() -> int:
     """The compute capability of the first GPU, 90 for sm_90. Raises ExportError when there is none."""
     advice = (
@@ -202,6 +241,10 @@ def _target(trt: Any, flavor: str, capability: int | None) -> int:
     return here
 
 
+def _largest(graph: str, calibration: Calibration | None) -> dict[str, float]:
+    return calibration.largest if calibration is not None and graph == CALIBRATED else {}
+
+
 def _plugin(trt: Any) -> int:
     """Registers the Triton kernel's plugin; its ABI."""
     from .plugin import register
@@ -213,7 +256,9 @@ def _plugin(trt: Any) -> int:
 def _store(folder: Path, engines: Engines, manifest: Manifest) -> None:
     for name, graph in manifest.graphs.items():
         file = f"{name}.engine"
-        engines.engines[name] = EngineFile(file, manifests.sha256_file(folder / file), graph.sha256)
+        engines.engines[name] = EngineFile(
+            file, manifests.sha256_file(folder / file), stored.graph_sha256(graph)
+        )
     stored.save(engines, folder)
 
 

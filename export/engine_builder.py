@@ -33,13 +33,14 @@ class Limits:
 
 @dataclass(frozen=True)
 class Built:
-    """An engine's bytes; how many layers TensorRT's network had, and which of them are attention that it
-    keeps whole, rather than taking it apart into products and a softmax."""
+    """An engine's bytes, where the library has them; how many layers TensorRT's network had; the names of
+    those that are attention, the ones that it keeps whole and the ones that it takes apart into products and
+    a softmax."""
 
-    engine: bytes
+    engine: memoryview
     layers: int
-    whole_attention: int
-    decomposed_attention: int
+    whole_attention: tuple[str, ...]
+    decomposed_attention: tuple[str, ...]
 
 
 def library(flavor: str) -> Any:
@@ -65,7 +66,7 @@ def build(trt: Any, graph: Path, capability: int | None, limits: Limits, cache: 
     """
     log = _log(trt)
     builder = trt.Builder(log)
-    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    network = builder.create_network(_strongly_typed(trt))
     parser = trt.OnnxParser(network, log)
     if not parser.parse_from_file(str(graph)):
         raise ExportError(_parser_errors(graph, parser), 1)
@@ -80,10 +81,11 @@ def build(trt: Any, graph: Path, capability: int | None, limits: Limits, cache: 
     timings = _timing_cache(config, cache)
     engine = builder.build_serialized_network(network, config)
     if engine is None:
-        raise ExportError(f"TensorRT cannot build {graph.name}: {log.last() or 'it does not say why'}", 1)
+        reason = log.last() or "it does not say why"
+        raise ExportError(f"TensorRT cannot build the graph {_name(graph)}: {reason}", 1)
     if timings is not None and cache is not None:
         cache.write_bytes(bytes(timings.serialize()))
-    return Built(bytes(engine), network.num_layers, whole, decomposed)
+    return Built(memoryview(engine), network.num_layers, whole, decomposed)
 
 
 def capabilities(trt: Any) -> list[int]:
@@ -91,6 +93,12 @@ def capabilities(trt: Any) -> list[int]:
     own."""
     known = getattr(getattr(trt, "ComputeCapability", None), "__members__", {})
     return sorted(int(name.removeprefix("SM")) for name in known if name.startswith("SM"))
+
+
+def _strongly_typed(trt: Any) -> int:
+    """The creation flag that TensorRT 10 needs and 11, whose networks are all so, may one day lack."""
+    flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
+    return 0 if flag is None else 1 << int(flag)
 
 
 def _aim(trt: Any, config: Any, capability: int) -> None:
@@ -102,13 +110,13 @@ def _aim(trt: Any, config: Any, capability: int) -> None:
     config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{capability}"), 0)
 
 
-def _attention(trt: Any, network: Any) -> tuple[int, int]:
-    """Lets attention that there is no kernel for be taken apart; (whole, taken apart).
+def _attention(trt: Any, network: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Lets attention that there is no kernel for be taken apart; the names of the others, and of these.
 
     That is float32, and heads of a width that FUSED_WIDTHS lacks. Everything else must be kept whole: taken
     apart unasked it would be slow without a word.
     """
-    counts = [0, 0]
+    names: tuple[list[str], list[str]] = ([], [])
     kind = getattr(trt.LayerType, "ATTENTION_INPUT", None)
     for index in range(network.num_layers):
         layer = network.get_layer(index)
@@ -116,11 +124,11 @@ def _attention(trt: Any, network: Any) -> tuple[int, int]:
             continue
         q = layer.get_input(0)  # [B,A,S,E]
         apart = q.dtype == trt.DataType.FLOAT or q.shape[-1] not in FUSED_WIDTHS
+        names[apart].append(str(layer.name))
         if apart:
             layer.__class__ = trt.IAttentionInputLayer
             layer.attention.decomposable = True
-        counts[apart] += 1
-    return counts[0], counts[1]
+    return tuple(names[0]), tuple(names[1])
 
 
 def _timing_cache(config: Any, path: Path | None) -> Any:
@@ -134,15 +142,18 @@ def _timing_cache(config: Any, path: Path | None) -> Any:
 
 
 def _parser_errors(graph: Path, parser: Any) -> str:
+    says = f"TensorRT does not take the graph {_name(graph)}"
     if not parser.num_errors:
-        return f"TensorRT does not take {graph.name}, and does not say why"
+        return f"{says}, and does not say why"
     error = parser.get_error(0)
     reason = " ".join(error.desc().split())
+    where = f"node {error.node_name()!r}, operator {error.node_operator()}: " if error.node_operator() else ""
     more = f"; and {parser.num_errors - 1} more nodes" if parser.num_errors > 1 else ""
-    return (
-        f"TensorRT does not take {graph.name}: node {error.node_name()!r}, operator {error.node_operator()}: "
-        f"{reason:.200}{more}"
-    )
+    return f"{says}: {where}{reason:.200} ({error.code().name}){more}"
+
+
+def _name(graph: Path) -> str:
+    return graph.stem.lstrip(".")  # hidden while it is built
 
 
 def _log(trt: Any) -> Any:

@@ -74,12 +74,11 @@ def function_text(name: str, opset: int) -> str:
 
 def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     """For torch's exporter, which must run under `kept_whole`: op -> what makes its node."""
-    opset = _opset()
     from onnxscript import opset23 as standard
 
     def injection(q: Any, k: Any, v: Any, mask: Any) -> Any:
         heads, flat = _flattened(standard, q, k, v)
-        found = opset.ConceptInjection(*flat, mask, heads=heads, **FOR_TENSORRT)
+        found = operator(INJECTION)(*flat, mask, heads=heads, **FOR_TENSORRT)
         return standard.Reshape(found, _sizes(q))
 
     def decoupled(
@@ -88,7 +87,7 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
         if concept_scale != 1.0 or inverse_rms is not None:
             raise NotImplementedError("the node has neither a concept_scale nor an inverse_rms")
         heads, flat = _flattened(standard, q, text_k, text_v, k, v)
-        found = opset.DecoupledCrossAttention(*flat, mask, heads=heads, **FOR_TENSORRT)
+        found = operator(DECOUPLED)(*flat, mask, heads=heads, **FOR_TENSORRT)
         return standard.Reshape(found, _sizes(q))
 
     ops = torch.ops.conceptmaster
@@ -124,32 +123,33 @@ def _drop_reshape(node: ir.Node) -> None:
 
 
 @functools.cache
-def _opset() -> Any:
-    """The nodes as onnxscript wants to know them. Their schemas are registered with onnx, in this process."""
-    from onnx import defs
-    from onnxscript.values import Opset
+def operator(name: str) -> Any:
+    """One of the two nodes as onnxscript calls it.
 
-    for name, (inputs, _) in _BODIES.items():
-        if not defs.has(name, VERSION, DOMAIN):
-            parameters = [
-                defs.OpSchema.FormalParameter(x, "tensor(bool)" if x == "mask" else "T")
-                for x in inputs.split(", ")
-            ]
-            kinds = {"heads": "INT", "plugin_namespace": "STRING", "aot": "INT"}
-            schema = defs.OpSchema(
-                name,
-                DOMAIN,
-                VERSION,
-                inputs=parameters,
-                outputs=[defs.OpSchema.FormalParameter("out", "T")],
-                type_constraints=[("T", ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"], "")],
-                attributes=[
-                    defs.OpSchema.Attribute(key, getattr(defs.OpSchema.AttrType, kind), required=True)
-                    for key, kind in kinds.items()
-                ],
-            )
-            defs.register_schema(schema)
-    return Opset(DOMAIN, VERSION)
+    Its schema is not registered with onnx: who finds one there does not look into the function body, and
+    shape inference would end at the first node.
+    """
+    from onnx import defs
+    from onnxscript.values import Op, Opset
+
+    parameters = [
+        defs.OpSchema.FormalParameter(x, "tensor(bool)" if x == "mask" else "T")
+        for x in _BODIES[name][0].split(", ")
+    ]
+    kinds = {"heads": "INT", "plugin_namespace": "STRING", "aot": "INT"}
+    schema = defs.OpSchema(
+        name,
+        DOMAIN,
+        VERSION,
+        inputs=parameters,
+        outputs=[defs.OpSchema.FormalParameter("out", "T")],
+        type_constraints=[("T", ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"], "")],
+        attributes=[
+            defs.OpSchema.Attribute(key, getattr(defs.OpSchema.AttrType, kind), required=True)
+            for key, kind in kinds.items()
+        ],
+    )
+    return Op(Opset(DOMAIN, VERSION), name, schema)
 
 
 def _sizes(x: Any) -> list[int]:

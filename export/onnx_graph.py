@@ -85,9 +85,12 @@ def trace(spec: GraphSpec, hidden: Iterable[str] = ()) -> tuple[ir.Model, set[st
 
 
 def save(model: ir.Model, path: Path) -> None:
-    """Writes a model with all of its weights; those beyond EXTERNAL_BYTES go to `path`.data."""
-    large = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value)
-    ir.save(model, path, external_data=data_file(path).name if large > EXTERNAL_BYTES else None)
+    """Writes a model with all of its weights, which go to `path`.data, one after the other, when some of them
+    are beside a graph already or when they are more than EXTERNAL_BYTES."""
+    weights = [value.const_value for value in model.graph.initializers.values() if value.const_value]
+    beside = any(isinstance(weight, ir.ExternalTensor) for weight in weights)
+    large = sum(weight.nbytes for weight in weights) > EXTERNAL_BYTES
+    ir.save(model, path, external_data=data_file(path).name if beside or large else None)
 
 
 def describe(path: Path, spec: GraphSpec, external_sha256: str | None = None) -> GraphFile:

@@ -4,11 +4,12 @@ TensorRT's networks are strongly typed: what a product is computed in is the dty
 graph in bf16 or fp16 is the float32 graph with casts around its products (MatMul, Gemm, Conv, attention) and
 their weights stored in 16 bits; norms, softmax, modulation, residuals, guidance and the solver stay float32,
 and so do inputs and outputs, which every backend shares. TensorRT fuses the casts with their neighbours.
+fp8 is bf16 with the matrices of the transformer's blocks in 8 bits: see eight_bits.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import ml_dtypes
@@ -16,11 +17,14 @@ import numpy as np
 from onnxscript import ir
 from onnxscript.ir.passes.common import RemoveUnusedNodesPass, ShapeInferencePass
 
+from . import initializers
+from .eight_bits import quantise_linears
 from .errors import ExportError
+from .initializers import constant
 from .nodes import DOMAIN
 from .onnx_graph import save
 
-PRECISIONS = ("fp32", "fp16", "bf16")
+PRECISIONS = ("fp32", "fp16", "bf16", "fp8")
 NARROW = {
     "fp16": (ir.DataType.FLOAT16, np.dtype(np.float16)),
     "bf16": (ir.DataType.BFLOAT16, np.dtype(ml_dtypes.bfloat16)),
@@ -36,9 +40,11 @@ MAX_AXES = 8
 """TensorRT's Dims::MAX_DIMS."""
 
 
-def prepare(source: Path, target: Path, precision: str) -> None:
+def prepare(source: Path, target: Path, precision: str, largest: Mapping[str, float] | None = None) -> None:
     """Writes the graph `source` to `target` in `precision`, one of PRECISIONS, for TensorRT's parser.
 
+    Weights beside the graph are read one after the other, and written beside `target`. largest: for fp8, see
+    `quantise_linears`; without it, as for every graph but denoise, fp8 is bf16.
     Raises ExportError for an unknown precision, a graph in int8, and fp16 that a weight does not fit into.
     """
     if precision not in PRECISIONS:
@@ -46,9 +52,16 @@ def prepare(source: Path, target: Path, precision: str) -> None:
     model = ir.load(source)
     _refuse_int8(model, source)
     lower_ranks(model)
-    if precision != "fp32":
-        narrow(model, precision, emulate=False)
+    reduce(model, precision, largest or {}, emulate=False)
     save(model, target)
+
+
+def reduce(model: ir.Model, precision: str, largest: Mapping[str, float], *, emulate: bool) -> None:
+    """Does to `model` what `precision` says; emulate: see `narrow`."""
+    if precision != "fp32":
+        narrow(model, "bf16" if precision == "fp8" else precision, emulate=emulate)
+    if precision == "fp8" and largest:
+        quantise_linears(model, largest)
 
 
 def lower_ranks(model: ir.Model) -> None:
@@ -62,7 +75,7 @@ def lower_ranks(model: ir.Model) -> None:
         before, perm = node.inputs[0].producer() if node.inputs[0] else None, _perm(node)
         if before is None or before.op_type != "Reshape" or len(perm) <= MAX_AXES:
             continue
-        sizes = _constant(before.inputs[1])
+        sizes = constant(before.inputs[1])
         users = [user for user, _ in node.outputs[0].uses()]
         if (
             sizes is None
@@ -70,8 +83,8 @@ def lower_ranks(model: ir.Model) -> None:
             or len(before.outputs[0].uses()) > 1
         ):
             continue
-        fewer, order = merge_axes([int(size) for size in sizes], perm)
-        shape = _initializer(model.graph, f"{node.name}.axes", np.array(fewer, np.int64))
+        fewer, order = merge_axes([int(size) for size in sizes.numpy()], perm)
+        shape = initializers.add(model.graph, f"{node.name}.axes", np.array(fewer, np.int64))
         before.replace_input_with(1, shape)
         node.attributes["perm"] = ir.AttrInt64s("perm", order)
         before.outputs[0].shape = node.outputs[0].shape = None
@@ -98,6 +111,7 @@ def narrow(model: ir.Model, precision: str, *, emulate: bool) -> None:
 
     emulate: rounds the same values but computes in float32, for an ONNX Runtime that lacks the kernels; the
         accumulation of a tensor core is float32 too.
+    Raises ExportError where shape inference leaves open what a product reads: it would stay float32 unseen.
     """
     kind, dtype = NARROW[precision]
     ShapeInferencePass()(model)
@@ -106,6 +120,8 @@ def narrow(model: ir.Model, precision: str, *, emulate: bool) -> None:
         own = node.domain == DOMAIN
         if (own or (not node.domain and node.op_type in PRODUCTS)) and _fused(node, own):
             for index, value in enumerate(node.inputs):
+                if value is not None and value.dtype is None:
+                    raise _unknown(node)
                 if value is not None and value.dtype == ir.DataType.FLOAT:
                     node.replace_input_with(index, cast.narrowed(value))
             cast.widen(node)
@@ -122,10 +138,16 @@ def _fused(node: ir.Node, own: bool) -> bool:
         return True
     q = node.inputs[0]
     if q is None or q.shape is None:
-        return False
+        raise _unknown(node)
     heads = node.attributes.get("heads" if own else "q_num_heads")
     width = int(q.shape[-1])  # type: ignore[arg-type]
     return (width if heads is None or len(q.shape) == 4 else width // heads.as_int()) in FUSED_WIDTHS
+
+
+def _unknown(node: ir.Node) -> ExportError:
+    return ExportError(
+        f"what goes into the node {node.name!r} ({node.op_type}) is of unknown shape or type", 1
+    )
 
 
 class _Casts:
@@ -138,9 +160,9 @@ class _Casts:
     def narrowed(self, value: ir.Value) -> ir.Value:
         """`value` in 16 bits."""
         if value not in self._narrow:
-            constant = _constant(value)
-            if constant is not None:
-                self._narrow[value] = self._stored(value, constant)
+            tensor = constant(value)
+            if tensor is not None:
+                self._narrow[value] = self._stored(value, tensor)
             else:
                 self._narrow[value] = self._cast_after(value)
         return self._narrow[value]
@@ -191,38 +213,26 @@ class _Casts:
             return rounded
         return self._insert_after(rounded.producer(), rounded, ir.DataType.FLOAT)
 
-    def _stored(self, value: ir.Value, constant: np.ndarray) -> ir.Value:
-        with np.errstate(over="ignore"):
-            stored = constant.astype(self._dtype)
-        if not np.isfinite(stored.astype(np.float32)).all():
-            raise ExportError(
-                f"the weight {value.name!r} has values up to {np.abs(constant).max():.1e}, too large for "
-                f"{self._kind.name.lower()}: choose bf16"
-            )
+    def _stored(self, value: ir.Value, tensor: ir.TensorProtocol) -> ir.Value:
+        """A weight in 16 bits, computed when the graph is written."""
+        cast = value.producer()
+        if cast is not None and cast.inputs[0] is not None and tensor.dtype == self._kind:
+            if not self._emulate:  # stored so already
+                return cast.inputs[0]
+        dtype, wide = self._dtype, np.dtype(np.float32)
+        if self._kind == ir.DataType.FLOAT16 and tensor.dtype != self._kind:
+            most = float(np.abs(tensor.numpy().astype(wide)).max(initial=0.0))
+            if not most <= float(np.finfo(np.float16).max):
+                raise ExportError(
+                    f"the weight {value.name!r} has values up to {most:.1e}, too large for float16: "
+                    "choose bf16"
+                )
         name = f"{value.name}.{self._kind.name.lower()}"
         if self._emulate:
-            return _initializer(self._graph, name, stored.astype(np.float32))
-        return _initializer(self._graph, name, stored)
-
-
-def _initializer(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
-    tensor = ir.tensor(array, name=name)
-    value = ir.Value(name=name, const_value=tensor, shape=tensor.shape, type=ir.TensorType(tensor.dtype))
-    graph.register_initializer(value)
-    return value
-
-
-def _constant(value: ir.Value | None) -> np.ndarray | None:
-    """An initializer's content, or that of one that was stored in fewer bits and is cast to float32."""
-    if value is None:
-        return None
-    node = value.producer()
-    if node is None:
-        return value.const_value.numpy() if value.const_value is not None else None
-    if node.op_type != "Cast" or node.inputs[0] is None or node.inputs[0].producer() is not None:
-        return None
-    stored = node.inputs[0].const_value
-    return stored.numpy().astype(np.float32) if stored is not None else None
+            stored = initializers.later(name, tensor, wide, lambda x: x.astype(dtype).astype(wide))
+        else:
+            stored = initializers.later(name, tensor, dtype, lambda x: x.astype(dtype))
+        return initializers.add(self._graph, name, stored)
 
 
 def _perm(node: ir.Node) -> list[int]:

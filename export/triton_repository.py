@@ -110,8 +110,7 @@ def _engines(bundle: Path, manifest: Manifest, name: str) -> Path:
         there = ", ".join(p.parent.name for p in sorted(bundle.glob(f"{stored.FOLDER}/*/{stored.FILE_NAME}")))
         raise ExportError(f"no engines {name!r} in {str(bundle)!r} (there are: {there or 'none'})")
     found = stored.load(folder)
-    graphs = {graph: file.sha256 for graph, file in manifest.graphs.items()}
-    stored.choose(bundle, graphs, found.flavor, found.version, found.capability, found.precision)
+    stored.choose(bundle, manifest.graphs, found.flavor, found.version, found.capability, found.precision)
     if found.flavor != "tensorrt":
         raise ExportError("Triton runs engines of the full TensorRT, not of TensorRT for RTX")
     return folder

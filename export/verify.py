@@ -76,7 +76,7 @@ def relative_error(found: np.ndarray, expected: np.ndarray) -> float:
 def check(spec: GraphSpec, path: Path, precision: str) -> Row:
     """Runs the graph at `path` on the CPU and its module on the same samples. Raises ExportError when ONNX
     Runtime cannot load it."""
-    return _compare(spec, _session(str(path), path), precision)
+    return _compare(spec, open_session(str(path), path), precision)
 
 
 def check_small(small: GraphSpec, path: Path) -> Row:
@@ -86,7 +86,7 @@ def check_small(small: GraphSpec, path: Path) -> Row:
     then it runs with the weights of `path`, out of the same file, and is compared with the module.
     Raises ExportError when ONNX Runtime cannot load the one or the other, or when they differ.
     """
-    _session(str(path), path)  # the graph itself: every node has a kernel, every weight is there
+    open_session(str(path), path)  # the graph itself: every node has a kernel, every weight is there
     full = ir.load(path)
     model, _ = trace(small, weight_readers(small.module))
     layout, known = read_layout(full), set(model.graph.initializers)
@@ -95,7 +95,7 @@ def check_small(small: GraphSpec, path: Path) -> Row:
     place(model, {name: tensor for name, tensor in layout.items() if name in known})
     if _computes(model, layout) != _computes(full, layout):
         raise ExportError(f"the graph {small.name} computes something else for a small video", exit_code=1)
-    session = _session(ir.to_proto(model).SerializeToString(), path)
+    session = open_session(ir.to_proto(model).SerializeToString(), path)
     return replace(_compare(small, session, "fp32"), small=True)
 
 
@@ -112,7 +112,7 @@ def _computes(model: ir.Model, weights: Iterable[str]) -> list[str]:
     return operators
 
 
-def _session(graph: str | bytes, path: Path) -> onnxruntime.InferenceSession:
+def open_session(graph: str | bytes, path: Path) -> onnxruntime.InferenceSession:
     """A graph, by its path or its bytes, on one thread of the CPU; one with weights beside `path` as it is,
     without copies of them: these may not fit the memory."""
     options = onnxruntime.SessionOptions()

@@ -17,7 +17,7 @@ from pathlib import Path
 from . import strict
 from .errors import BundleError, InputError
 from .files import replacing
-from .manifest import HashedFile, sha256_file
+from .manifest import GraphFile, HashedFile, sha256_file
 
 FORMAT = 1
 FILE_NAME = "engines.json"
@@ -31,7 +31,7 @@ PLUGIN_ABI = 1
 
 @dataclass(frozen=True)
 class EngineFile:
-    """One engine: its file, relative to its folder, and the SHA-256 of the bundle's graph it was built
+    """One engine: its file, relative to its folder, and the `graph_sha256` of the bundle's graph it was built
     from."""
 
     file: str
@@ -85,6 +85,15 @@ def short_version(version: str) -> str:
     return ".".join(version.split(".")[:3])
 
 
+def graph_sha256(graph: GraphFile) -> str:
+    """What an engine was built from: the graph, and the weights beside it, whose graph may be the same with
+    others."""
+    if not graph.external:
+        return graph.sha256
+    hashes = [graph.sha256, *(file.sha256 for file in graph.external)]
+    return hashlib.sha256("".join(hashes).encode()).hexdigest()
+
+
 def rebuild_command(bundle: Path, engines: Engines) -> str:
     """The command that builds these engines again."""
     flavor = " --flavor rtx" if engines.flavor == "rtx" else ""
@@ -124,7 +133,7 @@ def load(folder: Path) -> Engines:
 
 def choose(
     bundle: Path,
-    graphs: dict[str, str],
+    graphs: dict[str, GraphFile],
     flavor: str,
     version: str,
     capability: int,
@@ -132,7 +141,7 @@ def choose(
 ) -> tuple[Path, Engines]:
     """The folder of the engines for this GPU and library, every hash checked, and what its engines.json says.
 
-    graphs: name -> SHA-256 of the bundle's graphs. precision: None takes the only one that is there.
+    graphs: the bundle's, by name. precision: None takes the only one that is there.
     Raises: BundleError naming the command that builds them, when there are none for this GPU and library,
     when they were built from other graphs or for another plugin, or when a file is not what it was.
     """
@@ -162,12 +171,12 @@ def choose(
             f"the engines in {str(folder)!r} hold a plugin of ABI {engines.plugin_abi}, "
             f"this is {PLUGIN_ABI}: {build}"
         )
-    for name, sha256 in graphs.items():
+    for name, graph in graphs.items():
         if name not in engines.engines:
             raise BundleError(f"{str(folder)!r} has no engine for the graph {name}: {build}")
         engine = engines.engines[name]
         path = folder / engine.file
-        if engine.graph_sha256 != sha256:
+        if engine.graph_sha256 != graph_sha256(graph):
             raise BundleError(f"{str(path)!r} was built from another {name} than this bundle's: {build}")
         if not path.is_file():
             raise BundleError(f"{str(path)!r} is missing: {build}")

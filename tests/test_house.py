@@ -32,8 +32,11 @@ ARROWS = {
 # examples: `verify --identity` holds a bundle to the score of the world that it was trained on.
 LAZY_ARROWS = {"cli.py": {"export", "examples"}}
 # What single files may import besides. The torch backend runs the engine's modules: it is the one file of the
-# runtime that is loaded only when it is asked for, as its neighbours are that it alone imports.
+# runtime that is loaded only when it is asked for, as its neighbours are that it alone imports. The ranges
+# that fp8 needs are those of real requests, which the pipeline makes.
 FILE_ARROWS = {
+    "export/calibrate.py": {"runtime"},
+    "export/build_cli.py": {"runtime.request"},
     "runtime/backends/torch_backend.py": {"engine"},
     "runtime/backends/torch_step.py": {"engine"},
     "runtime/backends/torch_weights.py": {"engine"},

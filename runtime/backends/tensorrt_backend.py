@@ -57,11 +57,10 @@ class TensorRTBackend:
         self._trt = _import(MODULES[flavor], EXTRAS[flavor])
         self._cuda = _import("cuda.bindings.runtime", EXTRAS[flavor])
         self._bundle = bundle
-        graphs = {name: graph.sha256 for name, graph in bundle.manifest.graphs.items()}
         version = stored.short_version(self._trt.__version__)
         capability = self._capability()
         self._folder, self._engines = stored.choose(
-            bundle.folder, graphs, flavor, version, capability, precision
+            bundle.folder, bundle.manifest.graphs, flavor, version, capability, precision
         )
         self._rebuild = stored.rebuild_command(bundle.folder, self._engines)
         self._runtime = self._trt.Runtime(self._trt.Logger(self._trt.Logger.ERROR))
@@ -188,8 +187,8 @@ class TensorRTBackend:
         free, _ = self._call("cudaMemGetInfo")
         if size > free:
             raise InputError(
-                f"the engine of {graph} needs {size / 2**30:.2f} GiB more of GPU memory, "
-                f"{free / 2**30:.2f} GiB are free: end other programs there, or use a larger GPU"
+                f"the engine of {graph} needs {_amount(size)} more of GPU memory, {_amount(free)} are free: "
+                "end other programs there, or use a larger GPU"
             )
 
     def _allocate(self, size: int) -> int:
@@ -198,8 +197,12 @@ class TensorRTBackend:
 
     def _capability(self) -> int:
         kinds = self._cuda.cudaDeviceAttr
-        major = self._call("cudaDeviceGetAttribute", kinds.cudaDevAttrComputeCapabilityMajor, 0)
-        return 10 * major + self._call("cudaDeviceGetAttribute", kinds.cudaDevAttrComputeCapabilityMinor, 0)
+        sides = (kinds.cudaDevAttrComputeCapabilityMajor, kinds.cudaDevAttrComputeCapabilityMinor)
+        try:
+            major, minor = (int(self._call("cudaDeviceGetAttribute", side, 0)) for side in sides)
+        except InputError as error:
+            raise InputError(f"there is no GPU, which engines need ({error})") from None
+        return 10 * major + minor
 
     def _call(self, name: str, *arguments: Any) -> Any:
         """Calls a function of CUDA's runtime; its results but the status. Raises InputError."""
@@ -221,3 +224,7 @@ def _import(module: str, extra: str) -> Any:
 
 def _bytes(spec: TensorSpec) -> int:
     return math.prod(spec.shape) * np.dtype(spec.dtype).itemsize
+
+
+def _amount(size: int) -> str:
+    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"

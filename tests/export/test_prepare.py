@@ -103,8 +103,21 @@ def test_int8_is_refused_by_name(tmp_path):
         prepare(source, tmp_path / "graph.onnx", "bf16")
 
 
+def test_a_product_of_something_unknown_is_told_and_not_left_in_float32():
+    helper = onnx.helper
+    nodes = [
+        helper.make_node("Odd", ["x"], ["y"], domain="odd"),
+        helper.make_node("MatMul", ["y", "y"], ["z"], name="product"),
+    ]
+    sides = [[helper.make_tensor_value_info(name, 1, [4, 4])] for name in "xz"]
+    opsets = [helper.make_opsetid("", 23), helper.make_opsetid("odd", 1)]
+    model = ir.from_proto(helper.make_model(helper.make_graph(nodes, "g", *sides), opset_imports=opsets))
+    with pytest.raises(ExportError, match=r"into the node 'product' \(MatMul\) is of unknown shape or type"):
+        preparing.narrow(model, "bf16", emulate=False)
+
+
 def test_an_unknown_precision_is_refused(tmp_path):
-    with pytest.raises(ExportError, match="unknown precision 'int4': choose one of fp32, fp16, bf16"):
+    with pytest.raises(ExportError, match="unknown precision 'int4': choose one of fp32, fp16, bf16, fp8"):
         prepare(BUNDLE / "dam.onnx", tmp_path / "graph.onnx", "int4")
 
 
@@ -117,3 +130,41 @@ def test_a_weight_that_fp16_cannot_hold_is_named(tmp_path):
     onnx.save_model(model, str(tmp_path / "large.onnx"))
     with pytest.raises(ExportError, match="values up to 1.0e.06, too large for float16: choose bf16"):
         prepare(tmp_path / "large.onnx", tmp_path / "graph.onnx", "fp16")
+
+
+def beside(source, folder):
+    """The graph with its weights in a file beside it, as bundles of big bases have them."""
+    folder.mkdir()
+    path = folder / source.name
+    model = ir.load(source)
+    ir.save(model, path, external_data=f"{path.name}.data")
+    return path
+
+
+@pytest.mark.parametrize("precision", preparing.PRECISIONS[:3])
+def test_weights_beside_the_graph_give_the_same_graph(precision, tmp_path):
+    source = BUNDLE / "denoise.onnx"
+    outside = beside(source, tmp_path / "bundle")
+    kept = {path.name: path.read_bytes() for path in outside.parent.iterdir()}
+    prepare(source, tmp_path / "inside.onnx", precision)
+    prepare(outside, tmp_path / "outside.onnx", precision)
+    assert (tmp_path / "outside.onnx.data").is_file() and not (tmp_path / "inside.onnx.data").exists()
+    assert {path.name: path.read_bytes() for path in outside.parent.iterdir()} == kept
+    a, b = (onnx.load(str(tmp_path / f"{name}.onnx")) for name in ("inside", "outside"))
+    assert list(a.graph.node) == list(b.graph.node)
+    weights = [{t.name: onnx.numpy_helper.to_array(t) for t in m.graph.initializer} for m in (a, b)]
+    assert weights[0].keys() == weights[1].keys()
+    assert all(np.array_equal(value, weights[1][name]) for name, value in weights[0].items())
+
+
+def test_weights_beside_the_graph_are_never_all_in_memory(tmp_path):
+    import tracemalloc
+
+    outside = beside(BUNDLE / "denoise.onnx", tmp_path / "bundle")
+    prepare(outside, tmp_path / "first.onnx", "fp16")  # what is loaded once and stays
+    total = (tmp_path / "first.onnx.data").stat().st_size
+    tracemalloc.start()
+    prepare(outside, tmp_path / "again.onnx", "bf16")
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert total > 2e7 and peak < total / 2

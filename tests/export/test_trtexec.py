@@ -48,7 +48,7 @@ def trtexec(tmp_path, monkeypatch):
 def test_the_script_has_a_command_for_every_graph():
     text = build_engines.script_text(["a", "b"], 90, Limits(4 << 30, 3))
     commands = [line for line in text.splitlines() if line.startswith("trtexec")]
-    wanted = "--timingCacheFile=timing.cache --skipInference "
+    wanted = "--stronglyTyped --timingCacheFile=timing.cache --skipInference "
     wanted += "--memPoolSize=workspace:4096M --builderOptimizationLevel=3"
     assert commands == [
         f"trtexec --onnx=graphs/{name}.onnx --saveEngine={name}.engine {wanted} 2>&1 | tee -a build.log"
@@ -59,8 +59,7 @@ def test_the_script_has_a_command_for_every_graph():
 def test_written_run_and_collected(folder, trtexec, capsys):
     options = ["--trtexec", "--target", "sm_90", "--precision", "fp16"]
     assert main(["build", str(folder), *options, "--quiet"]) == 0
-    graphs = {name: graph.sha256 for name, graph in load(folder).graphs.items()}
-    place, engines = stored.choose(folder, graphs, "tensorrt", "10.13.3", 90)
+    place, engines = stored.choose(folder, load(folder).graphs, "tensorrt", "10.13.3", 90)
     assert engines.precision == "fp16" and engines.plugin_abi == 0
     assert {path.name for path in place.iterdir()} >= {"build.sh", "build.log", "graphs", "engines.json"}
     assert str(place) in capsys.readouterr().out
@@ -75,6 +74,28 @@ def test_dry_run_then_by_hand_then_collect(folder, trtexec, capsys):
     assert main(["build", str(folder), *options, "--collect"]) == 2  # not run yet
     subprocess.run([script], check=True, stdout=subprocess.DEVNULL)
     assert main(["build", str(folder), *options, "--collect"]) == 0
+
+
+def test_an_older_trtexec_gets_graphs_that_it_knows(folder):
+    import onnx
+
+    options = ["--trtexec", "--target", "sm_90", "--dry-run", "--quiet", "--trtexec-version", "10.14"]
+    assert main(["build", str(folder), *options]) == 0
+    graphs = sorted(folder.glob("engines/*/graphs/*.onnx"))
+    assert {path.stem for path in graphs} == set(load(folder).graphs)
+    found = {node.op_type for path in graphs for node in onnx.load(str(path)).graph.node}
+    assert "Attention" in found and not found & {"RotaryEmbedding", "RMSNormalization"}
+
+
+def test_fp8_goes_into_the_scripts_graphs(folder, capsys):
+    import onnx
+
+    options = ["--trtexec", "--target", "sm_90", "--dry-run", "--quiet", "--precision", "fp8"]
+    assert main(["build", str(folder), *options]) == 0
+    out, error = capsys.readouterr()
+    assert out.strip().endswith("sm90-by-hand-fp8/build.sh") and "fp8: a step's estimate" in error
+    (denoise,) = folder.glob("engines/*/graphs/denoise.onnx")
+    assert any(node.op_type == "QuantizeLinear" for node in onnx.load(str(denoise)).graph.node)
 
 
 def test_without_trtexec_the_script_is_named(folder, monkeypatch):

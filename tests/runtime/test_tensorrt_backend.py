@@ -8,7 +8,9 @@ engine.
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import enum
+import inspect
 import shutil
 import sys
 import types
@@ -22,7 +24,7 @@ from conceptmaster.runtime import engines as stored
 from conceptmaster.runtime.backends import open_backend
 from conceptmaster.runtime.bundle import SHIPPED, Bundle
 from conceptmaster.runtime.errors import BundleError, InputError, MissingDependency
-from conceptmaster.runtime.manifest import load, sha256_file
+from conceptmaster.runtime.manifest import HashedFile, load, sha256_file
 
 VERSION, CAPABILITY = "11.4.0.106", 90
 
@@ -30,6 +32,7 @@ VERSION, CAPABILITY = "11.4.0.106", 90
 class Status(enum.IntEnum):
     cudaSuccess = 0
     cudaErrorMemoryAllocation = 2
+    cudaErrorNoDevice = 100
 
 
 class Cuda(types.ModuleType):
@@ -195,7 +198,7 @@ def write_engines(folder, engines, contents=None):
     for name, graph in load(folder).graphs.items():
         path = place / f"{name}.engine"
         path.write_bytes(contents or (folder / graph.file).read_bytes())
-        engines.engines[name] = stored.EngineFile(path.name, sha256_file(path), graph.sha256)
+        engines.engines[name] = stored.EngineFile(path.name, sha256_file(path), stored.graph_sha256(graph))
     stored.save(engines, place)
     return place
 
@@ -250,6 +253,18 @@ def test_engines_for_something_else_name_the_command(tmp_path, cuda, change, wor
     assert f"conceptmaster build {folder} --target sm_90 --precision bf16" in str(error.value)
 
 
+def test_engines_of_other_weights_beside_the_same_graph_are_refused(folder, cuda):
+    manifest = load(folder)
+    graph = manifest.graphs["denoise"]
+    other = [dataclasses.replace(graph, external=(HashedFile("denoise.onnx.data", x * 64),)) for x in "ab"]
+    first, second, plain = (stored.graph_sha256(g) for g in (*other, graph))
+    assert len({first, second, plain}) == 3 and plain == graph.sha256
+    with pytest.raises(
+        BundleError, match="denoise.engine' was built from another denoise than this bundle's"
+    ):
+        stored.choose(folder, manifest.graphs | {"denoise": other[0]}, "tensorrt", "11.4.0", CAPABILITY)
+
+
 def test_a_tampered_engine_is_refused(folder, cuda):
     (path,) = folder.glob("engines/*/denoise.engine")
     path.write_bytes(path.read_bytes()[:-1] + b"x")
@@ -275,9 +290,18 @@ def test_an_engine_that_does_not_load_is_told(tmp_path, cuda):
 
 def test_too_little_memory_says_how_much(folder, cuda):
     backend = open_backend(Bundle.open(folder), "tensorrt", None)
-    cuda.free = 1000
-    with pytest.raises(InputError, match=r"denoise needs 0\.03 GiB more of GPU memory, 0\.00 GiB are free"):
+    cuda.free = 3 << 19
+    size = (folder / "denoise.onnx").stat().st_size / 2**20
+    with pytest.raises(
+        InputError, match=rf"denoise needs {size:.1f} MiB more of GPU memory, 1\.5 MiB are free"
+    ):
         backend.load(["denoise"])
+
+
+def test_without_a_gpu_it_is_told(folder, cuda, monkeypatch):
+    monkeypatch.setattr(cuda, "cudaDeviceGetAttribute", lambda *_: (Status.cudaErrorNoDevice, None))
+    with pytest.raises(InputError, match="there is no GPU, which engines need .*cudaErrorNoDevice"):
+        open_backend(Bundle.open(folder), "tensorrt", None)
 
 
 def test_without_the_libraries_the_extra_is_named(folder, monkeypatch):
@@ -304,16 +328,14 @@ def test_the_real_bindings_have_what_is_called():
 
 
 def test_the_real_cuda_bindings_have_what_is_called():
-    runtime = pytest.importorskip("cuda.bindings.runtime", reason="cuda-python is not installed")
-    names = [name for name in vars(Cuda) if name.startswith("cuda")]
-    assert [name for name in names if not hasattr(runtime, name)] == []
-    for kind in vars(Cuda()).values():
+    """The fake's functions take what the real ones take, where the package is installed."""
+    runtime = pytest.importorskip("cuda.bindings.runtime", reason="cuda-bindings is not installed")
+    for name, function in vars(Cuda).items():
+        if name.startswith("cuda"):
+            own, real = (inspect.signature(f).parameters for f in (function, getattr(runtime, name)))
+            assert len(own) == len(real) + 1, name  # self
+    for name, kind in vars(Cuda()).items():
         if isinstance(kind, type) and issubclass(kind, enum.Enum):
-            assert all(
-                any(
-                    hasattr(getattr(runtime, k), m.name)
-                    for k in dir(runtime)
-                    if k[:4] == "cuda" and k[4].isupper()
-                )
-                for m in kind
-            )  # noqa: E501
+            assert [m.name for m in kind if not hasattr(getattr(runtime, name), m.name)] == []
+    status, *_ = runtime.cudaGetDeviceCount()
+    assert int(status) == status.value and status.name.startswith("cuda")
