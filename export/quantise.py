@@ -57,7 +57,8 @@ def quantise(path: Path) -> None:
             op_types_to_quantize=list(LINEAR),
             use_external_data_format=large,
             nodes_to_exclude=_kept(path),
-            extra_options={"MatMulConstBOnly": True},
+            # what comes out of this project's own nodes has a type that the quantiser does not infer
+            extra_options={"MatMulConstBOnly": True, "DefaultTensorType": onnx.TensorProto.FLOAT},
         )
         model = onnx.load(str(target), load_external_data=False)
         model.producer_name, model.producer_version = "conceptmaster", ""
