@@ -44,14 +44,11 @@ from .learning import (
     save_checkpoint,
     schedule,
 )
+from .noising import own_noise, random_sigma
 from .train_pictures import PortraitHead, Sight, TraitHead, learn_pictures, picture_losses, trait_losses
 
 FOREGROUND = 3.0
 """Extra weight of the loss where a concept is."""
-HELD_SIGMA = 0.2
-"""Where nothing else is said, the level below which the loss counts the data's error."""
-OWN_SIGMAS = 0.65, 1.0
-"""Noise levels at which the model's own estimate is made, for clips that go on from it."""
 LAYOUT_WEIGHT, STORY_WEIGHT, PICTURE_WEIGHT, LOOK_WEIGHT = 1.0, 0.3, 0.3, 0.3
 LOOK_COVERAGE = 0.4
 """A video token is asked for the look of a concept that covers at least so much of it."""
@@ -163,46 +160,9 @@ def foreground_weight(batch: Batch) -> Tensor:
     return 1 + FOREGROUND * batch.coverage.sum(1, keepdim=True).clamp(max=1)
 
 
-@torch.no_grad()
-def own_noise(
-    trainee: Trainee, batch: Batch, noise: Tensor, sigma: Tensor, rng: np.random.Generator, share: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Noise and noise levels like those given, with the model's own errors in the noise of a ``share`` of the
-    clips that have concepts; and the level [B] that a clip was told at, ``HELD_SIGMA`` for the others.
-
-    Such a clip is noised to a level of ``OWN_SIGMAS``, told by the model, and noised again to a lower level;
-    the noise returned is what leads there from the true clip. Where a sample is at that level when the model
-    generates, what it drew before has no pattern yet; true clips have it even where noise hides it from the
-    eye, so that from them alone the model learns to read patterns off the clip, never off the pictures.
-    """
-    least, most = OWN_SIGMAS
-    chosen = torch.from_numpy(rng.random(len(sigma), np.float32) < share).to(sigma.device)
-    chosen &= batch.concept_mask.any(-1)
-    if not chosen.any():
-        return noise, sigma, torch.full_like(sigma, HELD_SIGMA)
-    first = torch.from_numpy(rng.uniform(least, most, len(sigma)).astype(np.float32)).to(sigma.device)
-    again = torch.from_numpy(rng.standard_normal(noise.shape, np.float32)).to(sigma.device)
-    part, s = batch[chosen], first[chosen, None, None, None, None]
-    noisy = (1 - s) * part.latents + s * noise[chosen]
-    told = noisy - s * trainee.velocity(part, noisy, first[chosen])[0].float()
-    # Between the level that it was told at and a third of it.
-    lower = torch.from_numpy(rng.uniform(1 / 3, 1, len(sigma)).astype(np.float32)).to(sigma.device)
-    noise, sigma = noise.clone(), torch.where(chosen, first * lower, sigma)
-    s = sigma[chosen, None, None, None, None]
-    noise[chosen] = again[chosen] + (1 - s) / s * (told - part.latents)
-    return noise, sigma, torch.where(chosen, first, HELD_SIGMA)
-
-
 def _coverage_loss(logits: Tensor, target: Tensor) -> Tensor:
     """Mean binary cross-entropy, zero where a batch has nothing to ask for."""
     return F.binary_cross_entropy_with_logits(logits, target, reduction="sum") / max(1, target.numel())
-
-
-def random_sigma(rng: np.random.Generator, size: int) -> Tensor:
-    """Noise levels, more often high: 1 - sigmoid(1.2 n - 0.7)."""
-    return torch.from_numpy(
-        1 / (1 + np.exp(1.2 * rng.standard_normal(size, np.float32) - 0.7)).astype(np.float32)
-    )
 
 
 @torch.no_grad()

@@ -23,6 +23,7 @@ from conceptmaster.examples.sprites import (
     batches,
     distil,
     learning,
+    noising,
     polish,
     pool,
     processes,
@@ -452,11 +453,11 @@ def test_clips_that_the_model_told_are_all_that_its_own_noise_shows(knows, folde
 
     noise = torch.randn(batch.latents.shape, generator=torch.Generator().manual_seed(0))
     sigma = torch.full((64,), 0.1)
-    own, level, held = train_model.own_noise(Teller(), batch, noise, sigma, np.random.default_rng(1), 0.5)
+    own, level, held = noising.own_noise(Teller(), batch, noise, sigma, np.random.default_rng(1), 0.5)
     went_on = level != sigma
     assert 0 < went_on.sum() < 64 and not went_on[~batch.concept_mask.any(-1)].any()
-    assert torch.equal(own[~went_on], noise[~went_on]) and (held[~went_on] == train_model.HELD_SIGMA).all()
-    assert (level < held)[went_on].all() and (held[went_on] >= train_model.OWN_SIGMAS[0]).all()
+    assert torch.equal(own[~went_on], noise[~went_on]) and (held[~went_on] == noising.HELD_SIGMA).all()
+    assert (level < held)[went_on].all() and (held[went_on] >= noising.OWN_SIGMAS[0]).all()
     s = level[:, None, None, None, None]
     left = ((1 - s) * (batch.latents - told) + s * own)[went_on] / s[went_on]  # the noise alone
     assert abs(float(left.mean())) < 0.01 and float(left.std()) == pytest.approx(1, abs=0.01)

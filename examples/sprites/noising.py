@@ -1,0 +1,56 @@
+"""What clips are noised with in training: levels, and noise that carries the model's own errors."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .batches import Batch
+
+if TYPE_CHECKING:
+    from .train_model import Trainee
+
+HELD_SIGMA = 0.2
+"""Where nothing else is said, the level below which the loss counts the data's error."""
+OWN_SIGMAS = 0.65, 1.0
+"""Noise levels at which the model's own estimate is made, for clips that go on from it."""
+
+
+@torch.no_grad()
+def own_noise(
+    trainee: Trainee, batch: Batch, noise: Tensor, sigma: Tensor, rng: np.random.Generator, share: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Noise and noise levels like those given, with the model's own errors in the noise of a ``share`` of the
+    clips that have concepts; and the level [B] that a clip was told at, ``HELD_SIGMA`` for the others.
+
+    Such a clip is noised to a level of ``OWN_SIGMAS``, told by the model, and noised again to a lower level;
+    the noise returned is what leads there from the true clip. Where a sample is at that level when the model
+    generates, what it drew before has no pattern yet; true clips have it even where noise hides it from the
+    eye, so that from them alone the model learns to read patterns off the clip, never off the pictures.
+    """
+    least, most = OWN_SIGMAS
+    chosen = torch.from_numpy(rng.random(len(sigma), np.float32) < share).to(sigma.device)
+    chosen &= batch.concept_mask.any(-1)
+    if not chosen.any():
+        return noise, sigma, torch.full_like(sigma, HELD_SIGMA)
+    first = torch.from_numpy(rng.uniform(least, most, len(sigma)).astype(np.float32)).to(sigma.device)
+    again = torch.from_numpy(rng.standard_normal(noise.shape, np.float32)).to(sigma.device)
+    part, s = batch[chosen], first[chosen, None, None, None, None]
+    noisy = (1 - s) * part.latents + s * noise[chosen]
+    told = noisy - s * trainee.velocity(part, noisy, first[chosen])[0].float()
+    # Between the level that it was told at and a third of it.
+    lower = torch.from_numpy(rng.uniform(1 / 3, 1, len(sigma)).astype(np.float32)).to(sigma.device)
+    noise, sigma = noise.clone(), torch.where(chosen, first * lower, sigma)
+    s = sigma[chosen, None, None, None, None]
+    noise[chosen] = again[chosen] + (1 - s) / s * (told - part.latents)
+    return noise, sigma, torch.where(chosen, first, HELD_SIGMA)
+
+
+def random_sigma(rng: np.random.Generator, size: int) -> Tensor:
+    """Noise levels, more often high: 1 - sigmoid(1.2 n - 0.7)."""
+    return torch.from_numpy(
+        1 / (1 + np.exp(1.2 * rng.standard_normal(size, np.float32) - 0.7)).astype(np.float32)
+    )
