@@ -35,6 +35,8 @@ from .world import ACCESSORIES, NOUNS, TEXTURES
 TRAITS = (len(TEXTURES), len(ACCESSORIES), len(NOUNS))
 """Kinds of each trait that ``TraitHead`` names."""
 TRAIT_WEIGHT, PATTERN_WEIGHT = 0.1, 1.0
+JUDGED = 512
+"""Pictures of held-out looks that are looked at for the log."""
 PATCH = 4
 """Side of the squares that a portrait is drawn in."""
 
@@ -185,7 +187,7 @@ def learn_pictures(
             record = {name: round(value / (step % log_every + 1), 4) for name, value in sums.items()}
             sums = {}
             with torch.no_grad():
-                found = sight(judge.pictures(np.random.default_rng(0), 512).to(device))
+                found = sight(judge.pictures(np.random.default_rng(0), JUDGED).to(device))
             record |= {f"held_out_{name}": round(float(value), 4) for name, value in found.items()}
             log({"phase": "pictures", "step": step + 1, **record})
             if write:

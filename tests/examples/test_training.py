@@ -49,6 +49,11 @@ VARIANTS = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def few_are_judged(monkeypatch):
+    monkeypatch.setattr(train_pictures, "JUDGED", 32)
+
+
 def small_config(**concept: str) -> object:
     config = preset("sprites")
     return dataclasses.replace(
