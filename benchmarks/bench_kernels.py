@@ -20,7 +20,8 @@ from .gpu_cases import Case, Shapes, cases  # noqa: E402
 from .gpu_timing import captured  # noqa: E402
 
 ON_GPU = torch.cuda.is_available()
-SIZES = Shapes(*(("cuda", False, "sprites") if ON_GPU else ("cpu", False, "sprites", "float32")))
+DEVICE, DTYPE = ("cuda", "bfloat16") if ON_GPU else ("cpu", "float32")
+SIZES = Shapes(DEVICE, small=False, only="sprites", dtype=DTYPE)
 CASES = [case for maker in cases(SIZES) for case in maker()]
 ROUNDS = 100
 

@@ -59,7 +59,7 @@ def compile_node(
     Args: node: INJECTION or DECOUPLED; dtype: float32, float16 or bfloat16; width: E; concepts: C.
     Raises: ExportError without Triton, or for heads that are too wide.
     """
-    from ..kernels.common import INSTALLED, INTERPRETED
+    from ..kernels.common import INSTALLED, INTERPRETED, power_of_two
 
     if not INSTALLED or INTERPRETED:
         reason = "TRITON_INTERPRET is set" if INTERPRETED else "Triton is not installed: pip install triton"
@@ -76,7 +76,7 @@ def compile_node(
     pointer = POINTERS[dtype]
     signature = {name: "*i1" if name == "mask" else pointer for name in TENSORS[node]}
     signature |= dict.fromkeys(SIZES[node], "i32") | {"out": pointer}
-    block_c = _power_of_two(concepts, 16, tiles.keys)
+    block_c = power_of_two(concepts, 16, tiles.keys)
     constants: dict[str, Any] = {
         "A": heads,
         "WIDTH": width,
@@ -84,7 +84,7 @@ def compile_node(
         "BLOCK_S": tiles.queries,
         "BLOCK_T": tiles.keys,
         "BLOCK_C": block_c,
-        "BLOCK_E": _power_of_two(width, 16, MAX_WIDTH),
+        "BLOCK_E": power_of_two(width, 16, MAX_WIDTH),
         "ONE_BLOCK": concepts <= block_c,
         "PRECISION": "tf32x3" if dtype == "float32" else "ieee",
     }
@@ -125,7 +125,3 @@ def only_parameters(ptx: str, count: int) -> str:
             )
     kept = ",".join(parameters[:count])
     return ptx[: header.start(1)] + kept.rstrip() + "\n" + ptx[header.end(1) :]
-
-
-def _power_of_two(count: int, least: int, most: int) -> int:
-    return min(most, max(least, 1 << (count - 1).bit_length()))

@@ -11,7 +11,7 @@ import re
 import shlex
 import shutil
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,8 +73,7 @@ def build_all(
     for name in _bar(manifest.graphs, "build", show):
         graph = folder / f".{name}.onnx"
         try:
-            prepare(bundle / manifest.graphs[name].file, graph, precision, _largest(name, calibration))
-            spell_out(graph, unknown)
+            _prepare(bundle, manifest, name, graph, precision, calibration, unknown)
             rtx = flavor == "rtx"  # which takes a target, and for which a timing cache does nothing
             aim, cache = (target, None) if rtx else (None, folder / CACHE)
             built = engine_builder.build(trt, graph, aim, limits, cache)
@@ -102,13 +101,12 @@ def write_script(
     version: trtexec's, None for one that knows every operator.
     """
     manifest = manifests.load(bundle)
-    folder = bundle / stored.FOLDER / f"sm{capability}-{BY_HAND}-{precision}"
+    folder = _by_hand(bundle, capability, precision)
     shutil.rmtree(folder, ignore_errors=True)
     (folder / "graphs").mkdir(parents=True)
+    unknown = [] if version is None else unknown_to(version)
     for name in _bar(manifest.graphs, "prepare", show):
-        target = folder / "graphs" / f"{name}.onnx"
-        prepare(bundle / manifest.graphs[name].file, target, precision, _largest(name, calibration))
-        spell_out(target, [] if version is None else unknown_to(version))
+        _prepare(bundle, manifest, name, folder / "graphs" / f"{name}.onnx", precision, calibration, unknown)
     script = folder / SCRIPT
     script.write_text(script_text(manifest.graphs, capability, limits), encoding="utf-8")
     script.chmod(0o755)
@@ -152,7 +150,7 @@ def run_script(script: Path) -> None:
 def collect(bundle: Path, capability: int, precision: str) -> tuple[Path, list[Line]]:
     """Vouches for the engines that build.sh made; returns their folder, now named after trtexec's version."""
     manifest = manifests.load(bundle)
-    folder = bundle / stored.FOLDER / f"sm{capability}-{BY_HAND}-{precision}"
+    folder = _by_hand(bundle, capability, precision)
     log = folder / LOG
     if not log.is_file():
         raise ExportError(f"{str(log)!r} is not there: run {str(folder / SCRIPT)!r} first")
@@ -241,8 +239,23 @@ def _target(trt: Any, flavor: str, capability: int | None) -> int:
     return here
 
 
-def _largest(graph: str, calibration: Calibration | None) -> dict[str, float]:
-    return calibration.largest if calibration is not None and graph == CALIBRATED else {}
+def _by_hand(bundle: Path, capability: int, precision: str) -> Path:
+    return bundle / stored.FOLDER / f"sm{capability}-{BY_HAND}-{precision}"
+
+
+def _prepare(
+    bundle: Path,
+    manifest: Manifest,
+    name: str,
+    target: Path,
+    precision: str,
+    calibration: Calibration | None,
+    unknown: Sequence[str],
+) -> None:
+    """Writes the graph `name` to `target` as a parser takes it that does not know the operators `unknown`."""
+    largest = calibration.largest if calibration is not None and name == CALIBRATED else {}
+    prepare(bundle / manifest.graphs[name].file, target, precision, largest)
+    spell_out(target, unknown)
 
 
 def _plugin(trt: Any) -> int:

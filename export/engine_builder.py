@@ -11,14 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..runtime.engines import EXTRAS, MODULES
 from .errors import ExportError
 from .prepare import FUSED_WIDTHS
 
-MODULES = {"tensorrt": "tensorrt", "rtx": "tensorrt_rtx"}
-INSTALL = {
-    "tensorrt": "pip install 'conceptmaster[tensorrt]'",
-    "rtx": "pip install 'conceptmaster[tensorrt-rtx]'",
-}
 LEAST_VERSION = (10, 13)  # of the full library: plugins compiled ahead of time, as plugin.py makes them
 
 
@@ -48,8 +44,8 @@ def library(flavor: str) -> Any:
     try:
         found = importlib.import_module(MODULES[flavor])
     except Exception as error:  # a wheel that is only a stub raises what it likes
-        reason = " ".join(str(error).split())[:160]
-        raise ExportError(f"{MODULES[flavor]} does not import ({reason}): {INSTALL[flavor]}", 1) from error
+        reason, install = " ".join(str(error).split())[:160], f"pip install 'conceptmaster[{EXTRAS[flavor]}]'"
+        raise ExportError(f"{MODULES[flavor]} does not import ({reason}): {install}", 1) from error
     version = tuple(int(part) for part in found.__version__.split(".")[:2])
     if flavor == "tensorrt" and version < LEAST_VERSION:
         raise ExportError(f"TensorRT {found.__version__} is too old: 10.13 or newer is needed", 1)

@@ -126,6 +126,11 @@ def narrow(model: ir.Model, precision: str, *, emulate: bool) -> None:
                     node.replace_input_with(index, cast.narrowed(value))
             cast.widen(node)
     RemoveUnusedNodesPass()(model)
+    forget_types(model)
+
+
+def forget_types(model: ir.Model) -> None:
+    """Takes away what is told of the values between a graph's inputs and outputs, when it may be wrong now."""
     for node in model.graph:
         for value in node.outputs:
             if not value.is_graph_output():

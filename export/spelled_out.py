@@ -13,6 +13,8 @@ import onnx
 from onnx import inliner
 from onnxscript import ir, optimizer
 
+from .prepare import forget_types
+
 KNOWN_SINCE = {"Attention": (10, 14), "RotaryEmbedding": (10, 15), "RMSNormalization": (10, 15)}
 """Operator -> the first TensorRT whose parser takes it; newer than the oldest that engines are built with."""
 
@@ -45,8 +47,5 @@ def spell_out(path: Path, operators: Collection[str]) -> None:
     # an older parser wants axes and shapes as constants, which ONNX's definitions compute from shapes
     optimizer.fold_constants(model)
     optimizer.remove_unused_nodes(model)
-    for node in model.graph:
-        for value in node.outputs:
-            if not value.is_graph_output():
-                value.shape = value.type = None
+    forget_types(model)
     ir.save(model, path)

@@ -126,6 +126,11 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def power_of_two(count: int, least: int, most: int) -> int:
+    """The smallest power of two that is not below `count`, within `least` and `most`, which are such."""
+    return min(most, max(least, 1 << (count - 1).bit_length()))
+
+
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
     """Runs a Triton kernel on the device of its first argument, a tensor; options: constexprs, num_warps, ….
 

@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .common import INTERPRETED, launch, require, require_alike, served, tl, triton, whole
+from .common import power_of_two as _power_of_two
 
 # Reference.
 
@@ -222,10 +223,6 @@ def cross_attention_kernel(
     if WIDTH != BLOCK_E:
         inside = inside & (columns < WIDTH)[None, :]
     tl.store(place, acc.to(out.dtype.element_ty), mask=inside)
-
-
-def _power_of_two(count: int, least: int, most: int) -> int:
-    return min(most, max(least, 1 << (count - 1).bit_length()))
 
 
 def cross_attention_triton(

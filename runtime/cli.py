@@ -376,7 +376,7 @@ def _places(given: Given) -> str:
 def _tiles(manifest: Manifest) -> str:
     """In which tiles a bundle decodes."""
     assert manifest.tile is not None
-    space = manifest.shapes.height // manifest.shapes.latent[2]
+    space = manifest.shapes.space
     (height, width), shared = manifest.tile.size, manifest.tile.overlap
     return (
         f"in tiles of {space * width}×{space * height}, which share {space * shared[1]}×{space * shared[0]} "

@@ -22,7 +22,10 @@ from .manifest import GraphFile, HashedFile, sha256_file
 FORMAT = 1
 FILE_NAME = "engines.json"
 FOLDER = "engines"
-FLAVORS = ("tensorrt", "rtx")
+MODULES = {"tensorrt": "tensorrt", "rtx": "tensorrt_rtx"}
+EXTRAS = {"tensorrt": "tensorrt", "rtx": "tensorrt-rtx"}
+"""By flavor, the library's module, and this project's extra that installs it."""
+FLAVORS = tuple(MODULES)
 """tensorrt: the datacenter and workstation library; rtx: TensorRT for RTX, for consumers' cards."""
 
 PLUGIN_ABI = 1
@@ -47,9 +50,8 @@ class EngineFile:
 class Engines:
     """What engines.json says, but for its checksum.
 
-    flavor: one of FLAVORS; version: of that library, as
-    11.4.0; capability: the GPU's, 90 for sm_90; precision: of the
-    products; plugin_abi: see PLUGIN_ABI; engines: graph name -> engine.
+    flavor: one of FLAVORS; version: of that library, as 11.4.0; capability: the GPU's, 90 for sm_90;
+    precision: of the products; plugin_abi: see PLUGIN_ABI; engines: graph name -> engine.
     """
 
     format: int
@@ -104,7 +106,7 @@ def rebuild_command(bundle: Path, engines: Engines) -> str:
 def save(engines: Engines, folder: Path) -> Path:
     """Writes engines.json, whole or not at all; returns its path. Raises OSError."""
     data = json.loads(json.dumps(dataclasses.asdict(engines)))
-    data["checksum"] = hashlib.sha256(strict.canonical(data)).hexdigest()
+    data["checksum"] = strict.checksum(data)
     path = folder / FILE_NAME
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
@@ -120,7 +122,7 @@ def load(folder: Path) -> Engines:
             raise ValueError("is not an object")
         checksum = data.pop("checksum", None)
         engines = strict.decode(Engines, data, "engines")
-        if checksum != hashlib.sha256(strict.canonical(data)).hexdigest():
+        if checksum != strict.checksum(data):
             raise ValueError("differs from its own checksum: it was changed after it was written")
     except OSError as error:
         raise BundleError(f"cannot read {str(path)!r}: {error.strerror}") from None

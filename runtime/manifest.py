@@ -51,8 +51,9 @@ class TensorSpec:
             f"the shape {list(self.shape)} of {self.name!r} is not fixed",
         )
 
-    def check(self, graph: str, array: np.ndarray) -> None:
-        """Raises ValueError, which names the graph, unless `array` has exactly this dtype and shape."""
+    def check(self, graph: str, array: np.ndarray | TensorSpec) -> None:
+        """Raises ValueError, which names the graph, unless `array`, or what it tells of one, has exactly this
+        dtype and shape."""
         if array.dtype != self.dtype or array.shape != self.shape:
             given = f"{array.dtype} {list(array.shape)}"
             raise ValueError(f"{graph}: {self.name!r} must be {self.dtype} {list(self.shape)}, not {given}")
@@ -123,6 +124,11 @@ class Shapes:
         _require(self.branches <= 3, f"1 to 3 guidance branches are known, not {self.branches}")
         _require(self.solver_states == STATES, f"{STATES} solver states are known, not {self.solver_states}")
         _require(self.label_tokens <= self.text_tokens, "label_tokens exceed text_tokens")
+
+    @property
+    def space(self) -> int:
+        """Pixels of a side that one latent stands for."""
+        return self.height // self.latent[2]
 
 
 @dataclass(frozen=True)
@@ -306,7 +312,7 @@ def load(folder: Path) -> Manifest:
         _check_format(data)
         checksum = data.pop("checksum", None)
         manifest = strict.decode(Manifest, data, "manifest")
-        if checksum != hashlib.sha256(strict.canonical(data)).hexdigest():
+        if checksum != strict.checksum(data):
             raise ValueError("differs from its own checksum: it was changed or damaged after it was written")
     except OSError as error:
         raise BundleError(f"cannot read {str(path)!r}: {error.strerror}") from None
@@ -320,7 +326,7 @@ def load(folder: Path) -> Manifest:
 def save(manifest: Manifest, folder: Path) -> Path:
     """Writes manifest.json (whole or not at all) and returns its path. Raises OSError, ValueError for NaN."""
     data = json.loads(json.dumps(dataclasses.asdict(manifest), allow_nan=False))  # tuples become lists
-    data["checksum"] = hashlib.sha256(strict.canonical(data)).hexdigest()
+    data["checksum"] = strict.checksum(data)
     path = folder / FILE_NAME
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

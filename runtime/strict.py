@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import types
 import typing
@@ -38,6 +39,11 @@ def read(path: Path) -> Any:
 def canonical(value: Any) -> bytes:
     """The one spelling of a JSON value (sorted keys, no spaces), for checksums. Raises ValueError for NaN."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+
+
+def checksum(value: Any) -> str:
+    """SHA-256 of a JSON value, however it is spelled, in lower-case hex. Raises ValueError for NaN."""
+    return hashlib.sha256(canonical(value)).hexdigest()
 
 
 def decode(kind: type[T], value: Any, where: str) -> T:

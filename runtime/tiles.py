@@ -38,7 +38,7 @@ def layout(manifest: Manifest) -> list[Placed]:
     """The tiles of a bundle's video, row by row; a single one, of weights 1, where it is decoded whole."""
     shapes, tile = manifest.shapes, manifest.tile
     size = shapes.latent[2:]
-    space = shapes.height // size[0]
+    space = shapes.space
     axes = [_axis(length, *(tile.axis(i) if tile else (length, 0)), space) for i, length in enumerate(size)]
     return [
         Placed((rows, columns), (_times(rows, space), _times(columns, space)), (y[:, None] * x)[..., None])

@@ -218,7 +218,9 @@ def load_checkpoint(
         progress, steps = json.loads(header["progress"]), json.loads(header["steps"])
         module.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("model.")}, strict=True)
     except Exception as error:
-        why = str(error).strip().splitlines()[0][:200]  # of another model PyTorch names every tensor
+        why = (str(error).strip() or type(error).__name__).splitlines()[0][
+            :200
+        ]  # of another model PyTorch names every tensor
         raise CheckpointError(
             f"{path} is not a whole checkpoint of this training ({why}); delete it to start over"
         ) from error

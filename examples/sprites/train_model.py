@@ -364,9 +364,9 @@ def train_model(
             device,
             start is not None,
             log,
-            max(1, log_every // 2),
-            output / "pictures.safetensors",
-            rank == 0,
+            log_every=max(1, log_every // 2),
+            checkpoint=output / "pictures.safetensors",
+            write=rank == 0,
         )
     if freeze:
         trainee.model.text_encoder.requires_grad_(False)

@@ -49,7 +49,7 @@ class Demand:
             for side, step in zip((height, width), patch[1:], strict=True)
         )
         latent = (channels, max(patch[0], frames // patch[0] * patch[0]), *sides)
-        space = self.shapes.height // height
+        space = self.shapes.space
         return dataclasses.replace(
             self,
             shapes=dataclasses.replace(
@@ -106,7 +106,7 @@ def plan(demand: Demand) -> dict[str, int]:
 def _decoding(demand: Demand) -> int:
     """Of one latent frame, in float32: some six times its widest layer, and the causal states."""
     vae, shapes = demand.model["vae"], demand.shapes
-    space, whole = shapes.height // shapes.latent[2], shapes.latent[2:]
+    space, whole = shapes.space, shapes.latent[2:]
     area = space**2 * math.prod(min(a, b) for a, b in zip(demand.decoded or whole, whole, strict=True))
     pixels = demand.frames_per_latent * area
     if vae.get("kind") == "blocks":

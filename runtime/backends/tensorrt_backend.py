@@ -27,8 +27,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-MODULES = {"tensorrt": "tensorrt", "rtx": "tensorrt_rtx"}
-EXTRAS = {"tensorrt": "tensorrt", "rtx": "tensorrt-rtx"}
 DTYPES = {"FLOAT": "float32", "HALF": "float16", "INT64": "int64", "INT32": "int32", "BOOL": "bool"}
 CUDA_GRAPHS = 16  # kept; more would mean that the buffers never come round
 
@@ -54,8 +52,8 @@ class TensorRTBackend:
     def __init__(
         self, bundle: Bundle, flavor: str = "tensorrt", precision: str | None = None, cuda_graphs: bool = True
     ) -> None:
-        self._trt = _import(MODULES[flavor], EXTRAS[flavor])
-        self._cuda = _import("cuda.bindings.runtime", EXTRAS[flavor])
+        self._trt = _import(stored.MODULES[flavor], stored.EXTRAS[flavor])
+        self._cuda = _import("cuda.bindings.runtime", stored.EXTRAS[flavor])
         self._bundle = bundle
         version = stored.short_version(self._trt.__version__)
         capability = self._capability()
@@ -130,10 +128,7 @@ class TensorRTBackend:
 
     def _bind(self, graph: str, spec: TensorSpec, array: Any) -> int:
         """The address of an input; of a host array, after copying it there."""
-        own = array.spec if isinstance(array, DeviceArray) else array
-        if str(own.dtype) != spec.dtype or tuple(own.shape) != spec.shape:
-            given = f"{own.dtype} {list(own.shape)}"
-            raise ValueError(f"{graph}: {spec.name!r} must be {spec.dtype} {list(spec.shape)}, not {given}")
+        spec.check(graph, array.spec if isinstance(array, DeviceArray) else array)
         if isinstance(array, DeviceArray):
             return array.address
         key = (graph, spec.name)
