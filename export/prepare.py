@@ -130,7 +130,7 @@ def narrow(model: ir.Model, precision: str, *, emulate: bool) -> None:
 
 
 def forget_types(model: ir.Model) -> None:
-    """Takes away what is told of the values between a graph's inputs and outputs, when it may be wrong now."""
+    """Takes away what is told of the values between a graph's inputs and outputs, which may be wrong now."""
     for node in model.graph:
         for value in node.outputs:
             if not value.is_graph_output():
