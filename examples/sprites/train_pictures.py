@@ -1,10 +1,11 @@
 """Teach the picture encoder and the Q-Former to see, on reference pictures alone, before any video.
 
 The paper's picture encoder is CLIP, which came trained; this world's starts from nothing, and the video's own
-loss asks for colours long before it asks for patterns. Two training-only heads ask early: one redraws the
-concept upright from its visual queries, the other names its texture, accessory and noun, and tells how the
-texture runs: without that the tokens said that there were stripes, and not which way. A third asks that of
-the picture encoder's own tokens, since through the Q-Former the question comes slowly.
+loss asks for colours long before it asks for patterns. Training-only heads ask early: one redraws the
+concept upright from its visual queries, another names its texture, accessory and noun, and tells how the
+texture runs: without that the tokens said that there were stripes, and not which way. Through the Q-Former
+that question comes slowly, so it is put to the picture encoder alone first, and where a transformer reads
+the concept tokens already, to these too.
 """
 
 from __future__ import annotations
@@ -34,7 +35,11 @@ from .world import ACCESSORIES, NOUNS, TEXTURES
 
 TRAITS = (len(TEXTURES), len(ACCESSORIES), len(NOUNS))
 """Kinds of each trait that ``TraitHead`` names."""
-TRAIT_WEIGHT, PATTERN_WEIGHT = 0.1, 1.0
+TRAIT_WEIGHT, PATTERN_WEIGHT, KEPT_WEIGHT = 0.1, 1.0, 0.5
+ALONE = 0.7
+"""Share of the steps, and by far the cheapest ones, in which the picture encoder learns alone."""
+KEPT_RATE = 0.5
+"""Scale of the learning rates while concept tokens are held to those of an earlier model."""
 JUDGED = 512
 """Pictures of held-out looks that are looked at for the log."""
 PATCH = 4
@@ -65,13 +70,17 @@ class PortraitHead(nn.Module):
 
 class TraitHead(nn.Module):
     """What a concept is: visual queries [M,Q,Dc] -> logits of every trait, one [M,kinds] for each of
-    ``TRAITS``, and at last how its texture runs, [M,RUNS]."""
+    ``TRAITS``, and at last how its texture runs, [M,RUNS]; by way of ``inner`` hidden units if there are any.
+    """
 
-    def __init__(self, queries: int, concept_width: int) -> None:
+    def __init__(self, queries: int, concept_width: int, inner: int = 0) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(concept_width)
-        self.net = nn.Linear(queries * concept_width, sum(TRAITS) + RUNS)
-        nn.init.zeros_(self.net.weight)  # a model that is gone on from is not pushed about by a head's chance
+        width = queries * concept_width
+        hidden = [nn.Linear(width, inner), nn.GELU()] if inner else []
+        last = nn.Linear(inner or width, sum(TRAITS) + RUNS)
+        nn.init.zeros_(last.weight)  # a model that is gone on from is not pushed about by a head's chance
+        self.net = nn.Sequential(*hidden, last)
 
     def forward(self, queries: Tensor) -> tuple[Tensor, ...]:
         """Logits in the order of ``TRAITS``, then the runs."""
@@ -123,22 +132,35 @@ class Sight(nn.Module):
         super().__init__()
         self.image_encoder, self.qformer = model.image_encoder, model.qformer
         self.portrait, self.trait = portrait, trait
-        self.eye = TraitHead(1, model.config.concept.picture_dim)
+        concept = model.config.concept
+        self.eye = TraitHead(1, concept.picture_dim, inner=256)
         self.kept = None if kept is None else kept.requires_grad_(False)
         if kept is not None:
             self.dam = model.dam  # without it nothing here reaches it
+            self.told = TraitHead(concept.tokens_per_concept, concept.width)
+
+    def look(self, batch: Pictures) -> dict[str, Tensor]:
+        """The losses of ``trait_losses`` of the picture encoder alone, as ``total`` and ``eye_*``."""
+        with autocast(str(batch.pixels.device)):
+            seen = self.image_encoder(batch.pixels)
+        return self._eye_losses(seen, batch)
+
+    def _eye_losses(self, seen: Tensor, batch: Pictures) -> dict[str, Tensor]:
+        losses = trait_losses(self.eye, seen.float().mean(1, keepdim=True), batch.traits, batch.patterns)
+        return {name if name == "total" else f"eye_{name}": value for name, value in losses.items()}
 
     def forward(self, batch: Pictures) -> dict[str, Tensor]:
-        """The losses of ``picture_losses``; ``eye_pattern`` of the picture encoder's tokens; and ``kept``:
-        relative squared error to the earlier concept tokens."""
+        """The losses of ``picture_losses``; ``eye_*`` of the picture encoder's tokens; and with an earlier
+        model ``told_pattern`` of the concept tokens and ``kept``: their relative squared error to the
+        earlier ones."""
         with autocast(str(batch.pixels.device)):
             seen = self.image_encoder(batch.pixels)  # [M,P,Dp]
             queries = self.qformer(seen)  # [M,Q,Dc]
         losses = picture_losses(
             self.portrait, self.trait, queries.float(), batch.portraits, batch.traits, batch.patterns
         )
-        eye = trait_losses(self.eye, seen.float().mean(1, keepdim=True), batch.traits, batch.patterns)
-        losses |= {"total": losses["total"] + eye["total"], "eye_pattern": eye["pattern"]}
+        eye = self._eye_losses(seen, batch)
+        losses |= eye | {"total": losses["total"] + eye["total"]}
         if self.kept is not None:
             with torch.no_grad():
                 text = self.kept.text_encoder(batch.label_ids, batch.label_mask)
@@ -146,7 +168,9 @@ class Sight(nn.Module):
                 wanted = self.kept.dam(before, text, batch.label_mask)
             found = self.dam(queries.float(), text, batch.label_mask)  # [M,Q,Dc]
             losses["kept"] = (found - wanted).square().mean() / wanted.square().mean()
-            losses["total"] = losses["total"] + losses["kept"]
+            told = trait_losses(self.told, found, batch.traits, batch.patterns)
+            losses["told_pattern"] = told["pattern"]
+            losses["total"] = losses["total"] + told["total"] + KEPT_WEIGHT * losses["kept"]
         return losses
 
 
@@ -165,29 +189,39 @@ def learn_pictures(
     batch_size: int = 128,
     lr: float = 0.012,
     log_every: int = 50,
+    alone: float = ALONE,
 ) -> None:
-    """Train on reference pictures; ``log`` takes mean losses every ``log_every`` steps, with those of
-    ``judge`` (looks held out) beside them. Resumes from ``checkpoint``, to the same
-    weights; that is written (unless not to ``write``) whenever there is something to log."""
+    """Train on reference pictures: a share ``alone`` of the steps the picture encoder, then all that sees.
+
+    ``log`` takes mean losses every ``log_every`` steps, with those of ``judge`` (looks held out) beside
+    them. Resumes from ``checkpoint``, to the same weights; that is written (unless not to ``write``) whenever
+    there is something to log.
+    """
     parameters = [p for p in sight.parameters() if p.requires_grad]
     optimizer = MuonAdamW(sight.named_parameters(), lr, 1.5e-3, adam_names=adam_names)
-    sums: dict[str, float] = {}
+    turn = round(alone * steps)
+    sums: dict[str, list[float]] = {}
     done = int(load_checkpoint(checkpoint, sight, None, optimizer)["step"]) if checkpoint.exists() else 0
     for step in tqdm(range(done, steps), desc="pictures", total=steps, initial=done, disable=None):
-        optimizer.set_scale(schedule(step / steps))
+        if step < turn:
+            losses_of, scale = sight.look, schedule(step / turn)
+        else:
+            rate = 1.0 if sight.kept is None else KEPT_RATE
+            losses_of, scale = sight, rate * schedule((step - turn) / (steps - turn))
+        optimizer.set_scale(scale)
         rng = np.random.Generator(np.random.Philox(key=[seed, 2**32 + step]))
-        losses = sight(pool.pictures(rng, batch_size).to(device))
+        losses = losses_of(pool.pictures(rng, batch_size).to(device))
         optimizer.zero_grad(set_to_none=True)
         losses["total"].backward()
         gradient_norm(parameters, 2.0)
         optimizer.step()
         for name, value in losses.items():
-            sums[name] = sums.get(name, 0.0) + float(value.detach())
-        if (step + 1) % log_every == 0 or step + 1 == steps:
-            record = {name: round(value / (step % log_every + 1), 4) for name, value in sums.items()}
+            sums.setdefault(name, []).append(float(value.detach()))
+        if (step + 1) % log_every == 0 or step + 1 in (turn, steps):
+            record = {name: round(float(np.mean(values)), 4) for name, values in sums.items()}
             sums = {}
             with torch.no_grad():
-                found = sight(judge.pictures(np.random.default_rng(0), JUDGED).to(device))
+                found = losses_of(judge.pictures(np.random.default_rng(0), JUDGED).to(device))
             record |= {f"held_out_{name}": round(float(value), 4) for name, value in found.items()}
             log({"phase": "pictures", "step": step + 1, **record})
             if write:

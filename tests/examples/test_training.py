@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 
+from conceptmaster.engine.model import ConceptMaster
 from conceptmaster.engine.presets import preset
 from conceptmaster.engine.weights import load, load_model
 from conceptmaster.examples.sprites import (
@@ -412,6 +413,7 @@ def test_learning_to_see_more_keeps_what_the_transformer_reads(folder, tokenizer
         checkpoint=tmp_path / "seeing.safetensors",
         batch_size=16,
         log_every=4,
+        alone=0,
     )
     held = [record["held_out_kept"] for record in records]
     assert held[-1] < 0.7 * held[0]
@@ -420,6 +422,47 @@ def test_learning_to_see_more_keeps_what_the_transformer_reads(folder, tokenizer
         mask, filled = pictures.label_mask[:, None], pictures.pixels[:, None]
         a, b = (m.eval().concepts(filled, pictures.label_ids[:, None], mask) for m in (start, model))
     assert float((a - b).square().mean() / a.square().mean()) == pytest.approx(held[-1], abs=0.3)
+
+
+def test_the_picture_encoder_learns_alone_first_and_an_interrupted_one_goes_on(folder, tokenizer, tmp_path):
+    data = batches.LatentPool(folder, tokenizer, 48, 8)
+
+    def learn(checkpoint, stop_after=None):
+        torch.manual_seed(3)
+        model = ConceptMaster(small_config())
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        concept, records = model.config.concept, []
+        sight = train_pictures.Sight(
+            model,
+            train_pictures.PortraitHead(concept.width),
+            train_pictures.TraitHead(concept.tokens_per_concept, concept.width),
+            None,
+        )
+
+        def log(record):
+            moved = {n.split(".")[0] for n, v in model.state_dict().items() if not torch.equal(v, before[n])}
+            records.append(record | {"moved": moved})
+            if record["step"] == stop_after:
+                raise KeyboardInterrupt
+
+        options = dict(steps=10, seed=0, device="cpu", adam_names=train_model.ADAM_NAMES, judge=data)
+        try:
+            train_pictures.learn_pictures(
+                sight, data, log=log, checkpoint=checkpoint, batch_size=16, log_every=4, alone=0.6, **options
+            )
+        except KeyboardInterrupt:
+            return records, None
+        return records, {name: value.clone() for name, value in sight.state_dict().items()}
+
+    records, whole = learn(tmp_path / "whole.safetensors")
+    assert [record["step"] for record in records] == [4, 6, 8, 10]
+    assert [record["moved"] for record in records[:2]] == [{"image_encoder"}] * 2
+    assert records[-1]["moved"] == {"image_encoder", "qformer"}
+    assert records[1]["held_out_eye_pattern"] < records[0]["eye_pattern"]
+    learn(tmp_path / "cut.safetensors", stop_after=6)  # its last checkpoint is that of step 4
+    rest, again = learn(tmp_path / "cut.safetensors")
+    assert rest[0]["step"] == 6
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
 
 
 @pytest.mark.parametrize("texture", TEXTURES)
