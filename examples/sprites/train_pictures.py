@@ -199,7 +199,7 @@ def learn_pictures(
     """
     parameters = [p for p in sight.parameters() if p.requires_grad]
     optimizer = MuonAdamW(sight.named_parameters(), lr, 1.5e-3, adam_names=adam_names)
-    turn = round(alone * steps)
+    turn = int(alone * steps)
     sums: dict[str, list[float]] = {}
     done = int(load_checkpoint(checkpoint, sight, None, optimizer)["step"]) if checkpoint.exists() else 0
     for step in tqdm(range(done, steps), desc="pictures", total=steps, initial=done, disable=None):
