@@ -288,6 +288,8 @@ def test_interrupt_is_code_130_and_leaves_nothing(bundle: Path, tmp_path: Path) 
         cwd=tmp_path,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
+        # What a shell starts in the background ignores interrupts, and so would its children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert process.stderr is not None
     while not (text := process.stderr.read1(4096)).strip().startswith(b"steps"):
