@@ -388,6 +388,15 @@ def test_plain_attention_is_torchs_own():
         assert plain is not own
 
 
+def sight_of(model, kept):
+    concept = model.config.concept
+    heads = (
+        train_pictures.PortraitHead(concept.width),
+        train_pictures.TraitHead(concept.tokens_per_concept, concept.width),
+    )
+    return train_pictures.Sight(model, *heads, kept)
+
+
 def test_learning_to_see_more_keeps_what_the_transformer_reads(folder, tokenizer, tmp_path):
     start = train(folder, tmp_path, tokenizer, 2)
     torch.manual_seed(3)
@@ -395,14 +404,9 @@ def test_learning_to_see_more_keeps_what_the_transformer_reads(folder, tokenizer
     with torch.no_grad():
         for parameter in model.qformer.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
-    concept, data = start.config.concept, batches.LatentPool(folder, tokenizer, 48, 8)
-    heads = (
-        train_pictures.PortraitHead(concept.width),
-        train_pictures.TraitHead(concept.tokens_per_concept, concept.width),
-    )
-    records = []
+    data, records = batches.LatentPool(folder, tokenizer, 48, 8), []
     train_pictures.learn_pictures(
-        train_pictures.Sight(model, *heads, start),
+        sight_of(model, start),
         data,
         steps=12,
         seed=0,
@@ -431,13 +435,7 @@ def test_the_picture_encoder_learns_alone_first_and_an_interrupted_one_goes_on(f
         torch.manual_seed(3)
         model = ConceptMaster(small_config())
         before = {name: value.clone() for name, value in model.state_dict().items()}
-        concept, records = model.config.concept, []
-        sight = train_pictures.Sight(
-            model,
-            train_pictures.PortraitHead(concept.width),
-            train_pictures.TraitHead(concept.tokens_per_concept, concept.width),
-            None,
-        )
+        sight, records = sight_of(model, None), []
 
         def log(record):
             moved = {n.split(".")[0] for n, v in model.state_dict().items() if not torch.equal(v, before[n])}

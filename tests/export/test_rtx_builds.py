@@ -112,7 +112,8 @@ def wan(blocks, size=None):
         **(size or {"frames": 5, "height": 64, "width": 64}),
     )
     source = random_source(config)
-    # In full size nothing is run for its shapes; not for a decoder: its own tensors would be fake.
+    # In full size denoise alone is exported, and nothing is run for its shapes; a decoder's own tensors would
+    # be fake, too.
     with FakeTensorMode(allow_non_fake_inputs=True) if size else contextlib.nullcontext():
         return {spec.name: spec for spec in graph_specs(source.model, source.vae)}
 
