@@ -115,8 +115,8 @@ def _sprites() -> ModelConfig:
         vae={
             "kind": "blocks",
             "z_dim": 48,
-            "width": 64,
-            "layers": 4,
+            "width": 96,
+            "layers": 6,
             "scale_factor_temporal": 4,
             "scale_factor_spatial": 8,
             "latents_mean": [0.0] * 48,

@@ -28,7 +28,7 @@ from conceptmaster.runtime.solver import make_schedule
 
 from .arguments import check_counts, check_trained
 from .attention import cheapest_attention
-from .batches import Batch, Dropped, LatentPool
+from .batches import Batch, Dropped
 from .learning import (
     Average,
     MuonAdamW,
@@ -38,6 +38,8 @@ from .learning import (
     save_checkpoint,
     schedule,
 )
+from .noising import normal
+from .resident import pool_on
 from .train import save_rounded
 from .train_model import ADAM_NAMES, foreground_weight
 from .vocabulary import build_tokenizer
@@ -168,7 +170,7 @@ def distil(
     checkpoint, progress = output / "distil.safetensors", {"step": 0.0, "seconds": 0.0}
     if checkpoint.exists():
         progress = load_checkpoint(checkpoint, student, average, optimizer)
-    pool = LatentPool(data, tokenizer, config.text_tokens, config.concept.label_tokens)
+    pool = pool_on(device, data, tokenizer, config.text_tokens, config.concept.label_tokens)
     pool.normalise(config.vae["latents_mean"], config.vae["latents_std"])
     levels = torch.from_numpy(plan.sigmas()).to(device)
     bar, total = tqdm(total=steps, initial=int(progress["step"]), desc="distil"), 0.0
@@ -176,7 +178,7 @@ def distil(
         step, began = int(progress["step"]), time.perf_counter()
         rng = np.random.Generator(np.random.Philox(key=[seed, step]))
         batch = pool.batch(rng, batch_size, Dropped(concepts=0.1, caption=0, both=0)).to(device)
-        noise = torch.from_numpy(rng.standard_normal(batch.latents.shape, np.float32)).to(device)
+        noise = normal(rng, tuple(batch.latents.shape), device)
         sigmas = levels[torch.from_numpy(rng.integers(plan.steps, size=batch_size)).to(device)]
         optimizer.set_scale(schedule(step / steps))
         with cheapest_attention(device), autocast(device):

@@ -101,37 +101,57 @@ class MuonAdamW(torch.optim.Optimizer):
             given = [p for p in group["params"] if p.grad is not None]
             if group["muon"]:
                 self._muon(given, group["lr"], group["decay"])
-            else:
-                for p in given:
-                    self._adam(p, group["lr"])
+            elif given:
+                self._adam(given, group["lr"])
 
-    def _muon(self, parameters: list[torch.nn.Parameter], lr: float, decay: float) -> None:
+    def _muon(self, parameters: list[torch.Tensor], lr: float, decay: float) -> None:
         """Matrices of one shape are orthogonalised together: small ones cost most of their time in calls."""
-        shapes: dict[tuple[int, ...], list[torch.nn.Parameter]] = {}
+        shapes: dict[tuple[int, ...], list[torch.Tensor]] = {}
         for p in parameters:
             shapes.setdefault(tuple(p.shape), []).append(p)
         for alike in shapes.values():
-            updates = []
-            for p in alike:
-                assert p.grad is not None
-                momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
-                momentum.lerp_(p.grad, 0.05)
-                updates.append(p.grad.lerp(momentum, 0.95).flatten(1))
-            stacked = orthogonalised(torch.stack(updates))
+            momenta = self._state(alike, "momentum")
+            grads = _gradients(alike)
+            torch._foreach_lerp_(momenta, grads, 0.05)
+            updates = torch._foreach_lerp(grads, momenta, 0.95)
+            stacked = orthogonalised(torch.stack([update.flatten(1) for update in updates]))
             gain = max(1.0, stacked.shape[1] / stacked.shape[2]) ** 0.5
-            for p, update in zip(alike, stacked, strict=True):
-                p.mul_(1 - lr * decay).add_(update.view_as(p), alpha=-lr * gain)
+            steps = [update.view_as(p) for p, update in zip(alike, stacked, strict=True)]
+            if decay:
+                torch._foreach_mul_(alike, 1 - lr * decay)
+            torch._foreach_add_(alike, steps, alpha=-lr * gain)
 
-    def _adam(self, p: torch.nn.Parameter, lr: float) -> None:
-        assert p.grad is not None
-        state = self.state[p]
-        count = state["step"] = state.get("step", 0) + 1
-        first = state.setdefault("first", torch.zeros_like(p))
-        second = state.setdefault("second", torch.zeros_like(p))
-        first.lerp_(p.grad, 0.1)
-        second.mul_(0.98).addcmul_(p.grad, p.grad, value=0.02)
-        mean, variance = first / (1 - 0.9**count), second / (1 - 0.98**count)
-        p.addcdiv_(mean, variance.sqrt() + 1e-8, value=-lr)
+    def _adam(self, parameters: list[torch.Tensor], lr: float) -> None:
+        """Parameters that have been moved as often are moved together, in a few calls."""
+        counts: dict[int, list[torch.Tensor]] = {}
+        for p in parameters:
+            state = self.state[p]
+            state["step"] = state.get("step", 0) + 1
+            counts.setdefault(state["step"], []).append(p)
+        for count, alike in counts.items():
+            grads, first, second = (
+                _gradients(alike),
+                self._state(alike, "first"),
+                self._state(alike, "second"),
+            )
+            torch._foreach_lerp_(first, grads, 0.1)
+            torch._foreach_mul_(second, 0.98)
+            torch._foreach_addcmul_(second, grads, grads, 0.02)
+            deviation = torch._foreach_div(second, 1 - 0.98**count)
+            torch._foreach_sqrt_(deviation)
+            torch._foreach_add_(deviation, 1e-8)
+            torch._foreach_addcdiv_(alike, first, deviation, -lr / (1 - 0.9**count))
+
+    def _state(self, parameters: list[torch.Tensor], name: str) -> list[torch.Tensor]:
+        """A tensor of the state of each, zero at first."""
+        for p in parameters:
+            if name not in self.state[p]:
+                self.state[p][name] = torch.zeros_like(p)
+        return [self.state[p][name] for p in parameters]
+
+
+def _gradients(parameters: list[torch.Tensor]) -> list[torch.Tensor]:
+    return [p.grad for p in parameters if p.grad is not None]
 
 
 def schedule(progress: float, warmup: float = 0.02, final: float = 0.02) -> float:
@@ -156,11 +176,11 @@ class Average:
         """Move towards the module; the first updates move faster."""
         self.count += 1
         decay = min(self.decay, (1 + self.count) / (10 + self.count))
-        for k, v in module.state_dict().items():
-            if v.dtype.is_floating_point:
-                self.shadow[k].lerp_(v, 1 - decay)
-            else:
-                self.shadow[k].copy_(v)
+        now = module.state_dict()
+        moving = [k for k, v in now.items() if v.dtype.is_floating_point]
+        torch._foreach_lerp_([self.shadow[k] for k in moving], [now[k] for k in moving], 1 - decay)
+        for k in now.keys() - set(moving):
+            self.shadow[k].copy_(now[k])
 
 
 def gradient_norm(parameters: Iterable[torch.nn.Parameter], limit: float) -> float:

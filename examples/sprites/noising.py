@@ -9,14 +9,24 @@ import torch
 from torch import Tensor
 
 from .batches import Batch
+from .resident import generator
 
 if TYPE_CHECKING:
     from .train_model import Trainee
 
 HELD_SIGMA = 0.2
 """Where nothing else is said, the level below which the loss counts the data's error."""
+HIGH_SIGMAS = 0.75, 1.0
+"""Where it is decided which way a texture runs: below, it is read off the clip."""
 OWN_SIGMAS = 0.65, 1.0
 """Noise levels at which the model's own estimate is made, for clips that go on from it."""
+
+
+def normal(rng: np.random.Generator, shape: tuple[int, ...], device: str) -> Tensor:
+    """Normal noise, float32, drawn where it is used; it follows from the state of ``rng``, which moves on."""
+    if torch.device(device).type == "cpu":
+        return torch.from_numpy(rng.standard_normal(shape, np.float32))
+    return torch.randn(shape, generator=generator(rng, device), device=device)
 
 
 @torch.no_grad()
@@ -34,10 +44,10 @@ def own_noise(
     least, most = OWN_SIGMAS
     chosen = torch.from_numpy(rng.random(len(sigma), np.float32) < share).to(sigma.device)
     chosen &= batch.concept_mask.any(-1)
-    if not chosen.any():
+    if share == 0 or not chosen.any():
         return noise, sigma, torch.full_like(sigma, HELD_SIGMA)
     first = torch.from_numpy(rng.uniform(least, most, len(sigma)).astype(np.float32)).to(sigma.device)
-    again = torch.from_numpy(rng.standard_normal(noise.shape, np.float32)).to(sigma.device)
+    again = normal(rng, tuple(noise.shape), str(sigma.device))
     part, s = batch[chosen], first[chosen, None, None, None, None]
     noisy = (1 - s) * part.latents + s * noise[chosen]
     told = noisy - s * trainee.velocity(part, noisy, first[chosen])[0].float()
@@ -49,8 +59,10 @@ def own_noise(
     return noise, sigma, torch.where(chosen, first, HELD_SIGMA)
 
 
-def random_sigma(rng: np.random.Generator, size: int) -> Tensor:
-    """Noise levels, more often high: 1 - sigmoid(1.2 n - 0.7)."""
-    return torch.from_numpy(
-        1 / (1 + np.exp(1.2 * rng.standard_normal(size, np.float32) - 0.7)).astype(np.float32)
-    )
+def random_sigma(rng: np.random.Generator, size: int, high: float = 0.0) -> Tensor:
+    """Noise levels [size], more often high: 1 - sigmoid(1.2 n - 0.7); a share ``high`` of them uniform in
+    ``HIGH_SIGMAS``."""
+    levels = 1 / (1 + np.exp(1.2 * rng.standard_normal(size, np.float32) - 0.7))
+    if high:
+        levels = np.where(rng.random(size) < high, rng.uniform(*HIGH_SIGMAS, size), levels)
+    return torch.from_numpy(levels.astype(np.float32))

@@ -27,7 +27,7 @@ from .batches import Dropped, LatentPool
 from .distil import teach
 from .learning import autocast
 from .pool import open_shard
-from .train_vae import Fit, drawing_loss, fit, frames_of, to_tensor
+from .train_vae import Fit, drawing_loss, fit, frames_of, random_frames
 from .vocabulary import build_tokenizer
 
 SIGMAS = (0.4, 0.85)
@@ -44,6 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", required=True, type=Path, help="folder for checkpoints and weights")
     parser.add_argument("--clips", type=int, default=1600, help="clips to denoise again (1600)")
     parser.add_argument("--steps", type=int, default=1500, help="steps of training (1500)")
+    parser.add_argument("--batch-size", type=int, default=16, help="latent frames in a step (16)")
     parser.add_argument("--guidance", type=float, default=2.5, help="of the denoising (2.5)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -52,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Denoise, train, and write a weights folder; returns 0. Raises InputError for what cannot work."""
-    check_counts(args, "clips", "steps")
+    check_counts(args, "clips", "steps", "batch_size")
     check_trained(args.weights, args.data)
     if args.threads is not None:
         torch.set_num_threads(args.threads)
@@ -64,7 +65,15 @@ def run(args: argparse.Namespace) -> int:
     if not (args.output / "polish-training.safetensors").exists():
         shutil.copyfile(args.weights / "vae.safetensors", args.output / "vae.safetensors")
     (args.output / "vae.json").write_text(json.dumps(model.config.vae, indent=1))
-    polish(args.data / "clips", args.output, redone, steps=args.steps, seed=args.seed, device=args.device)
+    polish(
+        args.data / "clips",
+        args.output,
+        redone,
+        steps=args.steps,
+        seed=args.seed,
+        device=args.device,
+        batch_size=args.batch_size,
+    )
     weights = args.output / "weights"
     shutil.copytree(args.weights, weights, dirs_exist_ok=True)
     shutil.copyfile(args.output / "vae.safetensors", weights / "vae.safetensors")
@@ -116,30 +125,22 @@ def polish(
     with np.load(redone) as file:
         latents, picks = file["latents"], file["picks"]
     videos = np.stack([open_shard(data / f"shard-{s:05d}").video[k] for s, k in picks])
+    made, true = (torch.from_numpy(array).to(device) for array in (latents, videos))
 
     def loss(vae: BlockVAE, rng: np.random.Generator) -> Tensor:
-        return drawing_loss(vae, *_batch(rng, latents, videos, vae, batch_size, device))
+        return drawing_loss(vae, *_batch(rng, made, true, vae, batch_size))
 
     settings = Fit(steps, seed, device, log_every, lr, adam_lr=1e-3, decay=0.99)
     fit(data, output, "polish", loss, settings, about={"phase": "polish"})
 
 
 def _batch(
-    rng: np.random.Generator, latents: np.ndarray, videos: np.ndarray, vae: BlockVAE, size: int, device: str
+    rng: np.random.Generator, latents: Tensor, videos: Tensor, vae: BlockVAE, size: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Raw latent frames and the ones before, [size,Cz,H,W] each; what to draw, [size,3,t,sH,sW]."""
-    now, before, frames = [], [], []
-    t = vae.frames
-    for _ in range(size):
-        k, f = int(rng.integers(len(latents))), int(rng.integers(latents.shape[2]))
-        pair = to_tensor(frames_of(videos[k], f, t)[None])
-        if rng.random() < TRUE:
-            first, second = vae.project(pair)[0].unbind(1)
-        else:
-            first, second = (
-                torch.from_numpy(latents[k, :, max(i, 0)].astype(np.float32)) for i in (f - 1, f)
-            )
-        now.append(second)
-        before.append(first)
-        frames.append(pair[0, :, t:])
-    return torch.stack(now).to(device), torch.stack(before).to(device), torch.stack(frames).to(device)
+    clips, frames = random_frames(rng, videos, vae.frames, size)
+    pair = frames_of(videos, clips, frames, vae.frames)
+    made = (latents[clips, :, each].float() for each in ((frames - 1).clamp(min=0), frames))
+    true = torch.from_numpy(rng.random(size) < TRUE).to(latents.device)[:, None, None, None]
+    before, now = (torch.where(true, a, b) for a, b in zip(vae.project(pair).unbind(2), made, strict=True))
+    return now, before, pair[:, :, vae.frames :]

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from conceptmaster.engine.config import BINDINGS, ENCODERS, INJECTIONS, ModelConfig
 from conceptmaster.engine.presets import preset
-from conceptmaster.engine.weights import WeightsError, load_model, save_model
+from conceptmaster.engine.weights import WeightsError, load, load_model, save, save_model
 from conceptmaster.runtime.errors import InputError
 
 from .arguments import check_counts, cores
@@ -29,7 +29,7 @@ from .learning import CheckpointError
 from .pool import SHARD, draw_shard, encode_shard, open_shard, shards
 from .processes import in_processes
 from .train_model import train_model
-from .train_vae import analyse, load_vae, new_vae, to_tensor, train_vae, write_vae
+from .train_vae import COMPONENTS, analyse, load_vae, new_vae, to_tensor, train_vae, write_vae
 from .vocabulary import build_tokenizer
 
 STAGES = ("draw", "latents", "vae", "model")
@@ -52,6 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--start", type=Path, help="weights folder to go on from, with a fresh optimizer")
     parser.add_argument("--clips", type=int, default=20000, help="training clips to draw (20000)")
     parser.add_argument("--vae-steps", type=int, default=6000, help="steps of the VAE's network (6000)")
+    parser.add_argument("--vae-batch-size", type=int, default=16, help="clips in such a step (16)")
     parser.add_argument(
         "--picture-steps", type=int, help="steps on pictures alone, first (1500; with --start 0)"
     )
@@ -69,6 +70,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--own", type=float, default=0.0, help="share of clips that go on from the model's own estimate (0)"
+    )
+    parser.add_argument(
+        "--high", type=float, default=0.0, help="share of the noise levels drawn from 0.75 to 1 alone (0)"
+    )
+    parser.add_argument(
+        "--minutes", type=float, help="train the model for so long, whatever number of steps that is"
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -97,14 +104,17 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    check_counts(args, "clips", "steps", "batch_size", "vae_steps", "workers")
+    check_counts(args, "clips", "steps", "batch_size", "vae_steps", "vae_batch_size", "workers")
     if args.clips < 2 * SHARD:
         least = f"at least {2 * SHARD}, the first {SHARD} judge the VAE"
         raise InputError(f"--clips must be {least}, got {args.clips}")
     if not 0 < args.lr < 1:
         raise InputError(f"--lr must lie between 0 and 1, got {args.lr}")
-    if not 0 <= args.own <= 1:
-        raise InputError(f"--own must lie between 0 and 1, got {args.own}")
+    for name in ("own", "high"):
+        if not 0 <= (share := getattr(args, name)) <= 1:
+            raise InputError(f"--{name} must lie between 0 and 1, got {share}")
+    if args.minutes is not None and not args.minutes > 0:
+        raise InputError(f"--minutes must be above 0, got {args.minutes}")
     picture_steps = _first_steps(args, "picture_steps", 1500)
     caption_steps = _first_steps(args, "caption_steps", 550)
     if args.threads is not None:
@@ -120,14 +130,18 @@ def _run(args: argparse.Namespace) -> int:
     if args.start is not None and not (vae_folder / "vae.json").exists():
         _start_vae(args.start, vae_folder)
     if "draw" in args.stages:
+        encoder = vae_folder if "latents" in args.stages and (vae_folder / "vae.json").exists() else None
         jobs = [(held_out, 0, True), *((clips, index, False) for index in range(-(-args.clips // SHARD)))]
-        _all(_draw, jobs, args.workers, "draw")
+        _all(_draw, [(*job, encoder) for job in jobs], args.workers, "draw")
     _require(shards(clips), "draw", clips)
     if "latents" in args.stages:
         _find_latents(clips, held_out, vae_folder, args.workers)
     _require((vae_folder / "vae.json").exists(), "latents", vae_folder)
     if "vae" in args.stages:
-        train_vae(clips, vae_folder, steps=args.vae_steps, seed=args.seed, device=args.device)
+        size = args.vae_batch_size
+        train_vae(
+            clips, vae_folder, steps=args.vae_steps, batch_size=size, seed=args.seed, device=args.device
+        )
     if "model" in args.stages:
         vae_config = json.loads((vae_folder / "vae.json").read_text())
         config = sprites_config(
@@ -150,6 +164,8 @@ def _run(args: argparse.Namespace) -> int:
             start=args.start and args.start / "model.safetensors",
             freeze=args.freeze_encoders,
             own=args.own,
+            high=args.high,
+            minutes=args.minutes,
         )
         collect(vae_folder, model_folder, root / "weights")
         print(f"weights: {root / 'weights'}")
@@ -168,14 +184,21 @@ def _first_steps(args: argparse.Namespace, name: str, usual: int) -> int:
 
 
 def _start_vae(weights: Path, vae_folder: Path) -> None:
-    """Make ``vae/`` look as if it had been trained here."""
+    """Make ``vae/`` look as if it had been trained here. Where its network has another size today, only the
+    components, and so the latents, are those of the weights; the network is a fresh one."""
     try:
-        config = load_model(weights / "model.safetensors").config
-        vae_folder.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(weights / "vae.safetensors", vae_folder / "vae.safetensors")
+        config = load_model(weights / "model.safetensors").config.vae
+        tensors = load(weights / "vae.safetensors")[0]
+        today = preset("sprites").vae
+        if config != today:
+            vae = new_vae(today)
+            vae.load_state_dict({name: tensors[name] for name in COMPONENTS}, strict=False)
+            config, tensors = today, vae.state_dict()
     except (FileNotFoundError, WeightsError) as error:
         raise InputError(f"cannot start from {weights}: {error}") from error
-    (vae_folder / "vae.json").write_text(json.dumps(config.vae, indent=1))
+    vae_folder.mkdir(parents=True, exist_ok=True)
+    save(vae_folder / "vae.safetensors", tensors)
+    (vae_folder / "vae.json").write_text(json.dumps(config, indent=1))
 
 
 def _require(found: object, stage: str, folder: Path) -> None:
@@ -203,9 +226,12 @@ def _all(function: Callable[[Any], object], jobs: list[Any], workers: int, label
         pass
 
 
-def _draw(job: tuple[Path, int, bool]) -> None:
-    pool, index, judged = job
-    draw_shard(pool, index, held_out=judged)
+def _draw(job: tuple[Path, int, bool, Path | None]) -> None:
+    """Draw a shard, and encode it where there is an encoder already: training may begin meanwhile."""
+    pool, index, judged, encoder = job
+    folder = draw_shard(pool, index, held_out=judged)
+    if encoder is not None:
+        _encode((encoder, folder, judged))
 
 
 def _encode(job: tuple[Path, Path, bool]) -> None:

@@ -44,9 +44,12 @@ from .learning import (
     save_checkpoint,
     schedule,
 )
-from .noising import own_noise, random_sigma
+from .noising import normal, own_noise, random_sigma
+from .resident import pool_on
 from .train_pictures import PortraitHead, Sight, TraitHead, learn_pictures, picture_losses, trait_losses
 
+PICTURES = 128
+"""Least number of pictures in a step that learns from pictures alone."""
 FOREGROUND = 3.0
 """Extra weight of the loss where a concept is."""
 LAYOUT_WEIGHT, STORY_WEIGHT, PICTURE_WEIGHT, LOOK_WEIGHT = 1.0, 0.3, 0.3, 0.3
@@ -83,35 +86,37 @@ class Trainee(nn.Module):
         self.story = StoryHead(concept.width, config.transformer.text_dim, int(np.prod(grid)))
         self.portrait = PortraitHead(concept.width)
         self.trait = TraitHead(concept.tokens_per_concept, concept.width)
+        self.eye = TraitHead(1, concept.picture_dim, inner=256)
         self.look = TraitHead(1, config.transformer.width)
         self.middle = config.transformer.num_layers // 2 - 1
 
-    def concepts(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Concept tokens [B,N,Q,Dc] of the filled slots (zero elsewhere), and their visual queries
-        [M,Q,Dc]."""
+    def concepts(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Concept tokens [B,N,Q,Dc] of the filled slots (zero elsewhere), and their visual queries [M,Q,Dc]
+        and picture tokens [M,P,Dp]."""
         model, filled = self.model, batch.label_mask.any(-1)  # [B,N]
-        visual = model.qformer(model.image_encoder(batch.pixels[filled]))  # [M,Q,Dc]
+        seen = model.image_encoder(batch.pixels[filled])  # [M,P,Dp]
+        visual = model.qformer(seen)  # [M,Q,Dc]
         tokens = visual
         if model.config.concept.binding != "none":
             mask = batch.label_mask[filled]
             tokens = model.dam(visual, model.text_encoder(batch.label_ids[filled], mask), mask)
         out = tokens.new_zeros((*filled.shape, *tokens.shape[1:]))
         out[filled] = tokens
-        return out, visual
+        return out, visual, seen
 
     def velocity(
         self, batch: Batch, noisy: Tensor, sigma: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Velocity [B,Cz,F,H,W], the middle block's tokens, text, concept tokens and visual queries."""
+    ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor, Tensor]]:
+        """Velocity [B,Cz,F,H,W], the middle block's tokens, text, and what ``concepts`` gives."""
         text = self.model.text_encoder(batch.token_ids, batch.token_mask)
-        concepts, visual = self.concepts(batch)
+        told = self.concepts(batch)
         kept: list[Tensor] = []
         handle = self.model.transformer.blocks[self.middle].register_forward_hook(
             lambda *a: kept.append(a[2])
         )
-        velocity = self.model.transformer(noisy, sigma * 1000.0, text, concepts, batch.concept_mask)
+        velocity = self.model.transformer(noisy, sigma * 1000.0, text, told[0], batch.concept_mask)
         handle.remove()
-        return velocity, kept[0], text, concepts, visual
+        return velocity, kept[0], text, told
 
     def forward(self, batch: Batch, noise: Tensor, sigma: Tensor, held: Tensor) -> dict[str, Tensor]:
         """Losses: ``total`` and its parts. ``noise`` like the latents, ``sigma`` [B] in 0..1.
@@ -121,7 +126,7 @@ class Trainee(nn.Module):
         """
         s = sigma[:, None, None, None, None]
         noisy = (1 - s) * batch.latents + s * noise
-        velocity, hidden, text, concepts, visual = self.velocity(batch, noisy, sigma)
+        velocity, hidden, text, (concepts, visual, seen) = self.velocity(batch, noisy, sigma)
         weight = foreground_weight(batch)  # [B,1,F,H,W]
         counted = s.clamp(min=LEAST_SIGMA) / torch.maximum(s, held[:, None, None, None, None])
         error = (velocity.float() - (noise - batch.latents)).square() * weight * counted.square()
@@ -137,11 +142,13 @@ class Trainee(nn.Module):
         filled = batch.label_mask.any(-1)
         look = self._look_losses(batch, hidden, target.view(*batch.concept_mask.shape, -1))
         truth = batch.portraits[filled], batch.traits[filled], batch.patterns[filled]
-        seen = picture_losses(self.portrait, self.trait, visual.float(), *truth)
-        total = flow + LAYOUT_WEIGHT * layout + STORY_WEIGHT * story
-        total = total + PICTURE_WEIGHT * seen.pop("total") + LOOK_WEIGHT * look.pop("total")
-        seen |= {f"look_{name}": value for name, value in look.items()}
-        return {"total": total, "flow": flow, "layout": layout, "story": story, **seen}
+        pictures = picture_losses(self.portrait, self.trait, visual.float(), *truth)
+        eye = trait_losses(self.eye, seen.float().mean(1, keepdim=True), *truth[1:])
+        total = flow + LAYOUT_WEIGHT * layout + STORY_WEIGHT * story + LOOK_WEIGHT * look.pop("total")
+        total = total + PICTURE_WEIGHT * (pictures.pop("total") + eye.pop("total"))
+        pictures |= {f"look_{name}": value for name, value in look.items()}
+        pictures |= {f"eye_{name}": value for name, value in eye.items()}
+        return {"total": total, "flow": flow, "layout": layout, "story": story, **pictures}
 
     def _look_losses(self, batch: Batch, hidden: Tensor, coverage: Tensor) -> dict[str, Tensor]:
         """What the middle block's tokens [B,S,D] know of the look of the concept that covers most of them;
@@ -270,6 +277,7 @@ def _learn_parts(
     judge: LatentPool,
     picture_steps: int,
     caption_steps: int,
+    batch_size: int,
     seed: int,
     device: str,
     started: bool,
@@ -296,6 +304,7 @@ def _learn_parts(
                 log_every=log_every,
                 checkpoint=checkpoint,
                 write=write,
+                batch_size=max(PICTURES, batch_size),
             )
     losses = learn_captions(trainee, pool, steps=caption_steps, seed=seed, device=device)
     if losses:
@@ -326,6 +335,8 @@ def train_model(
     start: Path | None = None,
     freeze: bool = False,
     own: float = 0.0,
+    high: float = 0.0,
+    minutes: float | None = None,
 ) -> None:
     """Learn to see pictures alone, and to read captions alone, then train to ``steps``.
 
@@ -333,9 +344,10 @@ def train_model(
     on seed and step only. ``start`` is a ``model.safetensors`` to go on from, with fresh heads and
     optimizer; usually without captions then. ``lr`` is Muon's, for matrices; AdamW takes an eighth of it.
     ``freeze`` leaves text and picture encoder as they are in the last stage, as the paper does with T5 and
-    CLIP. ``own``: see ``own_noise``. ``data`` and ``held_out`` are pools with latents. Writes
-    ``model.safetensors`` (averaged weights with their configuration), appends to ``log.jsonl``. Started by
-    torchrun, processes share the work through gloo or nccl.
+    CLIP. ``own``: see ``own_noise``, ``high``: see ``random_sigma``. With ``minutes`` the last stage takes
+    so long and as many steps as fit, its learning rate following the clock. ``data`` and ``held_out`` are
+    pools with latents. Writes ``model.safetensors`` (averaged weights with their configuration), appends to
+    ``log.jsonl``. Started by torchrun, processes share the work through gloo or nccl.
     """
     world, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     if world > 1 and not dist.is_initialized():
@@ -345,7 +357,7 @@ def train_model(
     torch.manual_seed(seed)
     trainee = Trainee(config).to(device)
     checkpoint, progress = output / "training.safetensors", {"step": 0.0, "seconds": 0.0}
-    pool = LatentPool(data, tokenizer, config.text_tokens, config.concept.label_tokens)
+    pool = pool_on(device, data, tokenizer, config.text_tokens, config.concept.label_tokens)
     judge = LatentPool(held_out, tokenizer, config.text_tokens, config.concept.label_tokens)
     for p in (pool, judge):
         p.normalise(config.vae["latents_mean"], config.vae["latents_std"])
@@ -360,6 +372,7 @@ def train_model(
             judge,
             picture_steps,
             caption_steps,
+            batch_size,
             seed,
             device,
             start is not None,
@@ -377,14 +390,15 @@ def train_model(
     if checkpoint.exists():
         progress = load_checkpoint(checkpoint, trainee, average, optimizer)
     bar = tqdm(total=steps, initial=int(progress["step"]), desc="train", disable=rank > 0)
-    sums: dict[str, float] = {}
-    while progress["step"] < steps:
+    sums: dict[str, Tensor] = {}
+    counted = 0
+    while (part := _part_done(progress, steps, minutes)) < 1:
         step, began = int(progress["step"]), time.perf_counter()
         rng = np.random.Generator(np.random.Philox(key=[seed, step * 64 + rank]))
         batch = pool.batch(rng, batch_size // world, Dropped()).to(device)
-        noise = torch.from_numpy(rng.standard_normal(batch.latents.shape, np.float32)).to(device)
-        sigma = random_sigma(rng, len(noise)).to(device)
-        optimizer.set_scale(schedule(step / steps))
+        noise = normal(rng, tuple(batch.latents.shape), device)
+        sigma = random_sigma(rng, len(noise), high).to(device)
+        optimizer.set_scale(schedule(part))
         with cheapest_attention(device), autocast(device):
             losses = trainee(batch, *own_noise(trainee, batch, noise, sigma, rng, own))
         optimizer.zero_grad(set_to_none=True)
@@ -397,10 +411,12 @@ def train_model(
         progress["step"] += 1
         progress["seconds"] += time.perf_counter() - began
         for name, value in losses.items():
-            sums[name] = sums.get(name, 0.0) + float(value.detach())
+            sums[name] = sums.get(name, 0.0) + value.detach()
+        counted += 1
         bar.update(1)
-        if rank == 0 and ((step + 1) % log_every == 0 or step + 1 == steps):
-            if (step + 1) % (log_every * 5) == 0 or step + 1 == steps or step + 1 == log_every:
+        last = _part_done(progress, steps, minutes) >= 1
+        if rank == 0 and ((step + 1) % log_every == 0 or last):
+            if (step + 1) % (log_every * 5) == 0 or last or step + 1 == log_every:
                 trained = {k: v.clone() for k, v in trainee.state_dict().items()}
                 trainee.load_state_dict(average.shadow)
                 record = probe(trainee, judge, device)
@@ -409,15 +425,19 @@ def train_model(
                 save_checkpoint(checkpoint, trainee, average, optimizer, progress)
             else:
                 record = {}
-            count = (step % log_every) + 1
-            record |= {name: round(value / count, 4) for name, value in sums.items()}
+            record |= {name: round(float(value) / counted, 4) for name, value in sums.items()}
             record |= {
                 "step": step + 1,
                 "samples": (step + 1) * batch_size,
                 "seconds": round(progress["seconds"]),
             }
-            sums = {}
+            sums, counted = {}, 0
             _log(output, record)
         if (step + 1) % 200 == 0:
             pool.refresh()
     bar.close()
+
+
+def _part_done(progress: Mapping[str, float], steps: int, minutes: float | None) -> float:
+    """How much of the last stage is done, from 0 to 1: of its steps, or of its time where that is given."""
+    return progress["step"] / steps if minutes is None else progress["seconds"] / (60 * minutes)

@@ -31,12 +31,15 @@ from .learning import (
     save_checkpoint,
     schedule,
 )
+from .noising import normal
 from .pool import open_shard, shards
 
 LATENT_NOISE = 0.05
 """Largest deviation of the noise on the latents that the network learns from: a model's are not exact."""
 KEPT_SHARDS = 16
 """Shards of a pool that are read into memory, 104 MB each."""
+COMPONENTS = ("mean", "basis", "scale")
+"""The tensors that decide what latents are; the others only draw them."""
 JUDGED = 24
 """Clips of the first shard over which PSNR is measured; nothing is learned from that shard."""
 
@@ -95,22 +98,22 @@ def psnr(vae: BlockVAE, videos: np.ndarray) -> float:
     return float(np.mean(values))
 
 
-def _pairs(rng: np.random.Generator, pool: list[np.ndarray], vae: BlockVAE, batch: int) -> Tensor:
-    """Two successive latent frames' worth of video, float [batch,3,2t,sH,sW]; the first may be its own
-    predecessor, as at a clip's beginning."""
-    t = vae.frames
-    parts = []
-    for _ in range(batch):
-        video = pool[rng.integers(len(pool))]
-        clip = video[rng.integers(len(video))]
-        parts.append(frames_of(clip, int(rng.integers(1 + (len(clip) - 1) // t)), t))
-    return to_tensor(np.stack(parts))
+def random_frames(rng: np.random.Generator, videos: Tensor, t: int, batch: int) -> tuple[Tensor, Tensor]:
+    """Random clips and latent frames of ``videos`` [n,F,H,W,3]: their numbers, int64 [batch] each."""
+    count = 1 + (videos.shape[1] - 1) // t
+    numbers = rng.integers(len(videos), size=batch), rng.integers(count, size=batch)
+    clips, frames = (torch.from_numpy(each).to(videos.device) for each in numbers)
+    return clips, frames
 
 
-def frames_of(clip: np.ndarray, index: int, t: int) -> np.ndarray:
-    """The 2t frames of a clip [F,H,W,3] that latent frame ``index`` and the one before stand for; its first
-    frame stands for all before it."""
-    return clip[np.arange(t * index - 2 * t + 1, t * index + 1).clip(min=0)]
+def frames_of(videos: Tensor, clips: Tensor, frames: Tensor, t: int) -> Tensor:
+    """The 2t video frames that a latent frame and the one before stand for, float [batch,3,2t,sH,sW] in
+    -1..1; a clip's first video frame stands for all before it.
+
+    ``videos`` uint8 [n,F,sH,sW,3]; ``clips`` and ``frames`` [batch]: which clips, and which latent frames.
+    """
+    those = (t * frames[:, None] + torch.arange(1 - 2 * t, 1, device=frames.device)).clamp(min=0)
+    return videos[clips[:, None], those].permute(0, 4, 1, 2, 3).float().div_(127.5).sub_(1.0)
 
 
 def train_vae(
@@ -132,10 +135,14 @@ def train_vae(
     Raises CheckpointError for a checkpoint that cannot be read.
     """
     folders = shards(data)
-    pool = [np.load(folder / "video.npy") for folder in folders[1 : 1 + KEPT_SHARDS]]
+    kept = [np.load(folder / "video.npy") for folder in folders[1 : 1 + KEPT_SHARDS]]
+    videos = torch.cat([torch.from_numpy(video).to(device) for video in kept])
+    del kept
 
     def loss(vae: BlockVAE, rng: np.random.Generator) -> Tensor:
-        return _loss(vae, _pairs(rng, pool, vae, batch_size).to(device), rng)
+        return _loss(
+            vae, frames_of(videos, *random_frames(rng, videos, vae.frames, batch_size), vae.frames), rng
+        )
 
     settings = Fit(steps, seed, device, log_every, lr, adam_lr=2e-3, decay=0.995)
     fit(data, output, "vae", loss, settings)
@@ -207,7 +214,7 @@ def fit(
 def _loss(vae: BlockVAE, video: Tensor, rng: np.random.Generator) -> Tensor:
     """``drawing_loss`` of the later latent frame, from latents with a little noise; video [B,3,2t,sH,sW]."""
     latents = vae.project(video)  # [B,Cz,2,H,W]
-    noise = torch.from_numpy(rng.standard_normal(latents.shape, np.float32)).to(video.device)
+    noise = normal(rng, tuple(latents.shape), str(video.device))
     level = torch.from_numpy(rng.random((len(latents), 1, 1, 1, 1), np.float32)).to(video.device)
     before, now = (latents + LATENT_NOISE * level * noise).unbind(2)
     return drawing_loss(vae, now, before, video[:, :, vae.frames :])

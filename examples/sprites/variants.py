@@ -41,14 +41,13 @@ from .pool import shards
 from .score import Options, score
 from .train import collect
 from .train_model import train_model
+from .train_vae import COMPONENTS
 from .vocabulary import build_tokenizer
 
 CONCEPTS = 2
 """Concepts of every request that is scored."""
 FIELDS = ("encoder", "binding", "injection")
 """The fields of ``ConceptConfig`` in which variants differ."""
-LATENTS = ("mean", "basis", "scale")
-"""The VAE's tensors that decide what its latents are; the others only draw them."""
 SCORES = {"different_nouns": False, "same_noun": True}
 """The two scores of a run, by whether the concepts of a request share their noun."""
 COLUMNS = {
@@ -207,7 +206,7 @@ def _open_base(weights: Path, data: Path) -> ConceptMaster:
     except ValueError as error:
         raise InputError(f"{data / 'vae' / 'vae.json'} is not JSON: {error}") from error
     alike = all(model.config.vae[name] == vae.get(name) for name in ("latents_mean", "latents_std"))
-    alike = alike and all(n in theirs and torch.equal(theirs[n], ours[n]) for n in LATENTS if n in ours)
+    alike = alike and all(n in theirs and torch.equal(theirs[n], ours[n]) for n in COMPONENTS if n in ours)
     if not alike:
         raise InputError(f"cannot start from {weights}: it was trained on other latents than {data} has")
     return model

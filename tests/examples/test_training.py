@@ -28,6 +28,7 @@ from conceptmaster.examples.sprites import (
     polish,
     pool,
     processes,
+    resident,
     shapes,
     train_model,
     train_pictures,
@@ -81,9 +82,9 @@ def folder(tmp_path_factory):
         vae = train_vae.new_vae(small_config().vae)
         train_vae.analyse(vae, root, clips=3 * CLIPS)
         train_vae.write_vae(vae, root, small_config().vae)
-        for shard in pool.shards(root):
+        for index, shard in enumerate(pool.shards(root)):
             pool.encode_shard(shard, lambda video: vae.encode(train_vae.to_tensor(video)).numpy())
-            batches.portraits(pool.open_shard(shard), 0)
+            batches.portraits(pool.open_shard(shard), index * CLIPS)
     return root
 
 
@@ -101,6 +102,106 @@ def train(folder, output, tokenizer, steps, pictures=1, **concept):
         log_every=2,
     )
     return load_model(output / "model.safetensors")
+
+
+@pytest.fixture
+def pools(folder, tokenizer):
+    """The same clips as a pool whose batches are gathered on a device, and as one of arrays."""
+    found = (
+        resident.ResidentPool("cpu", folder, tokenizer, 48, 8),
+        batches.LatentPool(folder, tokenizer, 48, 8),
+    )
+    for each in found:
+        each.normalise([0.1] * 48, [0.5] * 48)
+    return found
+
+
+def test_a_gathered_batch_is_of_the_pools_clips(pools):
+    there, plain = pools
+    got = there.batch(np.random.default_rng(0), 64, batches.Dropped(0.3, 0.2, 0.2))
+    clips = [(s, k) for s in range(2) for k in range(CLIPS)]
+    every = plain.collate(clips, np.random.default_rng(1), batches.Dropped(0, 0, 0))
+    empty = batches.tokenise(plain.tokenizer, [""], 48)[0][0]
+    fates, order = set(), set()
+    for b in range(64):
+        (k,) = [k for k in range(len(clips)) if torch.equal(got.latents[b], every.latents[k])]
+        shard, clip = plain.shards[clips[k][0]], clips[k][1]
+        filled = got.label_mask[b].any(-1)
+        assert filled.sum() == len(shard.labels[clip])
+        no_caption = bool((got.token_ids[b].numpy() == empty).all())
+        assert no_caption or torch.equal(got.token_ids[b], every.token_ids[k])
+        shown = bool(got.concept_mask[b].any())
+        assert torch.equal(got.concept_mask[b], filled & shown)
+        fates.add((no_caption, shown))
+        order.add(tuple(filled.tolist()))
+        for slot in torch.nonzero(filled)[:, 0]:
+            (same,) = [n for n in range(3) if torch.equal(got.label_ids[b, slot], every.label_ids[k, n])]
+            for name in ("label_mask", "coverage", "portraits", "traits"):
+                assert torch.equal(getattr(got, name)[b, slot], getattr(every, name)[k, same]), name
+            assert torch.equal(got.patterns[b, slot].nan_to_num(9), every.patterns[k, same].nan_to_num(9))
+            views = batches._for_clip(np.asarray(shard.references[clip]).reshape(-1, 64, 64, 3))
+            near = (views - got.pixels[b, slot]).abs().amax((1, 2, 3)) < 1e-5
+            assert near.sum() == 1
+    assert fates == {(True, True), (True, False), (False, True), (False, False)} and len(order) > 3
+    again = there.batch(np.random.default_rng(0), 64, batches.Dropped(0.3, 0.2, 0.2))
+    assert torch.equal(again.pixels, got.pixels)
+
+
+def test_gathered_pictures_are_of_the_pools_concepts(pools):
+    there, plain = pools
+    got = there.pictures(np.random.default_rng(0), 64)
+    known = plain.pictures(np.random.default_rng(0), 512)
+    seen = set()
+    for m in range(64):
+        same = [k for k in range(512) if torch.equal(got.portraits[m], known.portraits[k])]
+        k = next(k for k in same if torch.allclose(got.pixels[m], known.pixels[k], atol=1e-5))
+        for name in ("label_ids", "label_mask", "traits"):
+            assert torch.equal(getattr(got, name)[m], getattr(known, name)[k]), name
+        seen.add(tuple(got.portraits[m].flatten()[:99].tolist()))
+    assert len(seen) > CLIPS
+
+
+def test_a_gathered_pool_takes_up_new_shards(folder, tokenizer, tmp_path):
+    first, second = pool.shards(folder)
+    shutil.copytree(first, tmp_path / first.name)
+    growing = resident.ResidentPool("cpu", tmp_path, tokenizer, 48, 8)
+    shutil.copytree(second, tmp_path / second.name)
+    assert growing.refresh() == 2 and growing.refresh() == 2
+    latents = growing.batch(np.random.default_rng(0), 64, batches.Dropped()).latents
+    assert len(torch.unique(latents.flatten(1)[:, :4], dim=0)) == 2 * CLIPS
+
+
+def test_training_by_the_clock_ends_with_it(folder, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_model, "pool_on", resident.ResidentPool)
+    now, rates = [0.0], []
+    monkeypatch.setattr(train_model.time, "perf_counter", lambda: now.__setitem__(0, now[0] + 1) or now[0])
+    monkeypatch.setattr(train_model, "schedule", lambda part: rates.append(part) or learning.schedule(part))
+    train_model.train_model(
+        small_config(),
+        folder,
+        folder,
+        tmp_path,
+        tokenizer,
+        steps=1,
+        batch_size=4,
+        picture_steps=0,
+        caption_steps=0,
+        log_every=2,
+        high=0.5,
+        minutes=0.1,
+    )
+    last = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])
+    assert last["seconds"] == 6 and last["step"] == len(rates) == 6
+    assert rates == sorted(rates) and rates[0] == 0 and rates[-1] == pytest.approx(5 / 6)
+    assert load_model(tmp_path / "model.safetensors").config == small_config()
+
+
+def test_a_share_of_the_noise_levels_is_high(tokenizer):
+    levels = noising.random_sigma(np.random.default_rng(0), 4000, high=0.5)
+    usual = noising.random_sigma(np.random.default_rng(0), 4000)
+    assert levels.min() > 0 and levels.max() < 1
+    share = float((usual > 0.75).float().mean())
+    assert float((levels > 0.75).float().mean()) == pytest.approx(0.5 + 0.5 * share, abs=0.03)
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: "-".join(v.values()) or "default")
