@@ -97,12 +97,21 @@ def line(name: str, row: dict[str, Any]) -> str:
 
 
 def at_once(
-    device: str, small: bool, rows: dict[str, Any], say: Say, processes: int = PROCESSES, most: int = 4
+    device: str,
+    small: bool,
+    rows: dict[str, Any],
+    say: Say,
+    meanwhile: Callable[[], object] = lambda: None,
+    processes: int = PROCESSES,
+    most: int = 4,
 ) -> None:
-    """Adds every case to `rows`, from several processes; those that end early are followed by others."""
+    """Adds every case to `rows`, from several processes; those that end early are followed by others.
+
+    meanwhile: called once, while the first of them are at work.
+    """
     count = len(groups(Shapes("cpu", small)))
     left = list(range(count))
-    for _ in range(most):
+    for turn in range(most):
         if not left:
             return
         shares = [share for n in range(processes) if (share := left[n::processes])]
@@ -116,6 +125,8 @@ def at_once(
                     process = subprocess.Popen(command, stdout=target, stderr=subprocess.STDOUT)
                 running.append((share, output, process))
             end = time.monotonic() + PATIENCE
+            if turn == 0:
+                meanwhile()
             left = []
             for share, output, process in running:
                 try:

@@ -30,6 +30,7 @@ from conceptmaster.engine.dit import ConceptDiT
 from conceptmaster.engine.fused import Fusing, fuse, narrow
 from conceptmaster.engine.presets import preset
 from conceptmaster.kernels import self_attention as attending
+from conceptmaster.kernels.common import in_plain_torch
 from conceptmaster.kernels.cross_attention import attention
 from conceptmaster.runtime.backends.torch_step import Stepper
 
@@ -158,6 +159,16 @@ def fastest_first(call: Call) -> Call:
     return run
 
 
+def plainly(call: Call) -> Call:
+    """The call without any kernel of this project."""
+
+    def run() -> Any:
+        with in_plain_torch():
+            return call()
+
+    return run
+
+
 def attention_that_is_right(say: Say, tokens: int = 32760) -> dict[str, Any]:
     """The lossless attention at the model's size, held to float64: {"order", "relative_l2"}.
 
@@ -216,12 +227,13 @@ def held_to(size: Size) -> ModelConfig:
 
 
 def in_float32(call: Call) -> Any:
-    """The call's result with nothing rounded to fewer bits on the way."""
+    """The call's result in plain PyTorch, with nothing rounded to fewer bits on the way."""
     before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False
     try:
-        return call()
+        with in_plain_torch():
+            return call()
     finally:
         torch.set_float32_matmul_precision(before[0])
         torch.backends.cudnn.allow_tf32 = before[1]
@@ -438,8 +450,8 @@ def ladder(size: Size, device: str, rounds: int, say: Say, found: dict[str, Any]
 
     def rungs(given: Inputs) -> tuple[dict[str, Call], dict[str, Call]]:
         launched = {
-            "eager": step_call(plain, given, False),
-            "fastest attention": fastest_first(step_call(plain, given, False)),
+            "eager": plainly(step_call(plain, given, False)),
+            "fastest attention": fastest_first(plainly(step_call(plain, given, False))),
             "fused kernels": step_call(fused, given, False),
             "condition cache": step_call(fused, given, True),
         }

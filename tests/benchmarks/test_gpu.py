@@ -122,6 +122,18 @@ def test_several_processes_check_as_one_does(monkeypatch):
     assert len(rows) == 7 and all(row["ok"] for row in rows.values()) and len(lines) == 6
 
 
+def test_in_plain_torch_no_op_of_ours_is_called(monkeypatch):
+    from conceptmaster.kernels import common
+
+    class OnCuda:
+        is_cuda, requires_grad = True, False
+
+    assert common.served(OnCuda())
+    with common.in_plain_torch():
+        assert not common.served(OnCuda())
+    assert common.served(OnCuda())
+
+
 def test_a_process_that_dies_names_its_case_and_another_does_the_rest():
     rows: dict = {}
     lines: list[str] = []
