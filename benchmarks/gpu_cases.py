@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import sdpa_kernel
 
 from conceptmaster.kernels import absorbed_injection as folded
 from conceptmaster.kernels import cross_attention as crossing
@@ -51,24 +51,22 @@ class Case:
     compiled: dict[str, Call] = field(default_factory=dict)
 
 
-def _compiled(function: Callable[..., Any], *arguments: Any) -> Call:
+COMPILE_MODE = "default"
+"""Of `torch.compile`, where nothing else is asked for: the others take minutes."""
+
+
+def _compiled(mode: str, function: Callable[..., Any], *arguments: Any) -> Call:
     """Compiles when it is first called."""
 
     @functools.cache
     def compiled() -> Callable[..., Any]:
-        return torch.compile(function, dynamic=False, mode="max-autotune-no-cudagraphs")
+        return torch.compile(function, dynamic=False, mode=mode)
 
     return lambda: compiled()(*arguments)
 
 
 def _fastest_first(function: Callable[..., Any], *arguments: Any) -> Any:
-    order = [
-        SDPBackend.CUDNN_ATTENTION,
-        SDPBackend.FLASH_ATTENTION,
-        SDPBackend.EFFICIENT_ATTENTION,
-        SDPBackend.MATH,
-    ]
-    with sdpa_kernel(order, set_priority=True):
+    with sdpa_kernel(attending.FASTEST, set_priority=True):
         return function(*arguments)
 
 
@@ -78,10 +76,13 @@ def _wide(*tensors: Tensor | None) -> list[Any]:
 
 class Shapes:
     """Sizes that are run: the real ones, of these with `only` those whose name begins so, or `small` ones
-    that a CPU gets through in seconds; in `dtype`, but for the 8-bit kernels, which are for bfloat16."""
+    that a CPU gets through in seconds; in `dtype`, but for the 8-bit kernels, which are for bfloat16. mode:
+    of `torch.compile`."""
 
-    def __init__(self, device: str, small: bool, only: str = "", dtype: str = "bfloat16") -> None:
-        self.device, self.small, self.only, self.dtype = device, small, only, dtype
+    def __init__(
+        self, device: str, small: bool, only: str = "", dtype: str = "bfloat16", mode: str = COMPILE_MODE
+    ) -> None:
+        self.device, self.small, self.only, self.dtype, self.mode = device, small, only, dtype, mode
         self.generator = torch.Generator(device=device).manual_seed(0)
 
     def new(self, *shape: int, dtype: str | None = None) -> Tensor:
@@ -168,7 +169,7 @@ def _cross_cases(
             "eager, with the mask": functools.partial(both, q, tk, tv, ck, cv, mask),
         },
         flops=4.0 * batch * tokens * heads * width * (text + kept), moved_bytes=2 * size,
-        compiled={"torch.compile": _compiled(two_calls, q, tk, tv, ck, cv)},
+        compiled={"torch.compile": _compiled(shapes.mode, two_calls, q, tk, tv, ck, cv)},
     )  # fmt: skip
     yield Case(
         f"concept injection, {name}", shape, dtype, tokens,
@@ -222,7 +223,7 @@ def _row_cases(shapes: Shapes, name: str, batch: int, tokens: int, heads: int, w
         f"residual and modulation, {name}", shape, shapes.dtype, tokens,
         functools.partial(modulating.residual_modulate, x, branch, gate, scale, shift),
         exactly, {"eager": functools.partial(separate, x, branch)}, moved_bytes=4 * size,
-        compiled={"torch.compile": _compiled(separate, x, branch)},
+        compiled={"torch.compile": _compiled(shapes.mode, separate, x, branch)},
     )  # fmt: skip
 
     q_weight, k_weight = 1 + 0.1 * shapes.new(2, total)
@@ -234,7 +235,7 @@ def _row_cases(shapes: Shapes, name: str, batch: int, tokens: int, heads: int, w
         functools.partial(rotating.qk_norm_rope, x, branch, q_weight, k_weight, cos, sin),
         lambda rows: normed(*_wide(x[:, rows], branch[:, rows], q_weight, k_weight, cos[rows], sin[rows])),
         {"eager": functools.partial(normed, x, branch, q_weight, k_weight, cos, sin)}, moved_bytes=4 * size,
-        compiled={"torch.compile": _compiled(normed, x, branch, q_weight, k_weight, cos, sin)},
+        compiled={"torch.compile": _compiled(shapes.mode, normed, x, branch, q_weight, k_weight, cos, sin)},
     )  # fmt: skip
 
 

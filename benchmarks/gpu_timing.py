@@ -1,8 +1,12 @@
-"""How calls are timed on a GPU: rivals in turn, replayed as CUDA graphs, by CUDA's own clock."""
+"""How calls are timed on a GPU: rivals in turn, replayed as CUDA graphs, by CUDA's own clock.
+
+A call that fails fails alone, as long as the GPU still answers: see `failed`.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import math
 import statistics
 import subprocess
 import time
@@ -18,6 +22,24 @@ from .alternating import machine
 
 ROOT = Path(__file__).resolve().parents[1]
 Call = Callable[[], Any]
+
+
+LEAST_ROUNDS = 3
+"""So many even where the seconds are used up."""
+
+
+class DeviceLost(RuntimeError):
+    """The GPU answers no more in this process, as after an illegal memory access."""
+
+
+def failed(error: Exception) -> dict[str, Any]:
+    """{"failed": why}. Raises DeviceLost when nothing further can be computed in this process."""
+    if torch.cuda.is_available():
+        try:
+            torch.cuda.synchronize()
+        except Exception as lost:  # what CUDA's errors are called differs from version to version
+            raise DeviceLost(why(error)) from lost
+    return {"failed": why(error)}
 
 
 def captured(call: Call) -> Call:
@@ -39,25 +61,49 @@ def once(call: Call) -> float:
     return first.elapsed_time(last)
 
 
-def in_turn(calls: Mapping[str, Call], rounds: int, graphs: bool = True) -> dict[str, dict[str, Any]]:
-    """p20, p50 and p80 milliseconds by name, after one call each that is not counted.
+def in_turn(
+    calls: Mapping[str, Call], rounds: int, graphs: bool = True, seconds: float = math.inf
+) -> dict[str, dict[str, Any]]:
+    """p20, p50 and p80 milliseconds by name, after one call each that is not counted, and "rounds".
 
-    graphs: replay each call as a CUDA graph. A call that fails is not timed: its entry is {"failed": why}.
+    graphs: replay each call as a CUDA graph; where that cannot be captured it is launched as it is, and its
+    entry has "not_captured". A call that fails is not timed: its entry is {"failed": why}. seconds: of all
+    rounds together; then it ends early. Raises DeviceLost.
     """
     found: dict[str, dict[str, Any]] = {}
     ready: dict[str, Call] = {}
+    notes: dict[str, dict[str, Any]] = {}
     for name, call in calls.items():
         try:
-            ready[name] = captured(call) if graphs else call
+            ready[name] = call
+            if graphs:
+                ready[name], notes[name] = _replayable(call)
             once(ready[name])
         except Exception as error:  # what a rival or its compiler raises has no common base
-            found[name] = {"failed": why(error)}
+            found[name] = failed(error)
             ready.pop(name, None)
     times: dict[str, list[float]] = {name: [] for name in ready}
-    for _ in range(rounds):
-        for name, call in ready.items():
-            times[name].append(once(call))
-    return found | {name: percentiles(values) for name, values in times.items()}
+    start, done = time.perf_counter(), 0
+    while ready and done < rounds:
+        if done >= LEAST_ROUNDS and time.perf_counter() - start > seconds:
+            break
+        for name, call in list(ready.items()):
+            try:
+                times[name].append(once(call))
+            except Exception as error:  # out of memory, say
+                found[name] = failed(error)
+                del ready[name], times[name]
+        done += 1
+    timed = {name: percentiles(values) | notes.get(name, {}) for name, values in times.items()}
+    return found | {name: {**entry, "rounds": done} for name, entry in timed.items()}
+
+
+def _replayable(call: Call) -> tuple[Call, dict[str, Any]]:
+    """The call captured, or as it is beside the reason."""
+    try:
+        return captured(call), {}
+    except Exception as error:  # what a capture raises has no common base
+        return call, {"not_captured": failed(error)["failed"]}
 
 
 def why(error: Exception) -> str:
@@ -88,15 +134,19 @@ def hardware() -> dict[str, Any]:
     """The card and its clocks, beside what `alternating.machine` tells."""
     found: dict[str, Any] = {"cuda": torch.version.cuda, **machine()}
     for name in ("triton", "transformers", "diffusers"):
-        with contextlib.suppress(ImportError):
+        try:
             found[name] = __import__(name).__version__
+        except ImportError:
+            continue
+        except Exception as error:  # it is there, but does not go with the rest
+            found[name] = why(error)
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
         found |= {"gpu": properties.name, "memory_gib": round(properties.total_memory / 2**30, 1)}
         query = "clocks.sm,clocks.max.sm,clocks.mem,power.limit,driver_version"
-        with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        with contextlib.suppress(OSError, subprocess.SubprocessError):
             command = ["nvidia-smi", "-i", "0", f"--query-gpu={query}", "--format=csv,noheader"]
-            done = subprocess.run(command, capture_output=True, text=True, check=True)
+            done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
             found |= dict(zip(query.split(","), done.stdout.strip().split(", "), strict=False))
     return found
 

@@ -19,39 +19,58 @@ import torch
 from conceptmaster.engine.config import ModelConfig
 
 from .gpu_model import Size
-from .gpu_timing import ROOT, Call, in_turn, percentiles, why
+from .gpu_timing import ROOT, Call, DeviceLost, failed, in_turn, percentiles, why
 
 REQUEST = ROOT / "examples" / "sprites" / "requests" / "first" / "request.json"
 
 
-def shipped(device: str, rounds: int, steps: int | None = None) -> dict[str, Any]:
-    """The shipped bundle's videos by stage: torch on `device`, ONNX Runtime on the CPU beside it."""
-    found: dict[str, Any] = {}
-    for backend, place in (("torch", device), ("onnxruntime", "cpu")):
+def shipped(
+    device: str,
+    rounds: int,
+    steps: int | None = None,
+    backends: tuple[str, ...] = ("torch", "onnxruntime"),
+    say: Callable[[str], object] = print,
+    found: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """The shipped bundle's videos by stage: torch on `device`, ONNX Runtime on the CPU beside it; `found`."""
+    found = {} if found is None else found
+    for backend in backends:
+        place = device if backend == "torch" else "cpu"
+        name = f"{backend} on {place}"
+        found[name] = {}
         try:
-            found[f"{backend} on {place}"] = _videos(backend, place, rounds, steps)
+            _videos(backend, place, rounds, steps, found[name])
+        except DeviceLost:
+            raise
         except Exception as error:  # a package that this machine lacks, each with an error of its own
-            found[f"{backend} on {place}"] = {"failed": why(error)}
+            found[name] |= failed(error)
+        warm = found[name].get("warm", {}).get("total", {})
+        words = (
+            found[name].get("failed")
+            or f"cold {found[name]['cold_s']['total']:.1f} s, warm {warm['p50_ms']:.1f} ms"
+        )
+        say(f"video, {name}: {words}")
     return found
 
 
-def _videos(backend: str, device: str, rounds: int, steps: int | None) -> dict[str, Any]:
+def _videos(backend: str, device: str, rounds: int, steps: int | None, report: dict[str, Any]) -> None:
     import dataclasses
 
     from conceptmaster import Pipeline
     from conceptmaster.runtime.request import Request
 
     request = dataclasses.replace(Request.from_json(REQUEST), steps=steps)
-    if torch.cuda.is_available():
+    if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     start = time.perf_counter()
     pipeline = Pipeline.from_bundle("sprites", device=device, backend=backend)
     video = pipeline.generate(request)[0]
-    report: dict[str, Any] = {
-        "cold_s": {"total": time.perf_counter() - start, **video.seconds, "encode_mp4": _encode(video)}
-    }
+    report["cold_s"] = {"total": time.perf_counter() - start, **video.seconds, "encode_mp4": _encode(video)}
     stages: dict[str, list[float]] = {}
-    for _ in range(rounds):
+    begin = time.perf_counter()
+    for done in range(rounds):
+        if done >= 2 and time.perf_counter() - begin > VIDEO_SECONDS:
+            break
         pipeline._text.cache_clear()  # a caption is encoded once per request
         start = time.perf_counter()
         video = pipeline.generate(request)[0]
@@ -62,7 +81,12 @@ def _videos(backend: str, device: str, rounds: int, steps: int | None) -> dict[s
     if device == "cuda":
         report["peak_bytes"] = torch.cuda.max_memory_allocated()
     plan = getattr(pipeline.backend, "plan", None)
-    return report if plan is None else report | {"planned_bytes": plan}
+    if plan is not None:
+        report["planned_bytes"] = plan
+
+
+VIDEO_SECONDS = 6.0
+"""What warm videos may take, beside two that are always made."""
 
 
 def _encode(video: Any) -> float | str:
@@ -71,16 +95,20 @@ def _encode(video: Any) -> float | str:
         start = time.perf_counter()
         try:
             video.save(Path(folder) / "a.mp4")
-        except ImportError as error:
+        except Exception as error:  # without av, or with another one than this was written for
             return why(error)
         return time.perf_counter() - start
 
 
 def stages(
-    size: Size, device: str, rounds: int, out_of_time: Callable[[], bool], say: Callable[[str], object]
-) -> dict[str, Any]:
+    size: Size,
+    device: str,
+    rounds: int,
+    out_of_time: Callable[[], bool],
+    say: Callable[[str], object],
+    found: dict[str, Any],
+) -> None:
     """Milliseconds of every stage beside the steps, one after the other, each with its peak memory."""
-    found: dict[str, Any] = {}
     for name, make in _makers(size.config, device):
         if out_of_time():
             found[name] = {"failed": "no time was left"}
@@ -89,18 +117,18 @@ def stages(
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats()
-            with torch.inference_mode():
-                call = make()
-                found[name] = in_turn({name: call}, rounds, graphs=False)[name]
+            call = make()
+            found[name] = in_turn({name: call}, rounds, graphs=False, seconds=2)[name]
             del call
             if torch.cuda.is_available():
                 found[name]["peak_bytes"] = torch.cuda.max_memory_allocated()
+        except DeviceLost:
+            raise
         except Exception as error:  # out of memory, or a package that this machine lacks
-            found[name] = {"failed": why(error)}
+            found[name] = failed(error)
         entry = found[name]
         words = entry.get("failed") or f"{entry['p50_ms']:.2f} ms"
         say(f"stage: {name:30} {words}")
-    return found
 
 
 def _makers(config: ModelConfig, device: str) -> Iterator[tuple[str, Callable[[], Call]]]:
@@ -121,7 +149,7 @@ def _placed(build: Callable[[], torch.nn.Module], device: str, dtype: torch.dtyp
     torch.set_default_dtype(dtype)
     try:
         with torch.device(device):
-            return build().eval().requires_grad_(False)
+            return build().eval().requires_grad_(False).to(device)  # constants are made on the CPU
     finally:
         torch.set_default_dtype(before)
 
@@ -137,7 +165,7 @@ def _text(config: ModelConfig, device: str, dtype: torch.dtype) -> Call:
 def _image(config: ModelConfig, device: str, dtype: torch.dtype) -> Call:
     from conceptmaster.engine.encoders import ImageEncoder
 
-    model = _placed(lambda: ImageEncoder(config.image_encoder), device, dtype).to(device)
+    model = _placed(lambda: ImageEncoder(config.image_encoder), device, dtype)
     c = config.concept
     pixels = torch.randn(c.max_concepts, 3, c.picture_size, c.picture_size, device=device, dtype=dtype)
     return lambda: model(pixels)

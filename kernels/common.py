@@ -34,6 +34,7 @@ except ImportError:
 
 __all__ = [
     "INTERPRETED",
+    "in_plain_torch",
     "kept_whole",
     "launch",
     "launches_to",
@@ -66,15 +67,30 @@ _launch: Callable[..., None] | None = None  # what `launches_to` has put in the 
 
 
 def served(*tensors: Tensor | None) -> bool:
-    """Whether the torch op is to be called: on CUDA, no gradient wanted, no graph being exported.
+    """Whether the torch op is to be called: on CUDA, no gradient wanted, no graph being exported,
+    not `in_plain_torch`.
 
     Otherwise the reference is called instead. The exporter gets it as plain torch, so that ONNX graphs hold
     standard operators, and autograd differentiates it.
     """
     given = [tensor for tensor in tensors if tensor is not None]
-    if torch.compiler.is_exporting() or not all(tensor.is_cuda for tensor in given):
+    if _plain or torch.compiler.is_exporting() or not all(tensor.is_cuda for tensor in given):
         return False
     return not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given))
+
+
+_plain = False  # whether `in_plain_torch` is in force
+
+
+@contextmanager
+def in_plain_torch() -> Iterator[None]:
+    """Lets the references run in the place of the kernels: what these are held to, and measured against."""
+    global _plain
+    before, _plain = _plain, True
+    try:
+        yield
+    finally:
+        _plain = before
 
 
 _whole = False  # whether `kept_whole` is in force

@@ -277,6 +277,15 @@ def _(q, k, v):
 # The best lossless attention that is there.
 
 
+FASTEST = [
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
+"""PyTorch's own in the order in which they are tried."""
+
+
 @functools.cache
 def flash_attention_3() -> Callable[..., object] | None:
     """FlashAttention-3's function where its package can be imported, else None; looked for once."""
@@ -286,20 +295,18 @@ def flash_attention_3() -> Callable[..., object] | None:
         return None
 
 
+@torch.compiler.assume_constant_result
+def _with_flash_attention_3(index: int) -> bool:
+    """Whether there is one for the GPU of this number. A constant to torch.compile, which cannot import."""
+    return torch.cuda.get_device_capability(index)[0] == 9 and flash_attention_3() is not None
+
+
 def _lossless(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Attention on CUDA in the inputs' dtype, [B,S,A,E]."""
-    flash = flash_attention_3()
-    hopper = torch.cuda.get_device_capability(q.device)[0] == 9
-    if flash is not None and hopper and q.dtype in (torch.float16, torch.bfloat16):
-        out = flash(q, k, v)
+    if q.dtype in (torch.float16, torch.bfloat16) and _with_flash_attention_3(q.device.index):
+        out = flash_attention_3()(q, k, v)  # type: ignore[misc]  # it is there
         return out[0] if isinstance(out, tuple) else out  # type: ignore[return-value]  # some also give the sums
-    order = [
-        SDPBackend.CUDNN_ATTENTION,
-        SDPBackend.FLASH_ATTENTION,
-        SDPBackend.EFFICIENT_ATTENTION,
-        SDPBackend.MATH,
-    ]
-    with sdpa_kernel(order, set_priority=True):
+    with sdpa_kernel(FASTEST, set_priority=True):
         return attention(q, k, v)
 
 

@@ -7,12 +7,21 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 
 import pytest
 
 torch = pytest.importorskip("torch")
 
-from conceptmaster.benchmarks import gpu, gpu_cases, gpu_model, gpu_plot, gpu_video  # noqa: E402
+from conceptmaster.benchmarks import (  # noqa: E402
+    gpu,
+    gpu_cases,
+    gpu_check,
+    gpu_model,
+    gpu_plot,
+    gpu_timing,
+    gpu_video,
+)
 from conceptmaster.kernels import modulate  # noqa: E402
 
 
@@ -36,7 +45,7 @@ def test_every_case_is_right_and_timed():
     assert json.loads(json.dumps(report)) == report
 
 
-def test_nothing_is_timed_while_one_is_wrong(monkeypatch):
+def test_what_is_wrong_is_not_timed_and_the_rest_is(monkeypatch):
     right = modulate.residual_reference
     monkeypatch.setattr(
         modulate,
@@ -44,15 +53,102 @@ def test_nothing_is_timed_while_one_is_wrong(monkeypatch):
         lambda x, *rest: right(x, *rest) * (1 if x.dtype == torch.float64 else 1.2),
     )
     lines: list[str] = []
-    report = gpu.run(gpu_cases.Shapes("cpu", small=True), 1e9, lines.append)
-    assert not report["ok"] and "roofline" not in report
-    assert not any("timing" in row for row in report["cases"].values())
-    assert lines[-1] == "a check is red: nothing is timed" and not any(" ms" in line for line in lines)
+    parts = ("kernels", "forward", "ladder")
+    report = gpu.run(gpu_cases.Shapes("cpu", small=True), 1e9, lines.append, parts)
+    rows = report["cases"]
+    assert not report["ok"] and [name for name, row in rows.items() if not row["ok"]] == [
+        "residual and modulation, small"
+    ]
+    assert all(("timing" in row) == row["ok"] for row in rows.values())
+    for part in ("forward", "ladder"):  # they use it
+        assert report[part] == {"failed": "not run, a kernel of it is red: residual and modulation, small"}
+
+
+def test_a_case_that_raises_stops_neither_the_others_nor_the_report(monkeypatch):
+    def fail(*arguments, **options):
+        raise RuntimeError("out of\nluck")
+
+    monkeypatch.setattr(gpu_cases.modulating, "residual_modulate", fail)
+    lines: list[str] = []
+    report = gpu.run(gpu_cases.Shapes("cpu", small=True), 1e9, lines.append, ("kernels",))
+    rows = report["cases"]
+    assert len(rows) == 7 and not report["ok"]
+    assert rows["residual and modulation, small"]["failed"] == "RuntimeError: out of luck"
+    assert sum("timing" in row for row in rows.values()) == 6
+    assert any(line.startswith("FAILED residual and modulation") for line in lines)
+
+
+def test_a_part_that_raises_stops_no_other_and_all_is_in_the_file(monkeypatch, tmp_path):
+    def fail(size, device, rounds, say, found, high=True):
+        found["before"] = 1
+        raise RuntimeError("out of\nluck")
+
+    monkeypatch.setattr(gpu_model, "forward", fail)
+    report: dict = {}
+    path, written = tmp_path / "new" / "gpu.json", []
+
+    def say(line):
+        gpu.write(report, path)
+        written.append(json.loads(path.read_text("utf-8")))
+
+    gpu.run(gpu_cases.Shapes("cpu", small=True), 1e9, say, ("forward", "profile"), report)
+    assert report["forward"] == {"before": 1, "failed": "RuntimeError: out of luck"} and not report["ok"]
+    assert report["profile"]["step"] and report["done"] == ["forward", "profile"]
+    assert written[-1]["forward"] == report["forward"]
+    assert [file.name for file in path.parent.iterdir()] == ["gpu.json"]
+
+
+def test_a_lost_gpu_ends_the_run_and_another_goes_on_with_the_rest(monkeypatch):
+    def lose(*arguments, **options):
+        raise gpu_timing.DeviceLost("illegal memory access")
+
+    lines: list[str] = []
+    parts = ("kernels", "forward", "profile")
+    with monkeypatch.context() as patch:
+        patch.setattr(gpu_model, "forward", lose)
+        report = gpu.run(gpu_cases.Shapes("cpu", small=True), 1e9, lines.append, parts)
+    assert report["stopped"] == "illegal memory access" and report["at"] == "forward"
+    assert "profile" not in report and not report["ok"]
+    kept = json.loads(json.dumps(report))
+    again = gpu.run(gpu_cases.Shapes("cpu", small=True), 1e9, lines.append, parts, kept)
+    assert "stopped" not in again and again["profile"]["step"] and "lost" in again["forward"]["failed"]
+    assert again["cases"] == report["cases"] and not again["ok"]
+
+
+def test_several_processes_check_as_one_does(monkeypatch):
+    rows: dict = {"concept injection, small": {"ok": True, "relative_l2": 0.0}}
+    lines: list[str] = []
+    gpu_check.at_once("cpu", True, rows, lines.append, processes=2)
+    assert len(rows) == 7 and all(row["ok"] for row in rows.values()) and len(lines) == 6
+
+
+def test_in_plain_torch_no_op_of_ours_is_called(monkeypatch):
+    from conceptmaster.kernels import common
+
+    class OnCuda:
+        is_cuda, requires_grad = True, False
+
+    assert common.served(OnCuda())
+    with common.in_plain_torch():
+        assert not common.served(OnCuda())
+    assert common.served(OnCuda())
+
+
+def test_a_process_that_dies_names_its_case_and_another_does_the_rest():
+    rows: dict = {}
+    lines: list[str] = []
+    text = (
+        '{"at": "a"}\n{"name": "a", "row": {"ok": true, "relative_l2": 0.1}}\n{"at": "b"}\nSegmentation fault'
+    )
+    assert gpu_check._collect(text, [3, 4], rows, "its process ended with -11", lines.append) == [3, 4]
+    assert rows["b"] == {"ok": False, "failed": "its process ended with -11: Segmentation fault"}
+    assert rows["a"]["ok"] and len(lines) == 2
+    assert gpu_check._collect('{"done": 3}', [3, 4], rows, "", lines.append) == [4]
 
 
 def test_a_case_without_time_is_named():
     report = gpu.run(gpu_cases.Shapes("cpu", small=True), 0.0, lambda line: None)
-    assert report["left_out"] == [*report["cases"], "forward", "ladder", "video", "scaling", "stages"]
+    assert report["left_out"] == [*report["cases"], *gpu.PARTS[1:]]
 
 
 # The whole model: the tiny preset takes the place of Wan2.1's.
@@ -66,7 +162,7 @@ def model():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gpu, "ROUNDS", 2)
         patch.setattr(gpu_model, "MARGIN", 1.5)  # of a model so small rounding is a matter of luck
-        parts = ("forward", "ladder", "scaling", "stages")
+        parts = ("forward", "ladder", "concepts", "compiled", "full", "stages", "scaling", "profile")
         report = gpu.run(gpu_cases.Shapes("cpu", small=True), 1e9, lines.append, parts)
     return report, lines
 
@@ -74,9 +170,10 @@ def model():
 def test_a_forward_and_a_step_are_held_to_diffusers(model):
     report, _ = model
     forward = report["forward"]
-    rivals = {"diffusers eager", "diffusers compiled", "plain", "ours", "ours compiled"}
     assert forward["lossless"] and forward["judged_by"] == "diffusers eager"
-    assert rivals <= forward["timing"].keys() and rivals <= forward["step"].keys()
+    assert forward["timing"].keys() == {"diffusers eager", "plain", "ours", "ours high"}
+    assert forward["step"].keys() == {"diffusers eager", "ours", "ours high"}
+    assert 0 < forward["full_size_apart"] < 0.05
     assert 0 < forward["relative_l2"]["ours"] < 0.05
     assert forward["relative_l2"]["ours high"] > forward["relative_l2"]["ours"]
     assert forward["of_matrix_rate"] == pytest.approx(forward["tflops"] / report["roofline"]["matrix_tflops"])
@@ -85,16 +182,27 @@ def test_a_forward_and_a_step_are_held_to_diffusers(model):
 
 def test_every_rung_has_its_error_and_its_gain(model):
     ladder = model[0]["ladder"]
-    rungs = ["eager", "fused kernels", "condition cache", "CUDA graph", "compile"]
-    assert list(ladder["timing"])[:5] == rungs
+    rungs = ["eager", "fastest attention", "fused kernels", "condition cache", "CUDA graph"]
+    assert list(ladder["timing"])[:5] == rungs and len(ladder["timing"]) == 6
     for name in rungs:
         assert 0 < ladder["relative_l2"][name] < 0.05 and ladder["timing"][name]["gain"] > 0
-    assert ladder["profile"] and ladder["profile"][0]["ms"] > 0
+    assert model[0]["profile"]["step"][0]["ms"] > 0
+
+
+def test_what_is_compiled_is_held_to_what_is_not(model):
+    compiled = model[0]["compiled"]
+    names = ["diffusers", "diffusers compiled", "ours", "ours compiled"]
+    assert list(compiled["timing"]) == names and compiled["mode"] == "default"
+    assert compiled["relative_l2"]["ours compiled"] < 1e-2 and compiled["compile_s"].keys() == set(
+        names[1::2]
+    )
+    assert all(0 < error < 0.05 for error in model[0]["full"]["relative_l2"].values())
 
 
 def test_scaling_is_beside_its_prediction(model):
     rows = model[0]["scaling"]["rows"]
-    assert [row["concepts"] for row in rows] == [2, 0, 2] and rows[0]["predicted_ms"] == rows[0]["p50_ms"]
+    assert [row["concepts"] for row in rows] == [2, 0, 2] and [row["frames"] for row in rows] == [5, 5, 9]
+    assert rows[0]["predicted_ms"] == rows[0]["p50_ms"]
     assert rows[2]["predicted_ms"] > rows[0]["predicted_ms"] > rows[1]["predicted_ms"]
 
 
@@ -126,8 +234,9 @@ def test_the_operations_are_counted_as_torch_counts_them():
     assert 0.75 < ours / counted <= 1  # the rest is outside of the blocks, much at this size
 
 
-def test_a_forward_that_is_not_lossless_is_not_timed(monkeypatch):
+def test_a_forward_that_is_wrong_is_not_timed(monkeypatch):
     monkeypatch.setattr(gpu_model, "MARGIN", 0.0)
+    monkeypatch.setattr(gpu_model, "RIGHT", 0.0)
     lines: list[str] = []
     report = gpu.run(gpu_cases.Shapes("cpu", small=True), 1e9, lines.append, ("forward",))
     assert not report["ok"] and "timing" not in report["forward"] and "step" not in report["forward"]
@@ -140,6 +249,12 @@ def test_a_rival_that_fails_is_named_and_the_others_are_timed():
 
     found = gpu.in_turn({"good": lambda: None, "bad": fail}, 2)
     assert found["bad"] == {"failed": "RuntimeError: out of luck"} and "p50_ms" in found["good"]
+
+
+def test_rounds_end_with_their_time():
+    found = gpu.in_turn({"slow": lambda: time.sleep(0.02)}, 1000, seconds=0.1)
+    assert gpu_timing.LEAST_ROUNDS <= found["slow"]["rounds"] < 20
+    assert gpu.in_turn({"slow": lambda: None}, 1000, seconds=0.0)["slow"]["rounds"] == 3
 
 
 def test_the_shipped_model_end_to_end():
