@@ -293,7 +293,7 @@ def _learn_parts(
         kept = copy.deepcopy(model).eval() if started else None
         with cheapest_attention(device):
             learn_pictures(
-                Sight(model, trainee.portrait, trainee.trait, kept),
+                Sight(model, trainee.portrait, trainee.trait, kept).to(device),
                 pool,
                 steps=picture_steps,
                 seed=seed,
