@@ -31,7 +31,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from . import gpu_check, gpu_model, gpu_video
+from . import gpu_check, gpu_further, gpu_model, gpu_video
 from .gpu_cases import COMPILE_MODE, Case, Shapes
 from .gpu_check import check
 from .gpu_timing import ROOT, DeviceLost, commit, failed, hardware, in_turn, roofline
@@ -236,7 +236,7 @@ def _model_parts(
     high = not _red(report, USES_HIGH)
     if not high:
         say("the tier high is left out of the model: a kernel of it is red")
-    sizes = gpu_model.scaling_sizes(shapes.small)
+    sizes = gpu_further.scaling_sizes(shapes.small)
     few = min(rounds, 2)
 
     def filled(name: str) -> dict[str, Any]:
@@ -255,11 +255,11 @@ def _model_parts(
                 return left() < SECONDS["scaling"]
             return left() < 6 or (len(rows) > 2 and left() < SECONDS["compiled"] + 6)
 
-        gpu_model.scaling(chosen, device, few, spent, say, found)
+        gpu_further.scaling(chosen, device, few, spent, say, found)
 
     def compiled() -> None:
         found = filled("compiled")
-        gpu_model.compiled_rivals(size, device, few, say, found, shapes.mode, lambda: left() < 15)
+        gpu_further.compiled_rivals(size, device, few, say, found, shapes.mode, lambda: left() < 15)
         _time_kernels(shapes, report, lambda: left() < 8, say, compiled=True)
 
     todo: dict[str, tuple[tuple[str, ...], Callable[[], Any]]] = {
@@ -276,7 +276,7 @@ def _model_parts(
         ),
         "concepts": (USES_CONCEPTS, lambda: scaled(True)),
         "compiled": (USES, compiled),
-        "full": (USES, lambda: gpu_model.full(size, device, say, filled("full"))),
+        "full": (USES, lambda: gpu_further.full(size, device, say, filled("full"))),
         "stages": (
             (),
             lambda: gpu_video.stages(size, device, rounds, lambda: left() < 8, say, filled("stages")),
@@ -288,7 +288,7 @@ def _model_parts(
                 device, 2, 2 if shapes.small else None, ("onnxruntime",), say, filled("video")
             ),
         ),
-        "profile": (USES_CONCEPTS, lambda: gpu_model.profiled(size, device, filled("profile"))),
+        "profile": (USES_CONCEPTS, lambda: gpu_further.profiled(size, device, filled("profile"))),
     }
     for name, (kernels, measured) in todo.items():
         if name not in parts or name in report["done"]:

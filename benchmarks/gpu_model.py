@@ -16,7 +16,6 @@ import copy
 import dataclasses
 import functools
 import math
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -34,8 +33,7 @@ from conceptmaster.kernels.common import in_plain_torch
 from conceptmaster.kernels.cross_attention import attention
 from conceptmaster.runtime.backends.torch_step import Stepper
 
-from .gpu_cases import COMPILE_MODE
-from .gpu_timing import Call, DeviceLost, failed, in_turn
+from .gpu_timing import Call, failed, in_turn
 
 MARGIN = 1.0
 """How much of diffusers' own error ours may be, to be called lossless."""
@@ -193,14 +191,6 @@ def attention_that_is_right(say: Say, tokens: int = 32760) -> dict[str, Any]:
         del attending.FASTEST[0]
 
 
-def compiled(model: Any, mode: str = COMPILE_MODE) -> Any:
-    """The model with its blocks compiled; all have one code, so it is compiled once."""
-    if torch.cuda.is_available():
-        for block in model.blocks:
-            block.compile(dynamic=False, mode=mode)
-    return model
-
-
 def diffusers_model(model: ConceptDiT) -> Any:
     """diffusers' transformer with the weights of `model`, a base alone. Raises ImportError without it."""
     from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
@@ -252,7 +242,7 @@ def forward(size: Size, device: str, rounds: int, say: Say, found: dict[str, Any
     found["held_to_float32"] = {"frames": held.frames, "tokens": tokens_of(held)}
     exact = build(config, device)
     wide = Inputs.of(held, device, 1)
-    expected = in_float32(_denoise(exact, wide))
+    expected = in_float32(denoise_call(exact, wide))
     say("forward: the reference in float32 is there")
     models: dict[str, Any] = {}
     try:
@@ -266,8 +256,8 @@ def forward(size: Size, device: str, rounds: int, say: Say, found: dict[str, Any
         models["ours high"] = fuse(copy.deepcopy(plain), Fusing(tier="high"))
 
     def calls(given: Inputs, step: bool = False) -> dict[str, Call]:
-        their = _their_step if step else _their_forward
-        our = functools.partial(step_call, cached=True) if step else _denoise
+        their = _their_step if step else their_forward
+        our = functools.partial(step_call, cached=True) if step else denoise_call
         return {n: (their if n.startswith("diffusers") else our)(model, given) for n, model in models.items()}
 
     errors: dict[str, Any] = {}
@@ -295,86 +285,11 @@ def forward(size: Size, device: str, rounds: int, say: Say, found: dict[str, Any
         return
     say(f"forward: at full size ours is {apart:.2e} from {judge}")
     found["timing"] = in_turn(full, rounds, graphs=False, seconds=12)
-    _say_timings(say, "forward", found["timing"])
+    say_timings(say, "forward", found["timing"])
     both = calls(Inputs.of(config, device, 2).to(torch.bfloat16), step=True)
     both = {name: both[name] for name in ("diffusers eager", "ours", "ours high") if name in both}
     found["step"] = in_turn(both, min(rounds, 3), graphs=False, seconds=8)
-    _say_timings(say, "step of the base", found["step"])
-
-
-def compiled_rivals(
-    size: Size,
-    device: str,
-    rounds: int,
-    say: Say,
-    found: dict[str, Any],
-    mode: str = COMPILE_MODE,
-    out_of_time: Callable[[], bool] = lambda: False,
-) -> None:
-    """torch.compile of diffusers' forward and of ours, K = 1, in turn with both as they are.
-
-    What is compiled is held to the same model as it is: a wrong one is not timed.
-    """
-    config = dataclasses.replace(size, concepts=0).config
-    plain = build(config, device)
-    given = Inputs.of(config, device, 1).to(torch.bfloat16)
-    found |= {"mode": mode, "compile_s": {}, "relative_l2": {}}
-    makers: dict[str, Callable[[], Call]] = {}
-    try:
-        theirs = narrow(diffusers_model(plain), torch.bfloat16)
-        makers["diffusers"] = lambda: _their_forward(copy.deepcopy(theirs), given)
-        makers["diffusers compiled"] = lambda: _their_forward(compiled(theirs, mode), given)
-    except Exception as error:  # not installed, or not for the packages that are
-        found["no_diffusers"] = failed(error)["failed"]
-    plain = narrow(plain, torch.bfloat16)
-    makers["ours"] = lambda: _denoise(fuse(twin(plain)), given)
-    makers["ours compiled"] = lambda: _denoise(compiled(fuse(twin(plain)), mode), given)
-    calls: dict[str, Call] = {}
-    results: dict[str, Tensor] = {}
-    for name, make in makers.items():
-        if name.endswith("compiled") and out_of_time():
-            found["relative_l2"][name] = "no time was left"
-            continue
-        try:
-            call, start = make(), time.perf_counter()
-            result = results[name] = call()
-            apart = relative_l2(result, results[name.removesuffix(" compiled")])
-            found["relative_l2"][name] = apart
-            if name.endswith("compiled"):
-                found["compile_s"][name] = time.perf_counter() - start
-            if apart < TOO_FAR:
-                calls[name] = call
-            say(f"compiled: {name}, {time.perf_counter() - start:.1f} s, relative L2 to eager {apart:.1e}")
-        except DeviceLost:
-            raise
-        except Exception as raised:  # of a compiler
-            found["relative_l2"][name] = failed(raised)["failed"]
-            say(f"compiled: {name} FAILED: {found['relative_l2'][name]}")
-    found["timing"] = in_turn(calls, max(2, rounds), graphs=False, seconds=6)
-    _say_timings(say, "compiled", found["timing"])
-
-
-TOO_FAR = 5e-2
-"""Relative L2 between a model and the same one compiled."""
-
-
-def full(size: Size, device: str, say: Say, found: dict[str, Any]) -> None:
-    """The forward's errors against float32 at full size, K = 1: ours and diffusers'."""
-    config = dataclasses.replace(size, concepts=0).config
-    exact = build(config, device)
-    wide = Inputs.of(config, device, 1)
-    expected = in_float32(_denoise(exact, wide))
-    low = wide.to(torch.bfloat16)
-    calls: dict[str, Call] = {}
-    try:
-        calls["diffusers eager"] = _their_forward(narrow(diffusers_model(exact), torch.bfloat16), low)
-    except Exception as error:  # not installed, or not for the packages that are
-        found["no_diffusers"] = failed(error)["failed"]
-    plain = narrow(exact, torch.bfloat16)
-    calls |= {"plain": _denoise(plain, low), "ours": _denoise(fuse(twin(plain)), low)}
-    errors = found["relative_l2"] = {}
-    errors_of(calls, expected, errors)
-    say(f"full size, relative L2: {errors}")
+    say_timings(say, "step of the base", found["step"])
 
 
 def errors_of(calls: dict[str, Call], expected: Tensor, errors: dict[str, Any]) -> list[str]:
@@ -399,14 +314,15 @@ def _too_far(errors: dict[str, Any]) -> list[str]:
     return [n for n, error in errors.items() if isinstance(error, float) and not error < NOTHING_ALIKE]
 
 
-def _their_forward(model: Any, given: Inputs) -> Call:
+def their_forward(model: Any, given: Inputs) -> Call:
+    """diffusers' forward, with the fastest attention."""
     time = given.time.expand(len(given.latents))
     return fastest_first(lambda: model(given.latents, time, given.text, return_dict=False)[0])
 
 
 def _their_step(model: Any, given: Inputs) -> Call:
     """As diffusers' pipeline does a step, with both branches in one batch: guidance, then Euler's update."""
-    forward = _their_forward(model, given)
+    forward = their_forward(model, given)
 
     def step() -> Tensor:
         without, guided = forward().float()  # [Cz,F,H,W] each
@@ -419,7 +335,8 @@ def _conditions(model: ConceptDiT, given: Inputs) -> dict[str, Tensor]:
     return model.condition(given.text, given.concepts, given.mask)
 
 
-def _denoise(model: ConceptDiT, given: Inputs) -> Call:
+def denoise_call(model: ConceptDiT, given: Inputs) -> Call:
+    """Our forward, with keys and values that are there already."""
     kv = _conditions(model, given)
     return lambda: model.denoise(given.latents, given.time, kv, given.mask)
 
@@ -488,97 +405,18 @@ def ladder(size: Size, device: str, rounds: int, say: Say, found: dict[str, Any]
         launched.pop(name, None)
         replayed.pop(name, None)
     found["timing"] = in_turn(launched, rounds, graphs=False, seconds=14)
-    _say_timings(say, "step", found["timing"])
+    say_timings(say, "step", found["timing"])
     found["timing"] |= in_turn(replayed, rounds, seconds=8)
     before = None
     for entry in found["timing"].values():
         if "p50_ms" in entry:
             entry["gain"] = 1.0 if before is None else before / entry["p50_ms"]
             before = entry["p50_ms"]
-    _say_timings(say, "step", found["timing"])
+    say_timings(say, "step", found["timing"])
 
 
-def profiled(size: Size, device: str, found: dict[str, Any]) -> None:
-    """Which kernels a step of ours spends its time in."""
-    config = size.config
-    model = fuse(narrow(build(config, device), torch.bfloat16))
-    call = step_call(model, Inputs.of(config, device, 2).to(torch.bfloat16), True)
-    call()
-    found["step"] = profile(call)
-
-
-def profile(call: Call, most: int = 15) -> list[dict[str, Any]]:
-    """Where the time goes: the kernels that take most of it, by name, in milliseconds of one call."""
-    from torch.profiler import ProfilerActivity
-    from torch.profiler import profile as profiling
-
-    cuda = torch.cuda.is_available()
-    with profiling(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]) as found:
-        call()
-        if cuda:
-            torch.cuda.synchronize()
-    spent = "self_device_time_total" if cuda else "self_cpu_time_total"
-    rows = sorted(found.key_averages(), key=lambda row: -getattr(row, spent))[:most]
-    return [{"kernel": r.key[:120], "calls": r.count, "ms": getattr(r, spent) / 1e3} for r in rows]
-
-
-def scaling(
-    sizes: list[Size],
-    device: str,
-    rounds: int,
-    out_of_time: Callable[[], bool],
-    say: Say,
-    found: dict[str, Any],
-) -> None:
-    """A step at other sizes, beside what the first one's rate and the operations predict; adds rows to those
-    that are there."""
-    rows = found.setdefault("rows", [])
-    left = found.setdefault("left_out", [])
-    for size in sizes:
-        config = size.config
-        name = f"{size.preset} {size.width}x{size.height}x{size.frames}, {size.concepts} concepts"
-        if out_of_time():
-            left.append(name)
-            continue
-        flops = sum(flops_of(config, 2).values())
-        row: dict[str, Any] = {"name": name, **dataclasses.asdict(size), "tokens": tokens_of(config)}
-        rows.append(row)
-        try:
-            row |= _scaled(config, device, rounds) | {"flops": flops}
-        except DeviceLost:
-            raise
-        except Exception as error:  # out of memory, above all
-            row |= failed(error)
-        first = rows[0]
-        if "p50_ms" in first:
-            row["predicted_ms"] = first["p50_ms"] * flops / first["flops"]
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        say(
-            f"scaling: {name:44} {row.get('failed') or row['p50_ms']}, predicted {row.get('predicted_ms')} ms"
-        )
-
-
-def _scaled(config: ModelConfig, device: str, rounds: int) -> dict[str, Any]:
-    given = Inputs.of(config, device, 2).to(torch.bfloat16)
-    call = step_call(fuse(narrow(build(config, device), torch.bfloat16)), given, True)
-    return in_turn({"step": call}, rounds, graphs=False, seconds=4)["step"]
-
-
-def scaling_sizes(small: bool) -> list[Size]:
-    """The whole one first: concepts from 4 to 0, then frames, then pixels, then the larger model."""
-    if small:
-        return [SMALL, dataclasses.replace(SMALL, concepts=0), dataclasses.replace(SMALL, frames=9)]
-    whole = Size()
-    return [
-        *(dataclasses.replace(whole, concepts=n) for n in (4, 0, 2, 1, 3)),
-        *(dataclasses.replace(whole, frames=n) for n in (41, 21)),
-        dataclasses.replace(whole, height=720, width=1280),
-        dataclasses.replace(whole, preset="wan2.1-14b"),
-    ]
-
-
-def _say_timings(say: Callable[[str], object], what: str, timing: dict[str, dict[str, Any]]) -> None:
+def say_timings(say: Callable[[str], object], what: str, timing: dict[str, dict[str, Any]]) -> None:
+    """A line for each of the timings."""
     for name, entry in timing.items():
         words = entry.get("failed") or f"{entry['p50_ms']:9.2f} ms"
         gain = f"  {entry['gain']:.2f}×" if "gain" in entry else ""
