@@ -15,7 +15,7 @@ from torch import Tensor
 from conceptmaster.engine.encoders import CLIP_MEAN, CLIP_STD
 
 from .draw import paint_along
-from .pool import Shard, open_shard, shards
+from .pool import LATENTS, Shard, open_shard, shards
 from .world import ACCESSORIES, MAX_CONCEPTS, NOUNS, PERIODS, TEXTURES, Identity, random_scene
 
 MEAN, STD = np.asarray(CLIP_MEAN, np.float32), np.asarray(CLIP_STD, np.float32)
@@ -31,11 +31,13 @@ RUNS = 7
 
 @dataclass(frozen=True)
 class Dropped:
-    """How often training leaves out the concepts (pictures with their labels), the caption, and both."""
+    """How often training leaves out the concepts (pictures with their labels), the caption, and both; and how
+    often a picture is ``foreign`` (see ``decoys.py``), so that only its label says what it shows."""
 
     concepts: float = 0.10
     caption: float = 0.06
     both: float = 0.06
+    foreign: float = 0.0
 
 
 class Tensors:
@@ -79,15 +81,18 @@ class Pictures(Tensors):
 class Batch(Tensors):
     """One training batch; N slots of which ``concept_mask`` tells the filled ones, in random order.
 
-    latents [B,Cz,F,H,W], token_ids/token_mask [B,T], pixels [B,N,3,px,px] (CLIP-normalised),
-    label_ids/label_mask [B,N,L], concept_mask [B,N], coverage [B,N,F,H,W] in 0..1, portraits [B,N,3,32,32]
-    in -1..1, traits int64 [B,N,3] (texture, accessory, noun), patterns [B,N,RUNS] (see ``how_it_runs``).
+    latents and decoys (see ``decoys.py``) [B,Cz,F,H,W], token_ids/token_mask [B,T], pixels [B,N,3,px,px]
+    (CLIP-normalised), foreign [B,N]: which of these show another noun, label_ids/label_mask [B,N,L],
+    concept_mask [B,N], coverage [B,N,F,H,W] in 0..1, portraits [B,N,3,32,32] in -1..1, traits int64 [B,N,3]
+    (texture, accessory, noun), patterns [B,N,RUNS] (see ``how_it_runs``).
     """
 
     latents: Tensor
+    decoys: Tensor
     token_ids: Tensor
     token_mask: Tensor
     pixels: Tensor
+    foreign: Tensor
     label_ids: Tensor
     label_mask: Tensor
     concept_mask: Tensor
@@ -154,7 +159,7 @@ def portraits(shard: Shard, first_seed: int, held_out: bool = False) -> None:
 
 def is_encoded(folder: Path) -> bool:
     """Whether a shard has all that training reads beside its clips."""
-    names = ("latents.npy", PORTRAIT_FILE, TRAITS_FILE, PATTERNS_FILE)
+    names = (*LATENTS, PORTRAIT_FILE, TRAITS_FILE, PATTERNS_FILE)
     return all((folder / name).exists() for name in names)
 
 
@@ -165,6 +170,7 @@ class LatentPool:
         self.folder, self.tokenizer = folder, tokenizer
         self.text_tokens, self.label_tokens = text_tokens, label_tokens
         self.latents: list[np.ndarray] = []
+        self.decoys: list[np.ndarray] = []
         self.shards: list[Shard] = []
         self.portraits: list[np.ndarray] = []
         self.traits: list[np.ndarray] = []
@@ -187,7 +193,8 @@ class LatentPool:
                 continue
             shard = open_shard(folder)
             self.shards.append(shard)
-            self.latents.append(np.load(folder / "latents.npy"))
+            for arrays, name in zip((self.latents, self.decoys), LATENTS, strict=True):
+                arrays.append(np.load(folder / name, mmap_mode="r"))
             self.portraits.append(np.load(folder / PORTRAIT_FILE, mmap_mode="r"))
             self.traits.append(np.load(folder / TRAITS_FILE))
             self.patterns.append(np.load(folder / PATTERNS_FILE))
@@ -229,11 +236,15 @@ class LatentPool:
         """The batch of given (shard, clip) pairs; ``rng`` chooses references, slots and what is dropped."""
         size, n, length = len(picks), MAX_CONCEPTS, self.label_tokens
         empty_ids, empty_mask = tokenise(self.tokenizer, [""], self.text_tokens)
-        latents = np.stack([self.latents[s][k] for s, k in picks]).astype(np.float32)
+        clips, decoys = (
+            (np.stack([arrays[s][k] for s, k in picks]).astype(np.float32) - self.mean) / self.std
+            for arrays in (self.latents, self.decoys)
+        )
         ids = np.stack([self.tokens[s][0][k] for s, k in picks])
         mask = np.stack([self.tokens[s][1][k] for s, k in picks])
         pixels = np.zeros((size, n, *self.shards[0].references.shape[3:]), np.uint8)
         label_ids, label_mask = np.zeros((size, n, length), np.int64), np.zeros((size, n, length), bool)
+        foreign = np.zeros((size, n), bool)
         concept_mask = np.zeros((size, n), bool)
         coverage = np.zeros((size, n, *self.shards[0].coverage.shape[2:]), np.float32)
         faces = np.zeros((size, n, PORTRAIT, PORTRAIT, 3), np.uint8)
@@ -249,17 +260,21 @@ class LatentPool:
             labels = shard.labels[k]
             slots = rng.permutation(n)[: len(labels)]
             for i, slot in enumerate(slots):
-                pixels[b, slot] = shard.references[k, i, rng.integers(shard.references.shape[2])]
+                foreign[b, slot] = rng.random() < dropped.foreign
+                own = shard.references[k, i, rng.integers(shard.references.shape[2])]
+                pixels[b, slot] = shard.foreign[k, i] if foreign[b, slot] else own
                 label_ids[b, slot], label_mask[b, slot] = self.label(labels[i])
                 concept_mask[b, slot] = not no_concepts
                 coverage[b, slot] = shard.coverage[k, i]
                 faces[b, slot], traits[b, slot] = self.portraits[s][k, i], self.traits[s][k, i]
                 patterns[b, slot] = self.patterns[s][k, i]
         return Batch(
-            torch.from_numpy((latents - self.mean) / self.std),
+            torch.from_numpy(clips),
+            torch.from_numpy(decoys),
             torch.from_numpy(ids),
             torch.from_numpy(mask),
             _for_clip(pixels),
+            torch.from_numpy(foreign),
             torch.from_numpy(label_ids),
             torch.from_numpy(label_mask),
             torch.from_numpy(concept_mask),

@@ -18,6 +18,10 @@ HELD_SIGMA = 0.2
 """Where nothing else is said, the level below which the loss counts the data's error."""
 HIGH_SIGMAS = 0.75, 1.0
 """Where it is decided which way a texture runs: below, it is read off the clip."""
+DECOY_SIGMAS = 0.3, 1.0
+"""Noise levels at which a clip may go on from its decoy: what the last steps of a sampler see, too."""
+DECOY_HELD = 0.6
+"""Below it the loss of such a clip counts the data's error: nothing of the true texture is there to copy."""
 OWN_SIGMAS = 0.65, 1.0
 """Noise levels at which the model's own estimate is made, for clips that go on from it."""
 
@@ -57,6 +61,19 @@ def own_noise(
     s = sigma[chosen, None, None, None, None]
     noise[chosen] = again[chosen] + (1 - s) / s * (told - part.latents)
     return noise, sigma, torch.where(chosen, first, HELD_SIGMA)
+
+
+def decoy_noise(
+    batch: Batch, noise: Tensor, sigma: Tensor, held: Tensor, rng: np.random.Generator, share: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same noise, levels and held levels (see ``own_noise``), with the decoy's difference to the clip in
+    the noise of a ``share`` of the clips that have concepts and a level in ``DECOY_SIGMAS``: noised by it
+    they are their decoys, noised, and what has to be told is still the clip."""
+    chosen = torch.from_numpy(rng.random(len(sigma), np.float32) < share).to(sigma.device)
+    chosen &= batch.concept_mask.any(-1) & (sigma >= DECOY_SIGMAS[0]) & (sigma <= DECOY_SIGMAS[1])
+    s = torch.where(chosen, sigma, 1.0)[:, None, None, None, None]
+    noise = noise + (1 - s) / s * (batch.decoys - batch.latents)
+    return noise, sigma, torch.where(chosen, torch.full_like(held, DECOY_HELD).maximum(held), held)
 
 
 def random_sigma(rng: np.random.Generator, size: int, high: float = 0.0) -> Tensor:

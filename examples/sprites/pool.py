@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from .decoys import decoy, foreign
 from .draw import draw_clip, draw_reference
 from .world import FRAMES, MAX_CONCEPTS, SIZE, random_scene
 
@@ -23,16 +24,21 @@ SHARD = 500
 REFERENCES = 2
 """Reference pictures drawn for each concept; training picks one of them at random."""
 LATENT_GRID = (5, 8, 8)
+CLIPS = ("video", "decoys")
+LATENTS = ("latents.npy", "decoy-latents.npy")
+"""What the latents of a shard's clips, and of its decoys, are called."""
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One mapped shard: ``video`` [n, F, H, W, 3], ``references`` [n, N, R, H, W, 3], ``coverage``
-    [n, N, 5, 8, 8], all uint8."""
+    """One mapped shard: ``video`` and ``decoys`` [n, F, H, W, 3], ``references`` [n, N, R, H, W, 3],
+    ``foreign`` [n, N, H, W, 3] (see ``decoys.py``), ``coverage`` [n, N, 5, 8, 8], all uint8."""
 
     folder: Path
     video: np.ndarray
+    decoys: np.ndarray
     references: np.ndarray
+    foreign: np.ndarray
     coverage: np.ndarray
     captions: list[str]
     labels: list[list[str]]
@@ -58,25 +64,28 @@ def draw_shard(folder: Path, index: int, held_out: bool = False) -> Path:
     partial = folder / f".{target.name}.{os.getpid()}"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    video = np.zeros((SHARD, FRAMES, SIZE, SIZE, 3), np.uint8)
+    arrays = {name: np.zeros((SHARD, FRAMES, SIZE, SIZE, 3), np.uint8) for name in CLIPS}
     references = np.zeros((SHARD, MAX_CONCEPTS, REFERENCES, SIZE, SIZE, 3), np.uint8)
+    strangers = np.zeros((SHARD, MAX_CONCEPTS, SIZE, SIZE, 3), np.uint8)
     coverage = np.zeros((SHARD, MAX_CONCEPTS, *LATENT_GRID), np.uint8)
     captions, labels = [], []
     for k in range(SHARD):
         seed = index * SHARD + k
         scene = random_scene(seed, held_out=held_out)
         rng = np.random.Generator(np.random.Philox(key=[seed, 11]))
-        clip, masks = draw_clip(scene)
-        video[k] = clip
+        other = np.random.Generator(np.random.Philox(key=[seed, 13]))
+        arrays["video"][k], masks = draw_clip(scene)
+        arrays["decoys"][k] = draw_clip(decoy(scene, other))[0]
         coverage[k, : len(scene.actors)] = _coverage(masks)
         for n, actor in enumerate(scene.actors):
             for r in range(REFERENCES):
                 references[k, n, r] = draw_reference(actor, rng)
+            strangers[k, n] = draw_reference(foreign(actor, other), other)
         captions.append(scene.caption)
         labels.append([actor.label for actor in scene.actors])
-    np.save(partial / "video.npy", video)
-    np.save(partial / "references.npy", references)
-    np.save(partial / "coverage.npy", coverage)
+    arrays |= {"references": references, "foreign": strangers, "coverage": coverage}
+    for name, array in arrays.items():
+        np.save(partial / f"{name}.npy", array)
     (partial / "text.json").write_text(json.dumps({"captions": captions, "labels": labels}))
     partial.rename(target)
     return target
@@ -85,8 +94,9 @@ def draw_shard(folder: Path, index: int, held_out: bool = False) -> Path:
 def open_shard(folder: Path) -> Shard:
     """Map a whole shard."""
     text = json.loads((folder / "text.json").read_text())
-    arrays = [np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("video", "references", "coverage")]
-    return Shard(folder, arrays[0], arrays[1], arrays[2], text["captions"], text["labels"])
+    names = ("video", "decoys", "references", "foreign", "coverage")
+    arrays = [np.load(folder / f"{name}.npy", mmap_mode="r") for name in names]
+    return Shard(folder, *arrays, text["captions"], text["labels"])
 
 
 def shards(folder: Path) -> list[Path]:
@@ -95,9 +105,13 @@ def shards(folder: Path) -> list[Path]:
 
 
 def encode_shard(folder: Path, encode: Callable[[np.ndarray], np.ndarray], batch: int = 10) -> None:
-    """Write ``latents.npy`` beside a shard's clips: ``encode`` takes uint8 [b, F, H, W, 3] to latents."""
+    """Write the latents of a shard's clips and decoys beside them (``LATENTS``), unless they are there:
+    ``encode`` takes uint8 [b, F, H, W, 3] to latents."""
     shard = open_shard(folder)
-    parts = [encode(np.asarray(shard.video[i : i + batch])) for i in range(0, len(shard.video), batch)]
-    partial = folder / ".latents.tmp.npy"
-    np.save(partial, np.concatenate(parts).astype(np.float16))
-    partial.rename(folder / "latents.npy")
+    for clips, name in ((shard.video, LATENTS[0]), (shard.decoys, LATENTS[1])):
+        if (folder / name).exists():
+            continue
+        parts = [encode(np.asarray(clips[i : i + batch])) for i in range(0, len(clips), batch)]
+        partial = folder / f".{name}.tmp.npy"
+        np.save(partial, np.concatenate(parts).astype(np.float16))
+        partial.rename(folder / name)

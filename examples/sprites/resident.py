@@ -65,6 +65,8 @@ class ResidentPool(LatentPool):
                 label_ids[row, n], label_mask[row, n] = self.label(text)
         arrays = {
             "latents": self.latents[k],
+            "decoys": self.decoys[k],
+            "foreign": shard.foreign,
             "token_ids": self.tokens[k][0],
             "token_mask": self.tokens[k][1],
             "references": shard.references,
@@ -100,12 +102,18 @@ class ResidentPool(LatentPool):
             value = everything[name][rows, which]
             return torch.where(filled.view(*filled.shape, *[1] * (value.ndim - 2)), value, empty)
 
-        pixels = everything["references"][rows, which, view] * filled[..., None, None, None]
+        foreign = (torch.rand(size, MAX_CONCEPTS, generator=g, device=device) < dropped.foreign) & filled
+        own, strangers = everything["references"][rows, which, view], everything["foreign"][rows, which]
+        pixels = torch.where(foreign[..., None, None, None], strangers, own) * filled[..., None, None, None]
         return Batch(
-            (everything["latents"][clips].float() - self._on(self.mean)) / self._on(self.std),
+            *(
+                (everything[name][clips].float() - self._on(self.mean)) / self._on(self.std)
+                for name in ("latents", "decoys")
+            ),
             torch.where(no_caption, ids, everything["token_ids"][clips]),
             torch.where(no_caption, mask, everything["token_mask"][clips]),
             self._for_clip(pixels),
+            foreign,
             slots("label_ids"),
             slots("label_mask").bool(),
             filled & ~no_concepts[:, None],

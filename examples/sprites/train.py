@@ -18,9 +18,10 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from conceptmaster.engine.blocks import BlockVAE
 from conceptmaster.engine.config import BINDINGS, ENCODERS, INJECTIONS, ModelConfig
 from conceptmaster.engine.presets import preset
-from conceptmaster.engine.weights import WeightsError, load, load_model, save, save_model
+from conceptmaster.engine.weights import WeightsError, load, load_model, save_model
 from conceptmaster.runtime.errors import InputError
 
 from .arguments import check_counts, cores
@@ -28,7 +29,7 @@ from .batches import portraits
 from .learning import CheckpointError
 from .pool import SHARD, draw_shard, encode_shard, open_shard, shards
 from .processes import in_processes
-from .train_model import train_model
+from .train_model import FROZEN, train_model
 from .train_vae import COMPONENTS, analyse, load_vae, new_vae, to_tensor, train_vae, write_vae
 from .vocabulary import build_tokenizer
 
@@ -51,6 +52,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--start", type=Path, help="weights folder to go on from, with a fresh optimizer")
     parser.add_argument("--clips", type=int, default=20000, help="training clips to draw (20000)")
+    parser.add_argument(
+        "--components",
+        type=int,
+        help="latent channels; those that --start has stay, others join them (as many as it has, else 128)",
+    )
     parser.add_argument("--vae-steps", type=int, default=6000, help="steps of the VAE's network (6000)")
     parser.add_argument("--vae-batch-size", type=int, default=16, help="clips in such a step (16)")
     parser.add_argument(
@@ -66,16 +72,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--binding", choices=BINDINGS, default="dam")
     parser.add_argument("--injection", choices=INJECTIONS, default="standalone")
     parser.add_argument(
-        "--freeze-encoders", action="store_true", help="leave text and picture encoder as they then are"
+        "--freeze",
+        nargs="+",
+        choices=FROZEN,
+        default=[],
+        metavar="ENCODER",
+        help="leave these as they are in the last stage: text_encoder, image_encoder (none)",
     )
     parser.add_argument(
         "--own", type=float, default=0.0, help="share of clips that go on from the model's own estimate (0)"
+    )
+    parser.add_argument(
+        "--decoys", type=float, default=0.0, help="share of clips that go on from their decoy (0)"
+    )
+    parser.add_argument(
+        "--foreign", type=float, default=0.0, help="share of pictures that show the look on another noun (0)"
     )
     parser.add_argument(
         "--high", type=float, default=0.0, help="share of the noise levels drawn from 0.75 to 1 alone (0)"
     )
     parser.add_argument(
         "--minutes", type=float, help="train the model for so long, whatever number of steps that is"
+    )
+    parser.add_argument(
+        "--log-every",
+        type=int,
+        default=100,
+        help="steps between lines of the log; a checkpoint every five (100)",
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -88,8 +111,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def sprites_config(vae: dict[str, Any] | None = None, **concept: Any) -> ModelConfig:
     """The preset ``sprites`` with a trained VAE's configuration and, in ``concept``, a variant's fields."""
     config = preset("sprites")
-    config = dataclasses.replace(config, concept=dataclasses.replace(config.concept, **concept))
-    return config if vae is None else dataclasses.replace(config, vae=vae)
+    vae = config.vae if vae is None else vae
+    channels = {"in_channels": vae["z_dim"], "out_channels": vae["z_dim"]}
+    return dataclasses.replace(
+        config,
+        vae=vae,
+        transformer=dataclasses.replace(config.transformer, **channels),
+        concept=dataclasses.replace(config.concept, **concept),
+    )
+
+
+def vae_config(components: int | None) -> dict[str, Any]:
+    """The preset's VAE, with another number of latent channels if one is given."""
+    vae = preset("sprites").vae
+    if components is None:
+        return vae
+    mean, deviation = vae["latents_mean"][0], vae["latents_std"][0]
+    numbers = {"latents_mean": [mean] * components, "latents_std": [deviation] * components}
+    return vae | {"z_dim": components, **numbers}
 
 
 def run(args: argparse.Namespace) -> int:
@@ -104,17 +143,19 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    check_counts(args, "clips", "steps", "batch_size", "vae_steps", "vae_batch_size", "workers")
+    check_counts(args, "clips", "steps", "batch_size", "vae_steps", "vae_batch_size", "workers", "log_every")
     if args.clips < 2 * SHARD:
         least = f"at least {2 * SHARD}, the first {SHARD} judge the VAE"
         raise InputError(f"--clips must be {least}, got {args.clips}")
     if not 0 < args.lr < 1:
         raise InputError(f"--lr must lie between 0 and 1, got {args.lr}")
-    for name in ("own", "high"):
+    for name in ("own", "decoys", "foreign", "high"):
         if not 0 <= (share := getattr(args, name)) <= 1:
             raise InputError(f"--{name} must lie between 0 and 1, got {share}")
     if args.minutes is not None and not args.minutes > 0:
         raise InputError(f"--minutes must be above 0, got {args.minutes}")
+    if args.components is not None and not 1 <= args.components <= 768:
+        raise InputError(f"--components must lie between 1 and 768, got {args.components}")
     picture_steps = _first_steps(args, "picture_steps", 1500)
     caption_steps = _first_steps(args, "caption_steps", 550)
     if args.threads is not None:
@@ -127,15 +168,16 @@ def _run(args: argparse.Namespace) -> int:
         root / "vae",
         root / "model",
     )
-    if args.start is not None and not (vae_folder / "vae.json").exists():
-        _start_vae(args.start, vae_folder)
+    started = None if args.start is None else _started_vae(args.start, args.components)
+    if started is not None and started.complete and not (vae_folder / "vae.json").exists():
+        write_vae(started.vae, vae_folder, started.config)
     if "draw" in args.stages:
         encoder = vae_folder if "latents" in args.stages and (vae_folder / "vae.json").exists() else None
         jobs = [(held_out, 0, True), *((clips, index, False) for index in range(-(-args.clips // SHARD)))]
         _all(_draw, [(*job, encoder) for job in jobs], args.workers, "draw")
     _require(shards(clips), "draw", clips)
     if "latents" in args.stages:
-        _find_latents(clips, held_out, vae_folder, args.workers)
+        _find_latents(clips, held_out, vae_folder, started or _new_vae(args.components), args.workers)
     _require((vae_folder / "vae.json").exists(), "latents", vae_folder)
     if "vae" in args.stages:
         size = args.vae_batch_size
@@ -162,8 +204,11 @@ def _run(args: argparse.Namespace) -> int:
             picture_steps=picture_steps,
             caption_steps=caption_steps,
             start=args.start and args.start / "model.safetensors",
-            freeze=args.freeze_encoders,
+            freeze=args.freeze,
+            log_every=args.log_every,
             own=args.own,
+            decoys=args.decoys,
+            foreign=args.foreign,
             high=args.high,
             minutes=args.minutes,
         )
@@ -183,22 +228,48 @@ def _first_steps(args: argparse.Namespace, name: str, usual: int) -> int:
     return int(steps)
 
 
-def _start_vae(weights: Path, vae_folder: Path) -> None:
-    """Make ``vae/`` look as if it had been trained here. Where its network has another size today, only the
-    components, and so the latents, are those of the weights; the network is a fresh one."""
+@dataclasses.dataclass(frozen=True)
+class _Begun:
+    """A VAE of which the first ``kept`` components are known already, and its configuration."""
+
+    vae: BlockVAE
+    config: dict[str, Any]
+    kept: int
+
+    @property
+    def complete(self) -> bool:
+        """Whether nothing is left for an analysis."""
+        return self.kept == self.config["z_dim"]
+
+
+def _new_vae(components: int | None) -> _Begun:
+    config = vae_config(components)
+    return _Begun(new_vae(config), config, kept=0)
+
+
+def _started_vae(weights: Path, components: int | None) -> _Begun:
+    """The VAE of weights that are gone on from, with room for more components if these are asked for. Where
+    its network has another size today, a fresh one takes its place."""
     try:
-        config = load_model(weights / "model.safetensors").config.vae
+        old = load_model(weights / "model.safetensors").config.vae
         tensors = load(weights / "vae.safetensors")[0]
-        today = preset("sprites").vae
-        if config != today:
-            vae = new_vae(today)
-            vae.load_state_dict({name: tensors[name] for name in COMPONENTS}, strict=False)
-            config, tensors = today, vae.state_dict()
     except (FileNotFoundError, WeightsError) as error:
         raise InputError(f"cannot start from {weights}: {error}") from error
-    vae_folder.mkdir(parents=True, exist_ok=True)
-    save(vae_folder / "vae.safetensors", tensors)
-    (vae_folder / "vae.json").write_text(json.dumps(config, indent=1))
+    kept = old["z_dim"]
+    if components is not None and components < kept:
+        raise InputError(f"--components must be at least the {kept} of {weights}, got {components}")
+    config = vae_config(components or kept)
+    vae = new_vae(config)
+    state = vae.state_dict()
+    size = {name: old[name] == config[name] for name in ("width", "layers")}
+    for name, tensor in tensors.items():
+        if name == "mean":
+            state[name].copy_(tensor)
+        elif name in COMPONENTS:
+            state[name][:kept] = tensor
+        elif all(size.values()):
+            state[name].copy_(tensor)
+    return _Begun(vae, config, kept)
 
 
 def _require(found: object, stage: str, folder: Path) -> None:
@@ -206,13 +277,11 @@ def _require(found: object, stage: str, folder: Path) -> None:
         raise InputError(f"{folder} has nothing of the stage {stage!r} yet: add it to --stages")
 
 
-def _find_latents(clips: Path, held_out: Path, vae_folder: Path, workers: int) -> None:
+def _find_latents(clips: Path, held_out: Path, vae_folder: Path, begun: _Begun, workers: int) -> None:
     """The VAE's components, unless they are there, and every shard's latents, portraits and traits."""
     if not (vae_folder / "vae.json").exists():
-        vae_folder.mkdir(parents=True, exist_ok=True)
-        vae = new_vae(preset("sprites").vae)
-        analyse(vae, clips)
-        write_vae(vae, vae_folder, preset("sprites").vae)
+        analyse(begun.vae, clips, kept=begun.kept)
+        write_vae(begun.vae, vae_folder, begun.config)
     jobs = [
         (vae_folder, folder, judged)
         for pool, judged in ((held_out, True), (clips, False))
@@ -237,8 +306,6 @@ def _draw(job: tuple[Path, int, bool, Path | None]) -> None:
 def _encode(job: tuple[Path, Path, bool]) -> None:
     vae_folder, folder, judged = job
     portraits(open_shard(folder), int(folder.name.removeprefix("shard-")) * SHARD, judged)
-    if (folder / "latents.npy").exists():
-        return
     if multiprocessing.parent_process() is not None:
         torch.set_num_threads(1)
     vae = load_vae(vae_folder)

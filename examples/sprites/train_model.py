@@ -15,7 +15,7 @@ import json
 import os
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -44,10 +44,12 @@ from .learning import (
     save_checkpoint,
     schedule,
 )
-from .noising import normal, own_noise, random_sigma
+from .noising import decoy_noise, normal, own_noise, random_sigma
 from .resident import pool_on
 from .train_pictures import PortraitHead, Sight, TraitHead, learn_pictures, picture_losses, trait_losses
 
+FROZEN = ("text_encoder", "image_encoder")
+"""Parts that the last stage may leave as they are."""
 PICTURES = 128
 """Least number of pictures in a step that learns from pictures alone."""
 FOREGROUND = 3.0
@@ -141,9 +143,10 @@ class Trainee(nn.Module):
         story = _coverage_loss(logits[told], target[told])
         filled = batch.label_mask.any(-1)
         look = self._look_losses(batch, hidden, target.view(*batch.concept_mask.shape, -1))
-        truth = batch.portraits[filled], batch.traits[filled], batch.patterns[filled]
-        pictures = picture_losses(self.portrait, self.trait, visual.float(), *truth)
-        eye = trait_losses(self.eye, seen.float().mean(1, keepdim=True), *truth[1:])
+        shows = ~batch.foreign[filled]  # what the picture alone says is asked where it shows the noun
+        truth = [each[filled][shows] for each in (batch.portraits, batch.traits, batch.patterns)]
+        pictures = picture_losses(self.portrait, self.trait, visual[shows].float(), *truth)
+        eye = trait_losses(self.eye, seen[shows].float().mean(1, keepdim=True), *truth[1:])
         total = flow + LAYOUT_WEIGHT * layout + STORY_WEIGHT * story + LOOK_WEIGHT * look.pop("total")
         total = total + PICTURE_WEIGHT * (pictures.pop("total") + eye.pop("total"))
         pictures |= {f"look_{name}": value for name, value in look.items()}
@@ -214,6 +217,13 @@ def _average_gradients(parameters: list[nn.Parameter]) -> None:
         p.grad = part.view_as(p)
 
 
+def _agree(progress: dict[str, float], device: str) -> None:
+    """The first process's clock is every process's: they stop after the same step."""
+    seconds = torch.tensor(progress["seconds"], dtype=torch.float64, device=device)
+    dist.broadcast(seconds, 0)
+    progress["seconds"] = float(seconds)
+
+
 def learn_captions(
     trainee: Trainee, pool: LatentPool, *, steps: int, seed: int, device: str, batch_size: int = 64
 ) -> list[float]:
@@ -260,15 +270,36 @@ def learn_captions(
 
 
 def start_from(model: ConceptMaster, weights: Path) -> list[str]:
-    """Take over the weights of a trained model, but for tensors that have another shape, as those next to the
-    latents have when these are new; returns the names of what stays fresh."""
+    """Take over the weights of a trained model, but for tensors that have another shape; returns the names of
+    what stays fresh. With more latent channels than it had, the layers next to them take no notice of the new
+    ones at first, and tell their mean."""
     old, own = load(weights)[0], model.state_dict()
+    _add_channels(old, model.config)
     taken = {name: old[name] for name in own if name in old and old[name].shape == own[name].shape}
     # Tied weights are stored under one of their names; the other must not come back with fresh values.
     tied = {own[name].data_ptr() for name in taken}
     fresh = {name: own[name] for name in own if name not in taken and own[name].data_ptr() not in tied}
     load_strict(model, taken | fresh)
     return sorted(fresh)
+
+
+def _add_channels(tensors: dict[str, Tensor], config: ModelConfig) -> None:
+    """Give the transformer's first and last layer as many latent channels as ``config`` has."""
+    c = config.transformer
+    first, last = "transformer.patch_embedding.weight", "transformer.proj_out"
+    if first not in tensors:
+        return
+    before = tensors[first].shape[1] - c.position_channels
+    more = c.in_channels - before
+    if more <= 0:
+        return
+    latents, positions = tensors[first].split([before, c.position_channels], dim=1)
+    new = latents.new_zeros(latents.shape[0], more, *latents.shape[2:])
+    tensors[first] = torch.cat([latents, new, positions], dim=1)
+    for name in (f"{last}.weight", f"{last}.bias"):  # [patch*Cz,...]
+        parts = tensors[name].unflatten(0, (-1, before))
+        new = parts.new_zeros(len(parts), more, *parts.shape[2:])
+        tensors[name] = torch.cat([parts, new], dim=1).flatten(0, 1)
 
 
 def _learn_parts(
@@ -293,7 +324,7 @@ def _learn_parts(
         kept = copy.deepcopy(model).eval() if started else None
         with cheapest_attention(device):
             learn_pictures(
-                Sight(model, trainee.portrait, trainee.trait, kept).to(device),
+                Sight(model, trainee.portrait, trainee.trait, trainee.eye, kept).to(device),
                 pool,
                 steps=picture_steps,
                 seed=seed,
@@ -333,8 +364,10 @@ def train_model(
     lr: float = 0.012,
     log_every: int = 100,
     start: Path | None = None,
-    freeze: bool = False,
+    freeze: Sequence[str] = (),
     own: float = 0.0,
+    decoys: float = 0.0,
+    foreign: float = 0.0,
     high: float = 0.0,
     minutes: float | None = None,
 ) -> None:
@@ -343,11 +376,13 @@ def train_model(
     Resumes from ``output/training.safetensors``, before that from ``pictures.safetensors``; a batch depends
     on seed and step only. ``start`` is a ``model.safetensors`` to go on from, with fresh heads and
     optimizer; usually without captions then. ``lr`` is Muon's, for matrices; AdamW takes an eighth of it.
-    ``freeze`` leaves text and picture encoder as they are in the last stage, as the paper does with T5 and
-    CLIP. ``own``: see ``own_noise``, ``high``: see ``random_sigma``. With ``minutes`` the last stage takes
-    so long and as many steps as fit, its learning rate following the clock. ``data`` and ``held_out`` are
-    pools with latents. Writes ``model.safetensors`` (averaged weights with their configuration), appends to
-    ``log.jsonl``. Started by torchrun, processes share the work through gloo or nccl.
+    ``freeze`` leaves encoders, some of ``FROZEN``, as they are in the last stage; the paper does so with T5
+    and CLIP. ``own``: see ``own_noise``, ``decoys``: see ``decoy_noise``, ``foreign``: see ``Dropped``,
+    ``high``: see ``random_sigma``. With ``minutes`` the last stage takes so long and as many steps as fit,
+    its learning rate following the clock. ``data`` and ``held_out`` are pools with latents. Writes
+    ``model.safetensors`` (averaged weights with their configuration), appends to ``log.jsonl``. Started by
+    torchrun (``torchrun --nproc-per-node 2 -m -- conceptmaster.examples.sprites train …``), processes share
+    the work through gloo or nccl.
     """
     world, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     if world > 1 and not dist.is_initialized():
@@ -381,9 +416,8 @@ def train_model(
             checkpoint=output / "pictures.safetensors",
             write=rank == 0,
         )
-    if freeze:
-        trainee.model.text_encoder.requires_grad_(False)
-        trainee.model.image_encoder.requires_grad_(False)
+    for name in freeze:
+        trainee.model.get_submodule(name).requires_grad_(False)
     parameters = [p for p in trainee.parameters() if p.requires_grad]
     optimizer = MuonAdamW(trainee.named_parameters(), lr, lr / 8, adam_names=ADAM_NAMES)
     average = Average(trainee, 0.995)
@@ -395,12 +429,13 @@ def train_model(
     while (part := _part_done(progress, steps, minutes)) < 1:
         step, began = int(progress["step"]), time.perf_counter()
         rng = np.random.Generator(np.random.Philox(key=[seed, step * 64 + rank]))
-        batch = pool.batch(rng, batch_size // world, Dropped()).to(device)
+        batch = pool.batch(rng, batch_size // world, Dropped(foreign=foreign)).to(device)
         noise = normal(rng, tuple(batch.latents.shape), device)
         sigma = random_sigma(rng, len(noise), high).to(device)
         optimizer.set_scale(schedule(part))
         with cheapest_attention(device), autocast(device):
-            losses = trainee(batch, *own_noise(trainee, batch, noise, sigma, rng, own))
+            noised = own_noise(trainee, batch, noise, sigma, rng, own)
+            losses = trainee(batch, *decoy_noise(batch, *noised, rng, decoys))
         optimizer.zero_grad(set_to_none=True)
         losses["total"].backward()
         if world > 1:
@@ -410,6 +445,8 @@ def train_model(
         average.update(trainee)
         progress["step"] += 1
         progress["seconds"] += time.perf_counter() - began
+        if world > 1:
+            _agree(progress, device)
         for name, value in losses.items():
             sums[name] = sums.get(name, 0.0) + value.detach()
         counted += 1

@@ -127,13 +127,17 @@ class Sight(nn.Module):
     """
 
     def __init__(
-        self, model: ConceptMaster, portrait: PortraitHead, trait: TraitHead, kept: ConceptMaster | None
+        self,
+        model: ConceptMaster,
+        portrait: PortraitHead,
+        trait: TraitHead,
+        eye: TraitHead,
+        kept: ConceptMaster | None,
     ) -> None:
         super().__init__()
         self.image_encoder, self.qformer = model.image_encoder, model.qformer
-        self.portrait, self.trait = portrait, trait
+        self.portrait, self.trait, self.eye = portrait, trait, eye
         concept = model.config.concept
-        self.eye = TraitHead(1, concept.picture_dim, inner=256)
         self.kept = None if kept is None else kept.requires_grad_(False)
         if kept is not None:
             self.dam = model.dam  # without it nothing here reaches it

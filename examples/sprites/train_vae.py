@@ -59,8 +59,12 @@ def new_vae(config: dict[str, Any]) -> BlockVAE:
 
 
 @torch.no_grad()
-def analyse(vae: BlockVAE, data: Path, clips: int = 800, seed: int = 0) -> None:
-    """Set mean, basis and scale to the principal components of clips of a pool, spread over its shards."""
+def analyse(vae: BlockVAE, data: Path, clips: int = 800, seed: int = 0, kept: int = 0) -> None:
+    """Set mean, basis and scale to the principal components of clips of a pool, spread over its shards.
+
+    The mean and the first ``kept`` components stay as they are; those behind them are the principal
+    components of what these leave over. So a model of the first ``kept`` can go on with more.
+    """
     rng = np.random.default_rng(seed)
     folders, size = shards(data)[1:], vae.basis.shape[1]
     total, products, count = torch.zeros(size).double(), torch.zeros(size, size).double(), 0
@@ -72,14 +76,19 @@ def analyse(vae: BlockVAE, data: Path, clips: int = 800, seed: int = 0) -> None:
         total += blocks.sum(0)
         products += blocks.T @ blocks
         count += len(blocks)
-    mean = total / count
-    variance, vectors = torch.linalg.eigh(products / count - torch.outer(mean, mean))
-    order = torch.arange(size - 1, size - 1 - len(vae.basis), -1)
+    if not kept:
+        vae.mean.copy_(total / count)
+    mean, known = vae.mean.double(), vae.basis[:kept].double()
+    cross = torch.outer(total / count, mean)
+    rest = torch.eye(size).double() - known.T @ known
+    around_mean = products / count - cross - cross.T + torch.outer(mean, mean)
+    variance, vectors = torch.linalg.eigh(rest @ around_mean @ rest)
+    order = torch.arange(size - 1, size - 1 - len(vae.basis) + kept, -1)
     basis, variance = vectors[:, order].T, variance[order]
+    greatest = vae.scale[0].double() ** -2 if kept else variance[0]
     # A vector's sign is free: fixed, so that the same clips give the same latents on every machine.
-    vae.basis.copy_(basis * torch.sign(basis.sum(1, keepdim=True)))
-    vae.mean.copy_(mean)
-    vae.scale.copy_((variance * variance[0]) ** -0.25)
+    vae.basis[kept:] = (basis * torch.sign(basis.sum(1, keepdim=True))).float()
+    vae.scale[kept:] = ((variance * greatest) ** -0.25).float()
 
 
 def to_tensor(video: np.ndarray) -> Tensor:
@@ -231,6 +240,7 @@ def drawing_loss(vae: BlockVAE, now: Tensor, before: Tensor, frames: Tensor) -> 
 
 def write_vae(vae: BlockVAE, output: Path, config: dict[str, Any]) -> None:
     """Write ``vae.safetensors`` and, as ``vae.json``, the configuration's ``vae`` entry."""
+    output.mkdir(parents=True, exist_ok=True)
     save(output / "vae.safetensors", vae.state_dict())
     (output / "vae.json").write_text(json.dumps(config, indent=1))
 

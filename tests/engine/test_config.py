@@ -20,7 +20,7 @@ def test_presets_survive_json(name):
 
 @pytest.mark.parametrize(
     ("name", "shape"),
-    [("tiny", (4, 2, 4, 4)), ("sprites", (48, 5, 8, 8)), ("wan2.1-1.3b", (16, 21, 60, 104))],
+    [("tiny", (4, 2, 4, 4)), ("sprites", (128, 5, 8, 8)), ("wan2.1-1.3b", (16, 21, 60, 104))],
 )
 def test_latent_shape(name, shape):
     assert preset(name).latent_shape == shape
@@ -33,8 +33,8 @@ def test_presets_are_fresh():
 
 def test_parts_can_be_replaced():
     config = preset("sprites")
-    changed = dataclasses.replace(config, vae={**config.vae, "latents_mean": [0.5] * 48}, frames=9)
-    assert changed.latent_shape == (48, 3, 8, 8)
+    changed = dataclasses.replace(config, vae={**config.vae, "latents_mean": [0.5] * 128}, frames=9)
+    assert changed.latent_shape == (128, 3, 8, 8)
     assert changed.vae["latents_mean"][3] == 0.5
 
 

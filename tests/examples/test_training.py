@@ -18,10 +18,11 @@ import torch
 
 from conceptmaster.engine.model import ConceptMaster
 from conceptmaster.engine.presets import preset
-from conceptmaster.engine.weights import load, load_model
+from conceptmaster.engine.weights import load, load_model, save_model
 from conceptmaster.examples.sprites import (
     attention,
     batches,
+    decoys,
     distil,
     learning,
     noising,
@@ -40,6 +41,7 @@ from conceptmaster.examples.sprites.vocabulary import build_tokenizer
 from conceptmaster.examples.sprites.world import NOUNS, PERIODS, PLACES, TEXTURES, random_scene
 
 CLIPS = 6
+COMPONENTS = preset("sprites").vae["z_dim"]
 VARIANTS = [
     {},
     {"injection": "shared_query"},
@@ -112,13 +114,13 @@ def pools(folder, tokenizer):
         batches.LatentPool(folder, tokenizer, 48, 8),
     )
     for each in found:
-        each.normalise([0.1] * 48, [0.5] * 48)
+        each.normalise([0.1] * COMPONENTS, [0.5] * COMPONENTS)
     return found
 
 
 def test_a_gathered_batch_is_of_the_pools_clips(pools):
     there, plain = pools
-    got = there.batch(np.random.default_rng(0), 64, batches.Dropped(0.3, 0.2, 0.2))
+    got = there.batch(np.random.default_rng(0), 64, batches.Dropped(0.3, 0.2, 0.2, foreign=0.3))
     clips = [(s, k) for s in range(2) for k in range(CLIPS)]
     every = plain.collate(clips, np.random.default_rng(1), batches.Dropped(0, 0, 0))
     empty = batches.tokenise(plain.tokenizer, [""], 48)[0][0]
@@ -126,6 +128,7 @@ def test_a_gathered_batch_is_of_the_pools_clips(pools):
     for b in range(64):
         (k,) = [k for k in range(len(clips)) if torch.equal(got.latents[b], every.latents[k])]
         shard, clip = plain.shards[clips[k][0]], clips[k][1]
+        assert torch.equal(got.decoys[b], every.decoys[k])
         filled = got.label_mask[b].any(-1)
         assert filled.sum() == len(shard.labels[clip])
         no_caption = bool((got.token_ids[b].numpy() == empty).all())
@@ -139,12 +142,18 @@ def test_a_gathered_batch_is_of_the_pools_clips(pools):
             for name in ("label_mask", "coverage", "portraits", "traits"):
                 assert torch.equal(getattr(got, name)[b, slot], getattr(every, name)[k, same]), name
             assert torch.equal(got.patterns[b, slot].nan_to_num(9), every.patterns[k, same].nan_to_num(9))
-            views = batches._for_clip(np.asarray(shard.references[clip]).reshape(-1, 64, 64, 3))
+            strange = bool(got.foreign[b, slot])
+            views = batches._for_clip(
+                np.asarray(shard.foreign[clip] if strange else shard.references[clip]).reshape(-1, 64, 64, 3)
+            )
             near = (views - got.pixels[b, slot]).abs().amax((1, 2, 3)) < 1e-5
             assert near.sum() == 1
     assert fates == {(True, True), (True, False), (False, True), (False, False)} and len(order) > 3
-    again = there.batch(np.random.default_rng(0), 64, batches.Dropped(0.3, 0.2, 0.2))
+    again = there.batch(np.random.default_rng(0), 64, batches.Dropped(0.3, 0.2, 0.2, foreign=0.3))
     assert torch.equal(again.pixels, got.pixels)
+    filled = got.label_mask.any(-1)
+    assert float(got.foreign[filled].float().mean()) == pytest.approx(0.3, abs=0.15)
+    assert not got.foreign[~filled].any()
 
 
 def test_gathered_pictures_are_of_the_pools_concepts(pools):
@@ -271,7 +280,7 @@ def test_the_components_lose_least(folder):
     whole = torch.cat([videos[:, :, :1]] * 3 + [videos], dim=2)
     blocks = vae.cut(whole).reshape(-1, 768).double().numpy()
     values = np.linalg.svd(blocks - blocks.mean(0), compute_uv=False)
-    best = (values[48:] ** 2).sum() / blocks.size
+    best = (values[COMPONENTS:] ** 2).sum() / blocks.size
     again = (
         ((vae.encode(videos) / vae.scale[:, None, None, None]).permute(0, 2, 3, 4, 1)) @ vae.basis
     ) + vae.mean
@@ -421,7 +430,7 @@ def test_polishing_changes_the_network_alone_and_draws_the_models_latents_better
     polish.redo(model, folder, tmp_path / "redone.npz", clips=8, guidance=1.5, seed=0, batch=4)
     with np.load(tmp_path / "redone.npz") as file:
         latents, picks = torch.from_numpy(file["latents"].astype(np.float32)), file["picks"]
-    assert latents.shape == (8, 48, 5, 8, 8) and {int(s) for s, _ in picks} == {1}
+    assert latents.shape == (8, COMPONENTS, 5, 8, 8) and {int(s) for s, _ in picks} == {1}
     videos = train_vae.to_tensor(
         np.stack([pool.open_shard(folder / f"shard-{s:05d}").video[k] for s, k in picks])
     )
@@ -470,7 +479,7 @@ def test_frozen_encoders_stay_as_they_are(folder, tokenizer, tmp_path):
         picture_steps=0,
         caption_steps=0,
         start=tmp_path / "start" / "model.safetensors",
-        freeze=True,
+        freeze=train_model.FROZEN,
     )
     after = load_model(tmp_path / "on" / "model.safetensors").state_dict()
     before = start.state_dict()
@@ -494,6 +503,7 @@ def sight_of(model, kept):
     heads = (
         train_pictures.PortraitHead(concept.width),
         train_pictures.TraitHead(concept.tokens_per_concept, concept.width),
+        train_pictures.TraitHead(1, concept.picture_dim, inner=256),
     )
     return train_pictures.Sight(model, *heads, kept)
 
@@ -610,6 +620,90 @@ def test_clips_that_the_model_told_are_all_that_its_own_noise_shows(knows, folde
     assert abs(float(left.mean())) < 0.01 and float(left.std()) == pytest.approx(1, abs=0.01)
 
 
+def test_a_clip_noised_by_its_decoy_is_its_decoy_noised(folder, tokenizer):
+    data = batches.LatentPool(folder, tokenizer, 48, 8)
+    batch = data.batch(np.random.default_rng(0), 64, batches.Dropped(foreign=0.5))
+    assert batch.foreign.any() and not batch.foreign[~batch.label_mask.any(-1)].any()
+    noise = torch.randn(batch.latents.shape, generator=torch.Generator().manual_seed(0))
+    sigma = noising.random_sigma(np.random.default_rng(2), 64)
+    held = torch.full((64,), noising.HELD_SIGMA)
+    found, level, counted = noising.decoy_noise(batch, noise, sigma, held, np.random.default_rng(1), 0.7)
+    s = sigma[:, None, None, None, None]
+    shown = ((1 - s) * batch.latents + s * found - s * noise) / (1 - s)
+    decoys = (shown - batch.decoys).abs().amax((1, 2, 3, 4)) < 1e-3
+    clips = (shown - batch.latents).abs().amax((1, 2, 3, 4)) < 1e-3
+    assert (decoys | clips).all() and 0 < decoys.sum() < 64 and torch.equal(level, sigma)
+    assert not decoys[~batch.concept_mask.any(-1)].any()
+    assert not decoys[sigma < noising.DECOY_SIGMAS[0]].any()
+    assert (counted[decoys] == noising.DECOY_HELD).all() and (counted[~decoys] == noising.HELD_SIGMA).all()
+
+
+def test_a_decoy_differs_in_its_textures_alone():
+    scene = random_scene(3, held_out=False, concepts=3)
+    rng, kinds = np.random.default_rng(0), set()
+    for _ in range(40):
+        other = decoys.decoy(scene, rng)
+        assert dataclasses.replace(other, actors=scene.actors) == scene
+        for own, disguised in zip(scene.actors, other.actors, strict=True):
+            kinds.add(disguised.identity.texture)
+            kept = {name: getattr(own.identity, name) for name in ("second", "accent", "accessory")}
+            assert kept.items() <= vars(disguised.identity).items()
+            assert dataclasses.replace(disguised, identity=own.identity) == own
+            if disguised.identity.texture != "plain":
+                assert disguised.identity.body == own.identity.body
+        stranger = decoys.foreign(scene.actors[0], rng)
+        assert stranger.noun != scene.actors[0].noun and stranger.identity == scene.actors[0].identity
+    assert kinds == set(TEXTURES)
+
+
+def test_more_components_join_those_that_are_known(folder):
+    """What is added is orthogonal, and explains as much as if all had been found at once."""
+    few = small_config().vae | {"z_dim": 20, "latents_mean": [0.0] * 20, "latents_std": [1.0] * 20}
+    known, more = train_vae.new_vae(few), train_vae.new_vae(small_config().vae)
+    train_vae.analyse(known, folder, clips=3 * CLIPS)
+    more.mean.copy_(known.mean)
+    more.basis[:20], more.scale[:20] = known.basis, known.scale
+    train_vae.analyse(more, folder, clips=3 * CLIPS, kept=20)
+    assert torch.equal(more.basis[:20], known.basis) and torch.equal(more.scale[:20], known.scale)
+    torch.testing.assert_close(more.basis @ more.basis.T, torch.eye(COMPONENTS), rtol=0, atol=1e-4)
+    at_once = train_vae.load_vae(folder)  # all of them, from the same clips
+    torch.testing.assert_close(more.scale, at_once.scale, rtol=0.02, atol=0)
+    videos = train_vae.to_tensor(pool.open_shard(pool.shards(folder)[1]).video)
+    first, whole = known.encode(videos), more.encode(videos)
+    torch.testing.assert_close(whole[:, :20], first, rtol=1e-4, atol=1e-4)
+
+
+def test_a_model_goes_on_with_more_latent_channels(folder, tokenizer, tmp_path):
+    """What it tells of the channels that it knew does not depend on the new ones, whose mean it tells."""
+    small = small_config()
+    channels = {"in_channels": 20, "out_channels": 20}
+    numbers = {"z_dim": 20, "latents_mean": [0.0] * 20, "latents_std": [1.0] * 20}
+    before = ConceptMaster(
+        dataclasses.replace(
+            small, transformer=dataclasses.replace(small.transformer, **channels), vae=small.vae | numbers
+        )
+    )
+    with torch.no_grad():
+        for parameter in before.parameters():
+            parameter.add_(0.02)
+    save_model(before, tmp_path / "model.safetensors")
+    after = ConceptMaster(small)
+    assert train_model.start_from(after, tmp_path / "model.safetensors") == []
+    torch.manual_seed(0)
+    latents, concept = torch.randn(2, *small.latent_shape), small.concept
+    rest = (
+        torch.tensor([900.0, 200.0]),
+        torch.randn(2, 48, small.transformer.text_dim),
+        torch.randn(2, concept.max_concepts, concept.tokens_per_concept, concept.width),
+        torch.ones(2, concept.max_concepts, dtype=torch.bool),
+    )
+    with torch.no_grad():
+        known, told = before.transformer(latents[:, :20], *rest), after.transformer(latents, *rest)
+    torch.testing.assert_close(told[:, :20], known, rtol=1e-4, atol=1e-4)
+    sigma = rest[0][:, None, None, None, None] / 1000
+    torch.testing.assert_close(told[:, 20:], latents[:, 20:] / sigma, rtol=1e-4, atol=1e-4)
+
+
 def test_drawing_and_encoding_stop_at_any_shard_and_go_on(tmp_path, monkeypatch):
     monkeypatch.setattr(pool, "SHARD", CLIPS)
     monkeypatch.setattr(train_stages, "SHARD", CLIPS)
@@ -633,7 +727,7 @@ def test_drawing_and_encoding_stop_at_any_shard_and_go_on(tmp_path, monkeypatch)
     first = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/shard-*/latents.npy")}
     assert len(first) == 1 and train_stages.run(args) == 0
     latents = [folder / "latents.npy" for folder in tmp_path.glob("*/shard-*")]
-    assert len(latents) == 4 and all(np.load(path).shape == (CLIPS, 48, 5, 8, 8) for path in latents)
+    assert len(latents) == 4 and all(np.load(path).shape == (CLIPS, COMPONENTS, 5, 8, 8) for path in latents)
     assert all(path.stat().st_mtime_ns == made for path, made in first.items())
 
 

@@ -64,8 +64,10 @@ def data(tmp_path_factory):
         for name, held_out in (("clips", False), ("held-out", True)):
             shard = pool.open_shard(pool.draw_shard(root / name, 0, held_out))
             batches.portraits(shard, 0, held_out)
-            latents = np.random.default_rng(0).standard_normal((CLIPS, 48, *pool.LATENT_GRID))
-            np.save(shard.folder / "latents.npy", latents.astype(np.float16))
+            channels = small_config().vae["z_dim"]
+            latents = np.random.default_rng(0).standard_normal((CLIPS, channels, *pool.LATENT_GRID))
+            for file in pool.LATENTS:
+                np.save(shard.folder / file, latents.astype(np.float16))
     config = small_config()
     (root / "vae" / "vae.json").write_text(json.dumps(config.vae))
     save(root / "vae" / "vae.safetensors", build_vae(config).state_dict())
