@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from conceptmaster.engine.model import ConceptMaster
 from conceptmaster.engine.weights import load_model, save_model
+from conceptmaster.runtime.errors import InputError
 from conceptmaster.runtime.solver import make_schedule
 
 from .arguments import check_counts, check_trained
@@ -38,7 +39,7 @@ from .learning import (
     save_checkpoint,
     schedule,
 )
-from .noising import normal
+from .noising import decoy_noise, normal
 from .resident import pool_on
 from .train import save_rounded
 from .train_model import ADAM_NAMES, foreground_weight
@@ -74,6 +75,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sampling-steps", type=int, default=4, help="what the student will need (4)")
     parser.add_argument("--substeps", type=int, default=2, help="the teacher's steps for each of these (2)")
     parser.add_argument("--guidance", type=float, default=3.0, help="the teacher's (3)")
+    parser.add_argument(
+        "--decoys", type=float, default=0.0, help="share of clips that go on from their decoy (0)"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=None, help="CPU threads (one per core)")
@@ -82,6 +86,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Distil and collect a weights folder; returns 0. Raises InputError for what cannot work."""
     check_counts(args, "steps", "batch_size", "sampling_steps", "substeps")
+    if not 0 <= args.decoys <= 1:
+        raise InputError(f"--decoys must lie between 0 and 1, got {args.decoys}")
     check_trained(args.teacher, args.data)
     if args.threads is not None:
         torch.set_num_threads(args.threads)
@@ -96,6 +102,7 @@ def run(args: argparse.Namespace) -> int:
         batch_size=args.batch_size,
         seed=args.seed,
         device=args.device,
+        decoys=args.decoys,
     )
     weights = args.output / "weights"
     shutil.copytree(args.teacher, weights, dirs_exist_ok=True)
@@ -152,8 +159,10 @@ def distil(
     lr: float = 0.004,
     adam_lr: float = 5e-4,
     log_every: int = 50,
+    decoys: float = 0.0,
 ) -> None:
-    """Train a student of ``weights`` to ``steps``; resumes from ``output/distil.safetensors``.
+    """Train a student of ``weights`` to ``steps``; resumes from ``output/distil.safetensors``. For ``decoys``
+    see ``decoy_noise``.
 
     Only the transformer learns; encoders, Q-Former and DAM stay the teacher's. Writes
     ``output/model.safetensors`` (averaged weights) and appends to ``output/distil-log.jsonl``. Raises
@@ -180,6 +189,7 @@ def distil(
         batch = pool.batch(rng, batch_size, Dropped(concepts=0.1, caption=0, both=0)).to(device)
         noise = normal(rng, tuple(batch.latents.shape), device)
         sigmas = levels[torch.from_numpy(rng.integers(plan.steps, size=batch_size)).to(device)]
+        noise, _ = decoy_noise(batch, noise, sigmas[:, 0], rng, decoys)
         optimizer.set_scale(schedule(step / steps))
         with cheapest_attention(device), autocast(device):
             loss = _loss(student, teacher, batch, noise, sigmas, plan.guidance)

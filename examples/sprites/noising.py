@@ -64,16 +64,15 @@ def own_noise(
 
 
 def decoy_noise(
-    batch: Batch, noise: Tensor, sigma: Tensor, held: Tensor, rng: np.random.Generator, share: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The same noise, levels and held levels (see ``own_noise``), with the decoy's difference to the clip in
-    the noise of a ``share`` of the clips that have concepts and a level in ``DECOY_SIGMAS``: noised by it
-    they are their decoys, noised, and what has to be told is still the clip."""
+    batch: Batch, noise: Tensor, sigma: Tensor, rng: np.random.Generator, share: float
+) -> tuple[Tensor, Tensor]:
+    """The noise, with the decoy's difference to the clip in that of a ``share`` of the clips that have
+    concepts and a level ``sigma`` [B] in ``DECOY_SIGMAS``; and which these are, bool [B]. Noised by it they
+    are their decoys, noised, and what has to be told is still the clip."""
     chosen = torch.from_numpy(rng.random(len(sigma), np.float32) < share).to(sigma.device)
     chosen &= batch.concept_mask.any(-1) & (sigma >= DECOY_SIGMAS[0]) & (sigma <= DECOY_SIGMAS[1])
     s = torch.where(chosen, sigma, 1.0)[:, None, None, None, None]
-    noise = noise + (1 - s) / s * (batch.decoys - batch.latents)
-    return noise, sigma, torch.where(chosen, torch.full_like(held, DECOY_HELD).maximum(held), held)
+    return noise + (1 - s) / s * (batch.decoys - batch.latents), chosen
 
 
 def random_sigma(rng: np.random.Generator, size: int, high: float = 0.0) -> Tensor:

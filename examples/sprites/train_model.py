@@ -44,7 +44,7 @@ from .learning import (
     save_checkpoint,
     schedule,
 )
-from .noising import decoy_noise, normal, own_noise, random_sigma
+from .noising import DECOY_HELD, decoy_noise, normal, own_noise, random_sigma
 from .resident import pool_on
 from .train_pictures import PortraitHead, Sight, TraitHead, learn_pictures, picture_losses, trait_losses
 
@@ -434,8 +434,10 @@ def train_model(
         sigma = random_sigma(rng, len(noise), high).to(device)
         optimizer.set_scale(schedule(part))
         with cheapest_attention(device), autocast(device):
-            noised = own_noise(trainee, batch, noise, sigma, rng, own)
-            losses = trainee(batch, *decoy_noise(batch, *noised, rng, decoys))
+            noise, sigma, held = own_noise(trainee, batch, noise, sigma, rng, own)
+            noise, astray = decoy_noise(batch, noise, sigma, rng, decoys)
+            held = torch.where(astray, held.clamp(min=DECOY_HELD), held)
+            losses = trainee(batch, noise, sigma, held)
         optimizer.zero_grad(set_to_none=True)
         losses["total"].backward()
         if world > 1:
