@@ -105,7 +105,7 @@ def _sprites() -> ModelConfig:
             picture_tokens=64,
             picture_dim=128,
             label_tokens=8,
-            queries=8,
+            queries=64,
             layers=2,
             heads=4,
             width=128,

@@ -3,6 +3,7 @@ guidance."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -14,9 +15,19 @@ from torch import Tensor
 
 from conceptmaster.engine.encoders import CLIP_MEAN, CLIP_STD
 
-from .draw import paint_along
+from .draw import draw_reference, paint_along
 from .pool import LATENTS, Shard, open_shard, shards
-from .world import ACCESSORIES, MAX_CONCEPTS, NOUNS, PERIODS, TEXTURES, Identity, random_scene
+from .world import (
+    ACCESSORIES,
+    MAX_CONCEPTS,
+    NOUNS,
+    PERIODS,
+    TEXTURES,
+    Actor,
+    Identity,
+    random_identity,
+    random_scene,
+)
 
 MEAN, STD = np.asarray(CLIP_MEAN, np.float32), np.asarray(CLIP_STD, np.float32)
 PORTRAIT = 32
@@ -130,6 +141,43 @@ def how_it_runs(look: Identity) -> np.ndarray:
     return runs
 
 
+def new_pictures(
+    rng: np.random.Generator, size: int, label: Callable[[str], tuple[np.ndarray, np.ndarray]]
+) -> Pictures:
+    """References of looks that are drawn here and nowhere else, none of them held out, as
+    ``LatentPool.pictures`` gives those of its clips; ``label`` is the pool's. What a model learns from looks
+    that come back it tells of these alone."""
+    pictures, faces, traits, patterns, labels = [], [], [], [], []
+    for _ in range(size):
+        look, noun = random_identity(rng, held_out=False), str(rng.choice(NOUNS))
+        actor = Actor(noun, noun, look, radius=1.0, start=(0.0, 0.0), cell=(1, 1), motion="still")
+        pictures.append(draw_reference(actor, rng))
+        faces.append(_upright(actor))
+        traits.append(_traits(actor))
+        patterns.append(how_it_runs(look))
+        labels.append(label(noun))
+    return Pictures(
+        _for_clip(np.stack(pictures)),
+        *(torch.from_numpy(np.stack(each)) for each in zip(*labels, strict=True)),
+        _minus_one_to_one(np.stack(faces)),
+        torch.from_numpy(np.array(traits, np.int64)),
+        torch.from_numpy(np.stack(patterns)),
+    )
+
+
+def _upright(actor: Actor) -> np.ndarray:
+    """A concept upright and alone on grey, uint8 [32,32,3]."""
+    centre = np.full((1, 2), PORTRAIT / 2, np.float32)
+    rgb, alpha = paint_along(actor.noun, actor.identity, 0.35 * PORTRAIT, centre, size=PORTRAIT)
+    return np.round((0.5 * (1 - alpha[0, ..., None]) + rgb[0]).clip(0, 1) * 255).astype(np.uint8)
+
+
+def _traits(actor: Actor) -> tuple[int, int, int]:
+    """Numbers of a concept's texture, accessory and noun."""
+    look = actor.identity
+    return TEXTURES.index(look.texture), ACCESSORIES.index(look.accessory), NOUNS.index(actor.noun)
+
+
 def portraits(shard: Shard, first_seed: int, held_out: bool = False) -> None:
     """Write beside a shard, unless they are there, every concept upright and alone on grey (uint8
     [n,N,32,32,3]), what it is (traits, uint8 [n,N,3]: texture, accessory, noun) and how its texture runs
@@ -139,18 +187,10 @@ def portraits(shard: Shard, first_seed: int, held_out: bool = False) -> None:
     faces = np.full((len(shard.captions), MAX_CONCEPTS, PORTRAIT, PORTRAIT, 3), 128, np.uint8)
     traits = np.zeros((len(shard.captions), MAX_CONCEPTS, 3), np.uint8)
     patterns = np.full((len(shard.captions), MAX_CONCEPTS, RUNS), np.nan, np.float32)
-    centre = np.full((1, 2), PORTRAIT / 2, np.float32)
     for k in range(len(faces)):
         for n, actor in enumerate(random_scene(first_seed + k, held_out=held_out).actors):
-            look = actor.identity
-            rgb, alpha = paint_along(actor.noun, look, 0.35 * PORTRAIT, centre, size=PORTRAIT)
-            faces[k, n] = np.round((0.5 * (1 - alpha[0, ..., None]) + rgb[0]).clip(0, 1) * 255)
-            traits[k, n] = (
-                TEXTURES.index(look.texture),
-                ACCESSORIES.index(look.accessory),
-                NOUNS.index(actor.noun),
-            )
-            patterns[k, n] = how_it_runs(look)
+            faces[k, n], traits[k, n] = _upright(actor), _traits(actor)
+            patterns[k, n] = how_it_runs(actor.identity)
     for name, array in ((PORTRAIT_FILE, faces), (TRAITS_FILE, traits), (PATTERNS_FILE, patterns)):
         partial = shard.folder / f".{name}.tmp.npy"
         np.save(partial, array)

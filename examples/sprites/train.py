@@ -63,6 +63,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--picture-steps", type=int, help="steps on pictures alone, first (1500; with --start 0)"
     )
     parser.add_argument(
+        "--new-looks", action="store_true", help="draw pictures for these steps, none of them twice"
+    )
+    parser.add_argument(
         "--caption-steps", type=int, help="steps on captions alone, second (550; with --start 0)"
     )
     parser.add_argument("--steps", type=int, default=4000, help="steps of model training (4000)")
@@ -77,7 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=FROZEN,
         default=[],
         metavar="ENCODER",
-        help="leave these as they are in the last stage: text_encoder, image_encoder (none)",
+        help=f"leave these as they are in the last stage: {', '.join(FROZEN)} (none)",
     )
     parser.add_argument(
         "--own", type=float, default=0.0, help="share of clips that go on from the model's own estimate (0)"
@@ -206,6 +209,7 @@ def _run(args: argparse.Namespace) -> int:
             start=args.start and args.start / "model.safetensors",
             freeze=args.freeze,
             log_every=args.log_every,
+            new_looks=args.new_looks,
             own=args.own,
             decoys=args.decoys,
             foreign=args.foreign,

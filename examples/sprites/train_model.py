@@ -46,9 +46,16 @@ from .learning import (
 )
 from .noising import DECOY_HELD, decoy_noise, normal, own_noise, random_sigma
 from .resident import pool_on
-from .train_pictures import PortraitHead, Sight, TraitHead, learn_pictures, picture_losses, trait_losses
+from .train_pictures import (
+    Sight,
+    TraitHead,
+    learn_pictures,
+    picture_losses,
+    portrait_head,
+    trait_losses,
+)
 
-FROZEN = ("text_encoder", "image_encoder")
+FROZEN = ("text_encoder", "image_encoder", "qformer")
 """Parts that the last stage may leave as they are."""
 PICTURES = 128
 """Least number of pictures in a step that learns from pictures alone."""
@@ -86,7 +93,7 @@ class Trainee(nn.Module):
         self.layout = LayoutHead(config.transformer.width, concept.width)
         grid = [n // p for n, p in zip(config.latent_shape[1:], config.transformer.patch_size, strict=True)]
         self.story = StoryHead(concept.width, config.transformer.text_dim, int(np.prod(grid)))
-        self.portrait = PortraitHead(concept.width)
+        self.portrait = portrait_head(concept)
         self.trait = TraitHead(concept.tokens_per_concept, concept.width)
         self.eye = TraitHead(1, concept.picture_dim, inner=256)
         self.look = TraitHead(1, config.transformer.width)
@@ -311,17 +318,18 @@ def _learn_parts(
     batch_size: int,
     seed: int,
     device: str,
-    started: bool,
+    keep: bool,
+    new_looks: bool,
     log: Callable[[Mapping[str, object]], None],
     log_every: int,
     checkpoint: Path,
     write: bool,
 ) -> None:
-    """What is learned before the videos: to see pictures, without becoming unreadable for what was there
-    before if the model was ``started`` from another, and to read captions."""
+    """What is learned before the videos: to see pictures, with ``keep`` without becoming unreadable for the
+    transformer that is there, and to read captions."""
     model = trainee.model
     if picture_steps:
-        kept = copy.deepcopy(model).eval() if started else None
+        kept = copy.deepcopy(model).eval() if keep else None
         with cheapest_attention(device):
             learn_pictures(
                 Sight(model, trainee.portrait, trainee.trait, trainee.eye, kept).to(device),
@@ -336,6 +344,7 @@ def _learn_parts(
                 checkpoint=checkpoint,
                 write=write,
                 batch_size=max(PICTURES, batch_size),
+                new_looks=new_looks,
             )
     losses = learn_captions(trainee, pool, steps=caption_steps, seed=seed, device=device)
     if losses:
@@ -370,19 +379,20 @@ def train_model(
     foreign: float = 0.0,
     high: float = 0.0,
     minutes: float | None = None,
+    new_looks: bool = False,
 ) -> None:
     """Learn to see pictures alone, and to read captions alone, then train to ``steps``.
 
     Resumes from ``output/training.safetensors``, before that from ``pictures.safetensors``; a batch depends
     on seed and step only. ``start`` is a ``model.safetensors`` to go on from, with fresh heads and
-    optimizer; usually without captions then. ``lr`` is Muon's, for matrices; AdamW takes an eighth of it.
-    ``freeze`` leaves encoders, some of ``FROZEN``, as they are in the last stage; the paper does so with T5
-    and CLIP. ``own``: see ``own_noise``, ``decoys``: see ``decoy_noise``, ``foreign``: see ``Dropped``,
-    ``high``: see ``random_sigma``. With ``minutes`` the last stage takes so long and as many steps as fit,
-    its learning rate following the clock. ``data`` and ``held_out`` are pools with latents. Writes
-    ``model.safetensors`` (averaged weights with their configuration), appends to ``log.jsonl``. Started by
-    torchrun (``torchrun --nproc-per-node 2 -m -- conceptmaster.examples.sprites train …``), processes share
-    the work through gloo or nccl.
+    optimizer; usually without captions then. ``new_looks``: see ``learn_pictures``. ``lr`` is Muon's, for
+    matrices; AdamW takes an eighth of it. ``freeze`` leaves parts, some of ``FROZEN``, as they are in the
+    last stage; the paper does so with T5 and CLIP. ``own``: see ``own_noise``, ``decoys``: see
+    ``decoy_noise``, ``foreign``: see ``Dropped``, ``high``: see ``random_sigma``. With ``minutes`` the last
+    stage takes so long and as many steps as fit, its learning rate following the clock. ``data`` and
+    ``held_out`` are pools with latents. Writes ``model.safetensors`` (averaged weights with their
+    configuration), appends to ``log.jsonl``. Started by torchrun (``torchrun --nproc-per-node 2 -m --
+    conceptmaster.examples.sprites train …``), processes share the work through gloo or nccl.
     """
     world, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     if world > 1 and not dist.is_initialized():
@@ -397,9 +407,11 @@ def train_model(
     for p in (pool, judge):
         p.normalise(config.vae["latents_mean"], config.vae["latents_std"])
     if not checkpoint.exists():
-        told = _log if rank == 0 else (lambda *_: None)
+        told, fresh = _log if rank == 0 else (lambda *_: None), ["everything"]
         if start is not None:
-            told(output, {"phase": "start", "fresh": start_from(trainee.model, start)})
+            fresh = start_from(trainee.model, start)
+            told(output, {"phase": "start", "fresh": fresh})
+        unread = any(name.startswith(("everything", "qformer.", "dam.")) for name in fresh)
         log = partial(told, output)
         _learn_parts(
             trainee,
@@ -410,7 +422,8 @@ def train_model(
             batch_size,
             seed,
             device,
-            start is not None,
+            not unread,
+            new_looks,
             log,
             log_every=max(1, log_every // 2),
             checkpoint=output / "pictures.safetensors",

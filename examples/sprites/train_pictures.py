@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from conceptmaster.engine.concepts import QFormerLayer
+from conceptmaster.engine.config import ConceptConfig
 from conceptmaster.engine.model import ConceptMaster
 
-from .batches import PORTRAIT, RUNS, LatentPool, Pictures
+from .batches import PORTRAIT, RUNS, LatentPool, Pictures, new_pictures
 from .learning import (
     MuonAdamW,
     autocast,
@@ -44,6 +45,7 @@ JUDGED = 512
 """Pictures of held-out looks that are looked at for the log."""
 PATCH = 4
 """Side of the squares that a portrait is drawn in."""
+SQUARES = (PORTRAIT // PATCH) ** 2
 
 
 class PortraitHead(nn.Module):
@@ -54,8 +56,7 @@ class PortraitHead(nn.Module):
 
     def __init__(self, concept_width: int, heads: int = 4) -> None:
         super().__init__()
-        side = PORTRAIT // PATCH
-        self.places = nn.Parameter(torch.randn(side * side, concept_width))
+        self.places = nn.Parameter(torch.randn(SQUARES, concept_width))
         self.layers = nn.ModuleList([QFormerLayer(concept_width, heads) for _ in range(2)])
         self.out = nn.Linear(concept_width, 3 * PATCH * PATCH)
 
@@ -87,8 +88,31 @@ class TraitHead(nn.Module):
         return self.net(self.norm(queries).flatten(1)).split((*TRAITS, RUNS), dim=1)
 
 
+class UprightHead(nn.Module):
+    """How a concept looks, where every square of the portrait has its visual query: each tells its own.
+
+    [M,Q,Dc] -> [M,3,32,32] in -1..1. The queries then are the concept put upright, square by square: what
+    reads them finds a pattern where it is to be drawn, and need not make one of its angle and period.
+    """
+
+    def __init__(self, concept_width: int) -> None:
+        super().__init__()
+        self.out = nn.Linear(concept_width, 3 * PATCH * PATCH)
+
+    def forward(self, queries: Tensor) -> Tensor:
+        """Predicted pictures."""
+        return F.fold(self.out(queries).transpose(1, 2), PORTRAIT, PATCH, stride=PATCH)
+
+
+def portrait_head(concept: ConceptConfig) -> nn.Module:
+    """The head that redraws a concept from visual queries as ``concept`` has them."""
+    if concept.encoder == "qformer" and concept.queries == SQUARES:
+        return UprightHead(concept.width)
+    return PortraitHead(concept.width)
+
+
 def picture_losses(
-    portrait_head: PortraitHead,
+    portrait_head: nn.Module,
     trait_head: TraitHead,
     queries: Tensor,
     portraits: Tensor,
@@ -129,7 +153,7 @@ class Sight(nn.Module):
     def __init__(
         self,
         model: ConceptMaster,
-        portrait: PortraitHead,
+        portrait: nn.Module,
         trait: TraitHead,
         eye: TraitHead,
         kept: ConceptMaster | None,
@@ -194,12 +218,14 @@ def learn_pictures(
     lr: float = 0.012,
     log_every: int = 50,
     alone: float = ALONE,
+    new_looks: bool = False,
 ) -> None:
     """Train on reference pictures: a share ``alone`` of the steps the picture encoder, then all that sees.
 
-    ``log`` takes mean losses every ``log_every`` steps, with those of ``judge`` (looks held out) beside
-    them. Resumes from ``checkpoint``, to the same weights; that is written (unless not to ``write``) whenever
-    there is something to log.
+    The pictures are the pool's, or with ``new_looks`` drawn for every step, of looks that come once (see
+    ``new_pictures``). ``log`` takes mean losses every ``log_every`` steps, with those of ``judge`` (looks
+    held out) beside them. Resumes from ``checkpoint``, to the same weights; that is written (unless not to
+    ``write``) whenever there is something to log.
     """
     parameters = [p for p in sight.parameters() if p.requires_grad]
     optimizer = MuonAdamW(sight.named_parameters(), lr, 1.5e-3, adam_names=adam_names)
@@ -214,7 +240,8 @@ def learn_pictures(
             losses_of, scale = sight, rate * schedule((step - turn) / (steps - turn))
         optimizer.set_scale(scale)
         rng = np.random.Generator(np.random.Philox(key=[seed, 2**32 + step]))
-        losses = losses_of(pool.pictures(rng, batch_size).to(device))
+        pictures = new_pictures(rng, batch_size, pool.label) if new_looks else pool.pictures(rng, batch_size)
+        losses = losses_of(pictures.to(device))
         optimizer.zero_grad(set_to_none=True)
         losses["total"].backward()
         gradient_norm(parameters, 2.0)

@@ -40,7 +40,7 @@ from .batches import is_encoded
 from .pool import shards
 from .score import Options, score
 from .train import collect
-from .train_model import FROZEN, train_model
+from .train_model import train_model
 from .train_vae import COMPONENTS
 from .vocabulary import build_tokenizer
 
@@ -249,7 +249,7 @@ def _train_and_score(
         picture_steps=0,
         caption_steps=0,
         start=args.output / "base.safetensors",
-        freeze=FROZEN,
+        freeze=("text_encoder", "image_encoder"),
     )
     progress = json.loads(load(model_folder / "training.safetensors")[1]["progress"])
     collect(vae_folder, model_folder, folder / "weights")

@@ -38,7 +38,14 @@ from conceptmaster.examples.sprites import (
 )
 from conceptmaster.examples.sprites import train as train_stages
 from conceptmaster.examples.sprites.vocabulary import build_tokenizer
-from conceptmaster.examples.sprites.world import NOUNS, PERIODS, PLACES, TEXTURES, random_scene
+from conceptmaster.examples.sprites.world import (
+    ACCESSORIES,
+    NOUNS,
+    PERIODS,
+    PLACES,
+    TEXTURES,
+    random_scene,
+)
 
 CLIPS = 6
 COMPONENTS = preset("sprites").vae["z_dim"]
@@ -466,7 +473,7 @@ def test_a_model_twice_as_wide_computes_the_same_until_it_is_trained(variant, fo
     assert not torch.allclose(twins[0], twins[1], rtol=1e-2), "twins would stay twins"
 
 
-def test_frozen_encoders_stay_as_they_are(folder, tokenizer, tmp_path):
+def test_frozen_parts_stay_as_they_are(folder, tokenizer, tmp_path):
     start = train(folder, tmp_path / "start", tokenizer, 2)
     train_model.train_model(
         small_config(),
@@ -484,7 +491,7 @@ def test_frozen_encoders_stay_as_they_are(folder, tokenizer, tmp_path):
     after = load_model(tmp_path / "on" / "model.safetensors").state_dict()
     before = start.state_dict()
     moved = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
-    assert moved == {"qformer", "dam", "transformer"}
+    assert moved == {"dam", "transformer"}
 
 
 def test_plain_attention_is_torchs_own():
@@ -572,6 +579,45 @@ def test_the_picture_encoder_learns_alone_first_and_an_interrupted_one_goes_on(f
     rest, again = learn(tmp_path / "cut.safetensors")
     assert rest[0]["step"] == 6
     assert all(torch.equal(whole[name], again[name]) for name in whole)
+
+
+def test_every_query_tells_its_own_square():
+    head = train_pictures.portrait_head(preset("sprites").concept)
+    assert isinstance(head, train_pictures.UprightHead)
+    queries = torch.zeros(1, 64, 128)
+    with torch.no_grad():
+        plain = head(queries)
+        for square in (0, 9, 63):
+            queries[:] = 0
+            queries[0, square] = 1
+            changed = (head(queries) != plain).any(1)[0]
+            row, column = divmod(square, 8)
+            assert changed.sum() == 16
+            assert changed[4 * row : 4 * row + 4, 4 * column : 4 * column + 4].all()
+    few = dataclasses.replace(preset("sprites").concept, queries=8)
+    assert isinstance(train_pictures.portrait_head(few), train_pictures.PortraitHead)
+
+
+def test_new_pictures_are_like_those_of_clips_and_never_held_out(folder, tokenizer, monkeypatch):
+    data = batches.LatentPool(folder, tokenizer, 48, 8)
+    draw, looks = batches.random_identity, []
+    monkeypatch.setattr(batches, "random_identity", lambda *a, **k: looks.append(draw(*a, **k)) or looks[-1])
+    new, old = (
+        batches.new_pictures(np.random.default_rng(0), 48, data.label),
+        data.pictures(np.random.default_rng(0), 48),
+    )
+    for name, value in vars(old).items():
+        other = getattr(new, name)
+        assert (other.shape, other.dtype) == (value.shape, value.dtype), name
+    assert len(looks) == len(set(looks)) == 48 and not any(look.held_out for look in looks)
+    for row, look in enumerate(looks):
+        texture, accessory, noun = new.traits[row].tolist()
+        assert (TEXTURES[texture], ACCESSORIES[accessory]) == (look.texture, look.accessory)
+        assert np.array_equal(new.label_ids[row].numpy(), data.label(NOUNS[noun])[0])
+        body = torch.tensor(look.body) * 2 - 1  # somewhere in the portrait, as it is
+        assert (new.portraits[row] - body[:, None, None]).abs().amax(0).min() < 0.05
+    again = batches.new_pictures(np.random.default_rng(0), 48, data.label)
+    assert torch.equal(again.pixels, new.pixels)
 
 
 @pytest.mark.parametrize("texture", TEXTURES)
