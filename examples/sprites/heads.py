@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -36,3 +37,8 @@ class StoryHead(nn.Module):
         """``mask`` bool [B,T]: the caption's tokens."""
         scores = torch.einsum("bni,bti->bnt", self.query(concepts.mean(2)), self.key(text)) / 8
         return self.net(scores.masked_fill(~mask[:, None], -torch.inf).softmax(-1) @ text)
+
+
+def coverage_loss(logits: Tensor, target: Tensor) -> Tensor:
+    """Mean binary cross-entropy, zero where a batch has nothing to ask for."""
+    return F.binary_cross_entropy_with_logits(logits, target, reduction="sum") / max(1, target.numel())

@@ -30,11 +30,11 @@ from tqdm import tqdm
 from conceptmaster.engine.config import ModelConfig
 from conceptmaster.engine.dit import LEAST_SIGMA
 from conceptmaster.engine.model import ConceptMaster
-from conceptmaster.engine.weights import load, load_strict, save_model
+from conceptmaster.engine.weights import save_model
 
 from .attention import cheapest_attention
 from .batches import Batch, Dropped, LatentPool
-from .heads import LayoutHead, StoryHead
+from .heads import LayoutHead, StoryHead, coverage_loss
 from .learning import (
     Average,
     MuonAdamW,
@@ -46,6 +46,8 @@ from .learning import (
 )
 from .noising import DECOY_HELD, decoy_noise, normal, own_noise, random_sigma
 from .resident import pool_on
+from .starting import start_from
+from .train_captions import learn_captions
 from .train_pictures import (
     Sight,
     TraitHead,
@@ -76,11 +78,6 @@ ADAM_NAMES = (
     "embeddings",
     "places",
 )
-
-FAST_NAMES = ("relative_attention_bias", "shared", "layer_norm")
-"""What moves at ``FAST_LR`` while the caption is learned alone: at the usual rate words do not find their
-neighbours ("a cat at the top left") for tens of thousands of samples, at this one within ten thousand."""
-FAST_LR = 0.02
 
 
 class Trainee(nn.Module):
@@ -144,10 +141,10 @@ class Trainee(nn.Module):
         target = F.avg_pool3d(batch.coverage.flatten(0, 1)[:, None], patch).flatten(1)  # [B*N,S]
         logits = self.layout(hidden.float(), concepts.float()).flatten(0, 1)
         shown = batch.concept_mask.flatten()
-        layout = _coverage_loss(logits[shown], target[shown])
+        layout = coverage_loss(logits[shown], target[shown])
         told = shown & (batch.token_mask.sum(1) > 1).repeat_interleave(batch.concept_mask.shape[1])
         logits = self.story(concepts.float(), text.float(), batch.token_mask).flatten(0, 1)
-        story = _coverage_loss(logits[told], target[told])
+        story = coverage_loss(logits[told], target[told])
         filled = batch.label_mask.any(-1)
         look = self._look_losses(batch, hidden, target.view(*batch.concept_mask.shape, -1))
         shows = ~batch.foreign[filled]  # what the picture alone says is asked where it shows the noun
@@ -175,11 +172,6 @@ class Trainee(nn.Module):
 def foreground_weight(batch: Batch) -> Tensor:
     """How much each latent position counts: more where a concept is, [B,1,F,H,W]."""
     return 1 + FOREGROUND * batch.coverage.sum(1, keepdim=True).clamp(max=1)
-
-
-def _coverage_loss(logits: Tensor, target: Tensor) -> Tensor:
-    """Mean binary cross-entropy, zero where a batch has nothing to ask for."""
-    return F.binary_cross_entropy_with_logits(logits, target, reduction="sum") / max(1, target.numel())
 
 
 @torch.no_grad()
@@ -231,84 +223,6 @@ def _agree(progress: dict[str, float], device: str) -> None:
     progress["seconds"] = float(seconds)
 
 
-def learn_captions(
-    trainee: Trainee, pool: LatentPool, *, steps: int, seed: int, device: str, batch_size: int = 64
-) -> list[float]:
-    """Train text encoder, DAM and story head on captions alone, with noise for visual queries; mean losses
-    per 25 steps.
-
-    Cheap, and decisive: joint training from the start settles where captions tell the video no places, and
-    stays there.
-    """
-    if steps == 0:
-        return []
-    model, concept = trainee.model, trainee.model.config.concept
-    parts = nn.ModuleDict({"text": model.text_encoder, "dam": model.dam, "story": trainee.story})
-    optimizer = MuonAdamW(
-        parts.named_parameters(),
-        0.012,
-        FAST_LR,
-        adam_names=ADAM_NAMES,
-        fast_names=FAST_NAMES,
-        fast_lr=FAST_LR,
-    )
-    patch = model.config.transformer.patch_size
-    losses: list[float] = []
-    for step in tqdm(range(steps), desc="captions", disable=None):
-        optimizer.set_scale(min(1.0, (steps - step) / (0.3 * steps)))
-        batch = pool.captions(np.random.default_rng([seed, step]), batch_size).to(device)
-        text, filled = model.text_encoder(batch.token_ids, batch.token_mask), batch.label_mask.any(-1)
-        mask = batch.label_mask[filled]
-        visual = torch.randn(len(mask), concept.tokens_per_concept, concept.width, device=device)
-        tokens = visual
-        if concept.binding != "none":
-            tokens = model.dam(visual, model.text_encoder(batch.label_ids[filled], mask), mask)
-        concepts = tokens.new_zeros((*filled.shape, *tokens.shape[1:]))
-        concepts[filled] = tokens
-        target = F.avg_pool3d(batch.coverage.flatten(0, 1)[:, None], patch).flatten(1)
-        logits = trainee.story(concepts, text, batch.token_mask).flatten(0, 1)
-        loss = _coverage_loss(logits[filled.flatten()], target[filled.flatten()])
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        gradient_norm([p for p in parts.parameters() if p.requires_grad], 2.0)
-        optimizer.step()
-        losses.append(float(loss.detach()))
-    return [round(float(np.mean(losses[k : k + 25])), 4) for k in range(0, steps, 25)]
-
-
-def start_from(model: ConceptMaster, weights: Path) -> list[str]:
-    """Take over the weights of a trained model, but for tensors that have another shape; returns the names of
-    what stays fresh. With more latent channels than it had, the layers next to them take no notice of the new
-    ones at first, and tell their mean."""
-    old, own = load(weights)[0], model.state_dict()
-    _add_channels(old, model.config)
-    taken = {name: old[name] for name in own if name in old and old[name].shape == own[name].shape}
-    # Tied weights are stored under one of their names; the other must not come back with fresh values.
-    tied = {own[name].data_ptr() for name in taken}
-    fresh = {name: own[name] for name in own if name not in taken and own[name].data_ptr() not in tied}
-    load_strict(model, taken | fresh)
-    return sorted(fresh)
-
-
-def _add_channels(tensors: dict[str, Tensor], config: ModelConfig) -> None:
-    """Give the transformer's first and last layer as many latent channels as ``config`` has."""
-    c = config.transformer
-    first, last = "transformer.patch_embedding.weight", "transformer.proj_out"
-    if first not in tensors:
-        return
-    before = tensors[first].shape[1] - c.position_channels
-    more = c.in_channels - before
-    if more <= 0:
-        return
-    latents, positions = tensors[first].split([before, c.position_channels], dim=1)
-    new = latents.new_zeros(latents.shape[0], more, *latents.shape[2:])
-    tensors[first] = torch.cat([latents, new, positions], dim=1)
-    for name in (f"{last}.weight", f"{last}.bias"):  # [patch*Cz,...]
-        parts = tensors[name].unflatten(0, (-1, before))
-        new = parts.new_zeros(len(parts), more, *parts.shape[2:])
-        tensors[name] = torch.cat([parts, new], dim=1).flatten(0, 1)
-
-
 def _learn_parts(
     trainee: Trainee,
     pool: LatentPool,
@@ -346,7 +260,9 @@ def _learn_parts(
                 batch_size=max(PICTURES, batch_size),
                 new_looks=new_looks,
             )
-    losses = learn_captions(trainee, pool, steps=caption_steps, seed=seed, device=device)
+    losses = learn_captions(
+        trainee, pool, steps=caption_steps, seed=seed, device=device, adam_names=ADAM_NAMES
+    )
     if losses:
         log({"phase": "captions", "story": losses})
 

@@ -31,6 +31,7 @@ from conceptmaster.examples.sprites import (
     processes,
     resident,
     shapes,
+    starting,
     train_model,
     train_pictures,
     train_vae,
@@ -732,7 +733,7 @@ def test_a_model_goes_on_with_more_latent_channels(folder, tokenizer, tmp_path):
             parameter.add_(0.02)
     save_model(before, tmp_path / "model.safetensors")
     after = ConceptMaster(small)
-    assert train_model.start_from(after, tmp_path / "model.safetensors") == []
+    assert starting.start_from(after, tmp_path / "model.safetensors") == []
     torch.manual_seed(0)
     latents, concept = torch.randn(2, *small.latent_shape), small.concept
     rest = (

@@ -17,7 +17,7 @@ from conceptmaster.engine.model import ConceptMaster
 from conceptmaster.engine.presets import preset
 from conceptmaster.engine.vae import build_vae
 from conceptmaster.engine.weights import load, load_model, save, save_model
-from conceptmaster.examples.sprites import batches, pool, train, train_model, variants
+from conceptmaster.examples.sprites import batches, pool, starting, train, train_model, variants
 from conceptmaster.examples.sprites.measures import MEASURES
 from conceptmaster.examples.sprites.vocabulary import build_tokenizer
 from conceptmaster.runtime.errors import ConceptMasterError, InputError
@@ -158,7 +158,7 @@ def test_the_base_has_no_concept_tensors_and_every_variant_starts_from_it(base, 
         for seed in (0, 0, 1):
             torch.manual_seed(seed)
             trainee = train_model.Trainee(variant.config(small_config()))
-            train_model.start_from(trainee.model, path)
+            starting.start_from(trainee.model, path)
             states.append(trainee.state_dict())
         first, again, other = states
         for name in plain:
