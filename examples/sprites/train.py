@@ -71,6 +71,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, default=4000, help="steps of model training (4000)")
     parser.add_argument("--batch-size", type=int, default=32, help="clips in a step, over all processes (32)")
     parser.add_argument("--lr", type=float, default=0.012, help="Muon's, AdamW takes an eighth (0.012)")
+    parser.add_argument(
+        "--queries", type=int, help="visual queries of a concept (as many as --start has, else 64)"
+    )
     parser.add_argument("--encoder", choices=ENCODERS, default="qformer")
     parser.add_argument("--binding", choices=BINDINGS, default="dam")
     parser.add_argument("--injection", choices=INJECTIONS, default="standalone")
@@ -146,7 +149,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    check_counts(args, "clips", "steps", "batch_size", "vae_steps", "vae_batch_size", "workers", "log_every")
+    check_counts(args, "clips", "steps", "batch_size", "vae_steps", "vae_batch_size", "workers")
+    check_counts(args, "log_every", "queries")
     if args.clips < 2 * SHARD:
         least = f"at least {2 * SHARD}, the first {SHARD} judge the VAE"
         raise InputError(f"--clips must be {least}, got {args.clips}")
@@ -189,9 +193,9 @@ def _run(args: argparse.Namespace) -> int:
         )
     if "model" in args.stages:
         vae_config = json.loads((vae_folder / "vae.json").read_text())
-        config = sprites_config(
-            vae_config, encoder=args.encoder, binding=args.binding, injection=args.injection
-        )
+        concept = {name: getattr(args, name) for name in ("encoder", "binding", "injection")}
+        concept["queries"] = args.queries or (started or _new_vae(args.components)).queries
+        config = sprites_config(vae_config, **concept)
         tokenizer = build_tokenizer()
         train_model(
             config,
@@ -234,11 +238,13 @@ def _first_steps(args: argparse.Namespace, name: str, usual: int) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class _Begun:
-    """A VAE of which the first ``kept`` components are known already, and its configuration."""
+    """A VAE of which the first ``kept`` components are known already, its configuration, and how many visual
+    queries the model has that it is of."""
 
     vae: BlockVAE
     config: dict[str, Any]
     kept: int
+    queries: int
 
     @property
     def complete(self) -> bool:
@@ -248,17 +254,20 @@ class _Begun:
 
 def _new_vae(components: int | None) -> _Begun:
     config = vae_config(components)
-    return _Begun(new_vae(config), config, kept=0)
+    return _Begun(new_vae(config), config, kept=0, queries=preset("sprites").concept.queries)
 
 
 def _started_vae(weights: Path, components: int | None) -> _Begun:
     """The VAE of weights that are gone on from, with room for more components if these are asked for. Where
     its network has another size today, a fresh one takes its place."""
     try:
-        old = load_model(weights / "model.safetensors").config.vae
+        begun = load_model(weights / "model.safetensors").config
         tensors = load(weights / "vae.safetensors")[0]
     except (FileNotFoundError, WeightsError) as error:
         raise InputError(f"cannot start from {weights}: {error}") from error
+    old = begun.vae
+    if old.get("kind") != "blocks":
+        raise InputError(f"cannot start from {weights}: its VAE is not of blocks, as this world's is")
     kept = old["z_dim"]
     if components is not None and components < kept:
         raise InputError(f"--components must be at least the {kept} of {weights}, got {components}")
@@ -273,7 +282,7 @@ def _started_vae(weights: Path, components: int | None) -> _Begun:
             state[name][:kept] = tensor
         elif all(size.values()):
             state[name].copy_(tensor)
-    return _Begun(vae, config, kept)
+    return _Begun(vae, config, kept, begun.concept.queries)
 
 
 def _require(found: object, stage: str, folder: Path) -> None:

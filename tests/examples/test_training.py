@@ -47,6 +47,7 @@ from conceptmaster.examples.sprites.world import (
     TEXTURES,
     random_scene,
 )
+from conceptmaster.runtime.errors import InputError
 
 CLIPS = 6
 COMPONENTS = preset("sprites").vae["z_dim"]
@@ -747,6 +748,36 @@ def test_a_model_goes_on_with_more_latent_channels(folder, tokenizer, tmp_path):
     torch.testing.assert_close(told[:, :20], known, rtol=1e-4, atol=1e-4)
     sigma = rest[0][:, None, None, None, None] / 1000
     torch.testing.assert_close(told[:, 20:], latents[:, 20:] / sigma, rtol=1e-4, atol=1e-4)
+
+
+def test_a_training_starts_from_weights_with_more_components_or_says_why_not(tmp_path, monkeypatch):
+    monkeypatch.setattr(pool, "SHARD", CLIPS)
+    monkeypatch.setattr(train_stages, "SHARD", CLIPS)
+    numbers = {"z_dim": 20, "latents_mean": [0.0] * 20, "latents_std": [0.5] * 20}
+    small = small_config(queries=8)
+    narrow = dataclasses.replace(small.transformer, in_channels=20, out_channels=20)
+    config = dataclasses.replace(small, vae=small.vae | numbers, transformer=narrow)
+    begun, old = tmp_path / "begun", train_vae.new_vae(config.vae)
+    train_vae.write_vae(old, begun, config.vae)
+    save_model(ConceptMaster(config), begun / "model.safetensors")
+    parser = argparse.ArgumentParser()
+    train_stages.add_arguments(parser)
+
+    def run(*more):
+        words = ["--output", str(tmp_path / "on"), "--start", str(begun), "--stages", "draw", "latents"]
+        return train_stages.run(parser.parse_args([*words, "--clips", "12", "--workers", "1", *more]))
+
+    with pytest.raises(InputError, match="must be at least the 20 of"):
+        run("--components", "10")
+    assert run("--components", "24") == 0
+    new = train_vae.load_vae(tmp_path / "on" / "vae")
+    assert new.basis.shape[0] == 24 and torch.equal(new.basis[:20], old.basis)
+    encoded = list((tmp_path / "on").glob("*/*/*latents.npy"))
+    assert len(encoded) == 2 * 3 and all(np.load(path).shape[1] == 24 for path in encoded)
+    assert train_stages._started_vae(begun, None).queries == 8
+    save_model(ConceptMaster(preset("tiny")), begun / "model.safetensors")
+    with pytest.raises(InputError, match="its VAE is not of blocks"):
+        run()
 
 
 def test_drawing_and_encoding_stop_at_any_shard_and_go_on(tmp_path, monkeypatch):
