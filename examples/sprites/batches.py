@@ -156,9 +156,11 @@ def new_pictures(
         traits.append(_traits(actor))
         patterns.append(how_it_runs(look))
         labels.append(label(noun))
+    label_ids, label_mask = (torch.from_numpy(np.stack(each)) for each in zip(*labels, strict=True))
     return Pictures(
         _for_clip(np.stack(pictures)),
-        *(torch.from_numpy(np.stack(each)) for each in zip(*labels, strict=True)),
+        label_ids,
+        label_mask,
         _minus_one_to_one(np.stack(faces)),
         torch.from_numpy(np.array(traits, np.int64)),
         torch.from_numpy(np.stack(patterns)),

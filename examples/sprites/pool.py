@@ -64,7 +64,9 @@ def draw_shard(folder: Path, index: int, held_out: bool = False) -> Path:
     partial = folder / f".{target.name}.{os.getpid()}"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    arrays = {name: np.zeros((SHARD, FRAMES, SIZE, SIZE, 3), np.uint8) for name in CLIPS}
+    arrays: dict[str, np.ndarray] = {
+        name: np.zeros((SHARD, FRAMES, SIZE, SIZE, 3), np.uint8) for name in CLIPS
+    }
     references = np.zeros((SHARD, MAX_CONCEPTS, REFERENCES, SIZE, SIZE, 3), np.uint8)
     strangers = np.zeros((SHARD, MAX_CONCEPTS, SIZE, SIZE, 3), np.uint8)
     coverage = np.zeros((SHARD, MAX_CONCEPTS, *LATENT_GRID), np.uint8)
@@ -95,8 +97,8 @@ def open_shard(folder: Path) -> Shard:
     """Map a whole shard."""
     text = json.loads((folder / "text.json").read_text())
     names = ("video", "decoys", "references", "foreign", "coverage")
-    arrays = [np.load(folder / f"{name}.npy", mmap_mode="r") for name in names]
-    return Shard(folder, *arrays, text["captions"], text["labels"])
+    arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in names}
+    return Shard(folder, captions=text["captions"], labels=text["labels"], **arrays)
 
 
 def shards(folder: Path) -> list[Path]:

@@ -105,11 +105,13 @@ class ResidentPool(LatentPool):
         foreign = (torch.rand(size, MAX_CONCEPTS, generator=g, device=device) < dropped.foreign) & filled
         own, strangers = everything["references"][rows, which, view], everything["foreign"][rows, which]
         pixels = torch.where(foreign[..., None, None, None], strangers, own) * filled[..., None, None, None]
+        mean, deviation = self._on(self.mean), self._on(self.std)
+        latents, decoys = (
+            (everything[name][clips].float() - mean) / deviation for name in ("latents", "decoys")
+        )
         return Batch(
-            *(
-                (everything[name][clips].float() - self._on(self.mean)) / self._on(self.std)
-                for name in ("latents", "decoys")
-            ),
+            latents,
+            decoys,
             torch.where(no_caption, ids, everything["token_ids"][clips]),
             torch.where(no_caption, mask, everything["token_mask"][clips]),
             self._for_clip(pixels),
