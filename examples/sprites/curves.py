@@ -33,8 +33,8 @@ PANELS = (
     Panel(
         "model-log.jsonl",
         "step",
-        ("eye_pattern", "held_out_eye_pattern", "held_out_told_pattern"),
-        "pictures alone: how textures run, squared error",
+        ("texture", "held_out_texture"),
+        "pictures alone: share of textures named right",
         "pictures",
     ),
     Panel(
@@ -45,12 +45,7 @@ PANELS = (
         "pictures",
     ),
     Panel("model-log.jsonl", "samples", ("flow",), "videos: loss of the velocity"),
-    Panel(
-        "model-log.jsonl",
-        "samples",
-        ("layout", "story", "look_pattern", "eye_pattern"),
-        "videos: training-only heads",
-    ),
+    Panel("model-log.jsonl", "samples", ("layout", "story", "portrait"), "videos: training-only heads"),
     Panel(
         "model-log.jsonl",
         "samples",
