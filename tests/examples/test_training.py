@@ -528,7 +528,7 @@ def test_learning_to_see_more_keeps_what_the_transformer_reads(folder, tokenizer
     train_pictures.learn_pictures(
         sight_of(model, start),
         data,
-        steps=12,
+        steps=24,
         seed=0,
         device="cpu",
         adam_names=train_model.ADAM_NAMES,
@@ -536,7 +536,7 @@ def test_learning_to_see_more_keeps_what_the_transformer_reads(folder, tokenizer
         log=records.append,
         checkpoint=tmp_path / "seeing.safetensors",
         batch_size=16,
-        log_every=4,
+        log_every=8,
         alone=0,
     )
     held = [record["held_out_kept"] for record in records]
