@@ -536,7 +536,7 @@ def test_learning_to_see_more_keeps_what_the_transformer_reads(folder, tokenizer
         log=records.append,
         checkpoint=tmp_path / "seeing.safetensors",
         batch_size=16,
-        log_every=8,
+        log_every=4,
         alone=0,
     )
     held = [record["held_out_kept"] for record in records]
