@@ -45,6 +45,13 @@ def check_counts(args: argparse.Namespace, *names: str) -> None:
             raise InputError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
 
 
+def check_shares(args: argparse.Namespace, *names: str) -> None:
+    """Raises InputError for the first of the named arguments that is not a share, 0 to 1."""
+    for name in names:
+        if not 0 <= (share := getattr(args, name)) <= 1:
+            raise InputError(f"--{name} must lie between 0 and 1, got {share}")
+
+
 def check_trained(weights: Path, data: Path) -> None:
     """Raises InputError for what a weights folder or the folder of ``train --output`` lacks."""
     for path in (weights / "model.safetensors", weights / "vae.safetensors", data / "clips"):

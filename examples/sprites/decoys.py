@@ -23,7 +23,7 @@ SECOND = 0.6
 
 
 def decoy(scene: Scene, rng: np.random.Generator) -> Scene:
-    """The same scene, every concept in a texture that is not its own."""
+    """The same scene, the texture of every concept drawn anew: of any kind, or flat."""
     looks = [_disguised(actor.identity, rng) for actor in scene.actors]
     actors = zip(scene.actors, looks, strict=True)
     return replace(scene, actors=tuple(replace(actor, identity=look) for actor, look in actors))

@@ -24,10 +24,9 @@ from tqdm import tqdm
 
 from conceptmaster.engine.model import ConceptMaster
 from conceptmaster.engine.weights import load_model, save_model
-from conceptmaster.runtime.errors import InputError
 from conceptmaster.runtime.solver import make_schedule
 
-from .arguments import check_counts, check_trained
+from .arguments import check_counts, check_shares, check_trained
 from .attention import cheapest_attention
 from .batches import Batch, Dropped
 from .learning import (
@@ -86,8 +85,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Distil and collect a weights folder; returns 0. Raises InputError for what cannot work."""
     check_counts(args, "steps", "batch_size", "sampling_steps", "substeps")
-    if not 0 <= args.decoys <= 1:
-        raise InputError(f"--decoys must lie between 0 and 1, got {args.decoys}")
+    check_shares(args, "decoys")
     check_trained(args.teacher, args.data)
     if args.threads is not None:
         torch.set_num_threads(args.threads)

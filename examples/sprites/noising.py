@@ -71,6 +71,8 @@ def decoy_noise(
     are their decoys, noised, and what has to be told is still the clip."""
     chosen = torch.from_numpy(rng.random(len(sigma), np.float32) < share).to(sigma.device)
     chosen &= batch.concept_mask.any(-1) & (sigma >= DECOY_SIGMAS[0]) & (sigma <= DECOY_SIGMAS[1])
+    if not chosen.any():
+        return noise, chosen
     s = torch.where(chosen, sigma, 1.0)[:, None, None, None, None]
     return noise + (1 - s) / s * (batch.decoys - batch.latents), chosen
 

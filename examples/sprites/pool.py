@@ -26,7 +26,7 @@ REFERENCES = 2
 LATENT_GRID = (5, 8, 8)
 CLIPS = ("video", "decoys")
 LATENTS = ("latents.npy", "decoy-latents.npy")
-"""What the latents of a shard's clips, and of its decoys, are called."""
+"""A shard's clips and its decoys, and what the latents of each are called."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ def encode_shard(folder: Path, encode: Callable[[np.ndarray], np.ndarray], batch
     """Write the latents of a shard's clips and decoys beside them (``LATENTS``), unless they are there:
     ``encode`` takes uint8 [b, F, H, W, 3] to latents."""
     shard = open_shard(folder)
-    for clips, name in ((shard.video, LATENTS[0]), (shard.decoys, LATENTS[1])):
+    for clips, name in zip((shard.video, shard.decoys), LATENTS, strict=True):
         if (folder / name).exists():
             continue
         parts = [encode(np.asarray(clips[i : i + batch])) for i in range(0, len(clips), batch)]

@@ -24,8 +24,8 @@ from conceptmaster.engine.presets import preset
 from conceptmaster.engine.weights import WeightsError, load, load_model, save_model
 from conceptmaster.runtime.errors import InputError
 
-from .arguments import check_counts, cores
-from .batches import portraits
+from .arguments import check_counts, check_shares, cores
+from .batches import is_encoded, portraits
 from .learning import CheckpointError
 from .pool import SHARD, draw_shard, encode_shard, open_shard, shards
 from .processes import in_processes
@@ -82,7 +82,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         choices=FROZEN,
         default=[],
-        metavar="ENCODER",
+        metavar="PART",
         help=f"leave these as they are in the last stage: {', '.join(FROZEN)} (none)",
     )
     parser.add_argument(
@@ -156,9 +156,7 @@ def _run(args: argparse.Namespace) -> int:
         raise InputError(f"--clips must be {least}, got {args.clips}")
     if not 0 < args.lr < 1:
         raise InputError(f"--lr must lie between 0 and 1, got {args.lr}")
-    for name in ("own", "decoys", "foreign", "high"):
-        if not 0 <= (share := getattr(args, name)) <= 1:
-            raise InputError(f"--{name} must lie between 0 and 1, got {share}")
+    check_shares(args, "own", "decoys", "foreign", "high")
     if args.minutes is not None and not args.minutes > 0:
         raise InputError(f"--minutes must be above 0, got {args.minutes}")
     if args.components is not None and not 1 <= args.components <= 768:
@@ -175,16 +173,16 @@ def _run(args: argparse.Namespace) -> int:
         root / "vae",
         root / "model",
     )
-    started = None if args.start is None else _started_vae(args.start, args.components)
-    if started is not None and started.complete and not (vae_folder / "vae.json").exists():
-        write_vae(started.vae, vae_folder, started.config)
+    begun = _new_vae(args.components) if args.start is None else _started_vae(args.start, args.components)
+    if begun.complete and not (vae_folder / "vae.json").exists():
+        write_vae(begun.vae, vae_folder, begun.config)
     if "draw" in args.stages:
         encoder = vae_folder if "latents" in args.stages and (vae_folder / "vae.json").exists() else None
         jobs = [(held_out, 0, True), *((clips, index, False) for index in range(-(-args.clips // SHARD)))]
         _all(_draw, [(*job, encoder) for job in jobs], args.workers, "draw")
     _require(shards(clips), "draw", clips)
     if "latents" in args.stages:
-        _find_latents(clips, held_out, vae_folder, started or _new_vae(args.components), args.workers)
+        _find_latents(clips, held_out, vae_folder, begun, args.workers)
     _require((vae_folder / "vae.json").exists(), "latents", vae_folder)
     if "vae" in args.stages:
         size = args.vae_batch_size
@@ -192,10 +190,9 @@ def _run(args: argparse.Namespace) -> int:
             clips, vae_folder, steps=args.vae_steps, batch_size=size, seed=args.seed, device=args.device
         )
     if "model" in args.stages:
-        vae_config = json.loads((vae_folder / "vae.json").read_text())
         concept = {name: getattr(args, name) for name in ("encoder", "binding", "injection")}
-        concept["queries"] = args.queries or (started or _new_vae(args.components)).queries
-        config = sprites_config(vae_config, **concept)
+        vae = json.loads((vae_folder / "vae.json").read_text())
+        config = sprites_config(vae, queries=args.queries or begun.queries, **concept)
         tokenizer = build_tokenizer()
         train_model(
             config,
@@ -274,13 +271,13 @@ def _started_vae(weights: Path, components: int | None) -> _Begun:
     config = vae_config(components or kept)
     vae = new_vae(config)
     state = vae.state_dict()
-    size = {name: old[name] == config[name] for name in ("width", "layers")}
+    same_network = all(old[name] == config[name] for name in ("width", "layers"))
     for name, tensor in tensors.items():
         if name == "mean":
             state[name].copy_(tensor)
         elif name in COMPONENTS:
             state[name][:kept] = tensor
-        elif all(size.values()):
+        elif same_network:
             state[name].copy_(tensor)
     return _Begun(vae, config, kept, begun.concept.queries)
 
@@ -318,6 +315,8 @@ def _draw(job: tuple[Path, int, bool, Path | None]) -> None:
 
 def _encode(job: tuple[Path, Path, bool]) -> None:
     vae_folder, folder, judged = job
+    if is_encoded(folder):
+        return
     portraits(open_shard(folder), int(folder.name.removeprefix("shard-")) * SHARD, judged)
     if multiprocessing.parent_process() is not None:
         torch.set_num_threads(1)

@@ -53,7 +53,7 @@ from .train_pictures import (
     TraitHead,
     learn_pictures,
     picture_losses,
-    portrait_head,
+    portrait_head_for,
     trait_losses,
 )
 
@@ -90,7 +90,7 @@ class Trainee(nn.Module):
         self.layout = LayoutHead(config.transformer.width, concept.width)
         grid = [n // p for n, p in zip(config.latent_shape[1:], config.transformer.patch_size, strict=True)]
         self.story = StoryHead(concept.width, config.transformer.text_dim, int(np.prod(grid)))
-        self.portrait = portrait_head(concept)
+        self.portrait = portrait_head_for(concept)
         self.trait = TraitHead(concept.tokens_per_concept, concept.width)
         self.eye = TraitHead(1, concept.picture_dim, inner=256)
         self.look = TraitHead(1, config.transformer.width)
@@ -323,11 +323,11 @@ def train_model(
     for p in (pool, judge):
         p.normalise(config.vae["latents_mean"], config.vae["latents_std"])
     if not checkpoint.exists():
-        told, fresh = _log if rank == 0 else (lambda *_: None), ["everything"]
+        told, keep = _log if rank == 0 else (lambda *_: None), start is not None
         if start is not None:
             fresh = start_from(trainee.model, start)
             told(output, {"phase": "start", "fresh": fresh})
-        unread = any(name.startswith(("everything", "qformer.", "dam.")) for name in fresh)
+            keep = not any(name.startswith(("qformer.", "dam.")) for name in fresh)
         log = partial(told, output)
         _learn_parts(
             trainee,
@@ -338,7 +338,7 @@ def train_model(
             batch_size,
             seed,
             device,
-            not unread,
+            keep,
             new_looks,
             log,
             log_every=max(1, log_every // 2),

@@ -48,25 +48,39 @@ PATCH = 4
 SQUARES = (PORTRAIT // PATCH) ** 2
 
 
-class PortraitHead(nn.Module):
+class UprightHead(nn.Module):
+    """How a concept looks, where every square of the portrait has its visual query: each tells its own.
+
+    [M,Q,Dc] -> [M,3,32,32] in -1..1. The queries then are the concept put upright, square by square: what
+    reads them finds a pattern where it is to be drawn, and need not make one of its angle and period.
+    """
+
+    def __init__(self, concept_width: int) -> None:
+        super().__init__()
+        self.out = nn.Linear(concept_width, 3 * PATCH * PATCH)
+
+    def forward(self, queries: Tensor) -> Tensor:
+        """Predicted pictures."""
+        return F.fold(self.out(queries).transpose(1, 2), PORTRAIT, PATCH, stride=PATCH)
+
+
+class PortraitHead(UprightHead):
     """How a concept looks: visual queries [M,Q,Dc] -> the sprite upright, [M,3,32,32] in -1..1.
 
     Each square of the portrait looks into the queries by cross-attention, as the video's tokens do.
     """
 
     def __init__(self, concept_width: int, heads: int = 4) -> None:
-        super().__init__()
+        super().__init__(concept_width)
         self.places = nn.Parameter(torch.randn(SQUARES, concept_width))
         self.layers = nn.ModuleList([QFormerLayer(concept_width, heads) for _ in range(2)])
-        self.out = nn.Linear(concept_width, 3 * PATCH * PATCH)
 
     def forward(self, queries: Tensor) -> Tensor:
         """Predicted pictures."""
         x = self.places.expand(len(queries), -1, -1)
         for layer in self.layers:
             x = layer(x, queries)
-        squares = self.out(x).transpose(1, 2)  # [M,3*PATCH*PATCH,side*side]
-        return F.fold(squares, PORTRAIT, PATCH, stride=PATCH)
+        return super().forward(x)
 
 
 class TraitHead(nn.Module):
@@ -88,23 +102,7 @@ class TraitHead(nn.Module):
         return self.net(self.norm(queries).flatten(1)).split((*TRAITS, RUNS), dim=1)
 
 
-class UprightHead(nn.Module):
-    """How a concept looks, where every square of the portrait has its visual query: each tells its own.
-
-    [M,Q,Dc] -> [M,3,32,32] in -1..1. The queries then are the concept put upright, square by square: what
-    reads them finds a pattern where it is to be drawn, and need not make one of its angle and period.
-    """
-
-    def __init__(self, concept_width: int) -> None:
-        super().__init__()
-        self.out = nn.Linear(concept_width, 3 * PATCH * PATCH)
-
-    def forward(self, queries: Tensor) -> Tensor:
-        """Predicted pictures."""
-        return F.fold(self.out(queries).transpose(1, 2), PORTRAIT, PATCH, stride=PATCH)
-
-
-def portrait_head(concept: ConceptConfig) -> nn.Module:
+def portrait_head_for(concept: ConceptConfig) -> UprightHead:
     """The head that redraws a concept from visual queries as ``concept`` has them."""
     if concept.encoder == "qformer" and concept.queries == SQUARES:
         return UprightHead(concept.width)
@@ -112,7 +110,7 @@ def portrait_head(concept: ConceptConfig) -> nn.Module:
 
 
 def picture_losses(
-    portrait_head: nn.Module,
+    portrait_head: UprightHead,
     trait_head: TraitHead,
     queries: Tensor,
     portraits: Tensor,
@@ -153,7 +151,7 @@ class Sight(nn.Module):
     def __init__(
         self,
         model: ConceptMaster,
-        portrait: nn.Module,
+        portrait: UprightHead,
         trait: TraitHead,
         eye: TraitHead,
         kept: ConceptMaster | None,

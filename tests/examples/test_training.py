@@ -584,8 +584,8 @@ def test_the_picture_encoder_learns_alone_first_and_an_interrupted_one_goes_on(f
 
 
 def test_every_query_tells_its_own_square():
-    head = train_pictures.portrait_head(preset("sprites").concept)
-    assert isinstance(head, train_pictures.UprightHead)
+    head = train_pictures.portrait_head_for(preset("sprites").concept)
+    assert type(head) is train_pictures.UprightHead
     queries = torch.zeros(1, 64, 128)
     with torch.no_grad():
         plain = head(queries)
@@ -597,7 +597,7 @@ def test_every_query_tells_its_own_square():
             assert changed.sum() == 16
             assert changed[4 * row : 4 * row + 4, 4 * column : 4 * column + 4].all()
     few = dataclasses.replace(preset("sprites").concept, queries=8)
-    assert isinstance(train_pictures.portrait_head(few), train_pictures.PortraitHead)
+    assert isinstance(train_pictures.portrait_head_for(few), train_pictures.PortraitHead)
 
 
 def test_new_pictures_are_like_those_of_clips_and_never_held_out(folder, tokenizer, monkeypatch):
