@@ -17,6 +17,7 @@ from conceptmaster.engine.encoders import CLIP_MEAN, CLIP_STD
 
 from .draw import draw_reference, paint_along
 from .pool import LATENTS, Shard, open_shard, shards
+from .vocabulary import tokenise
 from .world import (
     ACCESSORIES,
     MAX_CONCEPTS,
@@ -38,6 +39,8 @@ TRAITS_FILE = "traits.npy"
 PATTERNS_FILE = "patterns.npy"
 RUNS = 7
 """How a texture runs: cosine and sine of its angle, of twice and of four times its angle, and its period."""
+TURNS = ((0, 1, ("stripes",)), (2, 2, ("stripes", "checks")), (4, 4, ("dots",)))
+"""Column of a cosine and a sine among these, how many times the angle they are of, and of which textures."""
 
 
 @dataclass(frozen=True)
@@ -113,18 +116,6 @@ class Batch(Tensors):
     patterns: Tensor
 
 
-def tokenise(tokenizer: Tokenizer, texts: list[str], length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Token ids int64 [n, length] padded with 0, and their mask. Raises ValueError for a text that is too
-    long."""
-    ids, mask = np.zeros((len(texts), length), np.int64), np.zeros((len(texts), length), bool)
-    for row, encoding in enumerate(tokenizer.encode_batch(texts)):
-        if len(encoding.ids) > length:
-            raise ValueError(f"{texts[row]!r} takes {len(encoding.ids)} tokens, more than {length}")
-        ids[row, : len(encoding.ids)] = encoding.ids
-        mask[row, : len(encoding.ids)] = True
-    return ids, mask
-
-
 def how_it_runs(look: Identity) -> np.ndarray:
     """What tells a texture from others of its kind, float32 [RUNS]; NaN where the kind has no such thing.
 
@@ -133,7 +124,7 @@ def how_it_runs(look: Identity) -> np.ndarray:
     -1..1.
     """
     runs = np.full(RUNS, np.nan, np.float32)
-    for column, times, kinds in ((0, 1, ("stripes",)), (2, 2, ("stripes", "checks")), (4, 4, ("dots",))):
+    for column, times, kinds in TURNS:
         if look.texture in kinds:
             runs[column : column + 2] = np.cos(times * look.angle), np.sin(times * look.angle)
     if look.texture != "plain":

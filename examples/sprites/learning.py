@@ -246,6 +246,24 @@ def save_checkpoint(
         partial.unlink(missing_ok=True)
 
 
+def _not_whole(path: Path, error: Exception) -> CheckpointError:
+    why = (str(error).strip() or type(error).__name__).splitlines()[0]
+    why = why[:200]  # of another model PyTorch names every tensor
+    return CheckpointError(
+        f"{path} is not a whole checkpoint of this training ({why}); delete it to start over"
+    )
+
+
+def saved_progress(path: Path) -> dict[str, float]:
+    """The ``progress`` of a checkpoint, without its tensors. Raises CheckpointError where it is truncated."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            found: dict[str, float] = json.loads(file.metadata()["progress"])
+            return found
+    except Exception as error:
+        raise _not_whole(path, error) from error
+
+
 def load_checkpoint(
     path: Path, module: torch.nn.Module, average: Average | None, optimizer: MuonAdamW
 ) -> dict[str, float]:
@@ -260,12 +278,7 @@ def load_checkpoint(
         progress, steps = json.loads(header["progress"]), json.loads(header["steps"])
         module.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("model.")}, strict=True)
     except Exception as error:
-        why = (str(error).strip() or type(error).__name__).splitlines()[0][
-            :200
-        ]  # of another model PyTorch names every tensor
-        raise CheckpointError(
-            f"{path} is not a whole checkpoint of this training ({why}); delete it to start over"
-        ) from error
+        raise _not_whole(path, error) from error
     device = next(module.parameters()).device
     if average is not None:
         average.shadow = {k[8:]: v.to(device) for k, v in tensors.items() if k.startswith("average.")}

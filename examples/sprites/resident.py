@@ -15,7 +15,8 @@ from torch import Tensor
 
 from conceptmaster.engine.encoders import CLIP_MEAN, CLIP_STD
 
-from .batches import Batch, Dropped, LatentPool, Pictures, tokenise
+from .batches import Batch, Dropped, LatentPool, Pictures
+from .vocabulary import tokenise
 from .world import MAX_CONCEPTS
 
 

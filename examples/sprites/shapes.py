@@ -3,19 +3,24 @@
 A sprite lives in its own coordinates: ``u`` to the right, ``v`` downwards, the body inside the unit circle.
 Every layer is a signed distance (negative inside, in sprite units), antialiased over one pixel, so a sprite
 can be painted at any size, place and rotation straight onto a pixel grid without resampling.
+
+Coordinates are NumPy arrays, or PyTorch tensors: many sprites of one noun at once, wherever these are (see
+``paint_many.py``). What is told of a sprite then has the shape [n, 1, …] instead of being a number.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 if TYPE_CHECKING:
     from .world import Identity
 
-Array = np.ndarray
+Array = Any
+"""A NumPy array or a PyTorch tensor; one kind in all arguments of a call."""
 Colour = tuple[float, float, float]
 
 DARK: Colour = (0.12, 0.10, 0.14)
@@ -29,28 +34,42 @@ CREAM: Colour = (0.95, 0.90, 0.78)
 OUTLINE = 0.09  # outline width in sprite units
 
 
+def of(array: object) -> Any:
+    """The module, numpy or torch, whose functions take ``array``; numpy for plain numbers."""
+    torch = sys.modules.get("torch")  # what holds a tensor has imported it
+    return torch if torch is not None and isinstance(array, torch.Tensor) else np
+
+
+def _colour(colour: Colour | Array, like: Array) -> Array:
+    """A colour as float32, of the kind that ``like`` is of and where that is."""
+    if isinstance(like, np.ndarray):
+        return np.asarray(colour, np.float32)
+    return like.new_tensor(colour) if isinstance(colour, tuple) else colour
+
+
 # ---- signed distances: every function takes coordinates of any one shape and returns that shape ----
 
 
 def circle(u: Array, v: Array, cu: float, cv: float, r: float) -> Array:
     """Distance to a circle."""
-    return np.sqrt((u - cu) ** 2 + (v - cv) ** 2) - r
+    return of(u).sqrt((u - cu) ** 2 + (v - cv) ** 2) - r
 
 
 def ellipse(u: Array, v: Array, cu: float, cv: float, ru: float, rv: float) -> Array:
     """First-order distance to an axis-aligned ellipse (exact enough for antialiasing)."""
-    x, y = (u - cu) / ru, (v - cv) / rv
-    k = np.sqrt(x * x + y * y)
-    slope = np.sqrt((x / ru) ** 2 + (y / rv) ** 2)
-    return k * (k - 1.0) / np.maximum(slope, 1e-6)
+    xp, x, y = of(u), (u - cu) / ru, (v - cv) / rv
+    k = xp.sqrt(x * x + y * y)
+    slope = xp.sqrt((x / ru) ** 2 + (y / rv) ** 2)
+    return k * (k - 1.0) / xp.clip(slope, 1e-6, None)
 
 
 def box(u: Array, v: Array, cu: float, cv: float, hu: float, hv: float, rounding: float = 0.0) -> Array:
     """Distance to a box of half sizes ``hu``, ``hv`` with rounded corners."""
-    x = np.abs(u - cu) - (hu - rounding)
-    y = np.abs(v - cv) - (hv - rounding)
-    outside = np.sqrt(np.maximum(x, 0) ** 2 + np.maximum(y, 0) ** 2)
-    return outside + np.minimum(np.maximum(x, y), 0) - rounding
+    xp = of(u)
+    x = abs(u - cu) - (hu - rounding)
+    y = abs(v - cv) - (hv - rounding)
+    outside = xp.sqrt(xp.clip(x, 0, None) ** 2 + xp.clip(y, 0, None) ** 2)
+    return outside + xp.clip(xp.maximum(x, y), None, 0) - rounding
 
 
 def convex(u: Array, v: Array, *corners: tuple[float, float]) -> Array:
@@ -60,18 +79,18 @@ def convex(u: Array, v: Array, *corners: tuple[float, float]) -> Array:
         nu, nv = bv - av, au - bu
         length = float(np.hypot(nu, nv))
         d = ((u - au) * nu + (v - av) * nv) / length
-        result = d if result is None else np.maximum(result, d)
+        result = d if result is None else of(u).maximum(result, d)
     assert result is not None
     return result
 
 
 def star(u: Array, v: Array, r: float, inner: float, points: int = 5) -> Array:
     """Distance bound to a star with ``points`` tips at radius ``r`` and notches at ``inner``."""
-    step = np.pi / points
-    angle = np.arctan2(u, -v)
-    folded = np.abs(np.mod(angle + step, 2 * step) - step)
-    radius = np.sqrt(u * u + v * v)
-    x, y = radius * np.sin(folded), radius * np.cos(folded)
+    xp, step = of(u), np.pi / points
+    angle = xp.arctan2(u, -v)
+    folded = abs((angle + step) % (2 * step) - step)
+    radius = xp.sqrt(u * u + v * v)
+    x, y = radius * xp.sin(folded), radius * xp.cos(folded)
     bu, bv = inner * np.sin(step), inner * np.cos(step)
     # the edge from the tip (0, r) to the notch (bu, bv)
     nu, nv = r - bv, bu
@@ -80,7 +99,10 @@ def star(u: Array, v: Array, r: float, inner: float, points: int = 5) -> Array:
 
 def union(*distances: Array) -> Array:
     """The union of shapes."""
-    return np.minimum.reduce(distances)
+    result, *others = distances
+    for distance in others:
+        result = of(result).minimum(result, distance)
+    return result
 
 
 class Canvas:
@@ -90,17 +112,20 @@ class Canvas:
     premultiplied by ``alpha``; both are in 0..1.
     """
 
-    def __init__(self, u: Array, v: Array, pixel: float, look: float) -> None:
-        self.u, self.v, self.pixel, self.look = u, v, np.float32(pixel), look
-        self.rgb = np.zeros((*u.shape, 3), np.float32)
-        self.alpha = np.zeros(u.shape, np.float32)
+    def __init__(self, u: Array, v: Array, pixel: float | Array, look: float | Array) -> None:
+        xp = of(u)
+        self.u, self.v, self.look = u, v, look
+        self.pixel: Any = np.float32(pixel) if xp is np else pixel
+        self.alpha = xp.zeros_like(u)
+        self.rgb = xp.stack([self.alpha] * 3, -1)
 
     def fill(self, distance: Array, colour: Colour | Array) -> None:
         """Paint the inside of ``distance`` with one colour or an array of colours."""
-        a = np.clip(0.5 - distance / self.pixel, 0.0, 1.0).astype(np.float32)
+        a = of(distance).clip(0.5 - distance / self.pixel, 0.0, 1.0)
+        a = a.astype(np.float32) if isinstance(a, np.ndarray) else a
         keep = 1.0 - a
         self.rgb *= keep[..., None]
-        self.rgb += a[..., None] * np.asarray(colour, np.float32)
+        self.rgb += a[..., None] * _colour(colour, a)
         self.alpha = self.alpha * keep + a
 
     def body(self, distance: Array, colour: Colour | Array) -> None:
@@ -116,26 +141,27 @@ class Canvas:
             self.fill(circle(self.u, self.v, eye + 0.35 * r * self.look, cv + 0.1 * r, 0.58 * r), DARK)
 
 
-def texture(identity: Identity, u: Array, v: Array, pixel: float) -> Array:
+def texture(identity: Identity, u: Array, v: Array, pixel: float | Array) -> Array:
     """The identity's body paint [..., 3]: main colour with its second as stripes, dots, checks or rings."""
-    main = np.asarray(identity.body, np.float32)
+    xp, main = of(u), _colour(identity.body, u)
     if identity.texture == "plain":
-        return np.broadcast_to(main, (*u.shape, 3))
-    second = np.asarray(identity.second, np.float32)
+        return xp.broadcast_to(main, (*u.shape, 3))
+    second = _colour(identity.second, u)
     period = identity.period
-    c, s = np.cos(identity.angle), np.sin(identity.angle)
+    c, s = of(identity.angle).cos(identity.angle), of(identity.angle).sin(identity.angle)
     x, y = (u * c + v * s) / period, (v * c - u * s) / period
     if identity.texture == "stripes":
-        wave = np.sin(2 * np.pi * x)
+        wave = xp.sin(2 * np.pi * x)
     elif identity.texture == "checks":
-        wave = np.sin(2 * np.pi * x / 1.6) * np.sin(2 * np.pi * y / 1.6) * 2.0
+        wave = xp.sin(2 * np.pi * x / 1.6) * xp.sin(2 * np.pi * y / 1.6) * 2.0
     elif identity.texture == "dots":
-        dx, dy = x - np.round(x), y - np.round(y)
-        wave = (0.3 - np.sqrt(dx * dx + dy * dy)) * 6.0
+        dx, dy = x - xp.round(x), y - xp.round(y)
+        wave = (0.3 - xp.sqrt(dx * dx + dy * dy)) * 6.0
     else:  # rings
-        wave = np.sin(2 * np.pi * np.sqrt(u * u + v * v) / period)
-    mix = np.clip(0.5 + wave * period / (2 * np.pi * pixel), 0.0, 1.0)[..., None]
-    return (main * (1 - mix) + second * mix).astype(np.float32)
+        wave = xp.sin(2 * np.pi * xp.sqrt(u * u + v * v) / period)
+    mix = xp.clip(0.5 + wave * period / (2 * np.pi * pixel), 0.0, 1.0)[..., None]
+    paint = main * (1 - mix) + second * mix
+    return paint.astype(np.float32) if xp is np else paint
 
 
 def accessory(canvas: Canvas, identity: Identity, top: tuple[float, float]) -> None:
@@ -207,8 +233,9 @@ def _robot(c: Canvas, i: Identity, paint: Array) -> tuple[float, float]:
 
 
 def _ghost(c: Canvas, i: Identity, paint: Array) -> tuple[float, float]:
-    hem = c.v - (0.80 + 0.12 * np.cos(c.u * 9.0))
-    side = np.maximum(np.abs(c.u) - 0.72, np.maximum(hem, -0.10 - c.v))
+    xp = of(c.u)
+    hem = c.v - (0.80 + 0.12 * xp.cos(c.u * 9.0))
+    side = xp.maximum(abs(c.u) - 0.72, xp.maximum(hem, -0.10 - c.v))
     c.body(union(circle(c.u, c.v, 0, -0.12, 0.72), side), paint)
     c.eyes(0, -0.15, 0.26, 0.19)
     c.fill(ellipse(c.u, c.v, 0, 0.24, 0.12, 0.16), DARK)
@@ -237,7 +264,7 @@ def _house(c: Canvas, i: Identity, paint: Array) -> tuple[float, float]:
 def _mushroom(c: Canvas, i: Identity, paint: Array) -> tuple[float, float]:
     c.body(box(c.u, c.v, 0, 0.52, 0.34, 0.42, 0.16), CREAM)
     c.eyes(0, 0.45, 0.15, 0.11)
-    c.body(np.maximum(ellipse(c.u, c.v, 0, 0.12, 0.95, 0.95), c.v - 0.16), paint)
+    c.body(of(c.u).maximum(ellipse(c.u, c.v, 0, 0.12, 0.95, 0.95), c.v - 0.16), paint)
     return 0.0, -0.76
 
 

@@ -12,6 +12,7 @@ import json
 import multiprocessing
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from conceptmaster.engine.weights import WeightsError, load, load_model, save_mo
 from conceptmaster.runtime.errors import InputError
 
 from .arguments import check_counts, check_shares, cores
-from .batches import is_encoded, portraits
+from .batches import LatentPool, is_encoded, portraits
 from .learning import CheckpointError
 from .pool import SHARD, draw_shard, encode_shard, open_shard, shards
 from .processes import in_processes
@@ -52,6 +53,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--start", type=Path, help="weights folder to go on from, with a fresh optimizer")
     parser.add_argument("--clips", type=int, default=20000, help="training clips to draw (20000)")
+    parser.add_argument(
+        "--draw-on-device",
+        type=int,
+        metavar="CLIPS",
+        help="draw the model's clips where it is trained, so many at a time and new ones all the while, "
+        "instead of reading those of the stage draw: for a GPU, 0.3 MB of its memory each",
+    )
     parser.add_argument(
         "--components",
         type=int,
@@ -106,6 +114,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=100,
         help="steps between lines of the log; a checkpoint every five (100)",
     )
+    parser.add_argument(
+        "--compile", action="store_true", help="compile the transformer first: a minute, then faster steps"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=None, help="CPU threads (one per core)")
@@ -150,7 +161,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _run(args: argparse.Namespace) -> int:
     check_counts(args, "clips", "steps", "batch_size", "vae_steps", "vae_batch_size", "workers")
-    check_counts(args, "log_every", "queries")
+    check_counts(args, "log_every", "queries", "draw_on_device")
     if args.clips < 2 * SHARD:
         least = f"at least {2 * SHARD}, the first {SHARD} judge the VAE"
         raise InputError(f"--clips must be {least}, got {args.clips}")
@@ -216,10 +227,28 @@ def _run(args: argparse.Namespace) -> int:
             foreign=args.foreign,
             high=args.high,
             minutes=args.minutes,
+            drawn=args.draw_on_device and partial(_drawn_pool, args, config, load_vae(vae_folder)),
+            compiled=args.compile,
         )
         collect(vae_folder, model_folder, root / "weights")
         print(f"weights: {root / 'weights'}")
     return 0
+
+
+def _drawn_pool(args: argparse.Namespace, config: ModelConfig, vae: BlockVAE, done: int) -> LatentPool:
+    from .drawn import DrawnPool
+
+    return DrawnPool(
+        args.device,
+        args.draw_on_device,
+        vae,
+        build_tokenizer(),
+        config.text_tokens,
+        config.concept.label_tokens,
+        seed=args.seed,
+        done=done,
+        workers=args.workers,
+    )
 
 
 def _first_steps(args: argparse.Namespace, name: str, usual: int) -> int:

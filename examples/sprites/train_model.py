@@ -42,6 +42,7 @@ from .learning import (
     gradient_norm,
     load_checkpoint,
     save_checkpoint,
+    saved_progress,
     schedule,
 )
 from .noising import DECOY_HELD, decoy_noise, normal, own_noise, random_sigma
@@ -59,6 +60,8 @@ from .train_pictures import (
 
 FROZEN = ("text_encoder", "image_encoder", "qformer")
 """Parts that the last stage may leave as they are."""
+REFRESHED = 100
+"""Steps after which the pool takes up, or draws, new clips."""
 PICTURES = 128
 """Least number of pictures in a step that learns from pictures alone."""
 FOREGROUND = 3.0
@@ -200,7 +203,7 @@ def probe(trainee: Trainee, pool: LatentPool, device: str, count: int = 96) -> d
         for name in results:
             batch.concept_mask = mask & (name != "without")
             batch.pixels = swapped if name == "swapped" else pixels
-            with cheapest_attention(device):
+            with cheapest_attention(device), torch.compiler.set_stance("force_eager"):
                 velocity = trainee.velocity(batch, noisy, sigma)[0]
             error = (velocity - (noise - batch.latents)).square() * weight
             results[name].append(float(error.mean() / weight.mean()))
@@ -296,6 +299,8 @@ def train_model(
     high: float = 0.0,
     minutes: float | None = None,
     new_looks: bool = False,
+    drawn: Callable[[int], LatentPool] | None = None,
+    compiled: bool = False,
 ) -> None:
     """Learn to see pictures alone, and to read captions alone, then train to ``steps``.
 
@@ -306,9 +311,11 @@ def train_model(
     last stage; the paper does so with T5 and CLIP. ``own``: see ``own_noise``, ``decoys``: see
     ``decoy_noise``, ``foreign``: see ``Dropped``, ``high``: see ``random_sigma``. With ``minutes`` the last
     stage takes so long and as many steps as fit, its learning rate following the clock. ``data`` and
-    ``held_out`` are pools with latents. Writes ``model.safetensors`` (averaged weights with their
-    configuration), appends to ``log.jsonl``. Started by torchrun (``torchrun --nproc-per-node 2 -m --
-    conceptmaster.examples.sprites train …``), processes share the work through gloo or nccl.
+    ``held_out`` are pools with latents; ``drawn`` makes another in the place of ``data``, told how often it
+    has been refreshed. ``compiled``: torch.compile makes the transformer's blocks faster first. Writes
+    ``model.safetensors`` (averaged weights with their configuration), appends to ``log.jsonl``. Started by
+    torchrun (``torchrun --nproc-per-node 2 -m -- conceptmaster.examples.sprites train …``), processes share
+    the work through gloo or nccl.
     """
     world, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     if world > 1 and not dist.is_initialized():
@@ -318,7 +325,11 @@ def train_model(
     torch.manual_seed(seed)
     trainee = Trainee(config).to(device)
     checkpoint, progress = output / "training.safetensors", {"step": 0.0, "seconds": 0.0}
-    pool = pool_on(device, data, tokenizer, config.text_tokens, config.concept.label_tokens)
+    if drawn is None:
+        pool = pool_on(device, data, tokenizer, config.text_tokens, config.concept.label_tokens)
+    else:
+        steps_done = saved_progress(checkpoint)["step"] if checkpoint.exists() else 0
+        pool = drawn(int(steps_done) // REFRESHED)
     judge = LatentPool(held_out, tokenizer, config.text_tokens, config.concept.label_tokens)
     for p in (pool, judge):
         p.normalise(config.vae["latents_mean"], config.vae["latents_std"])
@@ -352,11 +363,14 @@ def train_model(
     average = Average(trainee, 0.995)
     if checkpoint.exists():
         progress = load_checkpoint(checkpoint, trainee, average, optimizer)
+    if compiled:
+        for block in trainee.model.transformer.blocks:
+            block.forward = torch.compile(block.forward, dynamic=False)  # not the block: it keeps its hooks
     bar = tqdm(total=steps, initial=int(progress["step"]), desc="train", disable=rank > 0)
     sums: dict[str, Tensor] = {}
-    counted = 0
+    counted, began = 0, time.perf_counter()
     while (part := _part_done(progress, steps, minutes)) < 1:
-        step, began = int(progress["step"]), time.perf_counter()
+        step = int(progress["step"])
         rng = np.random.Generator(np.random.Philox(key=[seed, step * 64 + rank]))
         batch = pool.batch(rng, batch_size // world, Dropped(foreign=foreign)).to(device)
         noise = normal(rng, tuple(batch.latents.shape), device)
@@ -375,7 +389,9 @@ def train_model(
         optimizer.step()
         average.update(trainee)
         progress["step"] += 1
-        progress["seconds"] += time.perf_counter() - began
+        now = time.perf_counter()
+        progress["seconds"] += now - began
+        began = now
         if world > 1:
             _agree(progress, device)
         for name, value in losses.items():
@@ -401,7 +417,7 @@ def train_model(
             }
             sums, counted = {}, 0
             _log(output, record)
-        if (step + 1) % 200 == 0:
+        if (step + 1) % REFRESHED == 0:
             pool.refresh()
     bar.close()
 

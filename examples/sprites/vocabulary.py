@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 
+import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from .world import random_scene
@@ -32,3 +33,15 @@ def build_tokenizer(captions: int = 4000) -> Tokenizer:
     )
     tokenizer.post_processor = processors.TemplateProcessing(single=f"$A {END}", special_tokens=[(END, 1)])
     return tokenizer
+
+
+def tokenise(tokenizer: Tokenizer, texts: list[str], length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Token ids int64 [n, length] padded with 0, and their mask. Raises ValueError for a text that is too
+    long."""
+    ids, mask = np.zeros((len(texts), length), np.int64), np.zeros((len(texts), length), bool)
+    for row, encoding in enumerate(tokenizer.encode_batch(texts)):
+        if len(encoding.ids) > length:
+            raise ValueError(f"{texts[row]!r} takes {len(encoding.ids)} tokens, more than {length}")
+        ids[row, : len(encoding.ids)] = encoding.ids
+        mask[row, : len(encoding.ids)] = True
+    return ids, mask
