@@ -7,10 +7,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from conceptmaster.examples.sprites import batches, pool, train_vae
 from conceptmaster.examples.sprites.draw import draw_clip
 from conceptmaster.examples.sprites.score import Generate, judged_scene
+from conceptmaster.examples.sprites.vocabulary import build_tokenizer
 from conceptmaster.examples.sprites.world import FPS, FRAMES, SIZE
 from conceptmaster.runtime import Request, Video
+
+from .small import CLIPS, small_config
 
 
 @pytest.fixture
@@ -43,3 +47,25 @@ def other_world(monkeypatch: pytest.MonkeyPatch) -> None:
     shapes = SimpleNamespace(frames=81, height=480, width=832)
     bundle = SimpleNamespace(manifest=SimpleNamespace(name="wan", shapes=shapes))
     monkeypatch.setattr("conceptmaster.runtime.bundle.Bundle.open", lambda name: bundle)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return build_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A pool of a few clips with their latents, and the VAE that these are of beside it."""
+    root = tmp_path_factory.mktemp("pool")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pool, "SHARD", CLIPS)
+        pool.draw_shard(root, 0)
+        pool.draw_shard(root, 1)
+        vae = train_vae.new_vae(small_config().vae)
+        train_vae.analyse(vae, root, clips=3 * CLIPS)
+        train_vae.write_vae(vae, root, small_config().vae)
+        for index, shard in enumerate(pool.shards(root)):
+            pool.encode_shard(shard, lambda video: vae.encode(train_vae.to_tensor(video)).numpy())
+            batches.portraits(pool.open_shard(shard), index * CLIPS)
+    return root

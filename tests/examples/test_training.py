@@ -38,7 +38,6 @@ from conceptmaster.examples.sprites import (
     widen,
 )
 from conceptmaster.examples.sprites import train as train_stages
-from conceptmaster.examples.sprites.vocabulary import build_tokenizer
 from conceptmaster.examples.sprites.world import (
     ACCESSORIES,
     NOUNS,
@@ -49,7 +48,8 @@ from conceptmaster.examples.sprites.world import (
 )
 from conceptmaster.runtime.errors import InputError
 
-CLIPS = 6
+from .small import CLIPS, small_config
+
 COMPONENTS = preset("sprites").vae["z_dim"]
 VARIANTS = [
     {},
@@ -65,38 +65,6 @@ VARIANTS = [
 @pytest.fixture(autouse=True)
 def few_are_judged(monkeypatch):
     monkeypatch.setattr(train_pictures, "JUDGED", 32)
-
-
-def small_config(**concept: str) -> object:
-    config = preset("sprites")
-    return dataclasses.replace(
-        config,
-        transformer=dataclasses.replace(config.transformer, num_attention_heads=6, num_layers=2, ffn_dim=96),
-        concept=dataclasses.replace(config.concept, **concept),
-        vae=config.vae | {"width": 8, "layers": 1},
-    )
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return build_tokenizer()
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A pool of a few clips with their latents, and the VAE that these are of beside it."""
-    root = tmp_path_factory.mktemp("pool")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pool, "SHARD", CLIPS)
-        pool.draw_shard(root, 0)
-        pool.draw_shard(root, 1)
-        vae = train_vae.new_vae(small_config().vae)
-        train_vae.analyse(vae, root, clips=3 * CLIPS)
-        train_vae.write_vae(vae, root, small_config().vae)
-        for index, shard in enumerate(pool.shards(root)):
-            pool.encode_shard(shard, lambda video: vae.encode(train_vae.to_tensor(video)).numpy())
-            batches.portraits(pool.open_shard(shard), index * CLIPS)
-    return root
 
 
 def train(folder, output, tokenizer, steps, pictures=1, **concept):
