@@ -107,7 +107,7 @@ class Shapes:
         yield "1.3B 720p, 4 concepts", (2, 75600, 512, 64, 64, 12, 128)
         yield "14B 480p, 4 concepts", (2, 32760, 512, 64, 64, 40, 128)
         yield "2048 tokens, 4 concepts", (2, 2048, 512, 64, 64, 12, 128)
-        yield "sprites, 4 concepts", (2, 80, 48, 32, 32, 12, 32)
+        yield "sprites, 4 concepts", (2, 80, 48, 256, 256, 12, 32)
         yield "odd", (3, 1001, 77, 13, 5, 5, 24)
 
     def rows(self) -> Iterator[tuple[str, tuple[int, int, int, int]]]:

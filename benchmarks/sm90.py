@@ -71,7 +71,7 @@ def _attention_launches(new: Callable[..., Any]) -> Iterator[tuple[str, Callable
         "1.3B 480p": (2, 32760, 512, 64, 12, 128),
         "1.3B 480p, many concept tokens": (2, 32760, 512, 256, 12, 128),
         "few tokens": (2, 1024, 512, 64, 12, 128),
-        "sprites": (2, 80, 48, 32, 12, 32),
+        "sprites": (2, 80, 48, 256, 12, 32),
         "odd": (1, 67, 33, 3, 3, 12),
     }
     for case, (batch, tokens, text, concepts, heads, width) in shapes.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
 from pathlib import Path
@@ -52,8 +53,16 @@ def check_shares(args: argparse.Namespace, *names: str) -> None:
             raise InputError(f"--{name} must lie between 0 and 1, got {share}")
 
 
+def guidance_of(weights: Path, asked: float | None) -> float:
+    """The guidance asked for, or the one that a weights folder's model is sampled with."""
+    if asked is not None:
+        return asked
+    return float(json.loads((weights / "defaults.json").read_text())["guidance"])
+
+
 def check_trained(weights: Path, data: Path) -> None:
     """Raises InputError for what a weights folder or the folder of ``train --output`` lacks."""
-    for path in (weights / "model.safetensors", weights / "vae.safetensors", data / "clips"):
+    names = ("model.safetensors", "vae.safetensors", "defaults.json")
+    for path in (*(weights / name for name in names), data / "clips"):
         if not path.exists():
             raise InputError(f"{path} is missing: `train --output` makes it")

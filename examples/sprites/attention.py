@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+
+from conceptmaster.kernels.common import in_plain_torch
 
 
 class PlainAttention(TorchFunctionMode):
@@ -39,5 +41,9 @@ def _plain_attention(
 
 
 def cheapest_attention(device: str) -> AbstractContextManager[Any]:
-    """On CPUs ``PlainAttention``: there torch's fused one takes half of a step for its gradient alone."""
-    return PlainAttention() if torch.device(device).type == "cpu" else nullcontext()
+    """On CPUs ``PlainAttention``: there torch's fused one takes half of a step for its gradient alone.
+
+    Elsewhere torch's own, also where no gradient is wanted: the kernels that serve take one dtype, and
+    autocast may leave queries wider than values.
+    """
+    return PlainAttention() if torch.device(device).type == "cpu" else in_plain_torch()

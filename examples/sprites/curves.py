@@ -18,34 +18,30 @@ LOGS = Path(__file__).parent / "training"
 
 @dataclass(frozen=True)
 class Panel:
-    """A log's file, its x axis, its curves, their title, and the phase whose lines they are (None: those
-    without one)."""
+    """A log's file, its x axis, its curves and their title."""
 
     file: str
     x: str
     curves: tuple[str, ...]
     title: str
-    phase: str | None = None
 
 
 PANELS = (
     Panel("vae-log.jsonl", "step", ("psnr",), "VAE: PSNR of held-out clips, dB"),
-    Panel(
-        "model-log.jsonl",
-        "step",
-        ("texture", "held_out_texture"),
-        "pictures alone: share of textures named right",
-        "pictures",
-    ),
-    Panel(
-        "model-log.jsonl",
-        "step",
-        ("portrait", "held_out_portrait", "held_out_kept"),
-        "pictures alone: portraits, and what is kept",
-        "pictures",
-    ),
     Panel("model-log.jsonl", "samples", ("flow",), "videos: loss of the velocity"),
     Panel("model-log.jsonl", "samples", ("layout", "story", "portrait"), "videos: training-only heads"),
+    Panel(
+        "model-log.jsonl",
+        "samples",
+        ("texture", "look_texture", "eye_texture"),
+        "share of textures named right: queries, video, eye",
+    ),
+    Panel(
+        "model-log.jsonl",
+        "samples",
+        ("pattern", "look_pattern", "eye_pattern"),
+        "how textures run, squared error: the same",
+    ),
     Panel(
         "model-log.jsonl",
         "samples",
@@ -85,7 +81,7 @@ def draw(records: dict[str, list[dict[str, Any]]], output: Path) -> None:
     """Write the picture, whole or not at all. Raises MissingDependency without matplotlib."""
     figure = import_matplotlib()(figsize=(15, 6.5), layout="constrained")
     for axes, panel in zip(figure.subplots(2, 3).flat, PANELS, strict=True):
-        own = [record for record in records[panel.file] if record.get("phase") == panel.phase]
+        own = [record for record in records[panel.file] if "phase" not in record]
         for name in panel.curves:
             points = [(r[panel.x], r[name]) for r in own if name in r and panel.x in r]
             if points:

@@ -26,7 +26,7 @@ from conceptmaster.engine.model import ConceptMaster
 from conceptmaster.engine.weights import load_model, save_model
 from conceptmaster.runtime.solver import make_schedule
 
-from .arguments import check_counts, check_shares, check_trained
+from .arguments import check_counts, check_shares, check_trained, guidance_of
 from .attention import cheapest_attention
 from .batches import Batch, Dropped
 from .learning import (
@@ -73,7 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=int, default=32, help="clips in a step (32)")
     parser.add_argument("--sampling-steps", type=int, default=4, help="what the student will need (4)")
     parser.add_argument("--substeps", type=int, default=2, help="the teacher's steps for each of these (2)")
-    parser.add_argument("--guidance", type=float, default=3.0, help="the teacher's (3)")
+    parser.add_argument("--guidance", type=float, help="the teacher's (its default)")
     parser.add_argument(
         "--decoys", type=float, default=0.0, help="share of clips that go on from their decoy (0)"
     )
@@ -89,7 +89,8 @@ def run(args: argparse.Namespace) -> int:
     check_trained(args.teacher, args.data)
     if args.threads is not None:
         torch.set_num_threads(args.threads)
-    plan = Plan(steps=args.sampling_steps, substeps=args.substeps, guidance=args.guidance)
+    guidance = guidance_of(args.teacher, args.guidance)
+    plan = Plan(steps=args.sampling_steps, substeps=args.substeps, guidance=guidance)
     distil(
         args.teacher / "model.safetensors",
         args.data / "clips",

@@ -1,7 +1,7 @@
 """Training clips that are drawn, and encoded, where the model is trained, and replaced as it goes on.
 
-On a GPU drawing a clip takes 0.1 ms instead of the 40 ms of a CPU's core: the pool is full before a disk's
-would be read, and a look rarely comes back often enough to be learned by heart.
+An H200 draws a clip, with its decoy, pictures and latents, in 0.4 ms; a CPU's core takes 40. So a look need
+not come back often enough to be learned by heart.
 """
 
 from __future__ import annotations

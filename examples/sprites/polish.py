@@ -21,7 +21,7 @@ from conceptmaster.engine.blocks import BlockVAE
 from conceptmaster.engine.model import ConceptMaster
 from conceptmaster.engine.weights import load_model
 
-from .arguments import check_counts, check_trained
+from .arguments import check_counts, check_trained, guidance_of
 from .attention import cheapest_attention
 from .batches import Dropped, LatentPool
 from .distil import teach
@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--clips", type=int, default=1600, help="clips to denoise again (1600)")
     parser.add_argument("--steps", type=int, default=1500, help="steps of training (1500)")
     parser.add_argument("--batch-size", type=int, default=16, help="latent frames in a step (16)")
-    parser.add_argument("--guidance", type=float, default=2.5, help="of the denoising (2.5)")
+    parser.add_argument("--guidance", type=float, help="of the denoising (the model's default)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=None, help="CPU threads (one per core)")
@@ -61,7 +61,8 @@ def run(args: argparse.Namespace) -> int:
     model = load_model(args.weights / "model.safetensors").to(args.device)
     redone = args.output / "redone.npz"
     if not redone.exists():
-        redo(model, args.data / "clips", redone, clips=args.clips, guidance=args.guidance, seed=args.seed)
+        guidance = guidance_of(args.weights, args.guidance)
+        redo(model, args.data / "clips", redone, clips=args.clips, guidance=guidance, seed=args.seed)
     if not (args.output / "polish-training.safetensors").exists():
         shutil.copyfile(args.weights / "vae.safetensors", args.output / "vae.safetensors")
     (args.output / "vae.json").write_text(json.dumps(model.config.vae, indent=1))

@@ -39,7 +39,7 @@ DEFAULTS = {
     "solver": "euler",
     "steps": 6,
     "shift": 3.0,
-    "guidance": 3.0,
+    "guidance": 1.5,
     "concept_guidance": None,
     "negative": "",
 }

@@ -1,4 +1,5 @@
-"""What the tests of scoring share: a perfect model, a hopeless one, and a bundle of another world."""
+"""What tests share: of scoring a perfect model, a hopeless one and a bundle of another world; of training a
+small pool."""
 
 from __future__ import annotations
 
