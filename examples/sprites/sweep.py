@@ -213,7 +213,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--same-noun", action="store_true", help="both concepts share their noun")
     parser.add_argument("--steps", type=int, nargs="+", default=STEPS, metavar="N", help="(50 20 10 6 4)")
-    parser.add_argument("--solvers", nargs="+", default=SOLVERS, metavar="NAME", help="(euler unipc)")
+    parser.add_argument(
+        "--solvers", nargs="+", default=SOLVERS, metavar="NAME", help=f"({' '.join(SOLVERS)})"
+    )
     parser.add_argument(
         "--guidance", type=float, nargs="+", default=GUIDANCE, metavar="G", help="1 is none (1 2.5)"
     )
