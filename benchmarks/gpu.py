@@ -62,7 +62,7 @@ KERNELS_SHARE = 0.3
 """Of the time: what timing kernels may use up before the model's turn."""
 USES = ("residual and modulation", "norm and rotation", "row_cases")
 USES_CONCEPTS = (*USES, "concept injection", "injection with its projection", "cross_cases")
-USES_HIGH = ("8-bit self-attention", "fp8 linear", "eight_bit_cases")
+USES_HIGH = ("fp8 linear", "eight_bit_cases")
 """Kernels of the model, by the beginning of a case's name, or of what stands for cases that there are not."""
 
 Say = Callable[[str], object]

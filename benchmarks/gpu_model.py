@@ -385,7 +385,7 @@ def ladder(size: Size, device: str, rounds: int, say: Say, found: dict[str, Any]
         }
         replayed = {"CUDA graph": step_call(fused, given, True)}
         if eight is not None:
-            replayed["high: 8-bit attention, fp8 layers"] = step_call(eight, given, True)
+            replayed["high: fp8 layers"] = step_call(eight, given, True)
         return launched, replayed
 
     errors = found["relative_l2"] = {}

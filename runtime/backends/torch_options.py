@@ -21,8 +21,8 @@ class TorchOptions:
     for such a base. dtype: of transformer and encoders; None is float32 on the CPU, bfloat16 on CUDA.
     compile: `torch.compile` of the transformer's blocks: minutes at the first step.
 
-    Lossy, with measured errors in docs/performance.md: tier "high" (8-bit attention and linear layers on GPUs
-    that have fp8), skip_guidance (so large a part of the steps, at the end, is not guided), step_cache (steps
+    Lossy, with measured errors in docs/performance.md: tier "high" (linear layers in 8 bits, on GPUs that
+    have fp8), skip_guidance (so large a part of the steps, at the end, is not guided), step_cache (steps
     whose predicted change stays below it, in parts of the velocity, are not computed, see torch_step.py).
 
     Raises: InputError for a value that is out of range.

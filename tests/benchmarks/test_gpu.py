@@ -175,7 +175,6 @@ def test_a_forward_and_a_step_are_held_to_diffusers(model):
     assert forward["step"].keys() == {"diffusers eager", "ours", "ours high"}
     assert 0 < forward["full_size_apart"] < 0.05
     assert 0 < forward["relative_l2"]["ours"] < 0.05
-    assert forward["relative_l2"]["ours high"] > forward["relative_l2"]["ours"]
     assert forward["of_matrix_rate"] == pytest.approx(forward["tflops"] / report["roofline"]["matrix_tflops"])
     assert json.loads(json.dumps(report)) == report
 
