@@ -152,8 +152,12 @@ class Trainee(nn.Module):
         look = self._look_losses(batch, hidden, target.view(*batch.concept_mask.shape, -1))
         shows = ~batch.foreign[filled]  # what the picture alone says is asked where it shows the noun
         truth = [each[filled][shows] for each in (batch.portraits, batch.traits, batch.patterns)]
-        pictures = picture_losses(self.portrait, self.trait, visual[shows].float(), *truth)
-        eye = trait_losses(self.eye, seen[shows].float().mean(1, keepdim=True), *truth[1:])
+        if len(truth[0]):
+            pictures = picture_losses(self.portrait, self.trait, visual[shows].float(), *truth)
+            eye = trait_losses(self.eye, seen[shows].float().mean(1, keepdim=True), *truth[1:])
+        else:
+            eye = dict.fromkeys(("total", "pattern", "traits", "texture"), flow.new_zeros(()))
+            pictures = eye | {"portrait": flow.new_zeros(())}
         total = flow + LAYOUT_WEIGHT * layout + STORY_WEIGHT * story + LOOK_WEIGHT * look.pop("total")
         total = total + PICTURE_WEIGHT * (pictures.pop("total") + eye.pop("total"))
         pictures |= {f"look_{name}": value for name, value in look.items()}

@@ -464,6 +464,24 @@ def test_frozen_parts_stay_as_they_are(folder, tokenizer, tmp_path):
     assert moved == {"dam", "transformer"}
 
 
+def test_pictures_that_are_all_foreign_ask_nothing_of_what_they_show(folder, tokenizer, tmp_path):
+    train_model.train_model(
+        small_config(),
+        folder,
+        folder,
+        tmp_path,
+        tokenizer,
+        steps=2,
+        batch_size=4,
+        picture_steps=0,
+        caption_steps=0,
+        log_every=1,
+        foreign=1.0,
+    )
+    record = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])
+    assert record["portrait"] == record["eye_pattern"] == 0 < record["flow"]
+
+
 def test_plain_attention_is_torchs_own():
     torch.manual_seed(0)
     q, k, v = (torch.randn(2, 3, n, 8) for n in (5, 7, 7))
