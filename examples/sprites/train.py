@@ -36,8 +36,8 @@ from .vocabulary import build_tokenizer
 
 STAGES = ("draw", "latents", "vae", "model")
 DEFAULTS = {
-    "solver": "euler",
-    "steps": 6,
+    "solver": "unipc",
+    "steps": 4,
     "shift": 3.0,
     "guidance": 1.5,
     "concept_guidance": None,
