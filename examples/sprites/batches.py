@@ -234,6 +234,9 @@ class LatentPool:
             self.tokens.append(tokenise(self.tokenizer, shard.captions, self.text_tokens))
         return len(self.shards)
 
+    def close(self) -> None:
+        """End what the pool has started: nothing, where all is read from files."""
+
     def label(self, text: str) -> tuple[np.ndarray, np.ndarray]:
         """Token ids and mask [L] of one label."""
         if text not in self._label_cache:

@@ -20,7 +20,7 @@ from .batches import PORTRAIT, RUNS, TURNS, Captions
 from .paint_many import Cast, draw_clips, draw_references, draw_upright
 from .pool import LATENT_GRID, REFERENCES
 from .resident import ResidentPool, generator
-from .scene_arrays import LOOKS, Arrays, SceneStream
+from .scene_arrays import BANK, LOOKS, Arrays, SceneStream
 from .world import MAX_CONCEPTS, PERIODS, TEXTURES
 
 BLOCK = 8192
@@ -52,12 +52,13 @@ class DrawnPool(ResidentPool):
         done: int = 0,
         workers: int = 1,
         block: int = BLOCK,
+        bank: int = BANK,
     ) -> None:
         self.vae, self.block, self.seed = vae.to(device), min(block, clips), seed
         self.many, self._next = max(1, clips // self.block), done
         tokens = text_tokens, label_tokens
         first = seed * APART + done
-        self._stream = SceneStream(self.block, first, self.many + 1, tokens, workers)
+        self._stream = SceneStream(self.block, first, self.many + 1, tokens, workers, bank)
         self._banks = torch.stack([torch.from_numpy(each.result()) for each in self._stream.banks]).to(device)
         super().__init__(device, Path(), tokenizer, text_tokens, label_tokens)
 
@@ -92,7 +93,7 @@ class DrawnPool(ResidentPool):
         g = torch.Generator(self.device).manual_seed((self.seed * APART + self._next) * 2 + 1)
         bank = torch.randint(self._banks.shape[1], (self.block,), generator=g, device=self.device)
         ground = self._banks[scenes["background"], bank]
-        some = AT_ONCE[torch.device(self.device).type]
+        some = AT_ONCE.get(torch.device(self.device).type, AT_ONCE["cpu"])
         parts = [
             self._clips({name: value[k : k + some] for name, value in scenes.items()}, ground[k : k + some])
             for k in range(0, self.block, some)
@@ -143,7 +144,7 @@ def _looks(scenes: dict[str, Tensor], prefix: str) -> Cast:
 
 def _parts(draw: Callable[..., Tensor], looks: Cast, *how: object) -> Tensor:
     """``draw`` of so many sprites at a time that their pixels fit."""
-    size = 8 * AT_ONCE[looks["noun"].device.type]
+    size = 8 * AT_ONCE.get(looks["noun"].device.type, AT_ONCE["cpu"])
     starts = range(0, len(looks["noun"]), size)
     return torch.cat([draw({n: v[k : k + size] for n, v in looks.items()}, *how) for k in starts])
 

@@ -19,7 +19,6 @@ from .world import (
     MAX_CONCEPTS,
     MOTIONS,
     NOUNS,
-    SIZE,
     TEXTURES,
     Identity,
     random_scene,
@@ -35,6 +34,8 @@ LOOKS = {"body": 3, "second": 3, "accent": 3, "period": 1, "angle": 1, "texture"
 """Fields of a look; how many numbers, 0 where it is a kind."""
 JOB = 512
 """Scenes in one job of a process."""
+NEXT = 2
+"""Blocks that are made ahead of time once a pool is full."""
 BANK = 2048
 """Backgrounds of each kind that scenes drawn on a device choose from."""
 
@@ -93,25 +94,24 @@ def _job(job: tuple[int, int, int, int]) -> Arrays:
     return tokenised(scene_arrays(first, count), text_tokens, label_tokens)
 
 
-def backgrounds(kind: str) -> np.ndarray:
-    """A bank of one kind of background, float16 [BANK,SIZE,SIZE,3] in 0..1; the same every time."""
+def backgrounds(kind: str, count: int) -> np.ndarray:
+    """So many backgrounds of one kind, float16 [count,SIZE,SIZE,3] in 0..1; the same every time."""
     rng = np.random.Generator(np.random.Philox(key=[list(BACKGROUNDS).index(kind), 17]))
-    return (
-        np.stack([paint_background(kind, rng) for _ in range(BANK)])
-        .astype(np.float16)
-        .reshape(BANK, SIZE, SIZE, 3)
-    )
+    return np.stack([paint_background(kind, rng) for _ in range(count)]).astype(np.float16)
 
 
 class SceneStream:
-    """Blocks of ``size`` tokenised scenes, one after the other, that other processes make ahead of time."""
+    """Blocks of ``size`` tokenised scenes, one after the other, that other processes make ahead of time: the
+    first ``ahead`` at once, then one more than is asked for."""
 
-    def __init__(self, size: int, first: int, ahead: int, tokens: tuple[int, int], workers: int) -> None:
+    def __init__(
+        self, size: int, first: int, ahead: int, tokens: tuple[int, int], workers: int, bank: int
+    ) -> None:
         self.size, self.tokens, self._next = size, tokens, first
         # spawned: neither CUDA nor PyTorch's threads survive a fork
         context = multiprocessing.get_context("spawn")
         self._pool = ProcessPoolExecutor(workers, context, signal.signal, (signal.SIGINT, signal.SIG_IGN))
-        self.banks = [self._pool.submit(backgrounds, kind) for kind in BACKGROUNDS]
+        self.banks = [self._pool.submit(backgrounds, kind, bank) for kind in BACKGROUNDS]
         self._waiting: list[list[Future[Arrays]]] = []
         for _ in range(ahead):
             self._ask()
@@ -123,10 +123,11 @@ class SceneStream:
         self._next += 1
 
     def blocks(self, count: int) -> Iterator[Arrays]:
-        """The next ``count`` blocks; as many are asked for in their place."""
+        """The next ``count`` blocks."""
         for _ in range(count):
             parts = [future.result() for future in self._waiting.pop(0)]
-            self._ask()
+            if len(self._waiting) < NEXT:
+                self._ask()
             yield {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
     def close(self) -> None:

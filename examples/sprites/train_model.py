@@ -423,6 +423,7 @@ def train_model(
             _log(output, record)
         if (step + 1) % REFRESHED == 0:
             pool.refresh()
+    pool.close()
     bar.close()
 
 

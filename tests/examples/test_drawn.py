@@ -167,13 +167,11 @@ def make_pool(folder, tokenizer):
     vae, made = train_vae.load_vae(folder), []
 
     def make(**how):
-        made.append(drawn.DrawnPool("cpu", 3 * BLOCK, vae, tokenizer, 48, 8, block=BLOCK, **how))
+        made.append(drawn.DrawnPool("cpu", 3 * BLOCK, vae, tokenizer, 48, 8, block=BLOCK, bank=2, **how))
         made[-1].normalise([0.1] * vae.config.z_dim, [0.5] * vae.config.z_dim)
         return made[-1]
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(scene_arrays, "BANK", 4)
-        yield make
+    yield make
     for each in made:
         each.close()
 
@@ -211,7 +209,7 @@ def test_what_a_pool_holds_belongs_together(make_pool, folder):
         assert not there["coverage"][k, empty].any() and (there["portraits"][k, empty] == 128).all()
         assert there["patterns"][k, empty].isnan().all()
         found = []
-        for ground in scene_arrays.backgrounds(scene.background):
+        for ground in scene_arrays.backgrounds(scene.background, 2):
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(draw, "paint_background", lambda *_, ground=ground: ground.astype(np.float32))
                 clip = draw.draw_clip(scene)[0]
