@@ -21,7 +21,7 @@ BUNDLE = SHIPPED / "sprites"
 GRAPHS = sorted(path.stem for path in BUNDLE.glob("*.onnx"))
 # Relative error of a whole graph whose products are rounded, on random inputs. Measured on `sprites`: see
 # docs/tensorrt.md.
-TOLERANCES = {"fp16": 1e-2, "bf16": 6e-2}
+TOLERANCES = {"fp16": 2e-2, "bf16": 1.2e-1}
 
 
 def feed(path, seed=0):
