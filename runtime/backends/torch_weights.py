@@ -42,6 +42,10 @@ STORED = (torch.float32, torch.float16, torch.bfloat16)
 """Dtypes that a graph may keep a vector in, where it loses nothing."""
 
 
+class _AnotherModel(InputError):
+    """Weights whose configuration is not the bundle's."""
+
+
 def load_weights(bundle: Bundle, options: TorchOptions) -> tuple[ConceptMaster, VAE, Path]:
     """Model and video autoencoder of `bundle`, in evaluation mode and float32 on the CPU, and their folder.
 
@@ -58,7 +62,12 @@ def load_weights(bundle: Bundle, options: TorchOptions) -> tuple[ConceptMaster, 
             )
         return model, vae, folder
     for folder in _candidates(bundle):
-        model, vae = _load(folder, config, options)
+        try:
+            model, vae = _load(folder, config, options)
+        except _AnotherModel:
+            if folder.parent == bundle.folder:
+                raise
+            continue  # of another shipped bundle
         if _are_of(bundle, model, vae):
             return model, vae, folder
     raise InputError(
@@ -94,7 +103,7 @@ def _load(folder: Path, config: ModelConfig, options: TorchOptions) -> tuple[Con
             raise InputError(f"{str(folder)!r} is no base in diffusers' layout: an adapter is for one")
         model, vae = load_model(folder / MODEL), build_vae(config)
         if model.config != config:
-            raise InputError(f"the weights in {str(folder)!r} are of another model than the bundle")
+            raise _AnotherModel(f"the weights in {str(folder)!r} are of another model than the bundle")
         load_strict(vae, load(folder / AUTOENCODER)[0])
     except FileNotFoundError as error:
         raise InputError(f"{error}: weights are a folder with {MODEL} and {AUTOENCODER}") from None

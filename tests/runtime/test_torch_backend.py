@@ -63,7 +63,7 @@ def test_frames_are_those_of_onnx_runtime(frames, request_4):
 
 
 def test_the_weights_of_a_shipped_bundle_are_its_own(request_4):
-    """Two folders of weights fit the configuration of sprites-fast, one of them its graphs."""
+    """There are weights for each of the shipped bundles side by side, of two configurations."""
     found = [
         Pipeline.from_bundle("sprites-fast", threads=1, backend=name).generate(request_4)[0].frames
         for name in ("torch", "onnxruntime")
@@ -357,7 +357,7 @@ def test_running_out_of_memory_is_one_clear_error(sprites, monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setitem(sprites.backend._modules, "decode_first", fail)
-    latents = np.zeros((1, 48, 1, 8, 8), np.float32)
+    latents = np.zeros((1, 128, 1, 8, 8), np.float32)
     with pytest.raises(OutOfMemory, match="out of memory on cpu .* were planned.*; .*"):
         sprites.backend.run("decode_first", {"latents": latents})
 
@@ -379,8 +379,15 @@ def test_bad_input_is_one_clear_error(sprites, arguments, words):
         open_backend(sprites.bundle, *arguments).load(())
 
 
-def test_other_weights_are_refused(sprites, tiny):
-    folder = ROOT / "examples" / "sprites" / "weights-fast"
+def test_other_weights_are_refused(sprites, tiny, tmp_path):
+    from conceptmaster.engine.weights import load_model, save_model
+
+    folder = shutil.copytree(ROOT / "examples" / "sprites" / "weights", tmp_path / "weights")
+    model = load_model(folder / "model.safetensors")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 1
+    save_model(model, folder / "model.safetensors")
     with pytest.raises(InputError, match="are not those that the bundle .* was exported from"):
         open_backend(sprites.bundle, "cpu", 1, "torch", TorchOptions(weights=folder)).load(())
     with pytest.raises(InputError, match="are of another model than the bundle"):
@@ -406,8 +413,8 @@ def test_an_absent_gpu_is_said(sprites):
 
 
 def test_a_wrong_shape_is_named(sprites):
-    with pytest.raises(ValueError, match=r"decode_first: 'latents' must be float32 \[1, 48, 1, 8, 8\]"):
-        sprites.backend.run("decode_first", {"latents": np.zeros((1, 48, 1, 8, 9), np.float32)})
+    with pytest.raises(ValueError, match=r"decode_first: 'latents' must be float32 \[1, 128, 1, 8, 8\]"):
+        sprites.backend.run("decode_first", {"latents": np.zeros((1, 128, 1, 8, 9), np.float32)})
 
 
 @pytest.mark.parametrize(
