@@ -420,7 +420,7 @@ def test_package_data_stays_small() -> None:
     bundles = ROOT / "runtime" / "bundles"
     patterns = setup_value("PACKAGE_DATA")["conceptmaster.runtime"]
     files = {path for pattern in patterns for path in bundles.parent.glob(pattern)}
-    assert sum(path.stat().st_size for path in files) <= 40e6
+    assert sum(path.stat().st_size for path in files) <= 45e6
 
 
 HEAVY = ["diffusers", "onnx", "onnxscript", "torch", "transformers", "triton"]
