@@ -17,10 +17,11 @@ from torch import Tensor
 from conceptmaster.engine.blocks import BlockVAE
 
 from .batches import PORTRAIT, RUNS, TURNS, Captions
-from .paint_many import Cast, draw_clips, draw_references, draw_upright
+from .paint_many import Cast, draw_clips, draw_references, draw_upright, filled
 from .pool import LATENT_GRID, REFERENCES
 from .resident import ResidentPool, generator
 from .scene_arrays import BANK, LOOKS, Arrays, SceneStream
+from .train_vae import from_bytes
 from .world import MAX_CONCEPTS, PERIODS, TEXTURES
 
 BLOCK = 8192
@@ -93,7 +94,7 @@ class DrawnPool(ResidentPool):
         g = torch.Generator(self.device).manual_seed((self.seed * APART + self._next) * 2 + 1)
         bank = torch.randint(self._banks.shape[1], (self.block,), generator=g, device=self.device)
         ground = self._banks[scenes["background"], bank]
-        some = AT_ONCE.get(torch.device(self.device).type, AT_ONCE["cpu"])
+        some = _at_once(self.device)
         parts = [
             self._clips({name: value[k : k + some] for name, value in scenes.items()}, ground[k : k + some])
             for k in range(0, self.block, some)
@@ -109,8 +110,7 @@ class DrawnPool(ResidentPool):
         for name, prefix in (("latents", ""), ("decoys", "decoy_")):
             count, radius, path, motion = (scenes[field] for field in ("count", "radius", "path", "motion"))
             clips, visible = draw_clips(_looks(scenes, prefix), count, radius, path, motion, ground)
-            video = clips.permute(0, 4, 1, 2, 3).float().div_(127.5).sub_(1.0)
-            found[name] = self.vae.encode(video).half()
+            found[name] = self.vae.encode(from_bytes(clips)).half()
             if name == "latents":
                 found["coverage"] = coverage(visible)
         return found
@@ -118,9 +118,7 @@ class DrawnPool(ResidentPool):
     def _pictures(self, scenes: dict[str, Tensor], g: torch.Generator) -> dict[str, Tensor]:
         """References, foreign ones, portraits, and what the concepts are."""
         shape = self.block, MAX_CONCEPTS
-        rows, columns = torch.nonzero(
-            torch.arange(MAX_CONCEPTS, device=self.device) < scenes["count"][:, None], as_tuple=True
-        )
+        rows, columns = filled(scenes["count"], MAX_CONCEPTS)
         looks = {name: value[rows, columns] for name, value in _looks(scenes, "").items()}
         strangers = looks | {"noun": scenes["foreign_noun"][rows, columns]}
         drawn = {
@@ -138,13 +136,17 @@ class DrawnPool(ResidentPool):
         return found
 
 
+def _at_once(device: str | torch.device) -> int:
+    return AT_ONCE.get(torch.device(device).type, AT_ONCE["cpu"])
+
+
 def _looks(scenes: dict[str, Tensor], prefix: str) -> Cast:
     return {"noun": scenes["noun"]} | {name: scenes[prefix + name] for name in LOOKS}
 
 
 def _parts(draw: Callable[..., Tensor], looks: Cast, *how: object) -> Tensor:
     """``draw`` of so many sprites at a time that their pixels fit."""
-    size = 8 * AT_ONCE.get(looks["noun"].device.type, AT_ONCE["cpu"])
+    size = 8 * _at_once(looks["noun"].device)
     starts = range(0, len(looks["noun"]), size)
     return torch.cat([draw({n: v[k : k + size] for n, v in looks.items()}, *how) for k in starts])
 

@@ -13,7 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from .draw import REACH
+from .draw import REACH, look_of
 from .scene_arrays import LOOKS
 from .shapes import PAINTERS, Canvas, accessory, texture
 from .world import ACCESSORIES, FRAMES, MOTIONS, NOUNS, SIZE, TEXTURES, Identity
@@ -102,6 +102,13 @@ def in_frames(windows: Tensor, corner: Tensor, side: int = SIZE) -> Tensor:
     return placed.view(*index.shape[:2], side, side, 4) * shown[..., None]
 
 
+def filled(count: Tensor, slots: int) -> tuple[Tensor, Tensor]:
+    """Row and slot of every concept, of clips that have ``count`` [B] of them: int64 [P] each."""
+    there = torch.arange(slots, device=count.device) < count[:, None]
+    rows, columns = torch.nonzero(there, as_tuple=True)
+    return rows, columns
+
+
 def draw_clips(
     casts: Cast, count: Tensor, radius: Tensor, path: Tensor, motion: Tensor, ground: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -111,9 +118,8 @@ def draw_clips(
     casts [B,N] or [B,N,3] each, count [B] of them, radius and motion [B,N], path [B,N,F,2], ground (the
     backgrounds) [B,S,S,3].
     """
-    slots = torch.arange(radius.shape[1], device=count.device)
-    rows, columns = torch.nonzero(slots < count[:, None], as_tuple=True)
-    turned = torch.tensor([{"left": -1.0, "right": 1.0}.get(name, 0.0) for name in MOTIONS])
+    rows, columns = filled(count, radius.shape[1])
+    turned = torch.tensor([look_of(name) for name in MOTIONS])
     flat = {name: value[rows, columns] for name, value in casts.items()}
     look = turned.to(path.device)[motion[rows, columns]]
     windows, corner = windows_along(flat, radius[rows, columns], path[rows, columns], look)

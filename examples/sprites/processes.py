@@ -12,6 +12,13 @@ Job = TypeVar("Job")
 Done = TypeVar("Done")
 
 
+def new_pool(workers: int) -> ProcessPoolExecutor:
+    """Processes that leave an interrupt to this one."""
+    # spawned, because neither ONNX Runtime's threads nor PyTorch's survive a fork, nor does CUDA
+    context = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(workers, context, signal.signal, (signal.SIGINT, signal.SIG_IGN))
+
+
 def in_processes(function: Callable[[Job], Done], jobs: Sequence[Job], workers: int) -> Iterator[Done]:
     """``function`` of each job, in their order; ``function`` and jobs can be pickled.
 
@@ -21,10 +28,7 @@ def in_processes(function: Callable[[Job], Done], jobs: Sequence[Job], workers: 
     if workers == 1 or len(jobs) < 2:
         yield from map(function, jobs)
         return
-    # spawned, because neither ONNX Runtime's threads nor PyTorch's survive a fork
-    context = multiprocessing.get_context("spawn")
-    count = min(workers, len(jobs))
-    pool = ProcessPoolExecutor(count, context, signal.signal, (signal.SIGINT, signal.SIG_IGN))
+    pool = new_pool(min(workers, len(jobs)))
     try:
         yield from pool.map(function, jobs)
     finally:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import signal
 from collections.abc import Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future
 
 import numpy as np
 
 from .decoys import decoy, foreign
 from .draw import paint_background
+from .processes import new_pool
 from .vocabulary import build_tokenizer, tokenise
 from .world import (
     ACCESSORIES,
@@ -108,9 +107,7 @@ class SceneStream:
         self, size: int, first: int, ahead: int, tokens: tuple[int, int], workers: int, bank: int
     ) -> None:
         self.size, self.tokens, self._next = size, tokens, first
-        # spawned: neither CUDA nor PyTorch's threads survive a fork
-        context = multiprocessing.get_context("spawn")
-        self._pool = ProcessPoolExecutor(workers, context, signal.signal, (signal.SIGINT, signal.SIG_IGN))
+        self._pool = new_pool(workers)
         self.banks = [self._pool.submit(backgrounds, kind, bank) for kind in BACKGROUNDS]
         self._waiting: list[list[Future[Arrays]]] = []
         for _ in range(ahead):

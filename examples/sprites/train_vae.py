@@ -93,7 +93,12 @@ def analyse(vae: BlockVAE, data: Path, clips: int = 800, seed: int = 0, kept: in
 
 def to_tensor(video: np.ndarray) -> Tensor:
     """uint8 [B, F, H, W, 3] to float [B, 3, F, H, W] in -1..1."""
-    return torch.from_numpy(np.array(video)).permute(0, 4, 1, 2, 3).float().div_(127.5).sub_(1.0)
+    return from_bytes(torch.from_numpy(np.array(video)))
+
+
+def from_bytes(video: Tensor) -> Tensor:
+    """uint8 [B, F, H, W, 3] to float [B, 3, F, H, W] in -1..1, where it is."""
+    return video.permute(0, 4, 1, 2, 3).float().div_(127.5).sub_(1.0)
 
 
 @torch.no_grad()
@@ -122,7 +127,7 @@ def frames_of(videos: Tensor, clips: Tensor, frames: Tensor, t: int) -> Tensor:
     ``videos`` uint8 [n,F,sH,sW,3]; ``clips`` and ``frames`` [batch]: which clips, and which latent frames.
     """
     those = (t * frames[:, None] + torch.arange(1 - 2 * t, 1, device=frames.device)).clamp(min=0)
-    return videos[clips[:, None], those].permute(0, 4, 1, 2, 3).float().div_(127.5).sub_(1.0)
+    return from_bytes(videos[clips[:, None], those])
 
 
 def train_vae(

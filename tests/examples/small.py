@@ -6,6 +6,7 @@ import dataclasses
 
 from conceptmaster.engine.config import ModelConfig
 from conceptmaster.engine.presets import preset
+from conceptmaster.examples.sprites.train_model import train_model
 
 CLIPS = 6
 """In a shard."""
@@ -20,3 +21,10 @@ def small_config(**concept: str) -> ModelConfig:
         concept=dataclasses.replace(config.concept, **concept),
         vae=config.vae | {"width": 8, "layers": 1},
     )
+
+
+def train_small(folder, output, tokenizer, **how):
+    """Train the small model on the pool in ``folder``, on videos alone; ``how``: as ``train_model`` takes."""
+    config = how.pop("config", small_config())
+    usual = {"batch_size": 4, "picture_steps": 0, "caption_steps": 0, "log_every": 2}
+    train_model(config, folder, folder, output, tokenizer, **(usual | how))

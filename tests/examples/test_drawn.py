@@ -37,7 +37,7 @@ from conceptmaster.examples.sprites.world import (
     random_scene,
 )
 
-from .small import small_config
+from .small import train_small
 
 SCENES = 24
 BLOCK = 6
@@ -228,24 +228,16 @@ def test_a_training_on_drawn_clips_resumes_to_the_same_weights(
     monkeypatch.setattr(train_model, "REFRESHED", 2)
     asked = []
 
-    def train(output, steps):
-        train_model.train_model(
-            small_config(),
-            folder,
-            folder,
-            output,
-            tokenizer,
-            steps=steps,
-            batch_size=4,
-            picture_steps=1,
-            caption_steps=1,
-            log_every=2,
-            drawn=lambda done: asked.append(done) or make_pool(done=done),
-        )
+    def pool(done):
+        asked.append(done)
+        return make_pool(done=done)
+
+    def train(output):
+        how = {"steps": 6, "picture_steps": 1, "caption_steps": 1}
+        train_small(folder, output, tokenizer, drawn=pool, **how)
         return load_model(output / "model.safetensors").state_dict()
 
-    whole = train(tmp_path / "whole", 6)
-    monkeypatch.setattr(train_model, "_part_done", lambda progress, steps, minutes: progress["step"] / 6)
+    whole = train(tmp_path / "whole")
     step, calls = learning.MuonAdamW.step, []
 
     def stop_at_the_fourth(self):
@@ -257,8 +249,8 @@ def test_a_training_on_drawn_clips_resumes_to_the_same_weights(
     with monkeypatch.context() as patch:
         patch.setattr(learning.MuonAdamW, "step", stop_at_the_fourth)
         with pytest.raises(KeyboardInterrupt):
-            train(tmp_path / "parts", 6)
-    resumed = train(tmp_path / "parts", 6)
+            train(tmp_path / "parts")
+    resumed = train(tmp_path / "parts")
     assert asked == [0, 0, 1]
     for name, value in whole.items():
         assert torch.equal(value, resumed[name]), name
@@ -277,19 +269,7 @@ def test_compiled_blocks_train_alike(folder, tokenizer, tmp_path):
     found = []
     for compiled in (False, True):
         output = tmp_path / str(compiled)
-        train_model.train_model(
-            small_config(),
-            folder,
-            folder,
-            output,
-            tokenizer,
-            steps=2,
-            batch_size=4,
-            picture_steps=0,
-            caption_steps=0,
-            log_every=2,
-            compiled=compiled,
-        )
+        train_small(folder, output, tokenizer, steps=2, compiled=compiled)
         found.append(load_model(output / "model.safetensors").state_dict())
     plain, faster = found
     for name, value in plain.items():

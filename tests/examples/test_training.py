@@ -48,7 +48,7 @@ from conceptmaster.examples.sprites.world import (
 )
 from conceptmaster.runtime.errors import InputError
 
-from .small import CLIPS, small_config
+from .small import CLIPS, small_config, train_small
 
 COMPONENTS = preset("sprites").vae["z_dim"]
 VARIANTS = [
@@ -68,18 +68,8 @@ def few_are_judged(monkeypatch):
 
 
 def train(folder, output, tokenizer, steps, pictures=1, **concept):
-    train_model.train_model(
-        small_config(**concept),
-        folder,
-        folder,
-        output,
-        tokenizer,
-        steps=steps,
-        batch_size=4,
-        picture_steps=pictures,
-        caption_steps=2,
-        log_every=2,
-    )
+    how = {"steps": steps, "picture_steps": pictures, "caption_steps": 2}
+    train_small(folder, output, tokenizer, config=small_config(**concept), **how)
     return load_model(output / "model.safetensors")
 
 
@@ -162,20 +152,7 @@ def test_training_by_the_clock_ends_with_it(folder, tokenizer, tmp_path, monkeyp
     now, rates = [0.0], []
     monkeypatch.setattr(train_model.time, "perf_counter", lambda: now.__setitem__(0, now[0] + 1) or now[0])
     monkeypatch.setattr(train_model, "schedule", lambda part: rates.append(part) or learning.schedule(part))
-    train_model.train_model(
-        small_config(),
-        folder,
-        folder,
-        tmp_path,
-        tokenizer,
-        steps=1,
-        batch_size=4,
-        picture_steps=0,
-        caption_steps=0,
-        log_every=2,
-        high=0.5,
-        minutes=0.1,
-    )
+    train_small(folder, tmp_path, tokenizer, steps=1, high=0.5, minutes=0.1)
     last = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])
     assert last["seconds"] == 6 and last["step"] == len(rates) == 6
     assert rates == sorted(rates) and rates[0] == 0 and rates[-1] == pytest.approx(5 / 6)
@@ -445,19 +422,8 @@ def test_a_model_twice_as_wide_computes_the_same_until_it_is_trained(variant, fo
 
 def test_frozen_parts_stay_as_they_are(folder, tokenizer, tmp_path):
     start = train(folder, tmp_path / "start", tokenizer, 2)
-    train_model.train_model(
-        small_config(),
-        folder,
-        folder,
-        tmp_path / "on",
-        tokenizer,
-        steps=2,
-        batch_size=4,
-        picture_steps=0,
-        caption_steps=0,
-        start=tmp_path / "start" / "model.safetensors",
-        freeze=train_model.FROZEN,
-    )
+    trained = tmp_path / "start" / "model.safetensors"
+    train_small(folder, tmp_path / "on", tokenizer, steps=2, start=trained, freeze=train_model.FROZEN)
     after = load_model(tmp_path / "on" / "model.safetensors").state_dict()
     before = start.state_dict()
     moved = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
@@ -465,19 +431,7 @@ def test_frozen_parts_stay_as_they_are(folder, tokenizer, tmp_path):
 
 
 def test_pictures_that_are_all_foreign_ask_nothing_of_what_they_show(folder, tokenizer, tmp_path):
-    train_model.train_model(
-        small_config(),
-        folder,
-        folder,
-        tmp_path,
-        tokenizer,
-        steps=2,
-        batch_size=4,
-        picture_steps=0,
-        caption_steps=0,
-        log_every=1,
-        foreign=1.0,
-    )
+    train_small(folder, tmp_path, tokenizer, steps=2, log_every=1, foreign=1.0)
     record = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])
     assert record["portrait"] == record["eye_pattern"] == 0 < record["flow"]
 
