@@ -9,8 +9,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from .errors import ConceptMasterError, MissingDependency
 from .runtime import cli
-from .runtime.errors import ConceptMasterError, MissingDependency
 
 VERIFY = "hold a bundle's graphs to the model they came from, or its videos to a recorded score"
 IDENTITY = "--identity"
@@ -38,13 +38,13 @@ def _verify_graphs() -> cli.Command:
 
 def _verify_identity() -> cli.Command:
     def add_arguments(parser: argparse.ArgumentParser) -> None:
-        from .examples.sprites.gate import add_verify_arguments
+        from .examples.sprites.scoring.gate import add_verify_arguments
 
         add_verify_arguments(parser)
         _add_identity(parser)
 
     def run(args: argparse.Namespace) -> int:
-        from .examples.sprites import gate
+        from .examples.sprites.scoring import gate
 
         return gate.run(args)
 

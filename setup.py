@@ -13,13 +13,25 @@ from setuptools.command.build_py import build_py
 PACKAGES = [
     "conceptmaster",
     "conceptmaster.benchmarks",
+    "conceptmaster.benchmarks.gpu",
     "conceptmaster.engine",
+    "conceptmaster.engine.checkpoints",
+    "conceptmaster.engine.vae",
     "conceptmaster.examples",
     "conceptmaster.examples.sprites",
+    "conceptmaster.examples.sprites.scoring",
+    "conceptmaster.examples.sprites.training",
+    "conceptmaster.examples.sprites.training.refine",
+    "conceptmaster.examples.sprites.world",
     "conceptmaster.export",
+    "conceptmaster.export.onnx_graphs",
+    "conceptmaster.export.tensorrt_engines",
+    "conceptmaster.export.triton_server",
     "conceptmaster.kernels",  # no __init__.py, on purpose: see CONTRIBUTING.md
     "conceptmaster.runtime",
     "conceptmaster.runtime.backends",
+    "conceptmaster.runtime.backends.pytorch",
+    "conceptmaster.runtime.bundle_format",
 ]
 
 PACKAGE_DATA = {

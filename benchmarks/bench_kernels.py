@@ -15,9 +15,9 @@ from .alternating import alternate, report
 
 torch = pytest.importorskip("torch")
 
-from .gpu import check  # noqa: E402
-from .gpu_cases import Case, Shapes, cases  # noqa: E402
-from .gpu_timing import captured  # noqa: E402
+from .gpu.cases import Case, Shapes, cases  # noqa: E402
+from .gpu.suite import check  # noqa: E402
+from .gpu.timing import captured  # noqa: E402
 
 ON_GPU = torch.cuda.is_available()
 DEVICE, DTYPE = ("cuda", "bfloat16") if ON_GPU else ("cpu", "float32")

@@ -42,7 +42,7 @@ def spec(one_thread: None) -> Any:
 
 def backend(spec: Any, path: Path) -> Any:
     """The runtime's own backend on one graph file, with one thread."""
-    from conceptmaster.export.onnx_graph import describe
+    from conceptmaster.export.onnx_graphs.trace import describe
     from conceptmaster.runtime.backends.onnxruntime_backend import OnnxRuntimeBackend
 
     graphs = {spec.name: describe(path, spec)}
@@ -54,8 +54,8 @@ def backend(spec: Any, path: Path) -> Any:
 
 def test_denoise_step(benchmark: Any, spec: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """PyTorch eager, ONNX Runtime fp32, ONNX Runtime int8; each gets NumPy arrays in and gives one back."""
-    from conceptmaster.export.onnx_graph import export_graph
-    from conceptmaster.export.quantise import quantise
+    from conceptmaster.export.onnx_graphs.int8 import quantise
+    from conceptmaster.export.onnx_graphs.trace import export_graph
 
     fp32, int8 = tmp_path / "fp32.onnx", tmp_path / "int8.onnx"
     export_graph(spec, fp32)

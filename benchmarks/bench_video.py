@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from conceptmaster.runtime import bundle as bundles
+from conceptmaster.runtime.bundle_format import find as bundles
 
 from .alternating import alternate, report
 

@@ -24,12 +24,12 @@ from typing import Any
 import numpy as np
 
 from conceptmaster import Pipeline
-from conceptmaster.runtime.backends.torch_options import TorchOptions
+from conceptmaster.runtime.backends.pytorch.options import TorchOptions
 from conceptmaster.runtime.progress import bar
 from conceptmaster.runtime.request import Request
 
 from .alternating import machine
-from .gpu_timing import commit
+from .gpu.timing import commit
 
 ROOT = Path(__file__).resolve().parents[1]
 REPORT = ROOT / "benchmarks" / "results" / "lossy.json"

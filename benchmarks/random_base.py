@@ -22,12 +22,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..engine.adapter import adapter_keys, save_adapter
+from ..engine.checkpoints.adapter import adapter_keys, save_adapter
+from ..engine.checkpoints.wan_image_to_video import A2_REFERENCES, A2_TRANSFORMER
 from ..engine.config import ConceptConfig, ModelConfig
-from ..engine.image_to_video import A2_REFERENCES, A2_TRANSFORMER
 from ..engine.model import ConceptMaster
 from ..engine.presets import PRESETS, preset
-from ..engine.vae import build_vae
+from ..engine.vae.wan_decoder import build_vae
 from ..export.source import byte_tokenizer
 
 SHARD = 2_000_000_000  # bytes after which a new file begins

@@ -13,13 +13,13 @@ from pathlib import Path
 
 from .. import __version__
 from ..engine.config import ModelConfig
-from ..runtime import manifest as manifests
-from ..runtime.manifest import Defaults, GraphFile, HashedFile, Manifest, Shapes
-from .compact import compact
+from ..runtime.bundle_format import manifest as manifests
+from ..runtime.bundle_format.manifest import Defaults, GraphFile, HashedFile, Manifest, Shapes
 from .errors import ExportError
 from .graphs import graph_specs
-from .onnx_graph import describe, export_graph
-from .quantise import precision_of, quantise
+from .onnx_graphs.compact import compact
+from .onnx_graphs.int8 import precision_of, quantise
+from .onnx_graphs.trace import describe, export_graph
 from .recipes import given_of, pictures_of, tile_of
 from .source import Source
 from .verify import Row, check, check_small, checked_specs, steps

@@ -9,9 +9,9 @@ import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from ..engine.weights import WeightsError
-from ..runtime import manifest as manifests
-from ..runtime.manifest import SOLVERS
+from ..engine.checkpoints.safetensors_io import WeightsError
+from ..runtime.bundle_format import manifest as manifests
+from ..runtime.bundle_format.manifest import SOLVERS
 from .bundle import write_bundle
 from .errors import ExportError
 from .source import Choices, Source, is_base, open_source

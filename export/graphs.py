@@ -18,17 +18,17 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from ..engine.checkpoints.lazy_weights import faked, stored_weights
 from ..engine.concepts import VisualOnly
 from ..engine.config import ModelConfig
 from ..engine.dit import BlockConditions, ConceptDiT
 from ..engine.model import ConceptMaster
-from ..engine.streamed import faked, stored_weights
-from ..engine.streaming_encoder import streaming_encoders
-from ..engine.vae import streaming_decoders
-from ..runtime.manifest import TensorSpec
+from ..engine.vae.wan_decoder import streaming_decoders
+from ..engine.vae.wan_encoder import streaming_encoders
+from ..runtime.bundle_format.manifest import TensorSpec
 
 if TYPE_CHECKING:
-    from ..engine.vae import VAE
+    from ..engine.vae.wan_decoder import VAE
 
 Sample = dict[str, Tensor]
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from ..engine.config import ModelConfig
 from ..engine.encoders import CLIP_MEAN, CLIP_STD
-from ..runtime.manifest import Given, Pictures, Place, Tile
+from ..runtime.bundle_format.manifest import Given, Pictures, Place, Tile
 from .errors import ExportError
 
 WHITE = (255, 255, 255)

@@ -12,20 +12,20 @@ import tokenizers
 import torch
 from torch import nn
 
-from ..engine.adapter import check_base, load_adapter, read_adapter
+from ..engine.checkpoints.adapter import check_base, load_adapter, read_adapter
+from ..engine.checkpoints.diffusers_folder import HUB_ID, is_folder, locate
+from ..engine.checkpoints.lora import merge_lora
+from ..engine.checkpoints.safetensors_io import WeightsError, load, load_model, load_strict, refuse_pickle
+from ..engine.checkpoints.wan import load_base, load_base_vae, read_config, read_sampling
 from ..engine.config import ConfigError, ModelConfig
-from ..engine.folders import HUB_ID, is_folder, locate
-from ..engine.lora import merge_lora
 from ..engine.model import ConceptMaster
 from ..engine.presets import preset
-from ..engine.vae import build_vae
-from ..engine.wan import load_base, load_base_vae, read_config, read_sampling
-from ..engine.weights import WeightsError, load, load_model, load_strict, refuse_pickle
-from ..runtime.manifest import Defaults
+from ..engine.vae.wan_decoder import build_vae
+from ..runtime.bundle_format.manifest import Defaults
 from .errors import ExportError
 
 if TYPE_CHECKING:
-    from ..engine.vae import VAE
+    from ..engine.vae.wan_decoder import VAE
 
 PRESET = "preset:"
 FILES = ("model.safetensors", "vae.safetensors", "tokenizer.json")

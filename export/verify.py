@@ -12,15 +12,15 @@ import numpy as np
 import onnxruntime
 from onnxscript import ir
 
+from ..engine.checkpoints.lazy_weights import stored_weights
 from ..engine.config import ConfigError, ModelConfig
-from ..engine.streamed import stored_weights
-from ..runtime import manifest as manifests
-from ..runtime.manifest import Manifest
+from ..runtime.bundle_format import manifest as manifests
+from ..runtime.bundle_format.manifest import Manifest
 from .errors import ExportError
-from .external import STORED, data_file, place, read_layout, weight_readers
 from .graphs import GraphSpec, graph_specs
-from .onnx_graph import trace
-from .quantise import precision_of
+from .onnx_graphs.int8 import precision_of
+from .onnx_graphs.trace import trace
+from .onnx_graphs.weights_16bit import STORED, data_file, place, read_layout, weight_readers
 from .source import Source
 
 TOLERANCES = {"fp32": 2e-5, "int8": 1e-1}

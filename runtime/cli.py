@@ -18,13 +18,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from .errors import ConceptMasterError, InputError
+from ..errors import ConceptMasterError, InputError
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from .backends.torch_options import TorchOptions
-    from .manifest import Given, Manifest, TensorSpec
+    from .backends.pytorch.options import TorchOptions
+    from .bundle_format.manifest import Given, Manifest, TensorSpec
     from .request import Request
     from .video import Video
 
@@ -204,7 +204,7 @@ def _add_torch_options(group: argparse._ArgumentGroup) -> None:
 
 def _torch_options(args: argparse.Namespace) -> TorchOptions | None:
     """The options that were given, None if none was."""
-    from .backends.torch_options import TorchOptions
+    from .backends.pytorch.options import TorchOptions
 
     names = [field.name for field in dataclasses.fields(TorchOptions)]
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
@@ -275,7 +275,7 @@ def _request(args: argparse.Namespace) -> Request:
 
 def _outputs(args: argparse.Namespace, request: Request) -> tuple[list[Path], list[Path], Path | None]:
     """The files to write, checked: --output and --sheet once per sample, --frames."""
-    from .files import check_output
+    from .atomic_write import check_output
     from .video import SUFFIXES
 
     outputs = [check_output(path, SUFFIXES) for path in _numbered(args.output, request)]
@@ -325,7 +325,7 @@ def _load_noise(name: str) -> np.ndarray:
 def _save_frames(videos: list[Video], path: Path) -> None:
     import numpy as np
 
-    from .files import replacing
+    from .atomic_write import replacing
 
     frames = videos[0].frames if len(videos) == 1 else np.stack([video.frames for video in videos])
     with replacing(path) as temporary, temporary.open("wb") as file:
@@ -348,7 +348,7 @@ def _add_inspect(parser: argparse.ArgumentParser) -> None:
 
 
 def _inspect(args: argparse.Namespace) -> int:
-    from .bundle import Bundle
+    from .bundle_format.find import Bundle
 
     bundle = Bundle.open(args.bundle)
     manifest = bundle.manifest

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .errors import MissingDependency
+from ..errors import MissingDependency
 
 QUALITY = "12"  # x264's constant rate factor: below 18 differences are hard to see
 BT601 = 6  # the matrix that swscale converts RGB with; written into the stream so that players use it too

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .errors import InputError, MissingDependency
+from ..errors import InputError, MissingDependency
 
 try:
     from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
@@ -23,7 +23,7 @@ except ImportError as error:
     raise MissingDependency(f"Pillow does not load ({error}): pip install pillow") from error
 
 if TYPE_CHECKING:
-    from .manifest import Pictures
+    from .bundle_format.manifest import Pictures
 
 log = logging.getLogger(__name__)
 

@@ -3,7 +3,8 @@
 prompt, labels ──▶ text_encoder ─────────────┐
 pictures ──▶ image_encoder ▶ qformer ▶ dam ──┴─▶ condition ──▶ denoise × steps ──▶ decode
 
-Of an image-to-video model there is no qformer and no dam, and its pictures are frames, too: see given.py.
+Of an image-to-video model there is no qformer and no dam, and its pictures are frames, too:
+see frame_conditioning.py.
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from . import given, pictures, tiles
+from ..errors import Cancelled, GenerationError
+from . import frame_conditioning, pictures, tiles
 from . import noise as noises
 from .backends import Backend, open_backend
-from .bundle import Bundle
-from .errors import Cancelled, GenerationError
+from .bundle_format.find import Bundle
 from .guidance import Guidance, make_guidance
 from .progress import bar
 from .request import Concept, Request
@@ -33,7 +34,7 @@ from .video import Video
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from .backends.torch_options import TorchOptions
+    from .backends.pytorch.options import TorchOptions
 
 Preview = Callable[[], np.ndarray]
 Callback = Callable[[int, int, Preview], bool | None]
@@ -133,7 +134,7 @@ class Pipeline:
         self._check_texts(request, guidance)
         originals = self._read_pictures(request)
         concepts = self._fit_concepts(request, originals)
-        frames = given.fitted(originals, [c.label for c in concepts], self.manifest)
+        frames = frame_conditioning.fitted(originals, [c.label for c in concepts], self.manifest)
 
         seconds: dict[str, float] = {}
         with _timed(seconds, "load"):
@@ -143,12 +144,12 @@ class Pipeline:
             known: dict[str, Any] = {"text": self._branch_texts(request, guidance)}  # [K,T,Dt]
             known["concept_tokens"] = self._concept_tokens(concepts)  # [N,Q,Dc]
             if self.manifest.given is not None:
-                known["given"] = given.channels(self.backend, frames, shapes)  # [1,t+Cz,F,H,W]
+                known["given"] = frame_conditioning.channels(self.backend, frames, shapes)  # [1,t+Cz,F,H,W]
         with _timed(seconds, "condition"):
             known["concept_mask"] = self._concept_mask(guidance, len(concepts))  # [K,N]
             known |= self.backend.run("condition", known) | {"guidance": guidance.weights}
 
-        videos, leading = [], given.leading(self.manifest, len(concepts))
+        videos, leading = [], frame_conditioning.leading(self.manifest, len(concepts))
         steps = request.samples * request.steps
         decodes = request.samples * shapes.latent[1] * len(self._tiles)
         with bar(steps + decodes, "steps and frames", progress) as advance:

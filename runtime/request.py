@@ -9,8 +9,8 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import strict
-from .errors import InputError
+from ..errors import InputError
+from .bundle_format import strict_json
 from .guidance import make_guidance
 from .solver import SHIFTS, SOLVERS, TRAINED_STEPS
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import numpy as np
     from PIL.Image import Image
 
-    from .manifest import Manifest
+    from .bundle_format.manifest import Manifest
 
 LARGEST_SEED = 2**63 - 1
 MOST_SAMPLES = 64
@@ -136,7 +136,7 @@ class Request:
         """
         path = Path(path)
         try:
-            data = strict.read(path)
+            data = strict_json.read(path)
             return cls(**_from_json(data, path.parent))
         except OSError as error:
             raise InputError(f"cannot read the request {str(path)!r}: {error.strerror}") from None

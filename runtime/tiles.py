@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .signatures import frames_per_latent
+from .bundle_format.signatures import frames_per_latent
 
 if TYPE_CHECKING:
-    from .manifest import Manifest
+    from .bundle_format.manifest import Manifest
 
 Stream = Callable[[np.ndarray], Iterator[np.ndarray]]
 """Latents [Cz,F,H,W] of any region of a tile's size → its frames, float32 [f,height,width,3] in 0..1 for each

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from .errors import BundleError, InputError, MissingDependency
-from .manifest import REPAIR
+from ..errors import BundleError, InputError, MissingDependency
+from .bundle_format.manifest import REPAIR
 
 PAD = 0  # the id of <pad>
 PLAIN, ENTITY = re.compile(r"[ -~\t\n\r]*"), re.compile(r"&#?\w+;")

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .errors import InputError
-from .files import check_output, replacing
+from ..errors import InputError
+from .atomic_write import check_output, replacing
 from .request import Concept
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from conceptmaster import Concept, Pipeline
-from conceptmaster.examples.sprites.score import Options, score
+from conceptmaster.examples.sprites.scoring.score import Options, score
 
 ROOT = Path(__file__).parents[1]
 REQUESTS = ROOT / "examples" / "sprites" / "requests"
@@ -63,8 +63,8 @@ def test_the_example_requests_generate(name, tmp_path):
 def test_the_bundle_is_that_of_the_weights(pipeline):
     """Also holds the numbers of a whole request to PyTorch: the concept tokens of a picture and its label."""
     torch = pytest.importorskip("torch")
+    from conceptmaster.engine.checkpoints.safetensors_io import load_model
     from conceptmaster.engine.config import ModelConfig
-    from conceptmaster.engine.weights import load_model
     from conceptmaster.runtime.tokenizer import Tokenizer
 
     model = load_model(ROOT / "examples" / "sprites" / "weights" / "model.safetensors")

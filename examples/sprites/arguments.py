@@ -8,7 +8,7 @@ import os
 import re
 from pathlib import Path
 
-from conceptmaster.runtime.errors import InputError
+from conceptmaster.errors import InputError
 
 
 def seed_range(text: str) -> range:

@@ -14,13 +14,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from conceptmaster.errors import ConceptMasterError, InputError, MissingDependency
 from conceptmaster.runtime.cli import Command, Parser
-from conceptmaster.runtime.errors import ConceptMasterError, InputError, MissingDependency
 
 from .arguments import seed_range
 
 if TYPE_CHECKING:
-    from .score import Options, Result
+    from .scoring.score import Options, Result
 
 DRAW = "Writes a request that can be generated: its pictures, request.json, and the true video, truth.mp4."
 SCORE = """\
@@ -88,8 +88,8 @@ def _add_draw(parser: argparse.ArgumentParser) -> None:
 def _draw(args: argparse.Namespace) -> int:
     from conceptmaster.runtime.request import LARGEST_SEED
 
-    from .requesting import write_request
-    from .score import check_wishes, judged_scene
+    from .scoring.score import check_wishes, judged_scene
+    from .world.requesting import write_request
 
     if not 0 <= args.seed <= LARGEST_SEED:
         raise InputError(f"--seed must be 0 to {LARGEST_SEED}, not {args.seed}")
@@ -140,9 +140,9 @@ def _add_score(parser: argparse.ArgumentParser) -> None:
 
 
 def _score(args: argparse.Namespace) -> int:
-    from conceptmaster.runtime.files import check_output, replacing
+    from conceptmaster.runtime.atomic_write import check_output, replacing
 
-    from .score import Options, score
+    from .scoring.score import Options, score
 
     if args.shuffled and not args.truth:
         raise InputError("--shuffled needs --truth")
@@ -176,15 +176,15 @@ def _score(args: argparse.Namespace) -> int:
 
 
 def _save_sheet(options: Options, results: Sequence[Result], path: Path) -> None:
-    from .sheet import save_sheet, scored_row
+    from .scoring.sheet import save_sheet, scored_row
 
     save_sheet([scored_row(options.scene(r.seed), r) for r in results[:SHEET_ROWS]], path)
 
 
 def _table(report: dict[str, Any]) -> str:
     """The report for people: a line per measure, a column per video, in percent with standard errors."""
-    from .measures import MEASURES
-    from .score import ASKED, NO_CONCEPTS, SWAPPED
+    from .scoring.measures import MEASURES
+    from .scoring.score import ASKED, NO_CONCEPTS, SWAPPED
 
     asked = "as asked" if report["source"] == "model" else report["source"]
     columns = {asked: ASKED, "no concepts": NO_CONCEPTS, "swapped": SWAPPED}
@@ -206,13 +206,13 @@ def _cell(share: float, error: float | None) -> str:
     return f"{100 * share:.1f}" if error is None else f"{100 * share:.1f} ± {100 * error:.1f}"
 
 
-def _in_file(name: str, summary: str, extra: str | None = None) -> Command:
-    """The command ``name``, from add_arguments(parser) and run(args) of the file of that name; ``extra``
-    brings the packages that it needs."""
+def _in_file(name: str, summary: str, folder: str, extra: str | None = None) -> Command:
+    """The command ``name``, from add_arguments(parser) and run(args) of the file of that name in ``folder``;
+    ``extra`` brings the packages that it needs."""
 
     def module() -> Any:
         try:
-            return importlib.import_module(f".{name}", __package__)
+            return importlib.import_module(f".{folder}.{name}", __package__)
         except ModuleNotFoundError as error:
             if extra is None or (error.name or "").partition(".")[0] == __name__.partition(".")[0]:
                 raise  # a file of ours is missing, which no extra brings
@@ -227,13 +227,13 @@ def _in_file(name: str, summary: str, extra: str | None = None) -> Command:
 COMMANDS = (
     Command("draw", "write a request of this world, with its true video", _add_draw, _draw),
     Command("score", "measure whether a bundle binds, on looks held out", _add_score, _score),
-    _in_file("gate", "hold a bundle's score to the recorded baseline"),
-    _in_file("sweep", "score every solver, number of steps and guidance"),
-    _in_file("gallery", "show the first requests, and the worst"),
-    _in_file("train", "train the shipped model from nothing", "train"),
-    _in_file("widen", "double a model's width without changing what it computes", "train"),
-    _in_file("polish", "train the VAE to mend what the model smears", "train"),
-    _in_file("distil", "make a trained model need few steps and no guidance", "train"),
-    _in_file("variants", "train and score the paper's variants from one base", "train"),
-    _in_file("curves", "draw the curves of a training"),
+    _in_file("gate", "hold a bundle's score to the recorded baseline", "scoring"),
+    _in_file("sweep", "score every solver, number of steps and guidance", "scoring"),
+    _in_file("gallery", "show the first requests, and the worst", "scoring"),
+    _in_file("train", "train the shipped model from nothing", "training", "train"),
+    _in_file("widen", "double a model's width without changing what it computes", "training.refine", "train"),
+    _in_file("polish", "train the VAE to mend what the model smears", "training.refine", "train"),
+    _in_file("distil", "make a trained model need few steps and no guidance", "training.refine", "train"),
+    _in_file("variants", "train and score the paper's variants from one base", "training", "train"),
+    _in_file("curves", "draw the curves of a training", "training"),
 )

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
-from ..errors import InputError
+from ...errors import InputError
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from ..bundle import Bundle
-    from .torch_options import TorchOptions
+    from ..bundle_format.find import Bundle
+    from .pytorch.options import TorchOptions
 
 DEVICES = ("cpu", "cuda", "tensorrt", "rtx")
 BACKENDS = ("onnxruntime", "torch")
@@ -58,7 +58,7 @@ def open_backend(
     if name == "torch":
         if device not in ("cpu", "cuda"):
             raise InputError(f"the backend torch runs on cpu or cuda, not on {device!r}")
-        from .torch_backend import TorchBackend
+        from .pytorch.backend import TorchBackend
 
         return TorchBackend(bundle, device, threads, options)
     if options is not None:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..errors import BundleError, InputError, MissingDependency
-from ..manifest import REPAIR, TensorSpec
+from ...errors import BundleError, InputError, MissingDependency
+from ..bundle_format.manifest import REPAIR, TensorSpec
 
 try:
     import onnxruntime
@@ -18,7 +18,7 @@ except ImportError as error:
     raise MissingDependency(f"onnxruntime does not load ({error}): pip install onnxruntime") from error
 
 if TYPE_CHECKING:
-    from ..bundle import Bundle
+    from ..bundle_format.find import Bundle
 
 log = logging.getLogger(__name__)
 

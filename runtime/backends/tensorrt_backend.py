@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .. import engines as stored
-from ..errors import BundleError, InputError, MissingDependency
-from ..manifest import TensorSpec
+from ...errors import BundleError, InputError, MissingDependency
+from ..bundle_format import tensorrt_engines as stored
+from ..bundle_format.manifest import TensorSpec
 
 if TYPE_CHECKING:
-    from ..bundle import Bundle
+    from ..bundle_format.find import Bundle
 
 log = logging.getLogger(__name__)
 

@@ -13,26 +13,19 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from conceptmaster.benchmarks import (  # noqa: E402
-    gpu,
-    gpu_cases,
-    gpu_check,
-    gpu_model,
-    gpu_plot,
-    gpu_timing,
-    gpu_video,
-)
+from conceptmaster.benchmarks.gpu import cases, check, plot, suite, timing, video  # noqa: E402
+from conceptmaster.benchmarks.gpu import model as gpu_model  # noqa: E402
 from conceptmaster.kernels import modulate  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
 def few_rounds(monkeypatch):
-    monkeypatch.setattr(gpu, "ROUNDS", 2)
+    monkeypatch.setattr(suite, "ROUNDS", 2)
 
 
 def test_every_case_is_right_and_timed():
     lines: list[str] = []
-    report = gpu.run(gpu_cases.Shapes("cpu", small=True), 1e9, lines.append, ("kernels",))
+    report = suite.run(cases.Shapes("cpu", small=True), 1e9, lines.append, ("kernels",))
     assert report["ok"] and report["left_out"] == [] and len(report["cases"]) == 7
     for row in report["cases"].values():
         assert (
@@ -54,7 +47,7 @@ def test_what_is_wrong_is_not_timed_and_the_rest_is(monkeypatch):
     )
     lines: list[str] = []
     parts = ("kernels", "forward", "ladder")
-    report = gpu.run(gpu_cases.Shapes("cpu", small=True), 1e9, lines.append, parts)
+    report = suite.run(cases.Shapes("cpu", small=True), 1e9, lines.append, parts)
     rows = report["cases"]
     assert not report["ok"] and [name for name, row in rows.items() if not row["ok"]] == [
         "residual and modulation, small"
@@ -68,9 +61,9 @@ def test_a_case_that_raises_stops_neither_the_others_nor_the_report(monkeypatch)
     def fail(*arguments, **options):
         raise RuntimeError("out of\nluck")
 
-    monkeypatch.setattr(gpu_cases.modulating, "residual_modulate", fail)
+    monkeypatch.setattr(cases.modulating, "residual_modulate", fail)
     lines: list[str] = []
-    report = gpu.run(gpu_cases.Shapes("cpu", small=True), 1e9, lines.append, ("kernels",))
+    report = suite.run(cases.Shapes("cpu", small=True), 1e9, lines.append, ("kernels",))
     rows = report["cases"]
     assert len(rows) == 7 and not report["ok"]
     assert rows["residual and modulation, small"]["failed"] == "RuntimeError: out of luck"
@@ -85,32 +78,32 @@ def test_a_part_that_raises_stops_no_other_and_all_is_in_the_file(monkeypatch, t
 
     monkeypatch.setattr(gpu_model, "forward", fail)
     report: dict = {}
-    path, written = tmp_path / "new" / "gpu.json", []
+    path, written = tmp_path / "new" / "suite.json", []
 
     def say(line):
-        gpu.write(report, path)
+        suite.write(report, path)
         written.append(json.loads(path.read_text("utf-8")))
 
-    gpu.run(gpu_cases.Shapes("cpu", small=True), 1e9, say, ("forward", "profile"), report)
+    suite.run(cases.Shapes("cpu", small=True), 1e9, say, ("forward", "profile"), report)
     assert report["forward"] == {"before": 1, "failed": "RuntimeError: out of luck"} and not report["ok"]
     assert report["profile"]["step"] and report["done"] == ["forward", "profile"]
     assert written[-1]["forward"] == report["forward"]
-    assert [file.name for file in path.parent.iterdir()] == ["gpu.json"]
+    assert [file.name for file in path.parent.iterdir()] == ["suite.json"]
 
 
 def test_a_lost_gpu_ends_the_run_and_another_goes_on_with_the_rest(monkeypatch):
     def lose(*arguments, **options):
-        raise gpu_timing.DeviceLost("illegal memory access")
+        raise timing.DeviceLost("illegal memory access")
 
     lines: list[str] = []
     parts = ("kernels", "forward", "profile")
     with monkeypatch.context() as patch:
         patch.setattr(gpu_model, "forward", lose)
-        report = gpu.run(gpu_cases.Shapes("cpu", small=True), 1e9, lines.append, parts)
+        report = suite.run(cases.Shapes("cpu", small=True), 1e9, lines.append, parts)
     assert report["stopped"] == "illegal memory access" and report["at"] == "forward"
     assert "profile" not in report and not report["ok"]
     kept = json.loads(json.dumps(report))
-    again = gpu.run(gpu_cases.Shapes("cpu", small=True), 1e9, lines.append, parts, kept)
+    again = suite.run(cases.Shapes("cpu", small=True), 1e9, lines.append, parts, kept)
     assert "stopped" not in again and again["profile"]["step"] and "lost" in again["forward"]["failed"]
     assert again["cases"] == report["cases"] and not again["ok"]
 
@@ -118,7 +111,7 @@ def test_a_lost_gpu_ends_the_run_and_another_goes_on_with_the_rest(monkeypatch):
 def test_several_processes_check_as_one_does(monkeypatch):
     rows: dict = {"concept injection, small": {"ok": True, "relative_l2": 0.0}}
     lines: list[str] = []
-    gpu_check.at_once("cpu", True, rows, lines.append, processes=2)
+    check.at_once("cpu", True, rows, lines.append, processes=2)
     assert len(rows) == 7 and all(row["ok"] for row in rows.values()) and len(lines) == 6
 
 
@@ -140,15 +133,15 @@ def test_a_process_that_dies_names_its_case_and_another_does_the_rest():
     text = (
         '{"at": "a"}\n{"name": "a", "row": {"ok": true, "relative_l2": 0.1}}\n{"at": "b"}\nSegmentation fault'
     )
-    assert gpu_check._collect(text, [3, 4], rows, "its process ended with -11", lines.append) == [3, 4]
+    assert check._collect(text, [3, 4], rows, "its process ended with -11", lines.append) == [3, 4]
     assert rows["b"] == {"ok": False, "failed": "its process ended with -11: Segmentation fault"}
     assert rows["a"]["ok"] and len(lines) == 2
-    assert gpu_check._collect('{"done": 3}', [3, 4], rows, "", lines.append) == [4]
+    assert check._collect('{"done": 3}', [3, 4], rows, "", lines.append) == [4]
 
 
 def test_a_case_without_time_is_named():
-    report = gpu.run(gpu_cases.Shapes("cpu", small=True), 0.0, lambda line: None)
-    assert report["left_out"] == [*report["cases"], *gpu.PARTS[1:]]
+    report = suite.run(cases.Shapes("cpu", small=True), 0.0, lambda line: None)
+    assert report["left_out"] == [*report["cases"], *suite.PARTS[1:]]
 
 
 # The whole model: the tiny preset takes the place of Wan2.1's.
@@ -160,10 +153,10 @@ def model():
     pytest.importorskip("diffusers")
     lines: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gpu, "ROUNDS", 2)
+        patch.setattr(suite, "ROUNDS", 2)
         patch.setattr(gpu_model, "MARGIN", 1.5)  # of a model so small rounding is a matter of luck
         parts = ("forward", "ladder", "concepts", "compiled", "full", "stages", "scaling", "profile")
-        report = gpu.run(gpu_cases.Shapes("cpu", small=True), 1e9, lines.append, parts)
+        report = suite.run(cases.Shapes("cpu", small=True), 1e9, lines.append, parts)
     return report, lines
 
 
@@ -237,7 +230,7 @@ def test_a_forward_that_is_wrong_is_not_timed(monkeypatch):
     monkeypatch.setattr(gpu_model, "MARGIN", 0.0)
     monkeypatch.setattr(gpu_model, "RIGHT", 0.0)
     lines: list[str] = []
-    report = gpu.run(gpu_cases.Shapes("cpu", small=True), 1e9, lines.append, ("forward",))
+    report = suite.run(cases.Shapes("cpu", small=True), 1e9, lines.append, ("forward",))
     assert not report["ok"] and "timing" not in report["forward"] and "step" not in report["forward"]
     assert "NOT lossless" in lines[-1]
 
@@ -246,18 +239,18 @@ def test_a_rival_that_fails_is_named_and_the_others_are_timed():
     def fail():
         raise RuntimeError("out of\nluck")
 
-    found = gpu.in_turn({"good": lambda: None, "bad": fail}, 2)
+    found = suite.in_turn({"good": lambda: None, "bad": fail}, 2)
     assert found["bad"] == {"failed": "RuntimeError: out of luck"} and "p50_ms" in found["good"]
 
 
 def test_rounds_end_with_their_time():
-    found = gpu.in_turn({"slow": lambda: time.sleep(0.02)}, 1000, seconds=0.1)
-    assert gpu_timing.LEAST_ROUNDS <= found["slow"]["rounds"] < 20
-    assert gpu.in_turn({"slow": lambda: None}, 1000, seconds=0.0)["slow"]["rounds"] == 3
+    found = suite.in_turn({"slow": lambda: time.sleep(0.02)}, 1000, seconds=0.1)
+    assert timing.LEAST_ROUNDS <= found["slow"]["rounds"] < 20
+    assert suite.in_turn({"slow": lambda: None}, 1000, seconds=0.0)["slow"]["rounds"] == 3
 
 
 def test_the_shipped_model_end_to_end():
-    found = gpu_video.shipped("cpu", 2, steps=2)
+    found = video.shipped("cpu", 2, steps=2)
     for entry in found.values():
         assert {"load", "encode", "condition", "denoise", "decode", "total"} <= entry["warm"].keys()
         assert isinstance(entry["cold_s"]["encode_mp4"], float)
@@ -266,19 +259,19 @@ def test_the_shipped_model_end_to_end():
 
 def test_a_report_is_drawn(model, tmp_path):
     pytest.importorskip("matplotlib")
-    gpu_plot.draw(model[0], tmp_path / "a.svg")
+    plot.draw(model[0], tmp_path / "a.svg")
     text = (tmp_path / "a.svg").read_text("utf-8")
     assert text.startswith("<?xml") and len(text) > 5000
     with pytest.raises(ValueError, match="nothing in this report has been timed"):
-        gpu_plot.draw({"hardware": {}}, tmp_path / "b.svg")
+        plot.draw({"hardware": {}}, tmp_path / "b.svg")
 
 
 def test_an_unwritten_element_is_wrong():
-    case = next(gpu._each(gpu_cases.Shapes("cpu", small=True)))
+    case = next(suite._each(cases.Shapes("cpu", small=True)))
     out = case.ours()
     out[0, -1, 0, 0] = float("nan")
-    broken = gpu_cases.Case(**{**vars(case), "ours": lambda: out})
-    assert gpu.check(case)["ok"] and not gpu.check(broken)["ok"]
+    broken = cases.Case(**{**vars(case), "ours": lambda: out})
+    assert suite.check(case)["ok"] and not suite.check(broken)["ok"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

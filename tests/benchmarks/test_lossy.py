@@ -11,7 +11,7 @@ pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 from conceptmaster.benchmarks import lossy  # noqa: E402
-from conceptmaster.runtime.backends.torch_options import TorchOptions  # noqa: E402
+from conceptmaster.runtime.backends.pytorch.options import TorchOptions  # noqa: E402
 
 
 def test_every_option_is_held_to_the_exact_video(monkeypatch):

@@ -10,9 +10,9 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("diffusers")
 
+from conceptmaster.engine.checkpoints.safetensors_io import load_wan  # noqa: E402
 from conceptmaster.engine.dit import ConceptDiT  # noqa: E402
 from conceptmaster.engine.presets import preset  # noqa: E402
-from conceptmaster.engine.weights import load_wan  # noqa: E402
 
 PICTURES, P, DP = 3, 257, 1280  # SkyReels-A2's; ViT-H's tokens and width
 LATENTS, TEXT = (2, 4, 6), 512

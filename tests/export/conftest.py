@@ -58,7 +58,7 @@ def taken_from() -> Callable[..., Any]:
     @contextlib.contextmanager
     def context(folder: Path, *names: str) -> Any:
         from conceptmaster.export import bundle as bundles
-        from conceptmaster.export.onnx_graph import describe, export_graph
+        from conceptmaster.export.onnx_graphs.trace import describe, export_graph
 
         def export(spec: Any, path: Path, show: bool = False) -> Any:
             if spec.name not in names:
@@ -137,7 +137,7 @@ def specs(tiny: Any) -> dict[str, Any]:
 @pytest.fixture(scope="session")
 def int8(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The denoise graph of `bundle` in int8."""
-    from conceptmaster.export.quantise import quantise
+    from conceptmaster.export.onnx_graphs.int8 import quantise
 
     path = tmp_path_factory.mktemp("int8") / "denoise.onnx"
     shutil.copy(bundle / path.name, path)

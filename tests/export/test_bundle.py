@@ -20,7 +20,7 @@ def own(bundle, tmp_path):
 @pytest.fixture(scope="module")
 def weights(tiny, tmp_path_factory):
     """A source folder with the weights of `tiny`. Not to be changed."""
-    from conceptmaster.engine.weights import save, save_model
+    from conceptmaster.engine.checkpoints.safetensors_io import save, save_model
 
     folder = tmp_path_factory.mktemp("weights")
     save_model(tiny.model, folder / "model.safetensors")
@@ -70,7 +70,7 @@ def plain_torch(source, solver, pictures):
     from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
     from tokenizers import Tokenizer
 
-    from conceptmaster.engine.vae import decode
+    from conceptmaster.engine.vae.wan_decoder import decode
 
     model, config = source.model, source.model.config
     tokenizer = Tokenizer.from_str(source.tokenizer)
@@ -156,7 +156,7 @@ def test_concepts_and_captions_show_in_the_video(bundle, tiny):
 
 def test_manifest(bundle, tiny):
     from conceptmaster import __version__
-    from conceptmaster.runtime.manifest import load
+    from conceptmaster.runtime.bundle_format.manifest import load
 
     manifest, config = load(bundle), tiny.model.config
     assert manifest.model == config.to_dict()
@@ -174,7 +174,7 @@ def exported_before(bundle, monkeypatch):
     """Where the graph is one of `bundle`, exporting takes its file, which saves the time."""
     from conceptmaster.export import bundle as bundles
     from conceptmaster.export.errors import ExportError
-    from conceptmaster.export.onnx_graph import describe, export_graph
+    from conceptmaster.export.onnx_graphs.trace import describe, export_graph
 
     def export(spec, path, *show):
         shutil.copy(bundle / path.name, path)
@@ -197,7 +197,7 @@ def test_int8_bundle_from_a_folder_of_weights(
     assert all(row["ok"] for row in rows.values())
 
     from conceptmaster import Pipeline
-    from conceptmaster.runtime.manifest import load
+    from conceptmaster.runtime.bundle_format.manifest import load
 
     manifest = load(tmp_path / "new")
     assert (
@@ -234,7 +234,7 @@ def change_a_weight(folder, graph, rehash):
     import onnx
     from onnx import numpy_helper
 
-    from conceptmaster.runtime import strict
+    from conceptmaster.runtime.bundle_format import strict_json
 
     path = folder / f"{graph}.onnx"
     model = onnx.load(str(path))
@@ -247,7 +247,7 @@ def change_a_weight(folder, graph, rehash):
         data = json.loads((folder / "manifest.json").read_text())
         del data["checksum"]
         data["graphs"][graph]["sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
-        data["checksum"] = hashlib.sha256(strict.canonical(data)).hexdigest()
+        data["checksum"] = hashlib.sha256(strict_json.canonical(data)).hexdigest()
         (folder / "manifest.json").write_text(json.dumps(data))
 
 
@@ -321,7 +321,7 @@ def test_an_interrupted_export_leaves_nothing(tiny, tmp_path, monkeypatch):
 
 def test_an_interrupted_overwrite_leaves_what_was_there(own, tiny, monkeypatch, no_export):
     from conceptmaster.export import bundle as bundles
-    from conceptmaster.runtime.manifest import load
+    from conceptmaster.runtime.bundle_format.manifest import load
 
     with pytest.raises(no_export):
         bundles.write_bundle(tiny, own, overwrite=True)
@@ -379,7 +379,7 @@ def test_what_a_source_cannot_be(own_weights, tmp_path, command):
 
 
 def test_weights_of_another_vae_do_not_fit(own_weights, tiny, tmp_path, command):
-    from conceptmaster.engine.weights import save
+    from conceptmaster.engine.checkpoints.safetensors_io import save
 
     state = dict(tiny.vae.state_dict())
     state.pop("quant_conv.bias")

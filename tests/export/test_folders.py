@@ -103,7 +103,7 @@ def test_the_bundle_gives_the_pipeline_s_frames_with_euler(pipeline, alone, comm
 
 @pytest.mark.slow
 def test_a_new_adapter_is_invisible_and_a_trained_one_is_not(own, pipeline, command, tmp_path):
-    from conceptmaster.engine.adapter import save_adapter
+    from conceptmaster.engine.checkpoints.adapter import save_adapter
     from conceptmaster.export.source import Choices, open_source
 
     model = open_source(own, Choices((64, 64), 9)).model
@@ -146,7 +146,7 @@ def test_prompts_become_the_pipeline_s_tokens(pipeline, alone):
 
 
 def test_what_a_bundle_of_a_base_alone_is(alone, command, tmp_path):
-    from conceptmaster.runtime.manifest import load
+    from conceptmaster.runtime.bundle_format.manifest import load
 
     manifest = load(alone)
     assert set(manifest.graphs) == {"text_encoder", "condition", "denoise", "decode_first", "decode"}
@@ -171,7 +171,7 @@ def test_verify_knows_the_size_of_a_base(alone, folder, command):
 
 @torch.no_grad()
 def test_a_source_takes_its_adapter(own, tmp_path):
-    from conceptmaster.engine.adapter import adapter_keys, save_adapter
+    from conceptmaster.engine.checkpoints.adapter import adapter_keys, save_adapter
     from conceptmaster.export.source import Choices, open_source
 
     first, again = (open_source(own, Choices((64, 64), 9)) for _ in range(2))
@@ -202,7 +202,7 @@ def test_sizes_defaults_and_their_errors(own, command, tmp_path):
 
 
 def test_what_a_base_cannot_be(own, command, tmp_path, wan_folder):
-    from conceptmaster.engine.adapter import save_adapter
+    from conceptmaster.engine.checkpoints.adapter import save_adapter
     from conceptmaster.engine.model import ConceptMaster
     from conceptmaster.engine.presets import preset
 

@@ -61,7 +61,7 @@ VARIANTS = [
 
 def check_variant(source, branches, graphs, folder, run, assert_close):
     from conceptmaster.export.graphs import graph_specs
-    from conceptmaster.export.onnx_graph import export_graph
+    from conceptmaster.export.onnx_graphs.trace import export_graph
 
     found = {}
     for spec in graph_specs(source.model, source.vae, branches=branches):
@@ -98,7 +98,7 @@ def test_every_variant_makes_a_bundle(
 ):
     from conceptmaster import Concept, Pipeline
     from conceptmaster.export import bundle as bundles
-    from conceptmaster.export.onnx_graph import describe, export_graph
+    from conceptmaster.export.onnx_graphs.trace import describe, export_graph
 
     def export(spec, path):
         if spec.name in ("qformer", "dam", "condition", "denoise"):
@@ -204,21 +204,21 @@ def test_attention_and_rotation_are_single_nodes(bundle, tiny):
 
 
 def test_the_same_weights_give_the_same_bytes(bundle, specs, tmp_path):
-    from conceptmaster.export.onnx_graph import export_graph
+    from conceptmaster.export.onnx_graphs.trace import export_graph
 
     export_graph(specs["dam"], tmp_path / "dam.onnx")
     assert (tmp_path / "dam.onnx").read_bytes() == (bundle / "dam.onnx").read_bytes()
 
 
 def test_many_weights_go_beside_the_file(monkeypatch, specs, tmp_path, run, assert_close):
-    from conceptmaster.export import onnx_graph
-    from conceptmaster.export.quantise import quantise
-    from conceptmaster.runtime.manifest import sha256_file
+    from conceptmaster.export.onnx_graphs import trace
+    from conceptmaster.export.onnx_graphs.int8 import quantise
+    from conceptmaster.runtime.bundle_format.manifest import sha256_file
 
-    monkeypatch.setattr(onnx_graph, "EXTERNAL_BYTES", 100)
+    monkeypatch.setattr(trace, "EXTERNAL_BYTES", 100)
     path, beside = tmp_path / "qformer.onnx", tmp_path / "qformer.onnx.data"
     spec = specs["qformer"]
-    found = onnx_graph.export_graph(spec, path)
+    found = trace.export_graph(spec, path)
     assert [(file.file, file.sha256) for file in found.external] == [(beside.name, sha256_file(beside))]
     sample = spec.sample(3)
     expected = spec.run(sample)["visual_queries"]

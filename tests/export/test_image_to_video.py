@@ -259,14 +259,14 @@ def test_the_torch_backend_gives_the_same_frames(a2, a2_bundle, generated):
 @torch.no_grad()
 def test_given_frames_are_the_recipe_s_condition(a2, a2_bundle, assert_close):
     """The same for the condition alone, which is not seen through the network."""
-    from conceptmaster.runtime import given
+    from conceptmaster.runtime import frame_conditioning
     from conceptmaster.runtime.backends import open_backend
-    from conceptmaster.runtime.bundle import Bundle
+    from conceptmaster.runtime.bundle_format.find import Bundle
 
     bundle = Bundle.open(a2_bundle)
     images = [picture(3, 61, 64), picture(4, 64, 61), picture(5, 30, 90)]
-    frames = given.fitted(images, ["a", "b", "c"], bundle.manifest)
-    found = given.channels(open_backend(bundle, "cpu", 1), frames, bundle.manifest.shapes)
+    frames = frame_conditioning.fitted(images, ["a", "b", "c"], bundle.manifest)
+    found = frame_conditioning.channels(open_backend(bundle, "cpu", 1), frames, bundle.manifest.shapes)
     assert_close(found, condition_for(a2[0], images))
 
 
@@ -274,7 +274,7 @@ def test_given_frames_are_the_recipe_s_condition(a2, a2_bundle, assert_close):
 
 
 def test_what_the_bundles_are(first, first_bundle, a2, a2_bundle, command):
-    from conceptmaster.runtime.manifest import Place, load
+    from conceptmaster.runtime.bundle_format.manifest import Place, load
 
     graphs = {"text_encoder", "image_encoder", "condition", "denoise", "encode_first", "encode"}
     for bundle, most, defaults, fps in (
@@ -351,7 +351,7 @@ def test_configurations_that_cannot_be_honoured(first, command, tmp_path, path, 
 
 
 def test_folders_that_cannot_be_honoured(first, a2, command, tmp_path):
-    from conceptmaster.engine.adapter import save_adapter
+    from conceptmaster.engine.checkpoints.adapter import save_adapter
     from conceptmaster.engine.model import ConceptMaster
     from conceptmaster.engine.presets import preset
 
@@ -377,7 +377,7 @@ def test_folders_that_cannot_be_honoured(first, a2, command, tmp_path):
 
 
 def test_what_marks_skyreels_a2(first, tmp_path):
-    from conceptmaster.engine.wan import Sampling, read_config, read_sampling
+    from conceptmaster.engine.checkpoints.wan import Sampling, read_config, read_sampling
 
     own = shutil.copytree(first[1], tmp_path / "own")
 
@@ -404,8 +404,8 @@ def test_what_marks_skyreels_a2(first, tmp_path):
 
 def test_picture_encoders_with_a_prefix_and_a_projection(first, tmp_path):
     """As a CLIPVisionModelWithProjection saves it, and transformers once saved any."""
-    from conceptmaster.engine.wan import load_base, read_config
-    from conceptmaster.engine.weights import WeightsError, load, save
+    from conceptmaster.engine.checkpoints.safetensors_io import WeightsError, load, save
+    from conceptmaster.engine.checkpoints.wan import load_base, read_config
 
     own = shutil.copytree(first[1], tmp_path / "own")
     path = own / "image_encoder" / "model.safetensors"

@@ -44,7 +44,7 @@ def frames(pipeline, noise):
 
 
 def test_the_bundle_gives_the_frames_of_the_fused_pipeline(pipeline, folder, command, tmp_path):
-    from conceptmaster.runtime.manifest import load
+    from conceptmaster.runtime.bundle_format.manifest import load
 
     file = folder.parent / "lora.safetensors"
     lora = ("--lora", file, "--lora-scale", SCALE)

@@ -67,7 +67,7 @@ def test_a_tiled_bundle_gives_the_tiles_of_diffusers(source, tiled):
 
 def test_what_a_tiled_bundle_is(source, tiled, command):
     from conceptmaster.export.verify import verify
-    from conceptmaster.runtime.manifest import Tile, load
+    from conceptmaster.runtime.bundle_format.manifest import Tile, load
 
     manifest = load(tiled)
     assert manifest.tile == Tile((4, 4), (1, 1)) and manifest.shapes.latent == (4, 2, 6, 8)
@@ -82,8 +82,8 @@ def test_what_a_tiled_bundle_is(source, tiled, command):
 
 def test_the_pipeline_decodes_in_tiles(source, tiled, tmp_path):
     """Whole videos, previews, and the torch backend, which gives the same."""
-    from conceptmaster.engine.weights import save, save_model
-    from conceptmaster.runtime.backends.torch_options import TorchOptions
+    from conceptmaster.engine.checkpoints.safetensors_io import save, save_model
+    from conceptmaster.runtime.backends.pytorch.options import TorchOptions
     from conceptmaster.runtime.pipeline import Pipeline
 
     save_model(source.model, tmp_path / "model.safetensors")
@@ -108,16 +108,16 @@ def test_tiles_that_cannot_be(command, tmp_path):
 def test_a_manifest_s_tile_must_fit(tiled, tmp_path):
     import hashlib
 
-    from conceptmaster.runtime import manifest as manifests
-    from conceptmaster.runtime import strict
-    from conceptmaster.runtime.errors import BundleError
+    from conceptmaster.errors import BundleError
+    from conceptmaster.runtime.bundle_format import manifest as manifests
+    from conceptmaster.runtime.bundle_format import strict_json
 
     own = shutil.copytree(tiled, tmp_path / "own")
     data = json.loads((own / "manifest.json").read_text())
     del data["checksum"]
     for size, message in (([8, 4], "larger than the video"), ([4, 5], "wants 'latents'")):
         data["tile"]["size"] = size
-        checksum = hashlib.sha256(strict.canonical(data)).hexdigest()
+        checksum = hashlib.sha256(strict_json.canonical(data)).hexdigest()
         (own / "manifest.json").write_text(json.dumps(data | {"checksum": checksum}))
         with pytest.raises(BundleError, match=message):
             manifests.load(own)
@@ -126,7 +126,7 @@ def test_a_manifest_s_tile_must_fit(tiled, tmp_path):
 def test_a_tile_as_large_as_the_video_is_none():
     from conceptmaster.engine.presets import preset
     from conceptmaster.export.recipes import tile_of
-    from conceptmaster.runtime.manifest import Tile
+    from conceptmaster.runtime.bundle_format.manifest import Tile
 
     config = preset("wan2.1-1.3b")
     assert tile_of(config, None) is tile_of(config, (832, 480)) is tile_of(config, (1024, 512)) is None

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from conceptmaster.runtime import manifest as manifests
-from conceptmaster.runtime.manifest import (
+from conceptmaster.runtime.bundle_format import manifest as manifests
+from conceptmaster.runtime.bundle_format.manifest import (
     Defaults,
     GraphFile,
     HashedFile,
@@ -401,14 +401,14 @@ def edit_manifest() -> Callable[[Path, Callable[[dict], object]], None]:
     import hashlib
     import json
 
-    from conceptmaster.runtime import strict
+    from conceptmaster.runtime.bundle_format import strict_json
 
     def edit(folder: Path, change: Callable[[dict], object]) -> None:
         path = folder / "manifest.json"
         data = json.loads(path.read_text())
         del data["checksum"]
         change(data)
-        data["checksum"] = hashlib.sha256(strict.canonical(data)).hexdigest()
+        data["checksum"] = hashlib.sha256(strict_json.canonical(data)).hexdigest()
         path.write_text(json.dumps(data))
 
     return edit

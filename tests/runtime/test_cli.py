@@ -16,7 +16,9 @@ import numpy as np
 import pytest
 
 from conceptmaster.cli import main
-from conceptmaster.runtime import Concept, Pipeline, Video
+from conceptmaster.runtime.pipeline import Pipeline
+from conceptmaster.runtime.request import Concept
+from conceptmaster.runtime.video import Video
 
 Run = Callable[..., tuple[int, str, str]]
 

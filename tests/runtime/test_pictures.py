@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from conceptmaster.runtime import InputError, pictures
+from conceptmaster.errors import InputError
+from conceptmaster.runtime import pictures
 
 WHITE = (255, 255, 255)
 

@@ -10,8 +10,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from conceptmaster.runtime import Cancelled, Concept, InputError, Pipeline, Request, Video, noise
-from conceptmaster.runtime.errors import GenerationError
+from conceptmaster.errors import Cancelled, GenerationError, InputError
+from conceptmaster.runtime import noise
+from conceptmaster.runtime.pipeline import Pipeline
+from conceptmaster.runtime.request import Concept, Request
+from conceptmaster.runtime.video import Video
 
 LATENT = (4, 3, 2, 2)
 MEAN, STD = np.array([0.5, 0.4, 0.3]), np.array([0.2, 0.3, 0.4])

@@ -10,7 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conceptmaster.runtime import Concept, InputError, Request, manifest
+from conceptmaster.errors import InputError
+from conceptmaster.runtime.bundle_format import manifest
+from conceptmaster.runtime.request import Concept, Request
 
 
 def test_defaults_come_from_the_bundle(bundle: Path) -> None:

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from conceptmaster.errors import InputError
 from conceptmaster.runtime import solver
-from conceptmaster.runtime.errors import InputError
 
 STEPS = (1, 2, 3, 4, 10, 20, 50)
 SHIFTS = (1.0, 3.0, 5.0, 8.0)

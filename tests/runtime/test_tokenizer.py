@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conceptmaster.runtime.errors import MissingDependency
+from conceptmaster.errors import MissingDependency
 from conceptmaster.runtime.tokenizer import clean
 
 

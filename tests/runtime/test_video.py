@@ -8,7 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from conceptmaster.runtime import Concept, InputError, Video, media
+from conceptmaster.errors import InputError
+from conceptmaster.runtime import media
+from conceptmaster.runtime.request import Concept
+from conceptmaster.runtime.video import Video
 
 
 def bars(frames: int = 17, height: int = 32, width: int = 48) -> np.ndarray:

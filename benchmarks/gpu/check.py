@@ -1,0 +1,208 @@
+"""Every kernel against float64: in this process, or on a GPU in several at once.
+
+    python -m conceptmaster.benchmarks.gpu.check '{"device": "cuda", "small": false, "groups": [0], …}'
+
+is one of these: a line of JSON before a case, and one with what was found. An illegal access of memory makes
+everything fail that its process does afterwards, so such a process ends there, and another does the rest.
+Compiling the kernels takes most of the time; what one process has compiled all find in Triton's cache.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from conceptmaster.kernels.tolerances import TOLERANCES
+
+from .cases import Case, Shapes, cases
+from .timing import DeviceLost, failed
+
+Say = Callable[[str], object]
+
+MOST_ROWS = 1024
+"""Tokens of a case that are held to float64, spread over all of them."""
+MOST_ROWS_ALL = 256
+"""The same where each of them attends to all others: their logits take gigabytes in float64."""
+PROCESSES = 12
+PATIENCE = 60.0
+"""Seconds that a process may take."""
+
+
+def check(case: Case) -> dict[str, Any]:
+    """Ours against float64: {"ok", "relative_l2", "worst"}; worst: the largest error over what is allowed."""
+    most = MOST_ROWS if case.l2 is None else MOST_ROWS_ALL
+    step = max(1, case.tokens // most)
+    rows = torch.arange(case.tokens - 1, -1, -step)[:most].flip(0)
+    found = case.ours()
+    rows = rows.to((found[0] if isinstance(found, tuple) else found).device)
+    expected = case.exact(rows)
+    pairs = zip(found, expected, strict=True) if isinstance(found, tuple) else [(found, expected)]
+    worst, l2 = 0.0, 0.0
+    for ours, exact in pairs:
+        error = ours[:, rows].double() - exact
+        l2 = max(l2, float(error.norm() / exact.norm()))
+        relative, absolute = TOLERANCES[case.dtype]
+        allowed = absolute + relative * exact.abs()
+        worst = max(worst, float((error.abs() / allowed).max()) if error.isfinite().all() else math.inf)
+    ok = worst <= 1 if case.l2 is None else l2 <= case.l2 and math.isfinite(worst)
+    return {"ok": ok, "relative_l2": l2, "worst": worst}
+
+
+def row_of(case: Case) -> dict[str, Any]:
+    """What the report says of a case; one that raises is not right, with the reason. Raises DeviceLost."""
+    row = {"shape": case.shape, "dtype": case.dtype}
+    try:
+        return row | check(case)
+    except Exception as error:  # of Triton, CUDA or PyTorch: no common base
+        return row | {"ok": False, **failed(error)}
+
+
+def here(shapes: Shapes, rows: dict[str, Any], say: Say) -> None:
+    """Adds every case to `rows`, one after the other in this process. Raises DeviceLost."""
+    for name, group in groups(shapes):
+        try:
+            for case in group():
+                if case.name not in rows:
+                    rows[case.name] = row_of(case)
+                    say(line(case.name, rows[case.name]))
+        except DeviceLost:
+            raise
+        except Exception as error:  # there was not even memory for its tensors
+            rows[name] = {"ok": False, **failed(error)}
+            say(line(name, rows[name]))
+
+
+def groups(shapes: Shapes) -> list[tuple[str, Callable[[], Iterator[Case]]]]:
+    """Functions that make a few cases each, under a name for all of them."""
+    made: list[functools.partial[Iterator[Case]]] = list(cases(shapes))  # type: ignore[arg-type]
+    return [(f"{some.func.__name__.strip('_')}, {some.args[1]}", some) for some in made]
+
+
+def line(name: str, row: dict[str, Any]) -> str:
+    """A row for people."""
+    if "failed" in row:
+        return f"FAILED {name:58} {row['failed']}"
+    return f"{'right' if row['ok'] else 'WRONG'}  {name:58} relative L2 {row['relative_l2']:.1e}"
+
+
+def at_once(
+    device: str,
+    small: bool,
+    rows: dict[str, Any],
+    say: Say,
+    meanwhile: Callable[[], object] = lambda: None,
+    processes: int = PROCESSES,
+    most: int = 4,
+) -> None:
+    """Adds every case to `rows`, from several processes; those that end early are followed by others.
+
+    meanwhile: called once, while the first of them are at work.
+    """
+    count = len(groups(Shapes("cpu", small)))
+    left = list(range(count))
+    for turn in range(most):
+        if not left:
+            return
+        shares = [share for n in range(processes) if (share := left[n::processes])]
+        with tempfile.TemporaryDirectory() as folder:
+            running = []
+            for number, share in enumerate(shares):
+                order = {"device": device, "small": small, "groups": share, "skip": list(rows)}
+                output = Path(folder, str(number))
+                with output.open("wb") as target:
+                    command = [sys.executable, "-m", __spec__.name, json.dumps(order)]
+                    process = subprocess.Popen(command, stdout=target, stderr=subprocess.STDOUT)
+                running.append((share, output, process))
+            end = time.monotonic() + PATIENCE
+            if turn == 0:
+                meanwhile()
+            left = []
+            for share, output, process in running:
+                try:
+                    code = process.wait(max(0.1, end - time.monotonic()))
+                    reason = f"its process ended with {code}"
+                except subprocess.TimeoutExpired:
+                    process.kill()
+                    process.wait()
+                    reason = f"no answer in {PATIENCE:.0f} s"
+                left += _collect(output.read_text("utf-8", "replace"), share, rows, reason, say)
+    for number in left:
+        name = groups(Shapes("cpu", small))[number][0]
+        rows[name] = {"ok": False, "failed": "not all of it could be checked"}
+        say(line(name, rows[name]))
+
+
+def _collect(text: str, share: list[int], rows: dict[str, Any], reason: str, say: Say) -> list[int]:
+    """Adds what a process wrote to `rows`; the groups that it did not get through."""
+    at, unread, done = "", "", set()
+    for written in text.splitlines():
+        try:
+            found = json.loads(written)
+        except ValueError:
+            unread = written
+            continue
+        if "at" in found:
+            at = found["at"]
+        elif "done" in found:
+            done.add(found["done"])
+        else:
+            rows[found["name"]] = found["row"]
+            say(line(found["name"], found["row"]))
+            at = ""
+    if at:
+        rows[at] = {"ok": False, "failed": f"{reason}: {unread[:200]}"}
+        say(line(at, rows[at]))
+    elif share and not done and not any(name in text for name in ('"name"', '"done"')):
+        say(f"a process for checks came to nothing, {reason}: {unread[:300]}")
+    return [number for number in share if number not in done]
+
+
+def _work(order: dict[str, Any]) -> None:
+    """What one process does. Ends at once when the GPU is lost."""
+    shapes = Shapes(order["device"], order["small"])
+    made, skipped = groups(shapes), set(order["skip"])
+
+    def put(found: dict[str, Any]) -> None:
+        print(json.dumps(found), flush=True)
+
+    for number in order["groups"]:
+        name, group = made[number]
+        try:
+            for case in group():
+                if case.name in skipped:
+                    continue
+                put({"at": name})
+                name = case.name
+                put({"at": name})
+                try:
+                    put({"name": name, "row": row_of(case)})
+                except DeviceLost as lost:
+                    row = {
+                        "shape": case.shape,
+                        "dtype": case.dtype,
+                        "ok": False,
+                        "failed": f"GPU lost: {lost}",
+                    }
+                    put({"name": name, "row": row})
+                    os._exit(1)  # a process without its GPU may hang as it ends
+        except Exception as error:  # there was not even memory for its tensors
+            put({"name": name, "row": {"ok": False, "failed": f"{type(error).__name__}: {error}"[:300]}})
+        put({"done": number})
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    with torch.no_grad():
+        _work(json.loads(sys.argv[1]))

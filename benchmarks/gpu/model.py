@@ -1,0 +1,423 @@
+"""The transformer at full size on a GPU: a forward and a step against diffusers, the ladder, and scaling.
+
+Weights are random; nothing here depends on their values. What is timed has been held to float32 first, on a
+clip of HELD_FRAMES, because float32 attention over all 32,760 tokens takes many seconds (`full` does it): a
+forward may be called lossless when its relative L2 error is not above that of diffusers' own in bfloat16 (of
+the engine's plain one, where diffusers is not installed), and nothing is timed that is further off than
+RIGHT times that. At full size it has to agree with diffusers' as far. Each function fills the `found` that
+it is given as it goes: what comes before a failure is kept.
+
+Letters: K guidance branches, M solver states, C concept tokens, T text tokens, S video tokens, D width.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import sdpa_kernel
+
+from conceptmaster.engine.config import ModelConfig
+from conceptmaster.engine.dit import ConceptDiT
+from conceptmaster.engine.fused import Fusing, fuse, narrow
+from conceptmaster.engine.presets import preset
+from conceptmaster.kernels import self_attention as attending
+from conceptmaster.kernels.common import in_plain_torch
+from conceptmaster.kernels.cross_attention import attention
+from conceptmaster.runtime.backends.pytorch.stepper import Stepper
+
+from .timing import Call, failed, in_turn
+
+MARGIN = 1.0
+"""How much of diffusers' own error ours may be, to be called lossless."""
+RIGHT = 1.25
+"""How much of it ours may be, to be timed at all: what is wrong is off by far more."""
+APART = 2.0
+"""How far two models that are right may be from each other, in errors of one of them."""
+HELD_FRAMES = 21
+STATES = 4
+
+Say = Callable[[str], object]
+
+
+@dataclass(frozen=True)
+class Size:
+    """A video, and the model that makes it: `preset` at so many frames of so many pixels, with concepts."""
+
+    preset: str = "wan2.1-1.3b"
+    frames: int = 81
+    height: int = 480
+    width: int = 832
+    concepts: int = 4
+
+    @property
+    def config(self) -> ModelConfig:
+        """Without concepts, the base alone, as diffusers has it."""
+        config = preset(self.preset)
+        injection = "standalone" if self.concepts else "none"
+        concept = dataclasses.replace(config.concept, max_concepts=max(1, self.concepts), injection=injection)
+        transformer = dataclasses.replace(config.transformer, position_channels=0)
+        return dataclasses.replace(
+            config,
+            concept=concept,
+            transformer=transformer,
+            frames=self.frames,
+            height=self.height,
+            width=self.width,
+        )
+
+
+SMALL = Size("tiny", 5, 32, 32, 2)
+"""What a CPU runs in the tests."""
+
+
+def tokens_of(config: ModelConfig) -> int:
+    """S: video tokens."""
+    patch = config.transformer.patch_size
+    return math.prod(n // p for n, p in zip(config.latent_shape[1:], patch, strict=True))
+
+
+def flops_of(config: ModelConfig, branches: int) -> dict[str, float]:
+    """What a forward computes, keys and values of text and concepts being there: by kind."""
+    t, tokens = config.transformer, tokens_of(config)
+    rows = 2.0 * t.num_layers * branches * tokens  # a multiplication and an addition each
+    concepts = config.concept.concept_tokens if config.concept.injection != "none" else 0
+    return {
+        "self-attention": rows * 2 * tokens * t.width,
+        "linear": rows * (6 * t.width**2 + 2 * t.width * t.ffn_dim),
+        "text": rows * 2 * config.text_tokens * t.width,
+        "concepts": rows * (2 * t.width**2 + 2 * concepts * t.width) if concepts else 0.0,
+    }
+
+
+def build(config: ModelConfig, device: str, seed: int = 0) -> ConceptDiT:
+    """A transformer in float32, every weight random: also those that start at zero."""
+    torch.manual_seed(seed)
+    with torch.device(device):
+        model = ConceptDiT(config)
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and not module.weight.any():
+            nn.init.normal_(module.weight, std=module.in_features**-0.5)
+    return model.eval().requires_grad_(False).to(device)  # tables are made on the CPU wherever the rest is
+
+
+def twin(model: ConceptDiT) -> ConceptDiT:
+    """The same weights in another module, whose blocks can be replaced."""
+    found = copy.copy(model)
+    found.__dict__["_modules"] = dict(model._modules)
+    return found
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Random latents [K,Cz,F,H,W], time [1], text [K,T,Dt], concept tokens [N,Q,Dc] and mask [K,N]."""
+
+    latents: Tensor
+    time: Tensor
+    text: Tensor
+    concepts: Tensor
+    mask: Tensor
+
+    @classmethod
+    def of(cls, config: ModelConfig, device: str, branches: int) -> Inputs:
+        """In float32; the last branch alone sees the concepts."""
+        g = torch.Generator(device=device).manual_seed(1)
+        new = functools.partial(torch.randn, generator=g, device=device)
+        c = config.concept
+        mask = torch.zeros(branches, c.max_concepts, dtype=torch.bool, device=device)
+        mask[-1] = c.injection != "none"
+        return cls(
+            new(1, *config.latent_shape).expand(branches, -1, -1, -1, -1),
+            torch.full((1,), 600.0, device=device),
+            new(branches, config.text_tokens, config.transformer.text_dim),
+            new(c.max_concepts, c.tokens_per_concept, c.width),
+            mask,
+        )
+
+    def to(self, dtype: torch.dtype) -> Inputs:
+        """Latents, text and concepts in another dtype."""
+        low = {name: getattr(self, name).to(dtype) for name in ("latents", "text", "concepts")}
+        return dataclasses.replace(self, **low)
+
+
+def fastest_first(call: Call) -> Call:
+    """The call with PyTorch's attention in the order cuDNN, flash, memory-efficient, plain."""
+
+    def run() -> Any:
+        with sdpa_kernel(attending.FASTEST, set_priority=True):
+            return call()
+
+    return run
+
+
+def plainly(call: Call) -> Call:
+    """The call without any kernel of this project."""
+
+    def run() -> Any:
+        with in_plain_torch():
+            return call()
+
+    return run
+
+
+def attention_that_is_right(say: Say, tokens: int = 32760) -> dict[str, Any]:
+    """The lossless attention at the model's size, held to float64: {"order", "relative_l2"}.
+
+    What fails or is wrong is taken out of the order, for ours and for all rivals alike, until one is right.
+    """
+    g = torch.Generator(device="cuda").manual_seed(2)
+    new = functools.partial(torch.randn, generator=g, device="cuda", dtype=torch.bfloat16)
+    q, k, v = (new(1, tokens, 12, 128) for _ in range(3))
+    rows = torch.arange(0, tokens, tokens // 64, device="cuda")
+    exact = attention(q[:, rows].double(), k.double(), v.double())
+    found: dict[str, Any] = {"relative_l2": {}}
+    while True:
+        first = attending.FASTEST[0].name
+        try:
+            error = relative_l2(attending.self_attention(q, k, v)[:, rows], exact)
+        except Exception as raised:  # of cuDNN, which says so when it is too late to take another
+            error = failed(raised)["failed"]
+        found["relative_l2"][first] = error
+        say(f"lossless attention, {first} first: relative L2 {error}")
+        if (isinstance(error, float) and error < 1e-2) or len(attending.FASTEST) == 1:
+            return found | {"order": [backend.name for backend in attending.FASTEST]}
+        del attending.FASTEST[0]
+
+
+def diffusers_model(model: ConceptDiT) -> Any:
+    """diffusers' transformer with the weights of `model`, a base alone. Raises ImportError without it."""
+    from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
+
+    c = model.config.transformer
+    names = [
+        *("patch_size", "num_attention_heads", "attention_head_dim", "in_channels", "out_channels"),
+        *("text_dim", "freq_dim", "ffn_dim", "num_layers", "cross_attn_norm", "eps", "rope_max_seq_len"),
+    ]
+    with torch.device(model.proj_out.weight.device):
+        theirs = WanTransformer3DModel(**{name: getattr(c, name) for name in names})
+    theirs.load_state_dict(model.state_dict(), strict=True)
+    return theirs.eval().requires_grad_(False).to(model.proj_out.weight.device)
+
+
+def relative_l2(found: Tensor, exact: Tensor) -> float:
+    """Of a whole result."""
+    return float((found.double() - exact.double()).norm() / exact.double().norm())
+
+
+def held_to(size: Size) -> ModelConfig:
+    """What is held to float32: the clip's first frames."""
+    return dataclasses.replace(size, frames=min(size.frames, HELD_FRAMES)).config
+
+
+def in_float32(call: Call) -> Any:
+    """The call's result in plain PyTorch, with nothing rounded to fewer bits on the way."""
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        with in_plain_torch():
+            return call()
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
+
+
+def forward(size: Size, device: str, rounds: int, say: Say, found: dict[str, Any], high: bool = True) -> None:
+    """The base against diffusers: held to float32, then in turn one forward, K = 1, and one step, K = 2.
+
+    diffusers computes the text's keys and values in every forward, ours once per request. All are launched
+    kernel by kernel: at this size the GPU is never waiting for that. high: whether the tier of that name is
+    there, too.
+    """
+    base = dataclasses.replace(size, concepts=0)
+    config, held = base.config, held_to(base)
+    found |= {"tokens": tokens_of(config), "flops": sum(flops_of(config, 1).values())}
+    found["held_to_float32"] = {"frames": held.frames, "tokens": tokens_of(held)}
+    exact = build(config, device)
+    wide = Inputs.of(held, device, 1)
+    expected = in_float32(denoise_call(exact, wide))
+    say("forward: the reference in float32 is there")
+    models: dict[str, Any] = {}
+    try:
+        models["diffusers eager"] = narrow(diffusers_model(exact), torch.bfloat16)
+    except Exception as error:  # not installed, or not for the packages that are
+        found["no_diffusers"] = failed(error)["failed"]
+        say(f"without diffusers: {found['no_diffusers']}")
+    plain = models["plain"] = narrow(exact, torch.bfloat16)
+    models["ours"] = fuse(twin(plain))
+    if high:
+        models["ours high"] = fuse(copy.deepcopy(plain), Fusing(tier="high"))
+
+    def calls(given: Inputs, step: bool = False) -> dict[str, Call]:
+        their = _their_step if step else their_forward
+        our = functools.partial(step_call, cached=True) if step else denoise_call
+        return {n: (their if n.startswith("diffusers") else our)(model, given) for n, model in models.items()}
+
+    errors: dict[str, Any] = {}
+    found["relative_l2"] = errors
+    wrong = errors_of(calls(wide.to(torch.bfloat16)), expected, errors)
+    for name in (*wrong, *_too_far(errors)):
+        del models[name]
+    judge = found["judged_by"] = "diffusers eager" if "diffusers eager" in models else "plain"
+    ours, theirs = errors["ours"], errors[judge]
+    numbers = isinstance(ours, float) and isinstance(theirs, float)
+    found["lossless"] = numbers and ours <= MARGIN * theirs
+    verdict = "lossless" if found["lossless"] else "NOT lossless"
+    right = numbers and ours <= RIGHT * theirs
+    if not right:
+        verdict += ", so nothing of it is timed"
+    say(f"forward, relative L2: ours {ours}, {judge} {theirs}: {verdict}")
+    if not right:
+        return
+    say(f"forward, relative L2: {errors}")
+    full = calls(Inputs.of(config, device, 1).to(torch.bfloat16))
+    apart = found["full_size_apart"] = relative_l2(full["ours"](), full[judge]())
+    if not apart <= APART * theirs:
+        found["lossless"] = False
+        say(f"forward: at full size ours is {apart} from {judge}: wrong, so nothing of it is timed")
+        return
+    say(f"forward: at full size ours is {apart:.2e} from {judge}")
+    found["timing"] = in_turn(full, rounds, graphs=False, seconds=12)
+    say_timings(say, "forward", found["timing"])
+    both = calls(Inputs.of(config, device, 2).to(torch.bfloat16), step=True)
+    both = {name: both[name] for name in ("diffusers eager", "ours", "ours high") if name in both}
+    found["step"] = in_turn(both, min(rounds, 3), graphs=False, seconds=8)
+    say_timings(say, "step of the base", found["step"])
+
+
+def errors_of(calls: dict[str, Call], expected: Tensor, errors: dict[str, Any]) -> list[str]:
+    """Puts relative L2 errors of what the calls give into `errors`; the names of those that fail, whose
+    reason is there instead. Raises DeviceLost."""
+    wrong = []
+    for name, call in calls.items():
+        try:
+            result = call()
+            errors[name] = relative_l2(result[1] if isinstance(result, tuple) else result, expected)
+        except Exception as error:  # of the tier `high` on a GPU without fp8, or of a compiler
+            errors[name] = failed(error)["failed"]
+            wrong.append(name)
+    return wrong
+
+
+NOTHING_ALIKE = 0.5
+"""From this relative L2 error on a rung is wrong, even one in 8 bits."""
+
+
+def _too_far(errors: dict[str, Any]) -> list[str]:
+    return [n for n, error in errors.items() if isinstance(error, float) and not error < NOTHING_ALIKE]
+
+
+def their_forward(model: Any, given: Inputs) -> Call:
+    """diffusers' forward, with the fastest attention."""
+    time = given.time.expand(len(given.latents))
+    return fastest_first(lambda: model(given.latents, time, given.text, return_dict=False)[0])
+
+
+def _their_step(model: Any, given: Inputs) -> Call:
+    """As diffusers' pipeline does a step, with both branches in one batch: guidance, then Euler's update."""
+    forward = their_forward(model, given)
+
+    def step() -> Tensor:
+        without, guided = forward().float()  # [Cz,F,H,W] each
+        return given.latents[0].float() - 0.02 * (without + 2.5 * (guided - without))
+
+    return step
+
+
+def _conditions(model: ConceptDiT, given: Inputs) -> dict[str, Tensor]:
+    return model.condition(given.text, given.concepts, given.mask)
+
+
+def denoise_call(model: ConceptDiT, given: Inputs) -> Call:
+    """Our forward, with keys and values that are there already."""
+    kv = _conditions(model, given)
+    return lambda: model.denoise(given.latents, given.time, kv, given.mask)
+
+
+def step_call(model: ConceptDiT, given: Inputs, cached: bool) -> Call:
+    """One whole step, K branches, guidance and update in it; gives (next state, velocity).
+
+    cached: with keys and values that are there already, as in every request of this engine.
+    """
+    device, branches = given.latents.device, len(given.mask)
+    state = torch.zeros(STATES, *given.latents.shape[1:], device=device)
+    state[0] = given.latents[0]
+    coefficients = torch.eye(STATES, STATES + 1, device=device)
+    coefficients[0, -1] = -0.02
+    guidance = torch.tensor([-1.5, 2.5] if branches == 2 else [1.0], device=device)
+    stepper = Stepper(model, given.text.dtype)
+    inputs = {"state": state, "time": given.time, "concept_mask": given.mask}
+    inputs |= {"guidance": guidance, "coefficients": coefficients}
+    kept = _conditions(model, given) if cached else None
+    return lambda: stepper._step(**inputs, **(_conditions(model, given) if kept is None else kept))
+
+
+def ladder(size: Size, device: str, rounds: int, say: Say, found: dict[str, Any], high: bool = True) -> None:
+    """A step with concepts, K = 2, from plain PyTorch up: every rung's error against float32 and its gain.
+
+    "eager" has the attention that PyTorch takes by itself. Rungs up to "CUDA graph" are launched one kernel
+    at a time, and timed so. high: whether the tier of that name is a rung.
+    """
+    config, held = size.config, held_to(size)
+    found |= {"branches": 2, "concepts": size.concepts, "ok": False}
+    found["held_to_float32"] = {"frames": held.frames, "tokens": tokens_of(held)}
+    exact = build(config, device)
+    wide = Inputs.of(held, device, 2)
+    expected = in_float32(step_call(exact, wide, True))[1]
+    say("ladder: the reference in float32 is there")
+    plain = narrow(exact, torch.bfloat16)
+    fused = fuse(twin(plain))
+    eight = fuse(copy.deepcopy(plain), Fusing(tier="high")) if high else None
+
+    def rungs(given: Inputs) -> tuple[dict[str, Call], dict[str, Call]]:
+        launched = {
+            "eager": plainly(step_call(plain, given, False)),
+            "fastest attention": fastest_first(plainly(step_call(plain, given, False))),
+            "fused kernels": step_call(fused, given, False),
+            "condition cache": step_call(fused, given, True),
+        }
+        replayed = {"CUDA graph": step_call(fused, given, True)}
+        if eight is not None:
+            replayed["high: fp8 layers"] = step_call(eight, given, True)
+        return launched, replayed
+
+    errors = found["relative_l2"] = {}
+    launched, replayed = rungs(wide.to(torch.bfloat16))
+    wrong = errors_of(launched | replayed, expected, errors)
+    wrong += _too_far(errors)
+    judge = found["judged_by"] = "fastest attention" if "eager" in wrong else "eager"
+    numbers = all(isinstance(errors[name], float) for name in (judge, "fused kernels"))
+    right = numbers and errors["fused kernels"] <= RIGHT * errors[judge]
+    found["ok"] = numbers and errors["fused kernels"] <= MARGIN * errors[judge]
+    say(f"ladder, relative L2: {errors}")
+    if not right:
+        say("the ladder is wrong: nothing of it is timed")
+        return
+    launched, replayed = rungs(Inputs.of(config, device, 2).to(torch.bfloat16))
+    for name in wrong:
+        launched.pop(name, None)
+        replayed.pop(name, None)
+    found["timing"] = in_turn(launched, rounds, graphs=False, seconds=14)
+    say_timings(say, "step", found["timing"])
+    found["timing"] |= in_turn(replayed, rounds, seconds=8)
+    before = None
+    for entry in found["timing"].values():
+        if "p50_ms" in entry:
+            entry["gain"] = 1.0 if before is None else before / entry["p50_ms"]
+            before = entry["p50_ms"]
+    say_timings(say, "step", found["timing"])
+
+
+def say_timings(say: Callable[[str], object], what: str, timing: dict[str, dict[str, Any]]) -> None:
+    """A line for each of the timings."""
+    for name, entry in timing.items():
+        words = entry.get("failed") or f"{entry['p50_ms']:9.2f} ms"
+        gain = f"  {entry['gain']:.2f}×" if "gain" in entry else ""
+        say(f"{what}: {name:40} {words}{gain}")

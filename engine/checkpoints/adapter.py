@@ -1,0 +1,122 @@
+"""The concept part of a model as a file of its own, which any base of the same width can take.
+
+It holds Q-Former, label binding and what the transformer has beyond Wan's, under their names in
+ConceptMaster. Its metadata say what it must be built as (ConceptConfig) and on what (AdapterBase).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ..config import ConceptConfig, ConfigError, ModelConfig
+from ..model import ConceptMaster
+from .safetensors_io import WeightsError, load, load_strict, save
+
+FORMAT = "conceptmaster adapter 1"
+
+
+@dataclass(frozen=True)
+class AdapterBase:
+    """What of a base an adapter's tensors depend on: the transformer's width, heads, layers, text width."""
+
+    width: int
+    heads: int
+    layers: int
+    text_dim: int
+
+    @classmethod
+    def of(cls, config: ModelConfig) -> AdapterBase:
+        """Of a model's configuration."""
+        t = config.transformer
+        return cls(t.width, t.num_attention_heads, t.num_layers, t.text_dim)
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A file's contents: how the concept part is built, the base that it is for, and its tensors."""
+
+    path: Path
+    concept: ConceptConfig
+    base: AdapterBase
+    tensors: Mapping[str, Tensor]
+
+
+def adapter_keys(model: ConceptMaster) -> set[str]:
+    """The names in `model`'s state dict that are the adapter's, not the base's."""
+    concept = {f"transformer.{key}" for key in model.transformer.concept_keys()}
+    return concept | {key for key in model.state_dict() if key.startswith(("qformer.", "dam."))}
+
+
+def save_adapter(model: ConceptMaster, path: str | Path) -> str:
+    """Writes the adapter of `model`; returns the file's SHA-256. Raises WeightsError where it has none."""
+    keys = adapter_keys(model)
+    if not keys:
+        raise WeightsError(f"the model {model.config.name!r} has no adapter: it takes no concepts")
+    metadata = {
+        "format": FORMAT,
+        "concept": json.dumps(dataclasses.asdict(model.config.concept)),
+        "base": json.dumps(dataclasses.asdict(AdapterBase.of(model.config))),
+    }
+    return save(path, {name: value for name, value in model.state_dict().items() if name in keys}, metadata)
+
+
+def read_adapter(path: str | Path) -> Adapter:
+    """Reads what `save_adapter` wrote. Raises FileNotFoundError, or WeightsError for any other file."""
+    path = Path(path)
+    tensors, metadata = load(path)
+    if metadata.get("format") != FORMAT:
+        raise WeightsError(f"{path} is no adapter: its format is {metadata.get('format')!r}, not {FORMAT!r}")
+    try:
+        concept = _entry(ConceptConfig, metadata, "concept")
+        base = _entry(AdapterBase, metadata, "base")
+    except (ValueError, TypeError) as error:  # ConfigError and JSON's errors are ValueErrors
+        raise WeightsError(f"{path} has unusable metadata: {error}") from error
+    if concept.injection == "none":
+        raise WeightsError(f"{path} has unusable metadata: an adapter's injection is not 'none'")
+    return Adapter(path, concept, base, tensors)
+
+
+def load_adapter(model: ConceptMaster, adapter: Adapter | str | Path) -> None:
+    """Replaces the concept part of `model` by an adapter, in the model's dtype and on its device.
+
+    Raises: WeightsError, one line, where the adapter is for another base than `model` or built otherwise than
+        its configuration says; FileNotFoundError. `model` is then as it was.
+    """
+    if not isinstance(adapter, Adapter):
+        adapter = read_adapter(adapter)
+    check_base(adapter, model.config)
+    differing = _differences(adapter.concept, model.config.concept)
+    if differing:
+        raise WeightsError(f"{adapter.path} has other concept modules than the model: {differing}")
+    own = adapter_keys(model)
+    try:
+        load_strict(model, adapter.tensors, absent=set(model.state_dict()) - own)
+    except WeightsError as error:
+        raise WeightsError(f"{adapter.path}: {error}") from error
+
+
+def check_base(adapter: Adapter, config: ModelConfig) -> None:
+    """Raises WeightsError, one line, unless the adapter is for a base like that of `config`."""
+    if differing := _differences(adapter.base, AdapterBase.of(config)):
+        raise WeightsError(f"{adapter.path} is an adapter for another base than {config.name}: {differing}")
+
+
+def _differences(theirs: Any, ours: Any) -> str:
+    """The fields in which two dataclasses of a kind differ, in words."""
+    names = [field.name for field in dataclasses.fields(ours)]
+    pairs = [(name, getattr(theirs, name), getattr(ours, name)) for name in names]
+    return ", ".join(f"its {name} is {a}, not {b}" for name, a, b in pairs if a != b)
+
+
+def _entry(kind: Any, metadata: dict[str, str], name: str) -> Any:
+    values = json.loads(metadata.get(name, "null"))
+    if not isinstance(values, dict):
+        raise ConfigError(f"no object {name!r}")
+    return kind(**values)

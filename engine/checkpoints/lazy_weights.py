@@ -1,0 +1,153 @@
+"""Weights that stay on disk until a layer is called: a model of any size in the memory of its largest layer.
+
+`stream` gives a module that was built on the meta device its small tensors for good and leaves the large ones
+in their file. A layer reads its own when it is called and lets go of them right after, so the module computes
+what it would with all of them in memory, a little slower. `faked` is for tracing: no values at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Set
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from .safetensors_io import check_strict, unreadable
+
+LEAST = 2**20
+"""Elements of the smallest tensor that stays on disk."""
+LAYERS = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+"""Modules whose forward is all that reads their parameters; those of others are kept in memory."""
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor in a safetensors file, and what is to be changed in it whenever it is read (a LoRA's sums).
+
+    dtype: in the file; None for one that is not of floating point.
+    """
+
+    path: Path
+    name: str
+    shape: torch.Size
+    dtype: torch.dtype | None
+    changes: list[Callable[[Tensor], None]] = field(default_factory=list, compare=False)
+
+    def read(self) -> Tensor:
+        """The tensor on the CPU, in float32 if it is of floating point. Raises WeightsError."""
+        try:
+            # Opened anew each time: the memory that a file is mapped to goes with the tensor, not at the end.
+            with safe_open(self.path, framework="pt") as file:
+                tensor = file.get_tensor(self.name)
+        except (SafetensorError, OSError) as error:
+            raise unreadable(self.path, error) from error
+        if tensor.is_floating_point():
+            tensor = tensor.to(torch.float32)
+        if self.changes:
+            tensor = tensor.clone()
+            for change in self.changes:
+                change(tensor)
+        return tensor
+
+    def equal(self, other: Stored) -> bool:
+        """Whether both hold the same values."""
+        return self.read().equal(other.read())
+
+
+def stream(module: nn.Module, stored: Mapping[str, Stored], absent: Set[str] = frozenset()) -> None:
+    """Gives `module`, which is on the meta device, its weights: strictly, as `load_strict` does.
+
+    Tensors of LEAST elements and more that belong to one of LAYERS stay where they are. Raises WeightsError.
+    """
+    full = check_strict(module, stored, absent)
+    memo: dict[int, nn.Parameter] = {}
+    for prefix, layer in module.named_modules():
+        own = {name: f"{prefix}.{name}" if prefix else name for name in (*layer._parameters, *layer._buffers)}
+        later = {}
+        for name, qualified in own.items():
+            if qualified not in full:
+                continue
+            tensor = full[qualified]
+            old = layer._parameters.get(name)
+            if old is None:
+                layer._buffers[name] = tensor.read()
+            elif isinstance(layer, LAYERS) and tensor.shape.numel() >= LEAST:
+                later[name] = tensor
+            else:
+                if id(old) not in memo:
+                    memo[id(old)] = nn.Parameter(tensor.read(), old.requires_grad)
+                layer._parameters[name] = memo[id(old)]
+        if later:
+            _OnDemand(later).attach(layer)
+
+
+def stored_weights(module: nn.Module) -> dict[str, Stored]:
+    """What of `module`'s parameters is on disk, by name; a tied one under each of its names."""
+    return {
+        f"{prefix}.{name}" if prefix else name: tensor
+        for prefix, layer in module.named_modules()
+        for name, tensor in _on_demand(layer).items()
+    }
+
+
+@contextmanager
+def faked(*modules: nn.Module) -> Iterator[FakeTensorMode]:
+    """For the block the modules' weights on disk are tensors of the right shape without values.
+
+    Whatever is computed with the mode that is yielded has shapes and dtypes only, and costs no memory.
+    """
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    kept: list[tuple[nn.Module, str, nn.Parameter]] = []
+    made: dict[int, nn.Parameter] = {}
+    try:
+        for layer in (layer for module in modules for layer in module.modules()):
+            for name in _on_demand(layer):
+                old = layer._parameters[name]
+                if old is None or old.device.type != "meta":
+                    continue  # the same layer, reached from another of the modules
+                if id(old) not in made:
+                    with mode:
+                        made[id(old)] = nn.Parameter(torch.empty(old.shape, dtype=old.dtype), False)
+                kept.append((layer, name, old))
+                layer._parameters[name] = made[id(old)]
+        yield mode
+    finally:
+        for layer, name, old in kept:
+            layer._parameters[name] = old
+
+
+class _OnDemand:
+    """Two hooks of one layer: before a call its tensors are read, after it they are let go."""
+
+    def __init__(self, stored: dict[str, Stored]) -> None:
+        self.stored = stored
+        self._meta: dict[str, Any] = {}
+
+    def attach(self, layer: nn.Module) -> None:
+        layer.register_forward_pre_hook(self.before)
+        layer.register_forward_hook(self.after, always_call=True)
+
+    def before(self, layer: nn.Module, _inputs: Any) -> None:
+        for name, tensor in self.stored.items():
+            old = layer._parameters[name]
+            if old is not None and old.device.type == "meta":  # else it has values, or is traced
+                self._meta[name] = old
+                layer._parameters[name] = nn.Parameter(tensor.read(), requires_grad=False)
+
+    def after(self, layer: nn.Module, _inputs: Any, _outputs: Any) -> None:
+        layer._parameters.update(self._meta)
+        self._meta.clear()
+
+
+def _on_demand(layer: nn.Module) -> dict[str, Stored]:
+    """What of a layer's own parameters is on disk."""
+    owners = (getattr(hook, "__self__", None) for hook in layer._forward_pre_hooks.values())
+    return next((owner.stored for owner in owners if isinstance(owner, _OnDemand)), {})

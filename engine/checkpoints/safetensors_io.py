@@ -1,0 +1,227 @@
+"""Weights on disk: safetensors only, strict, with the configuration inside; no pickle anywhere."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Set
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ..config import ConfigError, ModelConfig
+from ..dit import ConceptDiT
+from ..model import ConceptMaster
+
+LFS = b"version https://git-lfs"
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+CONVERT = (
+    "import sys, torch, safetensors.torch as s; s.save_file({name: tensor.clone().contiguous() for name, "
+    "tensor in torch.load(sys.argv[1], weights_only=True).items()}, sys.argv[2])"
+)
+"""Python that turns a pickled state dict into safetensors; cloned, since no file may hold a tensor twice."""
+
+
+class _Comparable(Protocol):
+    """A tensor, or something that stands for one."""
+
+    @property
+    def shape(self) -> torch.Size: ...
+
+    def equal(self, other: Any, /) -> bool: ...
+
+
+_Shaped = TypeVar("_Shaped", bound=_Comparable)
+
+
+class WeightsError(ValueError):
+    """A weights file, or a set of weights, that does not fit; the message lists everything that is wrong."""
+
+
+def sha256(path: str | Path) -> str:
+    """SHA-256 of a file, as 64 hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def save(path: str | Path, state: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> str:
+    """Writes tensors as safetensors, whole or not at all, and returns the file's SHA-256.
+
+    A tensor that appears under two names (tied weights) is written once, under the first. Written to a
+    temporary file beside `path`, then moved over it.
+    """
+    path = Path(path)
+    tensors: dict[str, Tensor] = {}
+    seen: set[tuple[object, ...]] = set()
+    for name, tensor in state.items():
+        place = (tensor.device, tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
+        if tensor.numel() and place in seen:
+            continue
+        seen.add(place)
+        tensors[name] = tensor.detach().contiguous()
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        save_file(tensors, temporary, metadata=dict(metadata or {}))
+        digest = sha256(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return digest
+
+
+def refuse_pickle(path: Path) -> None:
+    """Raises WeightsError, which tells how to convert it, when `path` has one of the suffixes PICKLES."""
+    if path.suffix.lower() in PICKLES:
+        raise WeightsError(
+            f"{path} is a pickle, which can run code when it is loaded: only safetensors are read. Convert "
+            f"it, where you trust it, with: python -c '{CONVERT}' {path} {path.with_suffix('.safetensors')}"
+        )
+
+
+def unreadable(path: Path, error: Exception) -> WeightsError:
+    """What to raise for a file that safetensors cannot read, `error`: it says what to do, as well."""
+    advice = "it is cut off or damaged, fetch it again"
+    try:
+        with path.open("rb") as file:
+            if file.read(len(LFS)) == LFS:
+                advice = "it is Git LFS's pointer to the file, which `git lfs pull` fetches"
+    except OSError:
+        advice = "it cannot be opened"
+    return WeightsError(f"{path} is not a readable safetensors file, {advice}: {error}")
+
+
+def load(path: str | Path, digest: str | None = None) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Reads a safetensors file: (tensors on the CPU, metadata).
+
+    Raises FileNotFoundError, or WeightsError for a damaged file or, where `digest` is given, another SHA-256.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no weights file at {path}")
+    refuse_pickle(path)
+    if digest is not None and (found := sha256(path)) != digest:
+        raise WeightsError(f"{path} has SHA-256 {found}, expected {digest}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+    except SafetensorError as error:
+        raise unreadable(path, error) from error
+
+
+def load_strict(
+    module: nn.Module, state: Mapping[str, Tensor], absent: Set[str] = frozenset(), assign: bool = False
+) -> None:
+    """Copies `state` into `module` when it fits exactly, else changes nothing.
+
+    `absent` names the tensors that must not be in `state`; they keep their values. Of tied weights one name
+    is enough. With `assign` the tensors are not copied but become the module's own, in their own dtype: for a
+    module that was built on the meta device. Raises WeightsError as `check_strict`.
+    """
+    full = check_strict(module, state, absent)
+    module.load_state_dict(_as_parameters(module, full) if assign else full, strict=False, assign=assign)
+
+
+def check_strict(
+    module: nn.Module, state: Mapping[str, _Shaped], absent: Set[str] = frozenset()
+) -> dict[str, _Shaped]:
+    """`state`, which must fit `module` exactly, with every name of a tied parameter that it has under one.
+
+    `absent` as for `load_strict`. Raises one WeightsError that lists all missing, unexpected and mis-shaped
+    tensors, and tied ones that differ.
+    """
+    own = module.state_dict()
+    full, differing = _with_ties(module, state)
+    needed = {name for name, _ in module.named_parameters()} | {name for name, _ in module.named_buffers()}
+    missing = sorted((needed & set(own)) - set(full) - absent)
+    unexpected = sorted(set(full) - (set(own) - absent))
+    shapes = [
+        f"{name} is {tuple(state[name].shape)}, expected {tuple(own[name].shape)}"
+        for name in sorted(set(state) & set(own))
+        if state[name].shape != own[name].shape
+    ]
+    problems = [
+        f"{len(found)} {kind}: {'; '.join(found)}"
+        for kind, found in (
+            ("missing", missing),
+            ("unexpected", unexpected),
+            ("mis-shaped", shapes),
+            ("not the same though the model has one tensor for both", differing),
+        )
+        if found
+    ]
+    if problems:
+        raise WeightsError(f"the weights do not fit {type(module).__name__}: " + ",\n".join(problems))
+    return full
+
+
+def _tied(module: nn.Module) -> list[list[str]]:
+    """The names of each parameter of `module` that has more than one."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return [group for group in names.values() if len(group) > 1]
+
+
+def _with_ties(module: nn.Module, state: Mapping[str, _Shaped]) -> tuple[dict[str, _Shaped], list[str]]:
+    """`state` with every name of a tied parameter that it has under one; and the groups that contradict."""
+    full, differing = dict(state), []
+    for group in _tied(module):
+        given = [state[name] for name in group if name in state]
+        if any(tensor.shape == given[0].shape and not tensor.equal(given[0]) for tensor in given[1:]):
+            differing.append(" and ".join(group))
+        if given:
+            full |= {name: given[0] for name in group if name not in state}
+    return full, differing
+
+
+def _as_parameters(module: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`state` with a Parameter where `module` has one, the same for all names of a tied one."""
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    made: dict[int, nn.Parameter] = {}
+    return {
+        name: made.setdefault(id(parameters[name]), nn.Parameter(tensor, parameters[name].requires_grad))
+        if name in parameters
+        else tensor
+        for name, tensor in state.items()
+    }
+
+
+def load_wan(transformer: ConceptDiT, state: Mapping[str, Tensor], assign: bool = False) -> None:
+    """Loads a Wan2.1 text-to-video transformer (diffusers' state dict) as the base of a ConceptDiT.
+
+    Every tensor of the base must be there and nothing else; the concept tensors keep their initial values.
+    `assign` as for `load_strict`. Raises WeightsError otherwise.
+    """
+    load_strict(transformer, state, absent=transformer.concept_keys(), assign=assign)
+
+
+def save_model(model: ConceptMaster, path: str | Path) -> str:
+    """Writes a model with its configuration inside; returns the file's SHA-256."""
+    return save(
+        path, model.state_dict(), {"format": "conceptmaster", "config": json.dumps(model.config.to_dict())}
+    )
+
+
+def load_model(path: str | Path, digest: str | None = None) -> ConceptMaster:
+    """Rebuilds, in evaluation mode on the CPU, what `save_model` wrote.
+
+    Raises FileNotFoundError, or WeightsError for a damaged file, another SHA-256 than `digest`, or weights
+    that are not of the configuration that the file names.
+    """
+    state, metadata = load(path, digest)
+    if "config" not in metadata:
+        raise WeightsError(
+            f"{path} has no model configuration in its metadata; it was not written by save_model"
+        )
+    try:
+        config = ModelConfig.from_dict(json.loads(metadata["config"]))
+    except (json.JSONDecodeError, ConfigError) as error:
+        raise WeightsError(f"{path} has an unusable model configuration: {error}") from error
+    model = ConceptMaster(config)
+    load_strict(model, state)
+    return model.eval()

@@ -1,0 +1,345 @@
+"""A Wan2.1 base from a folder in diffusers' layout: its config.json files as a ModelConfig, then its weights.
+
+Text-to-video and image-to-video; how the latter takes pictures is image_to_video.py's.
+
+What the engine cannot honour is refused, never guessed. Large weights stay on disk until a layer is called
+(streamed.py), so a model of any size takes about as much memory as its largest layer.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+
+from ..concepts import concept_binder, concept_encoder
+from ..config import ConceptConfig, ConfigError, ModelConfig, TransformerConfig
+from ..dit import ConceptDiT
+from ..model import ConceptMaster
+from ..presets import preset
+from ..vae.wan_decoder import build_vae
+from .diffusers_folder import read_json, stored_tensors
+from .lazy_weights import stream
+from .safetensors_io import WeightsError, load_strict
+from .wan_image_to_video import A2_FPS, A2_TRANSFORMER, is_a2, read_concept
+
+if TYPE_CHECKING:
+    from ..vae.wan_decoder import VAE
+
+_Module = TypeVar("_Module")
+
+TEXT_TOKENS, FPS = 512, 16.0  # of every Wan2.1
+
+# What diffusers takes where a transformer's config.json leaves it out; the rest has the same default here.
+TRANSFORMER = {"num_attention_heads": 40, "num_layers": 40, "ffn_dim": 13824}
+# What the first files of Wan's VAE leave out.
+VAE_DEFAULTS = preset("wan2.1-14b").vae
+VAE_ONLY = ("decoder_base_dim", "dropout", "is_residual", "in_channels", "out_channels", "patch_size")
+
+# Of transformers' configurations what decides the model; they tell much else that does not.
+TEXT_SIZES = ("vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_heads")
+TEXT_OPTIONS = (
+    "feed_forward_proj",
+    "layer_norm_epsilon",
+    "relative_attention_num_buckets",
+    "relative_attention_max_distance",
+)
+IMAGE_SIZES = (
+    "hidden_size",
+    "intermediate_size",
+    "projection_dim",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "image_size",
+    "patch_size",
+)
+IMAGE_OPTIONS = ("hidden_act", "layer_norm_eps")
+
+# The schedulers that a solver of the runtime gives the numbers of: its name, the entry that is the shift, and
+# what the other entries must be where they are given.
+_NO_SIGMAS = {f"use_{kind}_sigmas": False for kind in ("karras", "exponential", "beta")}
+SCHEDULERS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "UniPCMultistepScheduler": (
+        "unipc",
+        "flow_shift",
+        {
+            "prediction_type": "flow_prediction",
+            "use_flow_sigmas": True,
+            "num_train_timesteps": 1000,
+            "solver_order": 2,
+            "solver_type": "bh2",
+            "solver_p": None,
+            "predict_x0": True,
+            "lower_order_final": True,
+            "final_sigmas_type": "zero",
+            "timestep_spacing": "linspace",
+            "disable_corrector": [],
+            "thresholding": False,
+            "use_dynamic_shifting": False,
+            "shift_terminal": None,
+            **_NO_SIGMAS,
+        },
+    ),
+    "FlowMatchEulerDiscreteScheduler": (
+        "euler",
+        "shift",
+        {
+            "num_train_timesteps": 1000,
+            "use_dynamic_shifting": False,
+            "invert_sigmas": False,
+            "shift_terminal": None,
+            "stochastic_sampling": False,
+            **_NO_SIGMAS,
+        },
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a base's scheduler samples: the name of a solver, and the shift of its time."""
+
+    solver: str
+    shift: float
+
+
+def read_sampling(folder: Path) -> Sampling:
+    """What scheduler/scheduler_config.json asks for. Raises ConfigError where no solver gives that.
+
+    SkyReels-A2's programs put a scheduler of their own into its place, which this gives.
+    """
+    if is_a2(folder):
+        return Sampling("unipc", 8.0)
+    path = folder / "scheduler" / "scheduler_config.json"
+    values = read_json(path)
+    kind = values.get("_class_name")
+    if kind not in SCHEDULERS:
+        raise ConfigError(f"{path}: the scheduler must be {' or '.join(SCHEDULERS)}, got {kind!r}")
+    solver, shift, wanted = SCHEDULERS[kind]
+    for name, value in wanted.items():
+        # where diffusers' own default is another, an entry that is left out is wrong, too
+        default = {"prediction_type": "epsilon", "use_flow_sigmas": False}.get(name, value)
+        if (found := values.get(name, default)) != value:
+            raise ConfigError(f"{path}: {name} must be {value!r} for the engine's solver, got {found!r}")
+    found = values.get(shift, 1.0)
+    if isinstance(found, bool) or not isinstance(found, (int, float)) or not found > 0:
+        raise ConfigError(f"{path}: {shift} must be a positive number, got {found!r}")
+    return Sampling(solver, float(found))
+
+
+def read_config(
+    folder: Path, name: str, size: tuple[int, int], frames: int, concept: ConceptConfig | None = None
+) -> ModelConfig:
+    """The configuration of the base in `folder`, for videos of one shape.
+
+    Args: name: the model's; size: width and height in pixels; frames: of the video; concept: the adapter's.
+        Without it a base that has an image_encoder/ gets a new adapter as wide as its picture tokens, and one
+        that has none takes no concepts.
+    Raises: ConfigError for what the engine cannot honour, and for a video that the base cannot make: that one
+        names the nearest that it can; WeightsError for files that are missing or broken.
+    """
+    _check_pipeline(folder)
+    transformer = _transformer(folder)
+    vae = _vae(folder)
+    text_encoder = _encoder(folder, "text_encoder", "umt5", TEXT_SIZES, TEXT_OPTIONS) | {"dropout_rate": 0.0}
+    image_encoder: dict[str, Any] = {}
+    if (folder / "image_encoder").is_dir():
+        image_encoder = _encoder(folder, "image_encoder", "clip_vision_model", IMAGE_SIZES, IMAGE_OPTIONS)
+    if transformer.image_dim is not None:
+        concept = _own_concept(folder, transformer, image_encoder, concept)
+    elif is_a2(folder):
+        raise ConfigError(f"{folder}: the transformer of SkyReels-A2 has an image_dim, this one has none")
+    elif image_encoder:
+        concept = concept or _new_concept(image_encoder)
+    elif concept is not None and concept.injection != "none":
+        raise ConfigError(
+            f"{folder} has no image_encoder/: put there the CLIP that the adapter was trained with"
+        )
+    concept = concept or ConceptConfig(injection="none")
+    patch_frames = transformer.patch_size[0]
+    latent_frames = patch_frames * -(-concept.least_latent_frames // patch_frames)
+    config = ModelConfig(
+        name=name,
+        transformer=transformer,
+        concept=concept,
+        text_encoder=text_encoder,
+        image_encoder=image_encoder,
+        vae=vae,
+        # the smallest video of any base, until its true size is known to fit
+        frames=1 + (latent_frames - 1) * vae["scale_factor_temporal"],
+        height=transformer.patch_size[1] * vae["scale_factor_spatial"],
+        width=transformer.patch_size[2] * vae["scale_factor_spatial"],
+        fps=A2_FPS if concept.given == "references" else FPS,
+    )
+    _check_video(config, size, frames)
+    return dataclasses.replace(config, width=size[0], height=size[1], frames=frames)
+
+
+def load_base(folder: Path, config: ModelConfig) -> ConceptMaster:
+    """The model of `config` with the weights of `folder`, in evaluation mode and float32 on the CPU.
+
+    Large ones stay on disk and are read when they are used (streamed.py): the folder must stay as it is.
+    Its concept part, if it has one, is new: it changes nothing in the video. Raises WeightsError that names
+    the part and lists every tensor that is missing, unexpected or mis-shaped.
+    """
+    model = _on_meta(ConceptMaster, config, folder)
+    _load(folder / "transformer", model.transformer)
+    _load(folder / "text_encoder", model.text_encoder.model)
+    if config.concept.takes_pictures:
+        _load(folder / "image_encoder", model.image_encoder.model)
+    if config.concept.has_modules:
+        model.qformer, model.dam = concept_encoder(config), concept_binder(config)
+        model.transformer.initialise_concepts()
+    return model.eval()
+
+
+def load_base_vae(folder: Path, config: ModelConfig) -> VAE:
+    """The VAE of `folder`, in evaluation mode and float32 on the CPU. Raises as `load_base`."""
+    vae = _on_meta(build_vae, config, folder)
+    _load(folder / "vae", vae)
+    return vae
+
+
+def _on_meta(build: Callable[[ModelConfig], _Module], config: ModelConfig, folder: Path) -> _Module:
+    """What `build` makes of `config`, without memory for its weights. Raises ConfigError."""
+    try:
+        with torch.device("meta"):
+            return build(config)
+    except ImportError:
+        raise
+    except Exception as error:  # transformers and diffusers have types of their own for what they refuse
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"{folder}: its configuration cannot be built: {reason}") from error
+
+
+def _load(part: Path, module: torch.nn.Module) -> None:
+    # transformers once saved this buffer, which its models make themselves
+    stored = {k: v for k, v in stored_tensors(part).items() if not k.endswith("embeddings.position_ids")}
+    if part.name == "image_encoder" and not hasattr(module, "visual_projection"):
+        # the tower alone: with or without the prefix that its file has as a part of a larger model
+        tower = {k.removeprefix("vision_model."): v for k, v in stored.items()}
+        stored = {k: v for k, v in tower.items() if k != "visual_projection.weight"}
+    try:
+        if part.name == "vae":  # small, and asked for its device, which on disk it does not have
+            load_strict(module, {name: value.read() for name, value in stored.items()}, assign=True)
+        else:
+            stream(module, stored, module.concept_keys() if isinstance(module, ConceptDiT) else frozenset())
+    except WeightsError as error:
+        raise WeightsError(f"{part}: {error}") from error
+
+
+def _check_pipeline(folder: Path) -> None:
+    """Refuses what only model_index.json tells: two transformers, or a time for each token, as in Wan2.2."""
+    values = read_json(folder / "model_index.json") if (folder / "model_index.json").is_file() else {}
+    second = values.get("transformer_2")
+    if (folder / "transformer_2").is_dir() or (isinstance(second, list) and any(second)):
+        raise ConfigError(f"{folder} has a transformer_2: bases of two transformers cannot be honoured")
+    for name in ("boundary_ratio", "expand_timesteps"):
+        if values.get(name):
+            raise ConfigError(
+                f"{folder}/model_index.json: {name} is {values[name]!r}, which cannot be honoured"
+            )
+
+
+def _own(path: Path, kinds: tuple[str, ...], known: set[str]) -> dict[str, Any]:
+    """The entries of a config.json of one of the classes `kinds`, all of which must be known or empty."""
+    values = read_json(path)
+    if (found := values.get("_class_name", kinds[0])) not in kinds:
+        raise ConfigError(f"{path}: the model must be a {' or '.join(kinds)}, got {found!r}")
+    values = {name: value for name, value in values.items() if not name.startswith("_")}
+    for name, value in values.items():
+        if name not in known and value is not None:
+            raise ConfigError(f"{path}: {name} is {value!r}, which the engine cannot honour")
+    return {name: value for name, value in values.items() if name in known}
+
+
+def _transformer(folder: Path) -> TransformerConfig:
+    path = folder / "transformer" / "config.json"
+    own = {"position_channels", "prediction"}  # this project's own
+    known = {field.name for field in dataclasses.fields(TransformerConfig)} - own
+    values = TRANSFORMER | _own(path, ("WanTransformer3DModel", A2_TRANSFORMER), known)
+    if values.get("out_channels", 0) is None:
+        values["out_channels"] = values.get("in_channels", 16)
+    if "cross_attn_norm" in values and not isinstance(values["cross_attn_norm"], bool):
+        raise ConfigError(f"{path}: cross_attn_norm must be true or false")
+    try:
+        return TransformerConfig(**values)
+    except (ConfigError, TypeError) as error:
+        raise ConfigError(f"{path}: {error}") from error
+
+
+def _vae(folder: Path) -> dict[str, Any]:
+    path = folder / "vae" / "config.json"
+    values = VAE_DEFAULTS | _own(path, ("AutoencoderKLWan",), {*VAE_DEFAULTS, *VAE_ONLY})
+    for name in ("dim_mult", "temperal_downsample", "latents_mean", "latents_std", "attn_scales"):
+        if not isinstance(values[name], list):
+            raise ConfigError(f"{path}: {name} must be a list, got {values[name]!r}")
+    for name in ("z_dim", "base_dim", "num_res_blocks", "scale_factor_temporal", "scale_factor_spatial"):
+        _require_size(path, name, values[name])
+    return values
+
+
+def _encoder(
+    folder: Path, part: str, kind: str, sizes: tuple[str, ...], options: tuple[str, ...]
+) -> dict[str, Any]:
+    path = folder / part / "config.json"
+    values = read_json(path)
+    if values.get("model_type") != kind:
+        raise ConfigError(f"{path}: model_type must be {kind!r}, got {values.get('model_type')!r}")
+    for name in sizes:
+        _require_size(path, name, values.get(name))
+    return {name: values[name] for name in (*sizes, *options) if name in values}
+
+
+def _require_size(path: Path, name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ConfigError(f"{path}: {name} must be a positive whole number, got {value!r}")
+
+
+def _own_concept(
+    folder: Path, transformer: TransformerConfig, image_encoder: dict[str, Any], adapter: ConceptConfig | None
+) -> ConceptConfig:
+    """How an image-to-video base takes pictures, which no adapter can change."""
+    if adapter is not None:
+        raise ConfigError(f"{folder} is an image-to-video model, which takes pictures itself: no adapter")
+    if not image_encoder:
+        raise ConfigError(
+            f"{folder} has no image_encoder/, which an image-to-video model reads pictures with"
+        )
+    return read_concept(folder, transformer, image_encoder, TEXT_TOKENS)
+
+
+def _new_concept(image_encoder: dict[str, Any]) -> ConceptConfig:
+    """A new adapter's: as wide as the picture tokens, with heads of 64 where that divides."""
+    width, side = image_encoder["projection_dim"], image_encoder["image_size"] // image_encoder["patch_size"]
+    return ConceptConfig(
+        picture_size=image_encoder["image_size"],
+        picture_tokens=side * side,
+        picture_dim=width,
+        width=width,
+        heads=width // 64 if width % 64 == 0 else 1,
+    )
+
+
+def _check_video(config: ModelConfig, size: tuple[int, int], frames: int) -> None:
+    """Raises ConfigError with the nearest video that works, if this one does not."""
+    transformer, vae = config.transformer, config.vae
+    time, space = vae["scale_factor_temporal"], vae["scale_factor_spatial"]
+    pf, ph, pw = transformer.patch_size
+
+    def nearest(wanted: float, patch: int, least: int = 1) -> int:
+        """The latent length that is closest to `wanted`."""
+        return patch * min(max(-(-least // patch), round(wanted / patch)), transformer.rope_max_seq_len)
+
+    width, height = (space * nearest(n / space, patch) for n, patch in zip(size, (pw, ph), strict=True))
+    length = 1 + time * (nearest((frames - 1) / time + 1, pf, config.concept.least_latent_frames) - 1)
+    if (width, height, length) != (*size, frames):
+        raise ConfigError(
+            f"the base cannot make {frames} frames of {size[0]}x{size[1]}: the width must be a multiple of "
+            f"{space * pw}, the height of {space * ph}, and the frames {1 + time * (pf - 1)} plus a multiple "
+            f"of {time * pf}; the nearest that works is {length} frames of {width}x{height}"
+        )

@@ -1,0 +1,100 @@
+"""Which image-to-video model a folder in diffusers' layout holds, and what it does with pictures.
+
+Three are known: Wan2.1's of a first frame, Wan2.1's of a first and a last one (which tells the two apart by a
+table of positions), and SkyReels-A2, whose own classes have other names.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..config import ConceptConfig, ConfigError, TransformerConfig
+from ..encoders import CLIP_MEAN, CLIP_STD
+from .diffusers_folder import read_json
+
+A2_TRANSFORMER = "A2Model"
+A2_PIPELINES = ("A2Pipeline", "WanA2Pipeline")
+"""What SkyReels-A2's programs call their classes. Its weights are otherwise a Wan2.1 of a first frame."""
+A2_REFERENCES = 3
+A2_FPS = 15.0  # its programs write videos at this rate
+
+BICUBIC = 3  # Pillow's number
+
+
+def read_concept(
+    folder: Path, transformer: TransformerConfig, image_encoder: dict[str, Any], text_tokens: int
+) -> ConceptConfig:
+    """How the image-to-video model in `folder` takes its pictures.
+
+    Args: transformer: its configuration, with an image_dim; image_encoder: the sizes of its CLIP;
+        text_tokens: of a caption, and as many for a label, which nothing reads.
+    Raises: ConfigError for what the engine cannot honour; WeightsError for files that are broken.
+    """
+    size = image_encoder["image_size"]
+    _check_processor(folder / "image_processor" / "preprocessor_config.json", size)
+    if is_a2(folder):
+        given, pictures = "references", A2_REFERENCES
+        if transformer.pos_embed_seq_len is not None:
+            raise ConfigError(f"{folder}: SkyReels-A2 has no pos_embed_seq_len")
+    else:
+        given, pictures = ("first", 1) if transformer.pos_embed_seq_len is None else ("first_last", 2)
+    width = image_encoder["hidden_size"]
+    return ConceptConfig(
+        max_concepts=pictures,
+        picture_size=size,
+        picture_tokens=(size // image_encoder["patch_size"]) ** 2 + 1,
+        picture_dim=width,
+        width=width,
+        heads=1,
+        label_tokens=text_tokens,
+        injection="base",
+        given=given,
+    )
+
+
+def is_a2(folder: Path) -> bool:
+    """Whether a class of SkyReels-A2's is named in the transformer's config.json or in model_index.json."""
+    own = read_json(folder / "transformer" / "config.json").get("_class_name")
+    path = folder / "model_index.json"
+    index = read_json(path) if path.is_file() else {}
+    entry = index.get("transformer")
+    listed = isinstance(entry, list) and A2_TRANSFORMER in entry
+    return own == A2_TRANSFORMER or listed or index.get("_class_name") in A2_PIPELINES
+
+
+def _check_processor(path: Path, size: int) -> None:
+    """Refuses a preparation of CLIP's pictures that the runtime does not do. The file may be missing: it is
+    CLIP's own then."""
+    if not path.is_file():
+        return
+    values = read_json(path)
+    wanted: dict[str, Any] = {
+        "do_resize": True,
+        "do_center_crop": True,
+        "do_rescale": True,
+        "do_normalize": True,
+        "resample": BICUBIC,
+    }
+    for name, value in wanted.items():
+        if (found := values.get(name, value)) != value:
+            raise ConfigError(f"{path}: {name} must be {value!r}, got {found!r}")
+    sides = {"size": ({"shortest_edge": size}, size), "crop_size": ({"height": size, "width": size}, size)}
+    for name, known in sides.items():
+        if values.get(name, size) not in known:
+            raise ConfigError(
+                f"{path}: {name} must be {known[0]} for this image_encoder, got {values[name]!r}"
+            )
+    numbers = {"image_mean": CLIP_MEAN, "image_std": CLIP_STD, "rescale_factor": (1 / 255,)}
+    for name, right in numbers.items():
+        found = values.get(name, right)
+        if not _close(found if isinstance(found, (list, tuple)) else [found], right):
+            raise ConfigError(f"{path}: {name} must be CLIP's {list(right)}, got {found!r}")
+
+
+def _close(found: Sequence[Any], right: Sequence[float]) -> bool:
+    """Whether these are the right numbers, but for their last digits."""
+    numbers = len(found) == len(right) and all(isinstance(value, (int, float)) for value in found)
+    return numbers and all(math.isclose(a, b, rel_tol=1e-6) for a, b in zip(found, right, strict=True))

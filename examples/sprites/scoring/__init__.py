@@ -1,0 +1,1 @@
+"""How videos of this world are judged."""

@@ -1,0 +1,224 @@
+"""Distil the trained model into one that needs few steps and no guidance.
+
+The student starts as the teacher and learns to do in one Euler step of its own short schedule what the
+teacher does in several guided ones: progressive distillation (Salimans and Ho, arXiv 2202.00512) with
+guidance distilled in the same pass (Meng et al., arXiv 2210.03142). It begins at noised training clips, so
+nothing is generated ahead, and the teacher's end points are fixed by where it starts: a plain squared error
+does not blur.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+from tqdm import tqdm
+
+from conceptmaster.engine.checkpoints.safetensors_io import load_model, save_model
+from conceptmaster.engine.model import ConceptMaster
+from conceptmaster.runtime.solver import make_schedule
+
+from ...arguments import check_counts, check_shares, check_trained, guidance_of
+from ...world.vocabulary import build_tokenizer
+from ..attention import cheapest_attention
+from ..batches import Batch, Dropped
+from ..learning import Average, MuonAdamW, autocast, gradient_norm, load_checkpoint, save_checkpoint, schedule
+from ..noising import decoy_noise, normal
+from ..resident import pool_on
+from ..train import save_rounded
+from ..train_model import ADAM_NAMES, foreground_weight
+
+SOLVER = "euler_trailing"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """``steps``: what the student will take; ``substeps``: the teacher's for each of them; ``guidance``: the
+    teacher's; ``shift``: of both schedules."""
+
+    steps: int = 4
+    substeps: int = 2
+    guidance: float = 3.0
+    shift: float = 3.0
+
+    def sigmas(self) -> np.ndarray:
+        """Noise levels float32 [steps, substeps + 1]: from each of the student's levels to its next."""
+        levels = make_schedule(SOLVER, self.steps, self.shift).sigmas
+        within = np.linspace(0.0, 1.0, self.substeps + 1)
+        return (levels[:-1, None] + (levels[1:] - levels[:-1])[:, None] * within).astype(np.float32)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``distil``."""
+    parser.add_argument("--teacher", required=True, type=Path, help="weights folder of the trained model")
+    parser.add_argument("--data", required=True, type=Path, help="folder that `train --output` has filled")
+    parser.add_argument("--output", required=True, type=Path, help="folder for checkpoints and weights")
+    parser.add_argument("--steps", type=int, default=1000, help="steps of training (1000)")
+    parser.add_argument("--batch-size", type=int, default=32, help="clips in a step (32)")
+    parser.add_argument("--sampling-steps", type=int, default=4, help="what the student will need (4)")
+    parser.add_argument("--substeps", type=int, default=2, help="the teacher's steps for each of these (2)")
+    parser.add_argument("--guidance", type=float, help="the teacher's (its default)")
+    parser.add_argument(
+        "--decoys", type=float, default=0.0, help="share of clips that go on from their decoy (0)"
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", type=int, default=None, help="CPU threads (one per core)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Distil and collect a weights folder; returns 0. Raises InputError for what cannot work."""
+    check_counts(args, "steps", "batch_size", "sampling_steps", "substeps")
+    check_shares(args, "decoys")
+    check_trained(args.teacher, args.data)
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    guidance = guidance_of(args.teacher, args.guidance)
+    plan = Plan(steps=args.sampling_steps, substeps=args.substeps, guidance=guidance)
+    distil(
+        args.teacher / "model.safetensors",
+        args.data / "clips",
+        args.output,
+        build_tokenizer(),
+        plan,
+        steps=args.steps,
+        batch_size=args.batch_size,
+        seed=args.seed,
+        device=args.device,
+        decoys=args.decoys,
+    )
+    weights = args.output / "weights"
+    shutil.copytree(args.teacher, weights, dirs_exist_ok=True)
+    save_rounded(args.output / "model.safetensors", weights / "model.safetensors")
+    defaults = json.loads((args.teacher / "defaults.json").read_text())
+    own = {"solver": SOLVER, "steps": plan.steps, "shift": plan.shift, "guidance": 1.0}
+    (weights / "defaults.json").write_text(json.dumps(defaults | own, indent=1) + "\n")
+    print(f"weights: {weights}; `conceptmaster export` them with --branches 1")
+    return 0
+
+
+@torch.no_grad()
+def teach(teacher: ConceptMaster, batch: Batch, noisy: Tensor, sigmas: Tensor, guidance: float) -> Tensor:
+    """Where the teacher's guided Euler steps lead: noisy [B,Cz,F,H,W] at sigmas [B,0] -> the same at
+    sigmas[:, -1]. sigmas [B,m+1]."""
+    conditions = _told(teacher, batch)
+    mask = torch.cat([torch.zeros_like(batch.concept_mask), batch.concept_mask])
+    kv = teacher.transformer.condition(*conditions, mask)
+    x = noisy
+    for now, following in zip(sigmas.T[:-1], sigmas.T[1:], strict=True):
+        both = torch.cat([x, x])
+        velocity = teacher.transformer.denoise(both, now.repeat(2) * 1000.0, kv, mask).float()
+        without, asked = velocity.chunk(2)
+        velocity = without + guidance * (asked - without)
+        x = x + (following - now)[:, None, None, None, None] * velocity
+    return x
+
+
+def _told(teacher: ConceptMaster, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Text and concept tokens of both branches: nothing, then everything."""
+    text = teacher.text_encoder(batch.token_ids, batch.token_mask)
+    # The empty caption is its end token alone, which ends every caption.
+    last = batch.token_mask.sum(1, keepdim=True) - 1
+    end = batch.token_ids.gather(1, last)
+    nothing = torch.zeros_like(batch.token_ids)
+    nothing[:, :1] = end
+    empty = torch.zeros_like(batch.token_mask)
+    empty[:, 0] = True
+    concepts = teacher.concepts(batch.pixels, batch.label_ids, batch.label_mask)
+    return torch.cat([teacher.text_encoder(nothing, empty), text]), torch.cat([concepts, concepts])
+
+
+def distil(
+    weights: Path,
+    data: Path,
+    output: Path,
+    tokenizer: Tokenizer,
+    plan: Plan,
+    *,
+    steps: int,
+    batch_size: int = 32,
+    seed: int = 0,
+    device: str = "cpu",
+    lr: float = 0.004,
+    adam_lr: float = 5e-4,
+    log_every: int = 50,
+    decoys: float = 0.0,
+) -> None:
+    """Train a student of ``weights`` to ``steps``; resumes from ``output/distil.safetensors``. For ``decoys``
+    see ``decoy_noise``.
+
+    Only the transformer learns; encoders, Q-Former and DAM stay the teacher's. Writes
+    ``output/model.safetensors`` (averaged weights) and appends to ``output/distil-log.jsonl``. Raises
+    WeightsError or CheckpointError for files that cannot be read.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(seed)
+    teacher, student = load_model(weights).to(device), load_model(weights).to(device)
+    config = student.config
+    for name, p in student.named_parameters():
+        p.requires_grad_(name.startswith("transformer."))
+    optimizer = MuonAdamW(student.named_parameters(), lr, adam_lr, adam_names=ADAM_NAMES)
+    average = Average(student, 0.99)
+    checkpoint, progress = output / "distil.safetensors", {"step": 0.0, "seconds": 0.0}
+    if checkpoint.exists():
+        progress = load_checkpoint(checkpoint, student, average, optimizer)
+    pool = pool_on(device, data, tokenizer, config.text_tokens, config.concept.label_tokens)
+    pool.normalise(config.vae["latents_mean"], config.vae["latents_std"])
+    levels = torch.from_numpy(plan.sigmas()).to(device)
+    bar, total = tqdm(total=steps, initial=int(progress["step"]), desc="distil"), 0.0
+    while progress["step"] < steps:
+        step, began = int(progress["step"]), time.perf_counter()
+        rng = np.random.Generator(np.random.Philox(key=[seed, step]))
+        batch = pool.batch(rng, batch_size, Dropped(concepts=0.1, caption=0, both=0)).to(device)
+        noise = normal(rng, tuple(batch.latents.shape), device)
+        sigmas = levels[torch.from_numpy(rng.integers(plan.steps, size=batch_size)).to(device)]
+        noise, _ = decoy_noise(batch, noise, sigmas[:, 0], rng, decoys)
+        optimizer.set_scale(schedule(step / steps))
+        with cheapest_attention(device), autocast(device):
+            loss = _loss(student, teacher, batch, noise, sigmas, plan.guidance)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        gradient_norm([p for p in student.parameters() if p.requires_grad], 2.0)
+        optimizer.step()
+        average.update(student)
+        progress["step"] += 1
+        progress["seconds"] += time.perf_counter() - began
+        total += float(loss.detach())
+        bar.update(1)
+        if (step + 1) % log_every == 0 or step + 1 == steps:
+            trained = {k: v.clone() for k, v in student.state_dict().items()}
+            student.load_state_dict(average.shadow)
+            save_model(student, output / "model.safetensors")
+            student.load_state_dict(trained)
+            save_checkpoint(checkpoint, student, average, optimizer, progress)
+            record = {"step": step + 1, "loss": round(total / (step % log_every + 1), 5)}
+            total = 0.0
+            with (output / "distil-log.jsonl").open("a") as log:
+                log.write(json.dumps(record | {"seconds": round(progress["seconds"])}) + "\n")
+            tqdm.write(json.dumps(record))
+    bar.close()
+
+
+def _loss(
+    student: ConceptMaster, teacher: ConceptMaster, batch: Batch, noise: Tensor, sigmas: Tensor, scale: float
+) -> Tensor:
+    """Mean squared error of the mean velocity between two of the student's levels; what the concepts cover
+    counts as in the teacher's training."""
+    first, last = (sigmas[:, k, None, None, None, None] for k in (0, -1))
+    noisy = (1 - first) * batch.latents + first * noise
+    reached = teach(teacher, batch, noisy, sigmas, scale)
+    target = (noisy - reached) / (first - last)
+    with torch.no_grad():
+        text = student.text_encoder(batch.token_ids, batch.token_mask)
+        concepts = student.concepts(batch.pixels, batch.label_ids, batch.label_mask)
+    velocity = student.transformer(noisy, sigmas[:, 0] * 1000.0, text, concepts, batch.concept_mask)
+    weight = foreground_weight(batch)  # [B,1,F,H,W]
+    return ((velocity.float() - target).square() * weight).mean() / weight.mean()

@@ -1,0 +1,367 @@
+"""The whole training as one command with four stages, each resumable: draw, latents, vae, model.
+
+Everything lives below one output folder: ``clips/`` and ``held-out/`` (pools), ``vae/``, ``model/``, and at
+the end ``weights/``, which `conceptmaster export` turns into a bundle.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import multiprocessing
+import shutil
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from conceptmaster.engine.checkpoints.safetensors_io import WeightsError, load, load_model, save_model
+from conceptmaster.engine.config import BINDINGS, ENCODERS, INJECTIONS, ModelConfig
+from conceptmaster.engine.presets import preset
+from conceptmaster.engine.vae.block_vae import BlockVAE
+from conceptmaster.errors import InputError
+
+from ..arguments import check_counts, check_shares, cores
+from ..processes import in_processes
+from ..world.vocabulary import build_tokenizer
+from .batches import LatentPool, is_encoded, portraits
+from .learning import CheckpointError
+from .pool import SHARD, draw_shard, encode_shard, open_shard, shards
+from .train_model import FROZEN, train_model
+from .train_vae import COMPONENTS, analyse, load_vae, new_vae, to_tensor, train_vae, write_vae
+
+STAGES = ("draw", "latents", "vae", "model")
+DEFAULTS = {
+    "solver": "unipc",
+    "steps": 4,
+    "shift": 3.0,
+    "guidance": 1.5,
+    "concept_guidance": None,
+    "negative": "",
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``train``."""
+    parser.add_argument("--output", required=True, type=Path, help="folder for data, checkpoints and weights")
+    parser.add_argument(
+        "--stages", nargs="+", choices=STAGES, default=list(STAGES), help="which stages to run (all)"
+    )
+    parser.add_argument("--start", type=Path, help="weights folder to go on from, with a fresh optimizer")
+    parser.add_argument("--clips", type=int, default=20000, help="training clips to draw (20000)")
+    parser.add_argument(
+        "--draw-on-device",
+        type=int,
+        metavar="CLIPS",
+        help="draw the model's clips where it is trained, so many at a time and new ones all the while, "
+        "instead of reading those of the stage draw: for a GPU, 0.3 MB of its memory each",
+    )
+    parser.add_argument(
+        "--components",
+        type=int,
+        help="latent channels; those that --start has stay, others join them (as many as it has, else 128)",
+    )
+    parser.add_argument("--vae-steps", type=int, default=6000, help="steps of the VAE's network (6000)")
+    parser.add_argument("--vae-batch-size", type=int, default=16, help="clips in such a step (16)")
+    parser.add_argument(
+        "--picture-steps", type=int, help="steps on pictures alone, first (1500; with --start 0)"
+    )
+    parser.add_argument(
+        "--new-looks", action="store_true", help="draw pictures for these steps, none of them twice"
+    )
+    parser.add_argument(
+        "--caption-steps", type=int, help="steps on captions alone, second (550; with --start 0)"
+    )
+    parser.add_argument("--steps", type=int, default=4000, help="steps of model training (4000)")
+    parser.add_argument("--batch-size", type=int, default=32, help="clips in a step, over all processes (32)")
+    parser.add_argument("--lr", type=float, default=0.012, help="Muon's, AdamW takes an eighth (0.012)")
+    parser.add_argument(
+        "--queries", type=int, help="visual queries of a concept (as many as --start has, else 64)"
+    )
+    parser.add_argument("--encoder", choices=ENCODERS, default="qformer")
+    parser.add_argument("--binding", choices=BINDINGS, default="dam")
+    parser.add_argument("--injection", choices=INJECTIONS, default="standalone")
+    parser.add_argument(
+        "--freeze",
+        nargs="+",
+        choices=FROZEN,
+        default=[],
+        metavar="PART",
+        help=f"leave these as they are in the last stage: {', '.join(FROZEN)} (none)",
+    )
+    parser.add_argument(
+        "--own", type=float, default=0.0, help="share of clips that go on from the model's own estimate (0)"
+    )
+    parser.add_argument(
+        "--decoys", type=float, default=0.0, help="share of clips that go on from their decoy (0)"
+    )
+    parser.add_argument(
+        "--foreign", type=float, default=0.0, help="share of pictures that show the look on another noun (0)"
+    )
+    parser.add_argument(
+        "--high", type=float, default=0.0, help="share of the noise levels drawn from 0.75 to 1 alone (0)"
+    )
+    parser.add_argument(
+        "--minutes", type=float, help="train the model for so long, whatever number of steps that is"
+    )
+    parser.add_argument(
+        "--log-every",
+        type=int,
+        default=100,
+        help="steps between lines of the log; a checkpoint every five (100)",
+    )
+    parser.add_argument(
+        "--compile", action="store_true", help="compile the transformer first: a minute, then faster steps"
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", type=int, default=None, help="CPU threads (one per core)")
+    parser.add_argument(
+        "--workers", type=int, default=cores(), help="processes that draw and encode (one per core)"
+    )
+
+
+def sprites_config(vae: dict[str, Any] | None = None, **concept: Any) -> ModelConfig:
+    """The preset ``sprites`` with a trained VAE's configuration and, in ``concept``, a variant's fields."""
+    config = preset("sprites")
+    vae = config.vae if vae is None else vae
+    channels = {"in_channels": vae["z_dim"], "out_channels": vae["z_dim"]}
+    return dataclasses.replace(
+        config,
+        vae=vae,
+        transformer=dataclasses.replace(config.transformer, **channels),
+        concept=dataclasses.replace(config.concept, **concept),
+    )
+
+
+def vae_config(components: int | None) -> dict[str, Any]:
+    """The preset's VAE, with another number of latent channels if one is given."""
+    vae = preset("sprites").vae
+    if components is None:
+        return vae
+    mean, deviation = vae["latents_mean"][0], vae["latents_std"][0]
+    numbers = {"latents_mean": [mean] * components, "latents_std": [deviation] * components}
+    return vae | {"z_dim": components, **numbers}
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the asked stages; returns 0.
+
+    Raises InputError for arguments that cannot work, CheckpointError for what cannot be gone on from.
+    """
+    try:
+        return _run(args)
+    except WeightsError as error:
+        raise CheckpointError(f"{error}; delete the file to make it again") from error
+
+
+def _run(args: argparse.Namespace) -> int:
+    check_counts(args, "clips", "steps", "batch_size", "vae_steps", "vae_batch_size", "workers")
+    check_counts(args, "log_every", "queries", "draw_on_device")
+    if args.clips < 2 * SHARD:
+        least = f"at least {2 * SHARD}, the first {SHARD} judge the VAE"
+        raise InputError(f"--clips must be {least}, got {args.clips}")
+    if not 0 < args.lr < 1:
+        raise InputError(f"--lr must lie between 0 and 1, got {args.lr}")
+    check_shares(args, "own", "decoys", "foreign", "high")
+    if args.minutes is not None and not args.minutes > 0:
+        raise InputError(f"--minutes must be above 0, got {args.minutes}")
+    if args.components is not None and not 1 <= args.components <= 768:
+        raise InputError(f"--components must lie between 1 and 768, got {args.components}")
+    picture_steps = _first_steps(args, "picture_steps", 1500)
+    caption_steps = _first_steps(args, "caption_steps", 550)
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    root: Path = args.output
+    root.mkdir(parents=True, exist_ok=True)
+    clips, held_out, vae_folder, model_folder = (
+        root / "clips",
+        root / "held-out",
+        root / "vae",
+        root / "model",
+    )
+    begun = _new_vae(args.components) if args.start is None else _started_vae(args.start, args.components)
+    if begun.complete and not (vae_folder / "vae.json").exists():
+        write_vae(begun.vae, vae_folder, begun.config)
+    if "draw" in args.stages:
+        encoder = vae_folder if "latents" in args.stages and (vae_folder / "vae.json").exists() else None
+        jobs = [(held_out, 0, True), *((clips, index, False) for index in range(-(-args.clips // SHARD)))]
+        _all(_draw, [(*job, encoder) for job in jobs], args.workers, "draw")
+    _require(shards(clips), "draw", clips)
+    if "latents" in args.stages:
+        _find_latents(clips, held_out, vae_folder, begun, args.workers)
+    _require((vae_folder / "vae.json").exists(), "latents", vae_folder)
+    if "vae" in args.stages:
+        size = args.vae_batch_size
+        train_vae(
+            clips, vae_folder, steps=args.vae_steps, batch_size=size, seed=args.seed, device=args.device
+        )
+    if "model" in args.stages:
+        concept = {name: getattr(args, name) for name in ("encoder", "binding", "injection")}
+        vae = json.loads((vae_folder / "vae.json").read_text())
+        config = sprites_config(vae, queries=args.queries or begun.queries, **concept)
+        tokenizer = build_tokenizer()
+        train_model(
+            config,
+            clips,
+            held_out,
+            model_folder,
+            tokenizer,
+            steps=args.steps,
+            batch_size=args.batch_size,
+            seed=args.seed,
+            device=args.device,
+            lr=args.lr,
+            picture_steps=picture_steps,
+            caption_steps=caption_steps,
+            start=args.start and args.start / "model.safetensors",
+            freeze=args.freeze,
+            log_every=args.log_every,
+            new_looks=args.new_looks,
+            own=args.own,
+            decoys=args.decoys,
+            foreign=args.foreign,
+            high=args.high,
+            minutes=args.minutes,
+            drawn=args.draw_on_device and partial(_drawn_pool, args, config, load_vae(vae_folder)),
+            compiled=args.compile,
+        )
+        collect(vae_folder, model_folder, root / "weights")
+        print(f"weights: {root / 'weights'}")
+    return 0
+
+
+def _drawn_pool(args: argparse.Namespace, config: ModelConfig, vae: BlockVAE, done: int) -> LatentPool:
+    from .drawn import DrawnPool
+
+    return DrawnPool(
+        args.device,
+        args.draw_on_device,
+        vae,
+        build_tokenizer(),
+        config.text_tokens,
+        config.concept.label_tokens,
+        seed=args.seed,
+        done=done,
+        workers=args.workers,
+    )
+
+
+def _first_steps(args: argparse.Namespace, name: str, usual: int) -> int:
+    """Steps of what is learned before the videos: as asked, else ``usual``, or none where another model is
+    gone on from."""
+    steps = getattr(args, name)
+    if steps is None:
+        return usual if args.start is None else 0
+    if steps < 0:
+        raise InputError(f"--{name.replace('_', '-')} must not be negative, got {steps}")
+    return int(steps)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Begun:
+    """A VAE of which the first ``kept`` components are known already, its configuration, and how many visual
+    queries the model has that it is of."""
+
+    vae: BlockVAE
+    config: dict[str, Any]
+    kept: int
+    queries: int
+
+    @property
+    def complete(self) -> bool:
+        """Whether nothing is left for an analysis."""
+        return self.kept == self.config["z_dim"]
+
+
+def _new_vae(components: int | None) -> _Begun:
+    config = vae_config(components)
+    return _Begun(new_vae(config), config, kept=0, queries=preset("sprites").concept.queries)
+
+
+def _started_vae(weights: Path, components: int | None) -> _Begun:
+    """The VAE of weights that are gone on from, with room for more components if these are asked for. Where
+    its network has another size today, a fresh one takes its place."""
+    try:
+        begun = load_model(weights / "model.safetensors").config
+        tensors = load(weights / "vae.safetensors")[0]
+    except (FileNotFoundError, WeightsError) as error:
+        raise InputError(f"cannot start from {weights}: {error}") from error
+    old = begun.vae
+    if old.get("kind") != "blocks":
+        raise InputError(f"cannot start from {weights}: its VAE is not of blocks, as this world's is")
+    kept = old["z_dim"]
+    if components is not None and components < kept:
+        raise InputError(f"--components must be at least the {kept} of {weights}, got {components}")
+    config = vae_config(components or kept)
+    vae = new_vae(config)
+    state = vae.state_dict()
+    same_network = all(old[name] == config[name] for name in ("width", "layers"))
+    for name, tensor in tensors.items():
+        if name == "mean":
+            state[name].copy_(tensor)
+        elif name in COMPONENTS:
+            state[name][:kept] = tensor
+        elif same_network:
+            state[name].copy_(tensor)
+    return _Begun(vae, config, kept, begun.concept.queries)
+
+
+def _require(found: object, stage: str, folder: Path) -> None:
+    if not found:
+        raise InputError(f"{folder} has nothing of the stage {stage!r} yet: add it to --stages")
+
+
+def _find_latents(clips: Path, held_out: Path, vae_folder: Path, begun: _Begun, workers: int) -> None:
+    """The VAE's components, unless they are there, and every shard's latents, portraits and traits."""
+    if not (vae_folder / "vae.json").exists():
+        analyse(begun.vae, clips, kept=begun.kept)
+        write_vae(begun.vae, vae_folder, begun.config)
+    jobs = [
+        (vae_folder, folder, judged)
+        for pool, judged in ((held_out, True), (clips, False))
+        for folder in shards(pool)
+    ]
+    _all(_encode, jobs, workers, "latents")
+
+
+def _all(function: Callable[[Any], object], jobs: list[Any], workers: int, label: str) -> None:
+    for _ in tqdm(in_processes(function, jobs, workers), desc=label, unit="shard", total=len(jobs)):
+        pass
+
+
+def _draw(job: tuple[Path, int, bool, Path | None]) -> None:
+    """Draw a shard, and encode it where there is an encoder already: training may begin meanwhile."""
+    pool, index, judged, encoder = job
+    folder = draw_shard(pool, index, held_out=judged)
+    if encoder is not None:
+        _encode((encoder, folder, judged))
+
+
+def _encode(job: tuple[Path, Path, bool]) -> None:
+    vae_folder, folder, judged = job
+    if is_encoded(folder):
+        return
+    portraits(open_shard(folder), int(folder.name.removeprefix("shard-")) * SHARD, judged)
+    if multiprocessing.parent_process() is not None:
+        torch.set_num_threads(1)
+    vae = load_vae(vae_folder)
+    encode_shard(folder, lambda video: vae.encode(to_tensor(video)).numpy())
+
+
+def save_rounded(trained: Path, shipped: Path) -> None:
+    """Write a model file again, rounded to float16: half the bytes, and a bundle's half."""
+    save_model(load_model(trained).half(), shipped)
+
+
+def collect(vae_folder: Path, model_folder: Path, output: Path) -> None:
+    """Put what ``conceptmaster export`` reads into one folder: weights, tokenizer and sampling defaults."""
+    output.mkdir(parents=True, exist_ok=True)
+    save_rounded(model_folder / "model.safetensors", output / "model.safetensors")
+    shutil.copyfile(vae_folder / "vae.safetensors", output / "vae.safetensors")
+    build_tokenizer().save(str(output / "tokenizer.json"))
+    (output / "defaults.json").write_text(json.dumps(DEFAULTS, indent=1) + "\n")

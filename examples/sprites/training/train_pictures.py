@@ -1,0 +1,250 @@
+"""Teach the picture encoder and the Q-Former to see, on reference pictures alone, before any video.
+
+The paper's picture encoder is CLIP, which came trained; this world's starts from nothing, and the video's own
+loss asks for colours long before it asks for patterns. Training-only heads ask early: one redraws the
+concept upright from its visual queries, another names its texture, accessory and noun, and tells how the
+texture runs: without that the tokens said that there were stripes, and not which way. Through the Q-Former
+that question comes slowly, so it is put to the picture encoder alone first, and where a transformer reads
+the concept tokens already, to these too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from conceptmaster.engine.concepts import QFormerLayer
+from conceptmaster.engine.config import ConceptConfig
+from conceptmaster.engine.model import ConceptMaster
+
+from ..world.scenes import ACCESSORIES, NOUNS, TEXTURES
+from .batches import PORTRAIT, RUNS, LatentPool, Pictures, new_pictures
+from .learning import MuonAdamW, autocast, gradient_norm, load_checkpoint, save_checkpoint, schedule
+
+TRAITS = (len(TEXTURES), len(ACCESSORIES), len(NOUNS))
+"""Kinds of each trait that ``TraitHead`` names."""
+TRAIT_WEIGHT, PATTERN_WEIGHT, KEPT_WEIGHT = 0.1, 1.0, 0.5
+ALONE = 0.7
+"""Share of the steps, and by far the cheapest ones, in which the picture encoder learns alone."""
+KEPT_RATE = 0.5
+"""Scale of the learning rates while concept tokens are held to those of an earlier model."""
+JUDGED = 512
+"""Pictures of held-out looks that are looked at for the log."""
+PATCH = 4
+"""Side of the squares that a portrait is drawn in."""
+SQUARES = (PORTRAIT // PATCH) ** 2
+
+
+class UprightHead(nn.Module):
+    """How a concept looks, where every square of the portrait has its visual query: each tells its own.
+
+    [M,Q,Dc] -> [M,3,32,32] in -1..1. The queries then are the concept put upright, square by square: what
+    reads them finds a pattern where it is to be drawn, and need not make one of its angle and period.
+    """
+
+    def __init__(self, concept_width: int) -> None:
+        super().__init__()
+        self.out = nn.Linear(concept_width, 3 * PATCH * PATCH)
+
+    def forward(self, queries: Tensor) -> Tensor:
+        """Predicted pictures."""
+        return F.fold(self.out(queries).transpose(1, 2), PORTRAIT, PATCH, stride=PATCH)
+
+
+class PortraitHead(UprightHead):
+    """How a concept looks: visual queries [M,Q,Dc] -> the sprite upright, [M,3,32,32] in -1..1.
+
+    Each square of the portrait looks into the queries by cross-attention, as the video's tokens do.
+    """
+
+    def __init__(self, concept_width: int, heads: int = 4) -> None:
+        super().__init__(concept_width)
+        self.places = nn.Parameter(torch.randn(SQUARES, concept_width))
+        self.layers = nn.ModuleList([QFormerLayer(concept_width, heads) for _ in range(2)])
+
+    def forward(self, queries: Tensor) -> Tensor:
+        """Predicted pictures."""
+        x = self.places.expand(len(queries), -1, -1)
+        for layer in self.layers:
+            x = layer(x, queries)
+        return super().forward(x)
+
+
+class TraitHead(nn.Module):
+    """What a concept is: visual queries [M,Q,Dc] -> logits of every trait, one [M,kinds] for each of
+    ``TRAITS``, and at last how its texture runs, [M,RUNS]; by way of ``inner`` hidden units if there are any.
+    """
+
+    def __init__(self, queries: int, concept_width: int, inner: int = 0) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(concept_width)
+        width = queries * concept_width
+        hidden = [nn.Linear(width, inner), nn.GELU()] if inner else []
+        last = nn.Linear(inner or width, sum(TRAITS) + RUNS)
+        nn.init.zeros_(last.weight)  # a model that is gone on from is not pushed about by a head's chance
+        self.net = nn.Sequential(*hidden, last)
+
+    def forward(self, queries: Tensor) -> tuple[Tensor, ...]:
+        """Logits in the order of ``TRAITS``, then the runs."""
+        return self.net(self.norm(queries).flatten(1)).split((*TRAITS, RUNS), dim=1)
+
+
+def portrait_head_for(concept: ConceptConfig) -> UprightHead:
+    """The head that redraws a concept from visual queries as ``concept`` has them."""
+    if concept.encoder == "qformer" and concept.queries == SQUARES:
+        return UprightHead(concept.width)
+    return PortraitHead(concept.width)
+
+
+def picture_losses(
+    portrait_head: UprightHead,
+    trait_head: TraitHead,
+    queries: Tensor,
+    portraits: Tensor,
+    traits: Tensor,
+    patterns: Tensor,
+) -> dict[str, Tensor]:
+    """Losses of visual queries [M,Q,Dc], portraits [M,3,32,32] in -1..1, traits int64 [M,3] and patterns
+    [M,RUNS], NaN where there is nothing to tell; ``texture`` is a share of right answers, no gradient."""
+    difference = portrait_head(queries) - portraits
+    portrait = difference.abs().mean() + difference.square().mean()
+    losses = trait_losses(trait_head, queries, traits, patterns)
+    return losses | {"total": portrait + losses["total"], "portrait": portrait}
+
+
+def trait_losses(head: TraitHead, tokens: Tensor, traits: Tensor, patterns: Tensor) -> dict[str, Tensor]:
+    """What ``head`` says of tokens [M,Q,Dc] against traits int64 [M,3] and patterns [M,RUNS], NaN where there
+    is nothing to tell; ``texture`` is a share of right answers, no gradient."""
+    *logits, runs = head(tokens)
+    asked = patterns.isfinite()
+    pattern = (runs - patterns.nan_to_num()).square()[asked].sum() / asked.sum().clamp(min=1)
+    named = sum((F.cross_entropy(part, traits[:, k]) for k, part in enumerate(logits)), tokens.new_zeros(()))
+    right = (logits[0].argmax(1) == traits[:, 0]).float().mean()
+    return {
+        "total": TRAIT_WEIGHT * named + PATTERN_WEIGHT * pattern,
+        "pattern": pattern,
+        "traits": named,
+        "texture": right,
+    }
+
+
+class Sight(nn.Module):
+    """What is trained here: the parts of a model that see and bind, and the heads.
+
+    With ``kept``, an earlier state of the same model, concept tokens are also held to the earlier ones: what
+    reads them goes on understanding them while they come to tell more.
+    """
+
+    def __init__(
+        self,
+        model: ConceptMaster,
+        portrait: UprightHead,
+        trait: TraitHead,
+        eye: TraitHead,
+        kept: ConceptMaster | None,
+    ) -> None:
+        super().__init__()
+        self.image_encoder, self.qformer = model.image_encoder, model.qformer
+        self.portrait, self.trait, self.eye = portrait, trait, eye
+        concept = model.config.concept
+        self.kept = None if kept is None else kept.requires_grad_(False)
+        if kept is not None:
+            self.dam = model.dam  # without it nothing here reaches it
+            self.told = TraitHead(concept.tokens_per_concept, concept.width)
+
+    def look(self, batch: Pictures) -> dict[str, Tensor]:
+        """The losses of ``trait_losses`` of the picture encoder alone, as ``total`` and ``eye_*``."""
+        with autocast(str(batch.pixels.device)):
+            seen = self.image_encoder(batch.pixels)
+        return self._eye_losses(seen, batch)
+
+    def _eye_losses(self, seen: Tensor, batch: Pictures) -> dict[str, Tensor]:
+        losses = trait_losses(self.eye, seen.float().mean(1, keepdim=True), batch.traits, batch.patterns)
+        return {name if name == "total" else f"eye_{name}": value for name, value in losses.items()}
+
+    def forward(self, batch: Pictures) -> dict[str, Tensor]:
+        """The losses of ``picture_losses``; ``eye_*`` of the picture encoder's tokens; and with an earlier
+        model ``told_pattern`` of the concept tokens and ``kept``: their relative squared error to the
+        earlier ones."""
+        with autocast(str(batch.pixels.device)):
+            seen = self.image_encoder(batch.pixels)  # [M,P,Dp]
+            queries = self.qformer(seen)  # [M,Q,Dc]
+        losses = picture_losses(
+            self.portrait, self.trait, queries.float(), batch.portraits, batch.traits, batch.patterns
+        )
+        eye = self._eye_losses(seen, batch)
+        losses |= eye | {"total": losses["total"] + eye["total"]}
+        if self.kept is not None:
+            with torch.no_grad():
+                text = self.kept.text_encoder(batch.label_ids, batch.label_mask)
+                before = self.kept.qformer(self.kept.image_encoder(batch.pixels))
+                wanted = self.kept.dam(before, text, batch.label_mask)
+            found = self.dam(queries.float(), text, batch.label_mask)  # [M,Q,Dc]
+            losses["kept"] = (found - wanted).square().mean() / wanted.square().mean()
+            told = trait_losses(self.told, found, batch.traits, batch.patterns)
+            losses["told_pattern"] = told["pattern"]
+            losses["total"] = losses["total"] + told["total"] + KEPT_WEIGHT * losses["kept"]
+        return losses
+
+
+def learn_pictures(
+    sight: Sight,
+    pool: LatentPool,
+    *,
+    steps: int,
+    seed: int,
+    device: str,
+    adam_names: tuple[str, ...],
+    judge: LatentPool,
+    log: Callable[[Mapping[str, object]], None],
+    checkpoint: Path,
+    write: bool = True,
+    batch_size: int = 128,
+    lr: float = 0.012,
+    log_every: int = 50,
+    alone: float = ALONE,
+    new_looks: bool = False,
+) -> None:
+    """Train on reference pictures: a share ``alone`` of the steps the picture encoder, then all that sees.
+
+    The pictures are the pool's, or with ``new_looks`` drawn for every step, of looks that come once (see
+    ``new_pictures``). ``log`` takes mean losses every ``log_every`` steps, with those of ``judge`` (looks
+    held out) beside them. Resumes from ``checkpoint``, to the same weights; that is written (unless not to
+    ``write``) whenever there is something to log.
+    """
+    parameters = [p for p in sight.parameters() if p.requires_grad]
+    optimizer = MuonAdamW(sight.named_parameters(), lr, 1.5e-3, adam_names=adam_names)
+    turn = int(alone * steps)
+    sums: dict[str, list[float]] = {}
+    done = int(load_checkpoint(checkpoint, sight, None, optimizer)["step"]) if checkpoint.exists() else 0
+    for step in tqdm(range(done, steps), desc="pictures", total=steps, initial=done, disable=None):
+        if step < turn:
+            losses_of, scale = sight.look, schedule(step / turn)
+        else:
+            rate = 1.0 if sight.kept is None else KEPT_RATE
+            losses_of, scale = sight, rate * schedule((step - turn) / (steps - turn))
+        optimizer.set_scale(scale)
+        rng = np.random.Generator(np.random.Philox(key=[seed, 2**32 + step]))
+        pictures = new_pictures(rng, batch_size, pool.label) if new_looks else pool.pictures(rng, batch_size)
+        losses = losses_of(pictures.to(device))
+        optimizer.zero_grad(set_to_none=True)
+        losses["total"].backward()
+        gradient_norm(parameters, 2.0)
+        optimizer.step()
+        for name, value in losses.items():
+            sums.setdefault(name, []).append(float(value.detach()))
+        if (step + 1) % log_every == 0 or step + 1 in (turn, steps):
+            record = {name: round(float(np.mean(values)), 4) for name, values in sums.items()}
+            sums = {}
+            with torch.no_grad():
+                found = losses_of(judge.pictures(np.random.default_rng(0), JUDGED).to(device))
+            record |= {f"held_out_{name}": round(float(value), 4) for name, value in found.items()}
+            log({"phase": "pictures", "step": step + 1, **record})
+            if write:
+                save_checkpoint(checkpoint, sight, None, optimizer, {"step": step + 1})

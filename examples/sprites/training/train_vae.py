@@ -1,0 +1,249 @@
+"""The world's VAE (engine/vae/block_vae.py): its components by analysis, its decoder's network by training.
+
+The latents are known after the analysis, so the network, and the model, train at the same time. Component k
+is scaled to the deviation (variance_k / variance_0)^(1/4): between whitening, where noise-like detail counts
+as much as colour, and plain projection, where detail hardly counts at all.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from conceptmaster.engine.checkpoints.safetensors_io import load, load_strict, save
+from conceptmaster.engine.vae.block_vae import BlockVAE
+
+from .learning import Average, MuonAdamW, autocast, gradient_norm, load_checkpoint, save_checkpoint, schedule
+from .noising import normal
+from .pool import open_shard, shards
+
+LATENT_NOISE = 0.05
+"""Largest deviation of the noise on the latents that the network learns from: a model's are not exact."""
+KEPT_SHARDS = 16
+"""Shards of a pool that are read into memory, 104 MB each."""
+COMPONENTS = ("mean", "basis", "scale")
+"""The tensors that decide what latents are; the others only draw them."""
+JUDGED = 24
+"""Clips of the first shard over which PSNR is measured; nothing is learned from that shard."""
+
+
+def new_vae(config: dict[str, Any]) -> BlockVAE:
+    """A BlockVAE of a configuration's `vae` whose network still adds nothing: it decodes linearly."""
+    vae = BlockVAE(**{name: value for name, value in config.items() if name != "kind"})
+    for name, module in vae.named_modules():
+        if isinstance(module, torch.nn.Conv2d):
+            torch.nn.init.kaiming_normal_(module.weight, nonlinearity="linear")
+            if module.bias is not None:
+                torch.nn.init.zeros_(module.bias)
+            if name.endswith("conv2"):
+                module.weight.data.mul_(0.3)
+    torch.nn.init.zeros_(vae.conv_out.weight)
+    return vae
+
+
+@torch.no_grad()
+def analyse(vae: BlockVAE, data: Path, clips: int = 800, seed: int = 0, kept: int = 0) -> None:
+    """Set mean, basis and scale to the principal components of clips of a pool, spread over its shards.
+
+    The mean and the first ``kept`` components stay as they are; those behind them are the principal
+    components of what these leave over. So a model of the first ``kept`` can go on with more.
+    """
+    rng = np.random.default_rng(seed)
+    folders, size = shards(data)[1:], vae.basis.shape[1]
+    total, products, count = torch.zeros(size).double(), torch.zeros(size, size).double(), 0
+    for n in range(clips):
+        video = open_shard(folders[n % len(folders)]).video
+        clip = to_tensor(video[rng.integers(len(video))][None])
+        whole = torch.cat([clip[:, :, :1]] * (vae.frames - 1) + [clip], dim=2)
+        blocks = vae.cut(whole).reshape(-1, size).double()
+        total += blocks.sum(0)
+        products += blocks.T @ blocks
+        count += len(blocks)
+    if not kept:
+        vae.mean.copy_(total / count)
+    mean, known = vae.mean.double(), vae.basis[:kept].double()
+    cross = torch.outer(total / count, mean)
+    rest = torch.eye(size).double() - known.T @ known
+    around_mean = products / count - cross - cross.T + torch.outer(mean, mean)
+    variance, vectors = torch.linalg.eigh(rest @ around_mean @ rest)
+    order = torch.arange(size - 1, size - 1 - len(vae.basis) + kept, -1)
+    basis, variance = vectors[:, order].T, variance[order]
+    greatest = vae.scale[0].double() ** -2 if kept else variance[0]
+    # A vector's sign is free: fixed, so that the same clips give the same latents on every machine.
+    vae.basis[kept:] = (basis * torch.sign(basis.sum(1, keepdim=True))).float()
+    vae.scale[kept:] = ((variance * greatest) ** -0.25).float()
+
+
+def to_tensor(video: np.ndarray) -> Tensor:
+    """uint8 [B, F, H, W, 3] to float [B, 3, F, H, W] in -1..1."""
+    return from_bytes(torch.from_numpy(np.array(video)))
+
+
+def from_bytes(video: Tensor) -> Tensor:
+    """uint8 [B, F, H, W, 3] to float [B, 3, F, H, W] in -1..1, where it is."""
+    return video.permute(0, 4, 1, 2, 3).float().div_(127.5).sub_(1.0)
+
+
+@torch.no_grad()
+def psnr(vae: BlockVAE, videos: np.ndarray) -> float:
+    """Mean PSNR in dB over clips uint8 [n, F, H, W, 3], each through encoder and decoder."""
+    values = []
+    for k in range(0, len(videos), 4):
+        x = to_tensor(videos[k : k + 4]).to(vae.device)
+        error = (vae.decode(vae.encode(x)).clamp(-1, 1) - x).square().mean((1, 2, 3, 4)) / 4
+        values += (-10 * torch.log10(error)).tolist()
+    return float(np.mean(values))
+
+
+def random_frames(rng: np.random.Generator, videos: Tensor, t: int, batch: int) -> tuple[Tensor, Tensor]:
+    """Random clips and latent frames of ``videos`` [n,F,H,W,3]: their numbers, int64 [batch] each."""
+    count = 1 + (videos.shape[1] - 1) // t
+    numbers = rng.integers(len(videos), size=batch), rng.integers(count, size=batch)
+    clips, frames = (torch.from_numpy(each).to(videos.device) for each in numbers)
+    return clips, frames
+
+
+def frames_of(videos: Tensor, clips: Tensor, frames: Tensor, t: int) -> Tensor:
+    """The 2t video frames that a latent frame and the one before stand for, float [batch,3,2t,sH,sW] in
+    -1..1; a clip's first video frame stands for all before it.
+
+    ``videos`` uint8 [n,F,sH,sW,3]; ``clips`` and ``frames`` [batch]: which clips, and which latent frames.
+    """
+    those = (t * frames[:, None] + torch.arange(1 - 2 * t, 1, device=frames.device)).clamp(min=0)
+    return from_bytes(videos[clips[:, None], those])
+
+
+def train_vae(
+    data: Path,
+    output: Path,
+    *,
+    steps: int,
+    batch_size: int = 16,
+    seed: int = 0,
+    device: str = "cpu",
+    lr: float = 0.02,
+    log_every: int = 200,
+) -> None:
+    """Train the decoder's network to ``steps``; resumes from ``output/vae-training.safetensors`` to the same
+    weights.
+
+    Goes on from ``vae.safetensors`` in ``output`` (see ``write_vae``) and writes it again, averaged, every
+    ``log_every`` steps, with a line in ``vae-log.jsonl``. Components, and so latents, stay what they are.
+    Raises CheckpointError for a checkpoint that cannot be read.
+    """
+    folders = shards(data)
+    kept = [np.load(folder / "video.npy") for folder in folders[1 : 1 + KEPT_SHARDS]]
+    videos = torch.cat([torch.from_numpy(video).to(device) for video in kept])
+    del kept
+
+    def loss(vae: BlockVAE, rng: np.random.Generator) -> Tensor:
+        return _loss(
+            vae, frames_of(videos, *random_frames(rng, videos, vae.frames, batch_size), vae.frames), rng
+        )
+
+    settings = Fit(steps, seed, device, log_every, lr, adam_lr=2e-3, decay=0.995)
+    fit(data, output, "vae", loss, settings)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How ``fit`` trains: until which step, from which seed, where, logging how often, at which rates (Muon's
+    and AdamW's), and with which decay of the averaged weights."""
+
+    steps: int
+    seed: int
+    device: str
+    log_every: int
+    lr: float
+    adam_lr: float
+    decay: float
+
+
+def fit(
+    data: Path,
+    output: Path,
+    name: str,
+    loss_of: Callable[[BlockVAE, np.random.Generator], Tensor],
+    how: Fit,
+    about: Mapping[str, str] | None = None,
+) -> None:
+    """Train the network of ``output/vae.safetensors`` on a loss of a step's random numbers.
+
+    Resumes from ``output/NAME-training.safetensors``, writes ``vae.safetensors`` again, averaged, and lines
+    in ``NAME-log.jsonl``, each beginning with ``about``.
+    """
+    steps = how.steps
+    torch.manual_seed(how.seed)
+    vae = load_vae(output).train().to(how.device)
+    optimizer = MuonAdamW(vae.named_parameters(), lr=how.lr, adam_lr=how.adam_lr)
+    average = Average(vae, how.decay)
+    checkpoint, progress = output / f"{name}-training.safetensors", {"seconds": 0.0, "step": 0.0}
+    if checkpoint.exists():
+        progress = load_checkpoint(checkpoint, vae, average, optimizer)
+    held_out = np.asarray(open_shard(shards(data)[0]).video[:JUDGED])
+    bar = tqdm(total=steps, initial=int(progress["step"]), desc=name)
+    while progress["step"] < steps:
+        start, step = time.perf_counter(), int(progress["step"])
+        rng = np.random.Generator(np.random.Philox(key=[how.seed, step]))
+        optimizer.set_scale(schedule(step / steps))
+        loss = loss_of(vae, rng)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        gradient_norm(vae.parameters(), 1.0)
+        optimizer.step()
+        average.update(vae)
+        progress["seconds"] += time.perf_counter() - start
+        progress["step"] += 1
+        bar.update(1)
+        if (step + 1) % how.log_every == 0 or step + 1 == steps:
+            trained = {k: v.clone() for k, v in vae.state_dict().items()}
+            vae.load_state_dict(average.shadow)
+            record = progress | {"loss": float(loss.detach()), "psnr": psnr(vae, held_out)}
+            write_vae(vae, output, json.loads((output / "vae.json").read_text()))
+            vae.load_state_dict(trained)
+            save_checkpoint(checkpoint, vae, average, optimizer, progress)
+            with (output / f"{name}-log.jsonl").open("a") as log:
+                log.write(json.dumps({**(about or {}), **record}) + "\n")
+            tqdm.write(json.dumps(record))
+    bar.close()
+
+
+def _loss(vae: BlockVAE, video: Tensor, rng: np.random.Generator) -> Tensor:
+    """``drawing_loss`` of the later latent frame, from latents with a little noise; video [B,3,2t,sH,sW]."""
+    latents = vae.project(video)  # [B,Cz,2,H,W]
+    noise = normal(rng, tuple(latents.shape), str(video.device))
+    level = torch.from_numpy(rng.random((len(latents), 1, 1, 1, 1), np.float32)).to(video.device)
+    before, now = (latents + LATENT_NOISE * level * noise).unbind(2)
+    return drawing_loss(vae, now, before, video[:, :, vae.frames :])
+
+
+def drawing_loss(vae: BlockVAE, now: Tensor, before: Tensor, frames: Tensor) -> Tensor:
+    """Mean absolute and half the squared error of a drawn latent frame: raw latents [B,Cz,H,W] of it and of
+    the one before, and what they should show, [B,3,t,sH,sW]."""
+    with autocast(str(frames.device)):
+        drawn = vae.decode_frame(now, before)
+    difference = drawn.float().permute(0, 4, 1, 2, 3) - frames
+    return difference.abs().mean() + 0.5 * difference.square().mean()
+
+
+def write_vae(vae: BlockVAE, output: Path, config: dict[str, Any]) -> None:
+    """Write ``vae.safetensors`` and, as ``vae.json``, the configuration's ``vae`` entry."""
+    output.mkdir(parents=True, exist_ok=True)
+    save(output / "vae.safetensors", vae.state_dict())
+    (output / "vae.json").write_text(json.dumps(config, indent=1))
+
+
+def load_vae(folder: Path) -> BlockVAE:
+    """The VAE that ``write_vae`` wrote. Raises FileNotFoundError where there is none, WeightsError."""
+    vae = new_vae(json.loads((folder / "vae.json").read_text()))
+    load_strict(vae, load(folder / "vae.safetensors")[0])
+    return vae.eval()

@@ -1,0 +1,391 @@
+"""The paper's tables 2 and 3 in small: its variants, trained alike from one base, scored alike, in one table.
+
+As in the paper, where CLIP, T5 and the video transformer came pretrained, every run starts from the same text
+encoder, picture encoder (both stay as they are) and plain transformer, and learns what ties pictures to the
+video anew: Q-Former, DAM and injection, drawn from the run's seed. Each row differs from ours in one field of
+the configuration.
+
+A run lives in ``OUTPUT/NAME-SEED/`` and ends with its ``score.json``; one that has it is not run again, so
+the command may be stopped at any moment and goes on when it is given again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import platform
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from conceptmaster import __version__
+from conceptmaster.engine.checkpoints.adapter import adapter_keys
+from conceptmaster.engine.checkpoints.safetensors_io import WeightsError, load, load_model, save, sha256
+from conceptmaster.engine.config import ModelConfig
+from conceptmaster.engine.model import ConceptMaster
+from conceptmaster.errors import ConceptMasterError, InputError
+from conceptmaster.export.bundle import write_bundle
+from conceptmaster.export.errors import ExportError
+from conceptmaster.export.source import open_source
+from conceptmaster.runtime.atomic_write import check_output, replacing
+
+from ..arguments import check_counts, seed_range
+from ..scoring.score import Options, score
+from ..world.vocabulary import build_tokenizer
+from .batches import is_encoded
+from .pool import shards
+from .train import collect
+from .train_model import train_model
+from .train_vae import COMPONENTS
+
+CONCEPTS = 2
+"""Concepts of every request that is scored."""
+FIELDS = ("encoder", "binding", "injection")
+"""The fields of ``ConceptConfig`` in which variants differ."""
+SCORES = {"different_nouns": False, "same_noun": True}
+"""The two scores of a run, by whether the concepts of a request share their noun."""
+COLUMNS = {
+    "pair binding, different nouns": ("different_nouns", "pair_binding"),
+    "pair binding, same noun": ("same_noun", "pair_binding"),
+    "identity": ("different_nouns", "identity"),
+    "noun": ("different_nouns", "noun"),
+    "texture": ("different_nouns", "texture"),
+    "motion": ("different_nouns", "motion"),
+}
+"""The table's measures: title → (which score, which measure)."""
+SECTIONS = {2: "How concepts enter the transformer", 3: "How pictures are bound to labels"}
+"""The paper's tables."""
+NONE = "–"
+
+Report = dict[str, Any]
+"""The content of a run's ``score.json``."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A row: its name in folders and arguments, its title, the paper's tables that it stands in, the DINO-I
+    that it has there, and the fields of ``ConceptConfig`` in which it may differ from ours."""
+
+    name: str
+    title: str
+    tables: tuple[int, ...]
+    dino_i: float
+    encoder: str = "qformer"
+    binding: str = "dam"
+    injection: str = "standalone"
+
+    def config(self, base: ModelConfig) -> ModelConfig:
+        """The model of this variant, all else as in a base."""
+        concept = {name: getattr(self, name) for name in FIELDS}
+        return dataclasses.replace(base, concept=dataclasses.replace(base.concept, **concept))
+
+
+OURS = Variant("ours", "standalone, with DAM", (2, 3), 0.623)
+VARIANTS = (
+    Variant("merged", "joined to the caption", (2,), 0.367, injection="merged"),
+    Variant("shared_query", "the caption's query, own keys", (2,), 0.402, injection="shared_query"),
+    Variant("no_qformer", "without Q-Former", (3,), 0.277, encoder="mlp"),
+    Variant("no_dam", "without DAM", (3,), 0.394, binding="none"),
+    Variant("concat_mlp", "joined along channels", (3,), 0.546, binding="concat_mlp"),
+    Variant("self_attention", "added, then attention within the pair", (3,), 0.581, binding="self_attention"),
+    OURS,
+)
+"""In the paper's order; ours stands last in both tables."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``variants``."""
+    names = [variant.name for variant in VARIANTS]
+    parser.add_argument("--base", required=True, type=Path, help="weights folder to start all from")
+    parser.add_argument("--data", required=True, type=Path, help="folder that `train --output` has filled")
+    parser.add_argument("--output", required=True, type=Path, help="folder for runs and results")
+    parser.add_argument("--steps", type=int, default=400, help="steps of every training (400)")
+    parser.add_argument("--batch-size", type=int, default=32, help="clips in a step (32)")
+    parser.add_argument("--lr", type=float, default=0.012, help="Muon's learning rate (0.012)")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1], help="of the trainings (0 1)")
+    parser.add_argument("--only", nargs="+", choices=names, default=names, help="which variants to run (all)")
+    parser.add_argument(
+        "--score-seeds", type=seed_range, default=range(64), metavar="A:B", help="of the requests (0:64)"
+    )
+    parser.add_argument("--table", type=Path, metavar="FILE.md", help="the table (OUTPUT/table.md)")
+    parser.add_argument("--json", type=Path, metavar="FILE.json", help="everything (OUTPUT/variants.json)")
+    parser.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="to train on"
+    )
+    parser.add_argument("--threads", type=int, default=None, help="CPU threads (one per core)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train and score what is not done yet, all variants seed by seed; returns 0.
+
+    The table and the JSON hold every finished run of the output folder and are rewritten after each. Raises
+    InputError for arguments, data or a base that cannot work, or an output folder with runs of another
+    budget; ConceptMasterError, naming the run, for one that fails.
+    """
+    _check_arguments(args)
+    check_data(args.data)
+    base = _open_base(args.base, args.data)
+    args.output.mkdir(parents=True, exist_ok=True)
+    table = check_output(args.table or args.output / "table.md", (".md",))
+    everything = check_output(args.json or args.output / "variants.json", (".json",))
+    settings = {
+        "steps": args.steps,
+        "batch_size": args.batch_size,
+        "lr": args.lr,
+        "score_seeds": [args.score_seeds.start, args.score_seeds.stop],
+        "base_sha256": sha256(args.base / "model.safetensors"),
+        "base_concept": {name: getattr(base.config.concept, name) for name in FIELDS},
+        "vae_sha256": sha256(args.data / "vae" / "vae.safetensors"),
+        "shards": len(shards(args.data / "clips")),
+    }
+    _hold(settings, args.output / "settings.json")
+    write_base(base, args.output / "base.safetensors")
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    _publish(args.output, settings, table, everything)
+    for seed in args.seeds:
+        for variant in (v for v in VARIANTS if v.name in args.only):
+            folder = args.output / f"{variant.name}-{seed}"
+            if not (folder / "score.json").exists():
+                try:
+                    _train_and_score(variant, base.config, seed, args, folder)
+                except (ConceptMasterError, ExportError, WeightsError) as error:
+                    raise ConceptMasterError(f"{folder}: {error}") from error
+                _publish(args.output, settings, table, everything)
+            _tidy(folder)
+    print(table.read_text("utf-8"))
+    print(f"table: {table}\njson: {everything}")
+    return 0
+
+
+def _check_arguments(args: argparse.Namespace) -> None:
+    check_counts(args, "steps", "batch_size", "threads")
+    if not 0 < args.lr < float("inf"):
+        raise InputError(f"--lr must be a positive number, got {args.lr}")
+    if min(args.seeds) < 0 or len(set(args.seeds)) < len(args.seeds):
+        raise InputError(f"--seeds must be different whole numbers from 0, got {args.seeds}")
+    Options(seeds=args.score_seeds, concepts=CONCEPTS)
+
+
+def check_data(data: Path) -> None:
+    """Raises one InputError for all that a folder of ``train --output`` lacks, with the command for it."""
+    lacking: dict[str, list[str]] = {"draw": [], "latents": [], "vae": []}
+    for pool in ("clips", "held-out"):
+        found = shards(data / pool)
+        if not found:
+            lacking["draw"].append(pool)
+        bare = [s for s in found if not is_encoded(s)]
+        if bare or not found:
+            lacking["latents"].append(f"{pool}/{bare[0].name if bare else 'shard-*'}/latents.npy")
+    for name, stage in (("vae.json", "latents"), ("vae.safetensors", "vae")):
+        if not (data / "vae" / name).exists():
+            lacking[stage].append(f"vae/{name}")
+    stages = [stage for stage, names in lacking.items() if names]
+    if stages:
+        missing = ", ".join(name for stage in stages for name in lacking[stage])
+        command = (
+            f"python -m conceptmaster.examples.sprites train --output {data} --stages {' '.join(stages)}"
+        )
+        raise InputError(f"{data} lacks {missing}: make it with `{command}`")
+
+
+def _open_base(weights: Path, data: Path) -> ConceptMaster:
+    """The base's whole model. Raises InputError where its latents are not the data's."""
+    try:
+        model = load_model(weights / "model.safetensors")
+        theirs, ours = (load(path / "vae.safetensors")[0] for path in (weights, data / "vae"))
+        vae = json.loads((data / "vae" / "vae.json").read_text("utf-8"))
+    except (FileNotFoundError, WeightsError) as error:
+        raise InputError(f"cannot start from {weights}: {error}") from error
+    except ValueError as error:
+        raise InputError(f"{data / 'vae' / 'vae.json'} is not JSON: {error}") from error
+    alike = all(model.config.vae[name] == vae.get(name) for name in ("latents_mean", "latents_std"))
+    alike = alike and all(n in theirs and torch.equal(theirs[n], ours[n]) for n in COMPONENTS if n in ours)
+    if not alike:
+        raise InputError(f"cannot start from {weights}: it was trained on other latents than {data} has")
+    return model
+
+
+def write_base(model: ConceptMaster, path: Path) -> None:
+    """Write a model's weights without its concept path, as ``train_model`` takes them for ``start``."""
+    new = adapter_keys(model)
+    save(path, {name: tensor for name, tensor in model.state_dict().items() if name not in new})
+
+
+def _hold(settings: Mapping[str, Any], path: Path) -> None:
+    """Keep the settings with the first run; raises InputError where later ones would not compare with it."""
+    if not path.exists():
+        _write(path, settings)
+        return
+    before = json.loads(path.read_text("utf-8"))
+    other = [f"{k} {before.get(k)}, not {v}" for k, v in settings.items() if before.get(k) != v]
+    if other:
+        raise InputError(f"{path.parent} has runs with {'; '.join(other)}: choose another --output")
+
+
+def _train_and_score(
+    variant: Variant, base: ModelConfig, seed: int, args: argparse.Namespace, folder: Path
+) -> None:
+    """One run, from the base to its ``score.json``; goes on from its last checkpoint."""
+    vae_folder, model_folder = args.data / "vae", folder / "model"
+    train_model(
+        variant.config(base),
+        args.data / "clips",
+        args.data / "held-out",
+        model_folder,
+        build_tokenizer(),
+        steps=args.steps,
+        batch_size=args.batch_size,
+        seed=seed,
+        device=args.device,
+        lr=args.lr,
+        log_every=max(1, args.steps // 20),  # a checkpoint every quarter
+        picture_steps=0,
+        caption_steps=0,
+        start=args.output / "base.safetensors",
+        freeze=("text_encoder", "image_encoder"),
+    )
+    progress = json.loads(load(model_folder / "training.safetensors")[1]["progress"])
+    collect(vae_folder, model_folder, folder / "weights")
+    write_bundle(open_source(folder / "weights"), folder / "bundle", overwrite=True)
+    report: Report = {
+        "variant": variant.name,
+        "seed": seed,
+        "steps": int(progress["step"]),
+        "samples": int(progress["step"]) * args.batch_size,
+        "training_seconds": round(progress["seconds"], 1),
+        "machine": {
+            "processor": platform.machine(),
+            "device": args.device,
+            "threads": torch.get_num_threads(),
+        },
+        "versions": {"conceptmaster": __version__, "torch": torch.__version__, "numpy": np.__version__},
+    }
+    for name, same_noun in SCORES.items():
+        options = Options(
+            seeds=args.score_seeds,
+            concepts=CONCEPTS,
+            same_noun=same_noun,
+            bundle=str(folder / "bundle"),
+            controls=False,
+            threads=args.threads,
+        )
+        report[name] = score(options, progress=True)[0]
+    _write(folder / "score.json", report)
+
+
+def _tidy(folder: Path) -> None:
+    """Delete what a scored run needs no more; its weights and log stay."""
+    shutil.rmtree(folder / "bundle", ignore_errors=True)
+    for name in ("training.safetensors", "model.safetensors"):  # the second is in weights/ too
+        (folder / "model" / name).unlink(missing_ok=True)
+
+
+def _publish(output: Path, settings: Mapping[str, Any], table: Path, everything: Path) -> None:
+    found = finished(output)
+    with replacing(table) as temporary:
+        temporary.write_text(render(found, settings), encoding="utf-8")
+    rows = {
+        v.name: {
+            "title": v.title,
+            "tables": v.tables,
+            "paper_dino_i": v.dino_i,
+            "concept": {name: getattr(v, name) for name in FIELDS},
+            "summary": {title: summarise(found[v.name], *place) for title, place in COLUMNS.items()},
+            "runs": found[v.name],
+        }
+        for v in VARIANTS
+    }
+    order = dict(by_identity(found))
+    _write(everything, {"settings": settings, "by_identity": order, "variants": rows})
+
+
+def _write(path: Path, content: Mapping[str, Any]) -> None:
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def finished(output: Path) -> dict[str, list[Report]]:
+    """The reports of every variant's scored runs in an output folder, in the order of their seeds."""
+    found = {
+        variant.name: [
+            json.loads(path.read_text("utf-8")) for path in output.glob(f"{variant.name}-*/score.json")
+        ]
+        for variant in VARIANTS
+    }
+    return {name: sorted(reports, key=lambda report: report["seed"]) for name, reports in found.items()}
+
+
+def summarise(reports: Sequence[Report], which: str, measure: str) -> tuple[float | None, float | None]:
+    """Mean of a measure over runs, 0..1, and its spread: half the range, of one run the standard error over
+    requests. None for what there is not."""
+    values = [report[which][measure] for report in reports]
+    if not values or None in values:
+        return None, None
+    if len(values) == 1:
+        return values[0], reports[0][which]["standard_errors"][measure]
+    return float(np.mean(values)), (max(values) - min(values)) / 2
+
+
+def by_identity(found: Mapping[str, Sequence[Report]]) -> list[tuple[str, float]]:
+    """The variants that have runs, (name, mean identity), the best first."""
+    means = [(name, summarise(reports, *COLUMNS["identity"])[0]) for name, reports in found.items()]
+    return sorted(((n, mean) for n, mean in means if mean is not None), key=lambda pair: -pair[1])
+
+
+def render(found: Mapping[str, Sequence[Report]], settings: Mapping[str, Any]) -> str:
+    """The table in Markdown, with what is needed to read it and the order that came out."""
+    titles = ["", "DINO-I in the paper", *COLUMNS, "seeds", "samples", "seconds of training"]
+    lines = ["| " + " | ".join(titles) + " |", "| --- " * len(titles) + "|"]
+    for table, heading in SECTIONS.items():
+        lines.append(f"| *{heading} (table {table})* " + "| " * (len(titles) - 1) + "|")
+        lines += [_row(v, found[v.name]) for v in VARIANTS if table in v.tables]
+    reports = [report for each in found.values() for report in each]
+    if reports:
+        lines.append(_chance(reports[0], len(titles)))
+    first, end = settings["score_seeds"]
+    samples = settings["steps"] * settings["batch_size"]
+    grown = ", ".join(settings["base_concept"].values())
+    lines += [
+        "",
+        f"Every run: {settings['steps']:,} steps of {settings['batch_size']} clips ({samples:,} samples), "
+        f"from one base (SHA-256 {settings['base_sha256'][:12]}…) without its concept path, which starts "
+        f"from the run's seed. What is left of the base grew up with {grown}, which may favour rows like "
+        f"it. Scored on {end - first} requests of {CONCEPTS} held-out looks, of different nouns but for the "
+        "second measure; in percent, ± half the range over seeds, or one standard error over requests "
+        "where there is one seed. The paper's figures are of its own model, data and measure: orders may "
+        "be compared, numbers may not. Each row differs from ours in one field; the paper's shared query "
+        "also leaves out the labels.",
+    ]
+    if reports:
+        order = "; ".join(f"{name} {100 * mean:.1f}" for name, mean in by_identity(found))
+        paper = sorted((v for v in VARIANTS if found[v.name]), key=lambda v: -v.dino_i)
+        theirs = "; ".join(f"{variant.name} {variant.dino_i}" for variant in paper)
+        lines += ["", f"By identity, best first: {order}.", "", f"In the paper, by DINO-I: {theirs}."]
+    return "\n".join(lines) + "\n"
+
+
+def _row(variant: Variant, reports: Sequence[Report]) -> str:
+    cells = [f"`{variant.name}`: {variant.title}", f"{variant.dino_i:.3f}"]
+    cells += [_cell(*summarise(reports, *place)) for place in COLUMNS.values()]
+    seconds = [report["training_seconds"] for report in reports]
+    budget = [f"{reports[0]['samples']:,}", f"{np.mean(seconds):,.0f}"] if reports else [NONE, NONE]
+    return "| " + " | ".join([*cells, str(len(reports)), *budget]) + " |"
+
+
+def _chance(report: Report, columns: int) -> str:
+    cells = ["*chance*", ""]
+    cells += [_cell(report[which]["chance"][measure], None) for which, measure in COLUMNS.values()]
+    return "| " + " | ".join(cells + [""] * (columns - len(cells))) + " |"
+
+
+def _cell(mean: float | None, spread: float | None) -> str:
+    if mean is None:
+        return NONE
+    return f"{100 * mean:.1f}" if spread is None else f"{100 * mean:.1f} ± {100 * spread:.1f}"

@@ -1,0 +1,1 @@
+"""What there is in the world, and how it is drawn."""

@@ -1,0 +1,1 @@
+"""From a traced module to the ONNX file of a bundle."""

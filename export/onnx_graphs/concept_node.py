@@ -1,0 +1,165 @@
+"""The decoupled cross-attention as one node of an ONNX graph, with a function body beside it.
+
+    conceptmaster::ConceptInjection(q, k, v, mask) -> out
+    conceptmaster::DecoupledCrossAttention(q, text_k, text_v, k, v, mask) -> out
+
+q and out are [B,S,D], keys and values [B,T,D] of the text and [B,C,D] of the concepts, mask is bool [B,C]
+(True: attend); the attribute `heads` is A, D = A*E. ONNX Runtime, which knows no such operator, runs the
+body, made of standard operators; TensorRT, which looks for a plugin of that name first, takes the Triton
+kernel (see plugin.py), for which the node says two things that nobody else reads: `plugin_namespace` and
+`aot`.
+
+Letters: B batch, S video tokens, T text tokens, C concept tokens, A heads, E head width, D = A*E.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import onnx
+import torch
+from onnxscript import ir
+
+from ...kernels import cross_attention  # noqa: F401  (registers the torch ops)
+
+DOMAIN = "conceptmaster"
+VERSION = 1
+INJECTION = "ConceptInjection"
+DECOUPLED = "DecoupledCrossAttention"
+FOR_TENSORRT: dict[str, str | int] = {"plugin_namespace": DOMAIN, "aot": 1}
+"""Attributes with which TensorRT's parser finds a plugin that was compiled ahead of time."""
+
+# A row whose mask is all False attends to everything and is then replaced by zeros: without any key it would
+# be 0/0. ONNX Runtime's Attention wants a mask with an entry for every query.
+_MASKED = """
+    number = Cast<to: int = 6>(mask)
+    axis = Constant<value_ints: ints = [1]>()
+    largest = ReduceMax<keepdims: int = 1>(number, axis)
+    some = Cast<to: int = 9>(largest)
+    none = Not(some)
+    allowed = Or(mask, none)
+    middle = Constant<value_ints: ints = [1, 2]>()
+    by_head = Unsqueeze(allowed, middle)
+    one = Constant<value_ints: ints = [1]>()
+    tokens = Shape<start: int = 1, end: int = 2>(q)
+    sizes = Concat<axis: int = 0>(one, one, tokens, one)
+    by_query = Expand(by_head, sizes)
+    found = Attention<q_num_heads: int = @heads, kv_num_heads: int = @heads>(q, k, v, by_query)
+    last = Constant<value_ints: ints = [2]>()
+    row = Unsqueeze(some, last)
+    zero = Constant<value_float: float = 0.0>()
+    zero_alike = CastLike(zero, found)
+    concepts = Where(row, found, zero_alike)
+"""
+_BODIES = {
+    INJECTION: ("q, k, v, mask", f"{_MASKED} out = Identity(concepts)"),
+    DECOUPLED: (
+        "q, text_k, text_v, k, v, mask",
+        f"""{_MASKED}
+    text = Attention<q_num_heads: int = @heads, kv_num_heads: int = @heads>(q, text_k, text_v)
+    out = Add(text, concepts)""",
+    ),
+}
+
+
+@functools.cache
+def function_text(name: str, opset: int) -> str:
+    """The body of one of the two nodes in ONNX's text form, in this opset (23 at least)."""
+    inputs, body = _BODIES[name]
+    header = f'<domain: "{DOMAIN}", opset_import: ["": {opset}]>'
+    return f"{header}\n{name}<heads>({inputs}) => (out)\n{{{body}\n}}"
+
+
+def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
+    """For torch's exporter, which must run under `kept_whole`: op -> what makes its node."""
+    from onnxscript import opset23 as standard
+
+    def injection(q: Any, k: Any, v: Any, mask: Any) -> Any:
+        heads, flat = _flattened(standard, q, k, v)
+        found = operator(INJECTION)(*flat, mask, heads=heads, **FOR_TENSORRT)
+        return standard.Reshape(found, _sizes(q))
+
+    def decoupled(
+        q: Any, text_k: Any, text_v: Any, k: Any, v: Any, mask: Any, concept_scale: float, inverse_rms: Any
+    ) -> Any:
+        if concept_scale != 1.0 or inverse_rms is not None:
+            raise NotImplementedError("the node has neither a concept_scale nor an inverse_rms")
+        heads, flat = _flattened(standard, q, text_k, text_v, k, v)
+        found = operator(DECOUPLED)(*flat, mask, heads=heads, **FOR_TENSORRT)
+        return standard.Reshape(found, _sizes(q))
+
+    ops = torch.ops.conceptmaster
+    return {ops.concept_injection.default: injection, ops.decoupled_cross_attention.default: decoupled}
+
+
+def add_functions(model: ir.Model) -> None:
+    """Puts the bodies of the nodes that `model` has beside its graph.
+
+    What the tracer leaves behind each node, a Reshape to [B,S,A,E] and back to [B,S,D], goes on the way.
+    """
+    nodes = [node for node in model.graph if node.domain == DOMAIN]
+    if not nodes:
+        return
+    for node in nodes:
+        _drop_reshape(node)
+    opset = model.opset_imports[""]
+    model.opset_imports[DOMAIN] = VERSION
+    for name in sorted({node.op_type for node in nodes}):
+        function = ir.from_proto(onnx.parser.parse_function(function_text(name, opset)))
+        model.functions[function.identifier()] = function
+
+
+def _drop_reshape(node: ir.Node) -> None:
+    """Takes away a Reshape of the node's output, [B,S,D], to that same shape."""
+    out, q = node.outputs[0], node.inputs[0]
+    assert q is not None
+    for user, _ in list(out.uses()):
+        value = user.outputs[0]
+        if user.op_type == "Reshape" and value.shape == q.shape:
+            out.shape, out.type = value.shape, value.type
+            value.replace_all_uses_with(out)
+
+
+@functools.cache
+def operator(name: str) -> Any:
+    """One of the two nodes as onnxscript calls it.
+
+    Its schema is not registered with onnx: who finds one there does not look into the function body, and
+    shape inference would end at the first node.
+    """
+    from onnx import defs
+    from onnxscript.values import Op, Opset
+
+    parameters = [
+        defs.OpSchema.FormalParameter(x, "tensor(bool)" if x == "mask" else "T")
+        for x in _BODIES[name][0].split(", ")
+    ]
+    kinds = {"heads": "INT", "plugin_namespace": "STRING", "aot": "INT"}
+    schema = defs.OpSchema(
+        name,
+        DOMAIN,
+        VERSION,
+        inputs=parameters,
+        outputs=[defs.OpSchema.FormalParameter("out", "T")],
+        type_constraints=[("T", ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"], "")],
+        attributes=[
+            defs.OpSchema.Attribute(key, getattr(defs.OpSchema.AttrType, kind), required=True)
+            for key, kind in kinds.items()
+        ],
+    )
+    return Op(Opset(DOMAIN, VERSION), name, schema)
+
+
+def _sizes(x: Any) -> list[int]:
+    return [int(size) for size in x.shape]
+
+
+def _flattened(standard: Any, *tensors: Any) -> tuple[int, list[Any]]:
+    """[B,·,A,E] each -> A and the tensors as [B,·,D]."""
+    flat = []
+    for x in tensors:
+        batch, tokens, heads, width = _sizes(x)
+        flat.append(standard.Reshape(x, [batch, tokens, heads * width]))
+    return heads, flat

@@ -1,0 +1,253 @@
+"""A bundle's graph as TensorRT wants it: at most 8 axes, and its precision said by its own dtypes.
+
+TensorRT's networks are strongly typed: what a product is computed in is the dtype of what goes into it. So a
+graph in bf16 or fp16 is the float32 graph with casts around its products (MatMul, Gemm, Conv, attention) and
+their weights stored in 16 bits; norms, softmax, modulation, residuals, guidance and the solver stay float32,
+and so do inputs and outputs, which every backend shares. TensorRT fuses the casts with their neighbours.
+fp8 is bf16 with the matrices of the transformer's blocks in 8 bits: see eight_bits.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+from onnxscript import ir
+from onnxscript.ir.passes.common import RemoveUnusedNodesPass, ShapeInferencePass
+
+from ..errors import ExportError
+from ..onnx_graphs import initializers
+from ..onnx_graphs.concept_node import DOMAIN
+from ..onnx_graphs.initializers import constant
+from ..onnx_graphs.trace import save
+from .fp8 import quantise_linears
+
+PRECISIONS = ("fp32", "fp16", "bf16", "fp8")
+NARROW = {
+    "fp16": (ir.DataType.FLOAT16, np.dtype(np.float16)),
+    "bf16": (ir.DataType.BFLOAT16, np.dtype(ml_dtypes.bfloat16)),
+}
+PRODUCTS = ("MatMul", "Gemm", "Conv", "Attention")
+"""Operators, besides this project's own nodes, that compute in 16 bits where the precision says so."""
+
+FUSED_WIDTHS = range(16, 257, 8)
+"""Head widths that attention is computed for in 16 bits; with others it stays float32. For heads 8 wide
+TensorRT for RTX 1.7.1 has no kernel in 16 bits, with 12 its builder crashes; it keeps 32 and 128 whole."""
+
+MAX_AXES = 8
+"""TensorRT's Dims::MAX_DIMS."""
+
+
+def prepare(source: Path, target: Path, precision: str, largest: Mapping[str, float] | None = None) -> None:
+    """Writes the graph `source` to `target` in `precision`, one of PRECISIONS, for TensorRT's parser.
+
+    Weights beside the graph are read one after the other, and written beside `target`. largest: for fp8, see
+    `quantise_linears`; without it, as for every graph but denoise, fp8 is bf16.
+    Raises ExportError for an unknown precision, a graph in int8, and fp16 that a weight does not fit into.
+    """
+    if precision not in PRECISIONS:
+        raise ExportError(f"unknown precision {precision!r}: choose one of {', '.join(PRECISIONS)}")
+    model = ir.load(source)
+    _refuse_int8(model, source)
+    lower_ranks(model)
+    reduce(model, precision, largest or {}, emulate=False)
+    save(model, target)
+
+
+def reduce(model: ir.Model, precision: str, largest: Mapping[str, float], *, emulate: bool) -> None:
+    """Does to `model` what `precision` says; emulate: see `narrow`."""
+    if precision != "fp32":
+        narrow(model, "bf16" if precision == "fp8" else precision, emulate=emulate)
+    if precision == "fp8" and largest:
+        quantise_linears(model, largest)
+
+
+def lower_ranks(model: ir.Model) -> None:
+    """Rewrites Reshape, Transpose, Reshape over more than MAX_AXES axes to fewer: patches come with nine.
+
+    Axes of size one go, and axes that stay neighbours become one.
+    """
+    for node in list(model.graph):
+        if node.op_type != "Transpose":
+            continue
+        before, perm = node.inputs[0].producer() if node.inputs[0] else None, _perm(node)
+        if before is None or before.op_type != "Reshape" or len(perm) <= MAX_AXES:
+            continue
+        sizes = constant(before.inputs[1])
+        users = [user for user, _ in node.outputs[0].uses()]
+        if (
+            sizes is None
+            or any(user.op_type != "Reshape" for user in users)
+            or len(before.outputs[0].uses()) > 1
+        ):
+            continue
+        fewer, order = merge_axes([int(size) for size in sizes.numpy()], perm)
+        shape = initializers.add(model.graph, f"{node.name}.axes", np.array(fewer, np.int64))
+        before.replace_input_with(1, shape)
+        node.attributes["perm"] = ir.AttrInt64s("perm", order)
+        before.outputs[0].shape = node.outputs[0].shape = None
+    RemoveUnusedNodesPass()(model)
+
+
+def merge_axes(sizes: Sequence[int], perm: Sequence[int]) -> tuple[list[int], list[int]]:
+    """(sizes, perm) of a transposition -> the same one over fewer axes."""
+    kept = [axis for axis in perm if sizes[axis] != 1]
+    groups: list[list[int]] = []
+    rank = {axis: place for place, axis in enumerate(sorted(kept))}
+    for axis in kept:
+        if groups and rank[axis] == rank[groups[-1][-1]] + 1:
+            groups[-1].append(axis)
+        else:
+            groups.append([axis])
+    first = sorted(groups)  # in the order that the axes lie in memory
+    order = [first.index(group) for group in groups]
+    return [int(np.prod([sizes[axis] for axis in group])) for group in first], order
+
+
+def narrow(model: ir.Model, precision: str, *, emulate: bool) -> None:
+    """Casts what goes into every product, and stores its weights, in `precision`; casts what comes out back.
+
+    emulate: rounds the same values but computes in float32, for an ONNX Runtime that lacks the kernels; the
+        accumulation of a tensor core is float32 too.
+    Raises ExportError where shape inference leaves open what a product reads: it would stay float32 unseen.
+    """
+    kind, dtype = NARROW[precision]
+    ShapeInferencePass()(model)
+    cast = _Casts(model.graph, kind, dtype, emulate)
+    for node in list(model.graph):
+        own = node.domain == DOMAIN
+        if (own or (not node.domain and node.op_type in PRODUCTS)) and _fused(node, own):
+            for index, value in enumerate(node.inputs):
+                if value is not None and value.dtype is None:
+                    raise _unknown(node)
+                if value is not None and value.dtype == ir.DataType.FLOAT:
+                    node.replace_input_with(index, cast.narrowed(value))
+            cast.widen(node)
+    RemoveUnusedNodesPass()(model)
+    forget_types(model)
+
+
+def forget_types(model: ir.Model) -> None:
+    """Takes away what is told of the values between a graph's inputs and outputs, which may be wrong now."""
+    for node in model.graph:
+        for value in node.outputs:
+            if not value.is_graph_output():
+                value.shape = value.type = None
+
+
+def _fused(node: ir.Node, own: bool) -> bool:
+    """Whether a product is computed in 16 bits; of attention, by its head width."""
+    if not own and node.op_type != "Attention":
+        return True
+    q = node.inputs[0]
+    if q is None or q.shape is None:
+        raise _unknown(node)
+    heads = node.attributes.get("heads" if own else "q_num_heads")
+    width = int(q.shape[-1])  # type: ignore[arg-type]
+    return (width if heads is None or len(q.shape) == 4 else width // heads.as_int()) in FUSED_WIDTHS
+
+
+def _unknown(node: ir.Node) -> ExportError:
+    return ExportError(
+        f"what goes into the node {node.name!r} ({node.op_type}) is of unknown shape or type", 1
+    )
+
+
+class _Casts:
+    """Makes casts, each once, and knows which float32 values are 16 bits cast back."""
+
+    def __init__(self, graph: ir.Graph, kind: ir.DataType, dtype: np.dtype, emulate: bool) -> None:
+        self._graph, self._kind, self._dtype, self._emulate = graph, kind, dtype, emulate
+        self._narrow: dict[ir.Value, ir.Value] = {}  # float32 value -> the same in 16 bits
+
+    def narrowed(self, value: ir.Value) -> ir.Value:
+        """`value` in 16 bits."""
+        if value not in self._narrow:
+            tensor = constant(value)
+            if tensor is not None:
+                self._narrow[value] = self._stored(value, tensor)
+            else:
+                self._narrow[value] = self._cast_after(value)
+        return self._narrow[value]
+
+    def widen(self, node: ir.Node) -> None:
+        """Lets `node` give 16 bits, and everybody who reads it, the same in float32."""
+        for out in node.outputs:
+            if not out.name or out.dtype != ir.DataType.FLOAT:
+                continue
+            uses = list(out.uses())
+            if self._emulate:
+                rounded = self._insert_after(node, out, self._kind)
+                wide = self._insert_after(rounded.producer(), rounded, ir.DataType.FLOAT)
+            else:
+                wide = self._insert_after(node, out, ir.DataType.FLOAT)
+            for user, index in uses:
+                user.replace_input_with(index, wide)
+            self._take_output(out, wide)
+            if self._emulate:
+                self._narrow[wide] = wide  # rounded already
+            else:
+                out.type = ir.TensorType(self._kind)
+                self._narrow[wide] = out
+
+    def _take_output(self, out: ir.Value, wide: ir.Value) -> None:
+        for index, value in enumerate(self._graph.outputs):
+            if value is out:
+                wide.shape, wide.type = out.shape, ir.TensorType(ir.DataType.FLOAT)
+                name = out.name
+                out.name = f"{name}.{self._kind.name.lower()}"
+                wide.name = name
+                self._graph.outputs[index] = wide
+
+    def _insert_after(self, place: ir.Node | None, value: ir.Value, kind: ir.DataType) -> ir.Value:
+        node = ir.node("Cast", [value], attributes={"to": int(kind)})
+        node.name = f"{value.name}.to_{kind.name.lower()}"
+        node.outputs[0].name = f"{value.name}.as_{kind.name.lower()}"
+        node.outputs[0].type, node.outputs[0].shape = ir.TensorType(kind), value.shape
+        if place is None:
+            self._graph.insert_before(self._graph[0], node)
+        else:
+            self._graph.insert_after(place, node)
+        return node.outputs[0]
+
+    def _cast_after(self, value: ir.Value) -> ir.Value:
+        rounded = self._insert_after(value.producer(), value, self._kind)
+        if not self._emulate:
+            return rounded
+        return self._insert_after(rounded.producer(), rounded, ir.DataType.FLOAT)
+
+    def _stored(self, value: ir.Value, tensor: ir.TensorProtocol) -> ir.Value:
+        """A weight in 16 bits, computed when the graph is written."""
+        cast = value.producer()
+        if cast is not None and cast.inputs[0] is not None and tensor.dtype == self._kind:
+            if not self._emulate:  # stored so already
+                return cast.inputs[0]
+        dtype, wide = self._dtype, np.dtype(np.float32)
+        if self._kind == ir.DataType.FLOAT16 and tensor.dtype != self._kind:
+            most = float(np.abs(tensor.numpy().astype(wide)).max(initial=0.0))
+            if not most <= float(np.finfo(np.float16).max):
+                raise ExportError(
+                    f"the weight {value.name!r} has values up to {most:.1e}, too large for float16: "
+                    "choose bf16"
+                )
+        name = f"{value.name}.{self._kind.name.lower()}"
+        if self._emulate:
+            stored = initializers.later(name, tensor, wide, lambda x: x.astype(dtype).astype(wide))
+        else:
+            stored = initializers.later(name, tensor, dtype, lambda x: x.astype(dtype))
+        return initializers.add(self._graph, name, stored)
+
+
+def _perm(node: ir.Node) -> list[int]:
+    return list(node.attributes["perm"].as_ints())
+
+
+def _refuse_int8(model: ir.Model, source: Path) -> None:
+    for node in model.graph:
+        if node.op_type in ("MatMulInteger", "DynamicQuantizeLinear"):
+            raise ExportError(
+                f"{str(source)!r} is in int8 for CPUs: TensorRT takes neither its node {node.name!r} nor any "
+                f"other {node.op_type}; build from the fp32 bundle of the same model"
+            )

@@ -1,0 +1,1 @@
+"""From a bundle to a model repository for NVIDIA's Triton server."""

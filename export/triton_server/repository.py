@@ -1,0 +1,123 @@
+"""A bundle as a model repository of NVIDIA's Triton Inference Server.
+
+    OUT/denoise/config.pbtxt, OUT/denoise/1/model.onnx     each graph; with engines, 1/model.plan
+    OUT/conceptmaster/config.pbtxt, 1/model.py, 1/bundle/   what calls them, from a prompt to frames
+
+The graphs in 1/bundle/ are links to those of the models, where the file system has them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+from ...runtime.bundle_format import manifest as manifests
+from ...runtime.bundle_format import tensorrt_engines as stored
+from ...runtime.bundle_format.manifest import Manifest, TensorSpec
+from ..errors import ExportError
+
+KINDS = {
+    "float32": "TYPE_FP32",
+    "float16": "TYPE_FP16",
+    "int64": "TYPE_INT64",
+    "int32": "TYPE_INT32",
+    "bool": "TYPE_BOOL",
+}
+NAME = "conceptmaster"
+MODEL = '"""What calls the other models: see conceptmaster."""\n\nfrom conceptmaster.runtime.backends.triton_server import TritonPythonModel\n\n__all__ = ["TritonPythonModel"]\n'  # noqa: E501
+
+
+def write_repository(
+    bundle: Path, output: Path, engines: str | None = None, device: str = "cpu"
+) -> list[str]:
+    """Writes the folder `output`, which must not be there; returns the models' names.
+
+    Args: engines: a folder of `bundle`/engines whose engines take the graphs' places; device: "cpu" or "gpu",
+        where the server runs the ONNX graphs.
+    Raises: ExportError when `output` is taken; BundleError for a bundle or engines that are not sound.
+    """
+    manifest = manifests.load(bundle)
+    if output.exists():
+        raise ExportError(f"{str(output)!r} is there already: choose another place")
+    if not output.parent.is_dir():
+        raise ExportError(f"cannot write {str(output)!r}: the folder {str(output.parent)!r} does not exist")
+    plans = None if engines is None else _engines(bundle, manifest, engines)
+    inner = output / NAME / "1" / "bundle"
+    inner.mkdir(parents=True)
+    for file in manifest.files():
+        shutil.copyfile(bundle / file.file, inner / file.file)
+    shutil.copyfile(bundle / manifests.FILE_NAME, inner / manifests.FILE_NAME)
+    for name, graph in manifest.graphs.items():
+        place = output / name / "1"
+        place.mkdir(parents=True)
+        if plans is None:
+            _link(inner / graph.file, place / "model.onnx")
+            for beside in graph.external:
+                _link(inner / beside.file, place / beside.file)
+        else:
+            shutil.copyfile(plans / f"{name}.engine", place / "model.plan")
+        text = graph_config(name, graph.inputs, graph.outputs, plans is not None, device)
+        (output / name / "config.pbtxt").write_text(text, encoding="utf-8")
+    (output / NAME / "1" / "model.py").write_text(MODEL, encoding="utf-8")
+    (output / NAME / "config.pbtxt").write_text(pipeline_config(manifest), encoding="utf-8")
+    return [NAME, *manifest.graphs]
+
+
+def graph_config(
+    name: str, inputs: Iterable[TensorSpec], outputs: Iterable[TensorSpec], plan: bool, device: str
+) -> str:
+    """config.pbtxt of one graph: fixed shapes, no batching."""
+    kind = "KIND_GPU" if plan or device == "gpu" else "KIND_CPU"
+    platform = "tensorrt_plan" if plan else "onnxruntime_onnx"
+    lines = [f'name: "{name}"', f'platform: "{platform}"', "max_batch_size: 0"]
+    lines += [_tensor("input", spec.name, KINDS[spec.dtype], spec.shape) for spec in inputs]
+    lines += [_tensor("output", spec.name, KINDS[spec.dtype], spec.shape) for spec in outputs]
+    lines.append(f"instance_group [ {{ count: 1 kind: {kind} }} ]")
+    return "\n".join(lines) + "\n"
+
+
+def pipeline_config(manifest: Manifest) -> str:
+    """config.pbtxt of the model around them; LABELS, PICTURES and the rest may be left out."""
+    s = manifest.shapes
+    lines = [
+        f'name: "{NAME}"',
+        'backend: "python"',
+        "max_batch_size: 0",
+        _tensor("input", "PROMPT", "TYPE_STRING", (1,)),
+        _tensor("input", "LABELS", "TYPE_STRING", (-1,), True),
+        _tensor("input", "PICTURES", "TYPE_UINT8", (-1, -1, -1, 3), True),
+        _tensor("input", "SEED", "TYPE_INT64", (1,), True),
+        _tensor("input", "STEPS", "TYPE_INT64", (1,), True),
+        _tensor("input", "GUIDANCE", "TYPE_FP32", (1,), True),
+        _tensor("output", "FRAMES", "TYPE_UINT8", (s.frames, s.height, s.width, 3)),
+        "instance_group [ { count: 1 kind: KIND_CPU } ]",
+        'parameters { key: "FORCE_CPU_ONLY_INPUT_TENSORS" value { string_value: "yes" } }',
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _tensor(side: str, name: str, kind: str, dims: Iterable[int], optional: bool = False) -> str:
+    extra = " optional: true" if optional else ""
+    return f"{side} [ {{ name: {json.dumps(name)} data_type: {kind} dims: {list(dims)}{extra} }} ]"
+
+
+def _engines(bundle: Path, manifest: Manifest, name: str) -> Path:
+    folder = bundle / stored.FOLDER / name
+    if not (folder / stored.FILE_NAME).is_file():
+        there = ", ".join(p.parent.name for p in sorted(bundle.glob(f"{stored.FOLDER}/*/{stored.FILE_NAME}")))
+        raise ExportError(f"no engines {name!r} in {str(bundle)!r} (there are: {there or 'none'})")
+    found = stored.load(folder)
+    stored.choose(bundle, manifest.graphs, found.flavor, found.version, found.capability, found.precision)
+    if found.flavor != "tensorrt":
+        raise ExportError("Triton runs engines of the full TensorRT, not of TensorRT for RTX")
+    return folder
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # another file system, or one without links
+        shutil.copyfile(source, target)

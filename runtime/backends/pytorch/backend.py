@@ -1,0 +1,248 @@
+"""PyTorch: the model itself with fused kernels, on the CPU or, as replayed CUDA graphs, on a GPU.
+
+The only backend that imports torch, and the engine with it: a bundle's graphs are those of the engine's
+modules, so running these on the bundle's weights gives the same videos. Which weights: torch_weights.py.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+
+from ....errors import InputError, MissingDependency, OutOfMemory
+from . import memory_plan
+from .options import TorchOptions
+
+try:
+    import torch
+
+    from ....engine.config import ModelConfig
+    from ....engine.fused import Fusing, fuse, narrow
+    from ....engine.vae.wan_decoder import streaming_decoders
+    from ....engine.vae.wan_encoder import streaming_encoders
+    from .stepper import Carried, Stepper, cuda_graphs
+    from .weights import count_weights, load_weights
+except ImportError as error:
+    raise MissingDependency(
+        f"the torch backend does not load ({error}): pip install 'conceptmaster[export]', for a GPU "
+        "'conceptmaster[export,gpu]'"
+    ) from error
+
+if TYPE_CHECKING:
+    from ...bundle_format.find import Bundle
+    from ...bundle_format.manifest import TensorSpec
+
+log = logging.getLogger(__name__)
+
+Module = Callable[[dict[str, Any]], Mapping[str, Any]]
+ONES = ("image_encoder", "qformer", "dam")
+"""Graphs that are a module of the same name, called with the inputs in the order of its signature."""
+
+
+class TorchBackend:
+    """Runs graphs as the engine's modules; arrays are tensors on `device`.
+
+    Weights are loaded once, at the first `load` or `run`, and stay on the device. May be used from several
+    threads at once; one runs after the other. threads: for the whole process, None as PyTorch has it.
+
+    Raises: InputError when `device` is not there, for a bundle in int8, or without weights; OutOfMemory,
+    before anything is loaded, when the plan exceeds the memory that is free.
+    """
+
+    def __init__(
+        self, bundle: Bundle, device: str, threads: int | None, options: TorchOptions | None = None
+    ) -> None:
+        self._options = options = options or TorchOptions()
+        if device == "cuda" and not torch.cuda.is_available():
+            built = "it is built without CUDA" if torch.version.cuda is None else "it sees no GPU"
+            raise InputError(f"device 'cuda' is not there: this is PyTorch {torch.__version__}, and {built}")
+        if bundle.manifest.precision != "fp32":
+            raise InputError(
+                f"the bundle {str(bundle.folder)!r} is {bundle.manifest.precision}, the torch backend is for "
+                "fp32 bundles, whose weights it runs: take such a bundle, or the backend onnxruntime"
+            )
+        if threads is not None:
+            torch.set_num_threads(threads)
+        self._bundle, self._manifest = bundle, bundle.manifest
+        self._device = torch.device(device)
+        self._dtype_name = options.dtype or ("bfloat16" if device == "cuda" else "float32")
+        self._dtype: torch.dtype = getattr(torch, self._dtype_name)
+        self._lock = threading.RLock()
+        self._modules: dict[str, Module] = {}
+        self._demand = memory_plan.Demand(
+            self._manifest.model,
+            self._manifest.shapes,
+            count_weights(ModelConfig.from_dict(self._manifest.model)),
+            self._dtype_name,
+            graphs=device == "cuda",
+            decoded=self._manifest.decoded,
+        )
+        self.stepper: Stepper | None = None
+        """What runs the steps, once weights are loaded."""
+        log.info("torch %s on %s, %s", torch.__version__, device, self._dtype_name)
+        log.info("%s", memory_plan.table(self.plan))
+        if options.lossy:
+            log.warning("lossy: %s (errors: docs/performance.md)", ", ".join(options.lossy))
+        self._check_memory()
+
+    @property
+    def plan(self) -> dict[str, int]:
+        """The planned memory, see memory_plan.py."""
+        return memory_plan.plan(self._demand)
+
+    def load(self, graphs: Iterable[str]) -> None:
+        """Loads the weights, all at once. Raises as the class, and BundleError for damaged weights."""
+        with self._lock, self._out_of_memory():
+            if not self._modules:
+                self._modules = self._build()
+
+    def run(self, graph: str, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Runs `graph`. inputs: NumPy arrays, exact dtypes and shapes, or what another `run` gave; returns
+        arrays by name. `denoise` also looks at "step", int64 [2]: which step of how many, for lossy options.
+
+        Raises: KeyError for a missing input, ValueError for a wrong dtype or shape, OutOfMemory.
+        """
+        self.load(())
+        with self._lock, torch.inference_mode(), self._out_of_memory():
+            signature = self._manifest.graphs[graph]
+            given = {
+                spec.name: self._to_device(inputs[spec.name], graph, spec) for spec in signature.inputs
+            } | {name: inputs[name] for name in ("step",) if name in inputs}
+            found = self._modules[graph](given)
+            return dict(found)
+
+    def to_host(self, array: Any) -> np.ndarray:
+        """An array as NumPy; waits until it is computed."""
+        if isinstance(array, np.ndarray):
+            return array
+        tensor: torch.Tensor = array.state if isinstance(array, Carried) else array
+        wide = tensor.float() if tensor.dtype == torch.bfloat16 else tensor
+        return wide.cpu().numpy()
+
+    def _to_device(self, array: Any, graph: str, spec: TensorSpec) -> Any:
+        if not isinstance(array, np.ndarray):
+            return array
+        spec.check(graph, array)
+        return torch.from_numpy(np.ascontiguousarray(array)).to(self._device)
+
+    def _build(self) -> dict[str, Module]:
+        model, vae, folder = load_weights(self._bundle, self._options)
+        log.info("weights of %s", folder)
+        transformer = fuse(narrow(model.transformer, self._dtype), Fusing(tier=self._options.tier))
+        transformer.to(self._device)
+        if self._options.compile:
+            for block in transformer.blocks:
+                block.compile(dynamic=False, mode="max-autotune-no-cudagraphs")
+        self.stepper = Stepper(
+            transformer,
+            self._dtype,
+            cuda_graphs() if self._device.type == "cuda" else None,
+            self._options.skip_guidance,
+            self._options.step_cache,
+        )
+        encoders = {
+            name: child.to(self._device, self._dtype)
+            for name, child in model.named_children()
+            if name != "transformer"
+        }
+        first, following = (decoder.to(self._device) for decoder in streaming_decoders(vae))
+        modules: dict[str, Module] = {
+            "text_encoder": self._called("text_encoder", encoders["text_encoder"]),
+            "condition": self._condition,
+            "denoise": self._denoise,
+            "decode_first": self._called("decode_first", first, torch.float32),
+            "decode": self._called("decode", following, torch.float32),
+        }
+        if "encode_first" in self._manifest.graphs:  # an image-to-video base, so it is Wan's VAE
+            pair = streaming_encoders(cast("Any", vae))
+            for name, encoder in zip(("encode_first", "encode"), pair, strict=True):
+                modules[name] = self._called(name, encoder.to(self._device), torch.float32)
+        return modules | {name: self._called(name, encoders[name]) for name in ONES if name in encoders}
+
+    def _called(self, graph: str, module: torch.nn.Module, dtype: torch.dtype | None = None) -> Module:
+        """A module that takes and gives what the graph's signature says; dtype: of its floating-point inputs,
+        None for the options'."""
+        wanted = dtype or self._dtype
+
+        def call(given: dict[str, Any]) -> Mapping[str, Any]:
+            signature = self._manifest.graphs[graph]
+            tensors = [_floating(given[spec.name], wanted) for spec in signature.inputs]
+            outputs = module(*tensors)
+            found = (outputs,) if isinstance(outputs, torch.Tensor) else outputs
+            return {
+                spec.name: _floating(value, getattr(torch, spec.dtype))
+                for spec, value in zip(signature.outputs, found, strict=True)
+            }
+
+        return call
+
+    def _condition(self, given: dict[str, Any]) -> Mapping[str, Any]:
+        assert self.stepper is not None
+        shapes, text = self._manifest.shapes, given["text"]
+        tokens = given.get("concept_tokens")  # a base alone has neither
+        if tokens is None:
+            tokens = text.new_zeros(shapes.concepts, shapes.queries, shapes.concept_width)
+        mask = given.get("concept_mask")
+        if mask is None:
+            mask = self._no_concepts
+        text, tokens = (_floating(tensor, self._dtype) for tensor in (text, tokens))
+        return self.stepper.transformer.condition(text, tokens, mask)
+
+    def _denoise(self, given: dict[str, Any]) -> Mapping[str, Any]:
+        assert self.stepper is not None
+        state, step = given.pop("state"), given.pop("step", None)
+        carried = state if isinstance(state, Carried) else Carried(state)
+        given.setdefault("concept_mask", self._no_concepts)
+        names = ("time", "concept_mask", "guidance", "coefficients", "given")
+        inputs = {name: given.pop(name) for name in names if name in given}
+        index, steps = (0, 1 << 30) if step is None else (int(number) for number in step)
+        return {"next_state": self.stepper(carried, inputs, given, index, steps)}
+
+    @functools.cached_property
+    def _no_concepts(self) -> torch.Tensor:
+        shapes = self._manifest.shapes
+        return torch.zeros((shapes.branches, shapes.concepts), dtype=torch.bool, device=self._device)
+
+    def _check_memory(self) -> None:
+        free, peak = _free_memory(self._device), self.plan["peak"]
+        if free is not None and peak > free:
+            raise OutOfMemory(
+                f"{memory_plan.size_of(peak)} of memory are planned on {self._device.type}, "
+                f"{memory_plan.size_of(free)} are free; {memory_plan.what_fits(self._demand, free)}"
+            )
+
+    @contextmanager
+    def _out_of_memory(self) -> Iterator[None]:
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            free = _free_memory(self._device) or 0
+            held = torch.cuda.memory_allocated(self._device) if self._device.type == "cuda" else 0
+            raise OutOfMemory(
+                f"out of memory on {self._device.type} "
+                f"({memory_plan.size_of(self.plan['peak'])} were planned); "
+                f"{memory_plan.what_fits(self._demand, free + held)}"
+            ) from error
+
+
+def _floating(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Floating-point tensors in `dtype`, others as they are."""
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+
+def _free_memory(device: torch.device) -> int | None:
+    """Bytes that are free, None where nobody tells."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            found = [line for line in file if line.startswith("MemAvailable:")]
+        return int(found[0].split()[1]) * 1024
+    except (OSError, IndexError):
+        return None

@@ -1,0 +1,147 @@
+"""How much memory a request takes at its peak: planned before anything is loaded, from shapes alone.
+
+Weights and keys are counted. What a step keeps alive is estimated for the largest of a block's moments, what
+decoding keeps for the decoder's widest layers; the allocator's own overhead is SLACK. A test holds the plan
+to what a step on the CPU really keeps alive.
+
+Letters: K guidance branches, C concept tokens, T text tokens, S video tokens, D width, A heads.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ...bundle_format.manifest import Shapes
+
+BYTES = {"float32": 4, "bfloat16": 2}
+SLACK = 1.1
+VAE = "vae"
+"""The part whose weights stay in float32, whatever the dtype."""
+
+
+@dataclass(frozen=True)
+class Demand:
+    """What decides the memory: the engine's configuration, the shapes, and how it is run.
+
+    model: the manifest's `model`; elements: of the weights by part, the video autoencoder's under "vae";
+    graphs: whether steps are replayed as CUDA graphs, whose inputs are held twice; decoded: height and width
+    in latents of what the decoder takes at once, None for a whole frame.
+    """
+
+    model: Mapping[str, Any]
+    shapes: Shapes
+    elements: Mapping[str, int]
+    dtype: str
+    graphs: bool
+    decoded: tuple[int, int] | None = None
+
+    def at(self, frames: int, scale: float) -> Demand:
+        """For a video of so many latent frames, its sides scaled, in the steps that patches allow."""
+        channels, _, height, width = self.shapes.latent
+        patch = self.model["transformer"]["patch_size"]
+        sides = (
+            max(step, int(side * scale) // step * step)
+            for side, step in zip((height, width), patch[1:], strict=True)
+        )
+        latent = (channels, max(patch[0], frames // patch[0] * patch[0]), *sides)
+        space = self.shapes.space
+        return dataclasses.replace(
+            self,
+            shapes=dataclasses.replace(
+                self.shapes,
+                latent=latent,
+                frames=1 + (latent[1] - 1) * self.frames_per_latent,
+                height=latent[2] * space,
+                width=latent[3] * space,
+            ),
+        )
+
+    @property
+    def frames_per_latent(self) -> int:
+        """Video frames of every latent frame but the first."""
+        return max(1, (self.shapes.frames - 1) // max(1, self.shapes.latent[1] - 1))
+
+
+def plan(demand: Demand) -> dict[str, int]:
+    """Bytes by what they are for; "peak" is the planned whole, of which only the larger of step and decode
+    counts."""
+    shapes, model = demand.shapes, demand.model["transformer"]
+    size = BYTES[demand.dtype]
+    heads, width = model["num_attention_heads"], model["num_attention_heads"] * model["attention_head_dim"]
+    tokens = math.prod(n // p for n, p in zip(shapes.latent[1:], model["patch_size"], strict=True))
+    concepts = shapes.concepts * shapes.queries
+    rows = shapes.branches * tokens  # K*S
+
+    weights = sum(n * (4 if part == VAE else size) for part, n in demand.elements.items())
+    # the concepts' values may be folded: A*C rows of D instead of C (kernels/absorbed_injection.py)
+    folded = heads * concepts if heads * concepts < width + concepts else concepts
+    keys = model["num_layers"] * shapes.branches * width * size
+    keys *= 2 * shapes.text_tokens + concepts + folded
+    state = 4 * shapes.solver_states * math.prod(shapes.latent)
+
+    wide = max(4, size)
+    moments = {
+        "attention": 8 * width * size,  # x, its norm, q, k, v, both rotated, what comes out
+        "cross-attention": (5 * width + heads * concepts) * size,
+        "feed-forward": (2 * width + 2 * model["ffn_dim"]) * size,
+        "last sum": width * (3 * size + 3 * wide),
+    }
+    step = rows * max(moments.values()) + 6 * state
+    decode = _decoding(demand)
+    found = {
+        "weights": weights,
+        "keys and values": keys * (2 if demand.graphs else 1),
+        "step": step,
+        "decode": decode,
+    }
+    found["peak"] = int(SLACK * (weights + found["keys and values"] + state + max(step, decode)))
+    return found
+
+
+def _decoding(demand: Demand) -> int:
+    """Of one latent frame, in float32: some six times its widest layer, and the causal states."""
+    vae, shapes = demand.model["vae"], demand.shapes
+    space, whole = shapes.space, shapes.latent[2:]
+    area = space**2 * math.prod(min(a, b) for a, b in zip(demand.decoded or whole, whole, strict=True))
+    pixels = demand.frames_per_latent * area
+    if vae.get("kind") == "blocks":
+        return 4 * (pixels * 3 * 4 + 6 * vae["width"] * area // 4)
+    pixels //= (vae.get("patch_size") or 1) ** 2
+    return 4 * 6 * pixels * 2 * vae["base_dim"]
+
+
+def table(found: Mapping[str, int]) -> str:
+    """One line for people."""
+    parts = ", ".join(f"{name} {size_of(n)}" for name, n in found.items() if name != "peak")
+    return f"planned peak memory {size_of(found['peak'])}: {parts}"
+
+
+def size_of(count: int) -> str:
+    """Bytes as people write them."""
+    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
+
+
+def what_fits(demand: Demand, available: int) -> str:
+    """What would fit into `available` bytes, in words: narrower numbers, then fewer frames, then smaller."""
+    tries: list[tuple[str, Callable[[], Demand]]] = []
+    narrow = dataclasses.replace(demand, dtype="bfloat16")
+    if demand.dtype != narrow.dtype:
+        tries.append(("--dtype bfloat16", lambda: narrow))
+    frames = demand.shapes.latent[1]
+    for count in (3 * frames // 4, frames // 2, frames // 4):
+        if 0 < count < frames:
+            tries.append(("", lambda count=count: narrow.at(count, 1.0)))  # type: ignore[misc]
+    for scale in (0.75, 0.5, 0.25):
+        tries.append(("", lambda scale=scale: narrow.at(max(1, frames // 4), scale)))  # type: ignore[misc]
+    for words, make in tries:
+        smaller = make()
+        if (peak := plan(smaller)["peak"]) <= available:
+            s = smaller.shapes
+            what = words or f"a bundle of {s.frames} frames of {s.width}x{s.height}, with --dtype bfloat16"
+            return f"{what} would fit, with {size_of(peak)}"
+    return f"nothing smaller fits: weights alone take {size_of(plan(narrow)['weights'])} in bfloat16"

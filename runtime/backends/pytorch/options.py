@@ -1,0 +1,58 @@
+"""What the torch backend may be told. Importing this loads no torch."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass
+
+from ....errors import InputError
+
+DTYPES = ("float32", "bfloat16")
+TIERS = ("lossless", "high")
+
+
+@dataclass(frozen=True)
+class TorchOptions:
+    """Options of the torch backend; what makes videos differ from those of the other backends is off.
+
+    weights: a folder with the model.safetensors and vae.safetensors that the bundle was exported from, or the
+    base in diffusers' layout; None looks for them (see torch_weights.py). adapter: trained concept modules
+    for such a base. dtype: of transformer and encoders; None is float32 on the CPU, bfloat16 on CUDA.
+    compile: `torch.compile` of the transformer's blocks: minutes at the first step.
+
+    Lossy, with measured errors in docs/performance.md: tier "high" (linear layers in 8 bits, on GPUs that
+    have fp8), skip_guidance (so large a part of the steps, at the end, is not guided), step_cache (steps
+    whose predicted change stays below it, in parts of the velocity, are not computed, see torch_step.py).
+
+    Raises: InputError for a value that is out of range.
+    """
+
+    weights: str | os.PathLike[str] | None = None
+    adapter: str | os.PathLike[str] | None = None
+    dtype: str | None = None
+    compile: bool = False
+    tier: str = "lossless"
+    skip_guidance: float = 0.0
+    step_cache: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name, known in (("dtype", (*DTYPES, None)), ("tier", TIERS)):
+            value = getattr(self, name)
+            if value not in known:
+                choices = ", ".join(choice for choice in known if choice)
+                raise InputError(f"unknown {name} {value!r}: choose one of {choices}")
+        for name in ("skip_guidance", "step_cache"):
+            value = getattr(self, name)
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if not number or not math.isfinite(value) or not 0 <= value <= 1:
+                raise InputError(f"{name} must be a number from 0 to 1, not {value!r}")
+
+    @property
+    def lossy(self) -> list[str]:
+        """The lossy options that are on, as they are written on the command line."""
+        found = [f"--tier {self.tier}"] if self.tier != "lossless" else []
+        for name in ("skip_guidance", "step_cache"):
+            if value := getattr(self, name):
+                found.append(f"--{name.replace('_', '-')} {value:g}")
+        return found

@@ -1,0 +1,1 @@
+"""What a bundle is on disk: its manifest, signatures and engines."""

@@ -1,0 +1,64 @@
+"""A bundle: a folder with a manifest, ONNX graphs and a tokenizer. Opening one verifies every file."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from ...errors import InputError
+from . import manifest as manifests
+from .manifest import Manifest
+
+SHIPPED = Path(__file__).parents[1] / "bundles"  # the bundles that come with the package, one folder each
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A verified bundle. `folder` holds the files that `manifest` names."""
+
+    folder: Path
+    manifest: Manifest
+
+    @classmethod
+    def open(cls, name_or_path: str | os.PathLike[str]) -> Bundle:
+        """Finds and verifies a bundle.
+
+        Args: name_or_path: the name of a shipped bundle ("sprites"), which wins over a folder of that name
+            here (write "./sprites" for the folder), or a path.
+        Raises: InputError when there is no such bundle; BundleError when it is there but not sound.
+        """
+        folder = _find(name_or_path)
+        return cls(folder, manifests.load(folder))
+
+    def path(self, graph: str) -> Path:
+        """The ONNX file of `graph`. Raises KeyError."""
+        return self.folder / self.manifest.graphs[graph].file
+
+    @property
+    def tokenizer(self) -> Path:
+        """The file tokenizer.json."""
+        return self.folder / self.manifest.tokenizer.file
+
+
+def shipped() -> list[str]:
+    """The names of the bundles that come with the package."""
+    return sorted(path.parent.name for path in SHIPPED.glob(f"*/{manifests.FILE_NAME}"))
+
+
+def _find(name_or_path: str | os.PathLike[str]) -> Path:
+    if not isinstance(name_or_path, (str, os.PathLike)):
+        raise InputError(f"a bundle is named by a string or a path, not {type(name_or_path).__name__}")
+    if name_or_path in shipped():
+        return SHIPPED / name_or_path
+    folder = Path(name_or_path)
+    try:
+        if (folder / manifests.FILE_NAME).is_file():
+            return folder
+        exists = folder.exists()
+    except (OSError, ValueError):  # a name too long, or with a null byte
+        exists = False
+    if exists:
+        raise InputError(f"{str(folder)!r} is not a bundle: it has no {manifests.FILE_NAME}")
+    names = ", ".join(shipped()) or "none"
+    raise InputError(f"no bundle {str(folder)!r}: neither a folder nor a shipped bundle (shipped: {names})")

@@ -1,0 +1,187 @@
+"""engines.json: the TensorRT engines beside a bundle's graphs, and what they were built for. Format 1.
+
+An engine runs on one kind of GPU, under one version of one TensorRT. So engines lie in a folder that says
+both, `engines/sm90-tensorrt11.4.0-bf16/`, with the SHA-256 of each and of the graph that it was built from.
+Whatever does not fit is a BundleError that names the command which builds it again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from ...errors import BundleError, InputError
+from ..atomic_write import replacing
+from . import strict_json
+from .manifest import GraphFile, HashedFile, sha256_file
+
+FORMAT = 1
+FILE_NAME = "engines.json"
+FOLDER = "engines"
+MODULES = {"tensorrt": "tensorrt", "rtx": "tensorrt_rtx"}
+EXTRAS = {"tensorrt": "tensorrt", "rtx": "tensorrt-rtx"}
+"""By flavor, the library's module, and this project's extra that installs it."""
+FLAVORS = tuple(MODULES)
+"""tensorrt: the datacenter and workstation library; rtx: TensorRT for RTX, for consumers' cards."""
+
+PLUGIN_ABI = 1
+"""Rises when the plugin's inputs, outputs or attributes change; 0 in an engine without the plugin."""
+
+
+@dataclass(frozen=True)
+class EngineFile:
+    """One engine: its file, relative to its folder, and the `graph_sha256` of the bundle's graph it was built
+    from."""
+
+    file: str
+    sha256: str
+    graph_sha256: str
+
+    def __post_init__(self) -> None:
+        HashedFile(self.file, self.sha256)
+        HashedFile(self.file, self.graph_sha256)
+
+
+@dataclass(frozen=True)
+class Engines:
+    """What engines.json says, but for its checksum.
+
+    flavor: one of FLAVORS; version: of that library, as 11.4.0; capability: the GPU's, 90 for sm_90;
+    precision: of the products; plugin_abi: see PLUGIN_ABI; engines: graph name -> engine.
+    """
+
+    format: int
+    flavor: str
+    version: str
+    capability: int
+    precision: str
+    plugin_abi: int
+    engines: dict[str, EngineFile]
+
+    def __post_init__(self) -> None:
+        if self.format != FORMAT:
+            raise ValueError(f"format must be {FORMAT}")
+        if self.flavor not in FLAVORS:
+            raise ValueError(f"unknown flavor {self.flavor!r}")
+
+    @property
+    def folder_name(self) -> str:
+        """The folder below `engines/`."""
+        return f"sm{self.capability}-{self.flavor}{self.version}-{self.precision}"
+
+
+def target_capability(target: str) -> int:
+    """ "sm_90" -> 90. Raises InputError for anything else."""
+    found = re.fullmatch(r"sm_?(\d{2,3})", target)
+    if not found:
+        raise InputError(f"{target!r} is no target: write sm_ and the compute capability, sm_90 for an H100")
+    return int(found[1])
+
+
+def short_version(version: str) -> str:
+    """ "11.4.0.106" -> "11.4.0": engines do not depend on what comes after."""
+    return ".".join(version.split(".")[:3])
+
+
+def graph_sha256(graph: GraphFile) -> str:
+    """What an engine was built from: the graph, and the weights beside it, whose graph may be the same with
+    others."""
+    if not graph.external:
+        return graph.sha256
+    hashes = [graph.sha256, *(file.sha256 for file in graph.external)]
+    return hashlib.sha256("".join(hashes).encode()).hexdigest()
+
+
+def rebuild_command(bundle: Path, engines: Engines) -> str:
+    """The command that builds these engines again."""
+    flavor = " --flavor rtx" if engines.flavor == "rtx" else ""
+    target = f"--target sm_{engines.capability} --precision {engines.precision}"
+    return f"conceptmaster build {bundle} {target}{flavor}"
+
+
+def save(engines: Engines, folder: Path) -> Path:
+    """Writes engines.json, whole or not at all; returns its path. Raises OSError."""
+    data = json.loads(json.dumps(dataclasses.asdict(engines)))
+    data["checksum"] = strict_json.checksum(data)
+    path = folder / FILE_NAME
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    return path
+
+
+def load(folder: Path) -> Engines:
+    """Reads engines.json in `folder`, without looking at the engines. Raises BundleError."""
+    path = folder / FILE_NAME
+    try:
+        data = strict_json.read(path)
+        if not isinstance(data, dict):
+            raise ValueError("is not an object")
+        checksum = data.pop("checksum", None)
+        engines = strict_json.decode(Engines, data, "engines")
+        if checksum != strict_json.checksum(data):
+            raise ValueError("differs from its own checksum: it was changed after it was written")
+    except OSError as error:
+        raise BundleError(f"cannot read {str(path)!r}: {error.strerror}") from None
+    except ValueError as error:
+        raise BundleError(
+            f"bad engines: {str(path)!r} {error}; build them again: conceptmaster build"
+        ) from None
+    return engines
+
+
+def choose(
+    bundle: Path,
+    graphs: dict[str, GraphFile],
+    flavor: str,
+    version: str,
+    capability: int,
+    precision: str | None = None,
+) -> tuple[Path, Engines]:
+    """The folder of the engines for this GPU and library, every hash checked, and what its engines.json says.
+
+    graphs: the bundle's, by name. precision: None takes the only one that is there.
+    Raises: BundleError naming the command that builds them, when there are none for this GPU and library,
+    when they were built from other graphs or for another plugin, or when a file is not what it was.
+    """
+    found = [load(path.parent) for path in sorted((bundle / FOLDER).glob(f"*/{FILE_NAME}"))]
+    fitting = [
+        e
+        for e in found
+        if (e.flavor, e.version, e.capability) == (flavor, version, capability)
+        and precision in (None, e.precision)
+    ]
+    if len(fitting) > 1:
+        choices = ", ".join(e.precision for e in fitting)
+        raise InputError(f"{str(bundle)!r} has engines in {choices}: say which with precision")
+    wanted = Engines(FORMAT, flavor, version, capability, precision or "bf16", PLUGIN_ABI, {})
+    build = rebuild_command(bundle, wanted)
+    if not fitting:
+        there = ", ".join(e.folder_name for e in found) or "none"
+        raise BundleError(
+            f"{str(bundle)!r} has no engines for sm_{capability} and {flavor} {version} "
+            f"(there are: {there}): {build}"
+        )
+    (engines,) = fitting
+    folder = bundle / FOLDER / engines.folder_name
+    build = rebuild_command(bundle, engines)
+    if engines.plugin_abi not in (0, PLUGIN_ABI):
+        raise BundleError(
+            f"the engines in {str(folder)!r} hold a plugin of ABI {engines.plugin_abi}, "
+            f"this is {PLUGIN_ABI}: {build}"
+        )
+    for name, graph in graphs.items():
+        if name not in engines.engines:
+            raise BundleError(f"{str(folder)!r} has no engine for the graph {name}: {build}")
+        engine = engines.engines[name]
+        path = folder / engine.file
+        if engine.graph_sha256 != graph_sha256(graph):
+            raise BundleError(f"{str(path)!r} was built from another {name} than this bundle's: {build}")
+        if not path.is_file():
+            raise BundleError(f"{str(path)!r} is missing: {build}")
+        if sha256_file(path) != engine.sha256:
+            raise BundleError(f"{str(path)!r} was changed after it was built: {build}")
+    return folder, engines

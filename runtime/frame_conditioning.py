@@ -1,0 +1,89 @@
+"""Pictures as frames of the video that is made: what an image-to-video model knows of it beforehand.
+
+The video is thought of as empty (grey) but for the given frames, and encoded. In front of its latents stands,
+for each video frame that a latent frame stands for, a channel that is one where the frame is given: the first
+latent frame, which stands for one, has it in all channels. So diffusers' WanImageToVideoPipeline does it with
+one picture or two, and SkyReels-A2's A2Pipeline with references that lead the video, at three for three, and
+are left out of it afterwards.
+
+A2Pipeline draws its latents from the encoder's distribution; here they are its mean, as in diffusers. With
+one reference A2Pipeline fails (its mask has a latent frame too many); here it is as one would expect.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from . import pictures
+from .bundle_format.signatures import frames_per_latent
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from .backends import Backend
+    from .bundle_format.manifest import Manifest, Shapes
+
+log = logging.getLogger(__name__)
+
+MOST_STRETCH = 1.05  # beyond this it shows
+
+
+def fitted(images: Sequence[Image], labels: Sequence[str], manifest: Manifest) -> dict[int, np.ndarray]:
+    """The given frames by number, each uint8 [height,width,3]; none unless the manifest has `given`.
+
+    Warns: a log line for a picture whose shape is lost.
+    """
+    if manifest.given is None:
+        return {}
+    size = (manifest.shapes.width, manifest.shapes.height)
+    frames: dict[int, np.ndarray] = {}
+    for image, label, place in zip(images, labels, manifest.given.places, strict=False):
+        ratio = (image.width * size[1]) / (image.height * size[0])
+        if place.fit == "stretched" and max(ratio, 1 / ratio) > MOST_STRETCH:
+            shape = (label, *image.size, *size)
+            log.warning("the picture of %r is %d×%d: it is stretched to the video's %d×%d", *shape)
+        frame = pictures.fit(image, size, place.fit, manifest.pictures.background)
+        frames |= dict.fromkeys(place.frames(manifest.shapes.frames), frame)
+    return frames
+
+
+def leading(manifest: Manifest, count: int) -> int:
+    """How many frames at the start of a video from `count` pictures are not part of it."""
+    return 0 if manifest.given is None else manifest.given.dropped * count
+
+
+def channels(backend: Backend, frames: dict[int, np.ndarray], shapes: Shapes) -> np.ndarray:
+    """What `fitted` gave → the mask and the latents, float32 [1,t+Cz,F,H,W]."""
+    parts: list[np.ndarray] = []
+    state: dict[str, Any] = {}
+    for chunk in _chunks(frames, shapes):
+        graph = "encode" if parts else "encode_first"
+        outputs = backend.run(graph, {**state, "frames": chunk})
+        parts.append(backend.to_host(outputs.pop("latents")))  # [1,Cz,1,H,W]
+        state = {name.removeprefix("next_"): value for name, value in outputs.items()}
+    return np.concatenate((mask(frames, shapes), np.concatenate(parts, axis=2)), axis=1)
+
+
+def mask(frames: dict[int, np.ndarray], shapes: Shapes) -> np.ndarray:
+    """One where a frame is given, float32 [1,t,F,H,W]."""
+    _, latent_frames, height, width = shapes.latent
+    times = frames_per_latent(shapes)
+    known = np.isin(np.arange(shapes.frames), list(frames)).astype(np.float32)  # [frames]
+    known = np.concatenate((np.repeat(known[:1], times), known[1:]))  # [F*t]
+    planes = known.reshape(latent_frames, times).T[None, :, :, None, None]  # [1,t,F,1,1]
+    return np.broadcast_to(planes, (1, times, latent_frames, height, width))
+
+
+def _chunks(frames: dict[int, np.ndarray], shapes: Shapes) -> Iterator[np.ndarray]:
+    """The whole video, the frames of one latent frame at a time: float32 [1 or t,height,width,3], -1..1."""
+    starts = [0, *range(1, shapes.frames, frames_per_latent(shapes))]
+    for start, end in zip(starts, [*starts[1:], shapes.frames], strict=True):
+        chunk = np.zeros((end - start, shapes.height, shapes.width, 3), np.float32)
+        for number in range(start, end):
+            if number in frames:
+                chunk[number - start] = frames[number].astype(np.float32) / 255.0 * 2.0 - 1.0
+        yield chunk

@@ -1,0 +1,751 @@
+"""The sprites training: every variant learns and exports, a stop loses nothing, and a broken checkpoint is
+named."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import dataclasses
+import errno
+import json
+import math
+import os
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from conceptmaster.engine.checkpoints.safetensors_io import load, load_model, save_model
+from conceptmaster.engine.model import ConceptMaster
+from conceptmaster.engine.presets import preset
+from conceptmaster.errors import InputError
+from conceptmaster.examples.sprites import processes
+from conceptmaster.examples.sprites.training import (
+    attention,
+    batches,
+    learning,
+    noising,
+    pool,
+    resident,
+    starting,
+    train_model,
+    train_pictures,
+    train_vae,
+)
+from conceptmaster.examples.sprites.training import train as train_stages
+from conceptmaster.examples.sprites.training.refine import distil, polish, widen
+from conceptmaster.examples.sprites.world import decoys, shapes
+from conceptmaster.examples.sprites.world.scenes import (
+    ACCESSORIES,
+    NOUNS,
+    PERIODS,
+    PLACES,
+    TEXTURES,
+    random_scene,
+)
+
+from ..small import CLIPS, small_config, train_small
+
+COMPONENTS = preset("sprites").vae["z_dim"]
+VARIANTS = [
+    {},
+    {"injection": "shared_query"},
+    {"injection": "merged"},
+    {"encoder": "mlp"},
+    {"binding": "none"},
+    {"binding": "concat_mlp"},
+    {"binding": "self_attention"},
+]
+
+
+@pytest.fixture(autouse=True)
+def few_are_judged(monkeypatch):
+    monkeypatch.setattr(train_pictures, "JUDGED", 32)
+
+
+def train(folder, output, tokenizer, steps, pictures=1, **concept):
+    how = {"steps": steps, "picture_steps": pictures, "caption_steps": 2}
+    train_small(folder, output, tokenizer, config=small_config(**concept), **how)
+    return load_model(output / "model.safetensors")
+
+
+@pytest.fixture
+def pools(folder, tokenizer):
+    """The same clips as a pool whose batches are gathered on a device, and as one of arrays."""
+    found = (
+        resident.ResidentPool("cpu", folder, tokenizer, 48, 8),
+        batches.LatentPool(folder, tokenizer, 48, 8),
+    )
+    for each in found:
+        each.normalise([0.1] * COMPONENTS, [0.5] * COMPONENTS)
+    return found
+
+
+def test_a_gathered_batch_is_of_the_pools_clips(pools):
+    there, plain = pools
+    got = there.batch(np.random.default_rng(0), 64, batches.Dropped(0.3, 0.2, 0.2, foreign=0.3))
+    clips = [(s, k) for s in range(2) for k in range(CLIPS)]
+    every = plain.collate(clips, np.random.default_rng(1), batches.Dropped(0, 0, 0))
+    empty = batches.tokenise(plain.tokenizer, [""], 48)[0][0]
+    fates, order = set(), set()
+    for b in range(64):
+        (k,) = [k for k in range(len(clips)) if torch.equal(got.latents[b], every.latents[k])]
+        shard, clip = plain.shards[clips[k][0]], clips[k][1]
+        assert torch.equal(got.decoys[b], every.decoys[k])
+        filled = got.label_mask[b].any(-1)
+        assert filled.sum() == len(shard.labels[clip])
+        no_caption = bool((got.token_ids[b].numpy() == empty).all())
+        assert no_caption or torch.equal(got.token_ids[b], every.token_ids[k])
+        shown = bool(got.concept_mask[b].any())
+        assert torch.equal(got.concept_mask[b], filled & shown)
+        fates.add((no_caption, shown))
+        order.add(tuple(filled.tolist()))
+        for slot in torch.nonzero(filled)[:, 0]:
+            (same,) = [n for n in range(3) if torch.equal(got.label_ids[b, slot], every.label_ids[k, n])]
+            for name in ("label_mask", "coverage", "portraits", "traits"):
+                assert torch.equal(getattr(got, name)[b, slot], getattr(every, name)[k, same]), name
+            assert torch.equal(got.patterns[b, slot].nan_to_num(9), every.patterns[k, same].nan_to_num(9))
+            strange = bool(got.foreign[b, slot])
+            views = batches._for_clip(
+                np.asarray(shard.foreign[clip] if strange else shard.references[clip]).reshape(-1, 64, 64, 3)
+            )
+            near = (views - got.pixels[b, slot]).abs().amax((1, 2, 3)) < 1e-5
+            assert near.sum() == 1
+    assert fates == {(True, True), (True, False), (False, True), (False, False)} and len(order) > 3
+    again = there.batch(np.random.default_rng(0), 64, batches.Dropped(0.3, 0.2, 0.2, foreign=0.3))
+    assert torch.equal(again.pixels, got.pixels)
+    filled = got.label_mask.any(-1)
+    assert float(got.foreign[filled].float().mean()) == pytest.approx(0.3, abs=0.15)
+    assert not got.foreign[~filled].any()
+
+
+def test_gathered_pictures_are_of_the_pools_concepts(pools):
+    there, plain = pools
+    got = there.pictures(np.random.default_rng(0), 64)
+    known = plain.pictures(np.random.default_rng(0), 512)
+    seen = set()
+    for m in range(64):
+        same = [k for k in range(512) if torch.equal(got.portraits[m], known.portraits[k])]
+        k = next(k for k in same if torch.allclose(got.pixels[m], known.pixels[k], atol=1e-5))
+        for name in ("label_ids", "label_mask", "traits"):
+            assert torch.equal(getattr(got, name)[m], getattr(known, name)[k]), name
+        seen.add(tuple(got.portraits[m].flatten()[:99].tolist()))
+    assert len(seen) > CLIPS
+
+
+def test_a_gathered_pool_takes_up_new_shards(folder, tokenizer, tmp_path):
+    first, second = pool.shards(folder)
+    shutil.copytree(first, tmp_path / first.name)
+    growing = resident.ResidentPool("cpu", tmp_path, tokenizer, 48, 8)
+    shutil.copytree(second, tmp_path / second.name)
+    assert growing.refresh() == 2 and growing.refresh() == 2
+    latents = growing.batch(np.random.default_rng(0), 64, batches.Dropped()).latents
+    assert len(torch.unique(latents.flatten(1)[:, :4], dim=0)) == 2 * CLIPS
+
+
+def test_training_by_the_clock_ends_with_it(folder, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_model, "pool_on", resident.ResidentPool)
+    now, rates = [0.0], []
+    monkeypatch.setattr(train_model.time, "perf_counter", lambda: now.__setitem__(0, now[0] + 1) or now[0])
+    monkeypatch.setattr(train_model, "schedule", lambda part: rates.append(part) or learning.schedule(part))
+    train_small(folder, tmp_path, tokenizer, steps=1, high=0.5, minutes=0.1)
+    last = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])
+    assert last["seconds"] == 6 and last["step"] == len(rates) == 6
+    assert rates == sorted(rates) and rates[0] == 0 and rates[-1] == pytest.approx(5 / 6)
+    assert load_model(tmp_path / "model.safetensors").config == small_config()
+
+
+def test_a_share_of_the_noise_levels_is_high(tokenizer):
+    levels = noising.random_sigma(np.random.default_rng(0), 4000, high=0.5)
+    usual = noising.random_sigma(np.random.default_rng(0), 4000)
+    assert levels.min() > 0 and levels.max() < 1
+    share = float((usual > 0.75).float().mean())
+    assert float((levels > 0.75).float().mean()) == pytest.approx(0.5 + 0.5 * share, abs=0.03)
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: "-".join(v.values()) or "default")
+def test_every_variant_trains(variant, folder, tokenizer, tmp_path):
+    model = train(folder, tmp_path, tokenizer, 2, **variant)
+    for field, value in variant.items():
+        assert getattr(model.config.concept, field) == value
+    lines = (tmp_path / "log.jsonl").read_text().splitlines()
+    pictures, captions, record = (json.loads(line) for line in lines)
+    assert pictures["phase"] == "pictures" and 0 <= pictures["held_out_texture"] <= 1
+    assert captions["phase"] == "captions" and len(captions["story"]) == 1
+    assert record["step"] == 2 and all(np.isfinite(v) for v in record.values())
+
+
+@pytest.mark.parametrize("stage", ["pictures", "batch"])
+def test_an_interrupted_training_resumes_to_the_same_weights(stage, folder, tokenizer, tmp_path, monkeypatch):
+    whole = train(folder, tmp_path / "whole", tokenizer, 6, pictures=4)
+    draw, calls = getattr(batches.LatentPool, stage), []
+
+    def stop_at_the_fifth(self, *args):
+        calls.append(1)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        return draw(self, *args)
+
+    monkeypatch.setattr(batches.LatentPool, stage, stop_at_the_fifth)
+    with pytest.raises(KeyboardInterrupt):
+        train(folder, tmp_path / "parts", tokenizer, 6, pictures=4)
+    monkeypatch.undo()
+    resumed = train(folder, tmp_path / "parts", tokenizer, 6, pictures=4)
+    for (name, a), b in zip(whole.state_dict().items(), resumed.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+    lines = (tmp_path / "parts" / "log.jsonl").read_text().splitlines()
+    logged = [record["step"] for record in map(json.loads, lines) if "phase" not in record]
+    assert logged[-1] == 6 and len(set(logged)) == 3
+
+
+def test_a_truncated_checkpoint_is_named(folder, tokenizer, tmp_path):
+    train(folder, tmp_path, tokenizer, 2)
+    file = tmp_path / "training.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+    with pytest.raises(learning.CheckpointError, match=r"training\.safetensors is not a whole checkpoint"):
+        train(folder, tmp_path, tokenizer, 4)
+
+
+def test_a_full_disk_is_an_error_and_costs_no_checkpoint(folder, tokenizer, tmp_path, monkeypatch):
+    train(folder, tmp_path, tokenizer, 2)
+    before = (tmp_path / "training.safetensors").read_bytes()
+
+    def full(tensors, path, metadata=None):
+        path.write_bytes(b"half of it")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    monkeypatch.setattr(learning, "save_file", full)
+    with pytest.raises(OSError, match="No space left on device"):
+        train(folder, tmp_path, tokenizer, 4)
+    monkeypatch.undo()
+    assert (tmp_path / "training.safetensors").read_bytes() == before
+    assert not list(tmp_path.glob(".*tmp")), "a partial file stayed behind"
+    train(folder, tmp_path, tokenizer, 4)
+
+
+def test_the_components_lose_least(folder):
+    """Against NumPy's SVD of the same blocks: no basis of as many vectors loses less."""
+    clips = np.concatenate([pool.open_shard(shard).video for shard in pool.shards(folder)[1:]])
+    vae, videos = train_vae.load_vae(folder), train_vae.to_tensor(clips)
+    whole = torch.cat([videos[:, :, :1]] * 3 + [videos], dim=2)
+    blocks = vae.cut(whole).reshape(-1, 768).double().numpy()
+    values = np.linalg.svd(blocks - blocks.mean(0), compute_uv=False)
+    best = (values[COMPONENTS:] ** 2).sum() / blocks.size
+    again = (
+        ((vae.encode(videos) / vae.scale[:, None, None, None]).permute(0, 2, 3, 4, 1)) @ vae.basis
+    ) + vae.mean
+    lost = ((again.reshape(-1, 768).double().numpy() - blocks) ** 2).mean()
+    assert best < lost <= best * 1.5  # the analysis drew some of these clips twice, some never
+
+
+def test_the_networks_training_leaves_the_latents_alone_and_mends_the_picture(folder, tmp_path):
+    copy_vae(folder, tmp_path)
+    before, judged = train_vae.load_vae(tmp_path), np.asarray(pool.open_shard(pool.shards(folder)[0]).video)
+    train_vae.train_vae(folder, tmp_path, steps=12, batch_size=4, log_every=12)
+    after = train_vae.load_vae(tmp_path)
+    clip = train_vae.to_tensor(judged[:1])
+    assert torch.equal(before.encode(clip), after.encode(clip))
+    record = json.loads((tmp_path / "vae-log.jsonl").read_text().splitlines()[-1])
+    assert record["psnr"] == pytest.approx(train_vae.psnr(after, judged[:24]), abs=1e-3)
+    assert record["psnr"] > train_vae.psnr(before, judged[:24]) - 0.5
+
+
+def copy_vae(source, target):
+    target.mkdir(exist_ok=True)
+    for name in ("vae.json", "vae.safetensors"):
+        shutil.copyfile(source / name, target / name)
+
+
+def test_an_interrupted_vae_training_resumes_to_the_same_weights(folder, tmp_path, monkeypatch):
+    def train_part(output):
+        train_vae.train_vae(folder, output, steps=4, batch_size=2, log_every=2)
+        return load(output / "vae.safetensors")[0]
+
+    copy_vae(folder, tmp_path / "whole")
+    copy_vae(folder, tmp_path / "parts")
+    whole = train_part(tmp_path / "whole")
+    step, calls = learning.MuonAdamW.step, []
+
+    def stop_at_the_fourth(self):
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        step(self)
+
+    monkeypatch.setattr(learning.MuonAdamW, "step", stop_at_the_fourth)
+    with pytest.raises(KeyboardInterrupt):
+        train_part(tmp_path / "parts")
+    monkeypatch.setattr(learning.MuonAdamW, "step", step)
+    resumed = train_part(tmp_path / "parts")
+    assert not [name for name in whole if not torch.equal(whole[name], resumed[name])]
+
+
+def test_muon_steps_are_nearly_orthogonal():
+    torch.manual_seed(0)
+    for shape in ((24, 24), (16, 64), (64, 16)):
+        values = torch.linalg.svdvals(learning.orthogonalised(torch.randn(shape)))
+        assert values.max() < 1.4 and values.median() > 0.5
+
+
+def test_a_step_lowers_a_quadratic():
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(8, 8)
+    optimizer = learning.MuonAdamW(layer.named_parameters(), lr=0.02, adam_lr=0.02)
+    x, y = torch.randn(64, 8), torch.randn(64, 8)
+    losses = []
+    for _ in range(30):
+        optimizer.zero_grad()
+        loss = (layer(x) - y).square().mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < losses[0] * 0.95
+
+
+def test_the_tokenizer_knows_every_word_and_any_byte(tokenizer):
+    assert all(len(tokenizer.encode(noun).ids) == 2 for noun in NOUNS)  # the word and the end
+    for text in ("a ball", "ein Bär 🐻"):
+        assert tokenizer.decode(tokenizer.encode(text).ids).strip() == text
+
+
+def test_dropping_follows_its_rates(folder, tokenizer):
+    data = batches.LatentPool(folder, tokenizer, 48, 8)
+    rng = np.random.default_rng(0)
+    batch = data.batch(rng, 600, batches.Dropped(0.2, 0.1, 0.1))
+    shown, told = batch.concept_mask.any(1), batch.token_mask.sum(1) > 1
+    assert abs(float((~shown & told).float().mean()) - 0.2) < 0.05
+    assert abs(float((shown & ~told).float().mean()) - 0.1) < 0.04
+    assert abs(float((~shown & ~told).float().mean()) - 0.1) < 0.04
+
+
+def test_coverage_lies_where_the_concepts_are(folder, tokenizer):
+    data = batches.LatentPool(folder, tokenizer, 48, 8)
+    batch = data.collate([(0, 0)], np.random.default_rng(0), batches.Dropped(0, 0, 0))
+    scene = random_scene(0, held_out=False)
+    cells = {actor.label: actor.cell for actor in scene.actors}
+    assert set(cells.values()) <= set(PLACES)
+    filled = batch.label_mask[0].any(-1)
+    assert int(filled.sum()) == len(scene.actors)
+    for actor in scene.actors:
+        ids, _ = data.label(actor.label)
+        slot = next(n for n in range(3) if np.array_equal(batch.label_ids[0, n].numpy(), ids))
+        y, x = np.unravel_index(int(batch.coverage[0, slot, 0].argmax()), (8, 8))
+        assert abs(x * 8 + 4 - actor.start[0]) < 10 and abs(y * 8 + 4 - actor.start[1]) < 10
+
+
+def test_a_plan_goes_from_noise_to_data_without_gaps():
+    sigmas = distil.Plan(steps=4, substeps=3).sigmas()
+    assert sigmas.shape == (4, 4) and sigmas[0, 0] == 1 and sigmas[-1, -1] == 0
+    np.testing.assert_array_equal(sigmas[:-1, -1], sigmas[1:, 0])
+    assert (np.diff(sigmas, axis=1) < 0).all()
+
+
+def test_a_student_learns_what_its_guided_teacher_does(folder, tokenizer, tmp_path):
+    """Distance to where the teacher's steps lead, before and after; and a stop in between changes nothing."""
+    train(folder, tmp_path / "teacher", tokenizer, 4)
+    weights, plan = tmp_path / "teacher" / "model.safetensors", distil.Plan(steps=2, substeps=2)
+
+    def student(output, steps):
+        settings = {"steps": steps, "batch_size": 8, "log_every": 10, "decoys": 0.5}
+        distil.distil(weights, folder, output, tokenizer, plan, **settings)
+        return [json.loads(line)["loss"] for line in (output / "distil-log.jsonl").read_text().splitlines()]
+
+    losses = student(tmp_path / "whole", 30)
+    assert losses[-1] < 0.9 * losses[0]
+    teacher, pupil = load_model(weights), load_model(tmp_path / "whole" / "model.safetensors")
+    changed = {
+        name
+        for name, tensor in pupil.state_dict().items()
+        if not torch.equal(tensor, teacher.state_dict()[name])
+    }
+    assert changed and all(name.startswith("transformer.") for name in changed)
+
+
+def test_a_teacher_of_one_step_without_guidance_is_its_own_velocity(folder, tokenizer, tmp_path):
+    teacher = train(folder, tmp_path, tokenizer, 2)
+    data = batches.LatentPool(folder, tokenizer, 48, 8)
+    batch = data.batch(np.random.default_rng(0), 3, batches.Dropped(0, 0, 0))
+    sigmas = torch.tensor([[1.0, 0.4]]).repeat(3, 1)
+    with torch.no_grad():
+        text = teacher.text_encoder(batch.token_ids, batch.token_mask)
+        concepts = teacher.concepts(batch.pixels, batch.label_ids, batch.label_mask)
+        velocity = teacher.transformer(batch.latents, sigmas[:, 0] * 1000, text, concepts, batch.concept_mask)
+    reached = distil.teach(teacher, batch, batch.latents, sigmas, 1.0)
+    torch.testing.assert_close(reached, batch.latents - 0.6 * velocity, rtol=1e-4, atol=1e-4)
+
+
+def test_polishing_changes_the_network_alone_and_draws_the_models_latents_better(folder, tokenizer, tmp_path):
+    model = train(folder, tmp_path / "model", tokenizer, 2)
+    copy_vae(folder, tmp_path)
+    polish.redo(model, folder, tmp_path / "redone.npz", clips=8, guidance=1.5, seed=0, batch=4)
+    with np.load(tmp_path / "redone.npz") as file:
+        latents, picks = torch.from_numpy(file["latents"].astype(np.float32)), file["picks"]
+    assert latents.shape == (8, COMPONENTS, 5, 8, 8) and {int(s) for s, _ in picks} == {1}
+    videos = train_vae.to_tensor(
+        np.stack([pool.open_shard(folder / f"shard-{s:05d}").video[k] for s, k in picks])
+    )
+    before = train_vae.load_vae(tmp_path)
+    polish.polish(folder, tmp_path, tmp_path / "redone.npz", steps=30, batch_size=4, log_every=30)
+    after = train_vae.load_vae(tmp_path)
+    assert torch.equal(before.encode(videos), after.encode(videos))
+    with torch.no_grad():
+        errors = [(vae.decode(latents) - videos).abs().mean() for vae in (before, after)]
+    assert errors[1] < errors[0]
+
+
+@pytest.mark.parametrize("variant", [{}, {"injection": "shared_query"}, {"injection": "merged"}])
+def test_a_model_twice_as_wide_computes_the_same_until_it_is_trained(variant, folder, tokenizer, tmp_path):
+    model = train(folder, tmp_path, tokenizer, 2, **variant)
+    wide = widen.widened(model)
+    assert wide.config.transformer.width == 2 * model.config.transformer.width
+    torch.manual_seed(1)
+    concept = model.config.concept
+    inputs = (
+        torch.randn(2, *model.config.latent_shape),
+        torch.tensor([900.0, 200.0]),
+        torch.randn(2, 48, model.config.transformer.text_dim),
+        torch.randn(2, concept.max_concepts, concept.tokens_per_concept, concept.width),
+        torch.tensor([[True, True, False, False], [False] * 4]),
+    )
+    with torch.no_grad():
+        narrow, same = (m.transformer(*inputs) for m in (model, wide))
+    torch.testing.assert_close(same, narrow, rtol=1e-4, atol=1e-4)
+    velocity = wide.transformer(*inputs)
+    velocity.square().sum().backward()
+    twins = wide.transformer.blocks[0].ffn.net[0].proj.weight.grad.chunk(2)
+    assert not torch.allclose(twins[0], twins[1], rtol=1e-2), "twins would stay twins"
+
+
+def test_frozen_parts_stay_as_they_are(folder, tokenizer, tmp_path):
+    start = train(folder, tmp_path / "start", tokenizer, 2)
+    trained = tmp_path / "start" / "model.safetensors"
+    train_small(folder, tmp_path / "on", tokenizer, steps=2, start=trained, freeze=train_model.FROZEN)
+    after = load_model(tmp_path / "on" / "model.safetensors").state_dict()
+    before = start.state_dict()
+    moved = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
+    assert moved == {"dam", "transformer"}
+
+
+def test_pictures_that_are_all_foreign_ask_nothing_of_what_they_show(folder, tokenizer, tmp_path):
+    train_small(folder, tmp_path, tokenizer, steps=2, log_every=1, foreign=1.0)
+    record = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])
+    assert record["portrait"] == record["eye_pattern"] == 0 < record["flow"]
+
+
+def test_plain_attention_is_torchs_own():
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 3, n, 8) for n in (5, 7, 7))
+    for options in ({}, {"attn_mask": torch.rand(2, 1, 5, 7) > 0.3}, {"attn_mask": torch.randn(2, 1, 5, 7)}):
+        own = torch.nn.functional.scaled_dot_product_attention(q, k, v, **options)
+        with attention.PlainAttention():
+            plain = torch.nn.functional.scaled_dot_product_attention(q, k, v, **options)
+        torch.testing.assert_close(plain, own)
+        assert plain is not own
+
+
+def sight_of(model, kept):
+    concept = model.config.concept
+    heads = (
+        train_pictures.PortraitHead(concept.width),
+        train_pictures.TraitHead(concept.tokens_per_concept, concept.width),
+        train_pictures.TraitHead(1, concept.picture_dim, inner=256),
+    )
+    return train_pictures.Sight(model, *heads, kept)
+
+
+def test_learning_to_see_more_keeps_what_the_transformer_reads(folder, tokenizer, tmp_path):
+    start = train(folder, tmp_path, tokenizer, 2)
+    torch.manual_seed(3)
+    model = copy.deepcopy(start).train()
+    with torch.no_grad():
+        for parameter in model.qformer.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    data, records = batches.LatentPool(folder, tokenizer, 48, 8), []
+    train_pictures.learn_pictures(
+        sight_of(model, start),
+        data,
+        steps=24,
+        seed=0,
+        device="cpu",
+        adam_names=train_model.ADAM_NAMES,
+        judge=data,
+        log=records.append,
+        checkpoint=tmp_path / "seeing.safetensors",
+        batch_size=16,
+        log_every=4,
+        alone=0,
+    )
+    held = [record["held_out_kept"] for record in records]
+    assert held[-1] < 0.7 * held[0]
+    pictures = data.pictures(np.random.default_rng(1), 8)
+    with torch.no_grad():
+        mask, filled = pictures.label_mask[:, None], pictures.pixels[:, None]
+        a, b = (m.eval().concepts(filled, pictures.label_ids[:, None], mask) for m in (start, model))
+    assert float((a - b).square().mean() / a.square().mean()) == pytest.approx(held[-1], abs=0.3)
+
+
+def test_the_picture_encoder_learns_alone_first_and_an_interrupted_one_goes_on(folder, tokenizer, tmp_path):
+    data = batches.LatentPool(folder, tokenizer, 48, 8)
+
+    def learn(checkpoint, stop_after=None):
+        torch.manual_seed(3)
+        model = ConceptMaster(small_config())
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        sight, records = sight_of(model, None), []
+
+        def log(record):
+            moved = {n.split(".")[0] for n, v in model.state_dict().items() if not torch.equal(v, before[n])}
+            records.append(record | {"moved": moved})
+            if record["step"] == stop_after:
+                raise KeyboardInterrupt
+
+        options = dict(steps=10, seed=0, device="cpu", adam_names=train_model.ADAM_NAMES, judge=data)
+        try:
+            train_pictures.learn_pictures(
+                sight, data, log=log, checkpoint=checkpoint, batch_size=16, log_every=4, alone=0.6, **options
+            )
+        except KeyboardInterrupt:
+            return records, None
+        return records, {name: value.clone() for name, value in sight.state_dict().items()}
+
+    records, whole = learn(tmp_path / "whole.safetensors")
+    assert [record["step"] for record in records] == [4, 6, 8, 10]
+    assert [record["moved"] for record in records[:2]] == [{"image_encoder"}] * 2
+    assert records[-1]["moved"] == {"image_encoder", "qformer"}
+    assert records[1]["held_out_eye_pattern"] < records[0]["eye_pattern"]
+    learn(tmp_path / "cut.safetensors", stop_after=6)  # its last checkpoint is that of step 4
+    rest, again = learn(tmp_path / "cut.safetensors")
+    assert rest[0]["step"] == 6
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
+
+
+def test_every_query_tells_its_own_square():
+    head = train_pictures.portrait_head_for(preset("sprites").concept)
+    assert type(head) is train_pictures.UprightHead
+    queries = torch.zeros(1, 64, 128)
+    with torch.no_grad():
+        plain = head(queries)
+        for square in (0, 9, 63):
+            queries[:] = 0
+            queries[0, square] = 1
+            changed = (head(queries) != plain).any(1)[0]
+            row, column = divmod(square, 8)
+            assert changed.sum() == 16
+            assert changed[4 * row : 4 * row + 4, 4 * column : 4 * column + 4].all()
+    few = dataclasses.replace(preset("sprites").concept, queries=8)
+    assert isinstance(train_pictures.portrait_head_for(few), train_pictures.PortraitHead)
+
+
+def test_new_pictures_are_like_those_of_clips_and_never_held_out(folder, tokenizer, monkeypatch):
+    data = batches.LatentPool(folder, tokenizer, 48, 8)
+    draw, looks = batches.random_identity, []
+    monkeypatch.setattr(batches, "random_identity", lambda *a, **k: looks.append(draw(*a, **k)) or looks[-1])
+    new, old = (
+        batches.new_pictures(np.random.default_rng(0), 48, data.label),
+        data.pictures(np.random.default_rng(0), 48),
+    )
+    for name, value in vars(old).items():
+        other = getattr(new, name)
+        assert (other.shape, other.dtype) == (value.shape, value.dtype), name
+    assert len(looks) == len(set(looks)) == 48 and not any(look.held_out for look in looks)
+    for row, look in enumerate(looks):
+        texture, accessory, noun = new.traits[row].tolist()
+        assert (TEXTURES[texture], ACCESSORIES[accessory]) == (look.texture, look.accessory)
+        assert np.array_equal(new.label_ids[row].numpy(), data.label(NOUNS[noun])[0])
+        body = torch.tensor(look.body) * 2 - 1  # somewhere in the portrait, as it is
+        assert (new.portraits[row] - body[:, None, None]).abs().amax(0).min() < 0.05
+    again = batches.new_pictures(np.random.default_rng(0), 48, data.label)
+    assert torch.equal(again.pixels, new.pixels)
+
+
+@pytest.mark.parametrize("texture", TEXTURES)
+def test_textures_that_look_alike_are_told_alike_and_others_are_not(texture):
+    axis = np.linspace(-1, 1, 64, dtype=np.float32)
+    u, v = np.meshgrid(axis, axis)
+    look = dataclasses.replace(random_scene(0, held_out=False).actors[0].identity, texture=texture)
+
+    def paint_and_runs(look):
+        return shapes.texture(look, u, v, 0.05), np.nan_to_num(batches.how_it_runs(look))
+
+    painted, told = paint_and_runs(look)
+    for change in (
+        {"angle": look.angle + np.pi},
+        {"angle": look.angle + np.pi / 2},
+        {"angle": look.angle + 0.4},
+    ):
+        repainted, retold = paint_and_runs(dataclasses.replace(look, **change))
+        same = np.abs(repainted - painted).max() < 1e-3
+        assert np.allclose(told, retold, atol=1e-5) == same, change
+    other = batches.how_it_runs(dataclasses.replace(look, period=PERIODS[1]))
+    assert np.isnan(other[6]) if texture == "plain" else other[6] == pytest.approx(1)
+
+
+@pytest.mark.parametrize("knows", [True, False])
+def test_clips_that_the_model_told_are_all_that_its_own_noise_shows(knows, folder, tokenizer):
+    config = small_config()
+    shown = batches.LatentPool(folder, tokenizer, config.text_tokens, config.concept.label_tokens)
+    batch = shown.batch(np.random.default_rng(0), 64, batches.Dropped())
+    told = batch.latents if knows else torch.zeros_like(batch.latents)
+
+    class Teller:
+        def velocity(self, part, noisy, sigma):
+            rows = [int((batch.latents == clip).flatten(1).all(1).nonzero()[0]) for clip in part.latents]
+            return ((noisy - told[rows]) / sigma[:, None, None, None, None],)
+
+    noise = torch.randn(batch.latents.shape, generator=torch.Generator().manual_seed(0))
+    sigma = torch.full((64,), 0.1)
+    own, level, held = noising.own_noise(Teller(), batch, noise, sigma, np.random.default_rng(1), 0.5)
+    went_on = level != sigma
+    assert 0 < went_on.sum() < 64 and not went_on[~batch.concept_mask.any(-1)].any()
+    assert torch.equal(own[~went_on], noise[~went_on]) and (held[~went_on] == noising.HELD_SIGMA).all()
+    assert (level < held)[went_on].all() and (held[went_on] >= noising.OWN_SIGMAS[0]).all()
+    s = level[:, None, None, None, None]
+    left = ((1 - s) * (batch.latents - told) + s * own)[went_on] / s[went_on]  # the noise alone
+    assert abs(float(left.mean())) < 0.01 and float(left.std()) == pytest.approx(1, abs=0.01)
+
+
+def test_a_clip_noised_by_its_decoy_is_its_decoy_noised(folder, tokenizer):
+    data = batches.LatentPool(folder, tokenizer, 48, 8)
+    batch = data.batch(np.random.default_rng(0), 64, batches.Dropped(foreign=0.5))
+    assert batch.foreign.any() and not batch.foreign[~batch.label_mask.any(-1)].any()
+    noise = torch.randn(batch.latents.shape, generator=torch.Generator().manual_seed(0))
+    sigma = noising.random_sigma(np.random.default_rng(2), 64)
+    found, chosen = noising.decoy_noise(batch, noise, sigma, np.random.default_rng(1), 0.7)
+    s = sigma[:, None, None, None, None]
+    shown = ((1 - s) * batch.latents + s * found - s * noise) / (1 - s)
+    decoys = (shown - batch.decoys).abs().amax((1, 2, 3, 4)) < 1e-3
+    clips = (shown - batch.latents).abs().amax((1, 2, 3, 4)) < 1e-3
+    assert decoys[chosen].all() and clips[~chosen].all() and 0 < chosen.sum() < 64
+    assert not chosen[~batch.concept_mask.any(-1)].any()
+    assert not chosen[sigma < noising.DECOY_SIGMAS[0]].any()
+
+
+def test_a_decoy_differs_in_its_textures_alone():
+    scene = random_scene(3, held_out=False, concepts=3)
+    rng, kinds = np.random.default_rng(0), set()
+    for _ in range(40):
+        other = decoys.decoy(scene, rng)
+        assert dataclasses.replace(other, actors=scene.actors) == scene
+        for own, disguised in zip(scene.actors, other.actors, strict=True):
+            kinds.add(disguised.identity.texture)
+            kept = {name: getattr(own.identity, name) for name in ("second", "accent", "accessory")}
+            assert kept.items() <= vars(disguised.identity).items()
+            assert dataclasses.replace(disguised, identity=own.identity) == own
+            if disguised.identity.texture != "plain":
+                assert disguised.identity.body == own.identity.body
+        stranger = decoys.foreign(scene.actors[0], rng)
+        assert stranger.noun != scene.actors[0].noun and stranger.identity == scene.actors[0].identity
+    assert kinds == set(TEXTURES)
+
+
+def test_more_components_join_those_that_are_known(folder):
+    """What is added is orthogonal, and explains as much as if all had been found at once."""
+    few = small_config().vae | {"z_dim": 20, "latents_mean": [0.0] * 20, "latents_std": [1.0] * 20}
+    known, more = train_vae.new_vae(few), train_vae.new_vae(small_config().vae)
+    train_vae.analyse(known, folder, clips=3 * CLIPS)
+    more.mean.copy_(known.mean)
+    more.basis[:20], more.scale[:20] = known.basis, known.scale
+    train_vae.analyse(more, folder, clips=3 * CLIPS, kept=20)
+    assert torch.equal(more.basis[:20], known.basis) and torch.equal(more.scale[:20], known.scale)
+    torch.testing.assert_close(more.basis @ more.basis.T, torch.eye(COMPONENTS), rtol=0, atol=1e-4)
+    at_once = train_vae.load_vae(folder)  # all of them, from the same clips
+    torch.testing.assert_close(more.scale, at_once.scale, rtol=0.02, atol=0)
+    videos = train_vae.to_tensor(pool.open_shard(pool.shards(folder)[1]).video)
+    first, whole = known.encode(videos), more.encode(videos)
+    torch.testing.assert_close(whole[:, :20], first, rtol=1e-4, atol=1e-4)
+
+
+def test_a_model_goes_on_with_more_latent_channels(folder, tokenizer, tmp_path):
+    """What it tells of the channels that it knew does not depend on the new ones, whose mean it tells."""
+    small = small_config()
+    channels = {"in_channels": 20, "out_channels": 20}
+    numbers = {"z_dim": 20, "latents_mean": [0.0] * 20, "latents_std": [1.0] * 20}
+    before = ConceptMaster(
+        dataclasses.replace(
+            small, transformer=dataclasses.replace(small.transformer, **channels), vae=small.vae | numbers
+        )
+    )
+    with torch.no_grad():
+        for parameter in before.parameters():
+            parameter.add_(0.02)
+    save_model(before, tmp_path / "model.safetensors")
+    after = ConceptMaster(small)
+    assert starting.start_from(after, tmp_path / "model.safetensors") == []
+    torch.manual_seed(0)
+    latents, concept = torch.randn(2, *small.latent_shape), small.concept
+    rest = (
+        torch.tensor([900.0, 200.0]),
+        torch.randn(2, 48, small.transformer.text_dim),
+        torch.randn(2, concept.max_concepts, concept.tokens_per_concept, concept.width),
+        torch.ones(2, concept.max_concepts, dtype=torch.bool),
+    )
+    with torch.no_grad():
+        known, told = before.transformer(latents[:, :20], *rest), after.transformer(latents, *rest)
+    torch.testing.assert_close(told[:, :20], known, rtol=1e-4, atol=1e-4)
+    sigma = rest[0][:, None, None, None, None] / 1000
+    torch.testing.assert_close(told[:, 20:], latents[:, 20:] / sigma, rtol=1e-4, atol=1e-4)
+
+
+def test_a_training_starts_from_weights_with_more_components_or_says_why_not(tmp_path, monkeypatch):
+    monkeypatch.setattr(pool, "SHARD", CLIPS)
+    monkeypatch.setattr(train_stages, "SHARD", CLIPS)
+    numbers = {"z_dim": 20, "latents_mean": [0.0] * 20, "latents_std": [0.5] * 20}
+    small = small_config(queries=8)
+    narrow = dataclasses.replace(small.transformer, in_channels=20, out_channels=20)
+    config = dataclasses.replace(small, vae=small.vae | numbers, transformer=narrow)
+    begun, old = tmp_path / "begun", train_vae.new_vae(config.vae)
+    train_vae.write_vae(old, begun, config.vae)
+    save_model(ConceptMaster(config), begun / "model.safetensors")
+    parser = argparse.ArgumentParser()
+    train_stages.add_arguments(parser)
+
+    def run(*more):
+        words = ["--output", str(tmp_path / "on"), "--start", str(begun), "--stages", "draw", "latents"]
+        return train_stages.run(parser.parse_args([*words, "--clips", "12", "--workers", "1", *more]))
+
+    with pytest.raises(InputError, match="must be at least the 20 of"):
+        run("--components", "10")
+    assert run("--components", "24") == 0
+    new = train_vae.load_vae(tmp_path / "on" / "vae")
+    assert new.basis.shape[0] == 24 and torch.equal(new.basis[:20], old.basis)
+    encoded = list((tmp_path / "on").glob("*/*/*latents.npy"))
+    assert len(encoded) == 2 * 3 and all(np.load(path).shape[1] == 24 for path in encoded)
+    assert train_stages._started_vae(begun, None).queries == 8
+    save_model(ConceptMaster(preset("tiny")), begun / "model.safetensors")
+    with pytest.raises(InputError, match="its VAE is not of blocks"):
+        run()
+
+
+def test_drawing_and_encoding_stop_at_any_shard_and_go_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(pool, "SHARD", CLIPS)
+    monkeypatch.setattr(train_stages, "SHARD", CLIPS)
+    parser = argparse.ArgumentParser()
+    train_stages.add_arguments(parser)
+    words = ["--output", str(tmp_path), "--stages", "draw", "latents", "--clips", str(3 * CLIPS)]
+    args = parser.parse_args([*words, "--workers", "1"])
+    encode, calls = train_stages.encode_shard, []
+
+    def stop_at_the_second(*arguments):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        encode(*arguments)
+
+    monkeypatch.setattr(train_stages, "encode_shard", stop_at_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        train_stages.run(args)
+    assert len(pool.shards(tmp_path / "clips")) == 3
+    monkeypatch.setattr(train_stages, "encode_shard", encode)
+    first = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/shard-*/latents.npy")}
+    assert len(first) == 1 and train_stages.run(args) == 0
+    latents = [folder / "latents.npy" for folder in tmp_path.glob("*/shard-*")]
+    assert len(latents) == 4 and all(np.load(path).shape == (CLIPS, COMPONENTS, 5, 8, 8) for path in latents)
+    assert all(path.stat().st_mtime_ns == made for path, made in first.items())
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_processes_give_results_in_the_order_of_their_jobs(workers):
+    assert list(processes.in_processes(math.sqrt, [9.0, 4.0, 1.0], workers)) == [3.0, 2.0, 1.0]
+    with pytest.raises(ValueError, match="math domain|nonnegative"):
+        list(processes.in_processes(math.sqrt, [1.0, -1.0], workers))

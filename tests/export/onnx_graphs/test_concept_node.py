@@ -1,0 +1,151 @@
+"""The project's own nodes: their function bodies in ONNX Runtime against the torch ops that they stand
+for."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+onnx = pytest.importorskip("onnx")
+inliner = pytest.importorskip("onnx.inliner")
+ort = pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxscript")
+
+from conceptmaster.export.onnx_graphs import concept_node  # noqa: E402
+from conceptmaster.kernels.cross_attention import (  # noqa: E402
+    concept_injection,
+    decoupled_cross_attention,
+)
+
+NAMES = (concept_node.INJECTION, concept_node.DECOUPLED)
+B, S, T, C, A, E = 2, 5, 4, 6, 3, 8
+
+
+def one_node(name, dtype=None, **attributes):
+    """A model of one node, with its body, as the exporter would write it."""
+    dtype = dtype or onnx.TensorProto.FLOAT
+    function = onnx.parser.parse_function(concept_node.function_text(name, 23))
+    sizes = {"mask": [B, C], "q": [B, S, A * E]} | {n: [B, T, A * E] for n in ("text_k", "text_v")}
+    info = onnx.helper.make_tensor_value_info
+    inputs = [
+        info(n, onnx.TensorProto.BOOL if n == "mask" else dtype, sizes.get(n, [B, C, A * E]))
+        for n in function.input
+    ]
+    node = onnx.helper.make_node(
+        name,
+        list(function.input),
+        ["out"],
+        domain=concept_node.DOMAIN,
+        heads=A,
+        **(concept_node.FOR_TENSORRT | attributes),
+    )
+    graph = onnx.helper.make_graph([node], "one", inputs, [info("out", dtype, [B, S, A * E])])
+    versions = {"": 23, concept_node.DOMAIN: concept_node.VERSION}
+    opsets = [onnx.helper.make_opsetid(domain, version) for domain, version in versions.items()]
+    return onnx.helper.make_model(graph, opset_imports=opsets, functions=[function], ir_version=10)
+
+
+def feed(seed=0):
+    g = torch.Generator().manual_seed(seed)
+    sizes = {"q": S, "text_k": T, "text_v": T, "k": C, "v": C}
+    made = {name: torch.randn(B, size, A, E, generator=g) for name, size in sizes.items()}
+    return made | {"mask": torch.tensor([[False] * C, [True, False, True, True, False, False]])}
+
+
+def expected(name, x):
+    if name == concept_node.INJECTION:
+        return concept_injection(x["q"], x["k"], x["v"], x["mask"])
+    return decoupled_cross_attention(x["q"], x["text_k"], x["text_v"], x["k"], x["v"], x["mask"])
+
+
+def run(model, x):
+    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    names = [i.name for i in session.get_inputs()]
+    flat = {n: (x[n] if n == "mask" else x[n].flatten(2)).numpy() for n in names}
+    return session.run(None, flat)[0].reshape(B, S, A, E)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_body_is_the_torch_op(name, assert_close):
+    x = feed()
+    out = run(one_node(name), x)
+    assert_close(out, expected(name, x))
+    if name == concept_node.INJECTION:
+        assert not out[0].any()  # every concept masked: exactly nothing
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_body_runs_in_half_precision(name, assert_close):
+    x = {n: v if n == "mask" else v.half() for n, v in feed().items()}
+    wide = {n: v if n == "mask" else v.double() for n, v in x.items()}
+    assert_close(run(one_node(name, onnx.TensorProto.FLOAT16), x), expected(name, wide), "float16")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_masked_key_changes_no_bit(name):
+    x, other = feed(), feed()
+    hidden = ~x["mask"][:, :, None, None]
+    for n in "kv":
+        other[n] = torch.where(hidden, torch.tensor(1e4), x[n])
+    assert (run(one_node(name), x) == run(one_node(name), other)).all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_checker_and_inliner_take_it(name, assert_close):
+    model = one_node(name)
+    onnx.checker.check_model(model, full_check=True)
+    inlined = inliner.inline_local_functions(model)
+    onnx.checker.check_model(inlined, full_check=True)
+    assert not inlined.functions and {n.domain for n in inlined.graph.node} == {""}
+    assert_close(run(inlined, feed()), expected(name, feed()))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_tensorrt_reads_disturbs_nobody(name):
+    plain = one_node(name)
+    (node,) = plain.graph.node
+    extra = [a for a in node.attribute if a.name in concept_node.FOR_TENSORRT]
+    assert {a.name for a in extra} == {"plugin_namespace", "aot"}
+    with_extra = run(plain, feed())
+    for attribute in extra:
+        node.attribute.remove(attribute)
+    assert (run(plain, feed()) == with_extra).all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_shapes_are_inferred_through_it_by_whoever_has_made_it(name):
+    """Also in a process that has exported: what comes behind the node would have neither shape nor type."""
+    schema = concept_node.operator(name).op_schema
+    assert [p.name for p in schema.inputs] == list(
+        onnx.parser.parse_function(concept_node.function_text(name, 23)).input
+    )
+    model = one_node(name)
+    model.graph.node.append(onnx.helper.make_node("Neg", ["out"], ["negative"]))
+    model.graph.output.append(onnx.helper.make_empty_tensor_value_info("negative"))
+    found = onnx.shape_inference.infer_shapes(model).graph.output[1].type.tensor_type
+    assert [d.dim_value for d in found.shape.dim] == [B, S, A * E]
+
+
+@pytest.mark.parametrize(
+    ("injection", "name"), [("standalone", concept_node.INJECTION), ("shared_query", concept_node.DECOUPLED)]
+)
+def test_every_block_has_one(source_for, tmp_path, run, assert_close, injection, name):
+    from conceptmaster.export.graphs import graph_specs
+    from conceptmaster.export.onnx_graphs.trace import export_graph
+
+    source = source_for(injection=injection)
+    (spec,) = (s for s in graph_specs(source.model, source.vae) if s.name == "denoise")
+    path = tmp_path / "denoise.onnx"
+    export_graph(spec, path)
+    model = onnx.load(str(path))
+    found = [node for node in model.graph.node if node.domain == concept_node.DOMAIN]
+    assert [node.op_type for node in found] == [name] * source.model.config.transformer.num_layers
+    assert [f.name for f in model.functions] == [name]
+    assert not any(
+        node.op_type == "Reshape" and set(node.input) & {n.output[0] for n in found}
+        for node in model.graph.node
+    )  # no detour behind the node
+    sample = spec.sample(3)
+    assert_close(run(path, sample)["next_state"], spec.run(sample)["next_state"])
+    assert np.isfinite(run(path, sample)["next_state"]).all()

@@ -1,0 +1,244 @@
+"""Every graph through NVIDIA's own parser and builder: TensorRT for RTX does both without a GPU. Nothing
+runs.
+
+Quick here: every graph of the shipped bundle in each precision, and the tiny preset with the node. Slow:
+every precision for every target, two blocks of Wan2.1 1.3B's width, and its denoise graph in full depth.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("onnxscript")
+trt = pytest.importorskip(
+    "tensorrt_rtx", reason="tensorrt-rtx is not installed: pip install '.[tensorrt-rtx]'"
+)
+
+from onnxscript import ir  # noqa: E402
+
+from conceptmaster.cli import main  # noqa: E402
+from conceptmaster.export.errors import ExportError  # noqa: E402
+from conceptmaster.export.onnx_graphs.concept_node import DOMAIN  # noqa: E402
+from conceptmaster.export.tensorrt_engines import builder  # noqa: E402
+from conceptmaster.export.tensorrt_engines.builder import Limits  # noqa: E402
+from conceptmaster.export.tensorrt_engines.fp8 import linears  # noqa: E402
+from conceptmaster.export.tensorrt_engines.precision import PRECISIONS, prepare  # noqa: E402
+from conceptmaster.runtime.bundle_format import tensorrt_engines as stored  # noqa: E402
+from conceptmaster.runtime.bundle_format.find import SHIPPED  # noqa: E402
+from conceptmaster.runtime.bundle_format.manifest import HashedFile, load, save, sha256_file  # noqa: E402
+
+SPRITES = SHIPPED / "sprites"
+GRAPHS = sorted(path.stem for path in SPRITES.glob("*.onnx"))
+TARGETS = (80, 89, 120)
+FULL_DEPTH = 16, 12  # GiB of memory, of disk
+EVERYTHING = [
+    (g, p, t) for g in GRAPHS for p in PRECISIONS for t in TARGETS if (p, t) != ("fp8", 80)
+]  # which has no 8-bit floating point
+QUICK = [(g, p, TARGETS[i % 3]) for g in GRAPHS for i, p in enumerate(PRECISIONS[:3])]
+QUICK.append(("denoise", "fp8", 89))
+
+
+def build(source, tmp_path, precision, capability):
+    target = tmp_path / "graph.onnx"
+    prepare(source, target, precision, ranges(source) if precision == "fp8" else None)
+    built = builder.build(trt, target, capability, Limits(level=0))
+    assert len(built.engine) > 1000 and built.layers > 0
+    return built
+
+
+def ranges(source):
+    """Anything, for the denoise graph's matrices: engines of other scales are built alike."""
+    return {node.name: 8.0 for node in linears(ir.load(source))} if source.stem == "denoise" else {}
+
+
+def attention(built):
+    return len(built.whole_attention), len(built.decomposed_attention)
+
+
+def check(graph, precision, capability, tmp_path):
+    source = SPRITES / f"{graph}.onnx"
+    built = build(source, tmp_path, precision, capability)
+    found = sum(node.op_type == "Attention" or node.domain == DOMAIN for node in ir.load(source).graph)
+    assert found == (18 if graph == "denoise" else found)
+    assert attention(built) == ((0, found) if precision == "fp32" else (found, 0))
+
+
+@pytest.mark.parametrize(("graph", "precision", "capability"), QUICK)
+def test_a_graph_builds(graph, precision, capability, tmp_path):
+    check(graph, precision, capability, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("graph", "precision", "capability"), [e for e in EVERYTHING if e not in QUICK])
+def test_every_graph_builds(graph, precision, capability, tmp_path):
+    check(graph, precision, capability, tmp_path)
+
+
+def test_weights_beside_the_graph_reach_the_engine(tmp_path):
+    path = tmp_path / "bundle" / "dam.onnx"
+    path.parent.mkdir()
+    ir.save(ir.load(SPRITES / path.name), path, external_data="dam.onnx.data")
+    outside, inside = (build(p, tmp_path, "bf16", 89) for p in (path, SPRITES / path.name))
+    assert outside.layers == inside.layers and abs(len(outside.engine) - len(inside.engine)) < 4096
+
+
+def test_the_node_builds(bundle, tmp_path):
+    """In fp32 only: on heads 12 wide, which no real model has, the builder crashes in 16 bits."""
+    built = build(bundle / "denoise.onnx", tmp_path, "fp32", 89)
+    assert attention(built) == (0, 6)
+
+
+def wan(blocks, size=None):
+    """The denoise graph's spec of Wan2.1 1.3B's width with so few blocks; random weights, small encoders."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from conceptmaster.engine.presets import preset
+    from conceptmaster.export.graphs import graph_specs
+    from conceptmaster.export.source import random_source
+
+    config, tiny = preset("wan2.1-1.3b"), preset("tiny")
+    config = dataclasses.replace(
+        config,
+        transformer=dataclasses.replace(config.transformer, num_layers=blocks, text_dim=16),
+        concept=dataclasses.replace(config.concept, picture_size=16, picture_tokens=4, picture_dim=16),
+        text_encoder=tiny.text_encoder,
+        image_encoder=tiny.image_encoder,
+        **(size or {"frames": 5, "height": 64, "width": 64}),
+    )
+    source = random_source(config)
+    # In full size denoise alone is exported, and nothing is run for its shapes; a decoder's own tensors would
+    # be fake, too.
+    with FakeTensorMode(allow_non_fake_inputs=True) if size else contextlib.nullcontext():
+        return {spec.name: spec for spec in graph_specs(source.model, source.vae)}
+
+
+@pytest.fixture(scope="module")
+def two_blocks(tmp_path_factory):
+    from conceptmaster.export.onnx_graphs.trace import export_graph
+
+    folder = tmp_path_factory.mktemp("wan")
+    for spec in wan(2).values():
+        export_graph(spec, folder / f"{spec.name}.onnx")
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", TARGETS)
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_two_blocks_of_wan_build(two_blocks, tmp_path, precision, capability):
+    if (precision, capability) == ("fp8", 80):
+        pytest.skip("sm_80 has no 8-bit floating point")
+    for path in sorted(two_blocks.glob("*.onnx")):
+        built = build(path, tmp_path, precision, capability)
+        if path.stem == "denoise":
+            assert attention(built) == ((0, 6) if precision == "fp32" else (6, 0))
+
+
+def available():
+    """Bytes of memory that are free or can be freed; 0 where the system does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return 0
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable"))
+
+
+@pytest.mark.slow
+def test_wan_in_full_depth_builds(tmp_path):
+    """30 blocks, 832 by 480, 81 frames, in bf16; says how many layers, and which attention stayed whole."""
+    from conceptmaster.export.onnx_graphs.trace import export_graph
+
+    memory, disk = available(), shutil.disk_usage(tmp_path).free
+    if memory < FULL_DEPTH[0] << 30 or disk < FULL_DEPTH[1] << 30:
+        pytest.skip(
+            f"needs {FULL_DEPTH[0]} GiB of memory and {FULL_DEPTH[1]} GiB of disk, "
+            f"{memory >> 30} and {disk >> 30} are free"
+        )
+    size = {"frames": 81, "height": 480, "width": 832}
+    path = tmp_path / "bundle" / "denoise.onnx"
+    path.parent.mkdir()
+    export_graph(dataclasses.replace(wan(30, size)["denoise"], external=True), path)
+    built = build(path, tmp_path, "bf16", 89)
+    print(f"{built.layers} layers, {len(built.engine) / 2**30:.2f} GiB; whole: {built.whole_attention}")
+    assert attention(built) == (90, 0)
+
+
+def put_beside(folder, graph):
+    """Moves a bundle's weights of one graph into a file beside it, as those of large bases are."""
+    manifest, path = load(folder), folder / f"{graph}.onnx"
+    ir.save(ir.load(path), path, external_data=f"{path.name}.data")
+    files = [HashedFile(p.name, sha256_file(p)) for p in (path, path.with_name(f"{path.name}.data"))]
+    changed = dataclasses.replace(manifest.graphs[graph], sha256=files[0].sha256, external=(files[1],))
+    save(dataclasses.replace(manifest, graphs=manifest.graphs | {graph: changed}), folder)
+
+
+def test_the_command_writes_engines_that_are_vouched_for(bundle, tmp_path, capsys):
+    folder = tmp_path / "bundle"
+    shutil.copytree(bundle, folder)
+    put_beside(folder, "denoise")
+    arguments = [
+        "build",
+        str(folder),
+        "--flavor",
+        "rtx",
+        "--target",
+        "sm_89",
+        "--precision",
+        "fp32",
+        "--json",
+    ]
+    assert main(arguments) == 0
+    report = json.loads(capsys.readouterr().out)
+    version = stored.short_version(trt.__version__)
+    manifest = load(folder)
+    place, engines = stored.choose(folder, manifest.graphs, "rtx", version, 89)
+    assert str(place) == report["folder"] and engines.plugin_abi == 0 and engines.precision == "fp32"
+    assert {line["graph"] for line in report["engines"]} == set(manifest.graphs)
+    assert all(sha256_file(place / e.file) == e.sha256 for e in engines.engines.values())
+    assert not list(place.glob(".*"))  # no prepared graph is left
+
+
+def test_a_graph_that_tensorrt_cannot_take_names_node_and_operator(tmp_path):
+    graph = SHIPPED / "sprites-int8" / "denoise.onnx"
+    with pytest.raises(
+        ExportError, match="node 'add_2_QuantizeLinear', operator DynamicQuantizeLinear: .* more nodes"
+    ):
+        builder.build(trt, graph, 89, Limits())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (
+            ["--flavor", "rtx", "--target", "sm_90"],
+            "--target sm_90: TensorRT for RTX builds for one of sm_75",
+        ),
+        (["--flavor", "rtx"], "no --target: TensorRT for RTX builds for one of"),
+        (["--target", "H100"], "'H100' is no target: write sm_"),
+        (["--dry-run"], "--dry-run, --collect and --trtexec-version go with --trtexec"),
+        (["--trtexec", "--collect", "--target", "sm_90"], "run '"),
+        (
+            ["--trtexec", "--dry-run", "--target", "sm_90", "--trtexec-version", "ten"],
+            "'ten': write it as 10.13",
+        ),
+        (["--trtexec", "--flavor", "rtx"], "leave out --flavor"),
+        (["--precision", "int4"], "invalid choice"),
+    ],
+)
+def test_wrong_input_is_one_line(arguments, words, capsys):
+    assert main(["build", "sprites", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert words in error and error.count("\n") == 1
+
+
+def test_an_int8_bundle_is_refused(tmp_path, capsys):
+    folder = tmp_path / "bundle"
+    shutil.copytree(SHIPPED / "sprites-int8", folder)
+    assert main(["build", str(folder), "--trtexec", "--dry-run", "--target", "sm_90"]) == 2
+    assert "is in int8 for CPUs" in capsys.readouterr().err

@@ -1,0 +1,156 @@
+"""The model repository: every configuration parsed with the server's published schema, and model.py run."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import sys
+import types
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+
+pytest.importorskip("onnxscript")
+
+from conceptmaster import Pipeline  # noqa: E402
+from conceptmaster.cli import main  # noqa: E402
+from conceptmaster.runtime.bundle_format.find import SHIPPED  # noqa: E402
+from conceptmaster.runtime.bundle_format.manifest import load  # noqa: E402
+
+
+@functools.cache
+def session(path):
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.log_severity_level = 1, 3
+    return onnxruntime.InferenceSession(str(path), options)
+
+
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory):
+    output = tmp_path_factory.mktemp("served") / "models"
+    assert main(["export-triton", "sprites", str(output)]) == 0
+    return output
+
+
+def schema():
+    """tritonclient's generated model_config_pb2, by its file: the package around it wants grpc."""
+    found = importlib.util.find_spec("tritonclient")
+    path = Path(found.submodule_search_locations[0], "grpc/model_config_pb2.py") if found else None
+    if path is None or not path.is_file():
+        pytest.skip("tritonclient is not installed")
+    spec = importlib.util.spec_from_file_location("model_config_pb2", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_every_configuration_follows_the_published_schema(repository):
+    model_config = schema()
+    from google.protobuf import text_format
+
+    manifest = load(SHIPPED / "sprites")
+    assert {path.name for path in repository.iterdir()} == {"conceptmaster", *manifest.graphs}
+    for folder in repository.iterdir():
+        config = text_format.Parse((folder / "config.pbtxt").read_text(), model_config.ModelConfig())
+        assert config.name == folder.name and config.max_batch_size == 0
+        if folder.name == "conceptmaster":
+            assert config.backend == "python" and list(config.output[0].dims) == [17, 64, 64, 3]
+            continue
+        graph = manifest.graphs[folder.name]
+        assert [(t.name, tuple(t.dims)) for t in config.input] == [(s.name, s.shape) for s in graph.inputs]
+        assert [(t.name, tuple(t.dims)) for t in config.output] == [(s.name, s.shape) for s in graph.outputs]
+        inputs = session(folder / "1" / "model.onnx").get_inputs()
+        assert [i.name for i in inputs] == [t.name for t in config.input]
+
+
+class Tensor:
+    def __init__(self, name, array):
+        self._name, self.array = name, array
+
+    def as_numpy(self):
+        return self.array
+
+    def name(self):
+        return self._name
+
+    @classmethod
+    def from_dlpack(cls, name, other):
+        return cls(name, other.array)
+
+
+@pytest.fixture
+def served(repository, monkeypatch):
+    """The model of model.py under a fake of the server, which runs the repository's graphs."""
+    server = types.ModuleType("triton_python_backend_utils")
+    server.Tensor, server.TritonError = Tensor, lambda message: types.SimpleNamespace(message=lambda: message)
+
+    class InferenceResponse:
+        def __init__(self, tensors, error=None):
+            self.tensors, self._error = tensors, error
+
+        def has_error(self):
+            return self._error is not None
+
+        def error(self):
+            return self._error
+
+    class InferenceRequest:
+        def __init__(self, model_name, requested_output_names, inputs):
+            self.path, self.names = repository / model_name / "1" / "model.onnx", requested_output_names
+            self.inputs = inputs
+
+        def exec(self):
+            found = session(self.path).run(self.names, {t.name(): t.as_numpy() for t in self.inputs})
+            return InferenceResponse([Tensor(n, v) for n, v in zip(self.names, found, strict=True)])
+
+    server.InferenceRequest, server.InferenceResponse = InferenceRequest, InferenceResponse
+    server.get_output_tensor_by_name = lambda response, name: next(
+        t for t in response.tensors if t.name() == name
+    )
+    server.get_input_tensor_by_name = lambda request, name: request.get(name)
+    monkeypatch.setitem(sys.modules, "triton_python_backend_utils", server)
+    monkeypatch.delitem(sys.modules, "conceptmaster.runtime.backends.triton_server", raising=False)
+    spec = importlib.util.spec_from_file_location("model", repository / "conceptmaster" / "1" / "model.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    model = module.TritonPythonModel()
+    model.initialize({"model_repository": str(repository / "conceptmaster"), "model_version": "1"})
+    return model
+
+
+def ask(**given):
+    return {name: Tensor(name, np.array(value)) for name, value in given.items()}
+
+
+def test_the_served_video_is_the_pipelines(served):
+    picture = np.full((1, 8, 8, 3), 200, np.uint8)
+    request = ask(PROMPT=[b"a ball rolls left"], LABELS=[b"ball"], PICTURES=picture, SEED=[3], STEPS=[2])
+    (answer,) = served.execute([request])
+    from conceptmaster import Concept
+
+    pipeline = Pipeline.from_bundle("sprites", threads=1)
+    expected = pipeline("a ball rolls left", [Concept("ball", picture[0])], seed=3, steps=2).frames
+    found = answer.tensors[0].as_numpy()
+    assert found.shape == expected.shape and np.abs(found.astype(int) - expected).max() <= 1
+
+
+def test_a_bad_request_is_answered_not_raised(served):
+    (answer,) = served.execute([ask(PROMPT=[b"a"], LABELS=[b"ball"])])
+    assert answer.error().message() == "1 LABELS for 0 PICTURES: one label for each picture"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["nothing", "OUT"], "no bundle 'nothing'"),
+        (["sprites", "OUT", "--engines", "sm90"], "no engines 'sm90'"),
+        (["sprites", "."], "is there already"),
+    ],
+)
+def test_wrong_input_is_one_line(arguments, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["export-triton", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert words in error and error.count("\n") == 1

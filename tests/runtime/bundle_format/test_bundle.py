@@ -1,0 +1,253 @@
+"""A bundle is taken whole and unchanged, or refused in one line."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from conceptmaster.errors import BundleError, InputError
+from conceptmaster.runtime.backends import open_backend
+from conceptmaster.runtime.bundle_format import find as bundles
+from conceptmaster.runtime.bundle_format import manifest
+from conceptmaster.runtime.bundle_format.find import Bundle
+
+Edit = Callable[[Path, Callable[[dict], object]], None]
+CONCEPTS = ("image_encoder", "qformer", "dam")
+
+
+@pytest.fixture
+def own(bundle: Path, tmp_path: Path) -> Path:
+    """A copy of the fake bundle that a test may change."""
+    return Path(shutil.copytree(bundle, tmp_path / "own"))
+
+
+def refused(folder: Path, word: str) -> None:
+    with pytest.raises(BundleError, match=word) as caught:
+        Bundle.open(folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_opens_and_survives_a_round_trip(own: Path) -> None:
+    opened = Bundle.open(own)
+    (own / "manifest.json").unlink()
+    manifest.save(opened.manifest, own)
+    assert Bundle.open(str(own)).manifest == opened.manifest
+    assert opened.tokenizer.is_file() and opened.path("denoise").is_file()
+    assert not [path for path in own.iterdir() if path.name.startswith(".")], "a temporary file was left"
+
+
+def test_one_changed_bit_anywhere_is_found(bundle: Path, own: Path) -> None:
+    files = sorted(path.name for path in own.iterdir())
+    assert len(files) == 10
+    for name in files:
+        data = bytearray((bundle / name).read_bytes())
+        for place in (0, len(data) // 2, len(data) - 2):
+            changed = data.copy()
+            changed[place] ^= 1
+            (own / name).write_bytes(changed)
+            refused(own, name)
+        (own / name).write_bytes(data)
+    Bundle.open(own)
+
+
+def test_every_bit_of_the_manifest_counts(own: Path) -> None:
+    path = own / "manifest.json"
+    text = path.read_text()
+    path.write_text(text.replace('"shift": 3.0', '"shift": 4.0'))
+    refused(own, "its own checksum")
+
+
+@pytest.mark.parametrize("name", ["decode.onnx", "tokenizer.json"])
+def test_missing_and_truncated_files(own: Path, name: str) -> None:
+    data = (own / name).read_bytes()
+    (own / name).write_bytes(data[:-1])
+    refused(own, f"{name}.*SHA-256.*expected.*conceptmaster export")
+    (own / name).unlink()
+    refused(own, f"{name}.*is missing")
+    (own / name).mkdir()
+    refused(own, f"{name}.*is missing")
+
+
+CHANGES: list[tuple[str, Callable[[dict], object], str]] = [
+    ("newer format", lambda d: d.update(format=3, more=1), "has format 3.*upgrade"),
+    ("older format", lambda d: d.update(format=0), "format must be 1 or 2"),
+    ("format is text", lambda d: d.update(format="1"), "manifest.format must be an integer"),
+    ("unknown key", lambda d: d.update(more=1), "unknown key 'more'"),
+    (
+        "unknown key below",
+        lambda d: d["shapes"].update(depth=1),
+        "manifest.shapes has an unknown key 'depth'",
+    ),
+    ("missing key", lambda d: d.pop("fps"), "lacks the key 'fps'"),
+    ("missing key below", lambda d: d["graphs"]["dam"].pop("sha256"), "graphs.dam lacks the key 'sha256'"),
+    (
+        "true is no integer",
+        lambda d: d["shapes"].update(concepts=True),
+        "concepts must be an integer, it is True",
+    ),
+    ("a number is no integer", lambda d: d["shapes"].update(concepts=3.0), "must be an integer"),
+    ("latent of 3", lambda d: d["shapes"].update(latent=[4, 3, 2]), "latent must have 4 entries"),
+    ("size 0", lambda d: d["shapes"].update(frames=0), "positive"),
+    ("precision", lambda d: d.update(precision="fp4"), "unknown precision 'fp4'"),
+    ("fps", lambda d: d.update(fps=0), "fps must be positive"),
+    ("solver", lambda d: d["defaults"].update(solver="magic"), "unknown solver 'magic'"),
+    ("default scale", lambda d: d["defaults"].update(concept_guidance=2.0), "needs 3 guidance branches"),
+    ("states", lambda d: d["shapes"].update(solver_states=5), "4 solver states are known, not 5"),
+    ("std 0", lambda d: d["pictures"].update(std=[0, 1, 1]), "std must be positive"),
+    ("no hash", lambda d: d["tokenizer"].update(sha256="beef"), "not a SHA-256"),
+    ("dtype", lambda d: d["graphs"]["dam"]["inputs"][0].update(dtype="float8"), "unknown dtype"),
+    ("free shape", lambda d: d["graphs"]["dam"]["inputs"][0].update(shape=[-1, 2, 7]), "is not fixed"),
+    ("named axis", lambda d: d["graphs"]["dam"]["inputs"][0].update(shape=["n", 2, 7]), "must be an integer"),
+    ("no graph", lambda d: d["graphs"].pop("dam"), "the graphs must be"),
+    ("base", lambda d: [d["graphs"].pop(g) for g in CONCEPTS], "condition wants 'concept_tokens', which"),
+    ("half a base", lambda d: [d["graphs"].pop(g) for g in CONCEPTS[:2]], "the graphs must be"),
+    ("one graph too many", lambda d: d["graphs"].update(more=d["graphs"]["dam"]), "the graphs must be"),
+    (
+        "wrong shape",
+        lambda d: d["shapes"].update(text_tokens=13),
+        r"wants 'token_ids' as int64 \[1, 12\], it gets",
+    ),
+    (
+        "lost output",
+        lambda d: d["graphs"]["denoise"]["outputs"][0].update(name="x"),
+        "must give 'next_state'",
+    ),
+    (
+        "orphan",
+        lambda d: d["graphs"]["denoise"]["inputs"][2].update(name="x"),
+        "wants 'x', which nothing gives",
+    ),
+    ("frames", lambda d: d["shapes"].update(frames=10), "give 9 frames, the video has 10"),
+    ("height", lambda d: d["shapes"].update(height=9), "must give 'frames'"),
+]
+
+
+@pytest.mark.parametrize(("change", "word"), [c[1:] for c in CHANGES], ids=[c[0] for c in CHANGES])
+def test_a_manifest_that_does_not_hold(own: Path, edit_manifest: Edit, change: Callable, word: str) -> None:
+    edit_manifest(own, change)
+    refused(own, word)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "../out.onnx",
+        "/etc/passwd",
+        "a/../../out.onnx",
+        "..",
+        "",
+        ".",
+        "C:\\out.onnx",
+        "C:out.onnx",
+        "..\\out.onnx",
+        "\\\\host\\share",
+        "a\0b",
+    ],
+)
+@pytest.mark.parametrize("place", ["graph", "external", "tokenizer"])
+def test_paths_stay_inside(own: Path, edit_manifest: Edit, path: str, place: str) -> None:
+    def change(data: dict) -> None:
+        graph, file = data["graphs"]["dam"], {"file": path, "sha256": "0" * 64}
+        {"graph": graph, "tokenizer": data["tokenizer"]}.get(place, {}).update(file=path)
+        graph["external"] = [file] if place == "external" else []
+
+    edit_manifest(own, change)
+    refused(own, "leaves the bundle")
+
+
+def test_links_stay_inside(own: Path, tmp_path: Path) -> None:
+    outside = tmp_path / "outside.onnx"
+    shutil.move(own / "dam.onnx", outside)
+    (own / "dam.onnx").symlink_to(outside)
+    refused(own, "dam.onnx' is a link out of the bundle")
+    shutil.copy(outside, own / "other.onnx")
+    (own / "dam.onnx").unlink()
+    (own / "dam.onnx").symlink_to("other.onnx")
+    Bundle.open(own)
+
+
+def test_external_data_is_verified(own: Path, edit_manifest: Edit) -> None:
+    (own / "dam.onnx.data").write_bytes(b"weights")
+    entry = {"file": "dam.onnx.data", "sha256": manifest.sha256_file(own / "dam.onnx.data")}
+    edit_manifest(own, lambda data: data["graphs"]["dam"].update(external=[entry]))
+    Bundle.open(own)
+    (own / "dam.onnx.data").write_bytes(b"weightz")
+    refused(own, "dam.onnx.data' has SHA-256")
+
+
+@pytest.mark.parametrize(
+    ("text", "word"),
+    [
+        ("", "not JSON"),
+        ("{", "not JSON"),
+        ("[]", "not an object"),
+        ('{"format": 1, "format": 1}', "'format' twice"),
+        ('{"fps": NaN}', "NaN"),
+        ("[" * 100_000, "nested too deeply"),
+        ("\xff", "not UTF-8"),
+        ("1" * 5000, "bad bundle"),
+        ("{}", "lacks the key 'format'"),
+    ],
+)
+def test_a_manifest_that_is_no_json_object(own: Path, text: str, word: str) -> None:
+    (own / "manifest.json").write_bytes(text.encode("latin-1"))
+    refused(own, word)
+
+
+def test_a_graph_that_is_not_what_the_manifest_says(own: Path, edit_manifest: Edit) -> None:
+    """Every hash is right, but two graphs have changed places, or one is no graph."""
+    hashes = {name: manifest.sha256_file(own / f"{name}.onnx") for name in ("qformer", "dam")}
+    (own / "qformer.onnx").rename(own / "x")
+    (own / "dam.onnx").rename(own / "qformer.onnx")
+    (own / "x").rename(own / "dam.onnx")
+
+    def swap(data: dict) -> None:
+        data["graphs"]["qformer"]["sha256"], data["graphs"]["dam"]["sha256"] = (
+            hashes["dam"],
+            hashes["qformer"],
+        )
+
+    edit_manifest(own, swap)
+    with pytest.raises(
+        BundleError, match="inputs of .*dam.onnx' are not those in the manifest.*picture_tokens"
+    ):
+        open_backend(Bundle.open(own), "cpu", 1).load(["dam"])
+    (own / "dam.onnx").write_bytes(b"no graph")
+    found = manifest.sha256_file(own / "dam.onnx")
+    edit_manifest(own, lambda data: data["graphs"]["dam"].update(sha256=found))
+    with pytest.raises(BundleError, match=r"dam.onnx' does not load") as caught:
+        open_backend(Bundle.open(own), "cpu", 1).load(["dam"])
+    assert "\n" not in str(caught.value)
+
+
+def test_a_bundle_that_is_not_there(tmp_path: Path) -> None:
+    for name in (tmp_path / "none", "none", "x" * 5000, "a\0b"):
+        with pytest.raises(InputError, match="no bundle"):
+            Bundle.open(name)
+    with pytest.raises(InputError, match="has no manifest.json"):
+        Bundle.open(tmp_path)
+    with pytest.raises(InputError, match="string or a path"):
+        Bundle.open(3)  # type: ignore[arg-type]
+
+
+def test_shipped_bundles_go_by_name(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bundles, "SHIPPED", own.parent)
+    assert bundles.shipped() == ["own"]
+    assert Bundle.open("own").folder == own
+    with pytest.raises(InputError, match="shipped: own"):
+        Bundle.open("other")
+
+
+def test_saving_is_whole_or_not_at_all(own: Path) -> None:
+    opened = Bundle.open(own)
+    before = (own / "manifest.json").read_bytes()
+    broken = dataclasses.replace(opened.manifest, model={"rate": float("nan")})
+    with pytest.raises(ValueError, match="JSON compliant"):
+        manifest.save(broken, own)
+    assert (own / "manifest.json").read_bytes() == before
+    assert json.loads(before)["checksum"]
