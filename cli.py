@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from .errors import ConceptMasterError, MissingDependency
+from .errors import MissingDependency
 from .runtime import cli
 
 VERIFY = "hold a bundle's graphs to the model they came from, or its videos to a recorded score"
@@ -69,15 +69,7 @@ def _exporting(name: str, summary: str, module: str = "cli") -> cli.Command:
         _export_module(name, module, f"add_{function}_arguments")(parser)
 
     def run(args: argparse.Namespace) -> int:
-        command = _export_module(name, module, f"run_{function}")
-        from .export.errors import ExportError
-
-        try:
-            return command(args)
-        except ExportError as error:
-            failed = ConceptMasterError(str(error))
-            failed.exit_code = error.exit_code
-            raise failed from error
+        return _export_module(name, module, f"run_{function}")(args)
 
     return cli.Command(name, summary, add_arguments, run)
 

@@ -16,6 +16,18 @@ class InputError(ConceptMasterError, ValueError):
     exit_code = 2
 
 
+class ConfigError(InputError):
+    """A configuration that is out of range, contradicts itself, or asks for what the engine cannot honour."""
+
+
+class WeightsError(InputError):
+    """A weights file, or a set of weights, that does not fit; the message lists everything that is wrong."""
+
+
+class ExportError(ConceptMasterError, RuntimeError):
+    """A graph or an engine came out wrong, or could not be made. Exit code 1."""
+
+
 class BundleError(ConceptMasterError, RuntimeError):
     """A bundle is there but cannot be trusted: a wrong hash, a missing part, an unknown format. Exit code
     1.

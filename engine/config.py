@@ -6,16 +6,14 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..errors import ConfigError
+
 ENCODERS = ("qformer", "mlp")
 BINDINGS = ("dam", "none", "concat_mlp", "self_attention")
 INJECTIONS = ("standalone", "shared_query", "merged")
 GIVEN = ("none", "first", "first_last", "references")
 PREDICTIONS = ("velocity", "sample")
 VAES = ("wan", "blocks")
-
-
-class ConfigError(ValueError):
-    """A configuration that cannot be built; the message names field, value and what would be right."""
 
 
 def _require(condition: bool, message: str) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from .config import ConceptConfig, ConfigError, ModelConfig, TransformerConfig
+from ..errors import ConfigError
+from .config import ConceptConfig, ModelConfig, TransformerConfig
 
 
 def _umt5(d_model: int, d_kv: int, heads: int, d_ff: int, layers: int, vocab: int) -> dict[str, Any]:

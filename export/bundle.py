@@ -13,9 +13,9 @@ from pathlib import Path
 
 from .. import __version__
 from ..engine.config import ModelConfig
+from ..errors import ExportError, InputError
 from ..runtime.bundle_format import manifest as manifests
 from ..runtime.bundle_format.manifest import Defaults, GraphFile, HashedFile, Manifest, Shapes
-from .errors import ExportError
 from .graphs import graph_specs
 from .onnx_graphs.compact import compact
 from .onnx_graphs.int8 import precision_of, quantise
@@ -49,12 +49,12 @@ def write_bundle(
     _check_target(folder, overwrite)
     defaults = _defaults(source.defaults, branches)
     if branches == 3 and source.model.config.concept.injection == "base":
-        raise ExportError("an image-to-video model's guidance is of captions alone: --branches 1 or 2")
+        raise InputError("an image-to-video model's guidance is of captions alone: --branches 1 or 2")
     tiles = tile_of(source.model.config, tile)
     size = None if tiles is None else tiles.size
     specs = graph_specs(source.model, source.vae, branches=branches, tile=size)
     if precision != "fp32" and specs[0].external:
-        raise ExportError("int8 is for models whose weights fit the memory: this base's stay on disk")
+        raise InputError("int8 is for models whose weights fit the memory: this base's stay on disk")
     small = checked_specs(source, branches, tile=size) if specs[0].external else specs
     with _moved_into_place(folder) as temporary:
         graphs: dict[str, GraphFile] = {}
@@ -99,9 +99,7 @@ def _held(row: Row) -> Row:
     if not row.ok:
         raise ExportError(
             f"the graph {row.graph} ({row.precision}) is off by {row.relative:.1e} relative to PyTorch, "
-            f"{row.tolerance:.0e} is allowed: no bundle was written",
-            exit_code=1,
-        )
+            f"{row.tolerance:.0e} is allowed: no bundle was written")
     return row
 
 
@@ -128,24 +126,24 @@ def _shapes(config: ModelConfig, branches: int, graphs: dict[str, GraphFile]) ->
 def _defaults(given: Defaults, branches: int) -> Defaults:
     """Defaults that a bundle of so many branches can follow: without a second one nothing is guided."""
     if branches != 3 and given.concept_guidance is not None:
-        raise ExportError("the source's default concept_guidance needs 3 guidance branches: --branches 3")
+        raise InputError("the source's default concept_guidance needs 3 guidance branches: --branches 3")
     return dataclasses.replace(given, guidance=1.0) if branches == 1 else given
 
 
 def _check_target(folder: Path, overwrite: bool) -> None:
     if not folder.parent.is_dir():
-        raise ExportError(f"cannot write {str(folder)!r}: the folder {str(folder.parent)!r} does not exist")
+        raise InputError(f"cannot write {str(folder)!r}: the folder {str(folder.parent)!r} does not exist")
     if not os.access(folder.parent, os.W_OK | os.X_OK):
-        raise ExportError(f"cannot write {str(folder)!r}: {str(folder.parent)!r} is not writable")
+        raise InputError(f"cannot write {str(folder)!r}: {str(folder.parent)!r} is not writable")
     if not folder.exists() and not folder.is_symlink():
         return
     if not folder.is_dir() or folder.is_symlink():
-        raise ExportError(f"cannot write {str(folder)!r}: something that is no folder has this name")
+        raise InputError(f"cannot write {str(folder)!r}: something that is no folder has this name")
     if (folder / manifests.FILE_NAME).is_file():
         if not overwrite:
-            raise ExportError(f"{str(folder)!r} is there already: --overwrite replaces it")
+            raise InputError(f"{str(folder)!r} is there already: --overwrite replaces it")
     elif any(folder.iterdir()):
-        raise ExportError(f"{str(folder)!r} is not empty and not a bundle: choose another place")
+        raise InputError(f"{str(folder)!r} is not empty and not a bundle: choose another place")
 
 
 @contextmanager

@@ -9,11 +9,10 @@ import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from ..engine.checkpoints.safetensors_io import WeightsError
+from ..errors import InputError
 from ..runtime.bundle_format import manifest as manifests
 from ..runtime.bundle_format.manifest import SOLVERS
 from .bundle import write_bundle
-from .errors import ExportError
 from .source import Choices, Source, is_base, open_source
 from .verify import Row, table, verify
 
@@ -86,19 +85,16 @@ def add_export_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_export(args: argparse.Namespace) -> int:
     """Writes a bundle; returns the exit code: 0, 1 failed, 2 wrong input."""
-    try:
-        source = _with_defaults(open_source(args.source, _choices(args, args.size, args.frames)), args)
-        rows = write_bundle(
-            source,
-            args.output,
-            precision="int8" if args.int8 else "fp32",
-            branches=args.branches or (1 if source.defaults.guidance == 1.0 else 2),
-            tile=args.tile,
-            overwrite=args.overwrite,
-            progress=_progress(args),
-        )
-    except (ExportError, WeightsError) as error:  # the latter while weights are read from disk
-        return _fail(error)
+    source = _with_defaults(open_source(args.source, _choices(args, args.size, args.frames)), args)
+    rows = write_bundle(
+        source,
+        args.output,
+        precision="int8" if args.int8 else "fp32",
+        branches=args.branches or (1 if source.defaults.guidance == 1.0 else 2),
+        tile=args.tile,
+        overwrite=args.overwrite,
+        progress=_progress(args),
+    )
     _report(args, rows, {"bundle": args.output})
     return 0
 
@@ -118,13 +114,10 @@ def add_verify_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_verify(args: argparse.Namespace) -> int:
     """Compares a bundle with its source; returns the exit code: 0, 1 too far off, 2 wrong input."""
-    try:
-        folder = _find_bundle(args.bundle)
-        place = args.source or _default_source(folder)
-        source = open_source(place, _choices_of(folder, place, args))
-        rows = verify(folder, source, _progress(args))
-    except (ExportError, WeightsError) as error:
-        return _fail(error)
+    folder = _find_bundle(args.bundle)
+    place = args.source or _default_source(folder)
+    source = open_source(place, _choices_of(folder, place, args))
+    rows = verify(folder, source, _progress(args))
     _report(args, rows, {"bundle": args.bundle})
     return 0 if all(row.ok for row in rows) else 1
 
@@ -143,7 +136,7 @@ def _with_defaults(source: Source, args: argparse.Namespace) -> Source:
     try:
         defaults = replace(source.defaults, **{k: v for k, v in named.items() if v is not None})
     except ValueError as error:
-        raise ExportError(str(error)) from error
+        raise InputError(str(error)) from error
     return replace(source, defaults=defaults)
 
 
@@ -167,14 +160,14 @@ def _find_bundle(name: str) -> Path:
     for folder in (shipped, Path(name)):
         if (folder / manifests.FILE_NAME).is_file():
             return folder
-    raise ExportError(f"no bundle {name!r}: neither a shipped bundle nor a folder with a manifest")
+    raise InputError(f"no bundle {name!r}: neither a shipped bundle nor a folder with a manifest")
 
 
 def _default_source(folder: Path) -> Path:
     name = manifests.load(folder).name
     weights = ROOT / "examples" / name / "weights"
     if not weights.is_dir():
-        raise ExportError(
+        raise InputError(
             f"the weights of the bundle {name!r} are not known here: say where with --source SOURCE"
         )
     return weights
@@ -202,7 +195,3 @@ def _report(args: argparse.Namespace, rows: list[Row], about: dict[str, str]) ->
     else:
         print(table(rows))
 
-
-def _fail(error: ExportError | WeightsError) -> int:
-    print(f"conceptmaster: error: {' '.join(str(error).split())}", file=sys.stderr)
-    return error.exit_code if isinstance(error, ExportError) else 2

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from ..engine.config import ModelConfig
 from ..engine.encoders import CLIP_MEAN, CLIP_STD
+from ..errors import InputError
 from ..runtime.bundle_format.manifest import Given, Pictures, Place, Tile
-from .errors import ExportError
 
 WHITE = (255, 255, 255)
 LEAST_TILE = 4  # latents of a side: a quarter of it, which tiles share, is one
@@ -48,14 +48,14 @@ def tile_of(config: ModelConfig, size: tuple[int, int] | None) -> Tile | None:
     """The tiles that decode a video of `config`: `size` is their width and height in pixels, a quarter of
     which they share, as diffusers' do. None where no size is given, or the video is no larger than one.
 
-    Raises ExportError, which names the nearest that works, for sides that are not whole latents.
+    Raises InputError, which names the nearest that works, for sides that are not whole latents.
     """
     if size is None:
         return None
     space = config.vae["scale_factor_spatial"]
     nearest = tuple(space * max(LEAST_TILE, round(side / space)) for side in size)
     if nearest != size:
-        raise ExportError(
+        raise InputError(
             f"a tile cannot be {size[0]}x{size[1]}: its sides must be multiples of {space} from "
             f"{LEAST_TILE * space} on; the nearest that works is {nearest[0]}x{nearest[1]}"
         )

@@ -15,14 +15,14 @@ from torch import nn
 from ..engine.checkpoints.adapter import check_base, load_adapter, read_adapter
 from ..engine.checkpoints.diffusers_folder import HUB_ID, is_folder, locate
 from ..engine.checkpoints.lora import merge_lora
-from ..engine.checkpoints.safetensors_io import WeightsError, load, load_model, load_strict, refuse_pickle
+from ..engine.checkpoints.safetensors_io import load, load_model, load_strict, refuse_pickle
 from ..engine.checkpoints.wan import load_base, load_base_vae, read_config, read_sampling
-from ..engine.config import ConfigError, ModelConfig
+from ..engine.config import ModelConfig
 from ..engine.model import ConceptMaster
 from ..engine.presets import preset
 from ..engine.vae.wan_decoder import build_vae
+from ..errors import ConfigError, InputError, WeightsError
 from ..runtime.bundle_format.manifest import Defaults
-from .errors import ExportError
 
 if TYPE_CHECKING:
     from ..engine.vae.wan_decoder import VAE
@@ -62,9 +62,9 @@ class Choices:
     lora_scale: float | None = None
 
     def __post_init__(self) -> None:
-        """Raises ExportError for a scale of nothing."""
+        """Raises InputError for a scale of nothing."""
         if self.lora_scale is not None and self.lora is None:
-            raise ExportError("a scale without a LoRA: --lora FILE says which")
+            raise InputError("a scale without a LoRA: --lora FILE says which")
 
 
 def is_base(place: str | Path) -> bool:
@@ -79,13 +79,13 @@ def open_source(place: str | Path, choices: Choices | None = None) -> Source:
     Args: place: a folder with model.safetensors (as `save_model` writes it, the configuration inside),
         vae.safetensors, tokenizer.json and, if it likes, defaults.json (fields of `Defaults`); a base (see
         `is_base`); or "preset:NAME" for random weights. choices: for a base.
-    Raises: ExportError, one line, for whatever is missing or does not fit.
+    Raises: InputError, one line, for whatever is missing or does not fit.
     """
     choices = choices or Choices()
     if is_base(place):
         return _base_source(place, choices)
     if choices != Choices():
-        raise ExportError(
+        raise InputError(
             f"{str(place)!r} is no base in diffusers' layout: size, frames, adapter, lora, revision are for "
             "those"
         )
@@ -93,7 +93,7 @@ def open_source(place: str | Path, choices: Choices | None = None) -> Source:
         try:
             return random_source(preset(str(place).removeprefix(PRESET)))
         except ConfigError as error:
-            raise ExportError(str(error)) from error
+            raise InputError(str(error)) from error
     folder = Path(place)
     _check_folder(folder)
     try:
@@ -101,7 +101,7 @@ def open_source(place: str | Path, choices: Choices | None = None) -> Source:
         vae = build_vae(model.config)
         load_strict(vae, load(folder / FILES[1])[0])
     except WeightsError as error:
-        raise ExportError(f"{str(folder)!r}: {error}") from error
+        raise InputError(f"{str(folder)!r}: {error}") from error
     tokenizer = _read(folder / FILES[2])
     _check_tokenizer(tokenizer, model.config.text_encoder["vocab_size"], folder / FILES[2])
     return Source(model, vae, tokenizer, _defaults(folder / "defaults.json"))
@@ -112,16 +112,16 @@ def _check_folder(folder: Path) -> None:
     try:
         if not folder.is_dir():
             refuse_pickle(folder)
-            raise ExportError(f"no weights at {str(folder)!r}: neither a folder nor {PRESET}NAME")
+            raise InputError(f"no weights at {str(folder)!r}: neither a folder nor {PRESET}NAME")
         missing = [name for name in FILES if not (folder / name).is_file()]
         if missing:
             for path in sorted(folder.iterdir()):
                 refuse_pickle(path)
-            raise ExportError(
+            raise InputError(
                 f"{str(folder)!r} lacks {', '.join(missing)}, and for diffusers' layout transformer/"
             )
     except WeightsError as error:
-        raise ExportError(str(error)) from error
+        raise InputError(str(error)) from error
 
 
 def _base_source(place: str | Path, choices: Choices) -> Source:
@@ -157,7 +157,7 @@ def _base_source(place: str | Path, choices: Choices) -> Source:
             load_adapter(model, adapter)
         return Source(model, load_base_vae(folder, config), tokenizer, defaults)
     except (ValueError, FileNotFoundError, ImportError) as error:  # WeightsError, ConfigError: ValueErrors
-        raise ExportError(str(error)) from error
+        raise InputError(str(error)) from error
 
 
 def random_source(config: ModelConfig, seed: int = 0) -> Source:
@@ -179,7 +179,7 @@ def byte_tokenizer(vocabulary: int) -> str:
     alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
     entries = {"<pad>": PAD, "</s>": END} | {byte: 2 + i for i, byte in enumerate(alphabet)}
     if len(entries) > vocabulary:
-        raise ExportError(f"a tokenizer of bytes needs {len(entries)} entries, the model has {vocabulary}")
+        raise InputError(f"a tokenizer of bytes needs {len(entries)} entries, the model has {vocabulary}")
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(entries, []))
     tokenizer.add_special_tokens(["<pad>", "</s>"])
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -194,14 +194,14 @@ def _check_tokenizer(text: str, vocabulary: int, path: Path) -> None:
     try:
         tokenizer = tokenizers.Tokenizer.from_str(text)
     except Exception as error:  # tokenizers raises plain Exception
-        raise ExportError(f"{str(path)!r} is not a tokenizer: {error}") from error
+        raise InputError(f"{str(path)!r} is not a tokenizer: {error}") from error
     if tokenizer.get_vocab_size() > vocabulary:
         size = tokenizer.get_vocab_size()
-        raise ExportError(f"{str(path)!r} has {size} entries, the model's text encoder knows {vocabulary}")
+        raise InputError(f"{str(path)!r} has {size} entries, the model's text encoder knows {vocabulary}")
     tokenizer.no_padding()
     tokenizer.no_truncation()
     if tokenizer.encode("a").ids[-1:] != [END]:
-        raise ExportError(f"{str(path)!r} must end every text with the token {END}")
+        raise InputError(f"{str(path)!r} must end every text with the token {END}")
 
 
 def _defaults(path: Path) -> Defaults:
@@ -210,18 +210,18 @@ def _defaults(path: Path) -> Defaults:
     try:
         given: Any = json.loads(_read(path))
     except json.JSONDecodeError as error:
-        raise ExportError(f"{str(path)!r} is not JSON: {error}") from error
+        raise InputError(f"{str(path)!r} is not JSON: {error}") from error
     known = {field.name for field in dataclasses.fields(Defaults)}
     if not isinstance(given, dict) or set(given) - known:
-        raise ExportError(f"{str(path)!r} must be an object with entries out of {', '.join(sorted(known))}")
+        raise InputError(f"{str(path)!r} must be an object with entries out of {', '.join(sorted(known))}")
     try:
         return dataclasses.replace(DEFAULTS, **given)
     except (TypeError, ValueError) as error:
-        raise ExportError(f"{str(path)!r}: {error}") from error
+        raise InputError(f"{str(path)!r}: {error}") from error
 
 
 def _read(path: Path) -> str:
     try:
         return path.read_text("utf-8")
     except UnicodeDecodeError as error:
-        raise ExportError(f"{str(path)!r} is not UTF-8 text") from error
+        raise InputError(f"{str(path)!r} is not UTF-8 text") from error

@@ -13,10 +13,10 @@ import onnxruntime
 from onnxscript import ir
 
 from ..engine.checkpoints.lazy_weights import stored_weights
-from ..engine.config import ConfigError, ModelConfig
+from ..engine.config import ModelConfig
+from ..errors import ConfigError, ExportError, InputError
 from ..runtime.bundle_format import manifest as manifests
 from ..runtime.bundle_format.manifest import Manifest
-from .errors import ExportError
 from .graphs import GraphSpec, graph_specs
 from .onnx_graphs.int8 import precision_of
 from .onnx_graphs.trace import trace
@@ -91,10 +91,10 @@ def check_small(small: GraphSpec, path: Path) -> Row:
     model, _ = trace(small, weight_readers(small.module))
     layout, known = read_layout(full), set(model.graph.initializers)
     if missing := sorted(known & set(weight_readers(small.module)) - set(layout)):
-        raise ExportError(f"the graph {small.name} lacks the weights {', '.join(missing)}", exit_code=1)
+        raise ExportError(f"the graph {small.name} lacks the weights {', '.join(missing)}")
     place(model, {name: tensor for name, tensor in layout.items() if name in known})
     if _computes(model, layout) != _computes(full, layout):
-        raise ExportError(f"the graph {small.name} computes something else for a small video", exit_code=1)
+        raise ExportError(f"the graph {small.name} computes something else for a small video")
     session = open_session(ir.to_proto(model).SerializeToString(), path)
     return replace(_compare(small, session, "fp32"), small=True)
 
@@ -127,7 +127,7 @@ def open_session(graph: str | bytes, path: Path) -> onnxruntime.InferenceSession
     try:
         return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's own exception types are not public
-        raise ExportError(f"ONNX Runtime cannot load {str(path)!r}: {error}", exit_code=1) from error
+        raise ExportError(f"ONNX Runtime cannot load {str(path)!r}: {error}") from error
 
 
 def _compare(spec: GraphSpec, session: onnxruntime.InferenceSession, precision: str) -> Row:
@@ -171,7 +171,7 @@ def verify(bundle: Path, source: Source, progress: bool = False) -> list[Row]:
     """
     manifest: Manifest = manifests.load(bundle)
     if not _same_model(manifest, source):
-        raise ExportError(f"{str(bundle)!r} is a bundle of another model configuration than these weights")
+        raise InputError(f"{str(bundle)!r} is a bundle of another model configuration than these weights")
     shapes = manifest.shapes
     tile = None if manifest.tile is None else manifest.tile.size
     specs = checked_specs(source, shapes.branches, shapes.solver_states, tile)

@@ -15,9 +15,10 @@ from typing import Any
 
 from torch import Tensor
 
-from ..config import ConceptConfig, ConfigError, ModelConfig
+from ...errors import ConfigError, WeightsError
+from ..config import ConceptConfig, ModelConfig
 from ..model import ConceptMaster
-from .safetensors_io import WeightsError, load, load_strict, save
+from .safetensors_io import load, load_strict, save
 
 FORMAT = "conceptmaster adapter 1"
 

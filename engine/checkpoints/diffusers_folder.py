@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from ...errors import WeightsError
 from .lazy_weights import DTYPES, Stored
-from .safetensors_io import PICKLES, WeightsError, refuse_pickle, unreadable
+from .safetensors_io import PICKLES, refuse_pickle, unreadable
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 WEIGHTED = ("transformer", "vae", "text_encoder", "image_encoder")

@@ -25,8 +25,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ...errors import WeightsError
 from .lazy_weights import stored_weights
-from .safetensors_io import WeightsError, load
+from .safetensors_io import load
 
 # Module names, diffusers' to Wan2.1's; what is not listed has the same name in both. diffusers swapped norm2
 # and norm3; only the one before the cross-attention has weights, so both spellings are unambiguous.

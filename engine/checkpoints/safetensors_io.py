@@ -14,7 +14,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..config import ConfigError, ModelConfig
+from ...errors import ConfigError, WeightsError
+from ..config import ModelConfig
 from ..dit import ConceptDiT
 from ..model import ConceptMaster
 
@@ -37,10 +38,6 @@ class _Comparable(Protocol):
 
 
 _Shaped = TypeVar("_Shaped", bound=_Comparable)
-
-
-class WeightsError(ValueError):
-    """A weights file, or a set of weights, that does not fit; the message lists everything that is wrong."""
 
 
 def sha256(path: str | Path) -> str:

@@ -16,15 +16,16 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
+from ...errors import ConfigError, WeightsError
 from ..concepts import concept_binder, concept_encoder
-from ..config import ConceptConfig, ConfigError, ModelConfig, TransformerConfig
+from ..config import ConceptConfig, ModelConfig, TransformerConfig
 from ..dit import ConceptDiT
 from ..model import ConceptMaster
 from ..presets import preset
 from ..vae.wan_decoder import build_vae
 from .diffusers_folder import read_json, stored_tensors
 from .lazy_weights import stream
-from .safetensors_io import WeightsError, load_strict
+from .safetensors_io import load_strict
 from .wan_image_to_video import A2_FPS, A2_TRANSFORMER, is_a2, read_concept
 
 if TYPE_CHECKING:

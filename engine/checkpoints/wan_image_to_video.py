@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..config import ConceptConfig, ConfigError, TransformerConfig
+from ...errors import ConfigError
+from ..config import ConceptConfig, TransformerConfig
 from ..encoders import CLIP_MEAN, CLIP_STD
 from .diffusers_folder import read_json
 

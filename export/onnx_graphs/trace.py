@@ -15,9 +15,9 @@ import torch
 from onnxscript import ir
 
 from ...engine.checkpoints.lazy_weights import faked
+from ...errors import ExportError, InputError
 from ...kernels.common import kept_whole
 from ...runtime.bundle_format.manifest import DTYPES, GraphFile, HashedFile, TensorSpec, sha256_file
-from ..errors import ExportError
 from ..graphs import GraphSpec
 from .concept_node import add_functions, translations
 from .fuse_attention import rewrite
@@ -102,12 +102,12 @@ def describe(path: Path, spec: GraphSpec, external_sha256: str | None = None) ->
     try:
         onnx.checker.check_model(str(path), full_check=True)
     except Exception as error:  # the checker and shape inference have several types, one of them private
-        raise ExportError(f"the exported graph {spec.name} is not valid: {error}", exit_code=1) from error
+        raise ExportError(f"the exported graph {spec.name} is not valid: {error}") from error
     graph = onnx.load(str(path), load_external_data=False).graph
     inputs, outputs = _signature(graph.input), _signature(graph.output)
     expected = tuple(tensor for tensor in spec.inputs if tensor.name in {found.name for found in inputs})
     if inputs != expected or outputs != spec.outputs:
-        raise ExportError(f"the exported graph {spec.name} has another signature than its module", 1)
+        raise InputError(f"the exported graph {spec.name} has another signature than its module", 1)
     external = data_file(path)
     return GraphFile(
         path.name,

@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import ExportError
+from ...errors import InputError
 from ..onnx_graphs.concept_node import DECOUPLED, INJECTION
 
 POINTERS = {"float32": "*fp32", "float16": "*fp16", "bfloat16": "*bf16"}
@@ -57,15 +57,15 @@ def compile_node(
     """Compiles a node's kernel for sm_`capability`.
 
     Args: node: INJECTION or DECOUPLED; dtype: float32, float16 or bfloat16; width: E; concepts: C.
-    Raises: ExportError without Triton, or for heads that are too wide.
+    Raises: InputError without Triton, or for heads that are too wide.
     """
     from ...kernels.common import INSTALLED, INTERPRETED, power_of_two
 
     if not INSTALLED or INTERPRETED:
         reason = "TRITON_INTERPRET is set" if INTERPRETED else "Triton is not installed: pip install triton"
-        raise ExportError(f"the plugin's kernel cannot be compiled: {reason}", 1)
+        raise InputError(f"the plugin's kernel cannot be compiled: {reason}", 1)
     if width > MAX_WIDTH:
-        raise ExportError(f"the plugin's kernel takes heads up to {MAX_WIDTH} wide, not {width}")
+        raise InputError(f"the plugin's kernel takes heads up to {MAX_WIDTH} wide, not {width}")
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -110,17 +110,17 @@ def only_parameters(ptx: str, count: int) -> str:
     """PTX whose kernel takes its first `count` parameters and no others.
 
     Triton adds pointers to scratch memory, which these kernels do not use. TensorRT passes what the plugin
-    declares and nothing behind it, so a launch would read past the end of its list. Raises ExportError when
+    declares and nothing behind it, so a launch would read past the end of its list. Raises InputError when
     one of them is used.
     """
     header = re.search(r"\.entry\s+\w+\s*\((.*?)\)", ptx, re.DOTALL)
     if header is None:
-        raise ExportError("the compiled kernel has no entry", 1)
+        raise InputError("the compiled kernel has no entry", 1)
     parameters = header[1].split(",")
     for extra in parameters[count:]:
         name = extra.split()[-1]
         if len(re.findall(rf"\b{re.escape(name)}\b", ptx)) > 1:
-            raise ExportError(
+            raise InputError(
                 f"the compiled kernel uses its parameter {name}, which TensorRT does not pass", 1
             )
     kept = ",".join(parameters[:count])

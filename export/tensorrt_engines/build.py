@@ -16,11 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ...errors import InputError
 from ...runtime.bundle_format import manifest as manifests
 from ...runtime.bundle_format import tensorrt_engines as stored
 from ...runtime.bundle_format.manifest import Manifest
 from ...runtime.bundle_format.tensorrt_engines import EngineFile, Engines
-from ..errors import ExportError
 from . import builder
 from .builder import Limits
 from .calibrate import GRAPH as CALIBRATED
@@ -57,7 +57,7 @@ def build_all(
 
     capability: None for the GPU that is there, which is all that the full library builds for; calibration:
     for fp8.
-    Raises: ExportError, see engine_builder; BundleError for a bundle that is not sound.
+    Raises: InputError, see engine_builder; BundleError for a bundle that is not sound.
     """
     manifest = manifests.load(bundle)
     trt = builder.library(flavor)
@@ -136,15 +136,15 @@ def script_text(graphs: Iterable[str], capability: int, limits: Limits) -> str:
 
 
 def run_script(script: Path) -> None:
-    """Runs build.sh. Raises ExportError when trtexec is not there or fails."""
+    """Runs build.sh. Raises InputError when trtexec is not there or fails."""
     if shutil.which("trtexec") is None:
-        raise ExportError(
+        raise InputError(
             f"trtexec is not on the PATH: install TensorRT, or run {str(script)!r} where it is", 1
         )
     done = subprocess.run(["bash", str(script)], capture_output=True, text=True)
     if done.returncode:
         wrong = [line for line in done.stdout.splitlines() if "[E]" in line] or done.stderr.splitlines()
-        raise ExportError(f"trtexec failed: {(wrong or ['it does not say why'])[0]:.300}", 1)
+        raise InputError(f"trtexec failed: {(wrong or ['it does not say why'])[0]:.300}", 1)
 
 
 def collect(bundle: Path, capability: int, precision: str) -> tuple[Path, list[Line]]:
@@ -153,10 +153,10 @@ def collect(bundle: Path, capability: int, precision: str) -> tuple[Path, list[L
     folder = _by_hand(bundle, capability, precision)
     log = folder / LOG
     if not log.is_file():
-        raise ExportError(f"{str(log)!r} is not there: run {str(folder / SCRIPT)!r} first")
+        raise InputError(f"{str(log)!r} is not there: run {str(folder / SCRIPT)!r} first")
     missing = [name for name in manifest.graphs if not (folder / f"{name}.engine").is_file()]
     if missing:
-        raise ExportError(f"{str(folder)!r} lacks the engines of {', '.join(missing)}: see {LOG}", 1)
+        raise InputError(f"{str(folder)!r} lacks the engines of {', '.join(missing)}: see {LOG}", 1)
     engines = Engines(stored.FORMAT, "tensorrt", logged_version(log), capability, precision, 0, {})
     place = folder.with_name(engines.folder_name)
     shutil.rmtree(place, ignore_errors=True)
@@ -166,27 +166,27 @@ def collect(bundle: Path, capability: int, precision: str) -> tuple[Path, list[L
 
 
 def logged_version(log: Path) -> str:
-    """The version that trtexec's first line gives: "[TensorRT v101303]" is 10.13.3. Raises ExportError."""
+    """The version that trtexec's first line gives: "[TensorRT v101303]" is 10.13.3. Raises InputError."""
     found = re.search(r"TensorRT v(\d{1,2})(\d\d)(\d\d)\b", log.read_text("utf-8", errors="replace"))
     if not found:
-        raise ExportError(f"{str(log)!r} does not say which TensorRT it was", 1)
+        raise InputError(f"{str(log)!r} does not say which TensorRT it was", 1)
     return ".".join(str(int(part)) for part in found.groups())
 
 
 def find_target(flavor: str, capability: int | None) -> int:
-    """The capability that engines are to be built for. Raises ExportError for one that the library does not
+    """The capability that engines are to be built for. Raises InputError for one that the library does not
     build for, and when the library or the GPU is not there."""
     return _target(builder.library(flavor), flavor, capability)
 
 
 def require_fp8(capability: int) -> None:
-    """Raises ExportError for GPUs without 8-bit floating-point tensor cores."""
+    """Raises InputError for GPUs without 8-bit floating-point tensor cores."""
     if capability < LEAST_FP8:
-        raise ExportError(f"fp8 needs sm_{LEAST_FP8} or newer, not sm_{capability}: choose --precision bf16")
+        raise InputError(f"fp8 needs sm_{LEAST_FP8} or newer, not sm_{capability}: choose --precision bf16")
 
 
 def gpu_capability() -> int:
-    """The compute capability of the first GPU, 90 for sm_90. Raises ExportError when there is none."""
+    """The compute capability of the first GPU, 90 for sm_90. Raises InputError when there is none."""
     advice = (
         "TensorRT builds on the GPU that the engine is for. Elsewhere: --trtexec --dry-run --target sm_90 "
         "writes what to run there, --flavor rtx builds for RTX cards"
@@ -194,7 +194,7 @@ def gpu_capability() -> int:
     try:
         from cuda.bindings import runtime
     except ImportError as error:
-        raise ExportError(
+        raise InputError(
             f"cuda-python is not installed: pip install 'conceptmaster[tensorrt]'. {advice}", 1
         ) from error
     kinds = runtime.cudaDeviceAttr
@@ -202,7 +202,7 @@ def gpu_capability() -> int:
     for kind in (kinds.cudaDevAttrComputeCapabilityMajor, kinds.cudaDevAttrComputeCapabilityMinor):
         status, number = runtime.cudaDeviceGetAttribute(kind, 0)
         if int(status):
-            raise ExportError(f"no GPU is there ({status.name}). {advice}", 1)
+            raise InputError(f"no GPU is there ({status.name}). {advice}", 1)
         numbers.append(int(number))
     return 10 * numbers[0] + numbers[1]
 
@@ -228,11 +228,11 @@ def _target(trt: Any, flavor: str, capability: int | None) -> int:
         if capability is None or capability not in known:
             asked = "no --target" if capability is None else f"--target sm_{capability}"
             names = ", ".join(f"sm_{number}" for number in known)
-            raise ExportError(f"{asked}: TensorRT for RTX builds for one of {names}")
+            raise InputError(f"{asked}: TensorRT for RTX builds for one of {names}")
         return capability
     here = gpu_capability()
     if capability not in (None, here):
-        raise ExportError(
+        raise InputError(
             f"--target sm_{capability}: the GPU here is sm_{here}, and TensorRT builds for no other; "
             "--trtexec --dry-run writes what to run on another one"
         )

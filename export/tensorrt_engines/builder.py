@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ...errors import InputError
 from ...runtime.bundle_format.tensorrt_engines import EXTRAS, MODULES
-from ..errors import ExportError
 from .precision import FUSED_WIDTHS
 
 LEAST_VERSION = (10, 13)  # of the full library: plugins compiled ahead of time, as plugin.py makes them
@@ -40,15 +40,15 @@ class Built:
 
 
 def library(flavor: str) -> Any:
-    """The library's module. Raises ExportError, one line, when it does not import or is too old."""
+    """The library's module. Raises InputError, one line, when it does not import or is too old."""
     try:
         found = importlib.import_module(MODULES[flavor])
     except Exception as error:  # a wheel that is only a stub raises what it likes
         reason, install = " ".join(str(error).split())[:160], f"pip install 'conceptmaster[{EXTRAS[flavor]}]'"
-        raise ExportError(f"{MODULES[flavor]} does not import ({reason}): {install}", 1) from error
+        raise InputError(f"{MODULES[flavor]} does not import ({reason}): {install}", 1) from error
     version = tuple(int(part) for part in found.__version__.split(".")[:2])
     if flavor == "tensorrt" and version < LEAST_VERSION:
-        raise ExportError(f"TensorRT {found.__version__} is too old: 10.13 or newer is needed", 1)
+        raise InputError(f"TensorRT {found.__version__} is too old: 10.13 or newer is needed", 1)
     return found
 
 
@@ -57,7 +57,7 @@ def build(trt: Any, graph: Path, capability: int | None, limits: Limits, cache: 
 
     Args: trt: from `library`; capability: 89 for sm_89, None for the GPU that is there (the full library
         knows no other); cache: a timing cache that is read if it is there, and written.
-    Raises: ExportError naming the node and the operator that TensorRT does not take, or what its builder
+    Raises: InputError naming the node and the operator that TensorRT does not take, or what its builder
     says.
     """
     log = _log(trt)
@@ -65,7 +65,7 @@ def build(trt: Any, graph: Path, capability: int | None, limits: Limits, cache: 
     network = builder.create_network(_strongly_typed(trt))
     parser = trt.OnnxParser(network, log)
     if not parser.parse_from_file(str(graph)):
-        raise ExportError(_parser_errors(graph, parser), 1)
+        raise InputError(_parser_errors(graph, parser), 1)
     whole, decomposed = _attention(trt, network)
     config = builder.create_builder_config()
     if limits.workspace is not None:
@@ -78,7 +78,7 @@ def build(trt: Any, graph: Path, capability: int | None, limits: Limits, cache: 
     engine = builder.build_serialized_network(network, config)
     if engine is None:
         reason = log.last() or "it does not say why"
-        raise ExportError(f"TensorRT cannot build the graph {_name(graph)}: {reason}", 1)
+        raise InputError(f"TensorRT cannot build the graph {_name(graph)}: {reason}", 1)
     if timings is not None and cache is not None:
         cache.write_bytes(bytes(timings.serialize()))
     return Built(memoryview(engine), network.num_layers, whole, decomposed)
@@ -101,7 +101,7 @@ def _aim(trt: Any, config: Any, capability: int) -> None:
     known = capabilities(trt)
     if capability not in known:
         names = ", ".join(f"sm_{number}" for number in known)
-        raise ExportError(f"this library builds for {names}, not for sm_{capability}")
+        raise InputError(f"this library builds for {names}, not for sm_{capability}")
     config.num_compute_capabilities = 1
     config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{capability}"), 0)
 

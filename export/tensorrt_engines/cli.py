@@ -9,10 +9,10 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
+from ...errors import InputError
 from ...runtime.bundle_format.tensorrt_engines import FLAVORS, target_capability
 from ...runtime.request import Request
 from ..cli import _find_bundle, _progress
-from ..errors import ExportError
 from . import build
 from .builder import Limits
 from .calibrate import Calibration, calibrate
@@ -59,18 +59,18 @@ def add_build_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_build(args: argparse.Namespace) -> int:
-    """Builds; returns the exit code 0. Raises ExportError, InputError, BundleError."""
+    """Builds; returns the exit code 0. Raises InputError, InputError, BundleError."""
     bundle = _find_bundle(args.bundle)
     capability = None if args.target is None else target_capability(args.target)
     if args.workspace is not None and args.workspace < 1:
-        raise ExportError("--workspace is a number of megabytes, 1 at least")
+        raise InputError("--workspace is a number of megabytes, 1 at least")
     limits = Limits(None if args.workspace is None else args.workspace << 20, args.level)
     if (args.dry_run or args.collect or args.trtexec_version is not None) and not args.trtexec:
-        raise ExportError("--dry-run, --collect and --trtexec-version go with --trtexec")
+        raise InputError("--dry-run, --collect and --trtexec-version go with --trtexec")
     if args.trtexec_version is not None and not re.fullmatch(r"\d+(\.\d+)+", args.trtexec_version):
-        raise ExportError(f"--trtexec-version {args.trtexec_version!r}: write it as 10.13")
+        raise InputError(f"--trtexec-version {args.trtexec_version!r}: write it as 10.13")
     if args.request is not None and args.precision != "fp8":
-        raise ExportError("--request goes with --precision fp8")
+        raise InputError("--request goes with --precision fp8")
     show = _progress(args)
     if not args.trtexec:
         target = build.find_target(args.flavor, capability)
@@ -80,7 +80,7 @@ def run_build(args: argparse.Namespace) -> int:
         )
         return _report(args, folder, lines, ranges)
     if args.flavor != "tensorrt":
-        raise ExportError("--trtexec builds with the full TensorRT: leave out --flavor, or --trtexec")
+        raise InputError("--trtexec builds with the full TensorRT: leave out --flavor, or --trtexec")
     target = build.gpu_capability() if capability is None else capability
     ranges = None
     if not args.collect:

@@ -25,7 +25,7 @@ import numpy as np
 from onnxscript import ir
 from onnxscript.ir.passes.common import RemoveUnusedNodesPass
 
-from ..errors import ExportError
+from ...errors import InputError
 from ..onnx_graphs import initializers
 from ..onnx_graphs.initializers import constant
 
@@ -49,7 +49,7 @@ def quantise_linears(model: ir.Model, largest: Mapping[str, float]) -> None:
     """Puts the nodes into a graph that is in bf16, or that emulates it (see `prepare.narrow`).
 
     largest: by the name of each of `linears`, the largest magnitude that goes into it (see calibrate.py).
-    Raises ExportError for one that is not there.
+    Raises InputError for one that is not there.
     """
     rounded: dict[tuple[ir.Value, float], ir.Value] = {}  # one pair of nodes for all that read a value
     for node in linears(model):
@@ -57,7 +57,7 @@ def quantise_linears(model: ir.Model, largest: Mapping[str, float]) -> None:
         tensor = constant(weight)
         assert x is not None and weight is not None and tensor is not None
         if node.name not in largest:
-            raise ExportError(f"fp8 needs the range of what goes into {node.name!r}, which is not known", 1)
+            raise InputError(f"fp8 needs the range of what goes into {node.name!r}, which is not known", 1)
         dtype = tensor.dtype  # bfloat16; float32 where it is emulated
         key = x, scale_for(largest[node.name] * HEADROOM)
         if key not in rounded:

@@ -12,7 +12,7 @@ import importlib
 import inspect
 from typing import Any
 
-from ..errors import ExportError
+from ...errors import InputError
 from ..onnx_graphs.concept_node import DECOUPLED, DOMAIN, INJECTION
 from .aot import SIZES, TENSORS, compile_node, tactics
 from .build import gpu_capability
@@ -24,16 +24,16 @@ NAMES = {"FLOAT": ("FP32", "float32"), "HALF": ("FP16", "float16"), "BF16": ("BF
 def register(trt: Any, capability: int | None = None) -> None:
     """Registers both plugins with the full library, for sm_`capability` (None: the GPU that is there).
 
-    Registering twice does nothing. Raises ExportError without Triton or without tensorrt.plugin.
+    Registering twice does nothing. Raises InputError without Triton or without tensorrt.plugin.
     """
     from ...kernels.common import INSTALLED
 
     if not INSTALLED:
-        raise ExportError("the plugin's kernel needs Triton: pip install 'conceptmaster[gpu]'", 1)
+        raise InputError("the plugin's kernel needs Triton: pip install 'conceptmaster[gpu]'", 1)
     try:
         plugins = importlib.import_module(f"{trt.__name__}.plugin")
     except ImportError as error:
-        raise ExportError(f"this TensorRT has no plugins in Python ({error})", 1) from error
+        raise InputError(f"this TensorRT has no plugins in Python ({error})", 1) from error
     target = gpu_capability() if capability is None else capability
     for node in (INJECTION, DECOUPLED):
         if not hasattr(getattr(plugins.op, DOMAIN, None), node):

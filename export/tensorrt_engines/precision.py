@@ -17,7 +17,7 @@ import numpy as np
 from onnxscript import ir
 from onnxscript.ir.passes.common import RemoveUnusedNodesPass, ShapeInferencePass
 
-from ..errors import ExportError
+from ...errors import InputError
 from ..onnx_graphs import initializers
 from ..onnx_graphs.concept_node import DOMAIN
 from ..onnx_graphs.initializers import constant
@@ -45,10 +45,10 @@ def prepare(source: Path, target: Path, precision: str, largest: Mapping[str, fl
 
     Weights beside the graph are read one after the other, and written beside `target`. largest: for fp8, see
     `quantise_linears`; without it, as for every graph but denoise, fp8 is bf16.
-    Raises ExportError for an unknown precision, a graph in int8, and fp16 that a weight does not fit into.
+    Raises InputError for an unknown precision, a graph in int8, and fp16 that a weight does not fit into.
     """
     if precision not in PRECISIONS:
-        raise ExportError(f"unknown precision {precision!r}: choose one of {', '.join(PRECISIONS)}")
+        raise InputError(f"unknown precision {precision!r}: choose one of {', '.join(PRECISIONS)}")
     model = ir.load(source)
     _refuse_int8(model, source)
     lower_ranks(model)
@@ -111,7 +111,7 @@ def narrow(model: ir.Model, precision: str, *, emulate: bool) -> None:
 
     emulate: rounds the same values but computes in float32, for an ONNX Runtime that lacks the kernels; the
         accumulation of a tensor core is float32 too.
-    Raises ExportError where shape inference leaves open what a product reads: it would stay float32 unseen.
+    Raises InputError where shape inference leaves open what a product reads: it would stay float32 unseen.
     """
     kind, dtype = NARROW[precision]
     ShapeInferencePass()(model)
@@ -149,8 +149,8 @@ def _fused(node: ir.Node, own: bool) -> bool:
     return (width if heads is None or len(q.shape) == 4 else width // heads.as_int()) in FUSED_WIDTHS
 
 
-def _unknown(node: ir.Node) -> ExportError:
-    return ExportError(
+def _unknown(node: ir.Node) -> InputError:
+    return InputError(
         f"what goes into the node {node.name!r} ({node.op_type}) is of unknown shape or type", 1
     )
 
@@ -228,7 +228,7 @@ class _Casts:
         if self._kind == ir.DataType.FLOAT16 and tensor.dtype != self._kind:
             most = float(np.abs(tensor.numpy().astype(wide)).max(initial=0.0))
             if not most <= float(np.finfo(np.float16).max):
-                raise ExportError(
+                raise InputError(
                     f"the weight {value.name!r} has values up to {most:.1e}, too large for float16: "
                     "choose bf16"
                 )
@@ -247,7 +247,7 @@ def _perm(node: ir.Node) -> list[int]:
 def _refuse_int8(model: ir.Model, source: Path) -> None:
     for node in model.graph:
         if node.op_type in ("MatMulInteger", "DynamicQuantizeLinear"):
-            raise ExportError(
+            raise InputError(
                 f"{str(source)!r} is in int8 for CPUs: TensorRT takes neither its node {node.name!r} nor any "
                 f"other {node.op_type}; build from the fp32 bundle of the same model"
             )

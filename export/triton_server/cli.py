@@ -29,7 +29,7 @@ def add_export_triton_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_export_triton(args: argparse.Namespace) -> int:
-    """Writes it; returns the exit code 0. Raises ExportError, BundleError."""
+    """Writes it; returns the exit code 0. Raises InputError, BundleError."""
     names = write_repository(_find_bundle(args.bundle), args.output, args.engines, args.device)
     print(f"{args.output}: {', '.join(names)}")
     return 0

@@ -14,10 +14,10 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
+from ...errors import InputError
 from ...runtime.bundle_format import manifest as manifests
 from ...runtime.bundle_format import tensorrt_engines as stored
 from ...runtime.bundle_format.manifest import Manifest, TensorSpec
-from ..errors import ExportError
 
 KINDS = {
     "float32": "TYPE_FP32",
@@ -37,13 +37,13 @@ def write_repository(
 
     Args: engines: a folder of `bundle`/engines whose engines take the graphs' places; device: "cpu" or "gpu",
         where the server runs the ONNX graphs.
-    Raises: ExportError when `output` is taken; BundleError for a bundle or engines that are not sound.
+    Raises: InputError when `output` is taken; BundleError for a bundle or engines that are not sound.
     """
     manifest = manifests.load(bundle)
     if output.exists():
-        raise ExportError(f"{str(output)!r} is there already: choose another place")
+        raise InputError(f"{str(output)!r} is there already: choose another place")
     if not output.parent.is_dir():
-        raise ExportError(f"cannot write {str(output)!r}: the folder {str(output.parent)!r} does not exist")
+        raise InputError(f"cannot write {str(output)!r}: the folder {str(output.parent)!r} does not exist")
     plans = None if engines is None else _engines(bundle, manifest, engines)
     inner = output / NAME / "1" / "bundle"
     inner.mkdir(parents=True)
@@ -108,11 +108,11 @@ def _engines(bundle: Path, manifest: Manifest, name: str) -> Path:
     folder = bundle / stored.FOLDER / name
     if not (folder / stored.FILE_NAME).is_file():
         there = ", ".join(p.parent.name for p in sorted(bundle.glob(f"{stored.FOLDER}/*/{stored.FILE_NAME}")))
-        raise ExportError(f"no engines {name!r} in {str(bundle)!r} (there are: {there or 'none'})")
+        raise InputError(f"no engines {name!r} in {str(bundle)!r} (there are: {there or 'none'})")
     found = stored.load(folder)
     stored.choose(bundle, manifest.graphs, found.flavor, found.version, found.capability, found.precision)
     if found.flavor != "tensorrt":
-        raise ExportError("Triton runs engines of the full TensorRT, not of TensorRT for RTX")
+        raise InputError("Triton runs engines of the full TensorRT, not of TensorRT for RTX")
     return folder
 
 

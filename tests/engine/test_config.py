@@ -5,8 +5,9 @@ import json
 
 import pytest
 
-from conceptmaster.engine.config import ConceptConfig, ConfigError, ModelConfig
+from conceptmaster.engine.config import ConceptConfig, ModelConfig
 from conceptmaster.engine.presets import PRESETS, preset
+from conceptmaster.errors import ConfigError
 
 
 @pytest.mark.parametrize("name", PRESETS)

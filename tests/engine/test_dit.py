@@ -9,10 +9,11 @@ torch = pytest.importorskip("torch")
 from hypothesis import given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
-from conceptmaster.engine.checkpoints.safetensors_io import WeightsError, load_wan  # noqa: E402
+from conceptmaster.engine.checkpoints.safetensors_io import load_wan  # noqa: E402
 from conceptmaster.engine.config import INJECTIONS  # noqa: E402
 from conceptmaster.engine.dit import ConceptDiT  # noqa: E402
 from conceptmaster.engine.presets import preset  # noqa: E402
+from conceptmaster.errors import WeightsError  # noqa: E402
 
 
 def wan_for(config):

@@ -8,6 +8,8 @@ import shutil
 import numpy as np
 import pytest
 
+from conceptmaster.errors import ExportError
+
 torch = pytest.importorskip("torch")
 
 
@@ -173,7 +175,6 @@ def test_manifest(bundle, tiny):
 def exported_before(bundle, monkeypatch):
     """Where the graph is one of `bundle`, exporting takes its file, which saves the time."""
     from conceptmaster.export import bundle as bundles
-    from conceptmaster.export.errors import ExportError
     from conceptmaster.export.onnx_graphs.trace import describe, export_graph
 
     def export(spec, path, *show):
@@ -298,7 +299,6 @@ def test_a_row_that_is_not_a_number_is_not_ok():
 def test_a_graph_too_far_off_stops_the_export(tiny, tmp_path, monkeypatch, exported_before):
     from conceptmaster.export import bundle as bundles
     from conceptmaster.export import verify
-    from conceptmaster.export.errors import ExportError
 
     monkeypatch.setitem(verify.TOLERANCES, "fp32", 0.0)
     with pytest.raises(ExportError, match="text_encoder.*off by") as caught:

@@ -9,6 +9,8 @@ import shutil
 import numpy as np
 import pytest
 
+from conceptmaster.errors import WeightsError
+
 torch = pytest.importorskip("torch")
 
 PROMPT, NEGATIVE = "a red ball &amp; two\n quick cats  run up", "the rain"
@@ -404,7 +406,7 @@ def test_what_marks_skyreels_a2(first, tmp_path):
 
 def test_picture_encoders_with_a_prefix_and_a_projection(first, tmp_path):
     """As a CLIPVisionModelWithProjection saves it, and transformers once saved any."""
-    from conceptmaster.engine.checkpoints.safetensors_io import WeightsError, load, save
+    from conceptmaster.engine.checkpoints.safetensors_io import load, save
     from conceptmaster.engine.checkpoints.wan import load_base, read_config
 
     own = shutil.copytree(first[1], tmp_path / "own")

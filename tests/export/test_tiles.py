@@ -10,6 +10,8 @@ import shutil
 import numpy as np
 import pytest
 
+from conceptmaster.errors import BundleError
+
 torch = pytest.importorskip("torch")
 
 HEIGHT, WIDTH, TILE = 48, 64, 32
@@ -108,7 +110,6 @@ def test_tiles_that_cannot_be(command, tmp_path):
 def test_a_manifest_s_tile_must_fit(tiled, tmp_path):
     import hashlib
 
-    from conceptmaster.errors import BundleError
     from conceptmaster.runtime.bundle_format import manifest as manifests
     from conceptmaster.runtime.bundle_format import strict_json
 

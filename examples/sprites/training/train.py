@@ -19,11 +19,11 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from conceptmaster.engine.checkpoints.safetensors_io import WeightsError, load, load_model, save_model
+from conceptmaster.engine.checkpoints.safetensors_io import load, load_model, save_model
 from conceptmaster.engine.config import BINDINGS, ENCODERS, INJECTIONS, ModelConfig
 from conceptmaster.engine.presets import preset
 from conceptmaster.engine.vae.block_vae import BlockVAE
-from conceptmaster.errors import InputError
+from conceptmaster.errors import InputError, WeightsError
 
 from ..arguments import check_counts, check_shares, cores
 from ..processes import in_processes

@@ -26,12 +26,11 @@ import torch
 
 from conceptmaster import __version__
 from conceptmaster.engine.checkpoints.adapter import adapter_keys
-from conceptmaster.engine.checkpoints.safetensors_io import WeightsError, load, load_model, save, sha256
+from conceptmaster.engine.checkpoints.safetensors_io import load, load_model, save, sha256
 from conceptmaster.engine.config import ModelConfig
 from conceptmaster.engine.model import ConceptMaster
-from conceptmaster.errors import ConceptMasterError, InputError
+from conceptmaster.errors import ConceptMasterError, InputError, WeightsError
 from conceptmaster.export.bundle import write_bundle
-from conceptmaster.export.errors import ExportError
 from conceptmaster.export.source import open_source
 from conceptmaster.runtime.atomic_write import check_output, replacing
 
@@ -155,7 +154,7 @@ def run(args: argparse.Namespace) -> int:
             if not (folder / "score.json").exists():
                 try:
                     _train_and_score(variant, base.config, seed, args, folder)
-                except (ConceptMasterError, ExportError, WeightsError) as error:
+                except ConceptMasterError as error:
                     raise ConceptMasterError(f"{folder}: {error}") from error
                 _publish(args.output, settings, table, everything)
             _tidy(folder)

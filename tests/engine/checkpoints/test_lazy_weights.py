@@ -11,8 +11,9 @@ from conceptmaster.engine.checkpoints import lazy_weights  # noqa: E402
 from conceptmaster.engine.checkpoints.diffusers_folder import stored_tensors  # noqa: E402
 from conceptmaster.engine.checkpoints.lazy_weights import faked, stored_weights, stream  # noqa: E402
 from conceptmaster.engine.checkpoints.lora import merge_lora  # noqa: E402
-from conceptmaster.engine.checkpoints.safetensors_io import WeightsError, save  # noqa: E402
+from conceptmaster.engine.checkpoints.safetensors_io import save  # noqa: E402
 from conceptmaster.engine.model import ConceptMaster  # noqa: E402
+from conceptmaster.errors import WeightsError  # noqa: E402
 
 
 @pytest.fixture(autouse=True)

@@ -8,8 +8,9 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from conceptmaster.engine.checkpoints.lora import merge_lora, wan_name  # noqa: E402
-from conceptmaster.engine.checkpoints.safetensors_io import WeightsError, save  # noqa: E402
+from conceptmaster.engine.checkpoints.safetensors_io import save  # noqa: E402
 from conceptmaster.engine.dit import ConceptDiT  # noqa: E402
+from conceptmaster.errors import WeightsError  # noqa: E402
 
 BLOCK = "blocks.1"
 # Of everything that carries a LoRA in the public files: diffusers' name and Wan2.1's.

@@ -9,7 +9,6 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 from conceptmaster.engine.checkpoints.safetensors_io import (  # noqa: E402
-    WeightsError,
     load,
     load_model,
     load_strict,
@@ -18,6 +17,7 @@ from conceptmaster.engine.checkpoints.safetensors_io import (  # noqa: E402
     sha256,
 )
 from conceptmaster.engine.model import ConceptMaster  # noqa: E402
+from conceptmaster.errors import WeightsError  # noqa: E402
 
 
 def test_a_model_comes_back_as_it_was(tiny, randomise, request_for, tmp_path):

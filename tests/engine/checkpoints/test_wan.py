@@ -9,7 +9,6 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("diffusers")
 
-from conceptmaster.engine.checkpoints.safetensors_io import WeightsError  # noqa: E402
 from conceptmaster.engine.checkpoints.wan import (  # noqa: E402
     Sampling,
     load_base,
@@ -17,7 +16,7 @@ from conceptmaster.engine.checkpoints.wan import (  # noqa: E402
     read_config,
     read_sampling,
 )
-from conceptmaster.engine.config import ConfigError  # noqa: E402
+from conceptmaster.errors import ConfigError, WeightsError  # noqa: E402
 
 SIZE, FRAMES = (64, 32), 9
 

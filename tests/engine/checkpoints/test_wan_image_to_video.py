@@ -9,9 +9,10 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("diffusers")
 
-from conceptmaster.engine.checkpoints.safetensors_io import WeightsError, load_wan  # noqa: E402
-from conceptmaster.engine.config import ConfigError, ModelConfig  # noqa: E402
+from conceptmaster.engine.checkpoints.safetensors_io import load_wan  # noqa: E402
+from conceptmaster.engine.config import ModelConfig  # noqa: E402
 from conceptmaster.engine.dit import ConceptDiT  # noqa: E402
+from conceptmaster.errors import ConfigError, WeightsError  # noqa: E402
 
 P, DP, TEXT = 5, 16, 512  # diffusers takes the last 512 tokens for the text, all before for the pictures
 

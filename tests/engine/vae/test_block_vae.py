@@ -6,10 +6,10 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from conceptmaster.engine.config import ConfigError  # noqa: E402
 from conceptmaster.engine.presets import preset  # noqa: E402
 from conceptmaster.engine.vae.block_vae import BlockVAE  # noqa: E402
 from conceptmaster.engine.vae.wan_decoder import build_vae, decode, encode, streaming_decoders  # noqa: E402
+from conceptmaster.errors import ConfigError  # noqa: E402
 
 
 @pytest.fixture(scope="module")

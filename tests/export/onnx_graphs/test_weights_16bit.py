@@ -10,6 +10,8 @@ import pytest
 torch = pytest.importorskip("torch")
 from safetensors.torch import save_file  # noqa: E402
 
+from conceptmaster.errors import ExportError  # noqa: E402
+
 ALIGNMENT = 4096
 SIZE = ("--size", "64x64", "--frames", "9", "--quiet")
 
@@ -89,7 +91,6 @@ def test_what_a_graph_on_disk_is_held_to(tmp_path, streamed, wan_folder):
     """Another weight, a weight that is not there, other operators: each is found."""
     import onnx
 
-    from conceptmaster.export.errors import ExportError
     from conceptmaster.export.graphs import graph_specs
     from conceptmaster.export.onnx_graphs.trace import export_graph
     from conceptmaster.export.source import Choices, open_source

@@ -16,7 +16,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("triton")
 pytest.importorskip("onnxscript")
 
-from conceptmaster.export.errors import ExportError  # noqa: E402
+from conceptmaster.errors import ExportError  # noqa: E402
 from conceptmaster.export.tensorrt_engines import aot, plugin, plugin_kernels  # noqa: E402
 from conceptmaster.export.tensorrt_engines.aot import DECOUPLED, INJECTION, only_parameters  # noqa: E402
 from conceptmaster.kernels.cross_attention import (  # noqa: E402

@@ -10,7 +10,7 @@ import pytest
 
 pytest.importorskip("onnxscript")
 
-from conceptmaster.export.errors import ExportError  # noqa: E402
+from conceptmaster.errors import ExportError  # noqa: E402
 from conceptmaster.export.tensorrt_engines import builder  # noqa: E402
 from conceptmaster.export.tensorrt_engines.builder import Limits  # noqa: E402
 

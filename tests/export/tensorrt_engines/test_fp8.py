@@ -13,7 +13,7 @@ ort = pytest.importorskip("onnxruntime")
 from onnxscript import ir  # noqa: E402
 
 from conceptmaster.cli import main  # noqa: E402
-from conceptmaster.export.errors import ExportError  # noqa: E402
+from conceptmaster.errors import ExportError  # noqa: E402
 from conceptmaster.export.tensorrt_engines import calibrate as calibrating  # noqa: E402
 from conceptmaster.export.tensorrt_engines.fp8 import LARGEST, linears, quantise_linears, scale_for  # noqa: E402
 from conceptmaster.export.tensorrt_engines.precision import prepare, reduce  # noqa: E402

@@ -11,7 +11,7 @@ ort = pytest.importorskip("onnxruntime")
 
 from onnxscript import ir  # noqa: E402
 
-from conceptmaster.export.errors import ExportError  # noqa: E402
+from conceptmaster.errors import ExportError  # noqa: E402
 from conceptmaster.export.tensorrt_engines import precision as preparing  # noqa: E402
 from conceptmaster.export.tensorrt_engines.precision import MAX_AXES, merge_axes, prepare  # noqa: E402
 from conceptmaster.export.verify import relative_error  # noqa: E402

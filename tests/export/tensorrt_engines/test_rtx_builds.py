@@ -23,7 +23,7 @@ trt = pytest.importorskip(
 from onnxscript import ir  # noqa: E402
 
 from conceptmaster.cli import main  # noqa: E402
-from conceptmaster.export.errors import ExportError  # noqa: E402
+from conceptmaster.errors import ExportError  # noqa: E402
 from conceptmaster.export.onnx_graphs.concept_node import DOMAIN  # noqa: E402
 from conceptmaster.export.tensorrt_engines import builder  # noqa: E402
 from conceptmaster.export.tensorrt_engines.builder import Limits  # noqa: E402

@@ -10,7 +10,7 @@ import pytest
 pytest.importorskip("onnxscript")
 
 from conceptmaster.cli import main  # noqa: E402
-from conceptmaster.export.errors import ExportError  # noqa: E402
+from conceptmaster.errors import ExportError  # noqa: E402
 from conceptmaster.export.tensorrt_engines import build  # noqa: E402
 from conceptmaster.export.tensorrt_engines.builder import Limits  # noqa: E402
 from conceptmaster.runtime.bundle_format import tensorrt_engines as stored  # noqa: E402

@@ -15,9 +15,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from conceptmaster.engine.checkpoints.safetensors_io import WeightsError, load_model, load_strict, save_model
+from conceptmaster.engine.checkpoints.safetensors_io import load_model, load_strict, save_model
 from conceptmaster.engine.model import ConceptMaster
-from conceptmaster.errors import InputError
+from conceptmaster.errors import InputError, WeightsError
 
 CHUNKS = {"condition_embedder.time_proj": 6}
 """Layers whose output is several vectors of the width, one behind the other: how many."""
