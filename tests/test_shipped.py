@@ -22,7 +22,7 @@ def pipeline():
     return Pipeline.from_bundle("sprites", threads=1)
 
 
-@pytest.mark.parametrize("bundle", ["sprites", "sprites-int8", "sprites-fast"])
+@pytest.mark.parametrize("bundle", ["sprites", "sprites-int8"])
 def test_concepts_keep_their_own_looks_in_their_own_places(bundle):
     report, _ = score(Options(seeds=range(500, 508), bundle=bundle, controls=False, threads=1))
     assert report["requests"] == 8

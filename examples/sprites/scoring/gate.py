@@ -200,16 +200,7 @@ def table(lines: Sequence[Line]) -> str:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``gate``."""
-    add_verify_arguments(parser)
-    parser.add_argument(
-        "--record", action="store_true", help="write the baseline from this bundle instead of comparing"
-    )
-
-
-def add_verify_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of ``conceptmaster verify --identity``: those of ``gate`` but --record."""
     parser.description = GATE
-    parser.set_defaults(record=False)
     parser.add_argument("bundle", metavar="BUNDLE", help="shipped bundle or a path")
     parser.add_argument(
         "--seeds",
@@ -229,6 +220,9 @@ def add_verify_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--guidance", type=float, metavar="G", help="(the bundle's default)")
     parser.add_argument(
         "--baseline", type=Path, default=BASELINE, metavar="FILE.json", help="(the one that came with this)"
+    )
+    parser.add_argument(
+        "--record", action="store_true", help="write the baseline from this bundle instead of comparing"
     )
     add_running(parser)
     parser.add_argument("--json", action="store_true", help="one JSON object instead of the table")

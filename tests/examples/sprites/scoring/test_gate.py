@@ -13,9 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from conceptmaster.cli import main as root_main
 from conceptmaster.errors import InputError
-from conceptmaster.examples.sprites.cli import main as sprites_main
+from conceptmaster.examples.sprites.cli import main
 from conceptmaster.examples.sprites.scoring import gate
 from conceptmaster.examples.sprites.scoring.gate import (
     ROWS,
@@ -160,25 +159,22 @@ def test_a_damaged_baseline_is_one_clear_error(changes: dict, words: str, tmp_pa
 
 def test_half_a_baseline_is_one_clear_error(perfect: Path, capsys: pytest.CaptureFixture[str]) -> None:
     perfect.write_text(perfect.read_text()[:200])
-    assert sprites_main(["gate", "nowhere", "--baseline", str(perfect)]) == 2
+    assert main(["gate", "nowhere", "--baseline", str(perfect)]) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.count("\n") == 1 and "is not JSON" in err
 
 
-# The two command lines.
+# The command line.
 
 
-@pytest.mark.parametrize("through_root", [False, True])
 def test_exit_codes(
-    through_root: bool,
     judges: Any,
     truth: Generate,
     noise: Generate,
     perfect: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    main, command = (root_main, ["verify", "--identity"]) if through_root else (sprites_main, ["gate"])
-    arguments = [*command, "some-bundle", "--baseline", str(perfect), "--quiet", "--seeds", "3:4"]
+    arguments = ["gate", "some-bundle", "--baseline", str(perfect), "--quiet", "--seeds", "3:4"]
     judges(truth)
     assert main(arguments) == 0
     out, err = capsys.readouterr()
@@ -206,35 +202,33 @@ def test_exit_codes(
 def test_recording(judges: Any, truth: Generate, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "new.json"
     arguments = ["gate", "some-bundle", "--baseline", str(path), "--quiet"]
-    assert sprites_main(arguments) == 2  # not there yet
+    assert main(arguments) == 2  # not there yet
     assert "gate BUNDLE --record" in capsys.readouterr().err
     judges(truth)
-    assert sprites_main([*arguments, "--record", "--seeds", "7:8"]) == 0
+    assert main([*arguments, "--record", "--seeds", "7:8"]) == 0
     assert load(path).seeds == (7, 8)
-    assert sprites_main(arguments) == 0  # the baseline's seeds, if none are given
+    assert main(arguments) == 0  # the baseline's seeds, if none are given
     assert [file.name for file in tmp_path.iterdir()] == ["new.json"]
-    assert sprites_main([*arguments, "--record", "--baseline", str(tmp_path / "no" / "b.json")]) == 2
+    assert main([*arguments, "--record", "--baseline", str(tmp_path / "no" / "b.json")]) == 2
 
 
-@pytest.mark.parametrize("through_root", [False, True])
 def test_a_bundle_of_another_world(
-    through_root: bool, other_world: None, perfect: Path, capsys: pytest.CaptureFixture[str]
+    other_world: None, perfect: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    main, command = (root_main, ["verify", "--identity"]) if through_root else (sprites_main, ["gate"])
-    assert main([*command, "wan", "--baseline", str(perfect), "--quiet"]) == 2
+    assert main(["gate", "wan", "--baseline", str(perfect), "--quiet"]) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.count("\n") == 1 and "'wan' is of another world" in err
 
 
-def test_the_identity_needs_no_torch(perfect: Path, tmp_path: Path) -> None:
+def test_the_gate_needs_no_torch(perfect: Path, tmp_path: Path) -> None:
     code = (
         "import sys\n"
         "sys.modules['torch'] = None\n"
-        "from conceptmaster.cli import main\n"
-        f"assert main(['verify', 'nowhere', '--identity', '--baseline', {str(perfect)!r}]) == 2\n"
+        "from conceptmaster.examples.sprites.cli import main\n"
+        f"assert main(['gate', 'nowhere', '--baseline', {str(perfect)!r}]) == 2\n"
         "heavy = {'transformers', 'diffusers', 'onnx', 'safetensors', 'matplotlib'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
-        "main(['verify', '--identity', '--help'])\n"
+        "main(['gate', '--help'])\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
