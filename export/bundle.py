@@ -15,12 +15,13 @@ from .. import __version__
 from ..engine.config import ModelConfig
 from ..errors import ExportError, InputError
 from ..runtime.bundle_format import manifest as manifests
-from ..runtime.bundle_format.manifest import Defaults, GraphFile, HashedFile, Manifest, Shapes
+from ..runtime.bundle_format.hashed_file import HashedFile, sha256_file
+from ..runtime.bundle_format.schema import Defaults, GraphFile, Manifest, Shapes
 from .graphs import graph_specs
 from .onnx_graphs.compact import compact
 from .onnx_graphs.int8 import precision_of, quantise
 from .onnx_graphs.trace import describe, export_graph
-from .recipes import given_of, pictures_of, tile_of
+from .recipes import conditioning_of, pictures_of, tile_of
 from .source import Source
 from .verify import Row, check, check_small, checked_specs, steps
 
@@ -75,7 +76,7 @@ def write_bundle(
         tokenizer = temporary / "tokenizer.json"
         tokenizer.write_text(source.tokenizer, encoding="utf-8")
         manifest = Manifest(
-            format=manifests.FORMAT,
+            format=2,
             name=source.model.config.name,
             written_by={"conceptmaster": __version__}
             | {name: importlib.metadata.version(name) for name in WRITERS},
@@ -85,9 +86,9 @@ def write_bundle(
             precision=precision,
             pictures=pictures_of(source.model.config),
             defaults=defaults,
-            tokenizer=HashedFile(tokenizer.name, manifests.sha256_file(tokenizer)),
+            tokenizer=HashedFile(tokenizer.name, sha256_file(tokenizer)),
             graphs=graphs,
-            given=given_of(source.model.config),
+            conditioning=conditioning_of(source.model.config),
             tile=tiles,
         )
         manifests.save(manifest, temporary)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ..errors import InputError
 from ..runtime.bundle_format import manifest as manifests
-from ..runtime.bundle_format.manifest import SOLVERS
+from ..runtime.bundle_format.schema import SOLVERS
 from .bundle import write_bundle
 from .source import Choices, Source, is_base, open_source
 from .verify import Row, table, verify

@@ -25,7 +25,7 @@ from ..engine.dit import BlockConditions, ConceptDiT
 from ..engine.model import ConceptMaster
 from ..engine.vae.wan_decoder import streaming_decoders
 from ..engine.vae.wan_encoder import streaming_encoders
-from ..runtime.bundle_format.manifest import TensorSpec
+from ..runtime.bundle_format.schema import TensorSpec
 
 if TYPE_CHECKING:
     from ..engine.vae.wan_decoder import VAE

@@ -11,7 +11,7 @@ from __future__ import annotations
 from ..engine.config import ModelConfig
 from ..engine.encoders import CLIP_MEAN, CLIP_STD
 from ..errors import InputError
-from ..runtime.bundle_format.manifest import Given, Pictures, Place, Tile
+from ..runtime.bundle_format.schema import FrameConditioning, FramePlacement, Pictures, Tile
 
 WHITE = (255, 255, 255)
 LEAST_TILE = 4  # latents of a side: a quarter of it, which tiles share, is one
@@ -27,21 +27,21 @@ def pictures_of(config: ModelConfig) -> Pictures:
     return kinds.get(config.concept.given, Pictures(CLIP_MEAN, CLIP_STD, WHITE, "middle"))
 
 
-def given_of(config: ModelConfig) -> Given | None:
+def conditioning_of(config: ModelConfig) -> FrameConditioning | None:
     """Where the pictures of an image-to-video model stand; None for any other."""
     kind, following = config.concept.given, config.vae["scale_factor_temporal"]
-    first = Place(0, 1, "stretched")
+    first = FramePlacement(0, 1, "stretched")
     if kind == "none":
         return None
     if kind == "first":
-        return Given((first,), least=1, dropped=0)
+        return FrameConditioning((first,), required=1, dropped_frames=0)
     if kind == "first_last":
-        return Given((first, Place(-1, 1, "stretched")), least=2, dropped=0)
-    places = [Place(0, 1, "padded")]
+        return FrameConditioning((first, FramePlacement(-1, 1, "stretched")), required=2, dropped_frames=0)
+    places = [FramePlacement(0, 1, "padded")]
     for latent_frame in range(1, config.concept.max_concepts):
         fit = "padded" if latent_frame < 2 else "cut"
-        places.append(Place(1 + following * (latent_frame - 1), following, fit))
-    return Given(tuple(places), least=1, dropped=following)
+        places.append(FramePlacement(1 + following * (latent_frame - 1), following, fit))
+    return FrameConditioning(tuple(places), required=1, dropped_frames=following)
 
 
 def tile_of(config: ModelConfig, size: tuple[int, int] | None) -> Tile | None:

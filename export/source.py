@@ -22,7 +22,7 @@ from ..engine.model import ConceptMaster
 from ..engine.presets import preset
 from ..engine.vae.wan_decoder import build_vae
 from ..errors import ConfigError, InputError, WeightsError
-from ..runtime.bundle_format.manifest import Defaults
+from ..runtime.bundle_format.schema import Defaults
 
 if TYPE_CHECKING:
     from ..engine.vae.wan_decoder import VAE

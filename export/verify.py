@@ -16,7 +16,7 @@ from ..engine.checkpoints.lazy_weights import stored_weights
 from ..engine.config import ModelConfig
 from ..errors import ConfigError, ExportError, InputError
 from ..runtime.bundle_format import manifest as manifests
-from ..runtime.bundle_format.manifest import Manifest
+from ..runtime.bundle_format.schema import Manifest
 from .graphs import GraphSpec, graph_specs
 from .onnx_graphs.int8 import precision_of
 from .onnx_graphs.trace import trace

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from .backends.pytorch.options import TorchOptions
-    from .bundle_format.manifest import Given, Manifest, TensorSpec
+    from .bundle_format.schema import FrameConditioning, Manifest, TensorSpec
     from .request import Request
     from .video import Video
 
@@ -221,7 +221,7 @@ def _generate(args: argparse.Namespace) -> int:
     outputs, sheets, frames = _outputs(args, request)
     noise = None if args.noise is None else _load_noise(args.noise)
     if args.backend == "torch" and not args.quiet:  # which memory it plans is worth a line
-        logging.getLogger(f"{__package__}.backends.torch_backend").setLevel(logging.INFO)
+        logging.getLogger(f"{__package__}.backends.pytorch.backend").setLevel(logging.INFO)
     pipeline = Pipeline.from_bundle(
         args.bundle,
         device=args.device,
@@ -348,6 +348,7 @@ def _add_inspect(parser: argparse.ArgumentParser) -> None:
 
 
 def _inspect(args: argparse.Namespace) -> int:
+    from .bundle_format import strict_json
     from .bundle_format.find import Bundle
 
     bundle = Bundle.open(args.bundle)
@@ -359,18 +360,19 @@ def _inspect(args: argparse.Namespace) -> int:
         for name, graph in manifest.graphs.items()
     }
     if args.json:
-        report = dataclasses.asdict(manifest) | {"folder": str(bundle.folder), "bytes": sizes}
+        report = strict_json.encode(manifest) | {"folder": str(bundle.folder), "bytes": sizes}
         print(json.dumps(report))
     else:
         print(_describe(manifest, sizes, bundle.folder))
     return 0
 
 
-def _places(given: Given) -> str:
+def _placements(conditioning: FrameConditioning) -> str:
     """Where the pictures of an image-to-video bundle stand."""
-    where = ", ".join(f"frame {place.first} (× {place.count})" for place in given.places)
-    dropped = f"; {given.dropped} frames are left out for each" if given.dropped else ""
-    return f"{given.least} to {len(given.places)}, as {where}{dropped}"
+    placements, dropped = conditioning.placements, conditioning.dropped_frames
+    where = ", ".join(f"frame {placement.first} (× {placement.count})" for placement in placements)
+    left_out = f"; {dropped} frames are left out for each" if dropped else ""
+    return f"{conditioning.required} to {len(placements)}, as {where}{left_out}"
 
 
 def _tiles(manifest: Manifest) -> str:
@@ -393,7 +395,7 @@ def _describe(manifest: Manifest, sizes: dict[str, int], folder: Path) -> str:
         f"concepts  up to {s.concepts}, pictures {s.picture_size}×{s.picture_size}, {s.queries} tokens each"
         if manifest.concepts
         else "concepts  none: a base alone",
-        *([] if manifest.given is None else [f"pictures  {_places(manifest.given)}"]),
+        *([] if manifest.conditioning is None else [f"pictures  {_placements(manifest.conditioning)}"]),
         f"text      {s.text_tokens} tokens, labels {s.label_tokens}",
         f"latents   {' × '.join(map(str, s.latent))} (channels, frames, height, width)",
         *([] if manifest.tile is None else [f"decoding  {_tiles(manifest)}"]),

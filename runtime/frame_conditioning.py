@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from .backends import Backend
-    from .bundle_format.manifest import Manifest, Shapes
+    from .bundle_format.schema import Manifest, Shapes
 
 log = logging.getLogger(__name__)
 
@@ -37,11 +37,11 @@ def fitted(images: Sequence[Image], labels: Sequence[str], manifest: Manifest) -
 
     Warns: a log line for a picture whose shape is lost.
     """
-    if manifest.given is None:
+    if manifest.conditioning is None:
         return {}
     size = (manifest.shapes.width, manifest.shapes.height)
     frames: dict[int, np.ndarray] = {}
-    for image, label, place in zip(images, labels, manifest.given.places, strict=False):
+    for image, label, place in zip(images, labels, manifest.conditioning.placements, strict=False):
         ratio = (image.width * size[1]) / (image.height * size[0])
         if place.fit == "stretched" and max(ratio, 1 / ratio) > MOST_STRETCH:
             shape = (label, *image.size, *size)
@@ -53,7 +53,7 @@ def fitted(images: Sequence[Image], labels: Sequence[str], manifest: Manifest) -
 
 def leading(manifest: Manifest, count: int) -> int:
     """How many frames at the start of a video from `count` pictures are not part of it."""
-    return 0 if manifest.given is None else manifest.given.dropped * count
+    return 0 if manifest.conditioning is None else manifest.conditioning.dropped_frames * count
 
 
 def channels(backend: Backend, frames: dict[int, np.ndarray], shapes: Shapes) -> np.ndarray:

@@ -23,7 +23,7 @@ except ImportError as error:
     raise MissingDependency(f"Pillow does not load ({error}): pip install pillow") from error
 
 if TYPE_CHECKING:
-    from .bundle_format.manifest import Pictures
+    from .bundle_format.schema import Pictures
 
 log = logging.getLogger(__name__)
 

@@ -143,7 +143,7 @@ class Pipeline:
         with _timed(seconds, "encode"):
             known: dict[str, Any] = {"text": self._branch_texts(request, guidance)}  # [K,T,Dt]
             known["concept_tokens"] = self._concept_tokens(concepts)  # [N,Q,Dc]
-            if self.manifest.given is not None:
+            if self.manifest.conditioning is not None:
                 known["given"] = frame_conditioning.channels(self.backend, frames, shapes)  # [1,t+Cz,F,H,W]
         with _timed(seconds, "condition"):
             known["concept_mask"] = self._concept_mask(guidance, len(concepts))  # [K,N]
@@ -192,7 +192,7 @@ class Pipeline:
         shapes = self.manifest.shapes
         mask = np.zeros((shapes.branches, shapes.concepts), bool)
         # an image-to-video model's guidance is of captions alone: every branch sees its pictures
-        mask[np.array(guidance.concepts) | (self.manifest.given is not None), :count] = True
+        mask[np.array(guidance.concepts) | (self.manifest.conditioning is not None), :count] = True
         return mask
 
     def _encode_text(self, text: str) -> tuple[np.ndarray, np.ndarray]:
@@ -217,7 +217,7 @@ class Pipeline:
         for i, concept in enumerate(concepts):
             pixels[i] = pictures.normalise(np.asarray(concept.image), images.mean, images.std)
         known = self.backend.run("image_encoder", {"pixels": pixels})
-        if self.manifest.given is not None:
+        if self.manifest.conditioning is not None:
             return known["concept_tokens"]
         known = self.backend.run("qformer", known)
         if self.manifest.graphs["dam"].input("label_text") is not None:

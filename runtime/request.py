@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import numpy as np
     from PIL.Image import Image
 
-    from .bundle_format.manifest import Manifest
+    from .bundle_format.schema import Manifest
 
 LARGEST_SEED = 2**63 - 1
 MOST_SAMPLES = 64
@@ -111,7 +111,7 @@ class Request:
                 f"the bundle {manifest.name!r} takes no concepts: it was exported from a base without a "
                 "picture encoder"
             )
-        least = 0 if manifest.given is None else manifest.given.least
+        least = 0 if manifest.conditioning is None else manifest.conditioning.required
         if len(self.concepts) < least:
             need = "a picture" if least == 1 else f"{least} pictures"
             raise InputError(

@@ -17,7 +17,7 @@ import numpy as np
 from .bundle_format.signatures import frames_per_latent
 
 if TYPE_CHECKING:
-    from .bundle_format.manifest import Manifest
+    from .bundle_format.schema import Manifest
 
 Stream = Callable[[np.ndarray], Iterator[np.ndarray]]
 """Latents [Cz,F,H,W] of any region of a tile's size → its frames, float32 [f,height,width,3] in 0..1 for each

@@ -17,7 +17,8 @@ from onnxscript import ir
 from ...engine.checkpoints.lazy_weights import faked
 from ...errors import ExportError, InputError
 from ...kernels.common import kept_whole
-from ...runtime.bundle_format.manifest import DTYPES, GraphFile, HashedFile, TensorSpec, sha256_file
+from ...runtime.bundle_format.hashed_file import HashedFile, sha256_file
+from ...runtime.bundle_format.schema import DTYPES, GraphFile, TensorSpec
 from ..graphs import GraphSpec
 from .concept_node import add_functions, translations
 from .fuse_attention import rewrite

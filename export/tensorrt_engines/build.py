@@ -19,7 +19,8 @@ from typing import Any
 from ...errors import InputError
 from ...runtime.bundle_format import manifest as manifests
 from ...runtime.bundle_format import tensorrt_engines as stored
-from ...runtime.bundle_format.manifest import Manifest
+from ...runtime.bundle_format.hashed_file import sha256_file
+from ...runtime.bundle_format.schema import Manifest
 from ...runtime.bundle_format.tensorrt_engines import EngineFile, Engines
 from . import builder
 from .builder import Limits
@@ -270,7 +271,7 @@ def _store(folder: Path, engines: Engines, manifest: Manifest) -> None:
     for name, graph in manifest.graphs.items():
         file = f"{name}.engine"
         engines.engines[name] = EngineFile(
-            file, manifests.sha256_file(folder / file), stored.graph_sha256(graph)
+            file, sha256_file(folder / file), stored.graph_sha256(graph)
         )
     stored.save(engines, folder)
 

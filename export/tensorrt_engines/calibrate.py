@@ -17,7 +17,7 @@ from onnxscript import ir
 
 from ...runtime.backends.onnxruntime_backend import OnnxRuntimeBackend
 from ...runtime.bundle_format.find import Bundle
-from ...runtime.bundle_format.manifest import Manifest
+from ...runtime.bundle_format.schema import Manifest
 from ...runtime.pipeline import Pipeline
 from ...runtime.request import Concept, Request
 from ..verify import open_session

@@ -17,7 +17,7 @@ from pathlib import Path
 from ...errors import InputError
 from ...runtime.bundle_format import manifest as manifests
 from ...runtime.bundle_format import tensorrt_engines as stored
-from ...runtime.bundle_format.manifest import Manifest, TensorSpec
+from ...runtime.bundle_format.schema import Manifest, TensorSpec
 
 KINDS = {
     "float32": "TYPE_FP32",

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ...errors import BundleError, InputError, MissingDependency
-from ..bundle_format.manifest import REPAIR, TensorSpec
+from ..bundle_format.manifest import REPAIR
+from ..bundle_format.schema import TensorSpec
 
 try:
     import onnxruntime

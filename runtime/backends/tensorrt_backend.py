@@ -20,7 +20,7 @@ import numpy as np
 
 from ...errors import BundleError, InputError, MissingDependency
 from ..bundle_format import tensorrt_engines as stored
-from ..bundle_format.manifest import TensorSpec
+from ..bundle_format.schema import TensorSpec
 
 if TYPE_CHECKING:
     from ..bundle_format.find import Bundle

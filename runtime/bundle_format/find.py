@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ...errors import InputError
 from . import manifest as manifests
-from .manifest import Manifest
+from .schema import Manifest
 
 SHIPPED = Path(__file__).parents[1] / "bundles"  # the bundles that come with the package, one folder each
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .manifest import GraphFile, Shapes
+    from .schema import GraphFile, Shapes
 
 Kind = tuple[str, tuple[int, ...]]  # dtype, shape
 

@@ -1,4 +1,4 @@
-"""Reads JSON into frozen dataclasses and refuses whatever it does not expect."""
+"""Reads JSON into frozen dataclasses and refuses whatever it does not expect; writes them."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import types
 import typing
 from pathlib import Path
 from typing import Any, TypeVar
+
+from ..atomic_write import replacing
 
 T = TypeVar("T")
 
@@ -36,6 +38,39 @@ def read(path: Path) -> Any:
         raise ValueError(f"is not JSON ({error.msg}, line {error.lineno})") from None
 
 
+def load(kind: type[T], path: Path, newest: int) -> T:
+    """Reads what `save` wrote; the key "format" may be at most `newest`.
+
+    Raises: ValueError as `read` and `decode` do, for a newer format, and for contents that differ from their
+        own checksum; OSError.
+    """
+    data = read(path)
+    if not isinstance(data, dict):
+        raise ValueError("is not an object")
+    found = data.get("format")
+    if type(found) is int and found > newest:
+        raise ValueError(
+            f"has format {found}, this conceptmaster reads formats up to {newest}: upgrade conceptmaster"
+        )
+    expected = data.pop("checksum", None)
+    value = decode(kind, data, path.stem)
+    if expected != checksum(data):
+        raise ValueError("differs from its own checksum: it was changed or damaged after it was written")
+    return value
+
+
+def save(value: Any, path: Path) -> Path:
+    """Writes a dataclass with its checksum, whole or not at all; what is None at the top is left out.
+
+    Returns: `path`. Raises OSError, ValueError for NaN.
+    """
+    data = {key: item for key, item in encode(value).items() if item is not None}
+    data["checksum"] = checksum(data)
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    return path
+
+
 def canonical(value: Any) -> bytes:
     """The one spelling of a JSON value (sorted keys, no spaces), for checksums. Raises ValueError for NaN."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
@@ -44,6 +79,24 @@ def canonical(value: Any) -> bytes:
 def checksum(value: Any) -> str:
     """SHA-256 of a JSON value, however it is spelled, in lower-case hex. Raises ValueError for NaN."""
     return hashlib.sha256(canonical(value)).hexdigest()
+
+
+def stored_as(key: str, default: Any = dataclasses.MISSING) -> Any:
+    """A dataclass's field that JSON has under another name."""
+    return dataclasses.field(default=default, metadata={"key": key})
+
+
+def encode(value: Any) -> Any:
+    """The JSON value of a dataclass: what `decode` reads."""
+    if dataclasses.is_dataclass(value):
+        return {_key(field): encode(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return {key: encode(item) for key, item in value.items()}
+    return [encode(item) for item in value] if isinstance(value, (tuple, list)) else value
+
+
+def _key(field: dataclasses.Field[Any]) -> str:
+    return str(field.metadata.get("key", field.name))
 
 
 def decode(kind: type[T], value: Any, where: str) -> T:
@@ -93,15 +146,16 @@ _NAMES: dict[Any, str] = {int: "an integer", float: "a number", str: "a string",
 def _decode_dataclass(kind: Any, value: Any, where: str) -> Any:
     if not isinstance(value, dict):
         raise ValueError(f"{where} must be an object")
-    fields = {field.name: field for field in dataclasses.fields(kind)}
+    fields = {_key(field): field for field in dataclasses.fields(kind)}
     for key in value:
         if key not in fields:
             raise ValueError(f"{where} has an unknown key {key!r}")
-    for name, field in fields.items():
-        if name not in value and field.default is dataclasses.MISSING:
-            raise ValueError(f"{where} lacks the key {name!r}")
+    for key, field in fields.items():
+        if key not in value and field.default is dataclasses.MISSING:
+            raise ValueError(f"{where} lacks the key {key!r}")
     hints = typing.get_type_hints(kind)
-    decoded = {key: _decode(hints[key], item, f"{where}.{key}") for key, item in value.items()}
+    names = {key: fields[key].name for key in value}
+    decoded = {name: _decode(hints[name], value[key], f"{where}.{key}") for key, name in names.items()}
     try:
         return kind(**decoded)
     except ValueError as error:

@@ -7,17 +7,15 @@ Whatever does not fit is a BundleError that names the command which builds it ag
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from ...errors import BundleError, InputError
-from ..atomic_write import replacing
 from . import strict_json
-from .manifest import GraphFile, HashedFile, sha256_file
+from .hashed_file import HashedFile, sha256_file
+from .schema import GraphFile
 
 FORMAT = 1
 FILE_NAME = "engines.json"
@@ -105,32 +103,20 @@ def rebuild_command(bundle: Path, engines: Engines) -> str:
 
 def save(engines: Engines, folder: Path) -> Path:
     """Writes engines.json, whole or not at all; returns its path. Raises OSError."""
-    data = json.loads(json.dumps(dataclasses.asdict(engines)))
-    data["checksum"] = strict_json.checksum(data)
-    path = folder / FILE_NAME
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-    return path
+    return strict_json.save(engines, folder / FILE_NAME)
 
 
 def load(folder: Path) -> Engines:
     """Reads engines.json in `folder`, without looking at the engines. Raises BundleError."""
     path = folder / FILE_NAME
     try:
-        data = strict_json.read(path)
-        if not isinstance(data, dict):
-            raise ValueError("is not an object")
-        checksum = data.pop("checksum", None)
-        engines = strict_json.decode(Engines, data, "engines")
-        if checksum != strict_json.checksum(data):
-            raise ValueError("differs from its own checksum: it was changed after it was written")
+        return strict_json.load(Engines, path, FORMAT)
     except OSError as error:
         raise BundleError(f"cannot read {str(path)!r}: {error.strerror}") from None
     except ValueError as error:
         raise BundleError(
             f"bad engines: {str(path)!r} {error}; build them again: conceptmaster build"
         ) from None
-    return engines
 
 
 def choose(

@@ -276,7 +276,8 @@ def test_given_frames_are_the_recipe_s_condition(a2, a2_bundle, assert_close):
 
 
 def test_what_the_bundles_are(first, first_bundle, a2, a2_bundle, command):
-    from conceptmaster.runtime.bundle_format.manifest import Place, load
+    from conceptmaster.runtime.bundle_format.manifest import load
+    from conceptmaster.runtime.bundle_format.schema import FramePlacement
 
     graphs = {"text_encoder", "image_encoder", "condition", "denoise", "encode_first", "encode"}
     for bundle, most, defaults, fps in (
@@ -288,8 +289,9 @@ def test_what_the_bundles_are(first, first_bundle, a2, a2_bundle, command):
         assert set(manifest.graphs) == graphs | {"decode_first", "decode"}
         assert (manifest.concepts, manifest.fps, manifest.format) == (most, fps, 2)
         assert (d.solver, d.shift, d.steps, d.guidance) == defaults
-    assert load(first_bundle).given.places == (Place(0, 1, "stretched"),)
-    assert load(a2_bundle).given.places == (Place(0, 1, "padded"), Place(1, 4, "padded"), Place(5, 4, "cut"))
+    assert load(first_bundle).conditioning.placements == (FramePlacement(0, 1, "stretched"),)
+    places = (FramePlacement(0, 1, "padded"), FramePlacement(1, 4, "padded"), FramePlacement(5, 4, "cut"))
+    assert load(a2_bundle).conditioning.placements == places
     code, out, _ = command("inspect", a2_bundle)
     assert code == 0 and "1 to 3, as frame 0 (× 1), frame 1 (× 4), frame 5 (× 4); 4 frames are left" in out
     for (_, folder), bundle in ((first, first_bundle), (a2, a2_bundle)):

@@ -69,7 +69,8 @@ def test_a_tiled_bundle_gives_the_tiles_of_diffusers(source, tiled):
 
 def test_what_a_tiled_bundle_is(source, tiled, command):
     from conceptmaster.export.verify import verify
-    from conceptmaster.runtime.bundle_format.manifest import Tile, load
+    from conceptmaster.runtime.bundle_format.manifest import load
+    from conceptmaster.runtime.bundle_format.schema import Tile
 
     manifest = load(tiled)
     assert manifest.tile == Tile((4, 4), (1, 1)) and manifest.shapes.latent == (4, 2, 6, 8)
@@ -127,7 +128,7 @@ def test_a_manifest_s_tile_must_fit(tiled, tmp_path):
 def test_a_tile_as_large_as_the_video_is_none():
     from conceptmaster.engine.presets import preset
     from conceptmaster.export.recipes import tile_of
-    from conceptmaster.runtime.bundle_format.manifest import Tile
+    from conceptmaster.runtime.bundle_format.schema import Tile
 
     config = preset("wan2.1-1.3b")
     assert tile_of(config, None) is tile_of(config, (832, 480)) is tile_of(config, (1024, 512)) is None

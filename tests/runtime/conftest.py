@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from conceptmaster.runtime.bundle_format import manifest as manifests
-from conceptmaster.runtime.bundle_format.manifest import (
+from conceptmaster.runtime.bundle_format.hashed_file import HashedFile, sha256_file
+from conceptmaster.runtime.bundle_format.schema import (
     Defaults,
     GraphFile,
-    HashedFile,
     Manifest,
     Pictures,
     Shapes,
@@ -133,7 +133,7 @@ def _graph(name: str, nodes: list, inputs: dict, outputs: dict, constants: dict,
     path = folder / f"{name}.onnx"
     path.write_bytes(model.SerializeToString())
     specs = [tuple(TensorSpec(k, d, tuple(s)) for k, (d, s) in side.items()) for side in (inputs, outputs)]
-    return GraphFile(path.name, manifests.sha256_file(path), *specs)
+    return GraphFile(path.name, sha256_file(path), *specs)
 
 
 def _graphs(folder: Path, branches: int, labels: bool) -> dict[str, GraphFile]:
@@ -368,7 +368,7 @@ def write_bundle(folder: Path, branches: int = 2, labels: bool = True) -> Path:
             precision="fp32",
             pictures=Pictures((0.5, 0.4, 0.3), (0.2, 0.3, 0.4), (255, 255, 255)),
             defaults=Defaults("unipc", 4, 3.0, 1.0 if branches == 1 else 2.5),
-            tokenizer=HashedFile("tokenizer.json", manifests.sha256_file(folder / "tokenizer.json")),
+            tokenizer=HashedFile("tokenizer.json", sha256_file(folder / "tokenizer.json")),
             graphs=graphs,
         ),
         folder,

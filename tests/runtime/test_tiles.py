@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conceptmaster.runtime import tiles
-from conceptmaster.runtime.bundle_format.manifest import Shapes, Tile
+from conceptmaster.runtime.bundle_format.schema import Shapes, Tile
 
 SPACE, TIME = 3, 4
 

@@ -21,7 +21,7 @@ import numpy as np
 from conceptmaster import __version__
 from conceptmaster.errors import InputError
 from conceptmaster.runtime.bundle_format.find import Bundle
-from conceptmaster.runtime.bundle_format.manifest import Manifest
+from conceptmaster.runtime.bundle_format.schema import Manifest
 from conceptmaster.runtime.pipeline import Pipeline
 from conceptmaster.runtime.progress import bar
 from conceptmaster.runtime.request import LARGEST_SEED, Request

@@ -18,7 +18,8 @@ from conceptmaster.errors import InputError
 from conceptmaster.runtime.atomic_write import check_output, replacing
 from conceptmaster.runtime.bundle_format import strict_json
 from conceptmaster.runtime.bundle_format.find import Bundle
-from conceptmaster.runtime.bundle_format.manifest import FILE_NAME, sha256_file
+from conceptmaster.runtime.bundle_format.hashed_file import sha256_file
+from conceptmaster.runtime.bundle_format.manifest import FILE_NAME
 from conceptmaster.runtime.request import Request
 from conceptmaster.runtime.solver import SOLVERS
 

@@ -36,7 +36,7 @@ except ImportError as error:
 
 if TYPE_CHECKING:
     from ...bundle_format.find import Bundle
-    from ...bundle_format.manifest import TensorSpec
+    from ...bundle_format.schema import TensorSpec
 
 log = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ...bundle_format.manifest import Shapes
+    from ...bundle_format.schema import Shapes
 
 BYTES = {"float32": 4, "bfloat16": 2}
 SLACK = 1.1

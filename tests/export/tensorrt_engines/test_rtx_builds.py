@@ -31,7 +31,8 @@ from conceptmaster.export.tensorrt_engines.fp8 import linears  # noqa: E402
 from conceptmaster.export.tensorrt_engines.precision import PRECISIONS, prepare  # noqa: E402
 from conceptmaster.runtime.bundle_format import tensorrt_engines as stored  # noqa: E402
 from conceptmaster.runtime.bundle_format.find import SHIPPED  # noqa: E402
-from conceptmaster.runtime.bundle_format.manifest import HashedFile, load, save, sha256_file  # noqa: E402
+from conceptmaster.runtime.bundle_format.hashed_file import HashedFile, sha256_file  # noqa: E402
+from conceptmaster.runtime.bundle_format.manifest import load, save  # noqa: E402
 
 SPRITES = SHIPPED / "sprites"
 GRAPHS = sorted(path.stem for path in SPRITES.glob("*.onnx"))

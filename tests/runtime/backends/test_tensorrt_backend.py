@@ -24,7 +24,8 @@ from conceptmaster.errors import BundleError, InputError, MissingDependency
 from conceptmaster.runtime.backends import open_backend
 from conceptmaster.runtime.bundle_format import tensorrt_engines as stored
 from conceptmaster.runtime.bundle_format.find import SHIPPED, Bundle
-from conceptmaster.runtime.bundle_format.manifest import HashedFile, load, sha256_file
+from conceptmaster.runtime.bundle_format.hashed_file import HashedFile, sha256_file
+from conceptmaster.runtime.bundle_format.manifest import load
 
 VERSION, CAPABILITY = "11.4.0.106", 90
 

@@ -15,6 +15,7 @@ from conceptmaster.runtime.backends import open_backend
 from conceptmaster.runtime.bundle_format import find as bundles
 from conceptmaster.runtime.bundle_format import manifest
 from conceptmaster.runtime.bundle_format.find import Bundle
+from conceptmaster.runtime.bundle_format.hashed_file import sha256_file
 
 Edit = Callable[[Path, Callable[[dict], object]], None]
 CONCEPTS = ("image_encoder", "qformer", "dam")
@@ -73,9 +74,14 @@ def test_missing_and_truncated_files(own: Path, name: str) -> None:
     refused(own, f"{name}.*is missing")
 
 
+def _third(data: dict, **entries: object) -> None:
+    """Makes a manifest one of format 3, with these entries."""
+    data.update(format=3, source={"name": "weights", "files": []}, **entries)
+
+
 CHANGES: list[tuple[str, Callable[[dict], object], str]] = [
-    ("newer format", lambda d: d.update(format=3, more=1), "has format 3.*upgrade"),
-    ("older format", lambda d: d.update(format=0), "format must be 1 or 2"),
+    ("newer format", lambda d: d.update(format=4, more=1), "has format 4.*upgrade"),
+    ("older format", lambda d: d.update(format=0), "format must be 1, 2, 3"),
     ("format is text", lambda d: d.update(format="1"), "manifest.format must be an integer"),
     ("unknown key", lambda d: d.update(more=1), "unknown key 'more'"),
     (
@@ -122,6 +128,18 @@ CHANGES: list[tuple[str, Callable[[dict], object], str]] = [
         lambda d: d["graphs"]["denoise"]["inputs"][2].update(name="x"),
         "wants 'x', which nothing gives",
     ),
+    ("source in format 1", lambda d: d.update(source={"name": "w", "files": []}), "format 1 does not have"),
+    ("format 3 without a source", lambda d: d.update(format=3), "says what the bundle was made from"),
+    ("path as source", lambda d: d.update(format=3, source={"name": "/w", "files": []}), "neither a Hub id"),
+    ("a graph without a file", lambda d: d["graphs"]["dam"].update(file="", sha256=""), "all graphs have"),
+    ("boxes", lambda d: _third(d, boxes={"per_concept": 1, "required": True}), "has boxes, which.*upgrade"),
+    (
+        "experts in the wrong order",
+        lambda d: _third(d, experts=[{"name": "a", "boundary": 0}, {"name": "b", "boundary": 0.9}]),
+        "from high noise to low",
+    ),
+    ("vocabulary twice", lambda d: _third(d, vocabulary={"words": ["a", "a"], "labels": ["a"]}), "each once"),
+    ("ranges", lambda d: _third(d, ranges={"steps": [4, 2]}), "smallest, largest"),
     ("frames", lambda d: d["shapes"].update(frames=10), "give 9 frames, the video has 10"),
     ("height", lambda d: d["shapes"].update(height=9), "must give 'frames'"),
 ]
@@ -131,6 +149,20 @@ CHANGES: list[tuple[str, Callable[[dict], object], str]] = [
 def test_a_manifest_that_does_not_hold(own: Path, edit_manifest: Edit, change: Callable, word: str) -> None:
     edit_manifest(own, change)
     refused(own, word)
+
+
+def test_format_3_keeps_what_it_was_told(own: Path, edit_manifest: Edit) -> None:
+    entries = {
+        "vocabulary": {"words": ["a", "ball"], "labels": ["ball"]},
+        "ranges": {"steps": [8, 50], "guidance": [1, 6]},
+    }
+    edit_manifest(own, lambda data: _third(data, **entries))
+    found = Bundle.open(own).manifest
+    assert found.source is not None and found.source.name == "weights"
+    assert found.vocabulary is not None and found.vocabulary.labels == ("ball",)
+    assert found.ranges is not None and found.ranges.steps == (8, 50)
+    manifest.save(found, own)
+    assert Bundle.open(own).manifest == found
 
 
 @pytest.mark.parametrize(
@@ -173,7 +205,7 @@ def test_links_stay_inside(own: Path, tmp_path: Path) -> None:
 
 def test_external_data_is_verified(own: Path, edit_manifest: Edit) -> None:
     (own / "dam.onnx.data").write_bytes(b"weights")
-    entry = {"file": "dam.onnx.data", "sha256": manifest.sha256_file(own / "dam.onnx.data")}
+    entry = {"file": "dam.onnx.data", "sha256": sha256_file(own / "dam.onnx.data")}
     edit_manifest(own, lambda data: data["graphs"]["dam"].update(external=[entry]))
     Bundle.open(own)
     (own / "dam.onnx.data").write_bytes(b"weightz")
@@ -201,7 +233,7 @@ def test_a_manifest_that_is_no_json_object(own: Path, text: str, word: str) -> N
 
 def test_a_graph_that_is_not_what_the_manifest_says(own: Path, edit_manifest: Edit) -> None:
     """Every hash is right, but two graphs have changed places, or one is no graph."""
-    hashes = {name: manifest.sha256_file(own / f"{name}.onnx") for name in ("qformer", "dam")}
+    hashes = {name: sha256_file(own / f"{name}.onnx") for name in ("qformer", "dam")}
     (own / "qformer.onnx").rename(own / "x")
     (own / "dam.onnx").rename(own / "qformer.onnx")
     (own / "x").rename(own / "dam.onnx")
@@ -218,7 +250,7 @@ def test_a_graph_that_is_not_what_the_manifest_says(own: Path, edit_manifest: Ed
     ):
         open_backend(Bundle.open(own), "cpu", 1).load(["dam"])
     (own / "dam.onnx").write_bytes(b"no graph")
-    found = manifest.sha256_file(own / "dam.onnx")
+    found = sha256_file(own / "dam.onnx")
     edit_manifest(own, lambda data: data["graphs"]["dam"].update(sha256=found))
     with pytest.raises(BundleError, match=r"dam.onnx' does not load") as caught:
         open_backend(Bundle.open(own), "cpu", 1).load(["dam"])

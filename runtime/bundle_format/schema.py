@@ -1,0 +1,370 @@
+"""What manifest.json says: a bundle's graphs, their shapes, and what a request gets by default. Format 3.
+
+Each dataclass is one JSON object and refuses values that cannot be. Format 3 adds what the bundle was made
+from (source_record.py) and the keys `vocabulary`, `ranges`, `boxes` and `experts`. Format 2 had none of them;
+format 1 neither conditioning frames, nor tiles, nor a choice of how pictures are fitted. A key that a format
+does not have is read as absent.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ..solver import SHIFTS, SOLVERS, STATES, TRAINED_STEPS
+from .hashed_file import HashedFile, check_file
+from .source_record import SourceRecord
+from .strict_json import stored_as
+
+if TYPE_CHECKING:
+    import numpy as np
+
+FORMAT = 3
+READABLE = (1, 2, 3)
+PRECISIONS = ("fp32", "int8")
+FITS = ("whole", "middle", "padded", "cut", "stretched")
+DTYPES = ("float32", "float16", "int64", "int32", "bool")
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Name, dtype (one of DTYPES) and fixed shape of one graph input or output."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        _require(self.dtype in DTYPES, f"unknown dtype {self.dtype!r}")
+        _require(
+            all(size > 0 for size in self.shape),
+            f"the shape {list(self.shape)} of {self.name!r} is not fixed",
+        )
+
+    def check(self, graph: str, array: np.ndarray | TensorSpec) -> None:
+        """Raises ValueError, which names the graph, unless `array`, or what it tells of one, has exactly this
+        dtype and shape."""
+        if array.dtype != self.dtype or array.shape != self.shape:
+            given = f"{array.dtype} {list(array.shape)}"
+            raise ValueError(f"{graph}: {self.name!r} must be {self.dtype} {list(self.shape)}, not {given}")
+
+
+@dataclass(frozen=True)
+class GraphFile:
+    """One graph: its ONNX file, its signature, and the files that hold its weights if they lie outside.
+
+    file and sha256 are empty in a bundle without graphs, which the torch backend runs from the source.
+    """
+
+    file: str
+    sha256: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    external: tuple[HashedFile, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.file or self.sha256 or self.external:
+            check_file(self.file, self.sha256)
+        for side, specs in (("inputs", self.inputs), ("outputs", self.outputs)):
+            _require(len({spec.name for spec in specs}) == len(specs), f"{side} share a name")
+        _require(len(self.outputs) > 0, "a graph without outputs")
+
+    def input(self, name: str) -> TensorSpec | None:
+        """The input called `name`, or None when the graph does not use it."""
+        return next((spec for spec in self.inputs if spec.name == name), None)
+
+    def output(self, name: str) -> TensorSpec | None:
+        """The output called `name`, or None."""
+        return next((spec for spec in self.outputs if spec.name == name), None)
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """The sizes baked into the graphs.
+
+    concepts N; picture_size px; text_tokens T; label_tokens L; text_width Dt; queries Q; concept_width Dc;
+    branches K; solver_states M; latent (Cz, F, H, W); frames, height, width: of the video, in frames and
+    pixels.
+    """
+
+    concepts: int
+    picture_size: int
+    text_tokens: int
+    label_tokens: int
+    text_width: int
+    queries: int
+    concept_width: int
+    branches: int
+    solver_states: int
+    latent: tuple[int, int, int, int]
+    frames: int
+    height: int
+    width: int
+
+    def __post_init__(self) -> None:
+        sizes = [value for value in dataclasses.astuple(self) if isinstance(value, int)]
+        _require(all(size > 0 for size in (*sizes, *self.latent)), "every size must be positive")
+        _require(self.branches <= 3, f"1 to 3 guidance branches are known, not {self.branches}")
+        _require(self.solver_states == STATES, f"{STATES} solver states are known, not {self.solver_states}")
+        _require(self.label_tokens <= self.text_tokens, "label_tokens exceed text_tokens")
+
+    @property
+    def space(self) -> int:
+        """Pixels of a side that one latent stands for."""
+        return self.height // self.latent[2]
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """How the picture encoder's pictures are prepared: fitted into its square (`fit`, one of FITS, see
+    pictures.py), then (pixel / 255 - mean) / std per channel.
+
+    background: RGB, where a picture leaves the square free or is transparent; padded_to: None, or the side of
+    a square in pixels that a picture is padded and scaled to before.
+    """
+
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    background: tuple[int, int, int]
+    fit: str = "whole"
+    padded_to: int | None = None
+
+    def __post_init__(self) -> None:
+        _require(self.fit in FITS, f"unknown fit {self.fit!r}")
+        _require(self.padded_to is None or self.padded_to > 0, "padded_to must be positive")
+        _require(all(math.isfinite(mean) for mean in self.mean), "mean must be finite")
+        _require(all(0 < std < math.inf for std in self.std), "std must be positive")
+        _require(all(0 <= channel <= 255 for channel in self.background), "background must be 0 to 255")
+
+
+@dataclass(frozen=True)
+class FramePlacement:
+    """Where one picture stands in the video: `count` frames from frame `first` on (negative: counted from the
+    end). fit: how it is fitted into a frame, one of FITS."""
+
+    first: int
+    count: int
+    fit: str
+
+    def __post_init__(self) -> None:
+        _require(self.count > 0, "count must be positive")
+        _require(self.fit in FITS, f"unknown fit {self.fit!r}")
+
+    def frames(self, total: int) -> range:
+        """The frames' numbers in a video of `total` frames."""
+        first = self.first if self.first >= 0 else total + self.first
+        return range(first, first + self.count)
+
+
+@dataclass(frozen=True)
+class FrameConditioning:
+    """How the pictures of an image-to-video model are frames of its video, too.
+
+    placements: of the first picture, the second, …; required: how many pictures a request must have, at most
+    as many as there are placements; dropped_frames: video frames that each picture costs at the start: they
+    are made and decoded, then left out.
+    """
+
+    placements: tuple[FramePlacement, ...] = stored_as("places")
+    required: int = stored_as("least")
+    dropped_frames: int = stored_as("dropped")
+
+    def __post_init__(self) -> None:
+        most = len(self.placements)
+        _require(1 <= self.required <= most, f"least must be 1 to {most}, not {self.required}")
+        _require(self.dropped_frames >= 0, "dropped must not be negative")
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A part of the video that the decoder takes at once, where it does not take all of it.
+
+    size: height and width, in latents; overlap: the least that neighbours share, of height and of width.
+    """
+
+    size: tuple[int, int]
+    overlap: tuple[int, int]
+
+    def __post_init__(self) -> None:
+        _require(
+            all(0 < 2 * shared <= side for side, shared in zip(self.size, self.overlap, strict=True)),
+            "a tile's overlap must be 1 to half of its size",
+        )
+
+    def axis(self, index: int) -> tuple[int, int]:
+        """(size, overlap) of the height, 0, or of the width, 1."""
+        return self.size[index], self.overlap[index]
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """What a request that leaves these out gets."""
+
+    solver: str
+    steps: int
+    shift: float
+    guidance: float
+    concept_guidance: float | None = None
+    negative: str = ""
+
+    def __post_init__(self) -> None:
+        _require(self.solver in SOLVERS, f"unknown solver {self.solver!r}")
+        _require(1 <= self.steps <= TRAINED_STEPS, f"steps must be 1 to {TRAINED_STEPS}")
+        _require(SHIFTS[0] <= self.shift <= SHIFTS[1], f"shift must be {SHIFTS[0]} to {SHIFTS[1]}")
+        scales = (self.guidance, 0.0 if self.concept_guidance is None else self.concept_guidance)
+        _require(all(0 <= scale < math.inf for scale in scales), "guidance must be finite and not negative")
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What a model of a closed world knows: the words of captions, and those of them that name a concept."""
+
+    words: tuple[str, ...]
+    labels: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        for kind, entries in (("words", self.words), ("labels", self.labels)):
+            _require(len(set(entries)) == len(entries) > 0, f"{kind} must be there, each once")
+            _require(all(e == e.strip() != "" for e in entries), f"{kind} must not begin or end with spaces")
+
+
+@dataclass(frozen=True)
+class Ranges:
+    """What a model was made for, smallest and largest; None where nothing is known."""
+
+    steps: tuple[int, int] | None = None
+    guidance: tuple[float, float] | None = None
+
+    def __post_init__(self) -> None:
+        for kind, pair in (("steps", self.steps), ("guidance", self.guidance)):
+            _require(pair is None or 0 <= pair[0] <= pair[1] < math.inf, f"{kind} must be smallest, largest")
+
+
+@dataclass(frozen=True)
+class Boxes:
+    """Where a request may say where its concepts are: `per_concept` boxes each, one for the whole video or
+    one for each latent frame; required: whether it must."""
+
+    per_concept: int
+    required: bool
+
+    def __post_init__(self) -> None:
+        _require(self.per_concept > 0, "per_concept must be positive")
+
+
+@dataclass(frozen=True)
+class Expert:
+    """One of several transformers, which runs while the time (1 is noise, 0 the video) is at least
+    `boundary`; guidance: its default scale, None for the bundle's."""
+
+    name: str
+    boundary: float
+    guidance: float | None = None
+
+    def __post_init__(self) -> None:
+        _require(self.name.isidentifier(), f"{self.name!r} is no expert's name")
+        _require(0 <= self.boundary < 1, "boundary must be 0 to 1")
+        _require(self.guidance is None or 0 <= self.guidance < math.inf, "guidance must not be negative")
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The whole of manifest.json but its checksum.
+
+    written_by: program → version; model: the engine's configuration, opaque here; fps: frames per second;
+    precision: one of PRECISIONS; graphs: graph name → GraphFile, with no file in any of a bundle without
+    graphs; conditioning: of an image-to-video model alone; tile: None where the decoder takes the whole
+    picture; source: what the bundle was made from, None in formats 1 and 2. vocabulary: None where any word
+    may be asked for; boxes: None where a request cannot have any; experts: from the one of the highest noise
+    to that of the lowest, empty for one transformer alone.
+    """
+
+    format: int
+    name: str
+    written_by: dict
+    model: dict
+    shapes: Shapes
+    fps: float
+    precision: str
+    pictures: Pictures
+    defaults: Defaults
+    tokenizer: HashedFile
+    graphs: dict[str, GraphFile]
+    conditioning: FrameConditioning | None = stored_as("given", None)
+    tile: Tile | None = None
+    source: SourceRecord | None = None
+    vocabulary: Vocabulary | None = None
+    ranges: Ranges | None = None
+    boxes: Boxes | None = None
+    experts: tuple[Expert, ...] | None = None
+
+    def __post_init__(self) -> None:
+        _require(self.format in READABLE, f"format must be {', '.join(map(str, READABLE))}")
+        _require(0 < self.fps < math.inf, "fps must be positive")
+        _require(self.precision in PRECISIONS, f"unknown precision {self.precision!r}")
+        _require(
+            self.defaults.concept_guidance is None or self.shapes.branches == 3,
+            "a default concept_guidance needs 3 guidance branches",
+        )
+        if self.conditioning is not None:
+            self._check_conditioning(self.conditioning)
+        if self.tile is not None:
+            inside = all(a <= b for a, b in zip(self.tile.size, self.shapes.latent[2:], strict=True))
+            _require(inside and self.format > 1, "a tile must not be larger than the video")
+        self._check_format_3()
+
+    def _check_format_3(self) -> None:
+        added = (self.source, self.vocabulary, self.ranges, self.boxes, self.experts)
+        files = [bool(graph.file) for graph in self.graphs.values()]
+        _require(all(files) or not any(files), "either all graphs have files or none has")
+        _require(
+            self.format > 2 or (all(files) and not any(entry is not None for entry in added)),
+            f"a key, or a graph without a file, that format {self.format} does not have",
+        )
+        _require(self.format < 3 or self.source is not None, "format 3 says what the bundle was made from")
+        if self.experts is not None:
+            bounds = [expert.boundary for expert in self.experts]
+            _require(len({expert.name for expert in self.experts}) == len(bounds) > 1, "experts are several")
+            _require(bounds == sorted(set(bounds), reverse=True), "experts stand from high noise to low")
+            _require(bounds[-1] == 0, "the last expert's boundary must be 0")
+
+    def _check_conditioning(self, conditioning: FrameConditioning) -> None:
+        shapes, placements = self.shapes, conditioning.placements
+        _require(self.format > 1, "format 1 has no given frames")
+        _require(shapes.branches <= 2, "given frames are the same in at most 2 guidance branches")
+        _require(len(placements) == shapes.concepts, "given must have a place for each concept")
+        taken = [frame for placement in placements for frame in placement.frames(shapes.frames)]
+        inside = set(taken) < set(range(shapes.frames))
+        _require(inside and len(set(taken)) == len(taken), "given frames must differ and leave some free")
+        dropped = conditioning.dropped_frames * len(placements)
+        _require(dropped < shapes.frames, "given frames leave nothing of the video")
+
+    @property
+    def decoded(self) -> tuple[int, int]:
+        """Height and width, in latents, of what the decoder takes at once."""
+        return self.shapes.latent[2:] if self.tile is None else self.tile.size
+
+    @property
+    def concepts(self) -> int:
+        """How many concepts a request may have; none for a base alone, whatever the shapes leave room for."""
+        return self.shapes.concepts if "image_encoder" in self.graphs else 0
+
+    @property
+    def has_graphs(self) -> bool:
+        """Whether the bundle holds ONNX files, not only what the torch backend needs."""
+        return any(graph.file for graph in self.graphs.values())
+
+    def files(self) -> Iterator[HashedFile]:
+        """Every file that the manifest vouches for."""
+        yield self.tokenizer
+        for graph in self.graphs.values() if self.has_graphs else ():
+            yield HashedFile(graph.file, graph.sha256)
+            yield from graph.external
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)

@@ -1,0 +1,51 @@
+"""What a bundle was made from, as its manifest records it: enough to find the same weights again, and to know
+them by their SHA-256. Never a path of the machine that it was made on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from .hashed_file import HashedFile, check_file
+
+
+@dataclass(frozen=True)
+class MergedLora:
+    """A LoRA that is part of the weights: its file's name and SHA-256, and what it was multiplied with."""
+
+    file: str
+    sha256: str
+    scale: float
+
+    def __post_init__(self) -> None:
+        check_file(self.file, self.sha256)
+        if "/" in self.file or not math.isfinite(self.scale):
+            raise ValueError("a LoRA is recorded by the name of its file and a finite scale")
+
+
+@dataclass(frozen=True)
+class SourceRecord:
+    """What a bundle was made from.
+
+    name: OWNER/NAME in the Hugging Face Hub, the name of a folder, or preset:NAME; files: those that were
+    read below it, none of a preset; commit: of the Hub; adapter: trained concept modules, by their file's
+    name; loras: in the order in which they were merged.
+    """
+
+    name: str
+    files: tuple[HashedFile, ...]
+    commit: str | None = None
+    adapter: HashedFile | None = None
+    loras: tuple[MergedLora, ...] = ()
+
+    def __post_init__(self) -> None:
+        from_hub = self.commit is not None
+        if not self.name or self.name.count("/") != from_hub or "\\" in self.name or self.name in (".", ".."):
+            raise ValueError(f"{self.name!r:.80} is neither a Hub id with its commit nor a folder's name")
+        if len({file.file for file in self.files}) != len(self.files):
+            raise ValueError("the source's files are named twice")
+
+    def weights(self) -> Iterator[HashedFile]:
+        """The files below the source that hold tensors."""
+        return (file for file in self.files if file.file.endswith(".safetensors"))
