@@ -79,10 +79,10 @@ def _attention_launches(new: Callable[..., Any]) -> Iterator[tuple[str, Callable
         mask = torch.empty((batch, concepts), dtype=torch.bool, device="meta")
         rms = torch.empty((batch, tokens), device="meta")
         out = torch.empty_like(q)
-        yield f"decoupled, {case}", functools.partial(launch, out, q, (k, k), (c, c), mask, 1.0, rms)
-        yield f"injection, {case}", functools.partial(launch, out, q, None, (c, c), mask, 1.0, None)
+        yield f"decoupled, {case}", functools.partial(launch, out, q, (k, k), (c, c), mask, rms)
+        yield f"injection, {case}", functools.partial(launch, out, q, None, (c, c), mask, None)
         found = new((batch, tokens, heads * concepts))
-        yield f"folded output, {case}", functools.partial(weigh, found, q, c, mask, None, 0.1)
+        yield f"folded output, {case}", functools.partial(weigh, found, q, c, mask)
 
 
 def _eight_bit_launches(new: Callable[..., Any]) -> Iterator[tuple[str, Callable[[], object]]]:

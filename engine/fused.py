@@ -21,7 +21,7 @@ from ..kernels.absorbed_injection import (
     absorbed_values,
     absorbing_wins,
 )
-from ..kernels.cross_attention import attention, concept_injection, normed_decoupled_cross_attention
+from ..kernels.cross_attention import attention, concept_injection, decoupled_cross_attention
 from ..kernels.fp8_linear import Fp8Linear
 from ..kernels.modulate import modulate, residual_modulate, residual_reference
 from ..kernels.qk_norm_rope import inverse_rms, qk_norm_rope
@@ -139,8 +139,10 @@ class FusedBlock(nn.Module):
             return attention(attn.queries(h), kv.text_keys, kv.text_values, merged)
         q = attn.to_q(h)  # [K,S,D]
         rms = inverse_rms(q, _eps(attn.norm_q))  # [K,S]
-        keys = kv.text_keys, kv.text_values, kv.concept_keys, kv.concept_values
-        return normed_decoupled_cross_attention(q.unflatten(-1, (attn.heads, -1)), rms, *keys, mask)
+        heads = q.unflatten(-1, (attn.heads, -1))  # [K,S,A,E]
+        return decoupled_cross_attention(
+            heads, kv.text_keys, kv.text_values, kv.concept_keys, kv.concept_values, mask, rms
+        )
 
     def _feed_forward(self, x: Tensor, h: Tensor, gate: Tensor) -> Tensor | Pending:
         branch = self.block.ffn(h)  # [K,S,D]

@@ -1,4 +1,4 @@
-"""What the kernels share: Triton where it is installed, the checks of what they are given, and their launch.
+"""What the kernels share: Triton where it is installed, their torch ops, checks of tensors, and the launch.
 
 Importing this compiles nothing. Without Triton the kernels are plain functions that `launch` refuses, and
 everything runs by its reference.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -34,17 +35,18 @@ except ImportError:
 
 __all__ = [
     "INTERPRETED",
+    "TorchOp",
     "in_plain_torch",
     "kept_whole",
     "launch",
     "launches_to",
+    "power_of_two",
     "require",
     "require_alike",
     "served",
     "tl",
     "to_fp8",
     "triton",
-    "whole",
 ]
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -66,17 +68,65 @@ def to_fp8(x, ROUND: tl.constexpr):
 _launch: Callable[..., None] | None = None  # what `launches_to` has put in the place of a real launch
 
 
-def served(*tensors: Tensor | None) -> bool:
-    """Whether the torch op is to be called: on CUDA, no gradient wanted, no graph being exported,
-    not `in_plain_torch`.
+@dataclass
+class TorchOp:
+    """The torch op `torch.ops.conceptmaster.NAME`, and the choice between it and its reference.
 
-    Otherwise the reference is called instead. The exporter gets it as plain torch, so that ONNX graphs hold
-    standard operators, and autograd differentiates it.
+    schema: "NAME(Tensor x, …) -> Tensor", in torch's notation. Four functions take the op's arguments. check
+    raises ValueError with one line that says what is wrong; reference is the op in plain torch, cuda with
+    Triton; empty gives its outputs, not filled. one_node: an exporter may keep the op, see `kept_whole`.
     """
-    given = [tensor for tensor in tensors if tensor is not None]
-    if _plain or torch.compiler.is_exporting() or not all(tensor.is_cuda for tensor in given):
+
+    schema: str
+    check: Callable[..., None]
+    reference: Callable[..., Any]
+    cuda: Callable[..., Any]
+    empty: Callable[..., Any]
+    one_node: bool = False
+    op: Callable[..., Any] = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Registers the op."""
+        name, signature = self.schema[: self.schema.index("(")], self.schema[self.schema.index("(") :]
+        defined = torch.library.custom_op(
+            f"conceptmaster::{name}", self._cpu, mutates_args=(), device_types="cpu", schema=signature
+        )
+        defined.register_kernel("cuda")(self._checked(self.cuda))
+        defined.register_fake(self._checked(self.empty))
+        self.op = getattr(torch.ops.conceptmaster, name).default
+
+    def __call__(self, *arguments: Any) -> Any:
+        """The op on CUDA, unless a gradient is wanted, a graph is being exported, or it is `in_plain_torch`.
+
+        Otherwise the reference: the exporter gets it as plain torch, so that ONNX graphs hold standard
+        operators, and autograd differentiates it.
+        """
+        kept = self.one_node and _whole and torch.compiler.is_exporting()
+        if kept or served(*arguments):
+            return self.op(*arguments)
+        self.check(*arguments)
+        return self.reference(*arguments)
+
+    def _cpu(self, *arguments: Any) -> Any:
+        self.check(*arguments)
+        found = self.reference(*arguments)
+        return found.contiguous() if isinstance(found, Tensor) else tuple(x.contiguous() for x in found)
+
+    def _checked(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            self.check(*arguments)
+            return function(*arguments)
+
+        return call
+
+
+def served(*arguments: Any) -> bool:
+    """Whether a kernel may compute from these arguments: their tensors are on CUDA, no gradient is wanted, no
+    graph is being exported, not `in_plain_torch`."""
+    tensors = [argument for argument in arguments if isinstance(argument, Tensor)]
+    if _plain or torch.compiler.is_exporting() or not all(tensor.is_cuda for tensor in tensors):
         return False
-    return not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given))
+    return not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
 
 
 _plain = False  # whether `in_plain_torch` is in force
@@ -96,14 +146,9 @@ def in_plain_torch() -> Iterator[None]:
 _whole = False  # whether `kept_whole` is in force
 
 
-def whole() -> bool:
-    """Whether this runs under an exporter that wants the op as it is: one node instead of its reference."""
-    return _whole and torch.compiler.is_exporting()
-
-
 @contextmanager
 def kept_whole() -> Iterator[None]:
-    """Lets an exporter meet the cross-attention's ops themselves, see `whole`."""
+    """Lets an exporter meet the ops that may be `one_node` themselves, instead of their references."""
     global _whole
     before, _whole = _whole, True
     try:

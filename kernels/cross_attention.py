@@ -24,8 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .common import INTERPRETED, launch, require, require_alike, served, tl, triton, whole
-from .common import power_of_two as _power_of_two
+from .common import INTERPRETED, TorchOp, launch, power_of_two, require, require_alike, tl, triton
 
 # Reference.
 
@@ -54,15 +53,12 @@ def decoupled_cross_attention_reference(
     concept_k: Tensor,
     concept_v: Tensor,
     concept_mask: Tensor | None = None,
-    concept_scale: float = 1.0,
     inverse_rms: Tensor | None = None,
 ) -> Tensor:
-    """`decoupled_cross_attention` in plain torch; with inverse_rms, `normed_decoupled_cross_attention`."""
+    """`decoupled_cross_attention` in plain torch; for what inverse_rms is, see there."""
     if inverse_rms is not None:
         q = (q * inverse_rms[:, :, None, None]).type_as(q)  # [B,S,A,E]
-    text = attention(q, text_k, text_v)  # [B,S,A,E]
-    concepts = attention(q, concept_k, concept_v, concept_mask)  # [B,S,A,E]
-    return text + concepts if concept_scale == 1.0 else text + concept_scale * concepts  # [B,S,A,E]
+    return attention(q, text_k, text_v) + attention(q, concept_k, concept_v, concept_mask)  # [B,S,A,E]
 
 
 # Triton.
@@ -114,7 +110,7 @@ def _concept_logits(
 @triton.jit
 def cross_attention_kernel(
     q, text_k, text_v, concept_k, concept_v, mask, inverse_rms, out,
-    S, T, C, A, logit_scale, concept_scale,
+    S, T, C, A, logit_scale,
     q_b, q_s, q_a, tk_b, tk_t, tk_a, tv_b, tv_t, tv_a, ck_b, ck_c, ck_a, cv_b, cv_c, cv_a,
     mask_b, rms_b, out_b, out_s, out_a,
     WIDTH: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -169,7 +165,7 @@ def cross_attention_kernel(
                 q, row_scale, concept_k, 0, ck_c, kept, columns, BLOCK_C, WIDTH, BLOCK_E, PRECISION, UPCAST
             )
             weights = tl.exp2(logits - tl.max(logits, 1)[:, None])
-            weights *= (concept_scale / tl.sum(weights, 1))[:, None]
+            weights *= (1.0 / tl.sum(weights, 1))[:, None]
             values = _tile(concept_v, tl.arange(0, BLOCK_C), columns, cv_c, kept, WIDTH, BLOCK_E, UPCAST)
             acc = tl.dot(weights.to(values.dtype), values, acc, input_precision=PRECISION)
     else:
@@ -178,40 +174,20 @@ def cross_attention_kernel(
         for first in range(0, last, BLOCK_C):
             kept = _kept_concepts(mask, first, C, BLOCK_C, HAS_MASK)
             logits = _concept_logits(
-                q,
-                row_scale,
-                concept_k,
-                first,
-                ck_c,
-                kept,
-                columns,
-                BLOCK_C,
-                WIDTH,
-                BLOCK_E,
-                PRECISION,
-                UPCAST,
-            )
+                q, row_scale, concept_k, first, ck_c, kept, columns,
+                BLOCK_C, WIDTH, BLOCK_E, PRECISION, UPCAST,
+            )  # fmt: skip
             higher = tl.maximum(top, tl.max(logits, 1))
             finite = tl.where(higher == -float("inf"), 0.0, higher)  # nothing but masked keys so far
             total = total * tl.exp2(top - finite) + tl.sum(tl.exp2(logits - finite[:, None]), 1)
             top = higher
-        gain = concept_scale / tl.where(total > 0, total, 1.0)
+        gain = 1.0 / tl.where(total > 0, total, 1.0)
         for first in range(0, last, BLOCK_C):
             kept = _kept_concepts(mask, first, C, BLOCK_C, HAS_MASK)
             logits = _concept_logits(
-                q,
-                row_scale,
-                concept_k,
-                first,
-                ck_c,
-                kept,
-                columns,
-                BLOCK_C,
-                WIDTH,
-                BLOCK_E,
-                PRECISION,
-                UPCAST,
-            )
+                q, row_scale, concept_k, first, ck_c, kept, columns,
+                BLOCK_C, WIDTH, BLOCK_E, PRECISION, UPCAST,
+            )  # fmt: skip
             weights = tl.exp2(logits - top[:, None]) * gain[:, None]
             values = _tile(
                 concept_v, first + tl.arange(0, BLOCK_C), columns, cv_c, kept, WIDTH, BLOCK_E, UPCAST
@@ -231,7 +207,6 @@ def cross_attention_triton(
     text: tuple[Tensor, Tensor] | None,
     concepts: tuple[Tensor, Tensor],
     mask: Tensor | None,
-    concept_scale: float,
     inverse_rms: Tensor | None,
 ) -> Tensor:
     """Launches the kernel into `out` [B,S,A,E], contiguous, and returns it. text and concepts: (keys,
@@ -242,7 +217,7 @@ def cross_attention_triton(
     (float32 accuracy), whose operands need so many registers that wide heads take 16 queries at a time.
     """
     batch, tokens, heads, width = q.shape
-    block_e = _power_of_two(width, 16, 128)
+    block_e = power_of_two(width, 16, MAX_WIDTH)
     if q.dtype == torch.float32:
         block_s, most, warps = (64, 32, 4) if block_e <= 64 else (16, 32, 8)
     else:
@@ -252,14 +227,14 @@ def cross_attention_triton(
     text_k, text_v = text if text is not None else concepts
     masked = mask if mask is not None else q  # any tensor: the kernel does not look at it
     rms = inverse_rms if inverse_rms is not None else q
-    block_t, block_c = (_power_of_two(k.shape[1], 16, most) for k in (text_k, concept_k))
+    block_t, block_c = (power_of_two(k.shape[1], 16, most) for k in (text_k, concept_k))
     scale = math.log2(math.e) / math.sqrt(width)  # exponentials are to base 2
     texts = (text_k, text_v)
     text_strides, concept_strides = ((*k.stride()[:3], *v.stride()[:3]) for k, v in (texts, concepts))
     launch(
         cross_attention_kernel, (-(-tokens // block_s), batch * heads),
         q, text_k, text_v, concept_k, concept_v, masked, rms, out,
-        tokens, text_k.shape[1], concept_k.shape[1], heads, scale, concept_scale,
+        tokens, text_k.shape[1], concept_k.shape[1], heads, scale,
         *q.stride()[:3], *text_strides, *concept_strides, masked.stride(0), rms.stride(0), *out.stride()[:3],
         WIDTH=width, BLOCK_S=block_s, BLOCK_T=block_t, BLOCK_C=block_c, BLOCK_E=block_e,
         HAS_TEXT=text is not None, HAS_MASK=mask is not None, HAS_RMS=inverse_rms is not None,
@@ -271,8 +246,6 @@ def cross_attention_triton(
 
 
 # The torch op.
-
-DECOUPLED = "decoupled_cross_attention"
 
 
 def _check(
@@ -311,60 +284,39 @@ def _check(
         right = extra.shape == shape and extra.dtype == dtype and extra.device == q.device
         if not right or extra.stride(-1) > 1:
             wanted = f"{str(dtype).removeprefix('torch.')} {list(shape)} on {q.device}"
-            given = f"{str(extra.dtype).removeprefix('torch.')} {list(extra.shape)} on {extra.device}"
-            raise ValueError(f"{op}: {name} must be {wanted}, contiguous along its last axis, not {given}")
+            found = f"{str(extra.dtype).removeprefix('torch.')} {list(extra.shape)} on {extra.device}"
+            raise ValueError(f"{op}: {name} must be {wanted}, contiguous along its last axis, not {found}")
 
 
-@torch.library.custom_op(
-    "conceptmaster::decoupled_cross_attention",
-    mutates_args=(),
-    device_types="cpu",
-    schema="(Tensor q, Tensor text_k, Tensor text_v, Tensor concept_k, Tensor concept_v, "
-    "Tensor? concept_mask, float concept_scale, Tensor? inverse_rms) -> Tensor",
-)
-def _decoupled_op(q, text_k, text_v, concept_k, concept_v, concept_mask, concept_scale, inverse_rms):
-    _check(DECOUPLED, q, (text_k, text_v), (concept_k, concept_v), concept_mask, inverse_rms)
-    return decoupled_cross_attention_reference(
-        q, text_k, text_v, concept_k, concept_v, concept_mask, concept_scale, inverse_rms
-    ).contiguous()  # [B,S,A,E]
-
-
-@_decoupled_op.register_kernel("cuda")
-def _(q, text_k, text_v, concept_k, concept_v, concept_mask, concept_scale, inverse_rms):
+def _check_decoupled(
+    q: Tensor, text_k: Tensor, text_v: Tensor, concept_k: Tensor, concept_v: Tensor,
+    mask: Tensor | None, inverse_rms: Tensor | None,
+) -> None:  # fmt: skip
     text, concepts = (text_k, text_v), (concept_k, concept_v)
-    _check(DECOUPLED, q, text, concepts, concept_mask, inverse_rms)
-    out = q.new_empty(q.shape)
-    return cross_attention_triton(out, q, text, concepts, concept_mask, concept_scale, inverse_rms)
+    _check("decoupled_cross_attention", q, text, concepts, mask, inverse_rms)
 
 
-@_decoupled_op.register_fake
-def _(q, text_k, text_v, concept_k, concept_v, concept_mask, concept_scale, inverse_rms):
-    _check(DECOUPLED, q, (text_k, text_v), (concept_k, concept_v), concept_mask, inverse_rms)
-    return q.new_empty(q.shape)
+def _alike(q: Tensor, *others: Tensor | None) -> Tensor:
+    return q.new_empty(q.shape)  # [B,S,A,E]
 
 
-@torch.library.custom_op(
-    "conceptmaster::concept_injection",
-    mutates_args=(),
-    device_types="cpu",
-    schema="(Tensor q, Tensor concept_k, Tensor concept_v, Tensor? concept_mask) -> Tensor",
+_decoupled = TorchOp(
+    "decoupled_cross_attention(Tensor q, Tensor text_k, Tensor text_v, Tensor concept_k, Tensor concept_v, "
+    "Tensor? concept_mask, Tensor? inverse_rms) -> Tensor",
+    check=_check_decoupled,
+    reference=decoupled_cross_attention_reference,
+    cuda=lambda q, tk, tv, ck, cv, *rest: cross_attention_triton(_alike(q), q, (tk, tv), (ck, cv), *rest),
+    empty=_alike,
+    one_node=True,
 )
-def _injection_op(q, concept_k, concept_v, concept_mask):
-    _check("concept_injection", q, None, (concept_k, concept_v), concept_mask)
-    return attention(q, concept_k, concept_v, concept_mask).contiguous()  # [B,S,A,E]
-
-
-@_injection_op.register_kernel("cuda")
-def _(q, concept_k, concept_v, concept_mask):
-    _check("concept_injection", q, None, (concept_k, concept_v), concept_mask)
-    out = q.new_empty(q.shape)
-    return cross_attention_triton(out, q, None, (concept_k, concept_v), concept_mask, 1.0, None)
-
-
-@_injection_op.register_fake
-def _(q, concept_k, concept_v, concept_mask):
-    _check("concept_injection", q, None, (concept_k, concept_v), concept_mask)
-    return q.new_empty(q.shape)
+_injection = TorchOp(
+    "concept_injection(Tensor q, Tensor concept_k, Tensor concept_v, Tensor? concept_mask) -> Tensor",
+    check=lambda q, k, v, mask: _check("concept_injection", q, None, (k, v), mask),
+    reference=attention,
+    cuda=lambda q, k, v, mask: cross_attention_triton(_alike(q), q, None, (k, v), mask, None),
+    empty=_alike,
+    one_node=True,
+)
 
 
 def concept_injection(
@@ -376,10 +328,7 @@ def concept_injection(
     for a batch row whose concepts are all masked. Raises ValueError for other shapes, mixed dtypes or
     devices, or a last axis that is not contiguous.
     """
-    if whole() or served(q, concept_k, concept_v):
-        return _injection_op(q, concept_k, concept_v, concept_mask)
-    _check("concept_injection", q, None, (concept_k, concept_v), concept_mask)
-    return attention(q, concept_k, concept_v, concept_mask)
+    return _injection(q, concept_k, concept_v, concept_mask)
 
 
 def decoupled_cross_attention(
@@ -389,38 +338,16 @@ def decoupled_cross_attention(
     concept_k: Tensor,
     concept_v: Tensor,
     concept_mask: Tensor | None = None,
-    concept_scale: float = 1.0,
+    inverse_rms: Tensor | None = None,
 ) -> Tensor:
     """One query, two sets of keys, each with its own softmax; outputs summed (IP-Adapter, arXiv 2308.06721).
 
     q [B,S,A,E], text_k and text_v [B,T,A,E], concept_k and concept_v [B,C,A,E], concept_mask bool [B,C]
-    (True: attend). Returns attention(text) + concept_scale * attention(concepts), [B,S,A,E]. Text is never
-    masked, as in Wan. Raises ValueError as `concept_injection`.
+    (True: attend). Returns attention(text) + attention(concepts), [B,S,A,E]; a weight of the concepts belongs
+    into their values. Text is never masked, as in Wan.
+
+    inverse_rms, for queries that are not normalised yet: their `qk_norm_rope.inverse_rms`, float32 [B,S]
+    (float64 of float64). The norm's weight must be in the keys already: k * weight.
+    Raises ValueError as `concept_injection`.
     """
-    return _decoupled(q, text_k, text_v, concept_k, concept_v, concept_mask, concept_scale, None)
-
-
-def normed_decoupled_cross_attention(
-    q: Tensor,
-    inverse_rms: Tensor,
-    text_k: Tensor,
-    text_v: Tensor,
-    concept_k: Tensor,
-    concept_v: Tensor,
-    concept_mask: Tensor | None = None,
-    concept_scale: float = 1.0,
-) -> Tensor:
-    """`decoupled_cross_attention` of queries that are not normalised yet, [B,S,A,E].
-
-    inverse_rms: `qk_norm_rope.inverse_rms` of the queries, float32 [B,S] (float64 of float64). The norm's
-    weight must be in the keys already: k * weight.
-    """
-    return _decoupled(q, text_k, text_v, concept_k, concept_v, concept_mask, concept_scale, inverse_rms)
-
-
-def _decoupled(q, text_k, text_v, concept_k, concept_v, concept_mask, concept_scale, inverse_rms) -> Tensor:
-    arguments = (q, text_k, text_v, concept_k, concept_v, concept_mask, concept_scale, inverse_rms)
-    if whole() or served(q, text_k, text_v, concept_k, concept_v, inverse_rms):
-        return _decoupled_op(*arguments)
-    _check(DECOUPLED, q, (text_k, text_v), (concept_k, concept_v), concept_mask, inverse_rms)
-    return decoupled_cross_attention_reference(*arguments)
+    return _decoupled(q, text_k, text_v, concept_k, concept_v, concept_mask, inverse_rms)

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .common import INTERPRETED, launch, require, require_alike, served, tl, to_fp8, triton
+from .common import INTERPRETED, TorchOp, launch, power_of_two, require, require_alike, tl, to_fp8, triton
 
 LARGEST = 448.0
 """The largest value of float8_e4m3fn."""
@@ -55,7 +55,7 @@ def quantise_rows_kernel(x, out, scale, x_m, WIDTH: tl.constexpr, BLOCK: tl.cons
 def quantise_rows_triton(out: Tensor, scale: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     """Launches the kernel into `out` float8_e4m3fn [M,I], `scale` float32 [M,1], contiguous; returns both."""
     rows, width = x.shape
-    block = max(128, 1 << (width - 1).bit_length())
+    block = power_of_two(width, 128, MAX_WIDTH)
     launch(
         quantise_rows_kernel, (rows,), x, out, scale, x.stride(0),
         WIDTH=width, BLOCK=block, ROUND=INTERPRETED, num_warps=4 if block <= 2048 else 8, num_stages=1,
@@ -91,20 +91,7 @@ def _check(x: Tensor, weight8: Tensor, weight_scale: Tensor, bias: Tensor | None
         require(op, sixteen, f"on CUDA both widths must divide by 16, not {shape}: keep nn.Linear")
 
 
-@torch.library.custom_op(
-    "conceptmaster::fp8_linear",
-    mutates_args=(),
-    device_types="cpu",
-    schema="(Tensor x, Tensor weight8, Tensor weight_scale, Tensor? bias) -> Tensor",
-)
-def _fp8_linear_op(x, weight8, weight_scale, bias):
-    _check(x, weight8, weight_scale, bias)
-    return fp8_linear_reference(x, weight8, weight_scale, bias)  # [...,O]
-
-
-@_fp8_linear_op.register_kernel("cuda")
-def _(x, weight8, weight_scale, bias):
-    _check(x, weight8, weight_scale, bias)
+def _cuda(x: Tensor, weight8: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
     rows = x.reshape(-1, x.shape[-1])  # [M,I]
     x8 = rows.new_empty(rows.shape, dtype=torch.float8_e4m3fn)
     quantise_rows_triton(x8, scale := rows.new_empty((len(rows), 1), dtype=torch.float32), rows)
@@ -114,9 +101,13 @@ def _(x, weight8, weight_scale, bias):
     return out.reshape(*x.shape[:-1], -1)  # [...,O]
 
 
-@_fp8_linear_op.register_fake
-def _(x, weight8, weight_scale, bias):
-    return x.new_empty((*x.shape[:-1], weight8.shape[0]))
+_fp8_linear = TorchOp(
+    "fp8_linear(Tensor x, Tensor weight8, Tensor weight_scale, Tensor? bias) -> Tensor",
+    check=_check,
+    reference=fp8_linear_reference,
+    cuda=_cuda,
+    empty=lambda x, weight8, *_: x.new_empty((*x.shape[:-1], weight8.shape[0])),
+)
 
 
 def fp8_linear(x: Tensor, weight8: Tensor, weight_scale: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -126,10 +117,7 @@ def fp8_linear(x: Tensor, weight8: Tensor, weight_scale: Tensor, bias: Tensor | 
     CUDA x is bfloat16 and both widths divide by 16. Has no gradients. Raises ValueError for anything else,
     and on a GPU without fp8.
     """
-    if served(x):
-        return _fp8_linear_op(x, weight8, weight_scale, bias)
-    _check(x, weight8, weight_scale, bias)
-    return fp8_linear_reference(x, weight8, weight_scale, bias)
+    return _fp8_linear(x, weight8, weight_scale, bias)
 
 
 class Fp8Linear(nn.Module):

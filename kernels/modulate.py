@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .common import launch, require, require_alike, served, tl, triton
+from .common import TorchOp, launch, power_of_two, require, require_alike, tl, triton
 
 # Reference.
 
@@ -35,7 +35,24 @@ def norm_reference(x: Tensor, scale: Tensor, shift: Tensor | None, plus_one: boo
     return (normed if shift is None else normed + shift[:, None]).type_as(x)  # [B,S,D]
 
 
+def residual_modulate_reference(
+    x: Tensor,
+    branch: Tensor,
+    gate: Tensor | None,
+    scale: Tensor,
+    shift: Tensor | None,
+    plus_one: bool,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """`residual_modulate` in plain torch."""
+    summed = residual_reference(x, branch, gate)  # [B,S,D]
+    return summed, norm_reference(summed, scale, shift, plus_one, eps)
+
+
 # Triton.
+
+MAX_WIDTH = 16384
+"""The widest row that fits into a program's registers."""
 
 
 @triton.jit
@@ -88,7 +105,7 @@ def modulate_triton(
     A token to a program: its row lies in the registers of 4 warps, 16 values a thread at D = 1536, or of 8.
     """
     batch, tokens, width = x.shape
-    block = max(128, 1 << (width - 1).bit_length())
+    block = power_of_two(width, 128, MAX_WIDTH)
     vectors = [x if vector is None else vector for vector in (gate, scale, shift)]  # x: is not looked at
     steps = [0 if vector.shape[0] == 1 else vector.stride(0) for vector in vectors]
     added, target = (x if branch is None else branch), (out if summed is None else summed)
@@ -120,67 +137,42 @@ def _check(
             continue
         if vector.dtype != dtype or vector.device != x.device or vector.stride(-1) > 1:
             wanted = f"{str(dtype).removeprefix('torch.')} on {x.device}, contiguous along its last axis"
-            given = f"{str(vector.dtype).removeprefix('torch.')} on {vector.device}"
-            raise ValueError(f"modulate: {name} must be {wanted}, not {given}")
+            found = f"{str(vector.dtype).removeprefix('torch.')} on {vector.device}"
+            raise ValueError(f"modulate: {name} must be {wanted}, not {found}")
         if vector.shape not in ((batch, width), (1, width)):
             wanted = f"[{batch},{width}] or [1,{width}]"
             raise ValueError(f"modulate: {name} must be {wanted}, not {list(vector.shape)}")
 
 
-MAX_WIDTH = 16384
-"""The widest row that fits into a program's registers."""
-
-
-@torch.library.custom_op(
-    "conceptmaster::modulate",
-    mutates_args=(),
-    device_types="cpu",
-    schema="(Tensor x, Tensor scale, Tensor? shift, bool plus_one, float eps) -> Tensor",
-)
-def _norm_op(x, scale, shift, plus_one, eps):
-    _check(x, None, None, scale, shift)
-    return norm_reference(x, scale, shift, plus_one, eps).contiguous()  # [B,S,D]
-
-
-@_norm_op.register_kernel("cuda")
-def _(x, scale, shift, plus_one, eps):
-    _check(x, None, None, scale, shift)
-    out = x.new_empty(x.shape)
-    modulate_triton(out, None, x, None, None, scale, shift, plus_one, eps)
-    return out  # [B,S,D]
-
-
-@_norm_op.register_fake
-def _(x, scale, shift, plus_one, eps):
-    _check(x, None, None, scale, shift)
-    return x.new_empty(x.shape)
-
-
-@torch.library.custom_op(
-    "conceptmaster::residual_modulate",
-    mutates_args=(),
-    device_types="cpu",
-    schema="(Tensor x, Tensor branch, Tensor? gate, Tensor scale, Tensor? shift, bool plus_one, float eps) "
-    "-> (Tensor, Tensor)",
-)
-def _residual_op(x, branch, gate, scale, shift, plus_one, eps):
-    _check(x, branch, gate, scale, shift)
-    summed = residual_reference(x, branch, gate).contiguous()  # [B,S,D]
-    return summed, norm_reference(summed, scale, shift, plus_one, eps).contiguous()  # [B,S,D] each
-
-
-@_residual_op.register_kernel("cuda")
-def _(x, branch, gate, scale, shift, plus_one, eps):
-    _check(x, branch, gate, scale, shift)
+def _cuda(
+    x: Tensor,
+    branch: Tensor | None,
+    gate: Tensor | None,
+    scale: Tensor,
+    shift: Tensor | None,
+    plus_one: bool,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
     summed, out = x.new_empty(x.shape), x.new_empty(x.shape)
-    modulate_triton(out, summed, x, branch, gate, scale, shift, plus_one, eps)
+    modulate_triton(out, None if branch is None else summed, x, branch, gate, scale, shift, plus_one, eps)
     return summed, out  # [B,S,D] each
 
 
-@_residual_op.register_fake
-def _(x, branch, gate, scale, shift, plus_one, eps):
-    _check(x, branch, gate, scale, shift)
-    return x.new_empty(x.shape), x.new_empty(x.shape)
+_modulate = TorchOp(
+    "modulate(Tensor x, Tensor scale, Tensor? shift, bool plus_one, float eps) -> Tensor",
+    check=lambda x, scale, shift, *_: _check(x, None, None, scale, shift),
+    reference=norm_reference,
+    cuda=lambda x, *rest: _cuda(x, None, None, *rest)[1],
+    empty=lambda x, *_: x.new_empty(x.shape),
+)
+_residual_modulate = TorchOp(
+    "residual_modulate(Tensor x, Tensor branch, Tensor? gate, Tensor scale, Tensor? shift, bool plus_one, "
+    "float eps) -> (Tensor, Tensor)",
+    check=lambda x, branch, gate, scale, shift, *_: _check(x, branch, gate, scale, shift),
+    reference=residual_modulate_reference,
+    cuda=_cuda,
+    empty=lambda x, *_: (x.new_empty(x.shape), x.new_empty(x.shape)),
+)
 
 
 def modulate(
@@ -191,10 +183,7 @@ def modulate(
     x [B,S,D]; scale and shift float32 (float64 of float64), [B,D] or [1,D]. Returns [B,S,D] in x's dtype.
     Raises ValueError for other shapes, dtypes or devices.
     """
-    if served(x, scale, shift):
-        return _norm_op(x, scale, shift, plus_one, eps)
-    _check(x, None, None, scale, shift)
-    return norm_reference(x, scale, shift, plus_one, eps)
+    return _modulate(x, scale, shift, plus_one, eps)
 
 
 def residual_modulate(
@@ -212,8 +201,4 @@ def residual_modulate(
 
     branch [B,S,D], gate float32 [B,D] or [1,D], None for one; the rest as for `modulate`.
     """
-    if served(x, branch, gate, scale, shift):
-        return _residual_op(x, branch, gate, scale, shift, plus_one, eps)
-    _check(x, branch, gate, scale, shift)
-    summed = residual_reference(x, branch, gate)  # [B,S,D]
-    return summed, norm_reference(summed, scale, shift, plus_one, eps)
+    return _residual_modulate(x, branch, gate, scale, shift, plus_one, eps)

@@ -9,11 +9,13 @@ kernel applies it (see cross_attention.py): it reads once and writes one number 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .common import launch, require, require_alike, served, tl, triton
+from .common import TorchOp, launch, power_of_two, require, require_alike, tl, triton
 
 # Reference.
 
@@ -45,6 +47,9 @@ def inverse_rms_reference(x: Tensor, eps: float) -> Tensor:
 
 
 # Triton.
+
+MAX_WIDTH = 16384
+"""The widest row that fits into a program's registers."""
 
 
 @triton.jit
@@ -100,21 +105,23 @@ def qk_norm_rope_triton(
     cos: Tensor,
     sin: Tensor,
     eps: float,
-) -> None:
-    """Launches the kernel into q_out and k_out [B,S,A,E], contiguous: two programs for each token."""
+) -> tuple[Tensor, Tensor]:
+    """Launches the kernel into q_out and k_out [B,S,A,E], contiguous, and returns them: two programs for each
+    token."""
     batch, tokens, width = q.shape
-    block = max(128, 1 << (width - 1).bit_length())
+    block = power_of_two(width, 128, MAX_WIDTH)
     launch(
         qk_norm_rope_kernel, (batch * tokens, 2),
         q, k, q_weight, k_weight, cos, sin, q_out, k_out, tokens, eps, *q.stride()[:2], *k.stride()[:2],
         D=width, E=q_out.shape[-1], BLOCK=block, num_warps=4 if block <= 2048 else 8, num_stages=1,
     )  # fmt: skip
+    return q_out, k_out
 
 
 def inverse_rms_triton(out: Tensor, x: Tensor, eps: float) -> Tensor:
     """Launches the kernel into `out` float32 [B,S], contiguous, and returns it."""
     batch, tokens, width = x.shape
-    block = max(128, 1 << (width - 1).bit_length())
+    block = power_of_two(width, 128, MAX_WIDTH)
     launch(
         inverse_rms_kernel, (batch * tokens,), x, out, tokens, eps, *x.stride()[:2],
         D=width, BLOCK=block, num_warps=4 if block <= 2048 else 8, num_stages=1,
@@ -123,9 +130,6 @@ def inverse_rms_triton(out: Tensor, x: Tensor, eps: float) -> Tensor:
 
 
 # The torch ops.
-
-MAX_WIDTH = 16384
-"""The widest row that fits into a program's registers."""
 
 
 def _check_row(op: str, name: str, x: Tensor) -> None:
@@ -157,55 +161,30 @@ def _tables(x: Tensor) -> tuple[torch.dtype, ...]:
     return (torch.float32, torch.float64) if x.dtype == torch.float64 else (torch.float32,)
 
 
-@torch.library.custom_op(
-    "conceptmaster::qk_norm_rope",
-    mutates_args=(),
-    device_types="cpu",
-    schema="(Tensor q, Tensor k, Tensor q_weight, Tensor k_weight, Tensor cos, Tensor sin, float eps) "
+def _empty(q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, *_: Any) -> Any:
+    shape = (*q.shape[:2], q.shape[2] // (2 * cos.shape[-1]), 2 * cos.shape[-1])
+    return q.new_empty(shape), q.new_empty(shape)  # [B,S,A,E] each
+
+
+def _empty_rms(x: Tensor, eps: float) -> Tensor:
+    return x.new_empty(x.shape[:2], dtype=torch.promote_types(x.dtype, torch.float32))  # [B,S]
+
+
+_qk_norm_rope = TorchOp(
+    "qk_norm_rope(Tensor q, Tensor k, Tensor q_weight, Tensor k_weight, Tensor cos, Tensor sin, float eps) "
     "-> (Tensor, Tensor)",
+    check=lambda *arguments: _check(*arguments[:-1]),
+    reference=qk_norm_rope_reference,
+    cuda=lambda *arguments: qk_norm_rope_triton(*_empty(*arguments), *arguments),
+    empty=_empty,
 )
-def _qk_op(q, k, q_weight, k_weight, cos, sin, eps):
-    _check(q, k, q_weight, k_weight, cos, sin)
-    return qk_norm_rope_reference(q, k, q_weight, k_weight, cos, sin, eps)  # [B,S,A,E] each
-
-
-@_qk_op.register_kernel("cuda")
-def _(q, k, q_weight, k_weight, cos, sin, eps):
-    _check(q, k, q_weight, k_weight, cos, sin)
-    shape = (*q.shape[:2], q.shape[2] // (2 * cos.shape[-1]), 2 * cos.shape[-1])
-    q_out, k_out = q.new_empty(shape), q.new_empty(shape)
-    qk_norm_rope_triton(q_out, k_out, q, k, q_weight, k_weight, cos, sin, eps)
-    return q_out, k_out  # [B,S,A,E] each
-
-
-@_qk_op.register_fake
-def _(q, k, q_weight, k_weight, cos, sin, eps):
-    _check(q, k, q_weight, k_weight, cos, sin)
-    shape = (*q.shape[:2], q.shape[2] // (2 * cos.shape[-1]), 2 * cos.shape[-1])
-    return q.new_empty(shape), q.new_empty(shape)
-
-
-@torch.library.custom_op(
-    "conceptmaster::inverse_rms",
-    mutates_args=(),
-    device_types="cpu",
-    schema="(Tensor x, float eps) -> Tensor",
+_inverse_rms = TorchOp(
+    "inverse_rms(Tensor x, float eps) -> Tensor",
+    check=lambda x, eps: _check_row("inverse_rms", "x", x),
+    reference=inverse_rms_reference,
+    cuda=lambda x, eps: inverse_rms_triton(_empty_rms(x, eps), x, eps),
+    empty=_empty_rms,
 )
-def _inverse_rms_op(x, eps):
-    _check_row("inverse_rms", "x", x)
-    return inverse_rms_reference(x, eps)  # [B,S]
-
-
-@_inverse_rms_op.register_kernel("cuda")
-def _(x, eps):
-    _check_row("inverse_rms", "x", x)
-    return inverse_rms_triton(x.new_empty(x.shape[:2], dtype=torch.float32), x, eps)
-
-
-@_inverse_rms_op.register_fake
-def _(x, eps):
-    _check_row("inverse_rms", "x", x)
-    return x.new_empty(x.shape[:2], dtype=torch.promote_types(x.dtype, torch.float32))
 
 
 def qk_norm_rope(
@@ -223,15 +202,9 @@ def qk_norm_rope(
     Returns two [B,S,A,E] in q's dtype. The kernel rounds once, at the end; the reference after the norm too,
     as the model does. Raises ValueError for other shapes, dtypes or devices.
     """
-    if served(q, k, q_weight, k_weight):
-        return _qk_op(q, k, q_weight, k_weight, cos, sin, eps)
-    _check(q, k, q_weight, k_weight, cos, sin)
-    return qk_norm_rope_reference(q, k, q_weight, k_weight, cos, sin, eps)
+    return _qk_norm_rope(q, k, q_weight, k_weight, cos, sin, eps)
 
 
 def inverse_rms(x: Tensor, eps: float = 1e-6) -> Tensor:
     """1 / sqrt(mean(x²) + eps) over the last axis: x [B,S,D] -> float32 [B,S] (float64 of float64)."""
-    if served(x):
-        return _inverse_rms_op(x, eps)
-    _check_row("inverse_rms", "x", x)
-    return inverse_rms_reference(x, eps)
+    return _inverse_rms(x, eps)

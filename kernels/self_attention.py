@@ -22,7 +22,18 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .common import INTERPRETED, launch, require, require_alike, served, tl, to_fp8, triton
+from .common import (
+    INTERPRETED,
+    TorchOp,
+    launch,
+    power_of_two,
+    require,
+    require_alike,
+    served,
+    tl,
+    to_fp8,
+    triton,
+)
 from .cross_attention import attention
 
 TIERS = ("lossless", "high")
@@ -195,7 +206,7 @@ def attention8_triton(out: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     128 queries against 128 keys at 8 warps: accumulator and logits take 64 registers a thread each.
     """
     batch, tokens, heads, width = q.shape
-    block_e = max(32, 1 << (width - 1).bit_length())
+    block_e = power_of_two(width, 32, MAX_WIDTH)
     blocks, rows = -(-tokens // BLOCK), batch * heads
     q8, k8 = (q.new_empty((rows, blocks * BLOCK, block_e), dtype=torch.int8) for _ in range(2))
     v8 = q.new_empty((rows, block_e, blocks * BLOCK), dtype=torch.float8_e4m3fn)
@@ -209,18 +220,9 @@ def attention8_triton(out: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             tokens, heads, *x.stride()[:3], HAS_MEAN=centre is not None, **sizes, **small,
         )  # fmt: skip
     launch(
-        fp8_kernel,
-        (blocks, rows),
-        v,
-        scale,
-        v8,
-        tokens,
-        heads,
-        *v.stride()[:3],
-        **sizes,
-        ROUND=INTERPRETED,
-        **small,
-    )
+        fp8_kernel, (blocks, rows), v, scale, v8,
+        tokens, heads, *v.stride()[:3], **sizes, ROUND=INTERPRETED, **small,
+    )  # fmt: skip
     launch(
         attention8_kernel, (blocks, rows), q8, k8, v8, q_step, k_step, scale, out,
         tokens, heads, math.log2(math.e) / math.sqrt(width), *out.stride()[:3],
@@ -251,27 +253,13 @@ def _check8(q: Tensor, k: Tensor, v: Tensor) -> None:
         require(op, (major, minor) >= (8, 9), f"{message}: take the tier 'lossless'")
 
 
-@torch.library.custom_op(
-    "conceptmaster::attention8",
-    mutates_args=(),
-    device_types="cpu",
-    schema="(Tensor q, Tensor k, Tensor v) -> Tensor",
+_attention8 = TorchOp(
+    "attention8(Tensor q, Tensor k, Tensor v) -> Tensor",
+    check=_check8,
+    reference=attention8_reference,
+    cuda=lambda q, k, v: attention8_triton(q.new_empty(q.shape), q, k, v),
+    empty=lambda q, k, v: q.new_empty(q.shape),
 )
-def _attention8_op(q, k, v):
-    _check8(q, k, v)
-    return attention8_reference(q, k, v).contiguous()  # [B,S,A,E]
-
-
-@_attention8_op.register_kernel("cuda")
-def _(q, k, v):
-    _check8(q, k, v)
-    return attention8_triton(q.new_empty(q.shape), q, k, v)
-
-
-@_attention8_op.register_fake
-def _(q, k, v):
-    _check("attention8", q, k, v)
-    return q.new_empty(q.shape)
 
 
 # The best lossless attention that is there.
@@ -319,6 +307,6 @@ def self_attention(q: Tensor, k: Tensor, v: Tensor, tier: str = "lossless") -> T
     """
     require("self_attention", tier in TIERS, f"unknown tier {tier!r}: choose one of {', '.join(TIERS)}")
     if tier == "high":
-        return _attention8_op(q, k, v)
+        return _attention8(q, k, v)
     _check("self_attention", q, k, v)
     return _lossless(q, k, v) if served(q, k, v) else attention(q, k, v)

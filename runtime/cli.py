@@ -189,7 +189,6 @@ def _add_torch_options(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument("--adapter", metavar="FILE", help="concept modules, where the weights are a base")
     group.add_argument("--dtype", metavar="D", help="float32 or bfloat16 (cpu: float32, cuda: bfloat16)")
-    group.add_argument("--compile", action="store_true", default=None, help="compile its blocks, in minutes")
     group.add_argument("--tier", metavar="T", help="lossless, or high: 8 bits, lossy (lossless)")
     group.add_argument(
         "--skip-guidance",

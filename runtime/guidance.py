@@ -19,26 +19,26 @@ class Guidance:
     concepts: tuple[bool, ...]
 
 
-def make_guidance(branches: int, scale: float, concept_scale: float | None) -> Guidance:
+def make_guidance(branches: int, guidance: float, concept_guidance: float | None) -> Guidance:
     """Weights for a bundle of `branches` (K) branches.
 
-    K = 1: (1,), no guidance. K = 2: one joint scale g, (1 - g, g). K = 3: text scale g and concept scale c,
-    (1 - g, g - c, c); without a concept scale c = g, which is the joint rule.
+    guidance, concept_guidance: the scales g and c. K = 1: (1,), no guidance. K = 2: (1 - g, g), one joint
+    scale. K = 3: (1 - g, g - c, c); c is g where it is None, which is the joint rule.
 
     Raises: InputError when the bundle cannot follow the scales; ValueError for another K.
     """
-    if branches != 3 and concept_scale is not None:
+    if branches != 3 and concept_guidance is not None:
         raise InputError(
             f"concept guidance needs a bundle with 3 guidance branches, this one has {branches}: leave it out"
         )
     if branches == 1:
-        if scale != 1.0:
-            raise InputError(f"this bundle has no guidance branch: guidance must be 1, not {scale:g}")
+        if guidance != 1.0:
+            raise InputError(f"this bundle has no guidance branch: guidance must be 1, not {guidance:g}")
         return Guidance(np.ones(1, np.float32), (True,), (True,))
     if branches == 2:
-        return Guidance(np.array([1.0 - scale, scale], np.float32), (False, True), (False, True))
+        return Guidance(np.array([1.0 - guidance, guidance], np.float32), (False, True), (False, True))
     if branches == 3:
-        concept = scale if concept_scale is None else concept_scale
-        weights = np.array([1.0 - scale, scale - concept, concept], np.float32)
+        concept = guidance if concept_guidance is None else concept_guidance
+        weights = np.array([1.0 - guidance, guidance - concept, concept], np.float32)
         return Guidance(weights, (False, True, True), (False, False, True))
     raise ValueError(f"a bundle has 1, 2 or 3 guidance branches, not {branches}")

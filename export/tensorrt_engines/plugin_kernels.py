@@ -20,7 +20,7 @@ def injection_entry(
     """`ConceptInjection`: grid (tiles of S, B*A)."""
     D: tl.constexpr = A * WIDTH
     cross_attention_kernel(
-        q, k, v, k, v, mask, q, out, S, C, C, A, SCALE, 1.0,
+        q, k, v, k, v, mask, q, out, S, C, C, A, SCALE,
         S * D, D, WIDTH, C * D, D, WIDTH, C * D, D, WIDTH, C * D, D, WIDTH, C * D, D, WIDTH,
         C, 0, S * D, D, WIDTH,
         WIDTH, BLOCK_S, BLOCK_T, BLOCK_C, BLOCK_E, False, True, False, ONE_BLOCK, PRECISION, False,
@@ -36,7 +36,7 @@ def decoupled_entry(
     """`DecoupledCrossAttention`: grid (tiles of S, B*A)."""
     D: tl.constexpr = A * WIDTH
     cross_attention_kernel(
-        q, text_k, text_v, k, v, mask, q, out, S, T, C, A, SCALE, 1.0,
+        q, text_k, text_v, k, v, mask, q, out, S, T, C, A, SCALE,
         S * D, D, WIDTH, T * D, D, WIDTH, T * D, D, WIDTH, C * D, D, WIDTH, C * D, D, WIDTH,
         C, 0, S * D, D, WIDTH,
         WIDTH, BLOCK_S, BLOCK_T, BLOCK_C, BLOCK_E, True, True, False, ONE_BLOCK, PRECISION, False,

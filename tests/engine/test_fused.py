@@ -21,13 +21,13 @@ from conceptmaster.kernels.tolerances import RELATIVE_L2  # noqa: E402
 
 INJECTIONS = ("standalone", "shared_query", "merged", "none")
 OPS = {
-    "modulate": (modulate, "_norm_op"),
-    "residual_modulate": (modulate, "_residual_op"),
-    "qk_norm_rope": (qk_norm_rope, "_qk_op"),
-    "inverse_rms": (qk_norm_rope, "_inverse_rms_op"),
-    "decoupled_cross_attention": (cross_attention, "_decoupled_op"),
-    "concept_injection": (cross_attention, "_injection_op"),
-    "concept_weights": (absorbed_injection, "_weights_op"),
+    "modulate": modulate._modulate,
+    "residual_modulate": modulate._residual_modulate,
+    "qk_norm_rope": qk_norm_rope._qk_norm_rope,
+    "inverse_rms": qk_norm_rope._inverse_rms,
+    "decoupled_cross_attention": cross_attention._decoupled,
+    "concept_injection": cross_attention._injection,
+    "concept_weights": absorbed_injection._weights,
 }
 
 
@@ -68,10 +68,9 @@ def kernels(monkeypatch):
 
         return call
 
-    for name, (module, op) in OPS.items():
-        on_cuda = getattr(module, op)._backend_fns["cuda"]
-        monkeypatch.setattr(module, "served", lambda *tensors: True)
-        monkeypatch.setattr(module, op, watched(name, on_cuda))
+    monkeypatch.setattr(common, "served", lambda *arguments: True)
+    for name, op in OPS.items():
+        monkeypatch.setattr(op, "op", watched(name, op._checked(op.cuda)))
     return ran
 
 

@@ -14,7 +14,6 @@ from conceptmaster.kernels.cross_attention import (  # noqa: E402
     cross_attention_triton,
     decoupled_cross_attention,
     decoupled_cross_attention_reference,
-    normed_decoupled_cross_attention,
 )
 
 OPS = torch.ops.conceptmaster
@@ -41,21 +40,21 @@ def nan_like(q):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    ("shape", "scale"),
-    [((2, 67, 33, 3, 2, 12), 1.0), ((2, 130, 70, 150, 1, 128), 0.7)],  # one tile of concepts, several
+    "shape",
+    [(2, 67, 33, 3, 2, 12), (2, 130, 70, 150, 1, 128)],  # one tile of concepts, several
     ids=str,
 )
-def test_decoupled_is_the_reference(shape, scale, dtype, assert_close):
+def test_decoupled_is_the_reference(shape, dtype, assert_close):
     q, tk, tv, ck, cv, mask = tensors(*shape, dtype=dtype)
-    out = cross_attention_triton(nan_like(q), q, (tk, tv), (ck, cv), mask, scale, None)
+    out = cross_attention_triton(nan_like(q), q, (tk, tv), (ck, cv), mask, None)
     wide = (t.double() for t in (q, tk, tv, ck, cv))
-    assert_close(out, decoupled_cross_attention_reference(*wide, mask, scale), dtype)
+    assert_close(out, decoupled_cross_attention_reference(*wide, mask), dtype)
 
 
 def test_many_queries_take_the_large_tiles(monkeypatch, assert_close):
     q, tk, tv, ck, cv, mask = tensors(2, 200, 5, 3, 1, 16, dtype=torch.float16)
     monkeypatch.setattr(cross_attention, "FEW_QUERIES", 0)
-    out = cross_attention_triton(nan_like(q), q, (tk, tv), (ck, cv), mask, 1.0, None)
+    out = cross_attention_triton(nan_like(q), q, (tk, tv), (ck, cv), mask, None)
     wide = (t.double() for t in (q, tk, tv, ck, cv))
     assert_close(out, decoupled_cross_attention_reference(*wide, mask), "float16")
 
@@ -64,7 +63,7 @@ def test_many_queries_take_the_large_tiles(monkeypatch, assert_close):
 def test_injection_is_the_reference(concepts, assert_close):
     q, _, _, k, v, mask = tensors(2, 65, 1, concepts, 2, 32)
     for given in (mask, None):
-        out = cross_attention_triton(nan_like(q), q, None, (k, v), given, 1.0, None)
+        out = cross_attention_triton(nan_like(q), q, None, (k, v), given, None)
         assert_close(out, attention(*(t.double() for t in (q, k, v)), given))
         assert given is None or out[0].count_nonzero() == 0
 
@@ -73,10 +72,10 @@ def test_injection_is_the_reference(concepts, assert_close):
 def test_a_masked_key_changes_no_bit_not_even_as_nan(concepts):
     q, tk, tv, ck, cv, mask = tensors(2, 20, 7, concepts, 2, 16)
     hidden = ~mask[:, :, None, None]
-    out = cross_attention_triton(nan_like(q), q, (tk, tv), (ck, cv), mask, 0.5, None)
+    out = cross_attention_triton(nan_like(q), q, (tk, tv), (ck, cv), mask, None)
     changed = torch.where(hidden, float("nan"), ck), torch.where(hidden, float("nan"), cv)
-    assert torch.equal(cross_attention_triton(nan_like(q), q, (tk, tv), changed, mask, 0.5, None), out)
-    alone = cross_attention_triton(nan_like(q), q, (tk, tv), (ck, cv), torch.zeros_like(mask), 0.5, None)
+    assert torch.equal(cross_attention_triton(nan_like(q), q, (tk, tv), changed, mask, None), out)
+    alone = cross_attention_triton(nan_like(q), q, (tk, tv), (ck, cv), torch.zeros_like(mask), None)
     assert torch.equal(out[0], alone[0]) and not torch.equal(out[1], alone[1])
 
 
@@ -89,8 +88,8 @@ def test_strides_are_followed(assert_close):
     concepts = torch.stack((ck, cv), dim=1).unbind(1)
     wider = torch.cat((mask, ~mask), dim=1)[:, :9]
     assert not fused.is_contiguous() and not text[0].is_contiguous() and not wider.is_contiguous()
-    out = cross_attention_triton(nan_like(q), fused, text, concepts, wider, 1.0, None)
-    assert torch.equal(out, cross_attention_triton(nan_like(q), q, (tk, tv), (ck, cv), mask, 1.0, None))
+    out = cross_attention_triton(nan_like(q), fused, text, concepts, wider, None)
+    assert torch.equal(out, cross_attention_triton(nan_like(q), q, (tk, tv), (ck, cv), mask, None))
 
 
 def test_the_queries_norm_is_folded_in(assert_close):
@@ -101,16 +100,16 @@ def test_the_queries_norm_is_folded_in(assert_close):
     expected = decoupled_cross_attention_reference(normed, *(t.double() for t in (tk, tv, ck, cv)), mask)
     rms = (flat.square().mean(-1) + 1e-6).rsqrt().float()  # [B,S]
     text, concepts = (tk * weight, tv), (ck * weight, cv)
-    folded = cross_attention_triton(nan_like(q), 3.0 * q, text, concepts, mask, 1.0, rms)
+    folded = cross_attention_triton(nan_like(q), 3.0 * q, text, concepts, mask, rms)
     assert_close(folded, expected)
-    plain = normed_decoupled_cross_attention(3.0 * q, rms, tk * weight, tv, ck * weight, cv, mask)
+    plain = decoupled_cross_attention(3.0 * q, tk * weight, tv, ck * weight, cv, mask, rms)
     assert_close(plain, expected)
 
 
 def test_the_op_is_registered_well():
     q, tk, tv, ck, cv, mask = tensors(2, 9, 6, 3, 2, 8)
     checks = ("test_schema", "test_faketensor")
-    given = (q, tk, tv, ck, cv, mask, 1.0, None)
+    given = (q, tk, tv, ck, cv, mask, None)
     torch.library.opcheck(OPS.decoupled_cross_attention.default, given, test_utils=checks)
     torch.library.opcheck(OPS.concept_injection.default, (q, ck, cv, mask), test_utils=checks)
     both = decoupled_cross_attention(q, tk, tv, ck, cv, mask)
@@ -138,7 +137,7 @@ def test_bad_input_is_one_clear_error(change, words):
     given = dict(zip(names, tensors(2, 9, 6, 3, 2, 8), strict=True))
     given |= {name: edit(given[name]) for name, edit in change.items()}
     op = OPS.decoupled_cross_attention
-    for call in (decoupled_cross_attention, lambda **named: op(*named.values(), 1.0, None)):
+    for call in (decoupled_cross_attention, lambda **named: op(*named.values(), None)):
         with pytest.raises(ValueError, match=words) as caught:
             call(**given)
         assert "\n" not in str(caught.value)

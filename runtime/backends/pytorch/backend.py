@@ -136,9 +136,6 @@ class TorchBackend:
         log.info("weights of %s", folder)
         transformer = fuse(narrow(model.transformer, self._dtype), Fusing(tier=self._options.tier))
         transformer.to(self._device)
-        if self._options.compile:
-            for block in transformer.blocks:
-                block.compile(dynamic=False, mode="max-autotune-no-cudagraphs")
         self.stepper = Stepper(
             transformer,
             self._dtype,

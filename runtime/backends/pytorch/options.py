@@ -19,7 +19,6 @@ class TorchOptions:
     weights: a folder with the model.safetensors and vae.safetensors that the bundle was exported from, or the
     base in diffusers' layout; None looks for them (see torch_weights.py). adapter: trained concept modules
     for such a base. dtype: of transformer and encoders; None is float32 on the CPU, bfloat16 on CUDA.
-    compile: `torch.compile` of the transformer's blocks: minutes at the first step.
 
     Lossy, with measured errors in docs/performance.md: tier "high" (linear layers in 8 bits, on GPUs that
     have fp8), skip_guidance (so large a part of the steps, at the end, is not guided), step_cache (steps
@@ -31,7 +30,6 @@ class TorchOptions:
     weights: str | os.PathLike[str] | None = None
     adapter: str | os.PathLike[str] | None = None
     dtype: str | None = None
-    compile: bool = False
     tier: str = "lossless"
     skip_guidance: float = 0.0
     step_cache: float = 0.0
