@@ -42,6 +42,6 @@ def _export_module(command: str, module: str, function: str) -> Any:
 COMMANDS = (
     _exporting("export", "turn weights into a bundle"),
     _exporting("verify", "hold a bundle's graphs to the model they came from"),
-    _exporting("build", "build TensorRT engines from a bundle", "build_cli"),
-    _exporting("export-triton", "write a model repository for NVIDIA's Triton server", "triton_cli"),
+    _exporting("build", "build TensorRT engines from a bundle", "tensorrt_engines.cli"),
+    _exporting("export-triton", "write a model repository for NVIDIA's Triton server", "triton_server.cli"),
 )
