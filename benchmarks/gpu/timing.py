@@ -20,7 +20,7 @@ from conceptmaster.runtime.backends.pytorch.stepper import cuda_graphs
 
 from ..alternating import machine
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 Call = Callable[[], Any]
 
 

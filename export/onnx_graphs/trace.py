@@ -15,7 +15,7 @@ import torch
 from onnxscript import ir
 
 from ...engine.checkpoints.lazy_weights import faked
-from ...errors import ExportError, InputError
+from ...errors import ExportError
 from ...kernels.common import kept_whole
 from ...runtime.bundle_format.hashed_file import HashedFile, sha256_file
 from ...runtime.bundle_format.schema import DTYPES, GraphFile, TensorSpec
@@ -108,7 +108,7 @@ def describe(path: Path, spec: GraphSpec, external_sha256: str | None = None) ->
     inputs, outputs = _signature(graph.input), _signature(graph.output)
     expected = tuple(tensor for tensor in spec.inputs if tensor.name in {found.name for found in inputs})
     if inputs != expected or outputs != spec.outputs:
-        raise InputError(f"the exported graph {spec.name} has another signature than its module", 1)
+        raise ExportError(f"the exported graph {spec.name} has another signature than its module")
     external = data_file(path)
     return GraphFile(
         path.name,

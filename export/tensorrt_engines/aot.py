@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from ...errors import InputError
+from ...errors import ExportError, InputError
 from ..onnx_graphs.concept_node import DECOUPLED, INJECTION
 
 POINTERS = {"float32": "*fp32", "float16": "*fp16", "bfloat16": "*bf16"}
@@ -63,7 +63,7 @@ def compile_node(
 
     if not INSTALLED or INTERPRETED:
         reason = "TRITON_INTERPRET is set" if INTERPRETED else "Triton is not installed: pip install triton"
-        raise InputError(f"the plugin's kernel cannot be compiled: {reason}", 1)
+        raise ExportError(f"the plugin's kernel cannot be compiled: {reason}")
     if width > MAX_WIDTH:
         raise InputError(f"the plugin's kernel takes heads up to {MAX_WIDTH} wide, not {width}")
     import triton
@@ -115,13 +115,13 @@ def only_parameters(ptx: str, count: int) -> str:
     """
     header = re.search(r"\.entry\s+\w+\s*\((.*?)\)", ptx, re.DOTALL)
     if header is None:
-        raise InputError("the compiled kernel has no entry", 1)
+        raise ExportError("the compiled kernel has no entry")
     parameters = header[1].split(",")
     for extra in parameters[count:]:
         name = extra.split()[-1]
         if len(re.findall(rf"\b{re.escape(name)}\b", ptx)) > 1:
-            raise InputError(
-                f"the compiled kernel uses its parameter {name}, which TensorRT does not pass", 1
+            raise ExportError(
+                f"the compiled kernel uses its parameter {name}, which TensorRT does not pass"
             )
     kept = ",".join(parameters[:count])
     return ptx[: header.start(1)] + kept.rstrip() + "\n" + ptx[header.end(1) :]

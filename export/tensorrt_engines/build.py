@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...errors import InputError
+from ...errors import ExportError, InputError
 from ...runtime.bundle_format import manifest as manifests
 from ...runtime.bundle_format import tensorrt_engines as stored
 from ...runtime.bundle_format.hashed_file import sha256_file
@@ -139,13 +139,13 @@ def script_text(graphs: Iterable[str], capability: int, limits: Limits) -> str:
 def run_script(script: Path) -> None:
     """Runs build.sh. Raises InputError when trtexec is not there or fails."""
     if shutil.which("trtexec") is None:
-        raise InputError(
-            f"trtexec is not on the PATH: install TensorRT, or run {str(script)!r} where it is", 1
+        raise ExportError(
+            f"trtexec is not on the PATH: install TensorRT, or run {str(script)!r} where it is"
         )
     done = subprocess.run(["bash", str(script)], capture_output=True, text=True)
     if done.returncode:
         wrong = [line for line in done.stdout.splitlines() if "[E]" in line] or done.stderr.splitlines()
-        raise InputError(f"trtexec failed: {(wrong or ['it does not say why'])[0]:.300}", 1)
+        raise ExportError(f"trtexec failed: {(wrong or ['it does not say why'])[0]:.300}")
 
 
 def collect(bundle: Path, capability: int, precision: str) -> tuple[Path, list[Line]]:
@@ -157,7 +157,7 @@ def collect(bundle: Path, capability: int, precision: str) -> tuple[Path, list[L
         raise InputError(f"{str(log)!r} is not there: run {str(folder / SCRIPT)!r} first")
     missing = [name for name in manifest.graphs if not (folder / f"{name}.engine").is_file()]
     if missing:
-        raise InputError(f"{str(folder)!r} lacks the engines of {', '.join(missing)}: see {LOG}", 1)
+        raise ExportError(f"{str(folder)!r} lacks the engines of {', '.join(missing)}: see {LOG}")
     engines = Engines(stored.FORMAT, "tensorrt", logged_version(log), capability, precision, 0, {})
     place = folder.with_name(engines.folder_name)
     shutil.rmtree(place, ignore_errors=True)
@@ -170,7 +170,7 @@ def logged_version(log: Path) -> str:
     """The version that trtexec's first line gives: "[TensorRT v101303]" is 10.13.3. Raises InputError."""
     found = re.search(r"TensorRT v(\d{1,2})(\d\d)(\d\d)\b", log.read_text("utf-8", errors="replace"))
     if not found:
-        raise InputError(f"{str(log)!r} does not say which TensorRT it was", 1)
+        raise ExportError(f"{str(log)!r} does not say which TensorRT it was")
     return ".".join(str(int(part)) for part in found.groups())
 
 
@@ -195,15 +195,15 @@ def gpu_capability() -> int:
     try:
         from cuda.bindings import runtime
     except ImportError as error:
-        raise InputError(
-            f"cuda-python is not installed: pip install 'conceptmaster[tensorrt]'. {advice}", 1
+        raise ExportError(
+            f"cuda-python is not installed: pip install 'conceptmaster[tensorrt]'. {advice}"
         ) from error
     kinds = runtime.cudaDeviceAttr
     numbers = []
     for kind in (kinds.cudaDevAttrComputeCapabilityMajor, kinds.cudaDevAttrComputeCapabilityMinor):
         status, number = runtime.cudaDeviceGetAttribute(kind, 0)
         if int(status):
-            raise InputError(f"no GPU is there ({status.name}). {advice}", 1)
+            raise ExportError(f"no GPU is there ({status.name}). {advice}")
         numbers.append(int(number))
     return 10 * numbers[0] + numbers[1]
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...errors import InputError
+from ...errors import ExportError, InputError
 from ...runtime.bundle_format.tensorrt_engines import EXTRAS, MODULES
 from .precision import FUSED_WIDTHS
 
@@ -45,10 +45,10 @@ def library(flavor: str) -> Any:
         found = importlib.import_module(MODULES[flavor])
     except Exception as error:  # a wheel that is only a stub raises what it likes
         reason, install = " ".join(str(error).split())[:160], f"pip install 'conceptmaster[{EXTRAS[flavor]}]'"
-        raise InputError(f"{MODULES[flavor]} does not import ({reason}): {install}", 1) from error
+        raise ExportError(f"{MODULES[flavor]} does not import ({reason}): {install}") from error
     version = tuple(int(part) for part in found.__version__.split(".")[:2])
     if flavor == "tensorrt" and version < LEAST_VERSION:
-        raise InputError(f"TensorRT {found.__version__} is too old: 10.13 or newer is needed", 1)
+        raise ExportError(f"TensorRT {found.__version__} is too old: 10.13 or newer is needed")
     return found
 
 
@@ -65,7 +65,7 @@ def build(trt: Any, graph: Path, capability: int | None, limits: Limits, cache: 
     network = builder.create_network(_strongly_typed(trt))
     parser = trt.OnnxParser(network, log)
     if not parser.parse_from_file(str(graph)):
-        raise InputError(_parser_errors(graph, parser), 1)
+        raise ExportError(_parser_errors(graph, parser))
     whole, decomposed = _attention(trt, network)
     config = builder.create_builder_config()
     if limits.workspace is not None:
@@ -78,7 +78,7 @@ def build(trt: Any, graph: Path, capability: int | None, limits: Limits, cache: 
     engine = builder.build_serialized_network(network, config)
     if engine is None:
         reason = log.last() or "it does not say why"
-        raise InputError(f"TensorRT cannot build the graph {_name(graph)}: {reason}", 1)
+        raise ExportError(f"TensorRT cannot build the graph {_name(graph)}: {reason}")
     if timings is not None and cache is not None:
         cache.write_bytes(bytes(timings.serialize()))
     return Built(memoryview(engine), network.num_layers, whole, decomposed)

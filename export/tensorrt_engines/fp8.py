@@ -25,7 +25,7 @@ import numpy as np
 from onnxscript import ir
 from onnxscript.ir.passes.common import RemoveUnusedNodesPass
 
-from ...errors import InputError
+from ...errors import ExportError
 from ..onnx_graphs import initializers
 from ..onnx_graphs.initializers import constant
 
@@ -57,7 +57,7 @@ def quantise_linears(model: ir.Model, largest: Mapping[str, float]) -> None:
         tensor = constant(weight)
         assert x is not None and weight is not None and tensor is not None
         if node.name not in largest:
-            raise InputError(f"fp8 needs the range of what goes into {node.name!r}, which is not known", 1)
+            raise ExportError(f"fp8 needs the range of what goes into {node.name!r}, which is not known")
         dtype = tensor.dtype  # bfloat16; float32 where it is emulated
         key = x, scale_for(largest[node.name] * HEADROOM)
         if key not in rounded:

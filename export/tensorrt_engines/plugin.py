@@ -12,7 +12,7 @@ import importlib
 import inspect
 from typing import Any
 
-from ...errors import InputError
+from ...errors import ExportError
 from ..onnx_graphs.concept_node import DECOUPLED, DOMAIN, INJECTION
 from .aot import SIZES, TENSORS, compile_node, tactics
 from .build import gpu_capability
@@ -29,11 +29,11 @@ def register(trt: Any, capability: int | None = None) -> None:
     from ...kernels.common import INSTALLED
 
     if not INSTALLED:
-        raise InputError("the plugin's kernel needs Triton: pip install 'conceptmaster[gpu]'", 1)
+        raise ExportError("the plugin's kernel needs Triton: pip install 'conceptmaster[gpu]'")
     try:
         plugins = importlib.import_module(f"{trt.__name__}.plugin")
     except ImportError as error:
-        raise InputError(f"this TensorRT has no plugins in Python ({error})", 1) from error
+        raise ExportError(f"this TensorRT has no plugins in Python ({error})") from error
     target = gpu_capability() if capability is None else capability
     for node in (INJECTION, DECOUPLED):
         if not hasattr(getattr(plugins.op, DOMAIN, None), node):

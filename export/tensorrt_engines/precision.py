@@ -17,7 +17,7 @@ import numpy as np
 from onnxscript import ir
 from onnxscript.ir.passes.common import RemoveUnusedNodesPass, ShapeInferencePass
 
-from ...errors import InputError
+from ...errors import ExportError, InputError
 from ..onnx_graphs import initializers
 from ..onnx_graphs.concept_node import DOMAIN
 from ..onnx_graphs.initializers import constant
@@ -149,9 +149,9 @@ def _fused(node: ir.Node, own: bool) -> bool:
     return (width if heads is None or len(q.shape) == 4 else width // heads.as_int()) in FUSED_WIDTHS
 
 
-def _unknown(node: ir.Node) -> InputError:
-    return InputError(
-        f"what goes into the node {node.name!r} ({node.op_type}) is of unknown shape or type", 1
+def _unknown(node: ir.Node) -> ExportError:
+    return ExportError(
+        f"what goes into the node {node.name!r} ({node.op_type}) is of unknown shape or type"
     )
 
 
