@@ -11,6 +11,7 @@ from pathlib import Path
 
 from ..errors import InputError
 from ..runtime.bundle_format import manifest as manifests
+from ..runtime.bundle_format.find import SHIPPED
 from ..runtime.bundle_format.schema import SOLVERS
 from .bundle import write_bundle
 from .source import Choices, Source, is_base, open_source
@@ -156,7 +157,7 @@ def _choices_of(bundle: Path, place: str | Path, args: argparse.Namespace) -> Ch
 
 def _find_bundle(name: str) -> Path:
     """A shipped bundle's folder, by its name, or the folder at a path, as the runtime finds them."""
-    shipped = Path(manifests.__file__).parent / "bundles" / name
+    shipped = SHIPPED / name
     for folder in (shipped, Path(name)):
         if (folder / manifests.FILE_NAME).is_file():
             return folder

@@ -11,7 +11,7 @@ ort = pytest.importorskip("onnxruntime")
 
 from onnxscript import ir  # noqa: E402
 
-from conceptmaster.errors import ExportError  # noqa: E402
+from conceptmaster.errors import ExportError, InputError  # noqa: E402
 from conceptmaster.export.tensorrt_engines import precision as preparing  # noqa: E402
 from conceptmaster.export.tensorrt_engines.precision import MAX_AXES, merge_axes, prepare  # noqa: E402
 from conceptmaster.export.verify import relative_error  # noqa: E402
@@ -98,7 +98,7 @@ def test_products_in_16_bits_are_close(graph, precision, tmp_path):
 def test_int8_is_refused_by_name(tmp_path):
     source = SHIPPED / "sprites-int8" / "denoise.onnx"
     with pytest.raises(
-        ExportError, match=r"is in int8 for CPUs: TensorRT takes neither its node '.*QuantizeLinear'"
+        InputError, match=r"is in int8 for CPUs: TensorRT takes neither its node '.*QuantizeLinear'"
     ):
         prepare(source, tmp_path / "graph.onnx", "bf16")
 
@@ -117,7 +117,7 @@ def test_a_product_of_something_unknown_is_told_and_not_left_in_float32():
 
 
 def test_an_unknown_precision_is_refused(tmp_path):
-    with pytest.raises(ExportError, match="unknown precision 'int4': choose one of fp32, fp16, bf16, fp8"):
+    with pytest.raises(InputError, match="unknown precision 'int4': choose one of fp32, fp16, bf16, fp8"):
         prepare(BUNDLE / "dam.onnx", tmp_path / "graph.onnx", "int4")
 
 
@@ -128,7 +128,7 @@ def test_a_weight_that_fp16_cannot_hold_is_named(tmp_path):
     values[0, 0] = 1e6
     weight.CopyFrom(onnx.numpy_helper.from_array(values, weight.name))
     onnx.save_model(model, str(tmp_path / "large.onnx"))
-    with pytest.raises(ExportError, match="values up to 1.0e.06, too large for float16: choose bf16"):
+    with pytest.raises(InputError, match="values up to 1.0e.06, too large for float16: choose bf16"):
         prepare(tmp_path / "large.onnx", tmp_path / "graph.onnx", "fp16")
 
 
