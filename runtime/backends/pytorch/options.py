@@ -17,12 +17,12 @@ class TorchOptions:
     """Options of the torch backend; what makes videos differ from those of the other backends is off.
 
     weights: a folder with the model.safetensors and vae.safetensors that the bundle was exported from, or the
-    base in diffusers' layout; None looks for them (see torch_weights.py). adapter: trained concept modules
+    base in diffusers' layout; None looks for them (see weights.py). adapter: trained concept modules
     for such a base. dtype: of transformer and encoders; None is float32 on the CPU, bfloat16 on CUDA.
 
     Lossy, with measured errors in docs/performance.md: tier "high" (linear layers in 8 bits, on GPUs that
     have fp8), skip_guidance (so large a part of the steps, at the end, is not guided), step_cache (steps
-    whose predicted change stays below it, in parts of the velocity, are not computed, see torch_step.py).
+    whose predicted change stays below it, in parts of the velocity, are not computed, see stepper.py).
 
     Raises: InputError for a value that is out of range.
     """
