@@ -32,9 +32,9 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def spec(one_thread: None) -> Any:
     """The denoise graph of a random `sprites` model."""
+    from conceptmaster.engine.checkpoints.source import random_source
     from conceptmaster.engine.presets import preset
     from conceptmaster.export.graphs import graph_specs
-    from conceptmaster.export.source import random_source
 
     source = random_source(preset("sprites"))
     return next(spec for spec in graph_specs(source.model, source.vae) if spec.name == "denoise")

@@ -23,12 +23,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..engine.checkpoints.adapter import adapter_keys, save_adapter
+from ..engine.checkpoints.source import byte_tokenizer
 from ..engine.checkpoints.wan_image_to_video import A2_REFERENCES, A2_TRANSFORMER
 from ..engine.config import ConceptConfig, ModelConfig
 from ..engine.model import ConceptMaster
 from ..engine.presets import PRESETS, preset
 from ..engine.vae.wan_decoder import build_vae
-from ..export.source import byte_tokenizer
 
 SHARD = 2_000_000_000  # bytes after which a new file begins
 # The picture encoder of Wan2.1's image-to-video models and of SkyReels-A2: CLIP's ViT-H/14.

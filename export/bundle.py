@@ -12,17 +12,19 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from .. import __version__
+from ..engine.checkpoints.source import Origin, Source
 from ..engine.config import ModelConfig
+from ..engine.sampling import Sampling
 from ..errors import ExportError, InputError
 from ..runtime.bundle_format import manifest as manifests
 from ..runtime.bundle_format.hashed_file import HashedFile, sha256_file
-from ..runtime.bundle_format.schema import Defaults, GraphFile, Manifest, Shapes
-from .graphs import graph_specs
+from ..runtime.bundle_format.schema import FORMAT, Defaults, GraphFile, Manifest, Shapes
+from ..runtime.bundle_format.source_record import MergedLora, SourceRecord
+from .graphs import GraphSpec, graph_specs
 from .onnx_graphs.compact import compact
 from .onnx_graphs.int8 import precision_of, quantise
 from .onnx_graphs.trace import describe, export_graph
 from .recipes import conditioning_of, pictures_of, tile_of
-from .source import Source
 from .verify import Row, check, check_small, checked_specs, steps
 
 WRITERS = ("torch", "onnx", "onnxscript", "onnxruntime")
@@ -35,6 +37,7 @@ def write_bundle(
     precision: str = "fp32",
     branches: int = 2,
     tile: tuple[int, int] | None = None,
+    with_graphs: bool = True,
     overwrite: bool = False,
     progress: bool = False,
 ) -> list[Row]:
@@ -42,23 +45,29 @@ def write_bundle(
 
     Args: precision: "fp32" or "int8"; branches: guidance branches K, 1 to 3; tile: width and height, in
         pixels, of the parts that the decoder takes one after the other, None for the whole picture at once;
-        overwrite: replace a bundle that is there already.
+        with_graphs: False writes their signatures alone, for the torch backend; overwrite: replace a bundle
+        that is there already.
     Raises: ExportError when `output` is taken, for a tile that cannot be, or when a graph is too far off;
         OSError.
     """
     folder = Path(os.path.abspath(output))
     _check_target(folder, overwrite)
-    defaults = _defaults(source.defaults, branches)
-    if branches == 3 and source.model.config.concept.injection == "base":
+    defaults = _defaults(source.sampling, branches)
+    concept = source.model.config.concept
+    if not with_graphs and precision != "fp32":
+        raise InputError("int8 is a precision of graphs: a bundle without graphs has none")
+    if branches == 3 and concept.injection == "base":
         raise InputError("an image-to-video model's guidance is of captions alone: --branches 1 or 2")
     tiles = tile_of(source.model.config, tile)
     size = None if tiles is None else tiles.size
     specs = graph_specs(source.model, source.vae, branches=branches, tile=size)
     if precision != "fp32" and specs[0].external:
-        raise InputError("int8 is for models whose weights fit the memory: this base's stay on disk")
-    small = checked_specs(source, branches, tile=size) if specs[0].external else specs
+        raise InputError("int8 is for graphs whose weights fit the memory: this base's stay on disk")
+    graphs: dict[str, GraphFile] = {}
+    if not with_graphs:
+        graphs, specs = {spec.name: _signature(spec, concept.takes_pictures) for spec in specs}, []
+    small = checked_specs(source, branches, tile=size) if specs and specs[0].external else specs
     with _moved_into_place(folder) as temporary:
-        graphs: dict[str, GraphFile] = {}
         rows: list[Row] = []
         for spec, checked in zip(steps(specs, "export", progress), small, strict=True):
             path = temporary / f"{spec.name}.onnx"
@@ -76,7 +85,7 @@ def write_bundle(
         tokenizer = temporary / "tokenizer.json"
         tokenizer.write_text(source.tokenizer, encoding="utf-8")
         manifest = Manifest(
-            format=2,
+            format=FORMAT,
             name=source.model.config.name,
             written_by={"conceptmaster": __version__}
             | {name: importlib.metadata.version(name) for name in WRITERS},
@@ -90,10 +99,29 @@ def write_bundle(
             graphs=graphs,
             conditioning=conditioning_of(source.model.config),
             tile=tiles,
+            source=_record(source.origin),
         )
         manifests.save(manifest, temporary)
-        manifests.load(temporary)
     return rows
+
+
+def _signature(spec: GraphSpec, concepts: bool) -> GraphFile:
+    """A graph that is not exported: what the pipeline gives it, and what it gives; concepts: whether the
+    model takes any."""
+    unread = () if concepts else ("concept_tokens",)  # which tracing drops, too
+    inputs = tuple(tensor for tensor in spec.inputs if tensor.name not in unread)
+    return GraphFile("", "", inputs, spec.outputs)
+
+
+def _record(origin: Origin) -> SourceRecord:
+    """What a source was read from, for the manifest."""
+    return SourceRecord(
+        origin.name,
+        tuple(HashedFile(file, digest) for file, digest in origin.files.items()),
+        origin.commit,
+        None if origin.adapter is None else HashedFile(*origin.adapter),
+        tuple(MergedLora(*lora) for lora in origin.loras),
+    )
 
 
 def _held(row: Row) -> Row:
@@ -124,11 +152,15 @@ def _shapes(config: ModelConfig, branches: int, graphs: dict[str, GraphFile]) ->
     )
 
 
-def _defaults(given: Defaults, branches: int) -> Defaults:
+def _defaults(sampling: Sampling, branches: int) -> Defaults:
     """Defaults that a bundle of so many branches can follow: without a second one nothing is guided."""
-    if branches != 3 and given.concept_guidance is not None:
+    if branches != 3 and sampling.concept_guidance is not None:
         raise InputError("the source's default concept_guidance needs 3 guidance branches: --branches 3")
-    return dataclasses.replace(given, guidance=1.0) if branches == 1 else given
+    try:
+        defaults = Defaults(**dataclasses.asdict(sampling))
+    except (TypeError, ValueError) as error:
+        raise InputError(f"no request can have these defaults (options, defaults.json): {error}") from error
+    return dataclasses.replace(defaults, guidance=1.0) if branches == 1 else defaults
 
 
 def _check_target(folder: Path, overwrite: bool) -> None:

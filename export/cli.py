@@ -9,15 +9,12 @@ import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from ..errors import InputError
-from ..runtime.bundle_format import manifest as manifests
-from ..runtime.bundle_format.find import SHIPPED
+from ..engine.checkpoints.source import Choices, Source, loras_of, open_source
+from ..runtime.backends.pytorch.weights import open_weights
+from ..runtime.bundle_format.find import Bundle
 from ..runtime.bundle_format.schema import SOLVERS
 from .bundle import write_bundle
-from .source import Choices, Source, is_base, open_source
 from .verify import Row, table, verify
-
-ROOT = Path(__file__).parents[1]
 
 EXPORT = """\
 Turns weights into a bundle, which `conceptmaster generate` runs without PyTorch. Every graph is compared
@@ -71,8 +68,11 @@ def add_export_arguments(parser: argparse.ArgumentParser) -> None:
         help="decode in tiles of so many pixels, which overlap: less memory for large videos, but not the "
         "same frames to the last bit",
     )
+    parser.add_argument(
+        "--no-graphs", action="store_true", help="manifest and tokenizer alone, for --backend torch: seconds"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace a bundle that is there already")
-    defaults = parser.add_argument_group("what a request gets that does not say")
+    defaults = parser.add_argument_group("defaults of requests")
     defaults.add_argument("--solver", choices=SOLVERS)
     defaults.add_argument("--steps", type=int, metavar="N", help="of the solver")
     defaults.add_argument("--shift", type=float, metavar="S", help="of its time")
@@ -86,13 +86,15 @@ def add_export_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_export(args: argparse.Namespace) -> int:
     """Writes a bundle; returns the exit code: 0, 1 failed, 2 wrong input."""
-    source = _with_defaults(open_source(args.source, _choices(args, args.size, args.frames)), args)
+    choices = replace(_choices(args), size=args.size, frames=args.frames)
+    source = _with_defaults(open_source(args.source, choices), args)
     rows = write_bundle(
         source,
         args.output,
         precision="int8" if args.int8 else "fp32",
-        branches=args.branches or (1 if source.defaults.guidance == 1.0 else 2),
+        branches=args.branches or (1 if source.sampling.guidance == 1.0 else 2),
         tile=args.tile,
+        with_graphs=not args.no_graphs,
         overwrite=args.overwrite,
         progress=_progress(args),
     )
@@ -107,7 +109,7 @@ def add_verify_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--source",
         metavar="SOURCE",
-        help="the weights it was exported from (those of examples/, if the bundle is one of theirs)",
+        help="the weights it was exported from (where its manifest says)",
     )
     _add_base_arguments(parser.add_argument_group("of a base"))
     _add_output_arguments(parser)
@@ -115,10 +117,9 @@ def add_verify_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_verify(args: argparse.Namespace) -> int:
     """Compares a bundle with its source; returns the exit code: 0, 1 too far off, 2 wrong input."""
-    folder = _find_bundle(args.bundle)
-    place = args.source or _default_source(folder)
-    source = open_source(place, _choices_of(folder, place, args))
-    rows = verify(folder, source, _progress(args))
+    bundle = Bundle.open_with_graphs(args.bundle)
+    source = open_weights(bundle, args.source, _choices(args), "--source")
+    rows = verify(bundle, source, _progress(args))
     _report(args, rows, {"bundle": args.bundle})
     return 0 if all(row.ok for row in rows) else 1
 
@@ -134,50 +135,25 @@ def _size(text: str) -> tuple[int, int]:
 def _with_defaults(source: Source, args: argparse.Namespace) -> Source:
     """`source` with the defaults that are given."""
     named = {name: getattr(args, name) for name in ("solver", "steps", "shift", "guidance")}
-    try:
-        defaults = replace(source.defaults, **{k: v for k, v in named.items() if v is not None})
-    except ValueError as error:
-        raise InputError(str(error)) from error
-    return replace(source, defaults=defaults)
+    given = {name: value for name, value in named.items() if value is not None}
+    return replace(source, sampling=replace(source.sampling, **given))
 
 
-def _choices(
-    args: argparse.Namespace, size: tuple[int, int] | None = None, frames: int | None = None
-) -> Choices:
-    return Choices(size, frames, args.adapter, args.revision, args.lora, args.lora_scale)
-
-
-def _choices_of(bundle: Path, place: str | Path, args: argparse.Namespace) -> Choices:
-    """What was chosen when `bundle` was exported from `place`, as far as the bundle tells."""
-    if not is_base(place):
-        return _choices(args)
-    shapes = manifests.load(bundle).shapes
-    return _choices(args, (shapes.width, shapes.height), shapes.frames)
-
-
-def _find_bundle(name: str) -> Path:
-    """A shipped bundle's folder, by its name, or the folder at a path, as the runtime finds them."""
-    shipped = SHIPPED / name
-    for folder in (shipped, Path(name)):
-        if (folder / manifests.FILE_NAME).is_file():
-            return folder
-    raise InputError(f"no bundle {name!r}: neither a shipped bundle nor a folder with a manifest")
-
-
-def _default_source(folder: Path) -> Path:
-    name = manifests.load(folder).name
-    weights = ROOT / "examples" / name / "weights"
-    if not weights.is_dir():
-        raise InputError(
-            f"the weights of the bundle {name!r} are not known here: say where with --source SOURCE"
-        )
-    return weights
+def _choices(args: argparse.Namespace) -> Choices:
+    loras = loras_of(tuple(args.lora), tuple(args.lora_scale))
+    return Choices(adapter=args.adapter, revision=args.revision, loras=loras)
 
 
 def _add_base_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--adapter", type=Path, metavar="FILE", help="trained concept modules, safetensors")
-    group.add_argument("--lora", type=Path, metavar="FILE", help="merged into the transformer, safetensors")
-    group.add_argument("--lora-scale", type=float, metavar="S", help="what the LoRA is multiplied with (1)")
+    group.add_argument(
+        "--lora", type=Path, action="append", default=[], metavar="FILE",
+        help="merged into the transformer, safetensors; repeatable",
+    )  # fmt: skip
+    group.add_argument(
+        "--lora-scale", type=float, action="append", default=[], metavar="S",
+        help="what a LoRA is multiplied with, one for each in their order (1)",
+    )  # fmt: skip
     group.add_argument("--revision", metavar="R", help="branch, tag or commit in the Hugging Face Hub")
 
 

@@ -184,10 +184,14 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
 def _add_torch_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--weights",
-        metavar="FOLDER",
-        help="what the bundle was exported from (its folder weights/, of a shipped one those of examples/)",
+        metavar="SOURCE",
+        help="what the bundle was exported from (where its manifest says; its folder weights/)",
     )
-    group.add_argument("--adapter", metavar="FILE", help="concept modules, where the weights are a base")
+    group.add_argument("--adapter", metavar="FILE", help="of a base: concept modules it was exported with")
+    lora = group.add_argument("--lora", metavar="FILE", action="append")
+    lora.help = "of a base: a LoRA that it was exported with; repeatable"
+    scale = group.add_argument("--lora-scale", metavar="S", action="append", type=float)
+    scale.help = "what each LoRA is multiplied with (as recorded, or 1)"
     group.add_argument("--dtype", metavar="D", help="float32 or bfloat16 (cpu: float32, cuda: bfloat16)")
     group.add_argument("--tier", metavar="T", help="lossless, or high: 8 bits, lossy (lossless)")
     group.add_argument(
@@ -206,7 +210,8 @@ def _torch_options(args: argparse.Namespace) -> TorchOptions | None:
     from .backends.pytorch.options import TorchOptions
 
     names = [field.name for field in dataclasses.fields(TorchOptions)]
-    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    found = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in found.items()}
     return TorchOptions(**given) if given else None
 
 
@@ -220,7 +225,7 @@ def _generate(args: argparse.Namespace) -> int:
     outputs, sheets, frames = _outputs(args, request)
     noise = None if args.noise is None else _load_noise(args.noise)
     if args.backend == "torch" and not args.quiet:  # which memory it plans is worth a line
-        logging.getLogger(f"{__package__}.backends.pytorch.backend").setLevel(logging.INFO)
+        logging.getLogger(f"{__package__}.backends.pytorch").setLevel(logging.INFO)
     pipeline = Pipeline.from_bundle(
         args.bundle,
         device=args.device,

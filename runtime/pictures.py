@@ -14,9 +14,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 
-from ..errors import InputError
+from ..errors import InputError, MissingDependency
+
+try:
+    from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
+except ImportError as error:
+    raise MissingDependency(f"Pillow does not load ({error}): pip install pillow") from error
 
 if TYPE_CHECKING:
     from .bundle_format.schema import Pictures

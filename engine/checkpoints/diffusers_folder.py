@@ -15,18 +15,33 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ...errors import WeightsError
-from .lazy_weights import DTYPES, Stored
+from .lazy_weights import Stored
 from .safetensors_io import PICKLES, refuse_pickle, unreadable
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 WEIGHTED = ("transformer", "vae", "text_encoder", "image_encoder")
 """The parts that have tensors; the last is optional."""
+TOKENIZER = "tokenizer/tokenizer.json"
+BESIDE = (
+    "model_index.json",
+    "scheduler/scheduler_config.json",
+    "image_processor/preprocessor_config.json",
+    TOKENIZER,
+)
+"""Files that are read beside the parts."""
 WANTED = ["*.json", "*/*.json", "tokenizer/*", *(f"{part}/*.safetensors" for part in WEIGHTED)]
 
 
 def is_folder(path: Path) -> bool:
     """Whether `path` is a folder in this layout, complete or not."""
     return (path / "model_index.json").is_file() or (path / "transformer").is_dir()
+
+
+def files_of(folder: Path) -> list[str]:
+    """The files that a base is read from, by their paths below its folder. Raises WeightsError."""
+    parts = [part for part in WEIGHTED if (folder / part).is_dir()]
+    found = [name for name in BESIDE if (folder / name).is_file()]
+    return found + [f"{part}/{file}" for part in parts for file in ("config.json", *_shards(folder / part))]
 
 
 def locate(place: str | Path, revision: str | None = None) -> Path:
@@ -57,7 +72,9 @@ def locate(place: str | Path, revision: str | None = None) -> Path:
     except Exception as error:  # those of huggingface_hub and of its HTTP client have no common base
         reason = " ".join(str(error).split()) or type(error).__name__
         at = "" if revision is None else f" at revision {revision!r}"
-        raise WeightsError(f"{place} is no folder, and not to be had from the Hub{at}: {reason}") from error
+        raise WeightsError(
+            f"{place} is no folder, and not to be had from the Hub{at}: {reason:.300}"
+        ) from error
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -82,7 +99,7 @@ def stored_tensors(part: Path) -> dict[str, Stored]:
     tensors: dict[str, Stored] = {}
     for file, names in _shards(part).items():
         path = part / file
-        found = _header(path)
+        found = read_header(path)
         if names is not None and set(found) != names:
             wrong = ", ".join(sorted(set(found) ^ names))
             raise WeightsError(f"{path} and the index beside it do not agree on: {wrong}")
@@ -90,14 +107,14 @@ def stored_tensors(part: Path) -> dict[str, Stored]:
     return tensors
 
 
-def _header(path: Path) -> dict[str, Stored]:
-    """The tensors of one file."""
+def read_header(path: Path) -> dict[str, Stored]:
+    """The tensors of one file, where they lie. Raises WeightsError."""
     refuse_pickle(path)
     try:
         with safe_open(path, framework="pt") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
             return {
-                name: Stored(path, name, torch.Size(part.get_shape()), DTYPES.get(part.get_dtype()))
+                name: Stored(path, name, torch.Size(part.get_shape()), part.get_dtype())
                 for name, part in slices.items()
             }
     except (SafetensorError, OSError) as error:
@@ -106,12 +123,15 @@ def _header(path: Path) -> dict[str, Stored]:
 
 def _shards(part: Path) -> dict[str, set[str] | None]:
     """The files of a part, each with the tensors that it should have, if an index says so."""
-    indices = sorted(part.glob("*.safetensors.index.json"))
+    indices = _listed(part, "*.safetensors.index.json")
     if len(indices) > 1:
         raise WeightsError(f"{part} has several indices: {', '.join(path.name for path in indices)}")
     if indices:
         return dict(_read_index(indices[0]))
-    files = sorted(part.glob("*.safetensors"))
+    files = _listed(part, "*.safetensors")
+    # NAME.fp16.safetensors beside NAME.safetensors has fewer bits: diffusers takes the plain one, too
+    there = {file.name for file in files}
+    files = [file for file in files if file.name == _plain(file) or _plain(file) not in there]
     if not files:
         for path in sorted(part.glob("*")):
             if path.suffix in PICKLES:
@@ -121,6 +141,16 @@ def _shards(part: Path) -> dict[str, set[str] | None]:
         names = ", ".join(path.name for path in files)
         raise WeightsError(f"{part} has several safetensors and no index that says which to read: {names}")
     return {files[0].name: None}
+
+
+def _listed(part: Path, pattern: str) -> list[Path]:
+    """Files by a pattern, without those that macOS leaves beside them (`._name`)."""
+    return sorted(path for path in part.glob(pattern) if not path.name.startswith("."))
+
+
+def _plain(file: Path) -> str:
+    """The name of a file without its variant."""
+    return f"{file.name.partition('.')[0]}.safetensors"
 
 
 def _read_index(path: Path) -> dict[str, set[str]]:

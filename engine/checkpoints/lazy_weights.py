@@ -2,7 +2,8 @@
 
 `stream` gives a module that was built on the meta device its small tensors for good and leaves the large ones
 in their file. A layer reads its own when it is called and lets go of them right after, so the module computes
-what it would with all of them in memory, a little slower. `faked` is for tracing: no values at all.
+what it would with all of them in memory, a little slower. `settle` brings all of them to a device for good,
+one after the other. `faked` is for tracing: no values at all.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -20,11 +21,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from .safetensors_io import check_strict, unreadable
 
-LEAST = 2**20
-"""Elements of the smallest tensor that stays on disk."""
+MIN_ELEMENTS = 2**20
+"""Of the smallest tensor that stays on disk."""
 LAYERS = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 """Modules whose forward is all that reads their parameters; those of others are kept in memory."""
 
+_Module = TypeVar("_Module", bound=nn.Module)
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -32,30 +34,37 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 class Stored:
     """A tensor in a safetensors file, and what is to be changed in it whenever it is read (a LoRA's sums).
 
-    dtype: in the file; None for one that is not of floating point.
+    kind: its dtype in the file, as safetensors spells it.
     """
 
     path: Path
     name: str
     shape: torch.Size
-    dtype: torch.dtype | None
+    kind: str
     changes: list[Callable[[Tensor], None]] = field(default_factory=list, compare=False)
 
-    def read(self) -> Tensor:
-        """The tensor on the CPU, in float32 if it is of floating point. Raises WeightsError."""
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """In the file; None for one that is not one of DTYPES."""
+        return DTYPES.get(self.kind)
+
+    def is_floating_point(self) -> bool:
+        """Whether its numbers are of floating point."""
+        return self.kind.startswith(("F", "BF"))
+
+    def read(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The tensor on the CPU, in `dtype` if it is of floating point. Raises WeightsError."""
         try:
             # Opened anew each time: the memory that a file is mapped to goes with the tensor, not at the end.
             with safe_open(self.path, framework="pt") as file:
                 tensor = file.get_tensor(self.name)
         except (SafetensorError, OSError) as error:
             raise unreadable(self.path, error) from error
-        if tensor.is_floating_point():
-            tensor = tensor.to(torch.float32)
-        if self.changes:
-            tensor = tensor.clone()
+        if self.changes:  # in float32, whatever the file has
+            tensor = tensor.to(torch.float32, copy=True)
             for change in self.changes:
                 change(tensor)
-        return tensor
+        return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
     def equal(self, other: Stored) -> bool:
         """Whether both hold the same values."""
@@ -65,7 +74,7 @@ class Stored:
 def stream(module: nn.Module, stored: Mapping[str, Stored], absent: Set[str] = frozenset()) -> None:
     """Gives `module`, which is on the meta device, its weights: strictly, as `load_strict` does.
 
-    Tensors of LEAST elements and more that belong to one of LAYERS stay where they are. Raises WeightsError.
+    Tensors of MIN_ELEMENTS and more that belong to one of LAYERS stay where they are. Raises WeightsError.
     """
     full = check_strict(module, stored, absent)
     memo: dict[int, nn.Parameter] = {}
@@ -79,7 +88,7 @@ def stream(module: nn.Module, stored: Mapping[str, Stored], absent: Set[str] = f
             old = layer._parameters.get(name)
             if old is None:
                 layer._buffers[name] = tensor.read()
-            elif isinstance(layer, LAYERS) and tensor.shape.numel() >= LEAST:
+            elif isinstance(layer, LAYERS) and tensor.shape.numel() >= MIN_ELEMENTS:
                 later[name] = tensor
             else:
                 if id(old) not in memo:
@@ -87,6 +96,25 @@ def stream(module: nn.Module, stored: Mapping[str, Stored], absent: Set[str] = f
                 layer._parameters[name] = memo[id(old)]
         if later:
             _OnDemand(later).attach(layer)
+
+
+def settle(module: _Module, device: torch.device, dtype: torch.dtype | None = None) -> _Module:
+    """Brings the weights to `device`, those on disk one by one: the host holds the largest of them at a time.
+
+    dtype: of those of floating point; None leaves each in that of its parameter. Raises WeightsError.
+    """
+    settled: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}  # of the old one's id; which is kept, or freed
+    for layer in module.modules():
+        for name, stored in _on_demand(layer).items():
+            old = layer._parameters[name]
+            assert old is not None
+            if id(old) not in settled:
+                tensor = stored.read(dtype or old.dtype).to(device, copy=True)
+                settled[id(old)] = old, nn.Parameter(tensor, old.requires_grad)
+            layer._parameters[name] = settled[id(old)][1]
+        for owner in _owners(layer):
+            owner.detach()
+    return module.to(device, dtype)
 
 
 def stored_weights(module: nn.Module) -> dict[str, Stored]:
@@ -132,8 +160,14 @@ class _OnDemand:
         self._meta: dict[str, Any] = {}
 
     def attach(self, layer: nn.Module) -> None:
-        layer.register_forward_pre_hook(self.before)
-        layer.register_forward_hook(self.after, always_call=True)
+        self._hooks = (
+            layer.register_forward_pre_hook(self.before),
+            layer.register_forward_hook(self.after, always_call=True),
+        )
+
+    def detach(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
 
     def before(self, layer: nn.Module, _inputs: Any) -> None:
         for name, tensor in self.stored.items():
@@ -149,5 +183,9 @@ class _OnDemand:
 
 def _on_demand(layer: nn.Module) -> dict[str, Stored]:
     """What of a layer's own parameters is on disk."""
-    owners = (getattr(hook, "__self__", None) for hook in layer._forward_pre_hooks.values())
-    return next((owner.stored for owner in owners if isinstance(owner, _OnDemand)), {})
+    return next((owner.stored for owner in _owners(layer)), {})
+
+
+def _owners(layer: nn.Module) -> list[_OnDemand]:
+    owners = [getattr(hook, "__self__", None) for hook in layer._forward_pre_hooks.values()]
+    return [owner for owner in owners if isinstance(owner, _OnDemand)]

@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from ...errors import WeightsError
 from .lazy_weights import stored_weights
-from .safetensors_io import load
+from .safetensors_io import load, some
 
 # Module names, diffusers' to Wan2.1's; what is not listed has the same name in both. diffusers swapped norm2
 # and norm3; only the one before the cross-attention has weights, so both spellings are unambiguous.
@@ -165,7 +165,7 @@ def merge_lora(
         error; otherwise they are told in the report.
     A pair without an alpha has alpha = rank. Alphas are read from the file's `.alpha` tensors, from the
     metadata that diffusers writes, or, for PEFT's `adapter_model.safetensors`, from the
-    `adapter_config.json` beside it. Weights on disk (streamed.py) are changed whenever they are read.
+    `adapter_config.json` beside it. Weights on disk (lazy_weights.py) are changed whenever they are read.
     Raises: FileNotFoundError, or WeightsError, one line, for a file that cannot be read, does not fit, or
         holds numbers that are not finite. Then no weight has changed.
     """
@@ -306,19 +306,21 @@ def _check(
     if images and strict and not _takes_images(state):
         raise WeightsError(
             f"{path} is a LoRA of an image-to-video model, this transformer is text-to-video; it has nothing "
-            f"for {_some(images)}"
+            f"for {some(images)}"
         )
     if not deltas:
-        keys = f"its keys are {_some(unused, 3)}" if unused else "it has no keys"
+        keys = f"its keys are {some(unused, 3)}" if unused else "it has no keys"
         ours = [key for key in state if key.endswith(".weight")]
-        raise WeightsError(f"{path} matches nothing in the transformer: {keys}; ours are {_some(ours, 3)}")
+        raise WeightsError(f"{path} matches nothing in the transformer: {keys}; ours are {some(ours, 3)}")
     misfits = [text for delta in deltas if (text := delta.misfit(state[delta.target].shape))]
     if misfits:
-        raise WeightsError(f"{path} does not fit: {_some(misfits, 4)}")
+        raise WeightsError(f"{path} does not fit: {some(misfits, 4)}")
     if unused and strict:
-        raise WeightsError(f"{path} has {len(unused)} keys that match nothing: {_some(sorted(unused), 40)}")
+        raise WeightsError(f"{path} has {len(unused)} keys that match nothing: {some(sorted(unused), 40)}")
     for delta in deltas:
         for part in (delta.up, delta.down):
+            if part is not None and not part.tensor.is_floating_point():
+                raise WeightsError(f"{path} has whole numbers in {part.key}: quantised LoRAs are not read")
             if part is not None and not part.tensor.float().isfinite().all():
                 raise WeightsError(f"{path} has numbers in {part.key} that are not finite")
         if not math.isfinite(delta.factor):
@@ -336,10 +338,3 @@ def _about_images(key: str) -> bool:
 
 def _described(*parts: _Part) -> str:
     return " and ".join(f"{part.key} {tuple(part.tensor.shape)}" for part in parts)
-
-
-def _some(names: Iterable[str], most: int = 6) -> str:
-    """The names, the first `most` of them and how many more there are."""
-    names = list(names)
-    more = f"; and {len(names) - most} more" if len(names) > most else ""
-    return "; ".join(names[:most]) + more

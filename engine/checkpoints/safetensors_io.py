@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Set
+from collections.abc import Iterable, Mapping, Set
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from ...errors import ConfigError, WeightsError
 from ..config import ModelConfig
-from ..dit import ConceptDiT
 from ..model import ConceptMaster
 
 LFS = b"version https://git-lfs"
@@ -33,6 +32,8 @@ class _Comparable(Protocol):
 
     @property
     def shape(self) -> torch.Size: ...
+
+    def is_floating_point(self) -> bool: ...
 
     def equal(self, other: Any, /) -> bool: ...
 
@@ -128,8 +129,8 @@ def check_strict(
 ) -> dict[str, _Shaped]:
     """`state`, which must fit `module` exactly, with every name of a tied parameter that it has under one.
 
-    `absent` as for `load_strict`. Raises one WeightsError that lists all missing, unexpected and mis-shaped
-    tensors, and tied ones that differ.
+    `absent` as for `load_strict`. Raises one WeightsError, one line, that lists what is missing, unexpected,
+    mis-shaped or not of floating point, and tied tensors that differ: some of each, and how many there are.
     """
     own = module.state_dict()
     full, differing = _with_ties(module, state)
@@ -141,19 +142,32 @@ def check_strict(
         for name in sorted(set(state) & set(own))
         if state[name].shape != own[name].shape
     ]
+    integers = sorted(
+        name
+        for name in set(state) & set(own)
+        if own[name].is_floating_point() and not state[name].is_floating_point()
+    )
     problems = [
-        f"{len(found)} {kind}: {'; '.join(found)}"
+        f"{len(found)} {kind}: {some(found)}"
         for kind, found in (
             ("missing", missing),
             ("unexpected", unexpected),
             ("mis-shaped", shapes),
+            ("of whole numbers (quantised weights are not read)", integers),
             ("not the same though the model has one tensor for both", differing),
         )
         if found
     ]
     if problems:
-        raise WeightsError(f"the weights do not fit {type(module).__name__}: " + ",\n".join(problems))
+        raise WeightsError(f"the weights do not fit {type(module).__name__}: " + "; ".join(problems))
     return full
+
+
+def some(names: Iterable[str], most: int = 6) -> str:
+    """The names, the first `most` of them and how many more there are."""
+    names = list(names)
+    more = f"; and {len(names) - most} more" if len(names) > most else ""
+    return "; ".join(names[:most]) + more
 
 
 def _tied(module: nn.Module) -> list[list[str]]:
@@ -186,15 +200,6 @@ def _as_parameters(module: nn.Module, state: Mapping[str, Tensor]) -> dict[str, 
         else tensor
         for name, tensor in state.items()
     }
-
-
-def load_wan(transformer: ConceptDiT, state: Mapping[str, Tensor], assign: bool = False) -> None:
-    """Loads a Wan2.1 text-to-video transformer (diffusers' state dict) as the base of a ConceptDiT.
-
-    Every tensor of the base must be there and nothing else; the concept tensors keep their initial values.
-    `assign` as for `load_strict`. Raises WeightsError otherwise.
-    """
-    load_strict(transformer, state, absent=transformer.concept_keys(), assign=assign)
 
 
 def save_model(model: ConceptMaster, path: str | Path) -> str:

@@ -1,16 +1,16 @@
 """A Wan2.1 base from a folder in diffusers' layout: its config.json files as a ModelConfig, then its weights.
 
-Text-to-video and image-to-video; how the latter takes pictures is image_to_video.py's.
+Text-to-video and image-to-video; how the latter takes pictures is wan_image_to_video.py's.
 
 What the engine cannot honour is refused, never guessed. Large weights stay on disk until a layer is called
-(streamed.py), so a model of any size takes about as much memory as its largest layer.
+(lazy_weights.py), so a model of any size takes about as much memory as its largest layer.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -22,8 +22,10 @@ from ..config import ConceptConfig, ModelConfig, TransformerConfig
 from ..dit import ConceptDiT
 from ..model import ConceptMaster
 from ..presets import preset
+from ..sampling import Sampling
 from ..vae.wan_decoder import build_vae
 from .diffusers_folder import read_json, stored_tensors
+from .foreign import refuse_wan_names
 from .lazy_weights import stream
 from .safetensors_io import load_strict
 from .wan_image_to_video import A2_FPS, A2_TRANSFORMER, is_a2, read_concept
@@ -32,6 +34,8 @@ if TYPE_CHECKING:
     from ..vae.wan_decoder import VAE
 
 _Module = TypeVar("_Module")
+
+UNUSED = re.compile(r"blocks\.\d+\.attn2\.norm_added_q\.weight")
 
 TEXT_TOKENS, FPS = 512, 16.0  # of every Wan2.1
 
@@ -98,14 +102,6 @@ SCHEDULERS: dict[str, tuple[str, str, dict[str, Any]]] = {
         },
     ),
 }
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How a base's scheduler samples: the name of a solver, and the shift of its time."""
-
-    solver: str
-    shift: float
 
 
 def read_sampling(folder: Path) -> Sampling:
@@ -183,7 +179,7 @@ def read_config(
 def load_base(folder: Path, config: ModelConfig) -> ConceptMaster:
     """The model of `config` with the weights of `folder`, in evaluation mode and float32 on the CPU.
 
-    Large ones stay on disk and are read when they are used (streamed.py): the folder must stay as it is.
+    Large ones stay on disk and are read when they are used (lazy_weights.py): the folder must stay as it is.
     Its concept part, if it has one, is new: it changes nothing in the video. Raises WeightsError that names
     the part and lists every tensor that is missing, unexpected or mis-shaped.
     """
@@ -220,6 +216,10 @@ def _on_meta(build: Callable[[ModelConfig], _Module], config: ModelConfig, folde
 def _load(part: Path, module: torch.nn.Module) -> None:
     # transformers once saved this buffer, which its models make themselves
     stored = {k: v for k, v in stored_tensors(part).items() if not k.endswith("embeddings.position_ids")}
+    if part.name == "transformer":
+        refuse_wan_names(part, stored)
+        # nothing reads them, but every published image-to-video model has them; diffusers ignores them, too
+        stored = {k: v for k, v in stored.items() if not UNUSED.fullmatch(k)}
     if part.name == "image_encoder" and not hasattr(module, "visual_projection"):
         # the tower alone: with or without the prefix that its file has as a part of a larger model
         tower = {k.removeprefix("vision_model."): v for k, v in stored.items()}

@@ -10,9 +10,10 @@ from dataclasses import asdict
 from pathlib import Path
 
 from ...errors import InputError
+from ...runtime.bundle_format.find import Bundle
 from ...runtime.bundle_format.tensorrt_engines import FLAVORS, target_capability
 from ...runtime.request import Request
-from ..cli import _find_bundle, _progress
+from ..cli import _progress
 from . import build
 from .builder import Limits
 from .calibrate import Calibration, calibrate
@@ -60,7 +61,7 @@ def add_build_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_build(args: argparse.Namespace) -> int:
     """Builds; returns the exit code 0. Raises InputError, InputError, BundleError."""
-    bundle = _find_bundle(args.bundle)
+    bundle = Bundle.open_with_graphs(args.bundle).folder
     capability = None if args.target is None else target_capability(args.target)
     if args.workspace is not None and args.workspace < 1:
         raise InputError("--workspace is a number of megabytes, 1 at least")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ..cli import _find_bundle
+from ...runtime.bundle_format.find import Bundle
 from .repository import write_repository
 
 TEXT = """\
@@ -30,6 +30,7 @@ def add_export_triton_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_export_triton(args: argparse.Namespace) -> int:
     """Writes it; returns the exit code 0. Raises InputError, BundleError."""
-    names = write_repository(_find_bundle(args.bundle), args.output, args.engines, args.device)
+    bundle = Bundle.open_with_graphs(args.bundle).folder
+    names = write_repository(bundle, args.output, args.engines, args.device)
     print(f"{args.output}: {', '.join(names)}")
     return 0

@@ -41,7 +41,7 @@ class SourceRecord:
 
     def __post_init__(self) -> None:
         from_hub = self.commit is not None
-        if not self.name or self.name.count("/") != from_hub or "\\" in self.name or self.name in (".", ".."):
+        if not self.name or self.name.count("/") != from_hub or self.name in (".", ".."):
             raise ValueError(f"{self.name!r:.80} is neither a Hub id with its commit nor a folder's name")
         if len({file.file for file in self.files}) != len(self.files):
             raise ValueError("the source's files are named twice")

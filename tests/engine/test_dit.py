@@ -9,7 +9,7 @@ torch = pytest.importorskip("torch")
 from hypothesis import given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
-from conceptmaster.engine.checkpoints.safetensors_io import load_wan  # noqa: E402
+from conceptmaster.engine.checkpoints.safetensors_io import load_strict  # noqa: E402
 from conceptmaster.engine.config import INJECTIONS  # noqa: E402
 from conceptmaster.engine.dit import ConceptDiT  # noqa: E402
 from conceptmaster.engine.presets import preset  # noqa: E402
@@ -64,7 +64,7 @@ def test_base_equals_diffusers(tiny, randomise, assert_close, changes, latents, 
     config = tiny(position_channels=0, injection=injection, **changes)
     wan = randomise(wan_for(config))
     model = ConceptDiT(config).eval()
-    load_wan(model, wan.state_dict())
+    load_strict(model, wan.state_dict(), absent=model.concept_keys())
     x, time, text, concepts, mask = arguments(config, latents=latents)
     mask = torch.zeros_like(mask)
     with torch.no_grad():
@@ -90,7 +90,7 @@ def test_base_weights_load_strictly(tiny, randomise):
     wrong = {**state, "blocks.0.attn3.to_q.weight": state["proj_out.bias"], "proj_out.weight": torch.zeros(1)}
     del wrong["blocks.1.ffn.net.2.bias"]
     with pytest.raises(WeightsError) as error:
-        load_wan(model, wrong)
+        load_strict(model, wrong, absent=model.concept_keys())
     for part in (
         "1 missing: blocks.1.ffn.net.2.bias",
         "1 unexpected: blocks.0.attn3.to_q",
@@ -98,9 +98,9 @@ def test_base_weights_load_strictly(tiny, randomise):
     ):
         assert part in str(error.value)
     with pytest.raises(WeightsError, match="unexpected: blocks.0.injector.norm.bias"):
-        load_wan(model, before)  # not a plain Wan transformer
+        load_strict(model, before, absent=model.concept_keys())  # not a plain Wan transformer
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
-    load_wan(model, state)
+    load_strict(model, state, absent=model.concept_keys())
     after = model.state_dict()
     assert all(torch.equal(after[key], before[key]) for key in model.concept_keys())
     assert all(torch.equal(after[key], value) for key, value in state.items())

@@ -98,8 +98,8 @@ def pipeline(wan_parts: Callable[..., dict[str, Any]]) -> Any:
 @pytest.fixture(scope="session")
 def source_for() -> Callable[..., Any]:
     """`source_for(injection="merged", …)`: the tiny preset with its concept part changed, random weights."""
+    from conceptmaster.engine.checkpoints.source import random_source
     from conceptmaster.engine.presets import preset
-    from conceptmaster.export.source import random_source
 
     def build(**changes: Any) -> Any:
         config = preset("tiny")

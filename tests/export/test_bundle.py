@@ -407,7 +407,7 @@ def test_tokenizers_that_do_not_fit(own_weights, tmp_path, command, vocabulary, 
 def test_the_tokenizer_of_bytes_reads_everything():
     from tokenizers import Tokenizer
 
-    from conceptmaster.export.source import byte_tokenizer
+    from conceptmaster.engine.checkpoints.source import byte_tokenizer
 
     tokenizer = Tokenizer.from_str(byte_tokenizer(258))
     for text in ("a ball", "Ünïcödé 🎈", ""):

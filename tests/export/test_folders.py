@@ -104,7 +104,7 @@ def test_the_bundle_gives_the_pipeline_s_frames_with_euler(pipeline, alone, comm
 @pytest.mark.slow
 def test_a_new_adapter_is_invisible_and_a_trained_one_is_not(own, pipeline, command, tmp_path):
     from conceptmaster.engine.checkpoints.adapter import save_adapter
-    from conceptmaster.export.source import Choices, open_source
+    from conceptmaster.engine.checkpoints.source import Choices, open_source
 
     model = open_source(own, Choices((64, 64), 9)).model
     for parameter in model.transformer.blocks.parameters():
@@ -172,7 +172,7 @@ def test_verify_knows_the_size_of_a_base(alone, folder, command):
 @torch.no_grad()
 def test_a_source_takes_its_adapter(own, tmp_path):
     from conceptmaster.engine.checkpoints.adapter import adapter_keys, save_adapter
-    from conceptmaster.export.source import Choices, open_source
+    from conceptmaster.engine.checkpoints.source import Choices, open_source
 
     first, again = (open_source(own, Choices((64, 64), 9)) for _ in range(2))
     state = {name: value.clone() for name, value in first.model.state_dict().items()}
@@ -189,7 +189,7 @@ def test_a_source_takes_its_adapter(own, tmp_path):
 
 
 def test_sizes_defaults_and_their_errors(own, command, tmp_path):
-    from conceptmaster.export.source import open_source
+    from conceptmaster.engine.checkpoints.source import open_source
 
     assert open_source(own).model.config.latent_shape == (4, 21, 60, 104)  # what Wan makes
     output = ("--output", tmp_path / "new")

@@ -58,7 +58,10 @@ def test_the_bundle_gives_the_frames_of_the_fused_pipeline(pipeline, folder, com
     mask = manifest.graphs["condition"].input("text")
     assert mask.shape[0] == 1 and manifest.graphs["denoise"].input("text_keys").shape[1] == 1
     assert command("verify", tmp_path / "fast", "--source", folder, *lora)[0] == 0
-    assert command("verify", tmp_path / "fast", "--source", folder)[0] == 1  # without it: other weights
+    code, _, err = command("verify", tmp_path / "fast", "--source", folder)
+    assert code == 2 and "made with the lora 'lora.safetensors'" in err and "with --lora FILE" in err
+    code, _, err = command("verify", tmp_path / "fast", "--source", folder, *lora[:2], "--lora-scale", 0.1)
+    assert code == 2 and f"at scale {SCALE:g}, not 0.1" in err
 
     noise = np.random.default_rng(0).standard_normal((4, 3, 8, 8), np.float32)
     np.save(tmp_path / "noise.npy", noise)

@@ -20,8 +20,8 @@ HEIGHT, WIDTH, TILE = 48, 64, 32
 @pytest.fixture(scope="module")
 def source():
     """The tiny preset for a video of 6 by 8 latents."""
+    from conceptmaster.engine.checkpoints.source import random_source
     from conceptmaster.engine.presets import preset
-    from conceptmaster.export.source import random_source
 
     return random_source(dataclasses.replace(preset("tiny"), height=HEIGHT, width=WIDTH))
 

@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .batches import Batch, generator
+from .batches import Batch
+from .resident import generator
 
 if TYPE_CHECKING:
     from .train_model import Trainee

@@ -16,19 +16,22 @@ TIERS = ("lossless", "high")
 class TorchOptions:
     """Options of the torch backend; what makes videos differ from those of the other backends is off.
 
-    weights: a folder with the model.safetensors and vae.safetensors that the bundle was exported from, or the
-    base in diffusers' layout; None looks for them (see weights.py). adapter: trained concept modules
-    for such a base. dtype: of transformer and encoders; None is float32 on the CPU, bfloat16 on CUDA.
+    weights: what the bundle was exported from, a folder or a model of the Hugging Face Hub; None looks for it
+    (see weights.py). adapter, lora: for a base, trained concept modules and the LoRAs that are merged, where
+    the bundle does not find what it records; lora_scale: of each LoRA, in their order, () where they are
+    recorded or 1. dtype: of transformer and encoders; None is float32 on the CPU, bfloat16 on CUDA.
 
     Lossy, with measured errors in docs/performance.md: tier "high" (linear layers in 8 bits, on GPUs that
     have fp8), skip_guidance (so large a part of the steps, at the end, is not guided), step_cache (steps
-    whose predicted change stays below it, in parts of the velocity, are not computed, see stepper.py).
+    whose predicted change stays below it, in parts of the velocity, are not computed, see torch_step.py).
 
     Raises: InputError for a value that is out of range.
     """
 
     weights: str | os.PathLike[str] | None = None
     adapter: str | os.PathLike[str] | None = None
+    lora: tuple[str | os.PathLike[str], ...] = ()
+    lora_scale: tuple[float, ...] = ()
     dtype: str | None = None
     tier: str = "lossless"
     skip_guidance: float = 0.0

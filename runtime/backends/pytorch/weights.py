@@ -1,79 +1,64 @@
-"""The weights of a bundle as PyTorch modules: found, loaded, and held to the bundle's own graphs.
+"""The weights of a bundle as PyTorch modules: found where its manifest says, opened, and held to its record.
 
-A bundle holds ONNX graphs, whose weights have been transposed, folded and renamed. The torch backend loads
-the safetensors that they were exported from: from the folder that it is told, from `weights/` inside the
-bundle, or, for a bundle that comes with the package, from a folder examples/NAME/weights*. That they are the
-bundle's is checked before anything runs: the configuration must be the manifest's, and the bytes of biases
-and norms, which every training step changes and the exporter stores as they are, must be in the graphs.
+A bundle holds ONNX graphs, whose weights have been transposed, folded and renamed; the torch backend runs the
+safetensors that they were exported from. Which these are stands in the manifest, with their SHA-256: whatever
+is found or given must have those. A bundle of format 1 or 2 records nothing: what is given is used once its
+configuration is the manifest's.
 """
 
 from __future__ import annotations
 
-import mmap
-from collections.abc import Iterator
-from contextlib import ExitStack
+import dataclasses
+import logging
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
-from ....engine.checkpoints.adapter import load_adapter
-from ....engine.checkpoints.diffusers_folder import is_folder
-from ....engine.checkpoints.safetensors_io import load, load_model, load_strict
-from ....engine.checkpoints.wan import load_base, load_base_vae
+from ....engine.checkpoints.safetensors_io import sha256
+from ....engine.checkpoints.source import PRESET, Choices, LoraFile, Source, is_base, open_source
 from ....engine.config import ModelConfig
 from ....engine.model import ConceptMaster
-from ....engine.vae.wan_decoder import build_vae, streaming_decoders
-from ....errors import BundleError, InputError
+from ....engine.vae.wan_decoder import build_vae
+from ....errors import ConfigError, InputError
 from ...bundle_format.find import SHIPPED, Bundle
+from ...bundle_format.hashed_file import HashedFile
+from ...bundle_format.source_record import MergedLora, SourceRecord
 
-if TYPE_CHECKING:
-    from ....engine.vae.wan_decoder import VAE
-    from .options import TorchOptions
+log = logging.getLogger(__name__)
 
-MODEL, AUTOENCODER = "model.safetensors", "vae.safetensors"
 INSIDE = "weights"
-LEAST = 16
-"""Elements of a vector that is looked for: enough to be no coincidence."""
-LOOKED_FOR = 12
-UNREAD = "image_encoder."
-"""What no vector is taken from: a graph of CLIP may do without its last layer, whose output nothing reads."""
-STORED = (torch.float32, torch.float16, torch.bfloat16)
-"""Dtypes that a graph may keep a vector in, where it loses nothing."""
+"""The folder in a bundle where its weights may lie."""
 
 
-class _AnotherModel(InputError):
-    """Weights whose configuration is not the bundle's."""
+def open_weights(
+    bundle: Bundle, place: str | Path | None, given: Choices, option: str = "--weights"
+) -> Source:
+    """What `bundle` was exported from, see the module's text.
 
-
-def load_weights(bundle: Bundle, options: TorchOptions) -> tuple[ConceptMaster, VAE, Path]:
-    """Model and video autoencoder of `bundle`, in evaluation mode and float32 on the CPU, and their folder.
-
-    Raises: InputError where there are no weights, or another model's; BundleError for a damaged file.
+    Args: place: as for `open_source`; None is where the manifest's record leads to. given: adapter, LoRAs and
+        revision for a base; scales that are recorded may be left out. option: what says the place, for
+        messages.
+    Raises: InputError, one line, that names the piece which is missing or is another one.
     """
-    config = ModelConfig.from_dict(bundle.manifest.model)
-    if options.weights is not None:
-        folder = Path(options.weights)
-        model, vae = _load(folder, config, options)
-        if not _are_of(bundle, model, vae):
-            raise InputError(
-                f"the weights in {str(folder)!r} are not those that the bundle "
-                f"{str(bundle.folder)!r} was exported from"
-            )
-        return model, vae, folder
-    for folder in _candidates(bundle):
-        try:
-            model, vae = _load(folder, config, options)
-        except _AnotherModel:
-            if folder.parent == bundle.folder:
-                raise
-            continue  # of another shipped bundle
-        if _are_of(bundle, model, vae):
-            return model, vae, folder
-    raise InputError(
-        f"the torch backend found no weights of the bundle {str(bundle.folder)!r}: give the folder that it "
-        f"was exported from with --weights, or put its {MODEL} and {AUTOENCODER} into the bundle's {INSIDE}/"
-    )
+    record = bundle.manifest.source
+    place = place or _place(bundle, option)
+    if is_base(place):
+        shapes = bundle.manifest.shapes
+        given = dataclasses.replace(given, size=(shapes.width, shapes.height), frames=shapes.frames)
+        if record is not None:
+            given = _recorded(record, place, given, bundle)
+    source = open_source(place, given, bundle.tokenizer)
+    _check_model(bundle, source, place)
+    if record is None or not any(record.weights()):
+        log.info("the bundle records no SHA-256 of its weights: those of %s are taken as they are", place)
+        return source
+    if (difference := _difference(source, record)) is not None:
+        raise InputError(
+            f"the weights in {str(place)!r} are not those that the bundle {str(bundle.folder)!r} was "
+            f"exported from: {difference}"
+        )
+    return source
 
 
 def count_weights(config: ModelConfig) -> dict[str, int]:
@@ -84,68 +69,84 @@ def count_weights(config: ModelConfig) -> dict[str, int]:
     return found | {"vae": sum(p.numel() for p in vae.parameters())}
 
 
-def _candidates(bundle: Bundle) -> Iterator[Path]:
-    if (bundle.folder / INSIDE).is_dir():
-        yield bundle.folder / INSIDE
-    if bundle.folder.parent == SHIPPED:
-        examples = SHIPPED.parents[1] / "examples" / bundle.manifest.name
-        yield from (path.parent for path in sorted(examples.glob(f"{INSIDE}*/{MODEL}")))
+def _place(bundle: Bundle, option: str) -> str | Path:
+    """Where a bundle's weights are, as far as it tells."""
+    inside, record = bundle.folder / INSIDE, bundle.manifest.source
+    if inside.is_dir():
+        return inside
+    if record is not None and (record.commit is not None or record.name.startswith(PRESET)):
+        return record.name
+    if record is not None and bundle.folder.parent == SHIPPED:
+        example = SHIPPED.parents[1] / "examples" / bundle.manifest.name / record.name
+        if example.is_dir():
+            return example
+    known = "" if record is None else f" (it was made from {record.name!r})"
+    raise InputError(
+        f"found no weights of the bundle {str(bundle.folder)!r}{known}: say where they are with {option}, or "
+        f"put its model.safetensors and vae.safetensors into the bundle's {INSIDE}/"
+    )
 
 
-def _load(folder: Path, config: ModelConfig, options: TorchOptions) -> tuple[ConceptMaster, VAE]:
+def _recorded(record: SourceRecord, place: str | Path, given: Choices, bundle: Bundle) -> Choices:
+    """`given` with what the record says; every file is the recorded one. Raises InputError."""
+    folders = [folder for folder in (Path(place), bundle.folder / INSIDE) if folder.is_dir()]
+    wanted = [] if record.adapter is None else [record.adapter]
+    adapters = [] if given.adapter is None else [given.adapter]
+    adapter = _find("adapter", wanted, adapters, folders)
+    paths = _find("lora", record.loras, [lora.path for lora in given.loras], folders)
+    scales = {lora.path: lora.scale for lora in given.loras}
+    loras = []
+    for path, lora in zip(paths, record.loras, strict=True):
+        if scales.get(path) not in (None, lora.scale):
+            raise InputError(f"the bundle has {lora.file!r} at scale {lora.scale:g}, not {scales[path]:g}")
+        loras.append(LoraFile(path, lora.scale))
+    revision = given.revision or (record.commit if str(place) == record.name else None)
+    return dataclasses.replace(
+        given, adapter=adapter[0] if adapter else None, loras=tuple(loras), revision=revision
+    )
+
+
+def _find(
+    kind: str, wanted: Iterable[HashedFile | MergedLora], given: list[Path], folders: list[Path]
+) -> list[Path]:
+    """The file of each of `wanted`, out of those that are given or lie in `folders`, by its SHA-256."""
+    left = list(given)
+    found: list[Path] = []
+    for piece in wanted:
+        beside = [path for folder in folders if (path := folder / piece.file).is_file()]
+        files = [path for path in (*left, *beside) if path.is_file()]
+        right = next((path for path in files if sha256(path) == piece.sha256), None)
+        if right is None:
+            others = f"; {', '.join(map(str, left))} is another one" if left else ""
+            raise InputError(
+                f"the bundle was made with the {kind} {piece.file!r} (SHA-256 {piece.sha256:.12}…): give it "
+                f"with --{kind} FILE{others}"
+            )
+        left = [path for path in left if path != right]
+        found.append(right)
+    if left:
+        raise InputError(f"the bundle was made without the {kind} {str(left[0])!r}")
+    return found
+
+
+def _check_model(bundle: Bundle, source: Source, place: str | Path) -> None:
+    """Raises InputError unless the source has the manifest's configuration, whatever its folder is called."""
     try:
-        if is_folder(folder):
-            model, vae = load_base(folder, config), load_base_vae(folder, config)
-            if options.adapter is not None:
-                load_adapter(model, Path(options.adapter))
-            return model, vae
-        if options.adapter is not None:
-            raise InputError(f"{str(folder)!r} is no base in diffusers' layout: an adapter is for one")
-        model, vae = load_model(folder / MODEL), build_vae(config)
-        if model.config != config:
-            raise _AnotherModel(f"the weights in {str(folder)!r} are of another model than the bundle")
-        load_strict(vae, load(folder / AUTOENCODER)[0])
-    except FileNotFoundError as error:
-        raise InputError(f"{error}: weights are a folder with {MODEL} and {AUTOENCODER}") from None
-    except InputError:
-        raise
-    except ValueError as error:  # WeightsError, ConfigError
-        raise BundleError(f"the weights in {str(folder)!r} cannot be used: {error}") from error
-    return model, vae
+        config = ModelConfig.from_dict(bundle.manifest.model)
+        same = dataclasses.replace(source.model.config, name=config.name) == config
+    except ConfigError:
+        same = False
+    if not same:
+        raise InputError(f"the weights in {str(place)!r} are of another model than the bundle")
 
 
-def _are_of(bundle: Bundle, model: ConceptMaster, vae: VAE) -> bool:
-    """Whether the graphs hold the bytes of vectors, LOOKED_FOR of the model and of the decoder."""
-    modules = (model, streaming_decoders(vae)[0])
-    with ExitStack() as stack:
-        maps = [stack.enter_context(_mapped(path)) for path in _files(bundle)]
-        return all(
-            any(content.find(needle) >= 0 for needle in needles for content in maps)
-            for module in modules
-            for needles in _needles(module)
-        )
-
-
-def _needles(module: torch.nn.Module) -> list[list[bytes]]:
-    """Vectors, which no exporter transposes, as the bytes that they may be stored as."""
-    tensors = [
-        p.detach()
-        for name, p in module.named_parameters()
-        if p.dim() == 1 and p.numel() >= LEAST and p.unique().numel() > 1 and not name.startswith(UNREAD)
-    ]
-    step = max(1, len(tensors) // LOOKED_FOR)
-    return [
-        [tensor.to(dtype).view(torch.uint8).numpy().tobytes() for dtype in STORED]
-        for tensor in tensors[::-1][::step]
-    ]
-
-
-def _mapped(path: Path) -> mmap.mmap:
-    with path.open("rb") as file:
-        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-
-
-def _files(bundle: Bundle) -> Iterator[Path]:
-    for graph in bundle.manifest.graphs.values():
-        for file in (graph.file, *(external.file for external in graph.external)):
-            yield bundle.folder / file
+def _difference(source: Source, record: SourceRecord) -> str | None:
+    """The first file with tensors that is not the recorded one, in words; None where all are."""
+    wanted = {file.file: file.sha256 for file in record.weights()}
+    found = {file: digest for file, digest in source.origin.files.items() if file.endswith(".safetensors")}
+    for name in sorted(wanted.keys() | found.keys()):
+        if name not in found or name not in wanted:
+            return f"{name} is missing" if name in wanted else f"{name} was not part of it"
+        if found[name] != wanted[name]:
+            return f"{name} has SHA-256 {found[name]:.12}…, recorded is {wanted[name]:.12}…"
+    return None

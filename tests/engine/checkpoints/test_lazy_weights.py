@@ -18,7 +18,7 @@ from conceptmaster.errors import WeightsError  # noqa: E402
 
 @pytest.fixture(autouse=True)
 def threshold(monkeypatch):
-    monkeypatch.setattr(lazy_weights, "LEAST", 64)
+    monkeypatch.setattr(lazy_weights, "MIN_ELEMENTS", 64)
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ def streamed(monkeypatch):
     from conceptmaster.engine.checkpoints import lazy_weights
     from conceptmaster.export.onnx_graphs import weights_16bit
 
-    monkeypatch.setattr(lazy_weights, "LEAST", 64)
+    monkeypatch.setattr(lazy_weights, "MIN_ELEMENTS", 64)
     monkeypatch.setattr(weights_16bit, "LEAST", 64)
 
 
@@ -31,8 +31,8 @@ def test_a_base_on_disk_gives_what_one_in_memory_does(wan_folder, tmp_path, stre
     """Every graph, at its own size, against the modules with all weights in memory."""
     from conceptmaster.cli import main
     from conceptmaster.engine.checkpoints.lazy_weights import stored_weights
+    from conceptmaster.engine.checkpoints.source import Choices, open_source
     from conceptmaster.export.graphs import graph_specs
-    from conceptmaster.export.source import Choices, open_source
     from conceptmaster.export.verify import TOLERANCES, relative_error
     from conceptmaster.runtime.bundle_format.manifest import load
 
@@ -55,9 +55,9 @@ def test_what_lies_beside_a_graph(tmp_path, streamed, wan_folder):
     import onnx
 
     from conceptmaster.engine.checkpoints.diffusers_folder import stored_tensors
+    from conceptmaster.engine.checkpoints.source import Choices, open_source
     from conceptmaster.export.graphs import graph_specs
     from conceptmaster.export.onnx_graphs.trace import export_graph
-    from conceptmaster.export.source import Choices, open_source
     from conceptmaster.runtime.bundle_format.hashed_file import sha256_file
 
     folder = shutil.copytree(wan_folder, tmp_path / "base")
@@ -91,9 +91,9 @@ def test_what_a_graph_on_disk_is_held_to(tmp_path, streamed, wan_folder):
     """Another weight, a weight that is not there, other operators: each is found."""
     import onnx
 
+    from conceptmaster.engine.checkpoints.source import Choices, open_source
     from conceptmaster.export.graphs import graph_specs
     from conceptmaster.export.onnx_graphs.trace import export_graph
-    from conceptmaster.export.source import Choices, open_source
     from conceptmaster.export.verify import check_small, checked_specs
 
     source = open_source(wan_folder, Choices((64, 64), 9))
@@ -121,10 +121,10 @@ def test_what_a_graph_on_disk_is_held_to(tmp_path, streamed, wan_folder):
 
 def test_large_videos_get_the_same_operators_and_longer_ones_the_same_decoder(streamed, wan_folder):
     """None of the rewrites stops at a size, and the decoder does not grow with the number of frames."""
+    from conceptmaster.engine.checkpoints.source import Choices, open_source
     from conceptmaster.export.graphs import graph_specs
     from conceptmaster.export.onnx_graphs.trace import trace
     from conceptmaster.export.onnx_graphs.weights_16bit import weight_readers
-    from conceptmaster.export.source import Choices, open_source
     from conceptmaster.export.verify import _computes, checked_specs
 
     source = open_source(wan_folder, Choices((832, 480), 81))  # only shapes: nothing of this size is computed

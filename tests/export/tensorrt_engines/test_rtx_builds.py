@@ -99,9 +99,9 @@ def wan(blocks, size=None):
     """The denoise graph's spec of Wan2.1 1.3B's width with so few blocks; random weights, small encoders."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
+    from conceptmaster.engine.checkpoints.source import random_source
     from conceptmaster.engine.presets import preset
     from conceptmaster.export.graphs import graph_specs
-    from conceptmaster.export.source import random_source
 
     config, tiny = preset("wan2.1-1.3b"), preset("tiny")
     config = dataclasses.replace(

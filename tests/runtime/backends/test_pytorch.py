@@ -18,7 +18,6 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 from conceptmaster import Pipeline  # noqa: E402
-from conceptmaster.engine.step import DenoiseStep  # noqa: E402
 from conceptmaster.errors import InputError, OutOfMemory  # noqa: E402
 from conceptmaster.runtime.backends import open_backend  # noqa: E402
 from conceptmaster.runtime.backends.pytorch import backend as torch_backend  # noqa: E402
@@ -71,9 +70,9 @@ def write_bundle(folder, injection):
     pytest.importorskip("diffusers")
     pytest.importorskip("onnxscript")
     from conceptmaster.engine.checkpoints.safetensors_io import save, save_model
+    from conceptmaster.engine.checkpoints.source import random_source
     from conceptmaster.engine.presets import preset
     from conceptmaster.export.bundle import write_bundle as write
-    from conceptmaster.export.source import random_source
 
     config = preset("tiny")
     config = dataclasses.replace(config, concept=dataclasses.replace(config.concept, injection=injection))
@@ -195,7 +194,7 @@ def lossy(sprites, monkeypatch):
     """`lossy(skip_guidance=0.5)`: the pipeline with another stepper of the same weights."""
 
     def build(**options):
-        stepper = stepping.Stepper(sprites.backend.stepper.denoise, None, **options)
+        stepper = stepping.Stepper(sprites.backend.stepper.transformer, torch.float32, None, **options)
         monkeypatch.setattr(sprites.backend, "stepper", stepper)
         return stepper
 
@@ -242,22 +241,19 @@ def test_a_step_cache_is_of_one_video(sprites, request_4, lossy):
 def test_a_linear_change_is_predicted_exactly():
     """Where the velocity is the latents plus a constant, a cached step is no approximation."""
 
-    class Model(DenoiseStep):
-        def __init__(self):
-            torch.nn.Module.__init__(self)
-
-        def velocity(self, state, time, guidance, concept_mask):
-            return state[:1].flatten(1) + 3
+    class Model:
+        def denoise(self, latents, time, conditions, mask):
+            return latents + 3
 
     mask, guidance = torch.ones(1, 1, dtype=torch.bool), torch.ones(1)
     table = torch.tensor([[1.0, 0.0, -0.1], [0.0, 1.0, 0.0]])
     inputs = {"time": torch.ones(1), "concept_mask": mask, "guidance": guidance, "coefficients": table}
     results = []
     for threshold in (0.0, 1.0):
-        stepper = stepping.Stepper(Model(), step_cache=threshold)
+        stepper = stepping.Stepper(Model(), torch.float32, step_cache=threshold)
         carried = stepping.Carried(torch.arange(8.0).view(2, 1, 1, 2, 2))
         for step in range(6):
-            carried = stepper(carried, inputs, step, 6)
+            carried = stepper(carried, inputs, {}, step, 6)
         results.append((carried.state, stepper.evaluations))
     assert results[0][1] == 6 and results[1][1] == 3
     torch.testing.assert_close(results[0][0], results[1][0])
@@ -305,7 +301,7 @@ class Peak(torch.utils._python_dispatch.TorchDispatchMode):
 def test_the_plan_holds_what_a_step_keeps_alive(sprites, request_4):
     backend, peaks = sprites.backend, []
     real = backend.stepper._step
-    model = backend.stepper.denoise.transformer
+    model = backend.stepper.transformer
     weights = [*model.parameters(), *model.buffers()]
 
     def watched(**given):
@@ -321,7 +317,7 @@ def test_the_plan_holds_what_a_step_keeps_alive(sprites, request_4):
         del backend.stepper._step
     planned = backend.plan
     assert 0.5 * planned["step"] < peaks[0] < 1.5 * planned["step"]
-    stored = sum(p.numel() * p.element_size() for p in backend.stepper.denoise.transformer.parameters())
+    stored = sum(p.numel() * p.element_size() for p in backend.stepper.transformer.parameters())
     assert stored < planned["weights"] < planned["peak"]
 
 
@@ -344,7 +340,7 @@ def test_too_little_memory_is_said_before_loading_with_what_would_fit(sprites, m
         (2**20, "nothing smaller fits: weights alone take"),
     ):
         monkeypatch.setattr(torch_backend, "_free_memory", lambda device, free=free: free)
-        monkeypatch.setattr(torch_backend, "load_weights", None)
+        monkeypatch.setattr(torch_backend, "open_weights", None)
         with pytest.raises(OutOfMemory, match=f"are planned on cpu, .* are free; {words}") as error:
             open_backend(sprites.bundle, "cpu", 1, "torch")
         assert "\n" not in str(error.value)
@@ -369,7 +365,7 @@ def test_running_out_of_memory_is_one_clear_error(sprites, monkeypatch):
         (("cpu", None, "tensorflow"), "unknown backend 'tensorflow': choose one of onnxruntime, torch"),
         (("cpu", None, "onnxruntime", TorchOptions()), "they are for the backend torch"),
         (("tpu", None, "torch"), "unknown device 'tpu'"),
-        (("cpu", None, "torch", TorchOptions(weights="nowhere")), "no weights file at nowhere/model.safete"),
+        (("cpu", None, "torch", TorchOptions(weights="nowhere")), "there is nothing at 'nowhere'"),
     ],
 )
 def test_bad_input_is_one_clear_error(sprites, arguments, words):

@@ -1,0 +1,287 @@
+"""Weights as people have them, opened: the one way in for exporter, verifier, torch backend and benchmarks.
+
+A place is a folder that training wrote (model.safetensors, vae.safetensors, tokenizer.json), a base in
+diffusers' layout, on this machine or in the Hugging Face Hub, or "preset:NAME" for random weights. A base
+leaves open what `Choices` says. What was read is told by its SHA-256 (`Origin`), so that the same weights can
+be known again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import tokenizers
+import torch
+from torch import nn
+
+from ...errors import InputError, WeightsError
+from ..config import ModelConfig
+from ..model import ConceptMaster
+from ..presets import preset
+from ..sampling import Sampling
+from ..vae.wan_decoder import build_vae
+from .adapter import check_base, load_adapter, read_adapter
+from .diffusers_folder import HUB_ID, TOKENIZER, files_of, is_folder, locate, read_json
+from .foreign import refuse_foreign
+from .lora import merge_lora
+from .safetensors_io import load, load_model, load_strict, sha256
+from .wan import load_base, load_base_vae, read_config, read_sampling
+
+if TYPE_CHECKING:
+    from ..vae.wan_decoder import VAE
+
+PRESET = "preset:"
+FILES = ("model.safetensors", "vae.safetensors", "tokenizer.json")
+DEFAULTS = "defaults.json"
+PAD, END = 0, 1  # token ids: the runtime pads with PAD, the tokenizer appends END
+SAMPLING = Sampling(solver="unipc", shift=3.0, steps=20, guidance=2.5)
+BASE_SIZE, BASE_FRAMES = (832, 480), 81  # what diffusers' WanPipeline makes when it is told nothing
+HUB_URL = re.compile(r"https?://(?:www\.)?(?:huggingface\.co|hf\.co)/([^/?#]+/[^/?#]+)(?:/tree/([^/?#]+))?.*")
+
+
+@dataclass(frozen=True)
+class LoraFile:
+    """A LoRA that is merged into a transformer: its file, and what it is multiplied with; None is 1."""
+
+    path: Path
+    scale: float | None = None
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What a base leaves open; None is its default. Trained weights and presets leave nothing open.
+
+    size: width and height in pixels; frames: of the video; adapter: a file of `save_adapter`; revision: a
+    branch, tag or commit of a model in the Hugging Face Hub; loras: merged into the transformer one after the
+    other.
+    """
+
+    size: tuple[int, int] | None = None
+    frames: int | None = None
+    adapter: Path | None = None
+    revision: str | None = None
+    loras: tuple[LoraFile, ...] = ()
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a source was read from.
+
+    name: of the folder, of the model in the Hugging Face Hub, or preset:NAME; files: SHA-256 by path below
+    it; commit: of the Hub; adapter: name and SHA-256; loras: name, SHA-256 and scale.
+    """
+
+    name: str
+    files: Mapping[str, str] = field(default_factory=dict)
+    commit: str | None = None
+    adapter: tuple[str, str] | None = None
+    loras: tuple[tuple[str, str, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class Source:
+    """Model and VAE in evaluation mode on the CPU, the text of tokenizer.json, how it is meant to be sampled,
+    and what it was read from."""
+
+    model: ConceptMaster
+    vae: VAE
+    tokenizer: str
+    sampling: Sampling
+    origin: Origin
+
+
+def loras_of(paths: Iterable[str | os.PathLike[str]], scales: tuple[float, ...]) -> tuple[LoraFile, ...]:
+    """Files and scales as the command line has them, in order: a scale each, or none for any, which is 1.
+
+    Raises: InputError for another number of scales, and for one that is not finite.
+    """
+    paths = list(paths)
+    if scales and not paths:
+        raise InputError("a scale without a LoRA: --lora FILE says which")
+    if scales and len(scales) != len(paths):
+        raise InputError(
+            f"{len(paths)} --lora and {len(scales)} --lora-scale: give a scale for each, in order, or none"
+        )
+    if not all(math.isfinite(scale) for scale in scales):
+        raise InputError("the scale of a LoRA must be a finite number")
+    return tuple(
+        LoraFile(Path(path), scale) for path, scale in zip(paths, scales or (None,) * len(paths), strict=True)
+    )
+
+
+def is_base(place: str | Path) -> bool:
+    """Whether `place` is a folder in diffusers' layout, or the name of one in the Hugging Face Hub."""
+    place, _ = _address(place)
+    path = Path(place)
+    return is_folder(path) or (not path.exists() and HUB_ID.fullmatch(str(place)) is not None)
+
+
+def open_source(
+    place: str | Path, choices: Choices | None = None, tokenizer: Path | None = None
+) -> Source:
+    """Loads a source, see the module's text.
+
+    Args: place: a folder, OWNER/NAME or the address of a model in the Hugging Face Hub, or preset:NAME; a
+        trained folder may have a defaults.json with fields of `Sampling`. choices: for a base. tokenizer: a
+        tokenizer.json that is taken where the place has none.
+    Raises: InputError, one line, for whatever is missing, does not fit, or is of a layout that is not read.
+    """
+    choices = choices or Choices()
+    place, revision = _address(place)
+    if revision is not None:
+        choices = dataclasses.replace(choices, revision=choices.revision or revision)
+    try:
+        if is_base(place):
+            return _open_base(place, choices, tokenizer)
+        if str(place).startswith(PRESET):
+            _no_choices(place, choices)
+            source = random_source(preset(str(place).removeprefix(PRESET)))
+            return dataclasses.replace(source, origin=Origin(str(place)))
+        refuse_foreign(Path(place))
+        _no_choices(place, choices)
+        return _open_trained(Path(place), tokenizer)
+    except InputError:
+        raise
+    except (ValueError, OSError, ImportError) as error:
+        raise InputError(str(error)) from error
+
+
+def _address(place: str | Path) -> tuple[str | Path, str | None]:
+    """A place without what a shell or a browser puts around it, and the revision that an address has."""
+    if (address := HUB_URL.fullmatch(str(place))) is not None:
+        return address[1], address[2]
+    return (place.rstrip("/") or place if isinstance(place, str) else place), None
+
+
+def _no_choices(place: str | Path, choices: Choices) -> None:
+    if choices != Choices():
+        raise InputError(
+            f"{str(place)!r} is no base in diffusers' layout: size, frames, adapter, lora, revision are for "
+            "those"
+        )
+
+
+def _open_trained(folder: Path, tokenizer: Path | None) -> Source:
+    """What `save_model` wrote, the VAE and the tokenizer beside it."""
+    needed = FILES if tokenizer is None else FILES[:2]
+    missing = [name for name in needed if not (folder / name).is_file()]
+    if missing:
+        raise InputError(
+            f"{str(folder)!r} lacks {', '.join(missing)}, and for diffusers' layout transformer/"
+        )
+    names = [name for name in (*FILES, DEFAULTS) if (folder / name).is_file()]
+    origin = Origin(folder.resolve().name, {name: sha256(folder / name) for name in names})
+    model = load_model(folder / FILES[0])
+    vae = build_vae(model.config)
+    try:
+        load_strict(vae, load(folder / FILES[1])[0])
+    except WeightsError as error:
+        raise WeightsError(f"{folder / FILES[1]}: {error}") from error
+    text = _read_tokenizer(folder / FILES[2], tokenizer, model.config)
+    return Source(model, vae, text, _sampling(folder / DEFAULTS), origin)
+
+
+def _open_base(place: str | Path, choices: Choices, tokenizer: Path | None) -> Source:
+    """A base, LoRAs merged, with the adapter that was chosen or a new one, which changes nothing."""
+    folder = locate(place, choices.revision)
+    local = Path(place).exists()
+    name = folder.resolve().name or "base" if local else str(place).partition("/")[2]
+    adapter = None if choices.adapter is None else read_adapter(choices.adapter)
+    config = read_config(
+        folder,
+        name,
+        choices.size or BASE_SIZE,
+        BASE_FRAMES if choices.frames is None else choices.frames,
+        adapter.concept if adapter else None,
+    )
+    if adapter:
+        check_base(adapter, config)  # before gigabytes are read
+    sampling = read_sampling(folder)
+    text = _read_tokenizer(folder / TOKENIZER, tokenizer, config)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # a new adapter is the same each time, so that a bundle can be made again
+        model = load_base(folder, config)
+    loras = [(lora.path, 1.0 if lora.scale is None else lora.scale) for lora in choices.loras]
+    for path, scale in loras:
+        merge_lora(model.transformer, path, scale)
+    if adapter:
+        load_adapter(model, adapter)
+    origin = Origin(
+        name if local else str(place),
+        {file: sha256(folder / file) for file in files_of(folder)},
+        None if local else folder.name,  # of a snapshot, the commit
+        None if adapter is None else (adapter.path.name, sha256(adapter.path)),
+        tuple((path.name, sha256(path), scale) for path, scale in loras),
+    )
+    return Source(model, load_base_vae(folder, config), text, sampling, origin)
+
+
+def random_source(config: ModelConfig, seed: int = 0) -> Source:
+    """A model with random weights and a tokenizer of bytes: to try things, its videos mean nothing.
+
+    Layers that begin at zero are drawn too, so that every part of the model shows in its output.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model, vae = ConceptMaster(config).eval(), build_vae(config)
+        for parameter in model.parameters():
+            if not parameter.any():
+                nn.init.normal_(parameter, std=0.1)
+    tokenizer = byte_tokenizer(config.text_encoder["vocab_size"])
+    return Source(model, vae, tokenizer, SAMPLING, Origin(config.name))
+
+
+def byte_tokenizer(vocabulary: int) -> str:
+    """A tokenizer.json that knows every byte and no word: pad 0, end 1, then the 256 bytes."""
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    entries = {"<pad>": PAD, "</s>": END} | {byte: 2 + i for i, byte in enumerate(alphabet)}
+    if len(entries) > vocabulary:
+        raise InputError(f"a tokenizer of bytes needs {len(entries)} entries, the model has {vocabulary}")
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(entries, []))
+    tokenizer.add_special_tokens(["<pad>", "</s>"])
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", END)]
+    )
+    return tokenizer.to_str(pretty=True)
+
+
+def _read_tokenizer(path: Path, instead: Path | None, config: ModelConfig) -> str:
+    """The text of the tokenizer.json at `path`, or `instead`, which must fit the text encoder. Raises
+    WeightsError."""
+    if instead is not None and not path.is_file():
+        path = instead
+    if not path.is_file():
+        raise WeightsError(f"{path} is missing: transformers' AutoTokenizer saves it")
+    try:
+        text = path.read_text("utf-8")
+        tokenizer = tokenizers.Tokenizer.from_str(text)
+    except Exception as error:  # tokenizers raises plain Exception
+        raise WeightsError(f"{str(path)!r} is not a tokenizer: {error}") from error
+    size, known = tokenizer.get_vocab_size(), config.text_encoder["vocab_size"]
+    if size > known:
+        raise WeightsError(f"{str(path)!r} has {size} entries, the model's text encoder knows {known}")
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    if tokenizer.encode("a").ids[-1:] != [END]:
+        raise WeightsError(f"{str(path)!r} must end every text with the token {END}")
+    return text
+
+
+def _sampling(path: Path) -> Sampling:
+    """SAMPLING, with what a defaults.json says. Raises InputError."""
+    if not path.is_file():
+        return SAMPLING
+    given = read_json(path)
+    known = {entry.name for entry in dataclasses.fields(Sampling)}
+    if set(given) - known:
+        raise InputError(f"{str(path)!r} must be an object with entries out of {', '.join(sorted(known))}")
+    return dataclasses.replace(SAMPLING, **given)
