@@ -89,16 +89,12 @@ def _eight_bit_launches(new: Callable[..., Any]) -> Iterator[tuple[str, Callable
     import torch
 
     from conceptmaster.kernels.fp8_linear import quantise_rows_triton
-    from conceptmaster.kernels.self_attention import attention8_triton
 
     for width in (1536, 8960, 13824):
         x8 = torch.empty((4096, width), dtype=torch.float8_e4m3fn, device="meta")
         scale = torch.empty((4096, 1), device="meta")
         call = functools.partial(quantise_rows_triton, x8, scale, new((4096, width)))
         yield f"fp8 rows of {width}", call
-    for case, shape in {"1.3B 480p": (2, 32760, 12, 128), "sprites": (2, 80, 12, 32)}.items():
-        q = new(shape)
-        yield f"8-bit attention, {case}", functools.partial(attention8_triton, q, q, q, q)
 
 
 def _row_launches(new: Callable[..., Any]) -> Iterator[tuple[str, Callable[[], object]]]:

@@ -25,9 +25,10 @@ from ..kernels.cross_attention import attention, concept_injection, decoupled_cr
 from ..kernels.fp8_linear import Fp8Linear
 from ..kernels.modulate import modulate, residual_modulate, residual_reference
 from ..kernels.qk_norm_rope import inverse_rms, qk_norm_rope
-from ..kernels.self_attention import TIERS, self_attention
+from ..kernels.self_attention import self_attention
 from .dit import Attention, Block, BlockConditions, ConceptDiT
 
+TIERS = ("lossless", "high")
 WIDE = ("time_embedder.", "scale_shift_table", "norm1.", "norm2.", "norm3.", "injector.norm.")
 """Parts of names that keep float32 in a model of fewer bits, as in diffusers' WanTransformer3DModel."""
 
@@ -36,10 +37,9 @@ WIDE = ("time_embedder.", "scale_shift_table", "norm1.", "norm2.", "norm3.", "in
 class Fusing:
     """How blocks are fused.
 
-    tier: "lossless", or "high" for linear layers in fp8 (lossy; their error is RELATIVE_L2 in
-    kernels/tolerances.py). Self-attention keeps 16 bits: on an H200 cuDNN is faster than ours of 8. absorb:
-    whether an injector's output projection is folded into its values once per request; None where that costs
-    fewer multiplications. Raises ValueError for another tier.
+    tier: one of TIERS; "high" is linear layers in fp8 (lossy; their error is RELATIVE_L2 in
+    kernels/tolerances.py). absorb: whether an injector's output projection is folded into its values once per
+    request; None where that costs fewer multiplications. Raises ValueError for another tier.
     """
 
     tier: str = "lossless"

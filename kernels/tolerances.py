@@ -11,7 +11,6 @@ TOLERANCES = {
 }
 
 # What computes in 8 bits is lossy by intent, and its single values say little: the relative L2 error of the
-# whole result. Measured on normal inputs in Triton's interpreter: attention 3.5e-2 to 3.8e-2, of which fp8
-# values are 2.6e-2, fp8 probabilities 2.3e-2 and int8 queries and keys the rest; linear layers of widths 96
-# to 8960 3.6e-2 to 3.7e-2, both sides being fp8.
-RELATIVE_L2 = {"attention8": 4e-2, "linear8": 4e-2}
+# whole result. Measured on normal inputs in Triton's interpreter, both sides in fp8, widths 96 to 8960:
+# 3.6e-2 to 3.7e-2.
+RELATIVE_L2 = {"linear8": 4e-2}

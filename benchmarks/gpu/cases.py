@@ -76,7 +76,7 @@ def _wide(*tensors: Tensor | None) -> list[Any]:
 
 class Shapes:
     """Sizes that are run: the real ones, of these with `only` those whose name begins so, or `small` ones
-    that a CPU gets through in seconds; in `dtype`, but for the 8-bit kernels, which are for bfloat16. mode:
+    that a CPU gets through in seconds; in `dtype`, but for the 8-bit kernel, which is for bfloat16. mode:
     of `torch.compile`."""
 
     def __init__(
@@ -242,18 +242,7 @@ def _row_cases(shapes: Shapes, name: str, batch: int, tokens: int, heads: int, w
 def _eight_bit_cases(
     shapes: Shapes, name: str, batch: int, tokens: int, heads: int, width: int
 ) -> Iterator[Case]:
-    batch = 1  # the longest of all: one branch is enough to see it
-    q, k, v = (shapes.new(batch, tokens, heads, width) for _ in range(3))
-    shape = {"B": batch, "S": tokens, "A": heads, "E": width}
-    flops = 4.0 * batch * tokens**2 * heads * width
-    yield Case(
-        f"8-bit self-attention, {name}", shape, "bfloat16", tokens,
-        functools.partial(attending.self_attention, q, k, v, "high"),
-        lambda rows: crossing.attention(*_wide(q[:, rows], k, v)),
-        {"lossless tier": functools.partial(attending.self_attention, q, k, v)},
-        flops=flops, l2=RELATIVE_L2["attention8"],
-    )  # fmt: skip
-    total = heads * width
+    batch, total = 1, heads * width  # one branch is enough to see it
     if total % 16:
         return
     x, weight, bias = shapes.new(batch, tokens, total), shapes.new(4 * total, total), shapes.new(4 * total)

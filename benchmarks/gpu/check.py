@@ -32,8 +32,6 @@ Say = Callable[[str], object]
 
 MOST_ROWS = 1024
 """Tokens of a case that are held to float64, spread over all of them."""
-MOST_ROWS_ALL = 256
-"""The same where each of them attends to all others: their logits take gigabytes in float64."""
 PROCESSES = 12
 PATIENCE = 60.0
 """Seconds that a process may take."""
@@ -41,9 +39,8 @@ PATIENCE = 60.0
 
 def check(case: Case) -> dict[str, Any]:
     """Ours against float64: {"ok", "relative_l2", "worst"}; worst: the largest error over what is allowed."""
-    most = MOST_ROWS if case.l2 is None else MOST_ROWS_ALL
-    step = max(1, case.tokens // most)
-    rows = torch.arange(case.tokens - 1, -1, -step)[:most].flip(0)
+    step = max(1, case.tokens // MOST_ROWS)
+    rows = torch.arange(case.tokens - 1, -1, -step)[:MOST_ROWS].flip(0)
     found = case.ours()
     rows = rows.to((found[0] if isinstance(found, tuple) else found).device)
     expected = case.exact(rows)
