@@ -21,9 +21,9 @@ from ..runtime.bundle_format.hashed_file import HashedFile, sha256_file
 from ..runtime.bundle_format.schema import FORMAT, Defaults, GraphFile, Manifest, Shapes
 from ..runtime.bundle_format.source_record import MergedLora, SourceRecord
 from .graphs import GraphSpec, graph_specs
-from .onnx_graphs.compact import compact
 from .onnx_graphs.int8 import precision_of, quantise
 from .onnx_graphs.trace import describe, export_graph
+from .onnx_graphs.weights_16bit import narrow_in_place
 from .recipes import conditioning_of, pictures_of, tile_of
 from .verify import Row, check, check_small, checked_specs, steps
 
@@ -79,7 +79,7 @@ def write_bundle(
             if own != "fp32":
                 _held(check(spec, path, "fp32"))
                 quantise(path)
-            if compact(path) or own != "fp32":
+            if narrow_in_place(path) or own != "fp32":
                 graphs[spec.name] = describe(path, spec)
             rows.append(_held(check(spec, path, own)))
         tokenizer = temporary / "tokenizer.json"

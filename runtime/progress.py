@@ -7,6 +7,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 
+def shown(quiet: bool) -> bool:
+    """Whether a command shows its bars: on a terminal, unless it is to be quiet."""
+    return sys.stderr.isatty() and not quiet
+
+
 @contextmanager
 def bar(total: int, label: str, show: bool) -> Iterator[Callable[[], object]]:
     """Shows a bar called `label` while the block runs, if `show`; yields a function to be called after each
@@ -22,5 +27,5 @@ def bar(total: int, label: str, show: bool) -> Iterator[Callable[[], object]]:
         print(f"{label} ({total}) ...", file=sys.stderr)
         yield lambda: None
         return
-    with tqdm(desc=label, total=total, leave=False, file=sys.stderr) as shown:
-        yield shown.update
+    with tqdm(desc=label, total=total, leave=False, file=sys.stderr) as drawn:
+        yield drawn.update

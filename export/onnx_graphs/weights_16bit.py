@@ -1,9 +1,11 @@
-"""Weights in a file beside their graph, written one after the other: no more than one of them is in memory.
+"""Weights in half the bytes where that loses nothing: 16 bits, and a Cast that gives them back in float32.
 
-Each begins at a multiple of ALIGNMENT, so that a loader can map it. Where 16 bits hold a tensor's values, as
-they do for weights that were published in float16 or bfloat16, it is stored in these and a Cast gives it back
-in float32 (compact.py does the same for weights inside a graph). A matrix that the graph only reads
-transposed is stored that way.
+Weights that were trained or published in float16 or bfloat16 have these values in float32 too. ONNX Runtime
+and TensorRT fold the Cast when they load a graph, so it computes what it computed, as fast as before.
+
+Those of large models lie in a file beside their graph, written one after the other: no more than one of them
+is in memory. Each begins at a multiple of ALIGNMENT, so that a loader can map it, and a matrix that the graph
+only reads transposed is stored that way.
 """
 
 from __future__ import annotations
@@ -18,8 +20,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ...engine.checkpoints.lazy_weights import stored_weights
-from .compact import LEAST
 
+SMALLEST = 1024
+"""Elements of the smallest tensor that is worth a node."""
 ALIGNMENT = 4096
 KINDS = {
     torch.float32: ir.DataType.FLOAT,
@@ -32,8 +35,8 @@ STORED = ".stored"  # behind the name of a weight: its values in 16 bits
 
 Readers = Mapping[str, Callable[[], Tensor]]
 """What gives the values of a graph's large weights, float32, by the names of its initializers."""
-Layout = Mapping[str, ir.ExternalTensor]
-"""Where these are in the file beside the graph, by the same names."""
+Layout = Mapping[str, ir.TensorProtocol]
+"""How these are stored, by the same names: in the file beside the graph, they say where."""
 
 
 def data_file(path: Path) -> Path:
@@ -41,12 +44,33 @@ def data_file(path: Path) -> Path:
     return path.with_name(f"{path.name}.data")
 
 
+def narrow_in_place(path: Path) -> bool:
+    """Stores the weights inside the graph at `path` in 16 bits where these hold them; tells whether any are.
+
+    A graph with its weights beside it is left as it is.
+    """
+    if data_file(path).exists():
+        return False
+    model, layout = ir.load(path), {}
+    for name, value in model.graph.initializers.items():
+        held = value.const_value
+        if held is None or held.dtype != ir.DataType.FLOAT or held.size < SMALLEST:
+            continue
+        narrow = narrowed(torch.from_numpy(held.numpy().copy()))
+        if narrow.dtype != torch.float32:
+            layout[name] = ir.tensor(narrow, name=name)
+    place(model, layout)
+    if layout:
+        ir.save(model, path)
+    return bool(layout)
+
+
 def weight_readers(module: nn.Module) -> Readers:
     """The large weights of a module, by name: those on disk and those in memory, as an adapter's are."""
     own = {
         name: parameter.detach
         for name, parameter in module.named_parameters(remove_duplicate=False)
-        if parameter.numel() >= LEAST
+        if parameter.numel() >= SMALLEST
     }
     return own | {name: weight.read for name, weight in stored_weights(module).items()}
 
@@ -117,7 +141,7 @@ def read_layout(model: ir.Model) -> Layout:
 
 
 def place(model: ir.Model, layout: Layout) -> None:
-    """Makes these weights of `model` what `layout` says: a reference into the file, and a Cast if need be."""
+    """Makes these weights of `model` what `layout` says, with a Cast if need be."""
     for name, tensor in layout.items():
         value = model.graph.initializers[name]
         if tensor.dtype == ir.DataType.FLOAT:

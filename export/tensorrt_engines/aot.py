@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from ...errors import ExportError, InputError
+from ...errors import ExportError, InputError, MissingDependency
 from ..onnx_graphs.concept_node import DECOUPLED, INJECTION
 
 POINTERS = {"float32": "*fp32", "float16": "*fp16", "bfloat16": "*bf16"}
@@ -57,13 +57,15 @@ def compile_node(
     """Compiles a node's kernel for sm_`capability`.
 
     Args: node: INJECTION or DECOUPLED; dtype: float32, float16 or bfloat16; width: E; concepts: C.
-    Raises: InputError without Triton, or for heads that are too wide.
+    Raises: MissingDependency without Triton, InputError where it is interpreted and for heads that are too
+    wide, ExportError for a kernel that TensorRT cannot launch.
     """
     from ...kernels.common import INSTALLED, INTERPRETED, power_of_two
 
-    if not INSTALLED or INTERPRETED:
-        reason = "TRITON_INTERPRET is set" if INTERPRETED else "Triton is not installed: pip install triton"
-        raise ExportError(f"the plugin's kernel cannot be compiled: {reason}")
+    if not INSTALLED:
+        raise MissingDependency("the plugin's kernel needs Triton: pip install 'conceptmaster[gpu]'")
+    if INTERPRETED:
+        raise InputError("the plugin's kernel cannot be compiled while TRITON_INTERPRET is set")
     if width > MAX_WIDTH:
         raise InputError(f"the plugin's kernel takes heads up to {MAX_WIDTH} wide, not {width}")
     import triton
@@ -110,7 +112,7 @@ def only_parameters(ptx: str, count: int) -> str:
     """PTX whose kernel takes its first `count` parameters and no others.
 
     Triton adds pointers to scratch memory, which these kernels do not use. TensorRT passes what the plugin
-    declares and nothing behind it, so a launch would read past the end of its list. Raises InputError when
+    declares and nothing behind it, so a launch would read past the end of its list. Raises ExportError when
     one of them is used.
     """
     header = re.search(r"\.entry\s+\w+\s*\((.*?)\)", ptx, re.DOTALL)
@@ -120,8 +122,6 @@ def only_parameters(ptx: str, count: int) -> str:
     for extra in parameters[count:]:
         name = extra.split()[-1]
         if len(re.findall(rf"\b{re.escape(name)}\b", ptx)) > 1:
-            raise ExportError(
-                f"the compiled kernel uses its parameter {name}, which TensorRT does not pass"
-            )
+            raise ExportError(f"the compiled kernel uses its parameter {name}, which TensorRT does not pass")
     kept = ",".join(parameters[:count])
     return ptx[: header.start(1)] + kept.rstrip() + "\n" + ptx[header.end(1) :]

@@ -5,17 +5,22 @@ TensorRT builds for the GPU that it runs on; TensorRT for RTX builds without a G
 
 from __future__ import annotations
 
-import importlib
 import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...errors import ExportError, InputError
-from ...runtime.bundle_format.tensorrt_engines import EXTRAS, MODULES
-from .precision import FUSED_WIDTHS
+from ...errors import ConceptMasterError, ExportError, InputError, MissingDependency
+from ...runtime.backends import tensorrt_backend
 
-LEAST_VERSION = (10, 13)  # of the full library: plugins compiled ahead of time, as plugin.py makes them
+OLDEST_VERSION = (10, 13)  # of the full library: plugins compiled ahead of time, as plugin.py makes them
+FUSED_WIDTHS = range(16, 257, 8)
+"""Head widths that attention is computed for in 16 bits; with others it stays float32. TensorRT for RTX 1.7.1
+has no kernel in 16 bits for heads 8 and 12 wide; it keeps 16, 32 and 128 whole."""
+ELSEWHERE = (
+    "TensorRT builds on the GPU that the engine is for. Elsewhere: --trtexec --dry-run --target sm_90 "
+    "writes what to run there, --flavor rtx builds for RTX cards"
+)
 
 
 @dataclass(frozen=True)
@@ -40,16 +45,21 @@ class Built:
 
 
 def library(flavor: str) -> Any:
-    """The library's module. Raises InputError, one line, when it does not import or is too old."""
-    try:
-        found = importlib.import_module(MODULES[flavor])
-    except Exception as error:  # a wheel that is only a stub raises what it likes
-        reason, install = " ".join(str(error).split())[:160], f"pip install 'conceptmaster[{EXTRAS[flavor]}]'"
-        raise ExportError(f"{MODULES[flavor]} does not import ({reason}): {install}") from error
+    """The library's module. Raises MissingDependency when it does not import or is too old."""
+    found = tensorrt_backend.library(flavor)
     version = tuple(int(part) for part in found.__version__.split(".")[:2])
-    if flavor == "tensorrt" and version < LEAST_VERSION:
-        raise ExportError(f"TensorRT {found.__version__} is too old: 10.13 or newer is needed")
+    if flavor == "tensorrt" and version < OLDEST_VERSION:
+        raise MissingDependency(f"TensorRT {found.__version__} is too old: 10.13 or newer is needed")
     return found
+
+
+def gpu_capability() -> int:
+    """The compute capability of the first GPU, 90 for sm_90. Raises MissingDependency without cuda-python,
+    InputError without a GPU; both say how to build elsewhere."""
+    try:
+        return tensorrt_backend.gpu_capability()
+    except ConceptMasterError as error:
+        raise type(error)(f"{error}. {ELSEWHERE}") from error
 
 
 def build(trt: Any, graph: Path, capability: int | None, limits: Limits, cache: Path | None = None) -> Built:
@@ -57,8 +67,8 @@ def build(trt: Any, graph: Path, capability: int | None, limits: Limits, cache: 
 
     Args: trt: from `library`; capability: 89 for sm_89, None for the GPU that is there (the full library
         knows no other); cache: a timing cache that is read if it is there, and written.
-    Raises: InputError naming the node and the operator that TensorRT does not take, or what its builder
-    says.
+    Raises: ExportError naming the node and the operator that TensorRT does not take, or what its builder
+    says; InputError for a capability that the library does not build for.
     """
     log = _log(trt)
     builder = trt.Builder(log)
@@ -78,7 +88,7 @@ def build(trt: Any, graph: Path, capability: int | None, limits: Limits, cache: 
     engine = builder.build_serialized_network(network, config)
     if engine is None:
         reason = log.last() or "it does not say why"
-        raise ExportError(f"TensorRT cannot build the graph {_name(graph)}: {reason}")
+        raise ExportError(f"TensorRT cannot build the graph {graph_name(graph)}: {reason}")
     if timings is not None and cache is not None:
         cache.write_bytes(bytes(timings.serialize()))
     return Built(memoryview(engine), network.num_layers, whole, decomposed)
@@ -89,6 +99,11 @@ def capabilities(trt: Any) -> list[int]:
     own."""
     known = getattr(getattr(trt, "ComputeCapability", None), "__members__", {})
     return sorted(int(name.removeprefix("SM")) for name in known if name.startswith("SM"))
+
+
+def graph_name(graph: Path) -> str:
+    """The name of the graph in a file, which is hidden while its engine is built."""
+    return graph.stem.lstrip(".")
 
 
 def _strongly_typed(trt: Any) -> int:
@@ -138,7 +153,7 @@ def _timing_cache(config: Any, path: Path | None) -> Any:
 
 
 def _parser_errors(graph: Path, parser: Any) -> str:
-    says = f"TensorRT does not take the graph {_name(graph)}"
+    says = f"TensorRT does not take the graph {graph_name(graph)}"
     if not parser.num_errors:
         return f"{says}, and does not say why"
     error = parser.get_error(0)
@@ -146,10 +161,6 @@ def _parser_errors(graph: Path, parser: Any) -> str:
     where = f"node {error.node_name()!r}, operator {error.node_operator()}: " if error.node_operator() else ""
     more = f"; and {parser.num_errors - 1} more nodes" if parser.num_errors > 1 else ""
     return f"{says}: {where}{reason:.200} ({error.code().name}){more}"
-
-
-def _name(graph: Path) -> str:
-    return graph.stem.lstrip(".")  # hidden while it is built
 
 
 def _log(trt: Any) -> Any:

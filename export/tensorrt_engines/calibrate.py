@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,7 +26,7 @@ from .precision import reduce
 GRAPH = "denoise"
 STEPS = 4
 """`sprites`: over 20 steps of one of its own requests values become up to 3.9 times as large as over 4 steps
-of `example`, for which eight_bits.py leaves room."""
+of `example`, for which fp8.py leaves room."""
 ESTIMATE = 2  # the state's slot of the newest estimate of the data, see runtime/solver.py
 
 
@@ -40,13 +39,11 @@ class Calibration:
     error: float
 
 
-def calibrate(folder: Path, request: Request | None = None, show: bool = False) -> Calibration:
+def calibrate(bundle: Bundle, request: Request | None = None, show: bool = False) -> Calibration:
     """Makes the video that `request` asks for (None: see `example`) in STEPS steps.
 
-    show: a progress bar on standard error. Raises: BundleError, and InputError for a request that the bundle
-    cannot follow.
+    show: a progress bar on standard error. Raises InputError for a request that the bundle cannot follow.
     """
-    bundle = Bundle.open(folder)
     asked = replace(request or example(bundle.manifest), samples=1, steps=STEPS)
     backend = _Watching(bundle)
     Pipeline(bundle, backend).generate(asked, progress=show)

@@ -11,13 +11,15 @@ from pathlib import Path
 
 from ...errors import InputError
 from ...runtime.bundle_format.find import Bundle
-from ...runtime.bundle_format.tensorrt_engines import FLAVORS, target_capability
+from ...runtime.bundle_format.tensorrt_engines import FLAVORS, PRECISIONS, target_capability
+from ...runtime.progress import shown
 from ...runtime.request import Request
-from ..cli import _progress
-from . import build
-from .builder import Limits
+from . import build, trtexec
+from .build import Preparation
+from .builder import Limits, gpu_capability
+from .builder_process import EngineSummary
 from .calibrate import Calibration, calibrate
-from .precision import PRECISIONS
+from .older_parsers import unknown_to
 
 BUILD = """\
 Builds TensorRT engines from a bundle's graphs, into BUNDLE/engines/. Build from an fp32 bundle: --precision
@@ -60,8 +62,7 @@ def add_build_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_build(args: argparse.Namespace) -> int:
-    """Builds; returns the exit code 0. Raises InputError, InputError, BundleError."""
-    bundle = Bundle.open_with_graphs(args.bundle).folder
+    """Builds; returns the exit code 0. Raises InputError, MissingDependency, ExportError, BundleError."""
     capability = None if args.target is None else target_capability(args.target)
     if args.workspace is not None and args.workspace < 1:
         raise InputError("--workspace is a number of megabytes, 1 at least")
@@ -72,50 +73,49 @@ def run_build(args: argparse.Namespace) -> int:
         raise InputError(f"--trtexec-version {args.trtexec_version!r}: write it as 10.13")
     if args.request is not None and args.precision != "fp8":
         raise InputError("--request goes with --precision fp8")
-    show = _progress(args)
+    if args.trtexec and args.flavor != "tensorrt":
+        raise InputError("--trtexec builds with the full TensorRT: leave out --flavor, or --trtexec")
+    bundle, show = Bundle.open_with_graphs(args.bundle), shown(args.quiet)
     if not args.trtexec:
         target = build.find_target(args.flavor, capability)
-        ranges = _calibration(args, bundle, target)
-        folder, lines = build.build_all(
-            bundle, args.flavor, capability, args.precision, limits, show, ranges
-        )
-        return _report(args, folder, lines, ranges)
-    if args.flavor != "tensorrt":
-        raise InputError("--trtexec builds with the full TensorRT: leave out --flavor, or --trtexec")
-    target = build.gpu_capability() if capability is None else capability
-    ranges = None
+        how = Preparation(args.precision, _calibration(args, bundle, target))
+        built = build.build_all(bundle, args.flavor, target, how, limits, show)
+        return _report(args, *built, how.calibration)
+    target = gpu_capability() if capability is None else capability
+    calibration = None
     if not args.collect:
-        ranges = _calibration(args, bundle, target)
-        version = args.trtexec_version
-        script = build.write_script(bundle, target, args.precision, limits, show, ranges, version)
+        calibration = _calibration(args, bundle, target)
+        unknown = () if args.trtexec_version is None else unknown_to(args.trtexec_version)
+        how = Preparation(args.precision, calibration, tuple(unknown))
+        script = trtexec.write_script(bundle, target, how, limits, show)
         if args.dry_run:
-            if ranges is not None:
-                print(_error_line(ranges), file=sys.stderr)
+            if calibration is not None:
+                print(_error_line(calibration), file=sys.stderr)
             print(script)
             return 0
-        build.run_script(script)
-    return _report(args, *build.collect(bundle, target, args.precision), ranges)
+        trtexec.run_script(script)
+    return _report(args, *trtexec.collect(bundle, target, args.precision), calibration)
 
 
-def _calibration(args: argparse.Namespace, bundle: Path, capability: int) -> Calibration | None:
+def _calibration(args: argparse.Namespace, bundle: Bundle, capability: int) -> Calibration | None:
     if args.precision != "fp8":
         return None
     build.require_fp8(capability)
     request = None if args.request is None else Request.from_json(args.request)
-    return calibrate(bundle, request, _progress(args))
+    return calibrate(bundle, request, shown(args.quiet))
 
 
 def _report(
     args: argparse.Namespace,
     folder: Path,
-    lines: list[build.Line],
+    summaries: list[EngineSummary],
     calibration: Calibration | None,
 ) -> int:
     if args.json:
         error = {} if calibration is None else {"fp8_error": calibration.error}
-        print(json.dumps({"folder": str(folder), "engines": [asdict(line) for line in lines]} | error))
+        print(json.dumps({"folder": str(folder), "engines": [asdict(one) for one in summaries]} | error))
         return 0
-    print(build.table(lines))
+    print(build.table(summaries))
     if calibration is not None:
         print(_error_line(calibration))
     print(folder)

@@ -46,10 +46,10 @@ def linears(model: ir.Model) -> list[ir.Node]:
 
 
 def quantise_linears(model: ir.Model, largest: Mapping[str, float]) -> None:
-    """Puts the nodes into a graph that is in bf16, or that emulates it (see `prepare.narrow`).
+    """Puts the nodes into a graph that is in bf16, or that emulates it (see `precision.narrow`).
 
     largest: by the name of each of `linears`, the largest magnitude that goes into it (see calibrate.py).
-    Raises InputError for one that is not there.
+    Raises ExportError for one that is not there.
     """
     rounded: dict[tuple[ir.Value, float], ir.Value] = {}  # one pair of nodes for all that read a value
     for node in linears(model):

@@ -1,5 +1,5 @@
-"""The nodes of nodes.py as TensorRT plugins whose kernel is this project's Triton code, compiled ahead of
-time.
+"""The nodes of concept_node.py as TensorRT plugins whose kernel is this project's Triton code, compiled ahead
+of time.
 
 An engine holds the PTX, so it runs in C++ and in trtexec without Python. Only who builds it needs this
 module: `register(trt)` before a graph is parsed. TensorRT for RTX has no such plugins, and there the body
@@ -12,10 +12,10 @@ import importlib
 import inspect
 from typing import Any
 
-from ...errors import ExportError
+from ...errors import MissingDependency
 from ..onnx_graphs.concept_node import DECOUPLED, DOMAIN, INJECTION
 from .aot import SIZES, TENSORS, compile_node, tactics
-from .build import gpu_capability
+from .builder import gpu_capability
 
 NAMES = {"FLOAT": ("FP32", "float32"), "HALF": ("FP16", "float16"), "BF16": ("BF16", "bfloat16")}
 """TensorRT's name of a dtype -> its name in a type combination, and here."""
@@ -24,16 +24,16 @@ NAMES = {"FLOAT": ("FP32", "float32"), "HALF": ("FP16", "float16"), "BF16": ("BF
 def register(trt: Any, capability: int | None = None) -> None:
     """Registers both plugins with the full library, for sm_`capability` (None: the GPU that is there).
 
-    Registering twice does nothing. Raises InputError without Triton or without tensorrt.plugin.
+    Registering twice does nothing. Raises MissingDependency without Triton or without tensorrt.plugin.
     """
     from ...kernels.common import INSTALLED
 
     if not INSTALLED:
-        raise ExportError("the plugin's kernel needs Triton: pip install 'conceptmaster[gpu]'")
+        raise MissingDependency("the plugin's kernel needs Triton: pip install 'conceptmaster[gpu]'")
     try:
         plugins = importlib.import_module(f"{trt.__name__}.plugin")
     except ImportError as error:
-        raise ExportError(f"this TensorRT has no plugins in Python ({error})") from error
+        raise MissingDependency(f"this TensorRT has no plugins in Python ({error})") from error
     target = gpu_capability() if capability is None else capability
     for node in (INJECTION, DECOUPLED):
         if not hasattr(getattr(plugins.op, DOMAIN, None), node):

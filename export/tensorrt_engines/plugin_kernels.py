@@ -1,8 +1,8 @@
 """The concept attention's Triton kernel with the arguments in the order in which TensorRT passes them.
 
 A plugin that was compiled ahead of time gets its input pointers, then whole numbers, then its output
-pointers. The tensors are those of nodes.py, contiguous: q and out [B,S,D], keys and values [B,T|C,D], mask
-bool [B,C].
+pointers. The tensors are those of concept_node.py, contiguous: q and out [B,S,D], keys and values [B,T|C,D],
+mask bool [B,C].
 """
 
 from __future__ import annotations

@@ -1,15 +1,15 @@
-"""A bundle's graph as TensorRT wants it: at most 8 axes, and its precision said by its own dtypes.
+"""A bundle's graph as TensorRT wants it, its precision said by its own dtypes.
 
 TensorRT's networks are strongly typed: what a product is computed in is the dtype of what goes into it. So a
 graph in bf16 or fp16 is the float32 graph with casts around its products (MatMul, Gemm, Conv, attention) and
 their weights stored in 16 bits; norms, softmax, modulation, residuals, guidance and the solver stay float32,
 and so do inputs and outputs, which every backend shares. TensorRT fuses the casts with their neighbours.
-fp8 is bf16 with the matrices of the transformer's blocks in 8 bits: see eight_bits.py.
+fp8 is bf16 with the matrices of the transformer's blocks in 8 bits: see fp8.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import ml_dtypes
@@ -18,26 +18,21 @@ from onnxscript import ir
 from onnxscript.ir.passes.common import RemoveUnusedNodesPass, ShapeInferencePass
 
 from ...errors import ExportError, InputError
+from ...runtime.bundle_format.tensorrt_engines import PRECISIONS
 from ..onnx_graphs import initializers
 from ..onnx_graphs.concept_node import DOMAIN
 from ..onnx_graphs.initializers import constant
 from ..onnx_graphs.trace import save
+from .builder import FUSED_WIDTHS
 from .fp8 import quantise_linears
+from .rewrites import lower_ranks, separate_queries
 
-PRECISIONS = ("fp32", "fp16", "bf16", "fp8")
 NARROW = {
     "fp16": (ir.DataType.FLOAT16, np.dtype(np.float16)),
     "bf16": (ir.DataType.BFLOAT16, np.dtype(ml_dtypes.bfloat16)),
 }
 PRODUCTS = ("MatMul", "Gemm", "Conv", "Attention")
 """Operators, besides this project's own nodes, that compute in 16 bits where the precision says so."""
-
-FUSED_WIDTHS = range(16, 257, 8)
-"""Head widths that attention is computed for in 16 bits; with others it stays float32. For heads 8 wide
-TensorRT for RTX 1.7.1 has no kernel in 16 bits, with 12 its builder crashes; it keeps 32 and 128 whole."""
-
-MAX_AXES = 8
-"""TensorRT's Dims::MAX_DIMS."""
 
 
 def prepare(source: Path, target: Path, precision: str, largest: Mapping[str, float] | None = None) -> None:
@@ -52,6 +47,7 @@ def prepare(source: Path, target: Path, precision: str, largest: Mapping[str, fl
     model = ir.load(source)
     _refuse_int8(model, source)
     lower_ranks(model)
+    separate_queries(model)
     reduce(model, precision, largest or {}, emulate=False)
     save(model, target)
 
@@ -64,54 +60,12 @@ def reduce(model: ir.Model, precision: str, largest: Mapping[str, float], *, emu
         quantise_linears(model, largest)
 
 
-def lower_ranks(model: ir.Model) -> None:
-    """Rewrites Reshape, Transpose, Reshape over more than MAX_AXES axes to fewer: patches come with nine.
-
-    Axes of size one go, and axes that stay neighbours become one.
-    """
-    for node in list(model.graph):
-        if node.op_type != "Transpose":
-            continue
-        before, perm = node.inputs[0].producer() if node.inputs[0] else None, _perm(node)
-        if before is None or before.op_type != "Reshape" or len(perm) <= MAX_AXES:
-            continue
-        sizes = constant(before.inputs[1])
-        users = [user for user, _ in node.outputs[0].uses()]
-        if (
-            sizes is None
-            or any(user.op_type != "Reshape" for user in users)
-            or len(before.outputs[0].uses()) > 1
-        ):
-            continue
-        fewer, order = merge_axes([int(size) for size in sizes.numpy()], perm)
-        shape = initializers.add(model.graph, f"{node.name}.axes", np.array(fewer, np.int64))
-        before.replace_input_with(1, shape)
-        node.attributes["perm"] = ir.AttrInt64s("perm", order)
-        before.outputs[0].shape = node.outputs[0].shape = None
-    RemoveUnusedNodesPass()(model)
-
-
-def merge_axes(sizes: Sequence[int], perm: Sequence[int]) -> tuple[list[int], list[int]]:
-    """(sizes, perm) of a transposition -> the same one over fewer axes."""
-    kept = [axis for axis in perm if sizes[axis] != 1]
-    groups: list[list[int]] = []
-    rank = {axis: place for place, axis in enumerate(sorted(kept))}
-    for axis in kept:
-        if groups and rank[axis] == rank[groups[-1][-1]] + 1:
-            groups[-1].append(axis)
-        else:
-            groups.append([axis])
-    first = sorted(groups)  # in the order that the axes lie in memory
-    order = [first.index(group) for group in groups]
-    return [int(np.prod([sizes[axis] for axis in group])) for group in first], order
-
-
 def narrow(model: ir.Model, precision: str, *, emulate: bool) -> None:
     """Casts what goes into every product, and stores its weights, in `precision`; casts what comes out back.
 
     emulate: rounds the same values but computes in float32, for an ONNX Runtime that lacks the kernels; the
         accumulation of a tensor core is float32 too.
-    Raises InputError where shape inference leaves open what a product reads: it would stay float32 unseen.
+    Raises ExportError where shape inference leaves open what a product reads: it would stay float32 unseen.
     """
     kind, dtype = NARROW[precision]
     ShapeInferencePass()(model)
@@ -150,9 +104,7 @@ def _fused(node: ir.Node, own: bool) -> bool:
 
 
 def _unknown(node: ir.Node) -> ExportError:
-    return ExportError(
-        f"what goes into the node {node.name!r} ({node.op_type}) is of unknown shape or type"
-    )
+    return ExportError(f"what goes into the node {node.name!r} ({node.op_type}) is of unknown shape or type")
 
 
 class _Casts:
@@ -238,10 +190,6 @@ class _Casts:
         else:
             stored = initializers.later(name, tensor, dtype, lambda x: x.astype(dtype))
         return initializers.add(self._graph, name, stored)
-
-
-def _perm(node: ir.Node) -> list[int]:
-    return list(node.attributes["perm"].as_ints())
 
 
 def _refuse_int8(model: ir.Model, source: Path) -> None:

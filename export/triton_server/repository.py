@@ -17,7 +17,9 @@ from pathlib import Path
 from ...errors import InputError
 from ...runtime.bundle_format import manifest as manifests
 from ...runtime.bundle_format import tensorrt_engines as stored
+from ...runtime.bundle_format.find import Bundle
 from ...runtime.bundle_format.schema import Manifest, TensorSpec
+from ...runtime.bundle_format.tensorrt_engines import Engines
 
 KINDS = {
     "float32": "TYPE_FP32",
@@ -27,29 +29,33 @@ KINDS = {
     "bool": "TYPE_BOOL",
 }
 NAME = "conceptmaster"
-MODEL = '"""What calls the other models: see conceptmaster."""\n\nfrom conceptmaster.runtime.backends.triton_server import TritonPythonModel\n\n__all__ = ["TritonPythonModel"]\n'  # noqa: E501
+MODEL = (
+    '"""What calls the other models: see conceptmaster."""\n\n'
+    "from conceptmaster.runtime.backends.triton_server import TritonPythonModel\n\n"
+    '__all__ = ["TritonPythonModel"]\n'
+)
 
 
 def write_repository(
-    bundle: Path, output: Path, engines: str | None = None, device: str = "cpu"
+    bundle: Bundle, output: Path, engines: Engines | None = None, device: str = "cpu"
 ) -> list[str]:
     """Writes the folder `output`, which must not be there; returns the models' names.
 
-    Args: engines: a folder of `bundle`/engines whose engines take the graphs' places; device: "cpu" or "gpu",
-        where the server runs the ONNX graphs.
-    Raises: InputError when `output` is taken; BundleError for a bundle or engines that are not sound.
+    Args: engines: of `bundle`, to take the graphs' places (see `find_engines`); device: "cpu" or "gpu", where
+        the server runs the ONNX graphs.
+    Raises: InputError when `output` is taken; BundleError for engines that are not sound.
     """
-    manifest = manifests.load(bundle)
+    manifest = bundle.manifest
     if output.exists():
         raise InputError(f"{str(output)!r} is there already: choose another place")
     if not output.parent.is_dir():
         raise InputError(f"cannot write {str(output)!r}: the folder {str(output.parent)!r} does not exist")
-    plans = None if engines is None else _engines(bundle, manifest, engines)
+    plans = None if engines is None else stored.check(bundle, engines)
     inner = output / NAME / "1" / "bundle"
     inner.mkdir(parents=True)
     for file in manifest.files():
-        shutil.copyfile(bundle / file.file, inner / file.file)
-    shutil.copyfile(bundle / manifests.FILE_NAME, inner / manifests.FILE_NAME)
+        shutil.copyfile(bundle.folder / file.file, inner / file.file)
+    shutil.copyfile(bundle.folder / manifests.FILE_NAME, inner / manifests.FILE_NAME)
     for name, graph in manifest.graphs.items():
         place = output / name / "1"
         place.mkdir(parents=True)
@@ -64,6 +70,26 @@ def write_repository(
     (output / NAME / "1" / "model.py").write_text(MODEL, encoding="utf-8")
     (output / NAME / "config.pbtxt").write_text(pipeline_config(manifest), encoding="utf-8")
     return [NAME, *manifest.graphs]
+
+
+def find_engines(bundle: Bundle, folder: str | None = None, precision: str | None = None) -> Engines:
+    """The engines of `bundle` in the folder engines/`folder`, or the only ones in `precision`.
+
+    Raises InputError when there are none or several, and for engines of TensorRT for RTX, which the server
+    does not run.
+    """
+    found = stored.built(bundle.folder)
+    fitting = [e for e in found if folder in (None, e.folder_name) and precision in (None, e.precision)]
+    if folder is None:
+        fitting = [e for e in fitting if e.flavor == "tensorrt"]
+    if len(fitting) != 1:
+        asked = " ".join(repr(word) for word in (folder, precision) if word is not None)
+        there = ", ".join(e.folder_name for e in found) or "none"
+        how_many = "no engines" if not fitting else "several engines, choose with --engines:"
+        raise InputError(f"{how_many} {asked} in {str(bundle.folder)!r} (there are: {there})")
+    if fitting[0].flavor != "tensorrt":
+        raise InputError("Triton runs engines of the full TensorRT, not of TensorRT for RTX")
+    return fitting[0]
 
 
 def graph_config(
@@ -102,18 +128,6 @@ def pipeline_config(manifest: Manifest) -> str:
 def _tensor(side: str, name: str, kind: str, dims: Iterable[int], optional: bool = False) -> str:
     extra = " optional: true" if optional else ""
     return f"{side} [ {{ name: {json.dumps(name)} data_type: {kind} dims: {list(dims)}{extra} }} ]"
-
-
-def _engines(bundle: Path, manifest: Manifest, name: str) -> Path:
-    folder = bundle / stored.FOLDER / name
-    if not (folder / stored.FILE_NAME).is_file():
-        there = ", ".join(p.parent.name for p in sorted(bundle.glob(f"{stored.FOLDER}/*/{stored.FILE_NAME}")))
-        raise InputError(f"no engines {name!r} in {str(bundle)!r} (there are: {there or 'none'})")
-    found = stored.load(folder)
-    stored.choose(bundle, manifest.graphs, found.flavor, found.version, found.capability, found.precision)
-    if found.flavor != "tensorrt":
-        raise InputError("Triton runs engines of the full TensorRT, not of TensorRT for RTX")
-    return folder
 
 
 def _link(source: Path, target: Path) -> None:

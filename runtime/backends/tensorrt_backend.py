@@ -52,14 +52,12 @@ class TensorRTBackend:
     def __init__(
         self, bundle: Bundle, flavor: str = "tensorrt", precision: str | None = None, cuda_graphs: bool = True
     ) -> None:
-        self._trt = _import(stored.MODULES[flavor], stored.EXTRAS[flavor])
-        self._cuda = _import("cuda.bindings.runtime", stored.EXTRAS[flavor])
+        self._trt = library(flavor)
+        self._cuda = _cuda(flavor)
         self._bundle = bundle
         version = stored.short_version(self._trt.__version__)
-        capability = self._capability()
-        self._folder, self._engines = stored.choose(
-            bundle.folder, bundle.manifest.graphs, flavor, version, capability, precision
-        )
+        capability = gpu_capability(flavor)
+        self._folder, self._engines = stored.choose(bundle, flavor, version, capability, precision)
         self._rebuild = stored.rebuild_command(bundle.folder, self._engines)
         self._runtime = self._trt.Runtime(self._trt.Logger(self._trt.Logger.ERROR))
         self._stream = self._call("cudaStreamCreate")
@@ -190,30 +188,47 @@ class TensorRTBackend:
         self._require_memory(size, "this bundle")
         return int(self._call("cudaMalloc", size))
 
-    def _capability(self) -> int:
-        kinds = self._cuda.cudaDeviceAttr
-        sides = (kinds.cudaDevAttrComputeCapabilityMajor, kinds.cudaDevAttrComputeCapabilityMinor)
-        try:
-            major, minor = (int(self._call("cudaDeviceGetAttribute", side, 0)) for side in sides)
-        except InputError as error:
-            raise InputError(f"there is no GPU, which engines need ({error})") from None
-        return 10 * major + minor
-
     def _call(self, name: str, *arguments: Any) -> Any:
-        """Calls a function of CUDA's runtime; its results but the status. Raises InputError."""
-        status, *results = getattr(self._cuda, name)(*arguments)
-        if int(status):
-            raise InputError(f"CUDA: {name} says {getattr(status, 'name', status)}")
-        return results[0] if len(results) == 1 else tuple(results)
+        return _call(self._cuda, name, *arguments)
 
 
-def _import(module: str, extra: str) -> Any:
+def library(flavor: str) -> Any:
+    """TensorRT's module, or TensorRT for RTX's. Raises MissingDependency, one line, when it does not load."""
+    return _import(stored.MODULES[flavor], flavor)
+
+
+def gpu_capability(flavor: str = "tensorrt") -> int:
+    """The compute capability of the first GPU, 90 for sm_90. Raises InputError without one, MissingDependency
+    without cuda-python."""
+    cuda = _cuda(flavor)
+    kinds = cuda.cudaDeviceAttr
+    sides = (kinds.cudaDevAttrComputeCapabilityMajor, kinds.cudaDevAttrComputeCapabilityMinor)
+    try:
+        major, minor = (int(_call(cuda, "cudaDeviceGetAttribute", side, 0)) for side in sides)
+    except InputError as error:
+        raise InputError(f"there is no GPU, which engines need ({error})") from None
+    return 10 * major + minor
+
+
+def _cuda(flavor: str) -> Any:
+    return _import("cuda.bindings.runtime", flavor)
+
+
+def _call(cuda: Any, name: str, *arguments: Any) -> Any:
+    """Calls a function of CUDA's runtime; its results but the status. Raises InputError."""
+    status, *results = getattr(cuda, name)(*arguments)
+    if int(status):
+        raise InputError(f"CUDA: {name} says {getattr(status, 'name', status)}")
+    return results[0] if len(results) == 1 else tuple(results)
+
+
+def _import(module: str, flavor: str) -> Any:
     try:
         return importlib.import_module(module)
     except Exception as error:  # a wheel that is only a stub raises what it likes
         reason = " ".join(str(error).split())[:160]
         raise MissingDependency(
-            f"{module} does not load ({reason}): pip install 'conceptmaster[{extra}]'"
+            f"{module} does not load ({reason}): pip install 'conceptmaster[{stored.EXTRAS[flavor]}]'"
         ) from error
 
 

@@ -6,6 +6,7 @@ them.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,12 @@ from typing import Any
 import numpy as np
 import triton_python_backend_utils as server
 
-from ...errors import ConceptMasterError, GenerationError
+from ...errors import ConceptMasterError, GenerationError, InputError
 from ..bundle_format.find import Bundle
 from ..pipeline import Pipeline
 from ..request import Concept, Request
+
+log = logging.getLogger(__name__)
 
 OPTIONS = {"SEED": "seed", "STEPS": "steps", "GUIDANCE": "guidance"}
 
@@ -61,36 +64,51 @@ class TritonPythonModel:
         self.pipeline = Pipeline(bundle, ServerBackend(bundle))
 
     def execute(self, requests: list[Any]) -> list[Any]:
-        """Answers each request with its frames, or with one line that says what is wrong with it."""
-        answers = []
-        for request in requests:
-            try:
-                (video,) = self.pipeline.generate(_request(request))
-                answers.append(server.InferenceResponse([server.Tensor("FRAMES", video.frames)]))
-            except ConceptMasterError as error:
-                answers.append(server.InferenceResponse([], server.TritonError(str(error))))
-        return answers
+        """Answers each request with its frames, or with one line that says what is wrong with it: a request
+        that cannot be answered takes no other one of the batch with it."""
+        return [self._answer(request) for request in requests]
+
+    def _answer(self, request: Any) -> Any:
+        try:
+            (video,) = self.pipeline.generate(_request(request))
+            return server.InferenceResponse([server.Tensor("FRAMES", video.frames)])
+        except ConceptMasterError as error:
+            return server.InferenceResponse([], server.TritonError(str(error)))
+        except Exception as error:  # a fault of this program: the others' requests are answered all the same
+            log.exception("a request failed")
+            what = f"internal error: {type(error).__name__}: {error}"
+            return server.InferenceResponse([], server.TritonError(what))
 
 
 def _request(request: Any) -> Request:
-    given: dict[str, Any] = {}
-    for name, field in OPTIONS.items():
-        tensor = server.get_input_tensor_by_name(request, name)
-        if tensor is not None:
-            given[field] = tensor.as_numpy().reshape(-1)[0].item()
-    (prompt,) = _texts(request, "PROMPT")
-    labels = _texts(request, "LABELS")
-    pictures = server.get_input_tensor_by_name(request, "PICTURES")
-    images = [] if pictures is None else list(pictures.as_numpy())
-    if len(labels) != len(images):
-        raise GenerationError(f"{len(labels)} LABELS for {len(images)} PICTURES: one label for each picture")
-    concepts = tuple(Concept(label, image) for label, image in zip(labels, images, strict=True))
-    return Request(prompt, concepts, **given)
+    """The server's request as the pipeline takes it. Raises InputError."""
+    arrays: dict[str, np.ndarray] = {}
+    for tensor in request.inputs():
+        if tensor.name() in arrays:
+            raise InputError(f"{tensor.name()} is given twice")
+        arrays[tensor.name()] = tensor.as_numpy()
+    if "PROMPT" not in arrays:
+        raise InputError("PROMPT is missing")
+    options = {field: _one(name, arrays[name].flat) for name, field in OPTIONS.items() if name in arrays}
+    labels, pictures = _texts("LABELS", arrays), arrays.get("PICTURES", ())
+    if len(labels) != len(pictures):
+        raise InputError(f"{len(labels)} LABELS for {len(pictures)} PICTURES: one label for each picture")
+    concepts = tuple(Concept(label, picture) for label, picture in zip(labels, pictures, strict=True))
+    return Request(_one("PROMPT", _texts("PROMPT", arrays)), concepts, **options)
 
 
-def _texts(request: Any, name: str) -> list[str]:
-    tensor = server.get_input_tensor_by_name(request, name)
-    return [] if tensor is None else [text.decode("utf-8") for text in tensor.as_numpy().reshape(-1)]
+def _one(name: str, values: Iterable[Any]) -> Any:
+    found = list(values)
+    if len(found) != 1:
+        raise InputError(f"{name} must be one value, not {len(found)}")
+    return found[0].item() if isinstance(found[0], np.generic) else found[0]
+
+
+def _texts(name: str, arrays: Mapping[str, np.ndarray]) -> list[str]:
+    try:
+        return [text.decode("utf-8") for text in arrays.get(name, np.empty(0)).flat]
+    except UnicodeDecodeError as error:
+        raise InputError(f"{name} is not UTF-8: {error.reason} at byte {error.start}") from None
 
 
 def _tensor(name: str, array: Any) -> Any:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from ...errors import BundleError, InputError
 from . import strict_json
+from .find import Bundle
 from .hashed_file import HashedFile, sha256_file
 from .schema import GraphFile
 
@@ -25,6 +26,8 @@ EXTRAS = {"tensorrt": "tensorrt", "rtx": "tensorrt-rtx"}
 """By flavor, the library's module, and this project's extra that installs it."""
 FLAVORS = tuple(MODULES)
 """tensorrt: the datacenter and workstation library; rtx: TensorRT for RTX, for consumers' cards."""
+PRECISIONS = ("fp32", "fp16", "bf16", "fp8")
+"""What engines compute their products in."""
 
 PLUGIN_ABI = 1
 """Rises when the plugin's inputs, outputs or attributes change; 0 in an engine without the plugin."""
@@ -65,6 +68,8 @@ class Engines:
             raise ValueError(f"format must be {FORMAT}")
         if self.flavor not in FLAVORS:
             raise ValueError(f"unknown flavor {self.flavor!r}")
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"unknown precision {self.precision!r}")
 
     @property
     def folder_name(self) -> str:
@@ -119,21 +124,21 @@ def load(folder: Path) -> Engines:
         ) from None
 
 
+def built(bundle: Path) -> list[Engines]:
+    """What every engines.json below the folder `bundle` says. Raises BundleError."""
+    return [load(path.parent) for path in sorted((bundle / FOLDER).glob(f"*/{FILE_NAME}"))]
+
+
 def choose(
-    bundle: Path,
-    graphs: dict[str, GraphFile],
-    flavor: str,
-    version: str,
-    capability: int,
-    precision: str | None = None,
+    bundle: Bundle, flavor: str, version: str, capability: int, precision: str | None = None
 ) -> tuple[Path, Engines]:
     """The folder of the engines for this GPU and library, every hash checked, and what its engines.json says.
 
-    graphs: the bundle's, by name. precision: None takes the only one that is there.
-    Raises: BundleError naming the command that builds them, when there are none for this GPU and library,
-    when they were built from other graphs or for another plugin, or when a file is not what it was.
+    precision: one of PRECISIONS; None takes the only one that is there.
+    Raises: InputError when there are several precisions and none is named; BundleError naming the command
+    that builds them, when there are none for this GPU and library, and as `check` does.
     """
-    found = [load(path.parent) for path in sorted((bundle / FOLDER).glob(f"*/{FILE_NAME}"))]
+    found = built(bundle.folder)
     fitting = [
         e
         for e in found
@@ -142,24 +147,30 @@ def choose(
     ]
     if len(fitting) > 1:
         choices = ", ".join(e.precision for e in fitting)
-        raise InputError(f"{str(bundle)!r} has engines in {choices}: say which with precision")
-    wanted = Engines(FORMAT, flavor, version, capability, precision or "bf16", PLUGIN_ABI, {})
-    build = rebuild_command(bundle, wanted)
+        raise InputError(f"{str(bundle.folder)!r} has engines in {choices}: choose one with --precision")
     if not fitting:
+        wanted = Engines(FORMAT, flavor, version, capability, precision or "bf16", PLUGIN_ABI, {})
         there = ", ".join(e.folder_name for e in found) or "none"
         raise BundleError(
-            f"{str(bundle)!r} has no engines for sm_{capability} and {flavor} {version} "
-            f"(there are: {there}): {build}"
+            f"{str(bundle.folder)!r} has no engines for sm_{capability} and {flavor} {version}"
+            f"{f' in {precision}' if precision else ''} "
+            f"(there are: {there}): {rebuild_command(bundle.folder, wanted)}"
         )
     (engines,) = fitting
-    folder = bundle / FOLDER / engines.folder_name
-    build = rebuild_command(bundle, engines)
+    return check(bundle, engines), engines
+
+
+def check(bundle: Bundle, engines: Engines) -> Path:
+    """The folder of these engines, every hash checked. Raises BundleError naming the command that builds them
+    again, when they were built from other graphs or for another plugin, or when a file is not what it was."""
+    folder = bundle.folder / FOLDER / engines.folder_name
+    build = rebuild_command(bundle.folder, engines)
     if engines.plugin_abi not in (0, PLUGIN_ABI):
         raise BundleError(
             f"the engines in {str(folder)!r} hold a plugin of ABI {engines.plugin_abi}, "
             f"this is {PLUGIN_ABI}: {build}"
         )
-    for name, graph in graphs.items():
+    for name, graph in bundle.manifest.graphs.items():
         if name not in engines.engines:
             raise BundleError(f"{str(folder)!r} has no engine for the graph {name}: {build}")
         engine = engines.engines[name]
@@ -170,4 +181,4 @@ def choose(
             raise BundleError(f"{str(path)!r} is missing: {build}")
         if sha256_file(path) != engine.sha256:
             raise BundleError(f"{str(path)!r} was changed after it was built: {build}")
-    return folder, engines
+    return folder

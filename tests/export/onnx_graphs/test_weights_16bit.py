@@ -24,7 +24,7 @@ def streamed(monkeypatch):
     from conceptmaster.export.onnx_graphs import weights_16bit
 
     monkeypatch.setattr(lazy_weights, "MIN_ELEMENTS", 64)
-    monkeypatch.setattr(weights_16bit, "LEAST", 64)
+    monkeypatch.setattr(weights_16bit, "SMALLEST", 64)
 
 
 def test_a_base_on_disk_gives_what_one_in_memory_does(wan_folder, tmp_path, streamed, monkeypatch, run):

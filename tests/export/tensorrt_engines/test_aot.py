@@ -16,7 +16,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("triton")
 pytest.importorskip("onnxscript")
 
-from conceptmaster.errors import ExportError  # noqa: E402
+from conceptmaster.errors import ExportError, MissingDependency  # noqa: E402
 from conceptmaster.export.tensorrt_engines import aot, plugin, plugin_kernels  # noqa: E402
 from conceptmaster.export.tensorrt_engines.aot import DECOUPLED, INJECTION, only_parameters  # noqa: E402
 from conceptmaster.kernels.cross_attention import (  # noqa: E402
@@ -197,5 +197,5 @@ def test_without_triton_the_build_says_so_in_one_line(monkeypatch):
     from conceptmaster.kernels import common
 
     monkeypatch.setattr(common, "INSTALLED", False)
-    with pytest.raises(ExportError, match=r"needs Triton: pip install 'conceptmaster\[gpu\]'"):
+    with pytest.raises(MissingDependency, match=r"needs Triton: pip install 'conceptmaster\[gpu\]'"):
         plugin.register(types.ModuleType("tensorrt"), 90)

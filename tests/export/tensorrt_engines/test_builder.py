@@ -10,7 +10,7 @@ import pytest
 
 pytest.importorskip("onnxscript")
 
-from conceptmaster.errors import ExportError  # noqa: E402
+from conceptmaster.errors import ExportError, MissingDependency  # noqa: E402
 from conceptmaster.export.tensorrt_engines import builder  # noqa: E402
 from conceptmaster.export.tensorrt_engines.builder import Limits  # noqa: E402
 
@@ -188,13 +188,13 @@ def test_versions_that_are_too_old_are_refused(version, words, monkeypatch):
     if words is None:
         assert builder.library("tensorrt").__version__ == version
         return
-    with pytest.raises(ExportError, match=words):
+    with pytest.raises(MissingDependency, match=words):
         builder.library("tensorrt")
 
 
 def test_a_library_that_is_not_there_is_one_line(monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorrt", None)
     with pytest.raises(
-        ExportError, match=r"tensorrt does not import .*: pip install 'conceptmaster\[tensorrt\]'"
+        MissingDependency, match=r"tensorrt does not load .*: pip install 'conceptmaster\[tensorrt\]'"
     ):
         builder.library("tensorrt")

@@ -18,7 +18,7 @@ from conceptmaster.export.tensorrt_engines import calibrate as calibrating  # no
 from conceptmaster.export.tensorrt_engines.fp8 import LARGEST, linears, quantise_linears, scale_for  # noqa: E402
 from conceptmaster.export.tensorrt_engines.precision import prepare, reduce  # noqa: E402
 from conceptmaster.kernels.tolerances import RELATIVE_L2  # noqa: E402
-from conceptmaster.runtime.bundle_format.find import SHIPPED  # noqa: E402
+from conceptmaster.runtime.bundle_format.find import SHIPPED, Bundle  # noqa: E402
 
 BUNDLE = SHIPPED / "sprites"
 # Of a step's estimate of the latents, relative L2. Measured: 0.10, and 0.013 in bf16. The shipped model may
@@ -28,7 +28,7 @@ TOLERANCE = 0.2
 
 @pytest.fixture(scope="module")
 def calibration():
-    return calibrating.calibrate(BUNDLE)
+    return calibrating.calibrate(Bundle.open(BUNDLE))
 
 
 @pytest.mark.parametrize("most", [1e-6, 0.3, 1.0, 447.9, 448.0, 448.1, 3e4])

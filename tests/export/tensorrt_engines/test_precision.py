@@ -13,7 +13,8 @@ from onnxscript import ir  # noqa: E402
 
 from conceptmaster.errors import ExportError, InputError  # noqa: E402
 from conceptmaster.export.tensorrt_engines import precision as preparing  # noqa: E402
-from conceptmaster.export.tensorrt_engines.precision import MAX_AXES, merge_axes, prepare  # noqa: E402
+from conceptmaster.export.tensorrt_engines.precision import prepare  # noqa: E402
+from conceptmaster.export.tensorrt_engines.rewrites import MAX_AXES  # noqa: E402
 from conceptmaster.export.verify import relative_error  # noqa: E402
 from conceptmaster.runtime.bundle_format.find import SHIPPED  # noqa: E402
 
@@ -41,20 +42,6 @@ def run(path, inputs):
     options = ort.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = 1, 3
     return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"]).run(None, inputs)
-
-
-@pytest.mark.parametrize("seed", range(20))
-def test_merged_axes_are_the_same_transposition(seed):
-    rng = np.random.default_rng(seed)
-    sizes = [int(size) for size in rng.integers(1, 4, 9)]
-    perm = [int(axis) for axis in rng.permutation(9)]
-    if seed % 2:  # neighbours that stay neighbours
-        perm = [0, 3, 5, 7, 8, 1, 4, 2, 6]
-    fewer, order = merge_axes(sizes, perm)
-    x = np.arange(np.prod(sizes))
-    expected = x.reshape(sizes).transpose(perm).ravel()
-    assert (x.reshape(fewer).transpose(order).ravel() == expected).all()
-    assert len(fewer) <= sum(size != 1 for size in sizes)
 
 
 @pytest.mark.parametrize("graph", GRAPHS)

@@ -10,11 +10,11 @@ import pytest
 pytest.importorskip("onnxscript")
 
 from conceptmaster.cli import main  # noqa: E402
-from conceptmaster.errors import ExportError  # noqa: E402
-from conceptmaster.export.tensorrt_engines import build  # noqa: E402
+from conceptmaster.errors import ExportError, MissingDependency  # noqa: E402
+from conceptmaster.export.tensorrt_engines import trtexec as trtexec_engines  # noqa: E402
 from conceptmaster.export.tensorrt_engines.builder import Limits  # noqa: E402
 from conceptmaster.runtime.bundle_format import tensorrt_engines as stored  # noqa: E402
-from conceptmaster.runtime.bundle_format.find import SHIPPED  # noqa: E402
+from conceptmaster.runtime.bundle_format.find import SHIPPED, Bundle  # noqa: E402
 from conceptmaster.runtime.bundle_format.manifest import load  # noqa: E402
 
 TRTEXEC = """#!/usr/bin/env bash
@@ -46,7 +46,7 @@ def trtexec(tmp_path, monkeypatch):
 
 
 def test_the_script_has_a_command_for_every_graph():
-    text = build.script_text(["a", "b"], 90, Limits(4 << 30, 3))
+    text = trtexec_engines.script_text(["a", "b"], 90, Limits(4 << 30, 3))
     commands = [line for line in text.splitlines() if line.startswith("trtexec")]
     wanted = "--stronglyTyped --timingCacheFile=timing.cache --skipInference "
     wanted += "--memPoolSize=workspace:4096M --builderOptimizationLevel=3"
@@ -59,7 +59,7 @@ def test_the_script_has_a_command_for_every_graph():
 def test_written_run_and_collected(folder, trtexec, capsys):
     options = ["--trtexec", "--target", "sm_90", "--precision", "fp16"]
     assert main(["build", str(folder), *options, "--quiet"]) == 0
-    place, engines = stored.choose(folder, load(folder).graphs, "tensorrt", "10.13.3", 90)
+    place, engines = stored.choose(Bundle.open(folder), "tensorrt", "10.13.3", 90)
     assert engines.precision == "fp16" and engines.plugin_abi == 0
     assert {path.name for path in place.iterdir()} >= {"build.sh", "build.log", "graphs", "engines.json"}
     assert str(place) in capsys.readouterr().out
@@ -98,14 +98,22 @@ def test_fp8_goes_into_the_scripts_graphs(folder, capsys):
     assert any(node.op_type == "QuantizeLinear" for node in onnx.load(str(denoise)).graph.node)
 
 
+def test_what_trtexec_says_is_told(folder, trtexec):
+    trtexec.write_text("#!/bin/sh\necho '[E] no kernel for it'\nexit 1\n")
+    script = folder / "build.sh"
+    script.write_text("trtexec\n")
+    with pytest.raises(ExportError, match=r"trtexec failed: \[E\] no kernel for it"):
+        trtexec_engines.run_script(script)
+
+
 def test_without_trtexec_the_script_is_named(folder, monkeypatch):
     monkeypatch.setenv("PATH", "/nowhere")
-    with pytest.raises(ExportError, match="trtexec is not on the PATH"):
-        build.run_script(folder / "build.sh")
+    with pytest.raises(MissingDependency, match="trtexec is not on the PATH"):
+        trtexec_engines.run_script(folder / "build.sh")
 
 
 @pytest.mark.parametrize(("line", "version"), [("v101303", "10.13.3"), ("v110400", "11.4.0")])
 def test_the_version_is_read_from_the_log(tmp_path, line, version):
     log = tmp_path / "build.log"
     log.write_text(f"&&&& RUNNING TensorRT.trtexec [TensorRT {line}] [b9]\n")
-    assert build.logged_version(log) == version
+    assert trtexec_engines.logged_version(log) == version

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import shutil
 import sys
 import types
 from pathlib import Path
@@ -16,7 +17,9 @@ pytest.importorskip("onnxscript")
 
 from conceptmaster import Pipeline  # noqa: E402
 from conceptmaster.cli import main  # noqa: E402
-from conceptmaster.runtime.bundle_format.find import SHIPPED  # noqa: E402
+from conceptmaster.export.tensorrt_engines.build import vouch  # noqa: E402
+from conceptmaster.runtime.bundle_format import tensorrt_engines as stored  # noqa: E402
+from conceptmaster.runtime.bundle_format.find import SHIPPED, Bundle  # noqa: E402
 from conceptmaster.runtime.bundle_format.manifest import load  # noqa: E402
 
 
@@ -109,7 +112,6 @@ def served(repository, monkeypatch):
     server.get_output_tensor_by_name = lambda response, name: next(
         t for t in response.tensors if t.name() == name
     )
-    server.get_input_tensor_by_name = lambda request, name: request.get(name)
     monkeypatch.setitem(sys.modules, "triton_python_backend_utils", server)
     monkeypatch.delitem(sys.modules, "conceptmaster.runtime.backends.triton_server", raising=False)
     spec = importlib.util.spec_from_file_location("model", repository / "conceptmaster" / "1" / "model.py")
@@ -120,8 +122,10 @@ def served(repository, monkeypatch):
     return model
 
 
-def ask(**given):
-    return {name: Tensor(name, np.array(value)) for name, value in given.items()}
+def ask(*more, **given):
+    """A request with these inputs; more: tensors that it has besides."""
+    tensors = [Tensor(name, np.array(value)) for name, value in given.items()]
+    return types.SimpleNamespace(inputs=lambda: [*tensors, *more])
 
 
 def test_the_served_video_is_the_pipelines(served):
@@ -136,9 +140,80 @@ def test_the_served_video_is_the_pipelines(served):
     assert found.shape == expected.shape and np.abs(found.astype(int) - expected).max() <= 1
 
 
-def test_a_bad_request_is_answered_not_raised(served):
-    (answer,) = served.execute([ask(PROMPT=[b"a"], LABELS=[b"ball"])])
-    assert answer.error().message() == "1 LABELS for 0 PICTURES: one label for each picture"
+LATIN = "Zürich".encode("latin-1")
+MALFORMED = [
+    (ask(PROMPT=[b"a"], LABELS=[b"ball"]), "1 LABELS for 0 PICTURES: one label for each picture"),
+    (ask(PROMPT=[b"a"], PICTURES=np.zeros((1, 8, 8, 3), np.uint8)), "0 LABELS for 1 PICTURES: one label"),
+    (ask(), "PROMPT is missing"),
+    (ask(PROMPT=[b"a", b"b"]), "PROMPT must be one value, not 2"),
+    (ask(PROMPT=np.array([], object)), "PROMPT must be one value, not 0"),
+    (ask(Tensor("PROMPT", np.array([b"b"])), PROMPT=[b"a"]), "PROMPT is given twice"),
+    (ask(PROMPT=[LATIN]), "PROMPT is not UTF-8: invalid start byte at byte 1"),
+    (ask(PROMPT=[b"a"], LABELS=[LATIN], PICTURES=np.zeros((1, 8, 8, 3), np.uint8)), "LABELS is not UTF-8"),
+    (ask(PROMPT=[b"a"], SEED=np.array([], np.int64)), "SEED must be one value, not 0"),
+    (ask(PROMPT=[b"a"], STEPS=[2, 3]), "STEPS must be one value, not 2"),
+    (ask(PROMPT=[b"a"], STEPS=[0]), "steps must be"),
+    (ask(PROMPT=[b"a"], GUIDANCE=np.array([np.nan], np.float32)), "guidance must be"),
+]
+
+
+@pytest.mark.parametrize(("request_", "words"), MALFORMED)
+def test_a_malformed_request_fails_alone(served, request_, words):
+    good = ask(PROMPT=[b"a ball"], STEPS=[1])
+    first, bad, last = served.execute([good, request_, good])
+    assert words in bad.error().message() and bad.tensors == []
+    assert not first.has_error() and not last.has_error()
+
+
+def test_a_fault_of_the_program_takes_no_other_request_with_it(served, monkeypatch):
+    generate = served.pipeline.generate
+
+    def fail(request):
+        if request.prompt == "bad":
+            raise KeyError("lost")
+        return generate(request)
+
+    monkeypatch.setattr(served.pipeline, "generate", fail)
+    bad, good = served.execute([ask(PROMPT=[b"bad"]), ask(PROMPT=[b"a ball"], STEPS=[1])])
+    assert bad.error().message() == "internal error: KeyError: 'lost'" and not good.has_error()
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """A bundle with engines in two precisions, and of TensorRT for RTX; their contents are made up."""
+    folder = tmp_path_factory.mktemp("built") / "bundle"
+    shutil.copytree(SHIPPED / "sprites", folder)
+    bundle = Bundle.open(folder)
+    for flavor, precision in (("tensorrt", "bf16"), ("tensorrt", "fp8"), ("rtx", "fp8")):
+        engines = stored.Engines(stored.FORMAT, flavor, "11.4.0", 90, precision, 0, {})
+        place = folder / stored.FOLDER / engines.folder_name
+        place.mkdir(parents=True)
+        for name in bundle.manifest.graphs:
+            (place / f"{name}.engine").write_text(f"{flavor} {name} {precision}")
+        vouch(place, engines, bundle)
+    return folder
+
+
+@pytest.mark.parametrize("option", [("--precision", "fp8"), ("--engines", "sm90-tensorrt11.4.0-fp8")])
+def test_engines_take_the_graphs_places(built, tmp_path, option):
+    assert main(["export-triton", str(built), str(tmp_path / "models"), *option]) == 0
+    assert (tmp_path / "models/denoise/1/model.plan").read_text() == "tensorrt denoise fp8"
+    assert "tensorrt_plan" in (tmp_path / "models/denoise/config.pbtxt").read_text()
+
+
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [
+        (("--precision", "fp16"), "no engines 'fp16'"),
+        (("--engines", "sm90-rtx11.4.0-fp8"), "not of TensorRT for RTX"),
+        (("--engines", "sm90-tensorrt11.4.0-bf16", "--precision", "fp8"), "no engines"),
+    ],
+)
+def test_engines_that_do_not_fit_are_one_line(built, tmp_path, option, words, capsys):
+    assert main(["export-triton", str(built), str(tmp_path / "models"), *option]) == 2
+    error = capsys.readouterr().err
+    assert words in error and "there are: sm90-" in error or "RTX" in error
+    assert error.count("\n") == 1 and not (tmp_path / "models").exists()
 
 
 @pytest.mark.parametrize(

@@ -255,15 +255,18 @@ def test_engines_for_something_else_name_the_command(tmp_path, cuda, change, wor
 
 
 def test_engines_of_other_weights_beside_the_same_graph_are_refused(folder, cuda):
-    manifest = load(folder)
-    graph = manifest.graphs["denoise"]
+    bundle = Bundle.open(folder)
+    graph = bundle.manifest.graphs["denoise"]
     other = [dataclasses.replace(graph, external=(HashedFile("denoise.onnx.data", x * 64),)) for x in "ab"]
     first, second, plain = (stored.graph_sha256(g) for g in (*other, graph))
     assert len({first, second, plain}) == 3 and plain == graph.sha256
     with pytest.raises(
         BundleError, match="denoise.engine' was built from another denoise than this bundle's"
     ):
-        stored.choose(folder, manifest.graphs | {"denoise": other[0]}, "tensorrt", "11.4.0", CAPABILITY)
+        changed = dataclasses.replace(
+            bundle.manifest, graphs=bundle.manifest.graphs | {"denoise": other[0]}
+        )
+        stored.choose(Bundle(folder, changed), "tensorrt", "11.4.0", CAPABILITY)
 
 
 def test_a_tampered_engine_is_refused(folder, cuda):

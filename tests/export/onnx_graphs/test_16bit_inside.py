@@ -9,7 +9,7 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from conceptmaster.export.onnx_graphs.compact import compact
+from conceptmaster.export.onnx_graphs.weights_16bit import narrow_in_place
 
 RNG = np.random.default_rng(0)
 FULL = RNG.standard_normal((64, 64)).astype(np.float32)
@@ -33,11 +33,11 @@ def test_weights_of_16_bits_are_stored_in_16_bits_and_compute_the_same(dtype, tm
     path = tmp_path / "g.onnx"
     graph(path, FULL.astype(dtype).astype(np.float32))
     before, size = run(path), path.stat().st_size
-    assert compact(path)
+    assert narrow_in_place(path)
     onnx.checker.check_model(str(path), full_check=True)
     assert path.stat().st_size < 0.6 * size
     np.testing.assert_array_equal(run(path), before)
-    assert not compact(path), "what is narrow already stays"
+    assert not narrow_in_place(path), "what is narrow already stays"
 
 
 def test_values_that_16_bits_do_not_hold_stay(tmp_path):
@@ -45,4 +45,4 @@ def test_values_that_16_bits_do_not_hold_stay(tmp_path):
     for weights in (FULL, np.where(FULL > 3, np.float32(1e-30 / 3), 1.0).astype(np.float32)):
         graph(path, weights)
         before = path.read_bytes()
-        assert not compact(path) and path.read_bytes() == before
+        assert not narrow_in_place(path) and path.read_bytes() == before
