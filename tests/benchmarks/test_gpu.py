@@ -26,7 +26,7 @@ def few_rounds(monkeypatch):
 def test_every_case_is_right_and_timed():
     lines: list[str] = []
     report = suite.run(cases.Shapes("cpu", small=True), 1e9, lines.append, ("kernels",))
-    assert report["ok"] and report["left_out"] == [] and len(report["cases"]) == 7
+    assert report["ok"] and report["left_out"] == [] and len(report["cases"]) == 6
     for row in report["cases"].values():
         assert (
             row["timing"]["ours"]["p20_ms"]
@@ -65,9 +65,9 @@ def test_a_case_that_raises_stops_neither_the_others_nor_the_report(monkeypatch)
     lines: list[str] = []
     report = suite.run(cases.Shapes("cpu", small=True), 1e9, lines.append, ("kernels",))
     rows = report["cases"]
-    assert len(rows) == 7 and not report["ok"]
+    assert len(rows) == 6 and not report["ok"]
     assert rows["residual and modulation, small"]["failed"] == "RuntimeError: out of luck"
-    assert sum("timing" in row for row in rows.values()) == 6
+    assert sum("timing" in row for row in rows.values()) == 5
     assert any(line.startswith("FAILED residual and modulation") for line in lines)
 
 
@@ -112,7 +112,7 @@ def test_several_processes_check_as_one_does(monkeypatch):
     rows: dict = {"concept injection, small": {"ok": True, "relative_l2": 0.0}}
     lines: list[str] = []
     check.at_once("cpu", True, rows, lines.append, processes=2)
-    assert len(rows) == 7 and all(row["ok"] for row in rows.values()) and len(lines) == 6
+    assert len(rows) == 6 and all(row["ok"] for row in rows.values()) and len(lines) == 5
 
 
 def test_in_plain_torch_no_op_of_ours_is_called(monkeypatch):
