@@ -1,10 +1,10 @@
-"""The graphs that a model is exported as: for each a module, named inputs and outputs, and sample inputs.
+"""The graphs that a model is exported as: for each its module, named inputs and outputs, and sample inputs.
 
-Exporter, verifier and manifest all read `GraphSpec`; nothing about a graph is written down a second time.
+Which graphs there are says runtime/bundle_format/graph_list.py, what they compute engine/step.py.
 
 Letters: K guidance branches, N concepts, P picture tokens, Q tokens per concept, C = N*Q, T text tokens,
 L label tokens, F H W latent frames, height, width, A heads, E head width, M solver states, Cz latent
-channels, Cg channels that tell the frames which are given, Dt text width, Dc concept width, f video frames of
+channels, Cg channels of the conditioned frames, Dt text width, Dc concept width, f video frames of
 one latent frame.
 """
 
@@ -21,10 +21,17 @@ from torch import Tensor, nn
 from ..engine.checkpoints.lazy_weights import faked, stored_weights
 from ..engine.concepts import VisualOnly
 from ..engine.config import ModelConfig
-from ..engine.dit import BlockConditions, ConceptDiT
 from ..engine.model import ConceptMaster
-from ..engine.vae.wan_decoder import streaming_decoders
-from ..engine.vae.wan_encoder import streaming_encoders
+from ..engine.step import condition_names, graph_modules
+from ..runtime.bundle_format.graph_list import (
+    BASE,
+    CONCEPTS,
+    FIRST_FRAME,
+    IMAGE_TO_VIDEO,
+    LATER_FRAMES,
+    Graph,
+    graphs_of,
+)
 from ..runtime.bundle_format.schema import TensorSpec
 
 if TYPE_CHECKING:
@@ -56,60 +63,6 @@ class GraphSpec:
         return dict(zip((spec.name for spec in self.outputs), found, strict=True))
 
 
-class Condition(nn.Module):
-    """(text [K,T,Dt], concept_tokens [N,Q,Dc], concept_mask bool [K,N]) -> every block's keys and values."""
-
-    def __init__(self, transformer: ConceptDiT) -> None:
-        super().__init__()
-        self.transformer = transformer
-
-    def forward(self, text: Tensor, concept_tokens: Tensor, concept_mask: Tensor) -> tuple[Tensor, ...]:
-        """In the order of `condition_names`: two tensors [layers,K,T|T+C,A,E], then (unless the injection is
-        `merged`) two [layers,K,C,A,E]."""
-        return tuple(self.transformer.condition(text, concept_tokens, concept_mask).values())
-
-
-class DenoiseStep(nn.Module):
-    """One step of the solver: guidance and update around the transformer.
-
-    state [M,Cz,F,H,W], time [1] (sigma * 1000), concept_mask bool [K,N], guidance [K], coefficients
-    [M,M+1], for an image-to-video base given [1,Cg,F,H,W], then the tensors of `Condition` -> next state
-    [M,Cz,F,H,W].
-    """
-
-    def __init__(self, transformer: ConceptDiT) -> None:
-        super().__init__()
-        self.transformer = transformer
-        self.reads_given = transformer.config.given_channels > 0
-
-    def forward(
-        self,
-        state: Tensor,
-        time: Tensor,
-        concept_mask: Tensor,
-        guidance: Tensor,
-        coefficients: Tensor,
-        *known: Tensor,
-    ) -> Tensor:
-        """coefficients @ [state_0 .. state_{M-1}, sum_k guidance_k velocity_k(state_0)]."""
-        given, conditions = (known[0], known[1:]) if self.reads_given else (None, known)
-        kv = dict(zip(BlockConditions._fields, conditions, strict=False))
-        branches = concept_mask.shape[0]
-        latents = state[:1].expand(branches, -1, -1, -1, -1)  # [K,Cz,F,H,W]
-        velocities = self.transformer.denoise(latents, time, kv, concept_mask, given)  # [K,Cz,F,H,W]
-        velocity = (guidance[:, None] * velocities.flatten(1).float()).sum(
-            dim=0, keepdim=True
-        )  # [1,Cz*F*H*W]
-        seen = torch.cat((state.flatten(1), velocity))  # [M+1,Cz*F*H*W]
-        return (coefficients @ seen).unflatten(1, state.shape[1:])  # [M,Cz,F,H,W]
-
-
-def condition_names(injection: str) -> tuple[str, ...]:
-    """The outputs of `condition`, which `denoise` reads; `merged` has the concepts' tokens in the text's, and
-    `none` has no concepts."""
-    return BlockConditions._fields[:2] if injection in ("merged", "none") else BlockConditions._fields
-
-
 def graph_specs(
     model: ConceptMaster,
     vae: VAE,
@@ -123,9 +76,8 @@ def graph_specs(
 
     branches: K, 1 to 3; solver_states: M; config: the model's for another video or fewer text tokens;
     tile: height and width, in latents, of what the decoder takes at once, None for all of a frame. Both
-    modules must be in evaluation mode and float32. A video of one latent frame has no graph `decode`, a model
-    that takes no concepts none of those that make their tokens. Of an image-to-video base the picture tokens
-    are the concept tokens, and two graphs encode its frames. Where weights are on disk all are external.
+    modules must be in evaluation mode and float32. Of an image-to-video base the picture tokens are the
+    concept tokens. Where weights are on disk all are external.
     """
     config = config or model.config
     shapes, samples = (_Samples(model, vae, config, branches, solver_states, tile) for _ in range(2))
@@ -140,68 +92,17 @@ def graph_specs(
 
 def _specs(samples: _Samples) -> list[GraphSpec]:
     """The specs by what `samples` gives; each graph's sample is the method of its name."""
-    model = samples.model
-    known = samples.upstream(0)
-    conditions = {name: known[name] for name in condition_names(model.config.concept.injection)}
-    first, states = samples.first_frame(0)
-
-    specs = [
-        _spec("text_encoder", model.text_encoder, samples.text_encoder, {"text": known["text"][:1]}),
-        *_concept_specs(model, samples),
-        _spec("condition", Condition(model.transformer), samples.condition, conditions),
-        *_encoder_specs(samples),
-        _spec("denoise", DenoiseStep(model.transformer), samples.denoise, {"next_state": samples.state(0)}),
-        _spec("decode_first", samples.decoders[0], samples.decode_first, {"frames": first, **states}),
-    ]
-    if samples.config.latent_shape[1] > 1:
-        with torch.inference_mode():
-            frames, *following = samples.decoders[1](*samples.decode(0).values())
-        outputs = {f"next_{name}": state for name, state in zip(states, following, strict=True)}
-        specs.append(_spec("decode", samples.decoders[1], samples.decode, {"frames": frames, **outputs}))
+    concept = samples.model.config.concept
+    kind = CONCEPTS if concept.has_modules else IMAGE_TO_VIDEO if concept.takes_pictures else BASE
+    specs = []
+    for graph in graphs_of(kind, samples.config.latent_shape[1]):
+        sample = getattr(samples, graph.name)
+        inputs, outputs = (
+            tuple(_tensor_spec(name, tensor) for name, tensor in side.items())
+            for side in (sample(0), samples.outputs(graph))
+        )
+        specs.append(GraphSpec(graph.name, samples.modules[graph.name].eval(), inputs, outputs, sample))
     return specs
-
-
-def _concept_specs(model: ConceptMaster, samples: _Samples) -> list[GraphSpec]:
-    """From pictures and labels to concept tokens."""
-    if not model.config.concept.takes_pictures:
-        return []
-    known = samples.upstream(0)
-    if not model.config.concept.has_modules:
-        tokens = _only(known, "concept_tokens")
-        return [_spec("image_encoder", model.image_encoder, samples.image_encoder, tokens)]
-    return [
-        _spec("image_encoder", model.image_encoder, samples.image_encoder, _only(known, "picture_tokens")),
-        _spec("qformer", model.qformer, samples.qformer, _only(known, "visual_queries")),
-        _spec("dam", model.dam, samples.dam, _only(known, "concept_tokens")),
-    ]
-
-
-def _encoder_specs(samples: _Samples) -> list[GraphSpec]:
-    """From frames that pictures give to their latents, one latent frame at a time."""
-    if not samples.encoders:
-        return []
-    with torch.inference_mode():
-        latents, states = samples.first_latents(0)
-        _, *following = samples.encoders[1](*samples.encode(0).values())
-    outputs = {f"next_{name}": state for name, state in zip(states, following, strict=True)}
-    return [
-        _spec("encode_first", samples.encoders[0], samples.encode_first, {"latents": latents, **states}),
-        _spec("encode", samples.encoders[1], samples.encode, {"latents": latents, **outputs}),
-    ]
-
-
-def _only(known: Sample, name: str) -> Sample:
-    return {name: known[name]}
-
-
-def _spec(
-    name: str, module: nn.Module, sample: Callable[[int], Sample], outputs: dict[str, Tensor]
-) -> GraphSpec:
-    """outputs: by name, tensors of the right shapes."""
-    inputs, given = (
-        tuple(_tensor_spec(key, value) for key, value in side.items()) for side in (sample(0), outputs)
-    )
-    return GraphSpec(name, module.eval(), inputs, given, sample)
 
 
 def _tensor_spec(name: str, tensor: Tensor) -> TensorSpec:
@@ -225,10 +126,7 @@ class _Samples:
         self.model, self.config = model, config
         self.decoded = tile or config.latent_shape[2:]
         self.branches, self.solver_states = branches, solver_states
-        self.decoders = streaming_decoders(vae)
-        self.encoders: tuple[nn.Module, ...] = ()
-        if model.config.given_channels:  # so it is Wan's VAE
-            self.encoders = streaming_encoders(vae)  # type: ignore[arg-type]
+        self.modules = graph_modules(model, vae)
         self.upstream = functools.lru_cache(4)(self._upstream)
 
     def text_encoder(self, seed: int) -> Sample:
@@ -278,7 +176,7 @@ class _Samples:
             "concept_mask": kept["concept_mask"],
             "guidance": guidance,
             "coefficients": coefficients,
-            **({"given": self.given(seed)} if self.encoders else {}),
+            **({"given": self.conditioned(seed)} if self.config.given_channels else {}),
             **{name: kept[name] for name in condition_names(self.config.concept.injection)},
         }
 
@@ -289,15 +187,16 @@ class _Samples:
     def encode(self, seed: int) -> Sample:
         """Another picture, in each frame, and the state that the first left."""
         count = self.config.vae["scale_factor_temporal"]
-        return {"frames": self._frames(seed + 1, 1).expand(count, -1, -1, -1), **self.first_latents(seed)[1]}
+        state = self._first("encode_first", seed)[1]
+        return {"frames": self._frames(seed + 1, 1).expand(count, -1, -1, -1), **state}
 
-    def given(self, seed: int) -> Tensor:
+    def conditioned(self, seed: int) -> Tensor:
         """A picture for the first frame and none for the others, [1,Cg,F,H,W]."""
         channels, frames, height, width = self.config.latent_shape
         mask = torch.zeros(1, self.config.given_channels - channels, frames, height, width)
         mask[:, :, 0] = 1.0
         latents = torch.zeros(1, channels, frames, height, width)
-        latents[:, :, :1] = self.first_latents(seed)[0]
+        latents[:, :, :1] = self._first("encode_first", seed)[0]
         return torch.cat((mask, latents), dim=1)
 
     def decode_first(self, seed: int) -> Sample:
@@ -306,7 +205,7 @@ class _Samples:
 
     def decode(self, seed: int) -> Sample:
         """The next latents, and the state that the first frame left."""
-        return {"latents": self._latents(seed + 1), **self.first_frame(seed)[1]}
+        return {"latents": self._latents(seed + 1), **self._first("decode_first", seed)[1]}
 
     def state(self, seed: int) -> Tensor:
         """The solver's state in the middle of a video, [M,Cz,F,H,W]."""
@@ -314,16 +213,32 @@ class _Samples:
         return torch.randn(self.solver_states, *self.config.latent_shape, generator=g)
 
     @torch.inference_mode()
-    def first_frame(self, seed: int) -> tuple[Tensor, Sample]:
-        """The first frame [1,height,width,3] and the decoder's state behind it, by name."""
-        frames, *states = self.decoders[0](self._latents(seed))
-        return frames, {f"state_{i:02}": state for i, state in enumerate(states)}
+    def outputs(self, graph: Graph) -> Sample:
+        """Tensors of the shapes that the graph gives, by name."""
+        known, concept = self.upstream(0), self.config.concept
+        if graph.name == "text_encoder":
+            return {"text": known["text"][:1]}
+        if graph.name == "denoise":
+            return {"next_state": self.state(0)}
+        if graph.name == "condition":
+            return {name: known[name] for name in condition_names(concept.injection)}
+        if graph.runs in (FIRST_FRAME, LATER_FRAMES):
+            made, states = self._causal(graph.name, getattr(self, graph.name)(0))
+            ahead = "next_" if graph.runs == LATER_FRAMES else ""
+            name = "frames" if graph.name.startswith("decode") else "latents"
+            return {name: made} | {f"{ahead}{state}": tensor for state, tensor in states.items()}
+        own = {"image_encoder": "picture_tokens", "qformer": "visual_queries"} if concept.has_modules else {}
+        name = own.get(graph.name, "concept_tokens")
+        return {name: known[name]}
+
+    def _first(self, graph: str, seed: int) -> tuple[Tensor, Sample]:
+        """What the first graph of a decoder or encoder makes of its sample, and the state behind it."""
+        return self._causal(graph, getattr(self, graph)(seed))
 
     @torch.inference_mode()
-    def first_latents(self, seed: int) -> tuple[Tensor, Sample]:
-        """The latents [1,Cz,1,H,W] of a first frame, and the encoder's state behind it, by name."""
-        latents, *states = self.encoders[0](self._frames(seed, 1))
-        return latents, {f"state_{i:02}": state for i, state in enumerate(states)}
+    def _causal(self, graph: str, sample: Sample) -> tuple[Tensor, Sample]:
+        made, *states = self.modules[graph](*sample.values())
+        return made, {f"state_{i:02}": state for i, state in enumerate(states)}
 
     def _frames(self, seed: int, count: int) -> Tensor:
         g = torch.Generator().manual_seed(seed)

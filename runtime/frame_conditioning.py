@@ -1,7 +1,7 @@
 """Pictures as frames of the video that is made: what an image-to-video model knows of it beforehand.
 
-The video is thought of as empty (grey) but for the given frames, and encoded. In front of its latents stands,
-for each video frame that a latent frame stands for, a channel that is one where the frame is given: the first
+The video is thought of as empty (grey) but for these frames, and encoded. In front of its latents stands,
+for each video frame that a latent frame stands for, a channel that is one where the frame is known: the first
 latent frame, which stands for one, has it in all channels. So diffusers' WanImageToVideoPipeline does it with
 one picture or two, and SkyReels-A2's A2Pipeline with references that lead the video, at three for three, and
 are left out of it afterwards.
@@ -14,12 +14,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from . import pictures
 from .bundle_format.signatures import frames_per_latent
+from .causal import run_causal
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -33,7 +34,7 @@ MOST_STRETCH = 1.05  # beyond this it shows
 
 
 def fitted(images: Sequence[Image], labels: Sequence[str], manifest: Manifest) -> dict[int, np.ndarray]:
-    """The given frames by number, each uint8 [height,width,3]; none unless the manifest has `given`.
+    """The known frames by number, each uint8 [height,width,3]; none unless the manifest has `conditioning`.
 
     Warns: a log line for a picture whose shape is lost.
     """
@@ -58,18 +59,13 @@ def leading(manifest: Manifest, count: int) -> int:
 
 def channels(backend: Backend, frames: dict[int, np.ndarray], shapes: Shapes) -> np.ndarray:
     """What `fitted` gave → the mask and the latents, float32 [1,t+Cz,F,H,W]."""
-    parts: list[np.ndarray] = []
-    state: dict[str, Any] = {}
-    for chunk in _chunks(frames, shapes):
-        graph = "encode" if parts else "encode_first"
-        outputs = backend.run(graph, {**state, "frames": chunk})
-        parts.append(backend.to_host(outputs.pop("latents")))  # [1,Cz,1,H,W]
-        state = {name.removeprefix("next_"): value for name, value in outputs.items()}
-    return np.concatenate((mask(frames, shapes), np.concatenate(parts, axis=2)), axis=1)
+    chunks = ({"frames": chunk} for chunk in _chunks(frames, shapes))
+    latents = np.concatenate(list(run_causal(backend, "encode", chunks, "latents")), axis=2)  # [1,Cz,F,H,W]
+    return np.concatenate((mask(frames, shapes), latents), axis=1)
 
 
 def mask(frames: dict[int, np.ndarray], shapes: Shapes) -> np.ndarray:
-    """One where a frame is given, float32 [1,t,F,H,W]."""
+    """One where a frame is known, float32 [1,t,F,H,W]."""
     _, latent_frames, height, width = shapes.latent
     times = frames_per_latent(shapes)
     known = np.isin(np.arange(shapes.frames), list(frames)).astype(np.float32)  # [frames]

@@ -5,9 +5,8 @@ from __future__ import annotations
 from fractions import Fraction
 from pathlib import Path
 
+import av
 import numpy as np
-
-from ..errors import MissingDependency
 
 QUALITY = "12"  # x264's constant rate factor: below 18 differences are hard to see
 BT601 = 6  # the matrix that swscale converts RGB with; written into the stream so that players use it too
@@ -17,12 +16,8 @@ def save_mp4(frames: np.ndarray, fps: float, path: Path) -> None:
     """Writes frames as H.264, yuv420p, index first (faststart).
 
     Args: frames: uint8 [F,H,W,3] RGB; an odd height or width is extended by repeating its last row or column.
-    Raises: MissingDependency, OSError.
+    Raises: OSError.
     """
-    try:
-        import av
-    except ImportError as error:
-        raise MissingDependency(f"PyAV does not load ({error}): pip install av") from error
     height, width = frames.shape[1:3]
     frames = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
     with av.open(str(path), "w", format="mp4", options={"movflags": "+faststart"}) as container:

@@ -14,13 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 
-from ..errors import InputError, MissingDependency
-
-try:
-    from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
-except ImportError as error:
-    raise MissingDependency(f"Pillow does not load ({error}): pip install pillow") from error
+from ..errors import InputError
 
 if TYPE_CHECKING:
     from .bundle_format.schema import Pictures

@@ -24,11 +24,13 @@ from . import frame_conditioning, pictures, tiles
 from . import noise as noises
 from .backends import Backend, open_backend
 from .bundle_format.find import Bundle
-from .guidance import Guidance, make_guidance
+from .bundle_format.graph_list import CONCEPT_GRAPHS, STEP_GRAPH
+from .causal import run_causal
+from .guidance import Guidance
 from .progress import bar
 from .request import Concept, Request
 from .solver import STATES, Schedule, make_schedule
-from .tokenizer import Tokenizer
+from .tokenizer import Tokenizer, padded
 from .video import Video
 
 if TYPE_CHECKING:
@@ -42,7 +44,6 @@ Callback = Callable[[int, int, Preview], bool | None]
 request. preview() decodes the model's current estimate of a frame at the start, uint8 [H,W,3]. Returning
 False cancels."""
 
-ENCODERS = ("text_encoder", "image_encoder", "qformer", "dam")
 CACHED_TEXTS = 32  # encoded strings kept per pipeline
 
 
@@ -121,28 +122,24 @@ class Pipeline:
         Raises: InputError, before anything is computed; Cancelled; GenerationError; BundleError.
         """
         shapes = self.manifest.shapes
-        request = request.resolve(self.manifest)
-        assert request.guidance is not None and request.solver is not None
-        assert request.steps is not None and request.shift is not None
-        guidance = make_guidance(shapes.branches, request.guidance, request.concept_guidance)
+        request, guidance = request.resolve(self.manifest)
+        assert request.solver is not None and request.steps is not None and request.shift is not None
         schedule = make_schedule(request.solver, request.steps, request.shift)
-        starts: Sequence[np.ndarray | None] = [
-            None
-        ] * request.samples  # made from the seed when its turn comes
+        starts: Sequence[np.ndarray | None] = [None] * request.samples  # None: from its seed, in its turn
         if noise is not None:
             starts = noises.from_array(noise, shapes.latent, request.samples)
-        self._check_texts(request, guidance)
+        tokens = self._tokenise(request, guidance)
         originals = self._read_pictures(request)
         concepts = self._fit_concepts(request, originals)
         frames = frame_conditioning.fitted(originals, [c.label for c in concepts], self.manifest)
 
         seconds: dict[str, float] = {}
         with _timed(seconds, "load"):
-            skipped = () if concepts else ENCODERS[1:]
+            skipped = () if concepts else CONCEPT_GRAPHS
             self.backend.load(graph for graph in self.manifest.graphs if graph not in skipped)
         with _timed(seconds, "encode"):
-            known: dict[str, Any] = {"text": self._branch_texts(request, guidance)}  # [K,T,Dt]
-            known["concept_tokens"] = self._concept_tokens(concepts)  # [N,Q,Dc]
+            known: dict[str, Any] = {"text": self._branch_texts(request, guidance, tokens)}  # [K,T,Dt]
+            known["concept_tokens"] = self._concept_tokens(concepts, tokens)  # [N,Q,Dc]
             if self.manifest.conditioning is not None:
                 known["given"] = frame_conditioning.channels(self.backend, frames, shapes)  # [1,t+Cz,F,H,W]
         with _timed(seconds, "condition"):
@@ -164,15 +161,14 @@ class Pipeline:
                 videos.append(Video(video, self.manifest.fps, seed, request.prompt, concepts, own))
         return videos
 
-    def _check_texts(self, request: Request, guidance: Guidance) -> None:
-        """Tokenises every text, so that one that is too long is known before anything runs."""
+    def _tokenise(self, request: Request, guidance: Guidance) -> dict[str, tuple[int, ...]]:
+        """Every text's tokens, so that one that is too long is known before anything runs."""
         shapes = self.manifest.shapes
         texts = [("the prompt", request.prompt, shapes.text_tokens)]
         if not all(guidance.caption):
             texts.append(("the negative prompt", request.negative or "", shapes.text_tokens))
         texts += [(f"the label {c.label!r}", c.label, shapes.label_tokens) for c in request.concepts]
-        for what, text, limit in texts:
-            self._tokenizer.encode(text, shapes.text_tokens, limit, what)
+        return {text: self._tokenizer.encode(text, limit, what) for what, text, limit in texts}
 
     def _read_pictures(self, request: Request) -> list[Image]:
         """The concepts' pictures as they are."""
@@ -195,18 +191,19 @@ class Pipeline:
         mask[np.array(guidance.concepts) | (self.manifest.conditioning is not None), :count] = True
         return mask
 
-    def _encode_text(self, text: str) -> tuple[np.ndarray, np.ndarray]:
-        """One string → text [1,T,Dt] float32 (zero behind its end), mask [1,T]. Cached as `_text`."""
-        length = self.manifest.shapes.text_tokens
-        ids, mask = self._tokenizer.encode(text, length, length, "the text")
+    def _encode_text(self, tokens: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+        """One text → text [1,T,Dt] float32 (zero behind its end), mask [1,T]. Cached as `_text`."""
+        ids, mask = padded(tokens, self.manifest.shapes.text_tokens)
         outputs = self.backend.run("text_encoder", {"token_ids": ids, "token_mask": mask})
         return self.backend.to_host(outputs["text"]), mask
 
-    def _branch_texts(self, request: Request, guidance: Guidance) -> np.ndarray:
+    def _branch_texts(
+        self, request: Request, guidance: Guidance, tokens: dict[str, tuple[int, ...]]
+    ) -> np.ndarray:
         texts = [request.prompt if caption else request.negative or "" for caption in guidance.caption]
-        return np.concatenate([self._text(text)[0] for text in texts])  # [K,T,Dt]
+        return np.concatenate([self._text(tokens[text])[0] for text in texts])  # [K,T,Dt]
 
-    def _concept_tokens(self, concepts: tuple[Concept, ...]) -> Any:
+    def _concept_tokens(self, concepts: tuple[Concept, ...], tokens: dict[str, tuple[int, ...]]) -> Any:
         """Pictures and labels → concept tokens [N,Q,Dc] on the device; places without a concept hold anything
         finite.
         """
@@ -216,24 +213,23 @@ class Pipeline:
         pixels = np.zeros((shapes.concepts, 3, shapes.picture_size, shapes.picture_size), np.float32)
         for i, concept in enumerate(concepts):
             pixels[i] = pictures.normalise(np.asarray(concept.image), images.mean, images.std)
-        known = self.backend.run("image_encoder", {"pixels": pixels})
-        if self.manifest.conditioning is not None:
-            return known["concept_tokens"]
-        known = self.backend.run("qformer", known)
-        if self.manifest.graphs["dam"].input("label_text") is not None:
-            known |= self._labels(concepts)
-        return self.backend.run("dam", known)["concept_tokens"]
+        known: dict[str, Any] = {"pixels": pixels}
+        for name in CONCEPT_GRAPHS:
+            if (graph := self.manifest.graphs.get(name)) is not None:
+                labels = {} if graph.input("label_text") is None else self._labels(concepts, tokens)
+                known = self.backend.run(name, known | labels)
+        return known["concept_tokens"]
 
-    def _labels(self, concepts: tuple[Concept, ...]) -> dict[str, np.ndarray]:
+    def _labels(
+        self, concepts: tuple[Concept, ...], tokens: dict[str, tuple[int, ...]]
+    ) -> dict[str, np.ndarray]:
         """Each label, encoded on its own: label_text [N,L,Dt], label_mask [N,L]."""
         shapes = self.manifest.shapes
         text = np.zeros((shapes.concepts, shapes.label_tokens, shapes.text_width), np.float32)
         mask = np.zeros((shapes.concepts, shapes.label_tokens), bool)
-        mask[:, 0] = (
-            True  # a softmax over no token at all is not a number, even where it is thrown away later
-        )
+        mask[:, 0] = True  # a softmax over no token is not a number, even where it is thrown away later
         for i, concept in enumerate(concepts):
-            label_text, label_mask = self._text(concept.label)
+            label_text, label_mask = self._text(tokens[concept.label])
             text[i], mask[i] = label_text[0, : shapes.label_tokens], label_mask[0, : shapes.label_tokens]
         return {"label_text": text, "label_mask": mask}
 
@@ -246,7 +242,7 @@ class Pipeline:
         for step, coefficients in enumerate(schedule.coefficients):
             scalars = {"time": schedule.timesteps[step : step + 1], "coefficients": coefficients}
             scalars["step"] = np.array([step, len(schedule.coefficients)])  # no graph's: for lossy options
-            state = self.backend.run("denoise", {**known, **scalars, "state": state})["next_state"]
+            state = self.backend.run(STEP_GRAPH, {**known, **scalars, "state": state})["next_state"]
             report(state)
         latents = self.backend.to_host(state)[0]
         if not np.isfinite(latents).all():
@@ -284,12 +280,8 @@ class Pipeline:
     def _stream(self, latents: np.ndarray, advance: Callable[[], object]) -> Iterator[np.ndarray]:
         """Latents [Cz,F,H,W], of all of the picture or of a tile → each latent frame's frames, float32
         [f,height,width,3]; the decoder's state stays on the device."""
-        state: dict[str, Any] = {}
-        for index in range(latents.shape[1]):
-            graph = "decode" if index else "decode_first"
-            outputs = self.backend.run(graph, {**state, "latents": _latent_frame(latents, index)})
-            frames = self.backend.to_host(outputs.pop("frames"))
-            state = {name.removeprefix("next_"): value for name, value in outputs.items()}
+        parts = ({"latents": _latent_frame(latents, index)} for index in range(latents.shape[1]))
+        for frames in run_causal(self.backend, "decode", parts, "frames"):
             advance()
             yield frames
 

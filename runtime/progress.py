@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import TypeVar
+
+T = TypeVar("T")
 
 
 def shown(quiet: bool) -> bool:
@@ -15,17 +18,20 @@ def shown(quiet: bool) -> bool:
 @contextmanager
 def bar(total: int, label: str, show: bool) -> Iterator[Callable[[], object]]:
     """Shows a bar called `label` while the block runs, if `show`; yields a function to be called after each
-    of the `total` parts. The bar goes away with the block. Without tqdm one line names the work and its
-    length instead.
+    of the `total` parts. The bar goes away with the block.
     """
     if not show:
         yield lambda: None
         return
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        print(f"{label} ({total}) ...", file=sys.stderr)
-        yield lambda: None
-        return
+    from tqdm import tqdm  # here, because it takes 50 ms to load
+
     with tqdm(desc=label, total=total, leave=False, file=sys.stderr) as drawn:
         yield drawn.update
+
+
+def each(items: Sequence[T], label: str, show: bool) -> Iterator[T]:
+    """The items, one after the other, with a `bar` if `show`."""
+    with bar(len(items), label, show) as advance:
+        for item in items:
+            yield item
+            advance()

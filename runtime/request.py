@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError
 from .bundle_format import strict_json
-from .guidance import make_guidance
+from .guidance import Guidance, make_guidance
 from .solver import SHIFTS, SOLVERS, TRAINED_STEPS
 
 if TYPE_CHECKING:
@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 
     from .bundle_format.schema import Manifest
 
-LARGEST_SEED = 2**63 - 1
-MOST_SAMPLES = 64
-STRONGEST = 1e6  # guidance; far beyond any use, far from overflow in float32
+MAX_SEED = 2**63 - 1
+MAX_SAMPLES = 64
+MAX_GUIDANCE = 1e6  # far beyond any use, far from overflow in float32
 
 
 @dataclass(frozen=True)
@@ -80,23 +80,25 @@ class Request:
         if self.steps is not None:
             _set(self, "steps", _integer("steps", self.steps, 1, TRAINED_STEPS))
         if self.guidance is not None:
-            _set(self, "guidance", _number("guidance", self.guidance, 0.0, STRONGEST))
+            _set(self, "guidance", _number("guidance", self.guidance, 0.0, MAX_GUIDANCE))
         if self.concept_guidance is not None:
-            _set(self, "concept_guidance", _number("concept_guidance", self.concept_guidance, 0.0, STRONGEST))
+            scale = _number("concept_guidance", self.concept_guidance, 0.0, MAX_GUIDANCE)
+            _set(self, "concept_guidance", scale)
         if self.solver is not None and self.solver not in SOLVERS:
             raise InputError(f"unknown solver {self.solver!r}: choose one of {', '.join(SOLVERS)}")
         if self.shift is not None:
             _set(self, "shift", _number("shift", self.shift, *SHIFTS))
-        _set(self, "samples", _integer("samples", self.samples, 1, MOST_SAMPLES))
-        _set(self, "seed", _integer("seed", self.seed, 0, LARGEST_SEED - (self.samples - 1)))
+        _set(self, "samples", _integer("samples", self.samples, 1, MAX_SAMPLES))
+        _set(self, "seed", _integer("seed", self.seed, 0, MAX_SEED - (self.samples - 1)))
 
     @property
     def seeds(self) -> range:
         """One seed per sample."""
         return range(self.seed, self.seed + self.samples)
 
-    def resolve(self, manifest: Manifest) -> Request:
-        """This request with the bundle's defaults filled in, every field but concept_guidance set.
+    def resolve(self, manifest: Manifest) -> tuple[Request, Guidance]:
+        """This request with the bundle's defaults filled in, every field but concept_guidance set, and what
+        each guidance branch is told.
 
         Raises: InputError for more concepts than the bundle takes, fewer pictures than it needs, or guidance
             that it cannot follow.
@@ -124,8 +126,8 @@ class Request:
             )
         resolved = replace(self, **missing)
         assert resolved.guidance is not None
-        make_guidance(manifest.shapes.branches, resolved.guidance, resolved.concept_guidance)
-        return resolved
+        branches = manifest.shapes.branches
+        return resolved, make_guidance(branches, resolved.guidance, resolved.concept_guidance)
 
     @classmethod
     def from_json(cls, path: str | os.PathLike[str]) -> Request:
@@ -161,10 +163,9 @@ def _from_json(data: Any, folder: Path) -> dict[str, Any]:
             raise ValueError('each concept must be {"label": ..., "image": ...}')
         if not isinstance(concept["image"], str) or not concept["image"]:
             raise ValueError("a concept's image must be a path")
-    given = {
-        key: value for key, value in data.items() if value is not None or key == "prompt"
-    }  # null: the default
-    return given | {"concepts": tuple(Concept(c["label"], folder / c["image"]) for c in concepts)}
+    # null is the default, but for the prompt
+    found = {key: value for key, value in data.items() if value is not None or key == "prompt"}
+    return found | {"concepts": tuple(Concept(c["label"], folder / c["image"]) for c in concepts)}
 
 
 def _set(request: Request, name: str, value: Any) -> None:

@@ -65,13 +65,13 @@ def test_the_bundle_is_that_of_the_weights(pipeline):
     torch = pytest.importorskip("torch")
     from conceptmaster.engine.checkpoints.safetensors_io import load_model
     from conceptmaster.engine.config import ModelConfig
-    from conceptmaster.runtime.tokenizer import Tokenizer
+    from conceptmaster.runtime.tokenizer import Tokenizer, padded
 
     model = load_model(ROOT / "examples" / "sprites" / "weights" / "model.safetensors")
     assert model.config == ModelConfig.from_dict(pipeline.manifest.model)  # a newer field has its default
     pixels = np.random.default_rng(0).standard_normal((4, 3, 64, 64), np.float32)
     tokens = pipeline.backend.run("qformer", pipeline.backend.run("image_encoder", {"pixels": pixels}))
-    ids, mask = Tokenizer(pipeline.bundle.tokenizer).encode("first cat", 48, 8, "the label")
+    ids, mask = padded(Tokenizer(pipeline.bundle.tokenizer).encode("first cat", 8, "the label"), 48)
     text = pipeline.backend.run("text_encoder", {"token_ids": ids, "token_mask": mask})
     label = np.repeat(pipeline.backend.to_host(text["text"])[:, :8], 4, axis=0)
     got = pipeline.backend.run(

@@ -28,6 +28,7 @@ from conceptmaster.engine.config import ModelConfig
 from conceptmaster.engine.dit import ConceptDiT
 from conceptmaster.engine.fused import Fusing, fuse, narrow
 from conceptmaster.engine.presets import preset
+from conceptmaster.engine.step import DenoiseStep
 from conceptmaster.kernels import self_attention as attending
 from conceptmaster.kernels.common import in_plain_torch
 from conceptmaster.kernels.cross_attention import attention
@@ -352,7 +353,7 @@ def step_call(model: ConceptDiT, given: Inputs, cached: bool) -> Call:
     coefficients = torch.eye(STATES, STATES + 1, device=device)
     coefficients[0, -1] = -0.02
     guidance = torch.tensor([-1.5, 2.5] if branches == 2 else [1.0], device=device)
-    stepper = Stepper(model, given.text.dtype)
+    stepper = Stepper(DenoiseStep(model))
     inputs = {"state": state, "time": given.time, "concept_mask": given.mask}
     inputs |= {"guidance": guidance, "coefficients": coefficients}
     kept = _conditions(model, given) if cached else None

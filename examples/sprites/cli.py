@@ -86,13 +86,13 @@ def _add_draw(parser: argparse.ArgumentParser) -> None:
 
 
 def _draw(args: argparse.Namespace) -> int:
-    from conceptmaster.runtime.request import LARGEST_SEED
+    from conceptmaster.runtime.request import MAX_SEED
 
     from .scoring.score import check_wishes, judged_scene
     from .world.requesting import write_request
 
-    if not 0 <= args.seed <= LARGEST_SEED:
-        raise InputError(f"--seed must be 0 to {LARGEST_SEED}, not {args.seed}")
+    if not 0 <= args.seed <= MAX_SEED:
+        raise InputError(f"--seed must be 0 to {MAX_SEED}, not {args.seed}")
     check_wishes(args.concepts, args.same_noun)
     scene = judged_scene(args.seed, args.concepts, args.same_noun, held_out=not args.train_split)
     print(write_request(scene, Path(args.output), truth=not args.no_truth))

@@ -4,54 +4,39 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from .graph_list import BASE, CONCEPT_GRAPHS, CONCEPTS, IMAGE_TO_VIDEO, LATER_FRAMES, graphs_of, upstream
+
 if TYPE_CHECKING:
     from .schema import GraphFile, Shapes
 
 Kind = tuple[str, tuple[int, ...]]  # dtype, shape
 
-CONCEPT_GRAPHS = ("image_encoder", "qformer", "dam")
-"""From pictures and labels to concept tokens. A bundle of a base alone has none; of an image-to-video base,
-whose picture tokens are the concept tokens, the first."""
 
-ENCODERS = ("encode_first", "encode")
-"""From frames to latents, of an image-to-video base."""
-
-UPSTREAM = {  # a graph gets all outputs of the one before it, too
-    "qformer": "image_encoder",
-    "dam": "qformer",
-    "condition": "dam",
-    "denoise": "condition",
-    "decode": "decode_first",
-    "encode": "encode_first",
-}
-
-
-def check(graphs: dict[str, GraphFile], shapes: Shapes, given: bool, decoded: tuple[int, int]) -> None:
+def check(
+    graphs: dict[str, GraphFile], shapes: Shapes, conditioned: bool, decoded: tuple[int, int]
+) -> None:
     """Every input must be something that the pipeline has, in its dtype and shape; the outputs that the
-    pipeline reads must be there; the frames must add up. A graph need not use all that it is offered, and
-    those of CONCEPT_GRAPHS may be absent together. given: whether the bundle's pictures are frames, too;
-    decoded: height and width, in latents, of what the decoder takes at once.
+    pipeline reads must be there; the frames must add up. A graph need not use all that it is offered.
+    conditioned: whether the bundle's pictures are frames, too; decoded: height and width, in latents, of what
+    the decoder takes at once.
 
     Raises: ValueError for the first difference.
     """
-    inputs, upstream = _inputs(shapes, decoded), UPSTREAM
-    absent: tuple[str, ...] = ENCODERS
-    if given:
-        absent, upstream = CONCEPT_GRAPHS[1:], UPSTREAM | {"condition": CONCEPT_GRAPHS[0]}
-    elif not set(CONCEPT_GRAPHS) & set(graphs):
-        absent += CONCEPT_GRAPHS
-    inputs = {name: offered for name, offered in inputs.items() if name not in absent}
-    if set(graphs) != set(inputs):
-        raise ValueError(f"the graphs must be {', '.join(inputs)}; they are {', '.join(graphs)}")
-    for name, offered in inputs.items():
-        if upstream.get(name) in graphs:
-            offered = offered | _given(graphs[upstream[name]])
-        _check_inputs(name, graphs[name], offered)
-    for name in ("encode", "decode"):  # from its second call on each gets its own state back
-        if name in graphs:
-            _check_inputs(name, graphs[name], inputs[name] | _given(graphs[name]))
-    for name, (output, kind) in _outputs(shapes, given).items():
-        if name not in inputs:
+    model = IMAGE_TO_VIDEO if conditioned else CONCEPTS if set(CONCEPT_GRAPHS) & set(graphs) else BASE
+    expected = graphs_of(model, shapes.latent[1])
+    names = [graph.name for graph in expected]
+    if set(graphs) != set(names):
+        raise ValueError(f"the graphs must be {', '.join(names)}; they are {', '.join(graphs)}")
+    inputs = _inputs(shapes, decoded)
+    for graph in expected:
+        sources = [upstream(graph.name, graphs)]
+        if graph.runs == LATER_FRAMES:
+            sources.append(graph.name)
+        for source in sources:
+            passed_on = {} if source is None else _passed_on(graphs[source])
+            _check_inputs(graph.name, graphs[graph.name], inputs.get(graph.name, {}) | passed_on)
+    for name, output, kind in _outputs(shapes, upstream("condition", graphs)):
+        if name not in graphs:
             continue
         found = graphs[name].output(output)
         if found is None or (found.dtype, found.shape) != kind:
@@ -64,14 +49,12 @@ def _inputs(s: Shapes, decoded: tuple[int, int]) -> dict[str, dict[str, Kind]]:
     mask: Kind = ("bool", (branches, s.concepts))
     decoder: dict[str, Kind] = {"latents": ("float32", (1, latent[0], 1, *decoded))}
     following = frames_per_latent(s)
-    known: Kind = ("float32", (1, following + latent[0], *latent[1:]))
-    inputs: dict[str, dict[str, Kind]] = {
+    return {
         "text_encoder": {
             "token_ids": ("int64", (1, s.text_tokens)),
             "token_mask": ("bool", (1, s.text_tokens)),
         },
         "image_encoder": {"pixels": ("float32", (s.concepts, 3, s.picture_size, s.picture_size))},
-        "qformer": {},
         "dam": {
             "label_text": ("float32", (s.concepts, s.label_tokens, s.text_width)),
             "label_mask": ("bool", (s.concepts, s.label_tokens)),
@@ -83,13 +66,13 @@ def _inputs(s: Shapes, decoded: tuple[int, int]) -> dict[str, dict[str, Kind]]:
             "concept_mask": mask,
             "guidance": ("float32", (branches,)),
             "coefficients": ("float32", (s.solver_states, s.solver_states + 1)),
-            "given": known,
+            "given": ("float32", (1, following + latent[0], *latent[1:])),
         },
         "encode_first": {"frames": ("float32", (1, s.height, s.width, 3))},
         "encode": {"frames": ("float32", (following, s.height, s.width, 3))},
         "decode_first": decoder,
+        "decode": decoder,
     }
-    return inputs | {"decode": decoder} if latent[1] > 1 else inputs
 
 
 def frames_per_latent(s: Shapes) -> int:
@@ -97,19 +80,19 @@ def frames_per_latent(s: Shapes) -> int:
     return (s.frames - 1) // max(1, s.latent[1] - 1)
 
 
-def _outputs(s: Shapes, given: bool) -> dict[str, tuple[str, Kind]]:
-    tokens: tuple[str, Kind] = ("concept_tokens", ("float32", (s.concepts, s.queries, s.concept_width)))
-    latents: tuple[str, Kind] = ("latents", ("float32", (1, s.latent[0], 1, *s.latent[2:])))
-    return {
-        CONCEPT_GRAPHS[0 if given else -1]: tokens,
-        "encode_first": latents,
-        "encode": latents,
-        "text_encoder": ("text", ("float32", (1, s.text_tokens, s.text_width))),
-        "denoise": ("next_state", ("float32", (s.solver_states, *s.latent))),
-    }
+def _outputs(s: Shapes, makes_concepts: str | None) -> list[tuple[str, str, Kind]]:
+    """(graph, output, kind); makes_concepts: the graph that gives the concept tokens, None for none."""
+    latents: Kind = ("float32", (1, s.latent[0], 1, *s.latent[2:]))
+    return [
+        (makes_concepts or "", "concept_tokens", ("float32", (s.concepts, s.queries, s.concept_width))),
+        ("encode_first", "latents", latents),
+        ("encode", "latents", latents),
+        ("text_encoder", "text", ("float32", (1, s.text_tokens, s.text_width))),
+        ("denoise", "next_state", ("float32", (s.solver_states, *s.latent))),
+    ]
 
 
-def _given(graph: GraphFile) -> dict[str, Kind]:
+def _passed_on(graph: GraphFile) -> dict[str, Kind]:
     return {spec.name.removeprefix("next_"): (spec.dtype, spec.shape) for spec in graph.outputs}
 
 
@@ -119,8 +102,8 @@ def _check_inputs(name: str, graph: GraphFile, offered: dict[str, Kind]) -> None
         if spec.name not in offered:
             raise ValueError(f"the graph {name} wants {spec.name!r}, which nothing gives")
         if offered[spec.name] != kind:
-            given = _spelled(offered[spec.name])
-            raise ValueError(f"the graph {name} wants {spec.name!r} as {_spelled(kind)}, it gets {given}")
+            found = _spelled(offered[spec.name])
+            raise ValueError(f"the graph {name} wants {spec.name!r} as {_spelled(kind)}, it gets {found}")
 
 
 def _check_frames(graphs: dict[str, GraphFile], s: Shapes, decoded: tuple[int, int]) -> None:

@@ -65,6 +65,19 @@ def test_two_branches(pipe: Pipeline, reference, pictures, solver: str, labels: 
     assert set(video.seconds) == {"load", "encode", "condition", "denoise", "decode"}
 
 
+def test_every_text_is_tokenised_once(bundle: Path, pictures, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe, seen = Pipeline.from_bundle(bundle, threads=1), list[str]()
+    encode = pipe._tokenizer.encode
+
+    def counted(text: str, limit: int, what: str) -> tuple[int, ...]:
+        seen.append(text)
+        return encode(text, limit, what)
+
+    monkeypatch.setattr(pipe._tokenizer, "encode", counted)
+    pipe("a ball rolls left", concepts(pictures, "ball", "cat"), negative="bad", samples=2, steps=1)
+    assert sorted(seen) == ["a ball rolls left", "bad", "ball", "cat"]
+
+
 @pytest.mark.parametrize(
     ("branches", "guidance", "concept_guidance", "weights"),
     [

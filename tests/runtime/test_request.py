@@ -16,10 +16,11 @@ from conceptmaster.runtime.request import Concept, Request
 
 
 def test_defaults_come_from_the_bundle(bundle: Path) -> None:
-    found = Request("a ball").resolve(manifest.load(bundle))
+    found, guidance = Request("a ball").resolve(manifest.load(bundle))
+    assert guidance.weights.tolist() == [-1.5, 2.5]
     assert found == Request("a ball", (), "", 4, 2.5, None, "unipc", 3.0, 0, 1)
     kept = Request("a ball", (), "bad", 7, 1.0, None, "euler", 1.0, 3, 2)
-    assert kept.resolve(manifest.load(bundle)) == kept
+    assert kept.resolve(manifest.load(bundle))[0] == kept
 
 
 def test_numpy_numbers_are_numbers() -> None:

@@ -3,13 +3,11 @@ from __future__ import annotations
 import html
 import re
 import string
-import sys
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conceptmaster.errors import MissingDependency
 from conceptmaster.runtime.tokenizer import clean
 
 
@@ -40,7 +38,6 @@ def test_text_is_cleaned(text: str, cleaned: str) -> None:
     ],
 )
 def test_text_is_repaired(text: str, cleaned: str) -> None:
-    pytest.importorskip("ftfy")
     assert clean(text) == cleaned
 
 
@@ -51,10 +48,3 @@ def test_text_is_cleaned_as_diffusers_does(text: str) -> None:
     ftfy = pytest.importorskip("ftfy")
     fixed = html.unescape(html.unescape(ftfy.fix_text(text))).strip()
     assert clean(text) == re.sub(r"\s+", " ", fixed).strip()
-
-
-def test_without_ftfy_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "ftfy", None)
-    assert clean("a  ball") == "a ball"  # which needs no repair
-    with pytest.raises(MissingDependency, match="pip install ftfy"):
-        clean("“a ball”")

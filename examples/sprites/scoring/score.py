@@ -24,7 +24,7 @@ from conceptmaster.runtime.bundle_format.find import Bundle
 from conceptmaster.runtime.bundle_format.schema import Manifest
 from conceptmaster.runtime.pipeline import Pipeline
 from conceptmaster.runtime.progress import bar
-from conceptmaster.runtime.request import LARGEST_SEED, Request
+from conceptmaster.runtime.request import MAX_SEED, Request
 from conceptmaster.runtime.video import Video
 
 from ..processes import in_processes
@@ -72,7 +72,7 @@ class Options:
 
     def __post_init__(self) -> None:
         first, end = self.seeds.start, self.seeds.stop
-        if self.seeds.step != 1 or not 0 <= first < end <= LARGEST_SEED + 1:
+        if self.seeds.step != 1 or not 0 <= first < end <= MAX_SEED + 1:
             raise InputError(f"seeds must be A:B with 0 <= A < B <= 2**63, not {first}:{end}")
         if end - first > MOST_REQUESTS:
             raise InputError(f"{first}:{end} are {end - first} requests, more than {MOST_REQUESTS}")
@@ -214,7 +214,7 @@ def _about(options: Options) -> dict[str, Any]:
     """The bundle and the settings it will be run with, checked against a first request."""
     manifest = Bundle.open(options.bundle).manifest
     check_bundle(manifest)
-    asked = _request(options, options.scene(options.seeds[0]), 0).resolve(manifest)
+    asked, _ = _request(options, options.scene(options.seeds[0]), 0).resolve(manifest)
     names = ("solver", "steps", "shift", "guidance", "concept_guidance")
     settings = {name: getattr(asked, name) for name in names}
     return {

@@ -1,4 +1,4 @@
-"""What both trainings share: Muon with AdamW, a moving average, a schedule, and checkpoints that survive a
+"""What all trainings share: Muon with AdamW, a moving average, a schedule, and checkpoints that survive a
 stop.
 
 Muon (momentum orthogonalised by Newton-Schulz iterations) is by Keller Jordan et al., 2024; the coefficients
@@ -11,7 +11,8 @@ import functools
 import json
 import math
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -203,6 +204,14 @@ class Average:
         torch._foreach_lerp_([self.shadow[k] for k in moving], [now[k] for k in moving], 1 - decay)
         for k in now.keys() - set(moving):
             self.shadow[k].copy_(now[k])
+
+    @contextmanager
+    def in_place(self, module: torch.nn.Module) -> Iterator[None]:
+        """Puts the average into the module for a while."""
+        trained = {k: v.clone() for k, v in module.state_dict().items()}
+        module.load_state_dict(self.shadow)
+        yield
+        module.load_state_dict(trained)
 
 
 def gradient_norm(parameters: Iterable[torch.nn.Parameter], limit: float) -> float:

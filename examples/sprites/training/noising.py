@@ -8,8 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .batches import Batch
-from .resident import generator
+from .batches import Batch, generator
 
 if TYPE_CHECKING:
     from .train_model import Trainee

@@ -12,7 +12,6 @@ import json
 import multiprocessing
 import shutil
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +24,16 @@ from conceptmaster.engine.presets import preset
 from conceptmaster.engine.vae.block_vae import BlockVAE
 from conceptmaster.errors import InputError, WeightsError
 
-from ..arguments import check_counts, check_shares, cores
+from ..arguments import add_training, check_counts, cores, given, set_threads
 from ..processes import in_processes
 from ..world.vocabulary import build_tokenizer
-from .batches import LatentPool, is_encoded, portraits
+from .batches import Pool
+from .drawn import Drawing, DrawnPool
 from .learning import CheckpointError
-from .pool import SHARD, draw_shard, encode_shard, open_shard, shards
-from .train_model import FROZEN, train_model
-from .train_vae import COMPONENTS, analyse, load_vae, new_vae, to_tensor, train_vae, write_vae
+from .pools import ShardPool, open_pool
+from .shards import SHARD, draw_shard, encode_shard, is_encoded, shard_folders, tell_shard
+from .train_model import FROZEN, TrainOptions, train_model
+from .train_vae import COMPONENTS, VAEOptions, analyse, load_vae, new_vae, to_tensor, train_vae, write_vae
 
 STAGES = ("draw", "latents", "vae", "model")
 DEFAULTS = {
@@ -117,9 +118,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--compile", action="store_true", help="compile the transformer first: a minute, then faster steps"
     )
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--threads", type=int, default=None, help="CPU threads (one per core)")
+    add_training(parser)
     parser.add_argument(
         "--workers", type=int, default=cores(), help="processes that draw and encode (one per core)"
     )
@@ -160,30 +159,23 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    check_counts(args, "clips", "steps", "batch_size", "vae_steps", "vae_batch_size", "workers")
-    check_counts(args, "log_every", "queries", "draw_on_device")
+    check_counts(args, "clips", "workers", "queries", "draw_on_device")
     if args.clips < 2 * SHARD:
         least = f"at least {2 * SHARD}, the first {SHARD} judge the VAE"
         raise InputError(f"--clips must be {least}, got {args.clips}")
-    if not 0 < args.lr < 1:
-        raise InputError(f"--lr must lie between 0 and 1, got {args.lr}")
-    check_shares(args, "own", "decoys", "foreign", "high")
-    if args.minutes is not None and not args.minutes > 0:
-        raise InputError(f"--minutes must be above 0, got {args.minutes}")
     if args.components is not None and not 1 <= args.components <= 768:
         raise InputError(f"--components must lie between 1 and 768, got {args.components}")
-    picture_steps = _first_steps(args, "picture_steps", 1500)
-    caption_steps = _first_steps(args, "caption_steps", 550)
-    if args.threads is not None:
-        torch.set_num_threads(args.threads)
+    first = {"picture_steps": 1500, "caption_steps": 550}
+    for name, usual in first.items():
+        asked = getattr(args, name)
+        first[name] = asked if asked is not None else 0 if args.start else usual
+    start = args.start and args.start / "model.safetensors"
+    options = given(TrainOptions, args, **first, start=start, freeze=tuple(args.freeze))
+    vae_options = given(VAEOptions, args, steps=args.vae_steps, batch_size=args.vae_batch_size)
+    set_threads(args)
     root: Path = args.output
     root.mkdir(parents=True, exist_ok=True)
-    clips, held_out, vae_folder, model_folder = (
-        root / "clips",
-        root / "held-out",
-        root / "vae",
-        root / "model",
-    )
+    clips, held_out, vae_folder, model_folder = (root / n for n in ("clips", "held-out", "vae", "model"))
     begun = _new_vae(args.components) if args.start is None else _started_vae(args.start, args.components)
     if begun.complete and not (vae_folder / "vae.json").exists():
         write_vae(begun.vae, vae_folder, begun.config)
@@ -191,75 +183,28 @@ def _run(args: argparse.Namespace) -> int:
         encoder = vae_folder if "latents" in args.stages and (vae_folder / "vae.json").exists() else None
         jobs = [(held_out, 0, True), *((clips, index, False) for index in range(-(-args.clips // SHARD)))]
         _all(_draw, [(*job, encoder) for job in jobs], args.workers, "draw")
-    _require(shards(clips), "draw", clips)
+    _require(shard_folders(clips), "draw", clips)
     if "latents" in args.stages:
         _find_latents(clips, held_out, vae_folder, begun, args.workers)
     _require((vae_folder / "vae.json").exists(), "latents", vae_folder)
     if "vae" in args.stages:
-        size = args.vae_batch_size
-        train_vae(
-            clips, vae_folder, steps=args.vae_steps, batch_size=size, seed=args.seed, device=args.device
-        )
+        train_vae(clips, vae_folder, vae_options)
     if "model" in args.stages:
         concept = {name: getattr(args, name) for name in ("encoder", "binding", "injection")}
         vae = json.loads((vae_folder / "vae.json").read_text())
         config = sprites_config(vae, queries=args.queries or begun.queries, **concept)
-        tokenizer = build_tokenizer()
-        train_model(
-            config,
-            clips,
-            held_out,
-            model_folder,
-            tokenizer,
-            steps=args.steps,
-            batch_size=args.batch_size,
-            seed=args.seed,
-            device=args.device,
-            lr=args.lr,
-            picture_steps=picture_steps,
-            caption_steps=caption_steps,
-            start=args.start and args.start / "model.safetensors",
-            freeze=args.freeze,
-            log_every=args.log_every,
-            new_looks=args.new_looks,
-            own=args.own,
-            decoys=args.decoys,
-            foreign=args.foreign,
-            high=args.high,
-            minutes=args.minutes,
-            drawn=args.draw_on_device and partial(_drawn_pool, args, config, load_vae(vae_folder)),
-            compiled=args.compile,
-        )
+
+        def open_data(done: int) -> Pool:
+            if args.draw_on_device is None:
+                return open_pool(clips, config, args.device)
+            drawing = Drawing(args.draw_on_device, args.seed, args.workers)
+            return DrawnPool(config, load_vae(vae_folder), drawing, args.device, done)
+
+        judge = ShardPool(held_out, config, args.device)
+        train_model(config, open_data, judge, model_folder, options)
         collect(vae_folder, model_folder, root / "weights")
         print(f"weights: {root / 'weights'}")
     return 0
-
-
-def _drawn_pool(args: argparse.Namespace, config: ModelConfig, vae: BlockVAE, done: int) -> LatentPool:
-    from .drawn import DrawnPool
-
-    return DrawnPool(
-        args.device,
-        args.draw_on_device,
-        vae,
-        build_tokenizer(),
-        config.text_tokens,
-        config.concept.label_tokens,
-        seed=args.seed,
-        done=done,
-        workers=args.workers,
-    )
-
-
-def _first_steps(args: argparse.Namespace, name: str, usual: int) -> int:
-    """Steps of what is learned before the videos: as asked, else ``usual``, or none where another model is
-    gone on from."""
-    steps = getattr(args, name)
-    if steps is None:
-        return usual if args.start is None else 0
-    if steps < 0:
-        raise InputError(f"--{name.replace('_', '-')} must not be negative, got {steps}")
-    return int(steps)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -324,7 +269,7 @@ def _find_latents(clips: Path, held_out: Path, vae_folder: Path, begun: _Begun, 
     jobs = [
         (vae_folder, folder, judged)
         for pool, judged in ((held_out, True), (clips, False))
-        for folder in shards(pool)
+        for folder in shard_folders(pool)
     ]
     _all(_encode, jobs, workers, "latents")
 
@@ -346,9 +291,9 @@ def _encode(job: tuple[Path, Path, bool]) -> None:
     vae_folder, folder, judged = job
     if is_encoded(folder):
         return
-    portraits(open_shard(folder), int(folder.name.removeprefix("shard-")) * SHARD, judged)
     if multiprocessing.parent_process() is not None:
         torch.set_num_threads(1)
+    tell_shard(folder, int(folder.name.removeprefix("shard-")) * SHARD, judged)
     vae = load_vae(vae_folder)
     encode_shard(folder, lambda video: vae.encode(to_tensor(video)).numpy())
 

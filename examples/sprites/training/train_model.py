@@ -11,45 +11,40 @@ shipped.
 from __future__ import annotations
 
 import copy
-import json
-import os
-import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
-from tokenizers import Tokenizer
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from conceptmaster.engine.checkpoints.safetensors_io import save_model
 from conceptmaster.engine.config import ModelConfig
 from conceptmaster.engine.dit import LEAST_SIGMA
 from conceptmaster.engine.model import ConceptMaster
+from conceptmaster.errors import InputError
 
+from ..arguments import check_counts, check_shares
 from .attention import cheapest_attention
-from .batches import Batch, Dropped, LatentPool
+from .batches import NOTHING, Batch, Dropped, Pool
 from .heads import LayoutHead, StoryHead, coverage_loss
-from .learning import (
-    Average,
-    MuonAdamW,
-    autocast,
-    gradient_norm,
-    load_checkpoint,
-    save_checkpoint,
-    saved_progress,
-    schedule,
-)
+from .learning import Average, MuonAdamW, autocast, saved_progress
+from .loop import Log, LoopOptions, join_processes, log_to, random_of, rank, train
 from .noising import DECOY_HELD, decoy_noise, normal, own_noise, random_sigma
-from .resident import pool_on
 from .starting import start_from
 from .train_captions import learn_captions
-from .train_pictures import Sight, TraitHead, learn_pictures, picture_losses, portrait_head_for, trait_losses
+from .train_pictures import (
+    PictureOptions,
+    Sight,
+    TraitHead,
+    learn_pictures,
+    picture_losses,
+    portrait_head_for,
+    trait_losses,
+)
 
 FROZEN = ("text_encoder", "image_encoder", "qformer")
 """Parts that the last stage may leave as they are."""
@@ -74,6 +69,50 @@ ADAM_NAMES = (
     "embeddings",
     "places",
 )
+"""Tables and embeddings, which AdamW trains."""
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """How the model is trained.
+
+    picture_steps, caption_steps: of pictures and of captions alone, before; new_looks: draw these pictures,
+    see ``new_pictures``; lr: Muon's, for matrices, AdamW takes an eighth of it; start: a
+    ``model.safetensors`` to go on from, with fresh heads and optimizer; freeze: parts, some of ``FROZEN``,
+    that stay as they are in the last stage, as T5 and CLIP do in the paper; own, decoys, foreign, high:
+    shares of clips, pictures and noise levels, see ``own_noise``, ``decoy_noise``, ``Dropped`` and
+    ``random_sigma``; minutes: the last stage takes so long, and as many steps as fit; compile: torch.compile
+    makes the transformer's blocks faster first. Raises InputError.
+    """
+
+    steps: int
+    picture_steps: int = 0
+    caption_steps: int = 0
+    batch_size: int = 32
+    seed: int = 0
+    device: str = "cpu"
+    lr: float = 0.012
+    log_every: int = 100
+    start: Path | None = None
+    freeze: tuple[str, ...] = ()
+    own: float = 0.0
+    decoys: float = 0.0
+    foreign: float = 0.0
+    high: float = 0.0
+    minutes: float | None = None
+    new_looks: bool = False
+    compile: bool = False
+
+    def __post_init__(self) -> None:
+        check_counts(self, "steps", "batch_size", "log_every")
+        check_counts(self, "picture_steps", "caption_steps", least=0)
+        check_shares(self, "own", "decoys", "foreign", "high")
+        if not 0 < self.lr < 1:
+            raise InputError(f"--lr must lie between 0 and 1, got {self.lr}")
+        if self.minutes is not None and not self.minutes > 0:
+            raise InputError(f"--minutes must be above 0, got {self.minutes}")
+        if not set(self.freeze) <= set(FROZEN):
+            raise InputError(f"--freeze takes {', '.join(FROZEN)}, not {', '.join(self.freeze)}")
 
 
 class Trainee(nn.Module):
@@ -175,7 +214,7 @@ def foreground_weight(batch: Batch) -> Tensor:
 
 
 @torch.no_grad()
-def probe(trainee: Trainee, pool: LatentPool, device: str, count: int = 96) -> dict[str, float]:
+def probe(trainee: Trainee, pool: Pool, device: str, count: int = 96) -> dict[str, float]:
     """Error where the concepts are at high noise (sigma 0.85), with the concepts, without, and with pictures
     swapped.
 
@@ -183,11 +222,10 @@ def probe(trainee: Trainee, pool: LatentPool, device: str, count: int = 96) -> d
     """
     rng = np.random.default_rng(0)
     results: dict[str, list[float]] = {"with": [], "without": [], "swapped": []}
-    picks = [(0, k) for k in range(len(pool.shards[0].captions)) if len(pool.shards[0].labels[k]) == 2][
-        :count
-    ]
-    for start in range(0, len(picks), 32):
-        batch = pool.collate(picks[start : start + 32], rng, Dropped(0, 0, 0)).to(device)
+    everything = torch.arange(len(pool), device=device)
+    pairs = everything[pool.rows("count", everything) == 2][:count]
+    for clips in pairs.split(32):
+        batch = pool.collate(clips, rng, NOTHING)
         noise = torch.from_numpy(rng.standard_normal(batch.latents.shape, np.float32)).to(device)
         sigma = torch.full((len(noise),), 0.85, device=device)
         noisy = 0.15 * batch.latents + 0.85 * noise
@@ -207,219 +245,105 @@ def probe(trainee: Trainee, pool: LatentPool, device: str, count: int = 96) -> d
     return {f"probe_{name}": round(float(np.mean(values)), 4) for name, values in results.items()}
 
 
-def _average_gradients(parameters: list[nn.Parameter]) -> None:
-    """Mean of the gradients over all processes; a parameter without one counts as zero."""
-    flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters])
-    dist.all_reduce(flat)
-    flat /= dist.get_world_size()
-    for p, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
-        p.grad = part.view_as(p)
-
-
-def _agree(progress: dict[str, float], device: str) -> None:
-    """The first process's clock is every process's: they stop after the same step."""
-    seconds = torch.tensor(progress["seconds"], dtype=torch.float64, device=device)
-    dist.broadcast(seconds, 0)
-    progress["seconds"] = float(seconds)
-
-
 def _learn_parts(
-    trainee: Trainee,
-    pool: LatentPool,
-    judge: LatentPool,
-    picture_steps: int,
-    caption_steps: int,
-    batch_size: int,
-    seed: int,
-    device: str,
-    keep: bool,
-    new_looks: bool,
-    log: Callable[[Mapping[str, object]], None],
-    log_every: int,
-    checkpoint: Path,
-    write: bool,
+    trainee: Trainee, pool: Pool, judge: Pool, output: Path, log: Log, options: TrainOptions
 ) -> None:
-    """What is learned before the videos: to see pictures, with ``keep`` without becoming unreadable for the
-    transformer that is there, and to read captions."""
-    model = trainee.model
-    if picture_steps:
-        kept = copy.deepcopy(model).eval() if keep else None
-        with cheapest_attention(device):
-            learn_pictures(
-                Sight(model, trainee.portrait, trainee.trait, trainee.eye, kept).to(device),
-                pool,
-                steps=picture_steps,
-                seed=seed,
-                device=device,
-                adam_names=ADAM_NAMES,
-                judge=judge,
-                log=log,
-                log_every=log_every,
-                checkpoint=checkpoint,
-                write=write,
-                batch_size=max(PICTURES, batch_size),
-                new_looks=new_looks,
-            )
-    losses = learn_captions(
-        trainee, pool, steps=caption_steps, seed=seed, device=device, adam_names=ADAM_NAMES
-    )
-    if losses:
+    """What is learned before the videos: to see pictures, and to read captions. Where the model that is gone
+    on from sees already, it learns to see without becoming unreadable for its transformer."""
+    model, fresh = trainee.model, [""]
+    if options.start is not None:
+        fresh = start_from(model, options.start)
+        log({"phase": "start", "fresh": fresh})
+    if options.picture_steps:
+        sees = options.start is not None and not any(n.startswith(("qformer.", "dam.")) for n in fresh)
+        kept = copy.deepcopy(model).eval() if sees else None
+        sight = Sight(model, trainee.portrait, trainee.trait, trainee.eye, kept).to(options.device)
+        pictures = PictureOptions(
+            options.picture_steps,
+            max(PICTURES, options.batch_size),
+            options.seed,
+            options.device,
+            log_every=max(1, options.log_every // 2),
+            new_looks=options.new_looks,
+        )
+        with cheapest_attention(options.device):
+            learn_pictures(sight, pool, judge, output / "pictures.safetensors", pictures, ADAM_NAMES, log)
+    if options.caption_steps:
+        losses = learn_captions(
+            trainee, pool, options.caption_steps, options.seed, options.device, ADAM_NAMES
+        )
         log({"phase": "captions", "story": losses})
-
-
-def _log(output: Path, record: Mapping[str, object]) -> None:
-    with (output / "log.jsonl").open("a") as log:
-        log.write(json.dumps(record) + "\n")
-    tqdm.write(json.dumps(record))
 
 
 def train_model(
     config: ModelConfig,
-    data: Path,
-    held_out: Path,
+    open_data: Callable[[int], Pool],
+    judge: Pool,
     output: Path,
-    tokenizer: Tokenizer,
-    *,
-    steps: int,
-    picture_steps: int,
-    caption_steps: int,
-    batch_size: int = 32,
-    seed: int = 0,
-    device: str = "cpu",
-    lr: float = 0.012,
-    log_every: int = 100,
-    start: Path | None = None,
-    freeze: Sequence[str] = (),
-    own: float = 0.0,
-    decoys: float = 0.0,
-    foreign: float = 0.0,
-    high: float = 0.0,
-    minutes: float | None = None,
-    new_looks: bool = False,
-    drawn: Callable[[int], LatentPool] | None = None,
-    compiled: bool = False,
+    options: TrainOptions,
 ) -> None:
-    """Learn to see pictures alone, and to read captions alone, then train to ``steps``.
+    """Learn to see pictures alone, and to read captions alone, then train to ``options.steps``.
 
     Resumes from ``output/training.safetensors``, before that from ``pictures.safetensors``; a batch depends
-    on seed and step only. ``start`` is a ``model.safetensors`` to go on from, with fresh heads and
-    optimizer; usually without captions then. ``new_looks``: see ``learn_pictures``. ``lr`` is Muon's, for
-    matrices; AdamW takes an eighth of it. ``freeze`` leaves parts, some of ``FROZEN``, as they are in the
-    last stage; the paper does so with T5 and CLIP. ``own``: see ``own_noise``, ``decoys``: see
-    ``decoy_noise``, ``foreign``: see ``Dropped``, ``high``: see ``random_sigma``. With ``minutes`` the last
-    stage takes so long and as many steps as fit, its learning rate following the clock. ``data`` and
-    ``held_out`` are pools with latents; ``drawn`` makes another in the place of ``data``, told how often it
-    has been refreshed. ``compiled``: torch.compile makes the transformer's blocks faster first. Writes
-    ``model.safetensors`` (averaged weights with their configuration), appends to ``log.jsonl``. Started by
-    torchrun (``torchrun --nproc-per-node 2 -m -- conceptmaster.examples.sprites train …``), processes share
-    the work through gloo or nccl.
+    on seed and step only. ``open_data`` makes the pool of clips, told how often it has been refreshed;
+    ``judge`` has looks held out. Writes ``model.safetensors`` (averaged weights with their configuration),
+    appends to ``log.jsonl``. Started by torchrun (``torchrun --nproc-per-node 2 -m --
+    conceptmaster.examples.sprites train …``), processes share the work through gloo or nccl.
     """
-    world, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
-    if world > 1 and not dist.is_initialized():
-        dist.init_process_group("gloo" if device == "cpu" else "nccl")
+    device, world = options.device, join_processes(options.device)
     warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
     output.mkdir(parents=True, exist_ok=True)
-    torch.manual_seed(seed)
+    torch.manual_seed(options.seed)
     trainee = Trainee(config).to(device)
-    checkpoint, progress = output / "training.safetensors", {"step": 0.0, "seconds": 0.0}
-    if drawn is None:
-        pool = pool_on(device, data, tokenizer, config.text_tokens, config.concept.label_tokens)
-    else:
-        steps_done = saved_progress(checkpoint)["step"] if checkpoint.exists() else 0
-        pool = drawn(int(steps_done) // REFRESHED)
-    judge = LatentPool(held_out, tokenizer, config.text_tokens, config.concept.label_tokens)
-    for p in (pool, judge):
-        p.normalise(config.vae["latents_mean"], config.vae["latents_std"])
+    checkpoint = output / "training.safetensors"
+    steps_done = saved_progress(checkpoint)["step"] if checkpoint.exists() else 0
+    pool = open_data(int(steps_done) // REFRESHED)
+    log = log_to(output / "log.jsonl") if rank() == 0 else lambda record: None
     if not checkpoint.exists():
-        told, keep = _log if rank == 0 else (lambda *_: None), start is not None
-        if start is not None:
-            fresh = start_from(trainee.model, start)
-            told(output, {"phase": "start", "fresh": fresh})
-            keep = not any(name.startswith(("qformer.", "dam.")) for name in fresh)
-        log = partial(told, output)
-        _learn_parts(
-            trainee,
-            pool,
-            judge,
-            picture_steps,
-            caption_steps,
-            batch_size,
-            seed,
-            device,
-            keep,
-            new_looks,
-            log,
-            log_every=max(1, log_every // 2),
-            checkpoint=output / "pictures.safetensors",
-            write=rank == 0,
-        )
-    for name in freeze:
+        _learn_parts(trainee, pool, judge, output, log, options)
+    for name in options.freeze:
         trainee.model.get_submodule(name).requires_grad_(False)
-    parameters = [p for p in trainee.parameters() if p.requires_grad]
-    optimizer = MuonAdamW(trainee.named_parameters(), lr, lr / 8, adam_names=ADAM_NAMES)
-    average = Average(trainee, 0.995)
-    if checkpoint.exists():
-        progress = load_checkpoint(checkpoint, trainee, average, optimizer)
-    if compiled:
+    optimizer = MuonAdamW(trainee.named_parameters(), options.lr, options.lr / 8, adam_names=ADAM_NAMES)
+    if options.compile:
         for block in trainee.model.transformer.blocks:
             block.forward = torch.compile(block.forward, dynamic=False)  # not the block: it keeps its hooks
-    bar = tqdm(total=steps, initial=int(progress["step"]), desc="train", disable=rank > 0)
-    sums: dict[str, Tensor] = {}
-    counted, began = 0, time.perf_counter()
-    while (part := _part_done(progress, steps, minutes)) < 1:
-        step = int(progress["step"])
-        rng = np.random.Generator(np.random.Philox(key=[seed, step * 64 + rank]))
-        batch = pool.batch(rng, batch_size // world, Dropped(foreign=foreign)).to(device)
+
+    def losses_of(step: int) -> dict[str, Tensor]:
+        rng = random_of(options.seed, step * 64 + rank())
+        batch = pool.batch(rng, options.batch_size // world, Dropped(foreign=options.foreign))
         noise = normal(rng, tuple(batch.latents.shape), device)
-        sigma = random_sigma(rng, len(noise), high).to(device)
-        optimizer.set_scale(schedule(part))
+        sigma = random_sigma(rng, len(noise), options.high).to(device)
         with cheapest_attention(device), autocast(device):
-            noise, sigma, held = own_noise(trainee, batch, noise, sigma, rng, own)
-            noise, astray = decoy_noise(batch, noise, sigma, rng, decoys)
+            noise, sigma, held = own_noise(trainee, batch, noise, sigma, rng, options.own)
+            noise, astray = decoy_noise(batch, noise, sigma, rng, options.decoys)
             held = torch.where(astray, held.clamp(min=DECOY_HELD), held)
-            losses = trainee(batch, noise, sigma, held)
-        optimizer.zero_grad(set_to_none=True)
-        losses["total"].backward()
-        if world > 1:
-            _average_gradients(parameters)
-        gradient_norm(parameters, 2.0)
-        optimizer.step()
-        average.update(trainee)
-        progress["step"] += 1
-        now = time.perf_counter()
-        progress["seconds"] += now - began
-        began = now
-        if world > 1:
-            _agree(progress, device)
-        for name, value in losses.items():
-            sums[name] = sums.get(name, 0.0) + value.detach()
-        counted += 1
-        bar.update(1)
-        last = _part_done(progress, steps, minutes) >= 1
-        if rank == 0 and ((step + 1) % log_every == 0 or last):
-            if (step + 1) % (log_every * 5) == 0 or last or step + 1 == log_every:
-                trained = {k: v.clone() for k, v in trainee.state_dict().items()}
-                trainee.load_state_dict(average.shadow)
-                record = probe(trainee, judge, device)
-                save_model(trainee.model, output / "model.safetensors")
-                trainee.load_state_dict(trained)
-                save_checkpoint(checkpoint, trainee, average, optimizer, progress)
-            else:
-                record = {}
-            record |= {name: round(float(value) / counted, 4) for name, value in sums.items()}
-            record |= {
-                "step": step + 1,
-                "samples": (step + 1) * batch_size,
-                "seconds": round(progress["seconds"]),
-            }
-            sums, counted = {}, 0
-            _log(output, record)
-        if (step + 1) % REFRESHED == 0:
+            return trainee(batch, noise, sigma, held)
+
+    def publish(steps: int) -> dict[str, float]:
+        save_model(trainee.model, output / "model.safetensors")
+        return probe(trainee, judge, device)
+
+    def refresh(steps: int) -> None:
+        if steps % REFRESHED == 0:
             pool.refresh()
+
+    how = LoopOptions(
+        "train",
+        options.steps,
+        options.minutes,
+        log_every=options.log_every,
+        save_every=5 * options.log_every,
+        also=(options.log_every,),
+    )
+    train(
+        trainee,
+        optimizer,
+        losses_of,
+        how,
+        log=lambda record: log(record | {"samples": record["step"] * options.batch_size}),
+        average=Average(trainee, 0.995),
+        checkpoint=checkpoint,
+        publish=publish,
+        after_step=refresh,
+    )
     pool.close()
-    bar.close()
-
-
-def _part_done(progress: Mapping[str, float], steps: int, minutes: float | None) -> float:
-    """How much of the last stage is done, from 0 to 1: of its steps, or of its time where that is given."""
-    return progress["step"] / steps if minutes is None else progress["seconds"] / (60 * minutes)

@@ -10,22 +10,24 @@ the concept tokens already, to these too.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from conceptmaster.engine.concepts import QFormerLayer
 from conceptmaster.engine.config import ConceptConfig
 from conceptmaster.engine.model import ConceptMaster
 
+from ..arguments import check_counts, check_shares
 from ..world.scenes import ACCESSORIES, NOUNS, TEXTURES
-from .batches import PORTRAIT, RUNS, LatentPool, Pictures, new_pictures
-from .learning import MuonAdamW, autocast, gradient_norm, load_checkpoint, save_checkpoint, schedule
+from .batches import Pictures, Pool, new_pictures
+from .learning import MuonAdamW, autocast, schedule
+from .looks import PORTRAIT, RUNS
+from .loop import Log, LoopOptions, random_of, train
 
 TRAITS = (len(TEXTURES), len(ACCESSORIES), len(NOUNS))
 """Kinds of each trait that ``TraitHead`` names."""
@@ -193,58 +195,67 @@ class Sight(nn.Module):
         return losses
 
 
+@dataclass(frozen=True)
+class PictureOptions:
+    """How seeing is learned: a share ``alone`` of the steps the picture encoder, then all that sees; on the
+    pool's pictures, or with ``new_looks`` on such as ``new_pictures`` draws for every step. lr: Muon's.
+    Raises InputError."""
+
+    steps: int
+    batch_size: int = 128
+    seed: int = 0
+    device: str = "cpu"
+    lr: float = 0.012
+    log_every: int = 50
+    alone: float = ALONE
+    new_looks: bool = False
+
+    def __post_init__(self) -> None:
+        check_counts(self, "steps", "batch_size", "log_every")
+        check_shares(self, "alone")
+
+
 def learn_pictures(
     sight: Sight,
-    pool: LatentPool,
-    *,
-    steps: int,
-    seed: int,
-    device: str,
-    adam_names: tuple[str, ...],
-    judge: LatentPool,
-    log: Callable[[Mapping[str, object]], None],
+    pool: Pool,
+    judge: Pool,
     checkpoint: Path,
-    write: bool = True,
-    batch_size: int = 128,
-    lr: float = 0.012,
-    log_every: int = 50,
-    alone: float = ALONE,
-    new_looks: bool = False,
+    options: PictureOptions,
+    adam_names: tuple[str, ...],
+    log: Log,
 ) -> None:
-    """Train on reference pictures: a share ``alone`` of the steps the picture encoder, then all that sees.
+    """Train on reference pictures. ``log`` takes mean losses, with those of ``judge`` (looks held out) beside
+    them. Resumes from ``checkpoint``, to the same weights."""
+    optimizer = MuonAdamW(sight.named_parameters(), options.lr, 1.5e-3, adam_names=adam_names)
+    turn = int(options.alone * options.steps)
+    alone, wide = turn / options.steps, 1.0 if sight.kept is None else KEPT_RATE
 
-    The pictures are the pool's, or with ``new_looks`` drawn for every step, of looks that come once (see
-    ``new_pictures``). ``log`` takes mean losses every ``log_every`` steps, with those of ``judge`` (looks
-    held out) beside them. Resumes from ``checkpoint``, to the same weights; that is written (unless not to
-    ``write``) whenever there is something to log.
-    """
-    parameters = [p for p in sight.parameters() if p.requires_grad]
-    optimizer = MuonAdamW(sight.named_parameters(), lr, 1.5e-3, adam_names=adam_names)
-    turn = int(alone * steps)
-    sums: dict[str, list[float]] = {}
-    done = int(load_checkpoint(checkpoint, sight, None, optimizer)["step"]) if checkpoint.exists() else 0
-    for step in tqdm(range(done, steps), desc="pictures", total=steps, initial=done, disable=None):
-        if step < turn:
-            losses_of, scale = sight.look, schedule(step / turn)
-        else:
-            rate = 1.0 if sight.kept is None else KEPT_RATE
-            losses_of, scale = sight, rate * schedule((step - turn) / (steps - turn))
-        optimizer.set_scale(scale)
-        rng = np.random.Generator(np.random.Philox(key=[seed, 2**32 + step]))
-        pictures = new_pictures(rng, batch_size, pool.label) if new_looks else pool.pictures(rng, batch_size)
-        losses = losses_of(pictures.to(device))
-        optimizer.zero_grad(set_to_none=True)
-        losses["total"].backward()
-        gradient_norm(parameters, 2.0)
-        optimizer.step()
-        for name, value in losses.items():
-            sums.setdefault(name, []).append(float(value.detach()))
-        if (step + 1) % log_every == 0 or step + 1 in (turn, steps):
-            record = {name: round(float(np.mean(values)), 4) for name, values in sums.items()}
-            sums = {}
-            with torch.no_grad():
-                found = losses_of(judge.pictures(np.random.default_rng(0), JUDGED).to(device))
-            record |= {f"held_out_{name}": round(float(value), 4) for name, value in found.items()}
-            log({"phase": "pictures", "step": step + 1, **record})
-            if write:
-                save_checkpoint(checkpoint, sight, None, optimizer, {"step": step + 1})
+    def seen(step: int, batch: Pictures) -> dict[str, Tensor]:
+        return sight.look(batch) if step < turn else sight(batch)
+
+    def rate(part: float) -> float:
+        if part < alone:
+            return schedule(part / alone)
+        return wide * schedule((part - alone) / (1 - alone))
+
+    def losses_of(step: int) -> dict[str, Tensor]:
+        rng = random_of(options.seed, 2**32 + step)
+        if options.new_looks:
+            return seen(step, new_pictures(rng, options.batch_size, pool.tokens[1], options.device))
+        return seen(step, pool.pictures(rng, options.batch_size))
+
+    @torch.no_grad()
+    def judged(steps: int) -> dict[str, float]:
+        found = seen(steps - 1, judge.pictures(np.random.default_rng(0), JUDGED))
+        return {f"held_out_{name}": round(float(value), 4) for name, value in found.items()}
+
+    how = LoopOptions("pictures", options.steps, rate=rate, log_every=options.log_every, also=(turn,))
+    train(
+        sight,
+        optimizer,
+        losses_of,
+        how,
+        log=lambda record: log({"phase": "pictures", **record}),
+        checkpoint=checkpoint,
+        publish=judged,
+    )

@@ -8,8 +8,7 @@ as much as colour, and plain projection, where detail hardly counts at all.
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,19 +16,22 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from conceptmaster.engine.checkpoints.safetensors_io import load, load_strict, save
 from conceptmaster.engine.vae.block_vae import BlockVAE
 
-from .learning import Average, MuonAdamW, autocast, gradient_norm, load_checkpoint, save_checkpoint, schedule
+from ..arguments import check_counts
+from .learning import Average, MuonAdamW, autocast
+from .loop import LoopOptions, log_to, random_of, train
 from .noising import normal
-from .pool import open_shard, shards
+from .shards import open_array, shard_folders
 
 LATENT_NOISE = 0.05
 """Largest deviation of the noise on the latents that the network learns from: a model's are not exact."""
 KEPT_SHARDS = 16
 """Shards of a pool that are read into memory, 104 MB each."""
+ANALYSED = 800
+"""Clips that the components are found in."""
 COMPONENTS = ("mean", "basis", "scale")
 """The tensors that decide what latents are; the others only draw them."""
 JUDGED = 24
@@ -51,17 +53,17 @@ def new_vae(config: dict[str, Any]) -> BlockVAE:
 
 
 @torch.no_grad()
-def analyse(vae: BlockVAE, data: Path, clips: int = 800, seed: int = 0, kept: int = 0) -> None:
+def analyse(vae: BlockVAE, data: Path, clips: int | None = None, seed: int = 0, kept: int = 0) -> None:
     """Set mean, basis and scale to the principal components of clips of a pool, spread over its shards.
 
     The mean and the first ``kept`` components stay as they are; those behind them are the principal
     components of what these leave over. So a model of the first ``kept`` can go on with more.
     """
     rng = np.random.default_rng(seed)
-    folders, size = shards(data)[1:], vae.basis.shape[1]
+    folders, size = shard_folders(data)[1:], vae.basis.shape[1]
     total, products, count = torch.zeros(size).double(), torch.zeros(size, size).double(), 0
-    for n in range(clips):
-        video = open_shard(folders[n % len(folders)]).video
+    for n in range(clips or ANALYSED):
+        video = open_array(folders[n % len(folders)], "video")
         clip = to_tensor(video[rng.integers(len(video))][None])
         whole = torch.cat([clip[:, :, :1]] * (vae.frames - 1) + [clip], dim=2)
         blocks = vae.cut(whole).reshape(-1, size).double()
@@ -122,50 +124,33 @@ def frames_of(videos: Tensor, clips: Tensor, frames: Tensor, t: int) -> Tensor:
     return from_bytes(videos[clips[:, None], those])
 
 
-def train_vae(
-    data: Path,
-    output: Path,
-    *,
-    steps: int,
-    batch_size: int = 16,
-    seed: int = 0,
-    device: str = "cpu",
-    lr: float = 0.02,
-    log_every: int = 200,
-) -> None:
-    """Train the decoder's network to ``steps``; resumes from ``output/vae-training.safetensors`` to the same
-    weights.
-
-    Goes on from ``vae.safetensors`` in ``output`` (see ``write_vae``) and writes it again, averaged, every
-    ``log_every`` steps, with a line in ``vae-log.jsonl``. Components, and so latents, stay what they are.
-    Raises CheckpointError for a checkpoint that cannot be read.
-    """
-    folders = shards(data)
-    kept = [np.load(folder / "video.npy") for folder in folders[1 : 1 + KEPT_SHARDS]]
-    videos = torch.cat([torch.from_numpy(video).to(device) for video in kept])
-    del kept
-
-    def loss(vae: BlockVAE, rng: np.random.Generator) -> Tensor:
-        return _loss(
-            vae, frames_of(videos, *random_frames(rng, videos, vae.frames, batch_size), vae.frames), rng
-        )
-
-    settings = Fit(steps, seed, device, log_every, lr, adam_lr=2e-3, decay=0.995)
-    fit(data, output, "vae", loss, settings)
-
-
 @dataclass(frozen=True)
-class Fit:
-    """How ``fit`` trains: until which step, from which seed, where, logging how often, at which rates (Muon's
-    and AdamW's), and with which decay of the averaged weights."""
+class VAEOptions:
+    """How the decoder's network is trained. lr: Muon's, AdamW takes a tenth of it; decay: of the averaged
+    weights. Raises InputError."""
 
     steps: int
-    seed: int
-    device: str
-    log_every: int
-    lr: float
-    adam_lr: float
-    decay: float
+    batch_size: int = 16
+    seed: int = 0
+    device: str = "cpu"
+    lr: float = 0.02
+    decay: float = 0.995
+    log_every: int = 200
+
+    def __post_init__(self) -> None:
+        check_counts(self, "steps", "batch_size", "log_every")
+
+
+def train_vae(data: Path, output: Path, options: VAEOptions) -> None:
+    """Train the decoder's network on the clips of a pool; see ``fit``."""
+    kept = [open_array(folder, "video") for folder in shard_folders(data)[1 : 1 + KEPT_SHARDS]]
+    videos = torch.cat([torch.from_numpy(np.array(video)).to(options.device) for video in kept])
+
+    def loss(vae: BlockVAE, rng: np.random.Generator) -> Tensor:
+        drawn = random_frames(rng, videos, vae.frames, options.batch_size)
+        return _loss(vae, frames_of(videos, *drawn, vae.frames), rng)
+
+    fit(data, output, "vae", loss, options)
 
 
 def fit(
@@ -173,48 +158,34 @@ def fit(
     output: Path,
     name: str,
     loss_of: Callable[[BlockVAE, np.random.Generator], Tensor],
-    how: Fit,
-    about: Mapping[str, str] | None = None,
+    options: VAEOptions,
+    **about: str,
 ) -> None:
     """Train the network of ``output/vae.safetensors`` on a loss of a step's random numbers.
 
-    Resumes from ``output/NAME-training.safetensors``, writes ``vae.safetensors`` again, averaged, and lines
-    in ``NAME-log.jsonl``, each beginning with ``about``.
+    Resumes from ``output/NAME-training.safetensors``, to the same weights. Writes ``vae.safetensors`` again,
+    averaged, every ``log_every`` steps, and lines in ``NAME-log.jsonl``, each beginning with ``about``.
+    Components, and so latents, stay what they are. Raises CheckpointError for a checkpoint that cannot be
+    read.
     """
-    steps = how.steps
-    torch.manual_seed(how.seed)
-    vae = load_vae(output).train().to(how.device)
-    optimizer = MuonAdamW(vae.named_parameters(), lr=how.lr, adam_lr=how.adam_lr)
-    average = Average(vae, how.decay)
-    checkpoint, progress = output / f"{name}-training.safetensors", {"seconds": 0.0, "step": 0.0}
-    if checkpoint.exists():
-        progress = load_checkpoint(checkpoint, vae, average, optimizer)
-    held_out = np.asarray(open_shard(shards(data)[0]).video[:JUDGED])
-    bar = tqdm(total=steps, initial=int(progress["step"]), desc=name)
-    while progress["step"] < steps:
-        start, step = time.perf_counter(), int(progress["step"])
-        rng = np.random.Generator(np.random.Philox(key=[how.seed, step]))
-        optimizer.set_scale(schedule(step / steps))
-        loss = loss_of(vae, rng)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        gradient_norm(vae.parameters(), 1.0)
-        optimizer.step()
-        average.update(vae)
-        progress["seconds"] += time.perf_counter() - start
-        progress["step"] += 1
-        bar.update(1)
-        if (step + 1) % how.log_every == 0 or step + 1 == steps:
-            trained = {k: v.clone() for k, v in vae.state_dict().items()}
-            vae.load_state_dict(average.shadow)
-            record = progress | {"loss": float(loss.detach()), "psnr": psnr(vae, held_out)}
-            write_vae(vae, output, json.loads((output / "vae.json").read_text()))
-            vae.load_state_dict(trained)
-            save_checkpoint(checkpoint, vae, average, optimizer, progress)
-            with (output / f"{name}-log.jsonl").open("a") as log:
-                log.write(json.dumps({**(about or {}), **record}) + "\n")
-            tqdm.write(json.dumps(record))
-    bar.close()
+    torch.manual_seed(options.seed)
+    vae = load_vae(output).train().to(options.device)
+    held_out = np.asarray(open_array(shard_folders(data)[0], "video")[:JUDGED])
+
+    def publish(steps: int) -> dict[str, float]:
+        write_vae(vae, output, json.loads((output / "vae.json").read_text()))
+        return {"psnr": psnr(vae, held_out)}
+
+    train(
+        vae,
+        MuonAdamW(vae.named_parameters(), options.lr, options.lr / 10),
+        lambda step: {"total": loss_of(vae, random_of(options.seed, step))},
+        LoopOptions(name, options.steps, limit=1.0, log_every=options.log_every),
+        log=log_to(output / f"{name}-log.jsonl", **about),
+        average=Average(vae, options.decay),
+        checkpoint=output / f"{name}-training.safetensors",
+        publish=publish,
+    )
 
 
 def _loss(vae: BlockVAE, video: Tensor, rng: np.random.Generator) -> Tensor:

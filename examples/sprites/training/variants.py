@@ -34,13 +34,12 @@ from conceptmaster.errors import ConceptMasterError, InputError, WeightsError
 from conceptmaster.export.bundle import write_bundle
 from conceptmaster.runtime.atomic_write import check_output, replacing
 
-from ..arguments import check_counts, seed_range
+from ..arguments import add_training, given, seed_range, set_threads
 from ..scoring.score import Options, score
-from ..world.vocabulary import build_tokenizer
-from .batches import is_encoded
-from .pool import shards
+from .pools import ShardPool, open_pool
+from .shards import is_encoded, shard_folders
 from .train import collect
-from .train_model import train_model
+from .train_model import TrainOptions, train_model
 from .train_vae import COMPONENTS
 
 CONCEPTS = 2
@@ -114,10 +113,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--table", type=Path, metavar="FILE.md", help="the table (OUTPUT/table.md)")
     parser.add_argument("--json", type=Path, metavar="FILE.json", help="everything (OUTPUT/variants.json)")
-    parser.add_argument(
-        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="to train on"
-    )
-    parser.add_argument("--threads", type=int, default=None, help="CPU threads (one per core)")
+    add_training(parser, seed=False)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -141,12 +137,11 @@ def run(args: argparse.Namespace) -> int:
         "base_sha256": sha256(args.base / "model.safetensors"),
         "base_concept": {name: getattr(base.config.concept, name) for name in FIELDS},
         "vae_sha256": sha256(args.data / "vae" / "vae.safetensors"),
-        "shards": len(shards(args.data / "clips")),
+        "shards": len(shard_folders(args.data / "clips")),
     }
     _hold(settings, args.output / "settings.json")
     write_base(base, args.output / "base.safetensors")
-    if args.threads is not None:
-        torch.set_num_threads(args.threads)
+    set_threads(args)
     _publish(args.output, settings, table, everything)
     for seed in args.seeds:
         for variant in (v for v in VARIANTS if v.name in args.only):
@@ -164,9 +159,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check_arguments(args: argparse.Namespace) -> None:
-    check_counts(args, "steps", "batch_size", "threads")
-    if not 0 < args.lr < float("inf"):
-        raise InputError(f"--lr must be a positive number, got {args.lr}")
+    given(TrainOptions, args)
     if min(args.seeds) < 0 or len(set(args.seeds)) < len(args.seeds):
         raise InputError(f"--seeds must be different whole numbers from 0, got {args.seeds}")
     Options(seeds=args.score_seeds, concepts=CONCEPTS)
@@ -176,7 +169,7 @@ def check_data(data: Path) -> None:
     """Raises one InputError for all that a folder of ``train --output`` lacks, with the command for it."""
     lacking: dict[str, list[str]] = {"draw": [], "latents": [], "vae": []}
     for pool in ("clips", "held-out"):
-        found = shards(data / pool)
+        found = shard_folders(data / pool)
         if not found:
             lacking["draw"].append(pool)
         bare = [s for s in found if not is_encoded(s)]
@@ -233,23 +226,18 @@ def _train_and_score(
 ) -> None:
     """One run, from the base to its ``score.json``; goes on from its last checkpoint."""
     vae_folder, model_folder = args.data / "vae", folder / "model"
-    train_model(
-        variant.config(base),
-        args.data / "clips",
-        args.data / "held-out",
-        model_folder,
-        build_tokenizer(),
-        steps=args.steps,
-        batch_size=args.batch_size,
+    config = variant.config(base)
+    options = given(
+        TrainOptions,
+        args,
         seed=seed,
-        device=args.device,
-        lr=args.lr,
         log_every=max(1, args.steps // 20),  # a checkpoint every quarter
-        picture_steps=0,
-        caption_steps=0,
         start=args.output / "base.safetensors",
         freeze=("text_encoder", "image_encoder"),
     )
+    data, judge = (args.data / name for name in ("clips", "held-out"))
+    held_out = ShardPool(judge, config, args.device)
+    train_model(config, lambda done: open_pool(data, config, args.device), held_out, model_folder, options)
     progress = json.loads(load(model_folder / "training.safetensors")[1]["progress"])
     collect(vae_folder, model_folder, folder / "weights")
     write_bundle(open_source(folder / "weights"), folder / "bundle", overwrite=True)
@@ -267,7 +255,7 @@ def _train_and_score(
         "versions": {"conceptmaster": __version__, "torch": torch.__version__, "numpy": np.__version__},
     }
     for name, same_noun in SCORES.items():
-        options = Options(
+        asked = Options(
             seeds=args.score_seeds,
             concepts=CONCEPTS,
             same_noun=same_noun,
@@ -275,7 +263,7 @@ def _train_and_score(
             controls=False,
             threads=args.threads,
         )
-        report[name] = score(options, progress=True)[0]
+        report[name] = score(asked, progress=True)[0]
     _write(folder / "score.json", report)
 
 

@@ -165,7 +165,7 @@ def draw_references(casts: Cast, generator: torch.Generator) -> Tensor:
 
 
 def draw_upright(casts: Cast, side: int) -> Tensor:
-    """Sprites upright and alone on grey, as ``batches.py`` has them: uint8 [P,side,side,3]."""
+    """Sprites upright and alone on grey, as ``looks.py`` asks for them: uint8 [P,side,side,3]."""
     like, radius = casts["body"], 0.35 * side
     axis = (_axis(side, like) - side / 2) / radius
     shape = (len(like), side, side)

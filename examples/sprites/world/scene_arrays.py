@@ -27,7 +27,7 @@ Arrays = dict[str, np.ndarray]
 """Of n scenes, which have up to N concepts. Each: count, background [n], caption [n] (str). Each concept:
 label [n,N] (str), noun, foreign_noun, motion, radius [n,N], path [n,N,F,2] in pixels, and two looks, its own
 and, beginning with ``decoy_``, the decoy's: texture, accessory, period, angle [n,N], body, second, accent
-[n,N,3]. Kinds are numbers in the order of ``world.py``'s."""
+[n,N,3]. Kinds are numbers in the order of ``scenes.py``'s."""
 
 LOOKS = {"body": 3, "second": 3, "accent": 3, "period": 1, "angle": 1, "texture": 0, "accessory": 0}
 """Fields of a look; how many numbers, 0 where it is a kind."""
@@ -65,12 +65,13 @@ def scene_arrays(first: int, count: int) -> Arrays:
             arrays["motion"][row, n] = MOTIONS.index(actor.motion)
             arrays["radius"][row, n], arrays["path"][row, n] = actor.radius, actor.path()
             for prefix, look in (("", actor.identity), ("decoy_", astray[n].identity)):
-                for name, value in _look(look).items():
+                for name, value in look_numbers(look).items():
                     arrays[prefix + name][row, n] = value
     return arrays | {"caption": np.array(captions, object), "label": labels}
 
 
-def _look(look: Identity) -> dict[str, object]:
+def look_numbers(look: Identity) -> dict[str, object]:
+    """The fields of a look in numbers, as ``LOOKS`` lists them."""
     kinds = {"texture": TEXTURES.index(look.texture), "accessory": ACCESSORIES.index(look.accessory)}
     return {name: kinds.get(name, getattr(look, name)) for name in LOOKS}
 

@@ -6,7 +6,6 @@ modules, so running these on the bundle's weights gives the same videos. Which w
 
 from __future__ import annotations
 
-import functools
 import logging
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from ....errors import InputError, MissingDependency, OutOfMemory
+from ...bundle_format.graph_list import BY_NAME, EACH_STEP, FIRST_FRAME, LATER_FRAMES, STEP_GRAPH, upstream
 from . import memory_plan
 from .options import TorchOptions
 
@@ -27,8 +27,7 @@ try:
     from ....engine.checkpoints.source import Choices, loras_of
     from ....engine.config import ModelConfig
     from ....engine.fused import Fusing, fuse, narrow
-    from ....engine.vae.wan_decoder import streaming_decoders
-    from ....engine.vae.wan_encoder import streaming_encoders
+    from ....engine.step import DenoiseStep, graph_modules
     from .stepper import Carried, Stepper, cuda_graphs
     from .weights import count_weights, open_weights
 except ImportError as error:
@@ -44,8 +43,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 Module = Callable[[dict[str, Any]], Mapping[str, Any]]
-ONES = ("image_encoder", "qformer", "dam")
-"""Graphs that are a module of the same name, called with the inputs in the order of its signature."""
 
 
 class TorchBackend:
@@ -114,11 +111,10 @@ class TorchBackend:
         self.load(())
         with self._lock, torch.inference_mode(), self._out_of_memory():
             signature = self._manifest.graphs[graph]
-            given = {
-                spec.name: self._to_device(inputs[spec.name], graph, spec) for spec in signature.inputs
-            } | {name: inputs[name] for name in ("step",) if name in inputs}
-            found = self._modules[graph](given)
-            return dict(found)
+            tensors = {s.name: self._to_device(inputs[s.name], graph, s) for s in signature.inputs}
+            if graph == STEP_GRAPH and "step" in inputs:
+                tensors["step"] = inputs["step"]
+            return dict(self._modules[graph](tensors))
 
     def to_host(self, array: Any) -> np.ndarray:
         """An array as NumPy; waits until it is computed."""
@@ -140,79 +136,54 @@ class TorchBackend:
         choices = Choices(adapter=adapter, loras=loras_of(options.lora, options.lora_scale))
         place = None if options.weights is None else str(options.weights)
         source = open_weights(self._bundle, place, choices)
-        model, vae = source.model, source.vae
         log.info("weights of %s", source.origin.name)
-        narrowed = settle(narrow(model.transformer, self._dtype), self._device)
-        transformer = fuse(narrowed, Fusing(tier=options.tier)).to(self._device)
-        self.stepper = Stepper(
-            transformer,
-            self._dtype,
-            cuda_graphs() if self._device.type == "cuda" else None,
-            self._options.skip_guidance,
-            self._options.step_cache,
-        )
-        encoders = {
-            name: settle(child, self._device, self._dtype)
-            for name, child in model.named_children()
-            if name != "transformer"
-        }
-        first, following = (decoder.to(self._device) for decoder in streaming_decoders(vae))
-        modules: dict[str, Module] = {
-            "text_encoder": self._called("text_encoder", encoders["text_encoder"]),
-            "condition": self._condition,
-            "denoise": self._denoise,
-            "decode_first": self._called("decode_first", first, torch.float32),
-            "decode": self._called("decode", following, torch.float32),
-        }
-        if "encode_first" in self._manifest.graphs:  # an image-to-video base, so it is Wan's VAE
-            pair = streaming_encoders(cast("Any", vae))
-            for name, encoder in zip(("encode_first", "encode"), pair, strict=True):
-                modules[name] = self._called(name, encoder.to(self._device), torch.float32)
-        return modules | {name: self._called(name, encoders[name]) for name in ONES if name in encoders}
+        for part, module in source.model.named_children():
+            if part == "transformer":
+                settle(narrow(source.model.transformer, self._dtype), self._device)
+            else:
+                settle(module, self._device, self._dtype)
+        fuse(source.model.transformer, Fusing(tier=options.tier))
+        modules, found = graph_modules(source.model, source.vae), dict[str, Module]()
+        for name in self._manifest.graphs:
+            module = modules[name].to(self._device)
+            if BY_NAME[name].runs == EACH_STEP:
+                self.stepper = self._stepper(cast("DenoiseStep", module))
+                found[name] = self._denoise
+            elif BY_NAME[name].runs in (FIRST_FRAME, LATER_FRAMES):
+                found[name] = self._called(name, module, torch.float32)
+            elif name == upstream(STEP_GRAPH, modules):  # of the transformer, whose weights have their dtypes
+                found[name] = self._called(name, module, self._dtype, for_the_step=True)
+            else:
+                found[name] = self._called(name, module.to(self._dtype), self._dtype)
+        return found
 
-    def _called(self, graph: str, module: torch.nn.Module, dtype: torch.dtype | None = None) -> Module:
-        """A module that takes and gives what the graph's signature says; dtype: of its floating-point inputs,
-        None for the options'."""
-        wanted = dtype or self._dtype
+    def _stepper(self, denoise: DenoiseStep) -> Stepper:
+        capture = cuda_graphs() if self._device.type == "cuda" else None
+        return Stepper(denoise, capture, self._options.skip_guidance, self._options.step_cache)
 
-        def call(given: dict[str, Any]) -> Mapping[str, Any]:
+    def _called(
+        self, graph: str, module: torch.nn.Module, dtype: torch.dtype, for_the_step: bool = False
+    ) -> Module:
+        """A module that takes and gives what the graph's signature says; dtype: of its floating-point inputs;
+        for_the_step: its outputs, which nothing but the step reads, stay in the module's own form."""
+
+        def call(tensors: dict[str, Any]) -> Mapping[str, Any]:
             signature = self._manifest.graphs[graph]
-            tensors = [_floating(given[spec.name], wanted) for spec in signature.inputs]
-            outputs = module(*tensors)
+            outputs = module(*(_floating(tensors[spec.name], dtype) for spec in signature.inputs))
             found = (outputs,) if isinstance(outputs, torch.Tensor) else outputs
             return {
-                spec.name: _floating(value, getattr(torch, spec.dtype))
+                spec.name: value if for_the_step else _floating(value, getattr(torch, spec.dtype))
                 for spec, value in zip(signature.outputs, found, strict=True)
             }
 
         return call
 
-    def _condition(self, given: dict[str, Any]) -> Mapping[str, Any]:
+    def _denoise(self, tensors: dict[str, Any]) -> Mapping[str, Any]:
         assert self.stepper is not None
-        shapes, text = self._manifest.shapes, given["text"]
-        tokens = given.get("concept_tokens")  # a base alone has neither
-        if tokens is None:
-            tokens = text.new_zeros(shapes.concepts, shapes.queries, shapes.concept_width)
-        mask = given.get("concept_mask")
-        if mask is None:
-            mask = self._no_concepts
-        text, tokens = (_floating(tensor, self._dtype) for tensor in (text, tokens))
-        return self.stepper.transformer.condition(text, tokens, mask)
-
-    def _denoise(self, given: dict[str, Any]) -> Mapping[str, Any]:
-        assert self.stepper is not None
-        state, step = given.pop("state"), given.pop("step", None)
+        state, step = tensors.pop("state"), tensors.pop("step", None)
         carried = state if isinstance(state, Carried) else Carried(state)
-        given.setdefault("concept_mask", self._no_concepts)
-        names = ("time", "concept_mask", "guidance", "coefficients", "given")
-        inputs = {name: given.pop(name) for name in names if name in given}
         index, steps = (0, 1 << 30) if step is None else (int(number) for number in step)
-        return {"next_state": self.stepper(carried, inputs, given, index, steps)}
-
-    @functools.cached_property
-    def _no_concepts(self) -> torch.Tensor:
-        shapes = self._manifest.shapes
-        return torch.zeros((shapes.branches, shapes.concepts), dtype=torch.bool, device=self._device)
+        return {"next_state": self.stepper(carried, tensors, index, steps)}
 
     def _check_memory(self) -> None:
         free, peak = _free_memory(self._device), self.plan["peak"]

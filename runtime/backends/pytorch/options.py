@@ -23,7 +23,7 @@ class TorchOptions:
 
     Lossy, with measured errors in docs/performance.md: tier "high" (linear layers in 8 bits, on GPUs that
     have fp8), skip_guidance (so large a part of the steps, at the end, is not guided), step_cache (steps
-    whose predicted change stays below it, in parts of the velocity, are not computed, see torch_step.py).
+    whose predicted change stays below it, in parts of the velocity, are not computed, see stepper.py).
 
     Raises: InputError for a value that is out of range.
     """

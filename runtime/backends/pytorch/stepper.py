@@ -1,4 +1,4 @@
-"""One step of the solver in PyTorch: guidance and update around the transformer, replayed as a CUDA graph.
+"""The engine's step, replayed as a CUDA graph, and ways to compute less of it.
 
 Everything between two steps stays on the device. On CUDA the whole step is captured once per shape and
 replayed: one launch instead of thousands. Two ways to do less are off unless asked for, and change the video:
@@ -21,7 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ....engine.dit import ConceptDiT
+from ....engine.dit import BlockConditions
+from ....engine.step import DenoiseStep, update
 
 Replay = Callable[[], tuple[Tensor, ...]]
 Capture = Callable[[Replay], Replay]
@@ -66,22 +67,23 @@ class Captured:
         self, function: Callable[..., tuple[Tensor, ...]], inputs: Mapping[str, Tensor], capture: Capture
     ) -> None:
         self.held = {name: tensor.clone() for name, tensor in inputs.items()}
-        self.given = dict(inputs)
+        self.last = dict(inputs)
         self.replay = capture(lambda: function(**self.held))
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
         """The function of these inputs."""
         for name, tensor in inputs.items():
-            if tensor is not self.given[name]:
+            if tensor is not self.last[name]:
                 self.held[name].copy_(tensor)
-        self.given = dict(inputs)  # which also keeps them from being freed, and another from looking the same
+        self.last = dict(inputs)  # which also keeps them from being freed, and another from looking the same
         return tuple(output.clone() for output in self.replay())
 
 
 @dataclass
 class Memory:
-    """What a step cache knows of a video: the last step's latents, and of the last computed step its latents,
-    velocity, rate of change (None before there are two) and the change predicted since, in parts of it."""
+    """What a step cache knows of a video, each tensor [1,Cz*F*H*W]: the last step's latents, and of the last
+    computed step its latents, velocity, rate of change (None before there are two) and the change predicted
+    since, in parts of it."""
 
     latents: Tensor
     computed: Tensor
@@ -99,81 +101,54 @@ class Carried:
 
 
 class Stepper:
-    """Runs steps of `transformer`; capture: how a step is made replayable, None to run it as it is.
-
-    `dtype`: of the latents that the transformer is given; states and updates are float32.
-    """
+    """Runs the engine's steps; capture: how a step is made replayable, None to run it as it is."""
 
     def __init__(
         self,
-        transformer: ConceptDiT,
-        dtype: torch.dtype,
+        denoise: DenoiseStep,
         capture: Capture | None = None,
         skip_guidance: float = 0.0,
         step_cache: float = 0.0,
     ) -> None:
-        self.transformer, self.dtype, self.capture = transformer, dtype, capture
+        self.denoise, self.capture = denoise, capture
         self.skip_guidance, self.step_cache = skip_guidance, step_cache
         self.programs: dict[tuple[Any, ...], Captured] = {}
         self.evaluations = 0
         """Branches computed so far, over all steps: what a lossy option saves shows here."""
 
-    def __call__(
-        self,
-        carried: Carried,
-        inputs: dict[str, Tensor],
-        conditions: dict[str, Tensor],
-        step: int,
-        steps: int,
-    ) -> Carried:
-        """inputs: time [1], concept_mask bool [K,N], guidance [K], coefficients [M,M+1], of an image-to-video
-        base given [1,Cg,F,H,W]; conditions: the keys and values of all blocks, [layers,K,…] each; step of
-        steps, from 0."""
-        inputs = {"state": carried.state, **inputs}
+    def __call__(self, carried: Carried, inputs: dict[str, Tensor], step: int, steps: int) -> Carried:
+        """inputs: those of `DenoiseStep` by name, but for the state; step of steps, from 0."""
         if len(inputs["guidance"]) > 1 and step >= steps * (1 - self.skip_guidance):
-            last = inputs["guidance"].new_ones(1)
-            inputs |= {"concept_mask": inputs["concept_mask"][-1:], "guidance": last}
-            conditions = {name: tensor[:, -1:] for name, tensor in conditions.items()}
+            inputs = inputs | {"guidance": inputs["guidance"].new_ones(1)}
+            inputs |= {name: inputs[name][:, -1:] for name in BlockConditions._fields if name in inputs}
+            if "concept_mask" in inputs:
+                inputs["concept_mask"] = inputs["concept_mask"][-1:]
         if not self.step_cache:
-            return Carried(self._run(inputs, conditions)[0])
-        memory = carried.memory
-        predicted = None if memory is None or step == steps - 1 else _predicted(memory, carried.state[0])
+            return Carried(self._run(carried.state, inputs)[0])
+        memory, latents = carried.memory, carried.state[:1].flatten(1)
+        predicted = None if memory is None or step == steps - 1 else _predicted(memory, latents)
         if memory is not None and predicted is not None and predicted < self.step_cache:
-            velocity = carried.state[0] + (memory.velocity - memory.computed)
-            memory.latents, memory.change = carried.state[0], predicted
+            velocity = latents + (memory.velocity - memory.computed)
+            memory.latents, memory.change = latents, predicted
             return Carried(update(carried.state, velocity, inputs["coefficients"]), memory)
-        state, velocity = self._run(inputs, conditions)
-        return Carried(state, _remembered(memory, carried.state[0], velocity))
+        state, velocity = self._run(carried.state, inputs)
+        return Carried(state, _remembered(memory, latents, velocity))
 
-    def _run(self, inputs: dict[str, Tensor], conditions: dict[str, Tensor]) -> tuple[Tensor, ...]:
+    def _run(self, state: Tensor, inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        """The next state, and the guided velocity."""
         self.evaluations += len(inputs["guidance"])
-        given = inputs | conditions
+        inputs = {"state": state, **inputs}
         if self.capture is None:
-            return self._step(**given)
-        shape = tuple((name, tuple(tensor.shape)) for name, tensor in given.items())
+            return self._step(**inputs)
+        shape = tuple((name, tuple(tensor.shape)) for name, tensor in inputs.items())
         program = self.programs.get(shape)
         if program is None:
-            program = self.programs[shape] = Captured(self._step, given, self.capture)
-        return program(given)
+            program = self.programs[shape] = Captured(self._step, inputs, self.capture)
+        return program(inputs)
 
-    def _step(
-        self, state: Tensor, time: Tensor, concept_mask: Tensor, guidance: Tensor, coefficients: Tensor,
-        given: Tensor | None = None, **conditions: Tensor,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """state [M,Cz,F,H,W] -> (the next one, the guided velocity [Cz,F,H,W]), float32 both. given
-        [1,Cg,F,H,W]: of an image-to-video base, see `ConceptDiT.denoise`."""
-        branches = len(guidance)
-        latents = state[:1].to(self.dtype).expand(branches, -1, -1, -1, -1)  # [K,Cz,F,H,W]
-        known = {} if given is None else {"given": given.to(self.dtype)}
-        velocities = self.transformer.denoise(latents, time, conditions, concept_mask, **known).float()
-        velocity = (guidance[:, None] * velocities.flatten(1)).sum(dim=0).view(state.shape[1:])
+    def _step(self, state: Tensor, coefficients: Tensor, **inputs: Tensor) -> tuple[Tensor, Tensor]:
+        velocity = self.denoise.velocity(state, **inputs)
         return update(state, velocity, coefficients), velocity
-
-
-def update(state: Tensor, velocity: Tensor, coefficients: Tensor) -> Tensor:
-    """coefficients [M,M+1] times [state_0 .. state_{M-1}, velocity] -> [M,Cz,F,H,W]."""
-    known = torch.cat((state.flatten(1), velocity.reshape(1, -1)))  # [M+1,Cz*F*H*W]
-    return (coefficients @ known).view(state.shape)  # [M,Cz,F,H,W]
 
 
 def _predicted(memory: Memory, latents: Tensor) -> float | None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from conceptmaster.examples.sprites.scoring.score import Generate, judged_scene
-from conceptmaster.examples.sprites.training import batches, pool, train_vae
+from conceptmaster.examples.sprites.training import shards, train_vae
 from conceptmaster.examples.sprites.world.draw import draw_clip
 from conceptmaster.examples.sprites.world.scenes import FPS, FRAMES, SIZE
 from conceptmaster.examples.sprites.world.vocabulary import build_tokenizer
@@ -61,13 +61,13 @@ def folder(tmp_path_factory):
     """A pool of a few clips with their latents, and the VAE that these are of beside it."""
     root = tmp_path_factory.mktemp("pool")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pool, "SHARD", CLIPS)
-        pool.draw_shard(root, 0)
-        pool.draw_shard(root, 1)
+        patch.setattr(shards, "SHARD", CLIPS)
+        shards.draw_shard(root, 0)
+        shards.draw_shard(root, 1)
         vae = train_vae.new_vae(small_config().vae)
         train_vae.analyse(vae, root, clips=3 * CLIPS)
         train_vae.write_vae(vae, root, small_config().vae)
-        for index, shard in enumerate(pool.shards(root)):
-            pool.encode_shard(shard, lambda video: vae.encode(train_vae.to_tensor(video)).numpy())
-            batches.portraits(pool.open_shard(shard), index * CLIPS)
+        for index, shard in enumerate(shards.shard_folders(root)):
+            shards.encode_shard(shard, lambda video: vae.encode(train_vae.to_tensor(video)).numpy())
+            shards.tell_shard(shard, index * CLIPS)
     return root

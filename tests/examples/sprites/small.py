@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
+
 from conceptmaster.engine.config import ModelConfig
 from conceptmaster.engine.presets import preset
-from conceptmaster.examples.sprites.training.train_model import train_model
+from conceptmaster.examples.sprites.training import pools
+from conceptmaster.examples.sprites.training.train_model import TrainOptions, train_model
+from conceptmaster.examples.sprites.world.scenes import PERIODS
 
 CLIPS = 6
 """In a shard."""
@@ -23,8 +27,32 @@ def small_config(**concept: str) -> ModelConfig:
     )
 
 
-def train_small(folder, output, tokenizer, **how):
-    """Train the small model on the pool in ``folder``, on videos alone; ``how``: as ``train_model`` takes."""
-    config = how.pop("config", small_config())
-    usual = {"batch_size": 4, "picture_steps": 0, "caption_steps": 0, "log_every": 2}
-    train_model(config, folder, folder, output, tokenizer, **(usual | how))
+def how_it_runs(look):
+    """``looks.patterns`` of one look, in NumPy."""
+    angle, runs = look.angle, np.full(7, np.nan)
+    if look.texture == "stripes":
+        runs[:4] = np.cos(angle), np.sin(angle), np.cos(2 * angle), np.sin(2 * angle)
+    elif look.texture == "checks":
+        runs[2:4] = np.cos(2 * angle), np.sin(2 * angle)
+    elif look.texture == "dots":
+        runs[4:6] = np.cos(4 * angle), np.sin(4 * angle)
+    if look.texture != "plain":
+        runs[6] = 2 * (look.period - PERIODS[0]) / (PERIODS[1] - PERIODS[0]) - 1
+    return runs
+
+
+def small_pool(folder, device="cpu", kind=pools.ShardPool):
+    """The pool in ``folder`` for the small model, its latents normalised by other numbers than 0 and 1."""
+    config = small_config()
+    channels = config.vae["z_dim"]
+    numbers = {"latents_mean": [0.1] * channels, "latents_std": [0.5] * channels}
+    return kind(folder, dataclasses.replace(config, vae=config.vae | numbers), device)
+
+
+def train_small(folder, output, open_data=None, config=None, **options):
+    """Train the small model on the pool in ``folder``, on videos alone; ``options``: of ``TrainOptions``."""
+    config = config or small_config()
+    judge = pools.ShardPool(folder, config)
+    open_data = open_data or (lambda done: pools.ShardPool(folder, config))
+    how = TrainOptions(**({"batch_size": 4, "log_every": 2} | options))
+    train_model(config, open_data, judge, output, how)

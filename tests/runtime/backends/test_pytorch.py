@@ -18,6 +18,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 from conceptmaster import Pipeline  # noqa: E402
+from conceptmaster.engine.step import DenoiseStep  # noqa: E402
 from conceptmaster.errors import InputError, OutOfMemory  # noqa: E402
 from conceptmaster.runtime.backends import open_backend  # noqa: E402
 from conceptmaster.runtime.backends.pytorch import backend as torch_backend  # noqa: E402
@@ -194,7 +195,7 @@ def lossy(sprites, monkeypatch):
     """`lossy(skip_guidance=0.5)`: the pipeline with another stepper of the same weights."""
 
     def build(**options):
-        stepper = stepping.Stepper(sprites.backend.stepper.transformer, torch.float32, None, **options)
+        stepper = stepping.Stepper(sprites.backend.stepper.denoise, None, **options)
         monkeypatch.setattr(sprites.backend, "stepper", stepper)
         return stepper
 
@@ -241,19 +242,22 @@ def test_a_step_cache_is_of_one_video(sprites, request_4, lossy):
 def test_a_linear_change_is_predicted_exactly():
     """Where the velocity is the latents plus a constant, a cached step is no approximation."""
 
-    class Model:
-        def denoise(self, latents, time, conditions, mask):
-            return latents + 3
+    class Model(DenoiseStep):
+        def __init__(self):
+            torch.nn.Module.__init__(self)
+
+        def velocity(self, state, time, guidance, concept_mask):
+            return state[:1].flatten(1) + 3
 
     mask, guidance = torch.ones(1, 1, dtype=torch.bool), torch.ones(1)
     table = torch.tensor([[1.0, 0.0, -0.1], [0.0, 1.0, 0.0]])
     inputs = {"time": torch.ones(1), "concept_mask": mask, "guidance": guidance, "coefficients": table}
     results = []
     for threshold in (0.0, 1.0):
-        stepper = stepping.Stepper(Model(), torch.float32, step_cache=threshold)
+        stepper = stepping.Stepper(Model(), step_cache=threshold)
         carried = stepping.Carried(torch.arange(8.0).view(2, 1, 1, 2, 2))
         for step in range(6):
-            carried = stepper(carried, inputs, {}, step, 6)
+            carried = stepper(carried, inputs, step, 6)
         results.append((carried.state, stepper.evaluations))
     assert results[0][1] == 6 and results[1][1] == 3
     torch.testing.assert_close(results[0][0], results[1][0])
@@ -301,7 +305,7 @@ class Peak(torch.utils._python_dispatch.TorchDispatchMode):
 def test_the_plan_holds_what_a_step_keeps_alive(sprites, request_4):
     backend, peaks = sprites.backend, []
     real = backend.stepper._step
-    model = backend.stepper.transformer
+    model = backend.stepper.denoise.transformer
     weights = [*model.parameters(), *model.buffers()]
 
     def watched(**given):
@@ -317,7 +321,7 @@ def test_the_plan_holds_what_a_step_keeps_alive(sprites, request_4):
         del backend.stepper._step
     planned = backend.plan
     assert 0.5 * planned["step"] < peaks[0] < 1.5 * planned["step"]
-    stored = sum(p.numel() * p.element_size() for p in backend.stepper.transformer.parameters())
+    stored = sum(p.numel() * p.element_size() for p in backend.stepper.denoise.transformer.parameters())
     assert stored < planned["weights"] < planned["peak"]
 
 

@@ -12,27 +12,32 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer
 from torch import Tensor
-from tqdm import tqdm
 
 from conceptmaster.engine.checkpoints.safetensors_io import load_model, save_model
 from conceptmaster.engine.model import ConceptMaster
 from conceptmaster.runtime.solver import make_schedule
 
-from ...arguments import check_counts, check_shares, check_trained, guidance_of
-from ...world.vocabulary import build_tokenizer
+from ...arguments import (
+    add_training,
+    check_counts,
+    check_shares,
+    check_trained,
+    given,
+    guidance_of,
+    set_threads,
+)
 from ..attention import cheapest_attention
 from ..batches import Batch, Dropped
-from ..learning import Average, MuonAdamW, autocast, gradient_norm, load_checkpoint, save_checkpoint, schedule
+from ..learning import Average, MuonAdamW, autocast
+from ..loop import LoopOptions, log_to, random_of, train
 from ..noising import decoy_noise, normal
-from ..resident import pool_on
+from ..pools import open_pool
 from ..train import save_rounded
 from ..train_model import ADAM_NAMES, foreground_weight
 
@@ -40,18 +45,34 @@ SOLVER = "euler_trailing"
 
 
 @dataclass(frozen=True)
-class Plan:
-    """``steps``: what the student will take; ``substeps``: the teacher's for each of them; ``guidance``: the
-    teacher's; ``shift``: of both schedules."""
+class DistilOptions:
+    """How a student is trained.
 
-    steps: int = 4
+    sampling_steps: what it will take; substeps: the teacher's for each of them; guidance: the teacher's;
+    shift: of both schedules; decoys: see ``decoy_noise``; lr: Muon's, AdamW takes an eighth of it. Raises
+    InputError.
+    """
+
+    steps: int
+    sampling_steps: int = 4
     substeps: int = 2
     guidance: float = 3.0
     shift: float = 3.0
+    batch_size: int = 32
+    seed: int = 0
+    device: str = "cpu"
+    lr: float = 0.004
+    log_every: int = 50
+    decoys: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_counts(self, "steps", "batch_size", "sampling_steps", "substeps")
+        check_shares(self, "decoys")
 
     def sigmas(self) -> np.ndarray:
-        """Noise levels float32 [steps, substeps + 1]: from each of the student's levels to its next."""
-        levels = make_schedule(SOLVER, self.steps, self.shift).sigmas
+        """Noise levels float32 [sampling_steps, substeps + 1]: from each of the student's levels to its
+        next."""
+        levels = make_schedule(SOLVER, self.sampling_steps, self.shift).sigmas
         within = np.linspace(0.0, 1.0, self.substeps + 1)
         return (levels[:-1, None] + (levels[1:] - levels[:-1])[:, None] * within).astype(np.float32)
 
@@ -69,37 +90,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--decoys", type=float, default=0.0, help="share of clips that go on from their decoy (0)"
     )
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--threads", type=int, default=None, help="CPU threads (one per core)")
+    add_training(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Distil and collect a weights folder; returns 0. Raises InputError for what cannot work."""
-    check_counts(args, "steps", "batch_size", "sampling_steps", "substeps")
-    check_shares(args, "decoys")
     check_trained(args.teacher, args.data)
-    if args.threads is not None:
-        torch.set_num_threads(args.threads)
-    guidance = guidance_of(args.teacher, args.guidance)
-    plan = Plan(steps=args.sampling_steps, substeps=args.substeps, guidance=guidance)
-    distil(
-        args.teacher / "model.safetensors",
-        args.data / "clips",
-        args.output,
-        build_tokenizer(),
-        plan,
-        steps=args.steps,
-        batch_size=args.batch_size,
-        seed=args.seed,
-        device=args.device,
-        decoys=args.decoys,
-    )
+    set_threads(args)
+    options = given(DistilOptions, args, guidance=guidance_of(args.teacher, args.guidance))
+    distil(args.teacher / "model.safetensors", args.data / "clips", args.output, options)
     weights = args.output / "weights"
     shutil.copytree(args.teacher, weights, dirs_exist_ok=True)
     save_rounded(args.output / "model.safetensors", weights / "model.safetensors")
     defaults = json.loads((args.teacher / "defaults.json").read_text())
-    own = {"solver": SOLVER, "steps": plan.steps, "shift": plan.shift, "guidance": 1.0}
+    own = {"solver": SOLVER, "steps": options.sampling_steps, "shift": options.shift, "guidance": 1.0}
     (weights / "defaults.json").write_text(json.dumps(defaults | own, indent=1) + "\n")
     print(f"weights: {weights}; `conceptmaster export` them with --branches 1")
     return 0
@@ -136,75 +140,46 @@ def _told(teacher: ConceptMaster, batch: Batch) -> tuple[Tensor, Tensor]:
     return torch.cat([teacher.text_encoder(nothing, empty), text]), torch.cat([concepts, concepts])
 
 
-def distil(
-    weights: Path,
-    data: Path,
-    output: Path,
-    tokenizer: Tokenizer,
-    plan: Plan,
-    *,
-    steps: int,
-    batch_size: int = 32,
-    seed: int = 0,
-    device: str = "cpu",
-    lr: float = 0.004,
-    adam_lr: float = 5e-4,
-    log_every: int = 50,
-    decoys: float = 0.0,
-) -> None:
-    """Train a student of ``weights`` to ``steps``; resumes from ``output/distil.safetensors``. For ``decoys``
-    see ``decoy_noise``.
+def distil(weights: Path, data: Path, output: Path, options: DistilOptions) -> None:
+    """Train a student of ``weights`` on the pool ``data``; resumes from ``output/distil.safetensors``.
 
     Only the transformer learns; encoders, Q-Former and DAM stay the teacher's. Writes
     ``output/model.safetensors`` (averaged weights) and appends to ``output/distil-log.jsonl``. Raises
     WeightsError or CheckpointError for files that cannot be read.
     """
+    device = options.device
     output.mkdir(parents=True, exist_ok=True)
-    torch.manual_seed(seed)
+    torch.manual_seed(options.seed)
     teacher, student = load_model(weights).to(device), load_model(weights).to(device)
-    config = student.config
     for name, p in student.named_parameters():
         p.requires_grad_(name.startswith("transformer."))
-    optimizer = MuonAdamW(student.named_parameters(), lr, adam_lr, adam_names=ADAM_NAMES)
-    average = Average(student, 0.99)
-    checkpoint, progress = output / "distil.safetensors", {"step": 0.0, "seconds": 0.0}
-    if checkpoint.exists():
-        progress = load_checkpoint(checkpoint, student, average, optimizer)
-    pool = pool_on(device, data, tokenizer, config.text_tokens, config.concept.label_tokens)
-    pool.normalise(config.vae["latents_mean"], config.vae["latents_std"])
-    levels = torch.from_numpy(plan.sigmas()).to(device)
-    bar, total = tqdm(total=steps, initial=int(progress["step"]), desc="distil"), 0.0
-    while progress["step"] < steps:
-        step, began = int(progress["step"]), time.perf_counter()
-        rng = np.random.Generator(np.random.Philox(key=[seed, step]))
-        batch = pool.batch(rng, batch_size, Dropped(concepts=0.1, caption=0, both=0)).to(device)
+    pool = open_pool(data, student.config, device)
+    levels = torch.from_numpy(options.sigmas()).to(device)
+
+    def losses_of(step: int) -> dict[str, Tensor]:
+        rng = random_of(options.seed, step)
+        batch = pool.batch(rng, options.batch_size, Dropped(concepts=0.1, caption=0, both=0))
         noise = normal(rng, tuple(batch.latents.shape), device)
-        sigmas = levels[torch.from_numpy(rng.integers(plan.steps, size=batch_size)).to(device)]
-        noise, _ = decoy_noise(batch, noise, sigmas[:, 0], rng, decoys)
-        optimizer.set_scale(schedule(step / steps))
+        chosen = rng.integers(options.sampling_steps, size=options.batch_size)
+        sigmas = levels[torch.from_numpy(chosen).to(device)]
+        noise, _ = decoy_noise(batch, noise, sigmas[:, 0], rng, options.decoys)
         with cheapest_attention(device), autocast(device):
-            loss = _loss(student, teacher, batch, noise, sigmas, plan.guidance)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        gradient_norm([p for p in student.parameters() if p.requires_grad], 2.0)
-        optimizer.step()
-        average.update(student)
-        progress["step"] += 1
-        progress["seconds"] += time.perf_counter() - began
-        total += float(loss.detach())
-        bar.update(1)
-        if (step + 1) % log_every == 0 or step + 1 == steps:
-            trained = {k: v.clone() for k, v in student.state_dict().items()}
-            student.load_state_dict(average.shadow)
-            save_model(student, output / "model.safetensors")
-            student.load_state_dict(trained)
-            save_checkpoint(checkpoint, student, average, optimizer, progress)
-            record = {"step": step + 1, "loss": round(total / (step % log_every + 1), 5)}
-            total = 0.0
-            with (output / "distil-log.jsonl").open("a") as log:
-                log.write(json.dumps(record | {"seconds": round(progress["seconds"])}) + "\n")
-            tqdm.write(json.dumps(record))
-    bar.close()
+            return {"total": _loss(student, teacher, batch, noise, sigmas, options.guidance)}
+
+    def publish(steps: int) -> dict[str, float]:
+        save_model(student, output / "model.safetensors")
+        return {}
+
+    train(
+        student,
+        MuonAdamW(student.named_parameters(), options.lr, options.lr / 8, adam_names=ADAM_NAMES),
+        losses_of,
+        LoopOptions("distil", options.steps, log_every=options.log_every),
+        log=log_to(output / "distil-log.jsonl"),
+        average=Average(student, 0.99),
+        checkpoint=output / "distil.safetensors",
+        publish=publish,
+    )
 
 
 def _loss(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -21,13 +22,13 @@ from conceptmaster.engine.checkpoints.safetensors_io import load_model
 from conceptmaster.engine.model import ConceptMaster
 from conceptmaster.engine.vae.block_vae import BlockVAE
 
-from ...arguments import check_counts, check_trained, guidance_of
-from ...world.vocabulary import build_tokenizer
+from ...arguments import add_training, check_counts, check_trained, given, guidance_of, set_threads
 from ..attention import cheapest_attention
-from ..batches import Dropped, LatentPool
+from ..batches import NOTHING
 from ..learning import autocast
-from ..pool import open_shard
-from ..train_vae import Fit, drawing_loss, fit, frames_of, random_frames
+from ..pools import ShardPool
+from ..shards import open_array
+from ..train_vae import VAEOptions, drawing_loss, fit, frames_of, random_frames
 from .distil import teach
 
 SIGMAS = (0.4, 0.85)
@@ -35,6 +36,24 @@ SIGMAS = (0.4, 0.85)
 SUBSTEPS = 5
 TRUE = 0.4
 """Share of true latents in a batch."""
+TOGETHER = 32
+"""Clips that are denoised at a time."""
+
+
+@dataclass(frozen=True)
+class PolishOptions(VAEOptions):
+    """How the network is polished: on how many clips, denoised again with which guidance. Raises
+    InputError."""
+
+    lr: float = 0.01
+    decay: float = 0.99
+    log_every: int = 100
+    clips: int = 1600
+    guidance: float = 1.5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_counts(self, "clips")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,35 +65,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, default=1500, help="steps of training (1500)")
     parser.add_argument("--batch-size", type=int, default=16, help="latent frames in a step (16)")
     parser.add_argument("--guidance", type=float, help="of the denoising (the model's default)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--threads", type=int, default=None, help="CPU threads (one per core)")
+    add_training(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Denoise, train, and write a weights folder; returns 0. Raises InputError for what cannot work."""
-    check_counts(args, "clips", "steps", "batch_size")
     check_trained(args.weights, args.data)
-    if args.threads is not None:
-        torch.set_num_threads(args.threads)
+    set_threads(args)
+    options = given(PolishOptions, args, guidance=guidance_of(args.weights, args.guidance))
     args.output.mkdir(parents=True, exist_ok=True)
     model = load_model(args.weights / "model.safetensors").to(args.device)
     redone = args.output / "redone.npz"
     if not redone.exists():
-        guidance = guidance_of(args.weights, args.guidance)
-        redo(model, args.data / "clips", redone, clips=args.clips, guidance=guidance, seed=args.seed)
+        redo(model, args.data / "clips", redone, options)
     if not (args.output / "polish-training.safetensors").exists():
         shutil.copyfile(args.weights / "vae.safetensors", args.output / "vae.safetensors")
     (args.output / "vae.json").write_text(json.dumps(model.config.vae, indent=1))
-    polish(
-        args.data / "clips",
-        args.output,
-        redone,
-        steps=args.steps,
-        seed=args.seed,
-        device=args.device,
-        batch_size=args.batch_size,
-    )
+    polish(args.data / "clips", args.output, redone, options)
     weights = args.output / "weights"
     shutil.copytree(args.weights, weights, dirs_exist_ok=True)
     shutil.copyfile(args.output / "vae.safetensors", weights / "vae.safetensors")
@@ -82,57 +89,46 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def redo(
-    model: ConceptMaster, data: Path, path: Path, *, clips: int, guidance: float, seed: int, batch: int = 32
-) -> None:
+def redo(model: ConceptMaster, data: Path, path: Path, options: PolishOptions) -> None:
     """Write raw latents float16 [clips,Cz,F,H,W] of clips denoised again, and which these are (shard, clip).
 
     The first shard, which judges, is left out.
     """
-    config, device = model.config, next(model.parameters()).device
-    pool = LatentPool(data, build_tokenizer(), config.text_tokens, config.concept.label_tokens)
-    pool.normalise(config.vae["latents_mean"], config.vae["latents_std"])
-    rng, made, picked = np.random.default_rng(seed), [], []
-    for _ in tqdm(range(-(-clips // batch)), desc="denoise"):
-        chosen = rng.integers(1, len(pool.shards), size=batch)
-        picks = [(int(s), int(rng.integers(len(pool.shards[s].captions)))) for s in chosen]
-        b = pool.collate(picks, rng, Dropped(0, 0, 0)).to(str(device))
-        noise = torch.from_numpy(rng.standard_normal(b.latents.shape, np.float32)).to(device)
-        start = torch.from_numpy(rng.uniform(*SIGMAS, size=(batch, 1)).astype(np.float32)).to(device)
-        sigmas = start * torch.linspace(1, 0, SUBSTEPS + 1, device=device)
-        level = start[:, :, None, None, None]
-        with cheapest_attention(str(device)), autocast(str(device)):
-            latents = teach(model, b, (1 - level) * b.latents + level * noise, sigmas, guidance)
-        made.append((latents.float().cpu().numpy() * pool.std + pool.mean).astype(np.float16))
-        picked += [(int(pool.shards[s].folder.name.removeprefix("shard-")), k) for s, k in picks]
+    device = options.device
+    pool, rng = ShardPool(data, model.config, device), np.random.default_rng(options.seed)
+    chosen = rng.integers(pool.ends[0], len(pool), size=options.clips)
+    made = []
+    for k in tqdm(range(0, options.clips, TOGETHER), desc="denoise"):
+        batch = pool.collate(torch.from_numpy(chosen[k : k + TOGETHER]).to(device), rng, NOTHING)
+        noise = torch.from_numpy(rng.standard_normal(batch.latents.shape, np.float32)).to(device)
+        levels = rng.uniform(*SIGMAS, size=(len(noise), 1)).astype(np.float32)
+        start = torch.from_numpy(levels).to(device)
+        sigmas, level = (
+            start * torch.linspace(1, 0, SUBSTEPS + 1, device=device),
+            start[:, :, None, None, None],
+        )
+        noisy = (1 - level) * batch.latents + level * noise
+        with cheapest_attention(device), autocast(device):
+            latents = teach(model, batch, noisy, sigmas, options.guidance)
+        made.append((latents.float() * pool.std + pool.mean).half().cpu().numpy())
+    places = [pool.place(int(clip)) for clip in chosen]
+    picks = [(int(pool.folders[shard].name.removeprefix("shard-")), clip) for shard, clip in places]
     partial = path.with_name(f".{path.name}.tmp.npz")
-    np.savez(partial, latents=np.concatenate(made)[:clips], picks=np.array(picked)[:clips])
+    np.savez(partial, latents=np.concatenate(made), picks=np.array(picks))
     partial.rename(path)
 
 
-def polish(
-    data: Path,
-    output: Path,
-    redone: Path,
-    *,
-    steps: int,
-    seed: int = 0,
-    device: str = "cpu",
-    batch_size: int = 16,
-    lr: float = 0.01,
-    log_every: int = 100,
-) -> None:
-    """Train the network of ``output/vae.safetensors`` to ``steps`` on the latents of ``redo``; resumes."""
+def polish(data: Path, output: Path, redone: Path, options: PolishOptions) -> None:
+    """Train the network of ``output/vae.safetensors`` on the latents of ``redo``; resumes."""
     with np.load(redone) as file:
         latents, picks = file["latents"], file["picks"]
-    videos = np.stack([open_shard(data / f"shard-{s:05d}").video[k] for s, k in picks])
-    made, true = (torch.from_numpy(array).to(device) for array in (latents, videos))
+    videos = np.stack([open_array(data / f"shard-{s:05d}", "video")[k] for s, k in picks])
+    made, true = (torch.from_numpy(array).to(options.device) for array in (latents, videos))
 
     def loss(vae: BlockVAE, rng: np.random.Generator) -> Tensor:
-        return drawing_loss(vae, *_batch(rng, made, true, vae, batch_size))
+        return drawing_loss(vae, *_batch(rng, made, true, vae, options.batch_size))
 
-    settings = Fit(steps, seed, device, log_every, lr, adam_lr=1e-3, decay=0.99)
-    fit(data, output, "polish", loss, settings, about={"phase": "polish"})
+    fit(data, output, "polish", loss, options, phase="polish")
 
 
 def _batch(

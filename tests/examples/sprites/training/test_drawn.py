@@ -11,8 +11,15 @@ import pytest
 import torch
 
 from conceptmaster.engine.checkpoints.safetensors_io import load_model
-from conceptmaster.examples.sprites.training import batches, drawn, learning, train_model, train_vae
-from conceptmaster.examples.sprites.training.pool import _coverage
+from conceptmaster.examples.sprites.training import (
+    batches,
+    drawn,
+    learning,
+    looks,
+    shards,
+    train_model,
+    train_vae,
+)
 from conceptmaster.examples.sprites.world import draw, paint_many, scene_arrays, shapes
 from conceptmaster.examples.sprites.world.decoys import decoy
 from conceptmaster.examples.sprites.world.scenes import (
@@ -22,13 +29,14 @@ from conceptmaster.examples.sprites.world.scenes import (
     NOUNS,
     SIZE,
     TEXTURES,
+    Actor,
     Identity,
     random_identity,
     random_scene,
 )
 from conceptmaster.examples.sprites.world.vocabulary import build_tokenizer
 
-from ..small import train_small
+from ..small import how_it_runs, small_config, train_small
 
 SCENES = 24
 BLOCK = 6
@@ -58,10 +66,10 @@ def test_many_sprites_are_painted_as_each_alone_is():
     """Every noun with every texture and accessory, turned and leaning, at one pixel size each."""
     rng = np.random.default_rng(0)
     kinds = [(n, t, a) for n in NOUNS for t in TEXTURES for a in ACCESSORIES]
-    looks = [random_identity(rng, held_out=False) for _ in kinds]
-    looks = [
+    drawn_looks = [random_identity(rng, held_out=False) for _ in kinds]
+    each = [
         dataclasses.replace(look, texture=t, accessory=a)
-        for look, (_, t, a) in zip(looks, kinds, strict=True)
+        for look, (_, t, a) in zip(drawn_looks, kinds, strict=True)
     ]
     angle, pixel, turned = rng.uniform(-2, 2, (3, len(kinds))).astype(np.float32)
     pixel = 0.05 + 0.05 * abs(pixel)
@@ -69,13 +77,11 @@ def test_many_sprites_are_painted_as_each_alone_is():
     x, y = np.meshgrid(axis, axis)
     c, s = np.cos(angle)[:, None, None], np.sin(angle)[:, None, None]
     u, v = x * c + y * s, y * c - 0.9 * x * s
-    cast = {"noun": torch.tensor([NOUNS.index(n) for n, _, _ in kinds])}
-    told = [scene_arrays._look(look) for look in looks]
-    cast |= {name: torch.from_numpy(np.array([each[name] for each in told])) for name in scene_arrays.LOOKS}
-    cast = {name: value.float() if value.is_floating_point() else value for name, value in cast.items()}
-    many = paint_many.paint_many(cast, *(torch.from_numpy(each) for each in (u, v, pixel, turned)))
+    actors = zip([noun for noun, _, _ in kinds], each, strict=True)
+    cast = looks.cast_of([Actor(noun, noun, look, 1, (0, 0), (1, 1), "still") for noun, look in actors])
+    many = paint_many.paint_many(cast, *(torch.from_numpy(array) for array in (u, v, pixel, turned)))
     for k, (noun, _, _) in enumerate(kinds):
-        rgb, alpha = shapes.paint_sprite(noun, looks[k], u[k], v[k], float(pixel[k]), float(turned[k]))
+        rgb, alpha = shapes.paint_sprite(noun, each[k], u[k], v[k], float(pixel[k]), float(turned[k]))
         assert np.abs(many[k, ..., :3].numpy() - rgb).max() < 2e-4, kinds[k]
         assert np.abs(many[k, ..., 3].numpy() - alpha).max() < 2e-4, kinds[k]
 
@@ -83,39 +89,44 @@ def test_many_sprites_are_painted_as_each_alone_is():
 @pytest.mark.parametrize("astray", [False, True])
 def test_clips_are_the_worlds_own(astray, scenes, arrays):
     ground = np.stack([draw.paint_background(s.background, random(s.seed, 7)) for s in scenes])
-    looks = drawn._looks(arrays, "decoy_" if astray else "")
+    cast = drawn.looks_of(arrays, "decoy_" if astray else "")
     how = (arrays[name] for name in ("count", "radius", "path", "motion"))
-    clips, visible = paint_many.draw_clips(looks, *how, torch.from_numpy(ground.astype(np.float32)))
-    found = drawn.coverage(visible).numpy()
+    clips, visible = paint_many.draw_clips(cast, *how, torch.from_numpy(ground.astype(np.float32)))
+    found = shards.coverage(visible).numpy()
     for k, scene in enumerate(scenes):
         true, masks = draw.draw_clip(decoy(scene, random(scene.seed, 13)) if astray else scene)
         apart = np.abs(true.astype(int) - clips[k].numpy())
         assert apart.max() <= 2 and (apart > 0).mean() < 1e-4
         count = len(scene.actors)
-        assert np.abs(_coverage(masks).astype(int) - found[k, :count]).max() <= 1
+        cells = masks.reshape(count, 17, 8, 8, 8, 8).mean((3, 5))
+        cells = np.concatenate([cells[:, :1], cells[:, 1:].reshape(count, 4, 4, 8, 8).mean(2)], axis=1)
+        assert np.abs(cells * 255 - found[k, :count]).max() <= 1.01
         assert not found[k, count:].any()
 
 
 def test_portraits_and_what_is_told_of_textures_are_the_worlds_own(scenes, arrays):
     rows, columns = of_concepts(arrays)
-    looks = {name: value[rows, columns] for name, value in drawn._looks(arrays, "").items()}
-    portraits, runs = paint_many.draw_upright(looks, batches.PORTRAIT), drawn.patterns(looks)
+    cast = {name: value[rows, columns] for name, value in drawn.looks_of(arrays, "").items()}
+    told = looks.told_of(cast)
     for k, (row, column) in enumerate(zip(rows, columns, strict=True)):
         actor = scenes[row].actors[column]
-        assert np.abs(batches._upright(actor).astype(int) - portraits[k].numpy()).max() <= 1
-        np.testing.assert_allclose(runs[k].numpy(), batches.how_it_runs(actor.identity), atol=1e-5)
+        centre = np.full((1, 2), 16, np.float32)
+        (rgb,), (alpha,) = draw.paint_along(actor.noun, actor.identity, 0.35 * 32, centre, size=32)
+        upright = 255 * (0.5 * (1 - alpha[..., None]) + rgb).clip(0, 1)
+        assert np.abs(upright - told["portraits"][k].numpy()).max() <= 1
+        np.testing.assert_allclose(told["patterns"][k].numpy(), how_it_runs(actor.identity), atol=1e-5)
 
 
 def test_references_show_the_concept_in_poses_of_their_own(arrays):
     rows, columns = of_concepts(arrays)
-    looks = {name: value[rows, columns] for name, value in drawn._looks(arrays, "").items()}
-    first, other = (paint_many.draw_references(looks, torch.Generator().manual_seed(seed)) for seed in (0, 1))
-    again = paint_many.draw_references(looks, torch.Generator().manual_seed(0))
+    cast = {name: value[rows, columns] for name, value in drawn.looks_of(arrays, "").items()}
+    first, other = (paint_many.draw_references(cast, torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    again = paint_many.draw_references(cast, torch.Generator().manual_seed(0))
     assert first.shape == (len(rows), SIZE, SIZE, 3) and torch.equal(first, again)
     corners = first[:, [0, -1]][:, :, [0, -1]].flatten(1, 2)
     assert (corners.amax(-1) >= 0.8 * 255 - 1).float().mean() > 0.9  # plain, light ground
     assert ((first.int() - other.int()).abs().amax((1, 2, 3)) > 60).all()
-    body = (looks["body"] * 255).round()[:, None]
+    body = (cast["body"] * 255).round()[:, None]
     for picture in (first, other):
         near = ((picture.flatten(1, 2).float() - body).abs().amax(-1) < 2).sum(1)
         assert (near >= 20).all()  # its own colour is in both
@@ -154,12 +165,12 @@ def test_scenes_are_told_in_tokens_and_nothing_is_held_out(scenes):
 
 
 @pytest.fixture(scope="module")
-def make_pool(folder, tokenizer):
+def make_pool(folder):
     vae, made = train_vae.load_vae(folder), []
 
-    def make(**how):
-        made.append(drawn.DrawnPool("cpu", 3 * BLOCK, vae, tokenizer, 48, 8, block=BLOCK, bank=2, **how))
-        made[-1].normalise([0.1] * vae.config.z_dim, [0.5] * vae.config.z_dim)
+    def make(done=0, seed=0):
+        drawing = drawn.Drawing(3 * BLOCK, seed, block=BLOCK, bank=2)
+        made.append(drawn.DrawnPool(small_config(), vae, drawing, "cpu", done))
         return made[-1]
 
     yield make
@@ -170,7 +181,7 @@ def make_pool(folder, tokenizer):
 def test_a_pool_renews_its_oldest_block_and_whoever_resumes_has_the_same(make_pool):
     going = make_pool()
     before = {name: value.clone() for name, value in going._all.items()}
-    assert going.refresh() == 3
+    going.refresh()
     kept = slice(BLOCK, None)
     assert torch.equal(going._all["latents"][kept], before["latents"][kept])
     fresh = going._all["latents"][:BLOCK].flatten(1).float()
@@ -209,9 +220,9 @@ def test_what_a_pool_holds_belongs_together(make_pool, folder):
         assert min(found) < 0.02 < sorted(found)[1]  # one of these backgrounds, and the scene before it
 
 
+@pytest.mark.slow
 def test_a_training_on_drawn_clips_resumes_to_the_same_weights(
     folder,
-    tokenizer,
     make_pool,
     tmp_path,
     monkeypatch,
@@ -221,11 +232,11 @@ def test_a_training_on_drawn_clips_resumes_to_the_same_weights(
 
     def pool(done):
         asked.append(done)
-        return make_pool(done=done)
+        return make_pool(done)
 
     def train(output):
         how = {"steps": 6, "picture_steps": 1, "caption_steps": 1}
-        train_small(folder, output, tokenizer, drawn=pool, **how)
+        train_small(folder, output, pool, **how)
         return load_model(output / "model.safetensors").state_dict()
 
     whole = train(tmp_path / "whole")
@@ -256,11 +267,11 @@ def test_the_progress_of_a_broken_checkpoint_is_not_read(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler here")
-def test_compiled_blocks_train_alike(folder, tokenizer, tmp_path):
+def test_compiled_blocks_train_alike(folder, tmp_path):
     found = []
     for compiled in (False, True):
         output = tmp_path / str(compiled)
-        train_small(folder, output, tokenizer, steps=2, compiled=compiled)
+        train_small(folder, output, steps=2, compile=compiled)
         found.append(load_model(output / "model.safetensors").state_dict())
     plain, faster = found
     for name, value in plain.items():

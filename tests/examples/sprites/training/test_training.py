@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from conceptmaster.engine.checkpoints.safetensors_io import load, load_model, save_model
+from conceptmaster.engine.encoders import CLIP_MEAN, CLIP_STD
 from conceptmaster.engine.model import ConceptMaster
 from conceptmaster.engine.presets import preset
 from conceptmaster.errors import InputError
@@ -25,9 +26,11 @@ from conceptmaster.examples.sprites.training import (
     attention,
     batches,
     learning,
+    looks,
+    loop,
     noising,
-    pool,
-    resident,
+    pools,
+    shards,
     starting,
     train_model,
     train_pictures,
@@ -44,8 +47,9 @@ from conceptmaster.examples.sprites.world.scenes import (
     TEXTURES,
     random_scene,
 )
+from conceptmaster.examples.sprites.world.vocabulary import build_tokenizer, tokenise
 
-from ..small import CLIPS, small_config, train_small
+from ..small import CLIPS, how_it_runs, small_config, small_pool, train_small
 
 COMPONENTS = preset("sprites").vae["z_dim"]
 VARIANTS = [
@@ -64,99 +68,112 @@ def few_are_judged(monkeypatch):
     monkeypatch.setattr(train_pictures, "JUDGED", 32)
 
 
-def train(folder, output, tokenizer, steps, pictures=1, **concept):
+def train(folder, output, steps, pictures=1, **concept):
     how = {"steps": steps, "picture_steps": pictures, "caption_steps": 2}
-    train_small(folder, output, tokenizer, config=small_config(**concept), **how)
+    train_small(folder, output, config=small_config(**concept), **how)
     return load_model(output / "model.safetensors")
 
 
-@pytest.fixture
-def pools(folder, tokenizer):
-    """The same clips as a pool whose batches are gathered on a device, and as one of arrays."""
-    found = (
-        resident.ResidentPool("cpu", folder, tokenizer, 48, 8),
-        batches.LatentPool(folder, tokenizer, 48, 8),
-    )
-    for each in found:
-        each.normalise([0.1] * COMPONENTS, [0.5] * COMPONENTS)
-    return found
+def untrained(**concept):
+    """A model in which nothing starts at zero."""
+    torch.manual_seed(5)
+    model = ConceptMaster(small_config(**concept))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    return model
 
 
-def test_a_gathered_batch_is_of_the_pools_clips(pools):
-    there, plain = pools
-    got = there.batch(np.random.default_rng(0), 64, batches.Dropped(0.3, 0.2, 0.2, foreign=0.3))
-    clips = [(s, k) for s in range(2) for k in range(CLIPS)]
-    every = plain.collate(clips, np.random.default_rng(1), batches.Dropped(0, 0, 0))
-    empty = batches.tokenise(plain.tokenizer, [""], 48)[0][0]
+@pytest.fixture(params=[pools.ShardPool, pools.ResidentPool])
+def pool(request, folder):
+    """The same clips as a pool that reads shards, and as one that is kept on its device."""
+    return small_pool(folder, kind=request.param)
+
+
+def test_a_batch_is_of_the_pools_clips(pool, folder):
+    """Against the files themselves."""
+    dropped = batches.Dropped(0.3, 0.2, 0.2, foreign=0.3)
+    got = pool.batch(np.random.default_rng(0), 64, dropped)
+    files = {
+        name: np.concatenate([shards.open_array(shard, name) for shard in shards.shard_folders(folder)])
+        for name in (*shards.CLIPS.values(), "references", "foreign", "coverage", "portraits-32", "traits")
+    }
+    scenes = [random_scene(seed, held_out=False) for seed in range(2 * CLIPS)]
+    (empty,), _ = tokenise(build_tokenizer(), [""], 48)
     fates, order = set(), set()
     for b in range(64):
-        (k,) = [k for k in range(len(clips)) if torch.equal(got.latents[b], every.latents[k])]
-        shard, clip = plain.shards[clips[k][0]], clips[k][1]
-        assert torch.equal(got.decoys[b], every.decoys[k])
-        filled = got.label_mask[b].any(-1)
-        assert filled.sum() == len(shard.labels[clip])
+        latents = got.latents[b].numpy() * 0.5 + 0.1
+        (k,) = [k for k in range(2 * CLIPS) if np.abs(latents - files["latents"][k]).max() < 1e-4]
+        np.testing.assert_allclose(got.decoys[b] * 0.5 + 0.1, files["decoy-latents"][k], atol=1e-4)
+        filled, actors = got.label_mask[b].any(-1), scenes[k].actors
+        assert filled.sum() == len(actors)
         no_caption = bool((got.token_ids[b].numpy() == empty).all())
-        assert no_caption or torch.equal(got.token_ids[b], every.token_ids[k])
+        ids, mask = tokenise(build_tokenizer(), ["" if no_caption else scenes[k].caption], 48)
+        assert np.array_equal(got.token_ids[b], ids[0]) and np.array_equal(got.token_mask[b], mask[0])
         shown = bool(got.concept_mask[b].any())
         assert torch.equal(got.concept_mask[b], filled & shown)
         fates.add((no_caption, shown))
         order.add(tuple(filled.tolist()))
         for slot in torch.nonzero(filled)[:, 0]:
-            (same,) = [n for n in range(3) if torch.equal(got.label_ids[b, slot], every.label_ids[k, n])]
-            for name in ("label_mask", "coverage", "portraits", "traits"):
-                assert torch.equal(getattr(got, name)[b, slot], getattr(every, name)[k, same]), name
-            assert torch.equal(got.patterns[b, slot].nan_to_num(9), every.patterns[k, same].nan_to_num(9))
+            spelled = [tokenise(build_tokenizer(), [actor.label], 8) for actor in actors]
+            label = got.label_ids[b, slot].numpy(), got.label_mask[b, slot].numpy()
+            (n,) = [n for n, (i, m) in enumerate(spelled) if np.array_equal((i[0], m[0]), label)]
+            np.testing.assert_allclose(got.coverage[b, slot], files["coverage"][k, n] / 255, atol=1e-6)
+            portrait = (got.portraits[b, slot].movedim(0, -1) + 1) * 127.5
+            np.testing.assert_allclose(portrait, files["portraits-32"][k, n], atol=1e-3)
+            assert got.traits[b, slot].tolist() == files["traits"][k, n].tolist()
+            np.testing.assert_allclose(got.patterns[b, slot], how_it_runs(actors[n].identity), atol=1e-5)
             strange = bool(got.foreign[b, slot])
-            views = batches._for_clip(
-                np.asarray(shard.foreign[clip] if strange else shard.references[clip]).reshape(-1, 64, 64, 3)
-            )
-            near = (views - got.pixels[b, slot]).abs().amax((1, 2, 3)) < 1e-5
-            assert near.sum() == 1
+            views = files["foreign" if strange else "references"][k, n].reshape(-1, 64, 64, 3)
+            seen = got.pixels[b, slot].movedim(0, -1) * torch.tensor(CLIP_STD) + torch.tensor(CLIP_MEAN)
+            assert sum(np.abs(seen.numpy() * 255 - view).max() < 0.01 for view in views) == 1
     assert fates == {(True, True), (True, False), (False, True), (False, False)} and len(order) > 3
-    again = there.batch(np.random.default_rng(0), 64, batches.Dropped(0.3, 0.2, 0.2, foreign=0.3))
+    again = pool.batch(np.random.default_rng(0), 64, dropped)
     assert torch.equal(again.pixels, got.pixels)
     filled = got.label_mask.any(-1)
     assert float(got.foreign[filled].float().mean()) == pytest.approx(0.3, abs=0.15)
     assert not got.foreign[~filled].any()
 
 
-def test_gathered_pictures_are_of_the_pools_concepts(pools):
-    there, plain = pools
-    got = there.pictures(np.random.default_rng(0), 64)
-    known = plain.pictures(np.random.default_rng(0), 512)
+def test_pictures_are_of_the_pools_concepts(pool):
+    got = pool.pictures(np.random.default_rng(0), 64)
+    known = pool.collate(torch.arange(2 * CLIPS), np.random.default_rng(0), batches.NOTHING)
     seen = set()
     for m in range(64):
-        same = [k for k in range(512) if torch.equal(got.portraits[m], known.portraits[k])]
-        k = next(k for k in same if torch.allclose(got.pixels[m], known.pixels[k], atol=1e-5))
+        there = known.label_mask.any(-1).nonzero()
+        (where,) = [at for at in there if torch.equal(known.portraits[*at], got.portraits[m])]
         for name in ("label_ids", "label_mask", "traits"):
-            assert torch.equal(getattr(got, name)[m], getattr(known, name)[k]), name
-        seen.add(tuple(got.portraits[m].flatten()[:99].tolist()))
+            assert torch.equal(getattr(got, name)[m], getattr(known, name)[*where]), name
+        seen.add(tuple(where.tolist()))
     assert len(seen) > CLIPS
 
 
-def test_a_gathered_pool_takes_up_new_shards(folder, tokenizer, tmp_path):
-    first, second = pool.shards(folder)
+@pytest.mark.parametrize("kind", [pools.ShardPool, pools.ResidentPool])
+def test_a_pool_takes_up_new_shards(kind, folder, tmp_path):
+    first, second = shards.shard_folders(folder)
     shutil.copytree(first, tmp_path / first.name)
-    growing = resident.ResidentPool("cpu", tmp_path, tokenizer, 48, 8)
+    growing = small_pool(tmp_path, kind=kind)
+    assert len(growing) == CLIPS
     shutil.copytree(second, tmp_path / second.name)
-    assert growing.refresh() == 2 and growing.refresh() == 2
+    growing.refresh()
+    growing.refresh()
+    assert len(growing) == 2 * CLIPS and growing.place(CLIPS + 1) == (1, 1)
     latents = growing.batch(np.random.default_rng(0), 64, batches.Dropped()).latents
     assert len(torch.unique(latents.flatten(1)[:, :4], dim=0)) == 2 * CLIPS
 
 
-def test_training_by_the_clock_ends_with_it(folder, tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr(train_model, "pool_on", resident.ResidentPool)
-    now, rates = [0.0], []
-    monkeypatch.setattr(train_model.time, "perf_counter", lambda: now.__setitem__(0, now[0] + 1) or now[0])
-    monkeypatch.setattr(train_model, "schedule", lambda part: rates.append(part) or learning.schedule(part))
-    train_small(folder, tmp_path, tokenizer, steps=1, high=0.5, minutes=0.1)
+def test_training_by_the_clock_ends_with_it(folder, tmp_path, monkeypatch):
+    now, scales, set_scale = [0.0], [], learning.MuonAdamW.set_scale
+    monkeypatch.setattr(loop.time, "perf_counter", lambda: now.__setitem__(0, now[0] + 1) or now[0])
+    monkeypatch.setattr(learning.MuonAdamW, "set_scale", lambda *a: scales.append(a[1]) or set_scale(*a))
+    train_small(folder, tmp_path, steps=1, high=0.5, minutes=0.1)
     last = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])
-    assert last["seconds"] == 6 and last["step"] == len(rates) == 6
-    assert rates == sorted(rates) and rates[0] == 0 and rates[-1] == pytest.approx(5 / 6)
+    assert last["seconds"] == last["step"] == 6
+    assert scales[1:] == pytest.approx([learning.schedule(k / 6) for k in range(6)])  # first: as it is made
     assert load_model(tmp_path / "model.safetensors").config == small_config()
 
 
-def test_a_share_of_the_noise_levels_is_high(tokenizer):
+def test_a_share_of_the_noise_levels_is_high():
     levels = noising.random_sigma(np.random.default_rng(0), 4000, high=0.5)
     usual = noising.random_sigma(np.random.default_rng(0), 4000)
     assert levels.min() > 0 and levels.max() < 1
@@ -165,8 +182,8 @@ def test_a_share_of_the_noise_levels_is_high(tokenizer):
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: "-".join(v.values()) or "default")
-def test_every_variant_trains(variant, folder, tokenizer, tmp_path):
-    model = train(folder, tmp_path, tokenizer, 2, **variant)
+def test_every_variant_trains(variant, folder, tmp_path):
+    model = train(folder, tmp_path, 2, **variant)
     for field, value in variant.items():
         assert getattr(model.config.concept, field) == value
     lines = (tmp_path / "log.jsonl").read_text().splitlines()
@@ -176,10 +193,11 @@ def test_every_variant_trains(variant, folder, tokenizer, tmp_path):
     assert record["step"] == 2 and all(np.isfinite(v) for v in record.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["pictures", "batch"])
-def test_an_interrupted_training_resumes_to_the_same_weights(stage, folder, tokenizer, tmp_path, monkeypatch):
-    whole = train(folder, tmp_path / "whole", tokenizer, 6, pictures=4)
-    draw, calls = getattr(batches.LatentPool, stage), []
+def test_an_interrupted_training_resumes_to_the_same_weights(stage, folder, tmp_path, monkeypatch):
+    whole = train(folder, tmp_path / "whole", 6, pictures=4)
+    draw, calls = getattr(pools.ShardPool, stage), []
 
     def stop_at_the_fifth(self, *args):
         calls.append(1)
@@ -187,11 +205,11 @@ def test_an_interrupted_training_resumes_to_the_same_weights(stage, folder, toke
             raise KeyboardInterrupt
         return draw(self, *args)
 
-    monkeypatch.setattr(batches.LatentPool, stage, stop_at_the_fifth)
+    monkeypatch.setattr(pools.ShardPool, stage, stop_at_the_fifth)
     with pytest.raises(KeyboardInterrupt):
-        train(folder, tmp_path / "parts", tokenizer, 6, pictures=4)
+        train(folder, tmp_path / "parts", 6, pictures=4)
     monkeypatch.undo()
-    resumed = train(folder, tmp_path / "parts", tokenizer, 6, pictures=4)
+    resumed = train(folder, tmp_path / "parts", 6, pictures=4)
     for (name, a), b in zip(whole.state_dict().items(), resumed.state_dict().values(), strict=True):
         assert torch.equal(a, b), name
     lines = (tmp_path / "parts" / "log.jsonl").read_text().splitlines()
@@ -199,16 +217,16 @@ def test_an_interrupted_training_resumes_to_the_same_weights(stage, folder, toke
     assert logged[-1] == 6 and len(set(logged)) == 3
 
 
-def test_a_truncated_checkpoint_is_named(folder, tokenizer, tmp_path):
-    train(folder, tmp_path, tokenizer, 2)
+def test_a_truncated_checkpoint_is_named(folder, tmp_path):
+    train(folder, tmp_path, 2)
     file = tmp_path / "training.safetensors"
     file.write_bytes(file.read_bytes()[:-1000])
     with pytest.raises(learning.CheckpointError, match=r"training\.safetensors is not a whole checkpoint"):
-        train(folder, tmp_path, tokenizer, 4)
+        train(folder, tmp_path, 4)
 
 
-def test_a_full_disk_is_an_error_and_costs_no_checkpoint(folder, tokenizer, tmp_path, monkeypatch):
-    train(folder, tmp_path, tokenizer, 2)
+def test_a_full_disk_is_an_error_and_costs_no_checkpoint(folder, tmp_path, monkeypatch):
+    train(folder, tmp_path, 2)
     before = (tmp_path / "training.safetensors").read_bytes()
 
     def full(tensors, path, metadata=None):
@@ -217,16 +235,16 @@ def test_a_full_disk_is_an_error_and_costs_no_checkpoint(folder, tokenizer, tmp_
 
     monkeypatch.setattr(learning, "save_file", full)
     with pytest.raises(OSError, match="No space left on device"):
-        train(folder, tmp_path, tokenizer, 4)
+        train(folder, tmp_path, 4)
     monkeypatch.undo()
     assert (tmp_path / "training.safetensors").read_bytes() == before
     assert not list(tmp_path.glob(".*tmp")), "a partial file stayed behind"
-    train(folder, tmp_path, tokenizer, 4)
+    train(folder, tmp_path, 4)
 
 
 def test_the_components_lose_least(folder):
     """Against NumPy's SVD of the same blocks: no basis of as many vectors loses less."""
-    clips = np.concatenate([pool.open_shard(shard).video for shard in pool.shards(folder)[1:]])
+    clips = np.array(shards.open_array(shards.shard_folders(folder)[1], "video"))
     vae, videos = train_vae.load_vae(folder), train_vae.to_tensor(clips)
     whole = torch.cat([videos[:, :, :1]] * 3 + [videos], dim=2)
     blocks = vae.cut(whole).reshape(-1, 768).double().numpy()
@@ -241,8 +259,9 @@ def test_the_components_lose_least(folder):
 
 def test_the_networks_training_leaves_the_latents_alone_and_mends_the_picture(folder, tmp_path):
     copy_vae(folder, tmp_path)
-    before, judged = train_vae.load_vae(tmp_path), np.asarray(pool.open_shard(pool.shards(folder)[0]).video)
-    train_vae.train_vae(folder, tmp_path, steps=12, batch_size=4, log_every=12)
+    before = train_vae.load_vae(tmp_path)
+    judged = np.array(shards.open_array(shards.shard_folders(folder)[0], "video"))
+    train_vae.train_vae(folder, tmp_path, train_vae.VAEOptions(12, batch_size=4, log_every=12))
     after = train_vae.load_vae(tmp_path)
     clip = train_vae.to_tensor(judged[:1])
     assert torch.equal(before.encode(clip), after.encode(clip))
@@ -259,7 +278,7 @@ def copy_vae(source, target):
 
 def test_an_interrupted_vae_training_resumes_to_the_same_weights(folder, tmp_path, monkeypatch):
     def train_part(output):
-        train_vae.train_vae(folder, output, steps=4, batch_size=2, log_every=2)
+        train_vae.train_vae(folder, output, train_vae.VAEOptions(4, batch_size=2, log_every=2))
         return load(output / "vae.safetensors")[0]
 
     copy_vae(folder, tmp_path / "whole")
@@ -303,14 +322,15 @@ def test_a_step_lowers_a_quadratic():
     assert losses[-1] < losses[0] * 0.95
 
 
-def test_the_tokenizer_knows_every_word_and_any_byte(tokenizer):
+def test_the_tokenizer_knows_every_word_and_any_byte():
+    tokenizer = build_tokenizer()
     assert all(len(tokenizer.encode(noun).ids) == 2 for noun in NOUNS)  # the word and the end
     for text in ("a ball", "ein Bär 🐻"):
         assert tokenizer.decode(tokenizer.encode(text).ids).strip() == text
 
 
-def test_dropping_follows_its_rates(folder, tokenizer):
-    data = batches.LatentPool(folder, tokenizer, 48, 8)
+def test_dropping_follows_its_rates(folder):
+    data = small_pool(folder)
     rng = np.random.default_rng(0)
     batch = data.batch(rng, 600, batches.Dropped(0.2, 0.1, 0.1))
     shown, told = batch.concept_mask.any(1), batch.token_mask.sum(1) > 1
@@ -319,37 +339,38 @@ def test_dropping_follows_its_rates(folder, tokenizer):
     assert abs(float((~shown & ~told).float().mean()) - 0.1) < 0.04
 
 
-def test_coverage_lies_where_the_concepts_are(folder, tokenizer):
-    data = batches.LatentPool(folder, tokenizer, 48, 8)
-    batch = data.collate([(0, 0)], np.random.default_rng(0), batches.Dropped(0, 0, 0))
+def test_coverage_lies_where_the_concepts_are(folder):
+    data = small_pool(folder)
+    batch = data.collate(torch.tensor([0]), np.random.default_rng(0), batches.NOTHING)
     scene = random_scene(0, held_out=False)
     cells = {actor.label: actor.cell for actor in scene.actors}
     assert set(cells.values()) <= set(PLACES)
     filled = batch.label_mask[0].any(-1)
     assert int(filled.sum()) == len(scene.actors)
     for actor in scene.actors:
-        ids, _ = data.label(actor.label)
-        slot = next(n for n in range(3) if np.array_equal(batch.label_ids[0, n].numpy(), ids))
+        ids, _ = tokenise(build_tokenizer(), [actor.label], 8)
+        slot = next(n for n in range(3) if np.array_equal(batch.label_ids[0, n].numpy(), ids[0]))
         y, x = np.unravel_index(int(batch.coverage[0, slot, 0].argmax()), (8, 8))
         assert abs(x * 8 + 4 - actor.start[0]) < 10 and abs(y * 8 + 4 - actor.start[1]) < 10
 
 
 def test_a_plan_goes_from_noise_to_data_without_gaps():
-    sigmas = distil.Plan(steps=4, substeps=3).sigmas()
+    sigmas = distil.DistilOptions(1, sampling_steps=4, substeps=3).sigmas()
     assert sigmas.shape == (4, 4) and sigmas[0, 0] == 1 and sigmas[-1, -1] == 0
     np.testing.assert_array_equal(sigmas[:-1, -1], sigmas[1:, 0])
     assert (np.diff(sigmas, axis=1) < 0).all()
 
 
-def test_a_student_learns_what_its_guided_teacher_does(folder, tokenizer, tmp_path):
+@pytest.mark.slow
+def test_a_student_learns_what_its_guided_teacher_does(folder, tmp_path):
     """Distance to where the teacher's steps lead, before and after; and a stop in between changes nothing."""
-    train(folder, tmp_path / "teacher", tokenizer, 4)
-    weights, plan = tmp_path / "teacher" / "model.safetensors", distil.Plan(steps=2, substeps=2)
+    train(folder, tmp_path / "teacher", 4)
+    weights = tmp_path / "teacher" / "model.safetensors"
 
     def student(output, steps):
-        settings = {"steps": steps, "batch_size": 8, "log_every": 10, "decoys": 0.5}
-        distil.distil(weights, folder, output, tokenizer, plan, **settings)
-        return [json.loads(line)["loss"] for line in (output / "distil-log.jsonl").read_text().splitlines()]
+        options = distil.DistilOptions(steps, 2, batch_size=8, log_every=10, decoys=0.5)
+        distil.distil(weights, folder, output, options)
+        return [json.loads(line)["total"] for line in (output / "distil-log.jsonl").read_text().splitlines()]
 
     losses = student(tmp_path / "whole", 30)
     assert losses[-1] < 0.9 * losses[0]
@@ -362,9 +383,8 @@ def test_a_student_learns_what_its_guided_teacher_does(folder, tokenizer, tmp_pa
     assert changed and all(name.startswith("transformer.") for name in changed)
 
 
-def test_a_teacher_of_one_step_without_guidance_is_its_own_velocity(folder, tokenizer, tmp_path):
-    teacher = train(folder, tmp_path, tokenizer, 2)
-    data = batches.LatentPool(folder, tokenizer, 48, 8)
+def test_a_teacher_of_one_step_without_guidance_is_its_own_velocity(folder):
+    teacher, data = untrained(), small_pool(folder)
     batch = data.batch(np.random.default_rng(0), 3, batches.Dropped(0, 0, 0))
     sigmas = torch.tensor([[1.0, 0.4]]).repeat(3, 1)
     with torch.no_grad():
@@ -375,18 +395,22 @@ def test_a_teacher_of_one_step_without_guidance_is_its_own_velocity(folder, toke
     torch.testing.assert_close(reached, batch.latents - 0.6 * velocity, rtol=1e-4, atol=1e-4)
 
 
-def test_polishing_changes_the_network_alone_and_draws_the_models_latents_better(folder, tokenizer, tmp_path):
-    model = train(folder, tmp_path / "model", tokenizer, 2)
+def test_polishing_changes_the_network_alone_and_draws_the_models_latents_better(
+    folder, tmp_path, monkeypatch
+):
+    model = untrained()
     copy_vae(folder, tmp_path)
-    polish.redo(model, folder, tmp_path / "redone.npz", clips=8, guidance=1.5, seed=0, batch=4)
+    monkeypatch.setattr(polish, "TOGETHER", 4)
+    options = polish.PolishOptions(30, batch_size=4, log_every=30, clips=8)
+    polish.redo(model, folder, tmp_path / "redone.npz", options)
     with np.load(tmp_path / "redone.npz") as file:
         latents, picks = torch.from_numpy(file["latents"].astype(np.float32)), file["picks"]
     assert latents.shape == (8, COMPONENTS, 5, 8, 8) and {int(s) for s, _ in picks} == {1}
     videos = train_vae.to_tensor(
-        np.stack([pool.open_shard(folder / f"shard-{s:05d}").video[k] for s, k in picks])
+        np.stack([shards.open_array(folder / f"shard-{s:05d}", "video")[k] for s, k in picks])
     )
     before = train_vae.load_vae(tmp_path)
-    polish.polish(folder, tmp_path, tmp_path / "redone.npz", steps=30, batch_size=4, log_every=30)
+    polish.polish(folder, tmp_path, tmp_path / "redone.npz", options)
     after = train_vae.load_vae(tmp_path)
     assert torch.equal(before.encode(videos), after.encode(videos))
     with torch.no_grad():
@@ -395,8 +419,8 @@ def test_polishing_changes_the_network_alone_and_draws_the_models_latents_better
 
 
 @pytest.mark.parametrize("variant", [{}, {"injection": "shared_query"}, {"injection": "merged"}])
-def test_a_model_twice_as_wide_computes_the_same_until_it_is_trained(variant, folder, tokenizer, tmp_path):
-    model = train(folder, tmp_path, tokenizer, 2, **variant)
+def test_a_model_twice_as_wide_computes_the_same_until_it_is_trained(variant):
+    model = untrained(**variant)
     wide = widen.widened(model)
     assert wide.config.transformer.width == 2 * model.config.transformer.width
     torch.manual_seed(1)
@@ -417,18 +441,18 @@ def test_a_model_twice_as_wide_computes_the_same_until_it_is_trained(variant, fo
     assert not torch.allclose(twins[0], twins[1], rtol=1e-2), "twins would stay twins"
 
 
-def test_frozen_parts_stay_as_they_are(folder, tokenizer, tmp_path):
-    start = train(folder, tmp_path / "start", tokenizer, 2)
+def test_frozen_parts_stay_as_they_are(folder, tmp_path):
+    start = train(folder, tmp_path / "start", 2)
     trained = tmp_path / "start" / "model.safetensors"
-    train_small(folder, tmp_path / "on", tokenizer, steps=2, start=trained, freeze=train_model.FROZEN)
+    train_small(folder, tmp_path / "on", steps=2, start=trained, freeze=train_model.FROZEN)
     after = load_model(tmp_path / "on" / "model.safetensors").state_dict()
     before = start.state_dict()
     moved = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
     assert moved == {"dam", "transformer"}
 
 
-def test_pictures_that_are_all_foreign_ask_nothing_of_what_they_show(folder, tokenizer, tmp_path):
-    train_small(folder, tmp_path, tokenizer, steps=2, log_every=1, foreign=1.0)
+def test_pictures_that_are_all_foreign_ask_nothing_of_what_they_show(folder, tmp_path):
+    train_small(folder, tmp_path, steps=2, log_every=1, foreign=1.0)
     record = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])
     assert record["portrait"] == record["eye_pattern"] == 0 < record["flow"]
 
@@ -454,27 +478,23 @@ def sight_of(model, kept):
     return train_pictures.Sight(model, *heads, kept)
 
 
-def test_learning_to_see_more_keeps_what_the_transformer_reads(folder, tokenizer, tmp_path):
-    start = train(folder, tmp_path, tokenizer, 2)
+@pytest.mark.slow
+def test_learning_to_see_more_keeps_what_the_transformer_reads(folder, tmp_path):
+    start = train(folder, tmp_path, 2)
     torch.manual_seed(3)
     model = copy.deepcopy(start).train()
     with torch.no_grad():
         for parameter in model.qformer.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
-    data, records = batches.LatentPool(folder, tokenizer, 48, 8), []
+    data, records = small_pool(folder), []
     train_pictures.learn_pictures(
         sight_of(model, start),
         data,
-        steps=24,
-        seed=0,
-        device="cpu",
-        adam_names=train_model.ADAM_NAMES,
-        judge=data,
-        log=records.append,
-        checkpoint=tmp_path / "seeing.safetensors",
-        batch_size=16,
-        log_every=4,
-        alone=0,
+        data,
+        tmp_path / "seeing.safetensors",
+        train_pictures.PictureOptions(24, batch_size=16, log_every=4, alone=0),
+        train_model.ADAM_NAMES,
+        records.append,
     )
     held = [record["held_out_kept"] for record in records]
     assert held[-1] < 0.7 * held[0]
@@ -485,8 +505,8 @@ def test_learning_to_see_more_keeps_what_the_transformer_reads(folder, tokenizer
     assert float((a - b).square().mean() / a.square().mean()) == pytest.approx(held[-1], abs=0.3)
 
 
-def test_the_picture_encoder_learns_alone_first_and_an_interrupted_one_goes_on(folder, tokenizer, tmp_path):
-    data = batches.LatentPool(folder, tokenizer, 48, 8)
+def test_the_picture_encoder_learns_alone_first_and_an_interrupted_one_goes_on(folder, tmp_path):
+    data = small_pool(folder)
 
     def learn(checkpoint, stop_after=None):
         torch.manual_seed(3)
@@ -500,11 +520,9 @@ def test_the_picture_encoder_learns_alone_first_and_an_interrupted_one_goes_on(f
             if record["step"] == stop_after:
                 raise KeyboardInterrupt
 
-        options = dict(steps=10, seed=0, device="cpu", adam_names=train_model.ADAM_NAMES, judge=data)
+        options = train_pictures.PictureOptions(10, batch_size=16, log_every=4, alone=0.6)
         try:
-            train_pictures.learn_pictures(
-                sight, data, log=log, checkpoint=checkpoint, batch_size=16, log_every=4, alone=0.6, **options
-            )
+            train_pictures.learn_pictures(sight, data, data, checkpoint, options, train_model.ADAM_NAMES, log)
         except KeyboardInterrupt:
             return records, None
         return records, {name: value.clone() for name, value in sight.state_dict().items()}
@@ -514,9 +532,9 @@ def test_the_picture_encoder_learns_alone_first_and_an_interrupted_one_goes_on(f
     assert [record["moved"] for record in records[:2]] == [{"image_encoder"}] * 2
     assert records[-1]["moved"] == {"image_encoder", "qformer"}
     assert records[1]["held_out_eye_pattern"] < records[0]["eye_pattern"]
-    learn(tmp_path / "cut.safetensors", stop_after=6)  # its last checkpoint is that of step 4
+    learn(tmp_path / "cut.safetensors", stop_after=6)
     rest, again = learn(tmp_path / "cut.safetensors")
-    assert rest[0]["step"] == 6
+    assert rest[0]["step"] == 8
     assert all(torch.equal(whole[name], again[name]) for name in whole)
 
 
@@ -537,26 +555,31 @@ def test_every_query_tells_its_own_square():
     assert isinstance(train_pictures.portrait_head_for(few), train_pictures.PortraitHead)
 
 
-def test_new_pictures_are_like_those_of_clips_and_never_held_out(folder, tokenizer, monkeypatch):
-    data = batches.LatentPool(folder, tokenizer, 48, 8)
-    draw, looks = batches.random_identity, []
-    monkeypatch.setattr(batches, "random_identity", lambda *a, **k: looks.append(draw(*a, **k)) or looks[-1])
+def test_new_pictures_are_like_those_of_clips_and_never_held_out(folder, monkeypatch):
+    data = small_pool(folder)
+    draw, seen = batches.random_identity, []
+    monkeypatch.setattr(batches, "random_identity", lambda *a, **k: seen.append(draw(*a, **k)) or seen[-1])
     new, old = (
-        batches.new_pictures(np.random.default_rng(0), 48, data.label),
+        batches.new_pictures(np.random.default_rng(0), 48, 8, "cpu"),
         data.pictures(np.random.default_rng(0), 48),
     )
     for name, value in vars(old).items():
         other = getattr(new, name)
         assert (other.shape, other.dtype) == (value.shape, value.dtype), name
-    assert len(looks) == len(set(looks)) == 48 and not any(look.held_out for look in looks)
-    for row, look in enumerate(looks):
+    assert len(seen) == len(set(seen)) == 48 and not any(look.held_out for look in seen)
+    for row, look in enumerate(seen):
         texture, accessory, noun = new.traits[row].tolist()
         assert (TEXTURES[texture], ACCESSORIES[accessory]) == (look.texture, look.accessory)
-        assert np.array_equal(new.label_ids[row].numpy(), data.label(NOUNS[noun])[0])
+        assert np.array_equal(new.label_ids[row].numpy(), tokenise(build_tokenizer(), [NOUNS[noun]], 8)[0][0])
         body = torch.tensor(look.body) * 2 - 1  # somewhere in the portrait, as it is
         assert (new.portraits[row] - body[:, None, None]).abs().amax(0).min() < 0.05
-    again = batches.new_pictures(np.random.default_rng(0), 48, data.label)
+    again = batches.new_pictures(np.random.default_rng(0), 48, 8, "cpu")
     assert torch.equal(again.pixels, new.pixels)
+
+
+def runs_of(look):
+    actor = dataclasses.replace(random_scene(0, held_out=False).actors[0], identity=look)
+    return looks.patterns(looks.cast_of([actor]))[0].numpy()
 
 
 @pytest.mark.parametrize("texture", TEXTURES)
@@ -566,7 +589,7 @@ def test_textures_that_look_alike_are_told_alike_and_others_are_not(texture):
     look = dataclasses.replace(random_scene(0, held_out=False).actors[0].identity, texture=texture)
 
     def paint_and_runs(look):
-        return shapes.texture(look, u, v, 0.05), np.nan_to_num(batches.how_it_runs(look))
+        return shapes.texture(look, u, v, 0.05), np.nan_to_num(runs_of(look))
 
     painted, told = paint_and_runs(look)
     for change in (
@@ -577,14 +600,13 @@ def test_textures_that_look_alike_are_told_alike_and_others_are_not(texture):
         repainted, retold = paint_and_runs(dataclasses.replace(look, **change))
         same = np.abs(repainted - painted).max() < 1e-3
         assert np.allclose(told, retold, atol=1e-5) == same, change
-    other = batches.how_it_runs(dataclasses.replace(look, period=PERIODS[1]))
+    other = runs_of(dataclasses.replace(look, period=PERIODS[1]))
     assert np.isnan(other[6]) if texture == "plain" else other[6] == pytest.approx(1)
 
 
 @pytest.mark.parametrize("knows", [True, False])
-def test_clips_that_the_model_told_are_all_that_its_own_noise_shows(knows, folder, tokenizer):
-    config = small_config()
-    shown = batches.LatentPool(folder, tokenizer, config.text_tokens, config.concept.label_tokens)
+def test_clips_that_the_model_told_are_all_that_its_own_noise_shows(knows, folder):
+    shown = small_pool(folder)
     batch = shown.batch(np.random.default_rng(0), 64, batches.Dropped())
     told = batch.latents if knows else torch.zeros_like(batch.latents)
 
@@ -605,8 +627,8 @@ def test_clips_that_the_model_told_are_all_that_its_own_noise_shows(knows, folde
     assert abs(float(left.mean())) < 0.01 and float(left.std()) == pytest.approx(1, abs=0.01)
 
 
-def test_a_clip_noised_by_its_decoy_is_its_decoy_noised(folder, tokenizer):
-    data = batches.LatentPool(folder, tokenizer, 48, 8)
+def test_a_clip_noised_by_its_decoy_is_its_decoy_noised(folder):
+    data = small_pool(folder)
     batch = data.batch(np.random.default_rng(0), 64, batches.Dropped(foreign=0.5))
     assert batch.foreign.any() and not batch.foreign[~batch.label_mask.any(-1)].any()
     noise = torch.randn(batch.latents.shape, generator=torch.Generator().manual_seed(0))
@@ -651,12 +673,12 @@ def test_more_components_join_those_that_are_known(folder):
     torch.testing.assert_close(more.basis @ more.basis.T, torch.eye(COMPONENTS), rtol=0, atol=1e-4)
     at_once = train_vae.load_vae(folder)  # all of them, from the same clips
     torch.testing.assert_close(more.scale, at_once.scale, rtol=0.02, atol=0)
-    videos = train_vae.to_tensor(pool.open_shard(pool.shards(folder)[1]).video)
+    videos = train_vae.to_tensor(np.array(shards.open_array(shards.shard_folders(folder)[1], "video")))
     first, whole = known.encode(videos), more.encode(videos)
     torch.testing.assert_close(whole[:, :20], first, rtol=1e-4, atol=1e-4)
 
 
-def test_a_model_goes_on_with_more_latent_channels(folder, tokenizer, tmp_path):
+def test_a_model_goes_on_with_more_latent_channels(folder, tmp_path):
     """What it tells of the channels that it knew does not depend on the new ones, whose mean it tells."""
     small = small_config()
     channels = {"in_channels": 20, "out_channels": 20}
@@ -688,8 +710,9 @@ def test_a_model_goes_on_with_more_latent_channels(folder, tokenizer, tmp_path):
 
 
 def test_a_training_starts_from_weights_with_more_components_or_says_why_not(tmp_path, monkeypatch):
-    monkeypatch.setattr(pool, "SHARD", CLIPS)
+    monkeypatch.setattr(shards, "SHARD", CLIPS)
     monkeypatch.setattr(train_stages, "SHARD", CLIPS)
+    monkeypatch.setattr(train_vae, "ANALYSED", 3 * CLIPS)
     numbers = {"z_dim": 20, "latents_mean": [0.0] * 20, "latents_std": [0.5] * 20}
     small = small_config(queries=8)
     narrow = dataclasses.replace(small.transformer, in_channels=20, out_channels=20)
@@ -718,8 +741,9 @@ def test_a_training_starts_from_weights_with_more_components_or_says_why_not(tmp
 
 
 def test_drawing_and_encoding_stop_at_any_shard_and_go_on(tmp_path, monkeypatch):
-    monkeypatch.setattr(pool, "SHARD", CLIPS)
+    monkeypatch.setattr(shards, "SHARD", CLIPS)
     monkeypatch.setattr(train_stages, "SHARD", CLIPS)
+    monkeypatch.setattr(train_vae, "ANALYSED", 3 * CLIPS)
     parser = argparse.ArgumentParser()
     train_stages.add_arguments(parser)
     words = ["--output", str(tmp_path), "--stages", "draw", "latents", "--clips", str(3 * CLIPS)]
@@ -735,7 +759,7 @@ def test_drawing_and_encoding_stop_at_any_shard_and_go_on(tmp_path, monkeypatch)
     monkeypatch.setattr(train_stages, "encode_shard", stop_at_the_second)
     with pytest.raises(KeyboardInterrupt):
         train_stages.run(args)
-    assert len(pool.shards(tmp_path / "clips")) == 3
+    assert len(shards.shard_folders(tmp_path / "clips")) == 3
     monkeypatch.setattr(train_stages, "encode_shard", encode)
     first = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/shard-*/latents.npy")}
     assert len(first) == 1 and train_stages.run(args) == 0

@@ -19,8 +19,7 @@ from conceptmaster.engine.presets import preset
 from conceptmaster.engine.vae.wan_decoder import build_vae
 from conceptmaster.errors import ConceptMasterError, InputError
 from conceptmaster.examples.sprites.scoring.measures import MEASURES
-from conceptmaster.examples.sprites.training import batches, pool, starting, train, train_model, variants
-from conceptmaster.examples.sprites.world.vocabulary import build_tokenizer
+from conceptmaster.examples.sprites.training import shards, starting, train_model, variants
 
 CLIPS = 6
 SETTINGS = {
@@ -43,31 +42,19 @@ def small_config(vae=None, **concept):
 
 
 @pytest.fixture(scope="module")
-def tokenizer():
-    return build_tokenizer()
-
-
-@pytest.fixture(autouse=True)
-def small(monkeypatch, tokenizer):
-    """A small model, and one tokenizer for all: building it takes seconds."""
-    for module in (train, variants):
-        monkeypatch.setattr(module, "build_tokenizer", lambda: tokenizer)
-
-
-@pytest.fixture(scope="module")
 def data(tmp_path_factory):
     """What `train --output` leaves: pools with made-up latents, and an untrained VAE."""
     root = tmp_path_factory.mktemp("data")
     (root / "vae").mkdir()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pool, "SHARD", CLIPS)
+        patch.setattr(shards, "SHARD", CLIPS)
         for name, held_out in (("clips", False), ("held-out", True)):
-            shard = pool.open_shard(pool.draw_shard(root / name, 0, held_out))
-            batches.portraits(shard, 0, held_out)
+            shard = shards.draw_shard(root / name, 0, held_out)
+            shards.tell_shard(shard, 0, held_out)
             channels = small_config().vae["z_dim"]
-            latents = np.random.default_rng(0).standard_normal((CLIPS, channels, *pool.LATENT_GRID))
-            for file in pool.LATENTS:
-                np.save(shard.folder / file, latents.astype(np.float16))
+            latents = np.random.default_rng(0).standard_normal((CLIPS, channels, *shards.LATENT_GRID))
+            for file in shards.CLIPS.values():
+                np.save(shard / f"{file}.npy", latents.astype(np.float16))
     config = small_config()
     (root / "vae" / "vae.json").write_text(json.dumps(config.vae))
     save(root / "vae" / "vae.safetensors", build_vae(config).state_dict())
@@ -111,9 +98,9 @@ def stubs(monkeypatch):
     """Export and score take no time; what was trained is counted. Returns the (folder's name, seed) pairs."""
     trained, whole = [], variants.train_model
 
-    def counted(config, *args, **options):
-        trained.append((args[2].parent.name, options["seed"]))
-        whole(config, *args, **options)
+    def counted(config, open_data, judge, output, options):
+        trained.append((output.parent.name, options.seed))
+        whole(config, open_data, judge, output, options)
 
     def bundle(source, output, overwrite):
         assert overwrite and isinstance(source.model, ConceptMaster)
@@ -277,7 +264,7 @@ def test_missing_data_is_one_error_with_the_command_for_it(base, data, tmp_path)
     [
         (["--steps", "0"], "--steps must be at least 1"),
         (["--threads", "0"], "--threads must be at least 1"),
-        (["--lr", "nan"], "--lr must be a positive number"),
+        (["--lr", "nan"], "--lr must lie between 0 and 1"),
         (["--seeds", "1", "1"], "--seeds must be different"),
         (["--score-seeds", "5:5"], "0 <= A < B"),
         (["--table", "x.txt"], "must end in .md"),

@@ -1,0 +1,126 @@
+"""What runs around the transformer, `Condition` once per request and `DenoiseStep` once per step, and the
+modules of all graphs: they are what is exported, and what the torch backend runs.
+
+Letters: K guidance branches, N concepts, Q tokens per concept, C = N*Q, T text tokens, M solver states,
+Cz F H W latents, A heads, E head width, Dt text width, Dc concept width, Cg channels of the conditioned
+frames.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from .dit import BlockConditions, ConceptDiT
+from .model import ConceptMaster
+from .vae.wan_decoder import streaming_decoders
+from .vae.wan_encoder import streaming_encoders
+
+if TYPE_CHECKING:
+    from .vae.wan_decoder import VAE
+
+
+def condition_names(injection: str) -> tuple[str, ...]:
+    """The outputs of `Condition`, which `DenoiseStep` reads; `merged` has the concepts' tokens in the text's,
+    and `none` has no concepts."""
+    return BlockConditions._fields[:2] if injection in ("merged", "none") else BlockConditions._fields
+
+
+class Condition(nn.Module):
+    """(text [K,T,Dt], concept_tokens [N,Q,Dc], concept_mask bool [K,N]) -> every block's keys and values.
+
+    The last two may be None where the injection is `none`.
+    """
+
+    def __init__(self, transformer: ConceptDiT) -> None:
+        super().__init__()
+        self.transformer = transformer
+
+    def forward(
+        self, text: Tensor, concept_tokens: Tensor | None = None, concept_mask: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
+        """In the order of `condition_names`: two tensors [layers,K,T|T+C,A,E], then (unless the injection is
+        `merged`) two [layers,K,C,A,E]."""
+        c = self.transformer.config.concept
+        if concept_tokens is None or concept_mask is None:
+            concept_tokens = text.new_zeros(c.max_concepts, c.tokens_per_concept, c.width)
+            concept_mask = _no_concepts(self.transformer, text)
+        return tuple(self.transformer.condition(text, concept_tokens, concept_mask).values())
+
+
+class DenoiseStep(nn.Module):
+    """One step of the solver: guidance and update around the transformer.
+
+    state [M,Cz,F,H,W], time [1] (sigma * 1000), concept_mask bool [K,N], guidance [K], coefficients
+    [M,M+1], for an image-to-video base given [1,Cg,F,H,W], then the tensors of `Condition` -> next state
+    [M,Cz,F,H,W]. State and update are float32, whatever the transformer's dtype.
+    """
+
+    def __init__(self, transformer: ConceptDiT) -> None:
+        super().__init__()
+        self.transformer = transformer
+        given = ["given"] if transformer.config.given_channels else []
+        self.names = [*given, *condition_names(transformer.config.concept.injection)]
+
+    def forward(
+        self,
+        state: Tensor,
+        time: Tensor,
+        concept_mask: Tensor,
+        guidance: Tensor,
+        coefficients: Tensor,
+        *known: Tensor,
+    ) -> Tensor:
+        """`update` with the guided velocity at the state's first row."""
+        named = dict(zip(self.names, known, strict=True))
+        return update(state, self.velocity(state, time, guidance, concept_mask, **named), coefficients)
+
+    def velocity(
+        self,
+        state: Tensor,
+        time: Tensor,
+        guidance: Tensor,
+        concept_mask: Tensor | None = None,
+        given: Tensor | None = None,
+        **conditions: Tensor,
+    ) -> Tensor:
+        """sum over k of guidance_k velocity_k(state_0), float32 [1,Cz*F*H*W].
+
+        concept_mask: may be None where the injection is `none`; conditions: what `Condition` gave, by name.
+        """
+        if concept_mask is None:
+            concept_mask = _no_concepts(self.transformer, guidance)
+        dtype = self.transformer.patch_embedding.weight.dtype
+        latents = state[:1].to(dtype).expand(len(guidance), -1, -1, -1, -1)  # [K,Cz,F,H,W]
+        given = None if given is None else given.to(dtype)
+        velocities = self.transformer.denoise(latents, time, conditions, concept_mask, given)  # [K,Cz,F,H,W]
+        return (guidance[:, None] * velocities.flatten(1).float()).sum(dim=0, keepdim=True)
+
+
+def _no_concepts(transformer: ConceptDiT, branches: Tensor) -> Tensor:
+    """bool [K,N], all False, for a tensor [K,…]."""
+    shape = len(branches), transformer.config.concept.max_concepts
+    return torch.zeros(shape, dtype=torch.bool, device=branches.device)
+
+
+def update(state: Tensor, velocity: Tensor, coefficients: Tensor) -> Tensor:
+    """coefficients [M,M+1] times [state_0 .. state_{M-1}, velocity]: [M,Cz,F,H,W] and [1,Cz*F*H*W] ->
+    [M,Cz,F,H,W]."""
+    seen = torch.cat((state.flatten(1), velocity))  # [M+1,Cz*F*H*W]
+    return (coefficients @ seen).unflatten(1, state.shape[1:])  # [M,Cz,F,H,W]
+
+
+def graph_modules(model: ConceptMaster, vae: VAE) -> dict[str, nn.Module]:
+    """The module of every graph by its name: its inputs are the graph's, in their order, and so its outputs.
+
+    Modules share their weights with `model` and `vae`.
+    """
+    modules = {name: child for name, child in model.named_children() if name != "transformer"}
+    modules |= {"condition": Condition(model.transformer), "denoise": DenoiseStep(model.transformer)}
+    modules |= zip(("decode_first", "decode"), streaming_decoders(vae), strict=True)
+    if model.config.given_channels:  # so it is Wan's VAE
+        pair = streaming_encoders(cast("Any", vae))
+        modules |= zip(("encode_first", "encode"), pair, strict=True)
+    return modules

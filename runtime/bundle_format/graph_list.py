@@ -1,0 +1,69 @@
+"""The graphs of a bundle: what each one follows, when it runs, and which models have it.
+
+Exporter, signatures, pipeline and backends read this list; it stands in the order in which graphs run, and is
+written down nowhere else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container
+from dataclasses import dataclass
+
+EACH_TEXT = "for each text"
+ONCE = "once for a request"
+EACH_STEP = "at each step"
+FIRST_FRAME = "for the first latent frame"
+LATER_FRAMES = "for each later latent frame"
+
+BASE = "a base alone"
+CONCEPTS = "a model with concept modules"
+IMAGE_TO_VIDEO = "an image-to-video base"
+
+
+@dataclass(frozen=True)
+class Graph:
+    """runs: one of the five above; follows: the graph whose outputs it gets beside what the pipeline has, or,
+    in a bundle without that one, what that one follows; models: those that have this graph.
+
+    What runs for later frames also gets its own outputs back, from its second call on.
+    """
+
+    name: str
+    runs: str
+    follows: str | None = None
+    models: tuple[str, ...] = (BASE, CONCEPTS, IMAGE_TO_VIDEO)
+
+
+GRAPHS = (
+    Graph("text_encoder", EACH_TEXT),
+    Graph("image_encoder", ONCE, models=(CONCEPTS, IMAGE_TO_VIDEO)),
+    Graph("qformer", ONCE, "image_encoder", (CONCEPTS,)),
+    Graph("dam", ONCE, "qformer", (CONCEPTS,)),
+    Graph("condition", ONCE, "dam"),
+    Graph("encode_first", FIRST_FRAME, models=(IMAGE_TO_VIDEO,)),
+    Graph("encode", LATER_FRAMES, "encode_first", (IMAGE_TO_VIDEO,)),
+    Graph("denoise", EACH_STEP, "condition"),
+    Graph("decode_first", FIRST_FRAME),
+    Graph("decode", LATER_FRAMES, "decode_first"),
+)
+BY_NAME = {graph.name: graph for graph in GRAPHS}
+
+CONCEPT_GRAPHS = tuple(graph.name for graph in GRAPHS if graph.runs == ONCE and BASE not in graph.models)
+"""From pictures and labels to concept tokens: not needed for a request without concepts. Of an image-to-video
+base, whose picture tokens are the concept tokens, there is the first alone."""
+
+(STEP_GRAPH,) = (graph.name for graph in GRAPHS if graph.runs == EACH_STEP)
+
+
+def graphs_of(model: str, latent_frames: int) -> list[Graph]:
+    """The graphs of a model (BASE, CONCEPTS or IMAGE_TO_VIDEO), for a video of so many latent frames."""
+    found = [graph for graph in GRAPHS if model in graph.models]
+    return [graph for graph in found if latent_frames > 1 or graph.runs != LATER_FRAMES]
+
+
+def upstream(name: str, present: Container[str]) -> str | None:
+    """The graph whose outputs the graph `name` gets, in a bundle of the graphs `present`; None for none."""
+    before = BY_NAME[name].follows
+    while before is not None and before not in present:
+        before = BY_NAME[before].follows
+    return before
