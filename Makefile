@@ -9,6 +9,8 @@ PIP_TORCH ?=
 # One thread: on small machines that are shared, OpenMP threads that wait for each other cost tests far more than they
 # save. Generating is not affected.
 TEST := OMP_NUM_THREADS=1 $(VENV)/bin/pytest
+# Processes that run test files side by side; a file stays in one, with the bundles that its fixtures export. 0: none.
+PROCESSES ?= 2
 # Handed to pytest: make test ARGS="tests/test_house.py -x"
 ARGS ?=
 
@@ -36,10 +38,10 @@ video: $(VENV)/.base
 	@echo "sheet: $(CURDIR)/out/sheet.png"
 
 test: $(VENV)/.dev
-	$(TEST) $(ARGS)
+	$(TEST) -n $(PROCESSES) --dist loadfile $(ARGS)
 
 test-slow: $(VENV)/.dev
-	$(TEST) -m slow $(ARGS)
+	$(TEST) -n $(PROCESSES) --dist loadfile -m slow $(ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -12,15 +12,12 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from conceptmaster.errors import ConceptMasterError, InputError, MissingDependency
 from conceptmaster.runtime.cli import Command, Parser
 
-from .arguments import seed_range
-
-if TYPE_CHECKING:
-    from .scoring.score import Options, Result
+from .arguments import add_bundle, add_running, add_sampling, add_seeds, given
 
 DRAW = "Writes a request that can be generated: its pictures, request.json, and the true video, truth.mp4."
 SCORE = """\
@@ -102,20 +99,10 @@ def _draw(args: argparse.Namespace) -> int:
 
 def _add_score(parser: argparse.ArgumentParser) -> None:
     parser.description = SCORE
-    parser.add_argument(
-        "--seeds",
-        type=seed_range,
-        default=range(64),
-        metavar="A:B",
-        help="of scenes and noise, A to B - 1 (0:64)",
-    )
+    add_seeds(parser, range(64), "of scenes and noise, A to B - 1 (0:64)")
     _add_scene(parser)
-    parser.add_argument(
-        "--bundle", default="sprites", metavar="NAME", help="shipped bundle or a path (sprites)"
-    )
-    parser.add_argument("--steps", type=int, metavar="N", help="model evaluations (the bundle's default)")
-    parser.add_argument("--solver", metavar="NAME", help="euler or unipc (the bundle's default)")
-    parser.add_argument("--guidance", type=float, metavar="G", help="(the bundle's default)")
+    add_bundle(parser)
+    add_sampling(parser)
     parser.add_argument("--concept-guidance", type=float, metavar="C", help="(the bundle's default)")
     parser.add_argument(
         "--no-controls", action="store_true", help="leave out the two controls: a third of the time"
@@ -126,84 +113,38 @@ def _add_score(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--shuffled", action="store_true", help="with --truth: the next request's video: chance"
     )
-    parser.add_argument("--device", default="cpu", metavar="NAME", help="cpu or cuda (cpu)")
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (one per core)")
-    parser.add_argument(
-        "--workers", type=int, default=1, metavar="W", help="processes, of one thread each (1)"
-    )
+    add_running(parser, workers=1)
     parser.add_argument("--output", metavar="FILE.json", help="also write the report")
     parser.add_argument("--sheet", metavar="FILE.png", help=f"also draw the first {SHEET_ROWS} requests")
     parser.add_argument(
         "--json", action="store_true", help="last line on standard output: the report, one line"
     )
-    parser.add_argument("--quiet", action="store_true", help="no progress bar")
 
 
 def _score(args: argparse.Namespace) -> int:
-    from conceptmaster.runtime.atomic_write import check_output, replacing
+    from conceptmaster.runtime.atomic_write import check_output
 
+    from .scoring.reports import score_table, write_json
     from .scoring.score import Options, score
 
     if args.shuffled and not args.truth:
         raise InputError("--shuffled needs --truth")
-    options = Options(
-        seeds=args.seeds,
-        concepts=args.concepts,
-        same_noun=args.same_noun,
-        bundle=args.bundle,
-        source=("shuffled" if args.shuffled else "truth") if args.truth else "model",
-        steps=args.steps,
-        solver=args.solver,
-        guidance=args.guidance,
-        concept_guidance=args.concept_guidance,
-        controls=not args.no_controls,
-        device=args.device,
-        threads=args.threads,
-        workers=args.workers,
-    )
+    source = ("shuffled" if args.shuffled else "truth") if args.truth else "model"
+    options = given(Options, args, source=source, controls=not args.no_controls)
     output = None if args.output is None else check_output(Path(args.output), (".json",))
     sheet = None if args.sheet is None else check_output(Path(args.sheet), (".png",))
     report, results = score(options, keep=SHEET_ROWS if sheet else 0, progress=not args.quiet)
     if output is not None:
-        with replacing(output) as temporary:
-            temporary.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_json(output, report)
     if sheet is not None:
-        _save_sheet(options, results, sheet)
-    print(_table(report))
+        from .scoring.sheet import save_sheet, scored_row
+
+        save_sheet([scored_row(options.scene(r.seed), r) for r in results[:SHEET_ROWS]], sheet)
+    print(score_table(report))
     if args.json:
         print(json.dumps(report))
     return 0
-
-
-def _save_sheet(options: Options, results: Sequence[Result], path: Path) -> None:
-    from .scoring.sheet import save_sheet, scored_row
-
-    save_sheet([scored_row(options.scene(r.seed), r) for r in results[:SHEET_ROWS]], path)
-
-
-def _table(report: dict[str, Any]) -> str:
-    """The report for people: a line per measure, a column per video, in percent with standard errors."""
-    from .scoring.measures import MEASURES
-    from .scoring.score import ASKED, NO_CONCEPTS, SWAPPED
-
-    asked = "as asked" if report["source"] == "model" else report["source"]
-    columns = {asked: ASKED, "no concepts": NO_CONCEPTS, "swapped": SWAPPED}
-    shown = {title: name for title, name in columns.items() if report["noun" + name] is not None}
-    lines = [
-        f"{report['requests']} requests of {report['concepts']}, {report['seconds']:.1f} s; won, in percent:"
-    ]
-    lines.append(f"{'':14}" + "".join(f"{title:>16}" for title in shown) + f"{'chance':>10}")
-    for measure in MEASURES:
-        if report[measure] is None:
-            continue
-        cells = [_cell(report[measure + n], report["standard_errors"][measure + n]) for n in shown.values()]
-        chance = 100 * report["chance"][measure]
-        lines.append(f"{measure:14}" + "".join(f"{cell:>16}" for cell in cells) + f"{chance:10.1f}")
-    return "\n".join(lines)
-
-
-def _cell(share: float, error: float | None) -> str:
-    return f"{100 * share:.1f}" if error is None else f"{100 * share:.1f} ± {100 * error:.1f}"
 
 
 def _in_file(name: str, summary: str, folder: str, extra: str | None = None) -> Command:

@@ -108,6 +108,7 @@ def test_a_lost_gpu_ends_the_run_and_another_goes_on_with_the_rest(monkeypatch):
     assert again["cases"] == report["cases"] and not again["ok"]
 
 
+@pytest.mark.slow
 def test_several_processes_check_as_one_does(monkeypatch):
     rows: dict = {"concept injection, small": {"ok": True, "relative_l2": 0.0}}
     lines: list[str] = []
@@ -160,6 +161,7 @@ def model():
     return report, lines
 
 
+@pytest.mark.slow
 def test_a_forward_and_a_step_are_held_to_diffusers(model):
     report, _ = model
     forward = report["forward"]
@@ -172,6 +174,7 @@ def test_a_forward_and_a_step_are_held_to_diffusers(model):
     assert json.loads(json.dumps(report)) == report
 
 
+@pytest.mark.slow
 def test_every_rung_has_its_error_and_its_gain(model):
     ladder = model[0]["ladder"]
     rungs = ["eager", "fastest attention", "fused kernels", "condition cache", "CUDA graph"]
@@ -181,6 +184,7 @@ def test_every_rung_has_its_error_and_its_gain(model):
     assert model[0]["profile"]["step"][0]["ms"] > 0
 
 
+@pytest.mark.slow
 def test_what_is_compiled_is_held_to_what_is_not(model):
     compiled = model[0]["compiled"]
     names = ["diffusers", "diffusers compiled", "ours", "ours compiled"]
@@ -191,6 +195,7 @@ def test_what_is_compiled_is_held_to_what_is_not(model):
     assert all(0 < error < 0.05 for error in model[0]["full"]["relative_l2"].values())
 
 
+@pytest.mark.slow
 def test_scaling_is_beside_its_prediction(model):
     rows = model[0]["scaling"]["rows"]
     assert [row["concepts"] for row in rows] == [2, 0, 2] and [row["frames"] for row in rows] == [5, 5, 9]
@@ -198,6 +203,7 @@ def test_scaling_is_beside_its_prediction(model):
     assert rows[2]["predicted_ms"] > rows[0]["predicted_ms"] > rows[1]["predicted_ms"]
 
 
+@pytest.mark.slow
 def test_every_stage_is_timed(model):
     stages = model[0]["stages"]
     assert all("p50_ms" in entry for entry in stages.values()), stages
@@ -249,6 +255,7 @@ def test_rounds_end_with_their_time():
     assert suite.in_turn({"slow": lambda: None}, 1000, seconds=0.0)["slow"]["rounds"] == 3
 
 
+@pytest.mark.slow
 def test_the_shipped_model_end_to_end():
     found = video.shipped("cpu", 2, steps=2)
     for entry in found.values():
@@ -257,6 +264,7 @@ def test_the_shipped_model_end_to_end():
     assert found["torch on cpu"]["planned_bytes"]["peak"] > 0
 
 
+@pytest.mark.slow
 def test_a_report_is_drawn(model, tmp_path):
     pytest.importorskip("matplotlib")
     plot.draw(model[0], tmp_path / "a.svg")

@@ -14,11 +14,11 @@ from pathlib import Path
 from conceptmaster.errors import InputError
 from conceptmaster.runtime.bundle_format.find import Bundle
 
-from ..arguments import add_running, seed_range
+from ..arguments import add_bundle, add_running, add_seeds, given, seed_range
 from ..world.requesting import make_folder
 from ..world.scenes import Scene
 from .score import ASKED, Generate, Options, Result, check_bundle, score
-from .sheet import Row, save_sheet, scored_row
+from .sheet import save_sheet, scored_row
 
 SHEETS = {
     "two-concepts.png": (2, False),
@@ -69,7 +69,8 @@ def gallery(
         asked = replace(options, concepts=concepts, same_noun=same_noun, controls=True)
         _, results = score(asked, generate=generate, keep=len(asked.seeds), progress=progress)
         rows = [scored_row(asked.scene(result.seed), result) for result in results]
-        paths.append(_save(rows, folder / name))
+        save_sheet(rows, folder / name)
+        paths.append(folder / name)
     if failures:
         _, results = score(wide, generate=generate, progress=progress)
         rows = []
@@ -79,7 +80,8 @@ def gallery(
             _, again = score(shown, generate=generate, keep=1)
             rows.append(scored_row(shown.scene(seed), again[0], caption))
         if rows:
-            paths.append(_save(rows, folder / FAILURES))
+            save_sheet(rows, folder / FAILURES)
+            paths.append(folder / FAILURES)
         else:
             (folder / FAILURES).unlink(missing_ok=True)
     return paths
@@ -107,23 +109,14 @@ def _lost(scene: Scene, result: Result) -> tuple[int, int, str]:
     return count, sum(map(len, won.values())), "; ".join(parts)
 
 
-def _save(rows: Sequence[Row], path: Path) -> Path:
-    save_sheet(rows, path)
-    return path
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``gallery``."""
     parser.description = GALLERY
     parser.add_argument(
         "--output", required=True, type=Path, metavar="DIR", help="folder, made where it is missing"
     )
-    parser.add_argument(
-        "--bundle", default="sprites", metavar="NAME", help="shipped bundle or a path (sprites)"
-    )
-    parser.add_argument(
-        "--seeds", type=seed_range, default=range(6), metavar="A:B", help="of the first sheets (0:6)"
-    )
+    add_bundle(parser)
+    add_seeds(parser, range(6), "of the first sheets (0:6)")
     parser.add_argument(
         "--search",
         type=seed_range,
@@ -137,7 +130,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Writes the sheets and prints their names; returns 0. Raises what ``gallery`` raises."""
-    options = Options(seeds=args.seeds, bundle=args.bundle, device=args.device, workers=args.workers)
+    options = given(Options, args)
     paths = gallery(options, args.output, search=args.search, failures=args.failures, progress=not args.quiet)
     for path in paths:
         print(path)

@@ -19,11 +19,11 @@ from typing import Any
 import numpy as np
 
 from conceptmaster.errors import InputError
-from conceptmaster.runtime.atomic_write import check_output, replacing
-from conceptmaster.runtime.bundle_format import strict_json
+from conceptmaster.runtime.atomic_write import check_output
 
-from ..arguments import add_running, seed_range
+from ..arguments import add_running, add_sampling, add_seeds, given
 from .measures import MEASURES
+from .reports import percent, read_record, write_json
 from .score import ASKED, Generate, Options, score
 
 BASELINE = Path(__file__).parents[1] / "baseline.json"
@@ -126,21 +126,8 @@ def measure_bundle(options: Options, *, generate: Generate | None = None, progre
 
 def load(path: Path) -> Scores:
     """Reads a baseline. Raises InputError when it is missing or damaged."""
-    try:
-        return strict_json.decode(Scores, strict_json.read(path), "baseline")
-    except FileNotFoundError:
-        how = "`python -m conceptmaster.examples.sprites gate BUNDLE --record`"
-        raise InputError(f"no baseline {str(path)!r}: record that of a good bundle with {how}") from None
-    except OSError as error:
-        raise InputError(f"cannot read the baseline {str(path)!r}: {error.strerror}") from None
-    except ValueError as error:
-        raise InputError(f"bad baseline: {str(path)!r} {error}; record it again") from None
-
-
-def save(scores: Scores, path: Path) -> None:
-    """Writes a baseline, whole or not at all. Raises OSError."""
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(asdict(scores), indent=1) + "\n", encoding="utf-8")
+    how = "record that of a good bundle with `python -m conceptmaster.examples.sprites gate BUNDLE --record`"
+    return read_record(Scores, path, "baseline", how)
 
 
 def compare(baseline: Scores, now: Scores, tolerance: float = TOLERANCE) -> list[Line]:
@@ -190,9 +177,8 @@ def table(lines: Sequence[Line]) -> str:
     """The comparison for people, in percent; the difference with its standard error."""
     texts = [f"{'':16}{'':14}{'baseline':>10}{'now':>8}{'difference':>16}"]
     for line in lines:
-        error = "" if line.standard_error is None else f" ± {100 * line.standard_error:.1f}"
-        shares = f"{100 * line.baseline:10.1f}{100 * line.now:8.1f}"
-        difference = f"{100 * line.difference:+.1f}{error}"
+        shares = f"{percent(line.baseline):>10}{percent(line.now):>8}"
+        difference = "+" * (line.difference >= 0) + percent(line.difference, line.standard_error)
         ok = "ok" if line.ok else "FELL"
         texts.append(f"{line.row:16}{line.measure:14}{shares}{difference:>16}  {ok}")
     return "\n".join(texts)
@@ -202,12 +188,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``gate``."""
     parser.description = GATE
     parser.add_argument("bundle", metavar="BUNDLE", help="shipped bundle or a path")
-    parser.add_argument(
-        "--seeds",
-        type=seed_range,
-        metavar="A:B",
-        help=f"fewer of the baseline's (all; recording: {SEEDS.start}:{SEEDS.stop})",
-    )
+    add_seeds(parser, None, f"fewer of the baseline's (all; recording: {SEEDS.start}:{SEEDS.stop})")
     parser.add_argument(
         "--tolerance",
         type=float,
@@ -215,9 +196,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="T",
         help=f"how far a share may fall, 0 to 1 ({TOLERANCE})",
     )
-    parser.add_argument("--steps", type=int, metavar="N", help="model evaluations (the bundle's default)")
-    parser.add_argument("--solver", metavar="NAME", help="euler or unipc (the bundle's default)")
-    parser.add_argument("--guidance", type=float, metavar="G", help="(the bundle's default)")
+    add_sampling(parser)
     parser.add_argument(
         "--baseline", type=Path, default=BASELINE, metavar="FILE.json", help="(the one that came with this)"
     )
@@ -235,15 +214,7 @@ def run(args: argparse.Namespace) -> int:
     """
     baseline = None if args.record else load(args.baseline)
     default = SEEDS if baseline is None else range(*baseline.seeds)
-    options = Options(
-        seeds=default if args.seeds is None else args.seeds,
-        bundle=args.bundle,
-        steps=args.steps,
-        solver=args.solver,
-        guidance=args.guidance,
-        device=args.device,
-        workers=args.workers,
-    )
+    options = given(Options, args, seeds=default if args.seeds is None else args.seeds)
     if baseline is None:
         return _record(args, options)
     check_comparable(baseline, options.seeds, args.tolerance)
@@ -271,13 +242,13 @@ def run(args: argparse.Namespace) -> int:
 def _record(args: argparse.Namespace, options: Options) -> int:
     path = check_output(args.baseline, (".json",))
     scores = measure_bundle(options, progress=not args.quiet)
-    save(scores, path)
+    write_json(path, asdict(scores))
     if args.json:
         print(json.dumps({"recorded": str(path), "seeds": scores.seeds, **_about(scores), **scores.shares}))
         return 0
     print(f"{path}: {_title(scores)}; {len(options.seeds)} requests a row; in percent:")
     for row, shares in scores.shares.items():
-        print(f"{row:16}" + ", ".join(f"{name} {100 * share:.1f}" for name, share in shares.items()))
+        print(f"{row:16}" + ", ".join(f"{name} {percent(share)}" for name, share in shares.items()))
     return 0
 
 

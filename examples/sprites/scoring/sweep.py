@@ -7,7 +7,6 @@ sweep that was interrupted goes on where it stopped.
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -15,17 +14,17 @@ from typing import Any
 
 from conceptmaster import __version__
 from conceptmaster.errors import InputError
-from conceptmaster.runtime.atomic_write import check_output, replacing
-from conceptmaster.runtime.bundle_format import strict_json
+from conceptmaster.runtime.atomic_write import check_output
 from conceptmaster.runtime.bundle_format.find import Bundle
 from conceptmaster.runtime.bundle_format.hashed_file import sha256_file
 from conceptmaster.runtime.bundle_format.manifest import FILE_NAME
 from conceptmaster.runtime.request import Request
 from conceptmaster.runtime.solver import SOLVERS
 
-from ..arguments import add_running, seed_range
+from ..arguments import add_bundle, add_running, add_seeds, given
 from .measures import MEASURES
 from .plot import import_matplotlib, plot_sweep
+from .reports import percent, read_record, write_json
 from .score import Generate, Options, check_bundle, score, summary
 
 CONCEPTS = 2
@@ -118,7 +117,7 @@ def sweep(
             way.workers,
         )
         record = replace(record, rows=tuple(sorted([*record.rows, row], key=lambda row: row.key)))
-        _save(record, path)
+        write_json(path, asdict(record))
         done(row)
     return record
 
@@ -179,12 +178,7 @@ def _empty(ways: Sequence[Options], opened: bool) -> Record:
 
 def _resumed(path: Path, empty: Record) -> Record:
     """The record in ``path``, which must be of the same settings. Raises InputError."""
-    try:
-        record = strict_json.decode(Record, strict_json.read(path), "sweep")
-    except OSError as error:
-        raise InputError(f"cannot read the sweep {str(path)!r}: {error.strerror}") from None
-    except ValueError as error:
-        raise InputError(f"bad sweep: {str(path)!r} {error}; write another file") from None
+    record = read_record(Record, path, "sweep", "write another file")
     there, here = ({**r.settings, **r.versions, "world": r.world} for r in (record, empty))
     for name in sorted(there.keys() | here.keys()):
         if there.get(name) != here.get(name):
@@ -195,23 +189,14 @@ def _resumed(path: Path, empty: Record) -> Record:
     return record
 
 
-def _save(record: Record, path: Path) -> None:
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(asdict(record), indent=1) + "\n", encoding="utf-8")
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``sweep``."""
     parser.description = SWEEP
     parser.add_argument("--output", required=True, type=Path, metavar="FILE.json", help="rows and settings")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="also a chart (needs matplotlib)")
     parser.add_argument("--resume", action="store_true", help="keep the rows that --output has already")
-    parser.add_argument(
-        "--bundle", default="sprites", metavar="NAME", help="shipped bundle or a path (sprites)"
-    )
-    parser.add_argument(
-        "--seeds", type=seed_range, default=SEEDS, metavar="A:B", help="of scenes and noise (0:64)"
-    )
+    add_bundle(parser)
+    add_seeds(parser, SEEDS, "of scenes and noise (0:64)")
     parser.add_argument("--same-noun", action="store_true", help="both concepts share their noun")
     parser.add_argument("--steps", type=int, nargs="+", default=STEPS, metavar="N", help="(50 20 10 6 4)")
     parser.add_argument(
@@ -232,13 +217,7 @@ def run(args: argparse.Namespace) -> int:
     if args.plot is not None:
         check_output(args.plot, (".png",))
         import_matplotlib()  # so that a missing package does not show only after the last row
-    options = Options(
-        seeds=args.seeds,
-        same_noun=args.same_noun,
-        bundle=args.bundle,
-        device=args.device,
-        workers=args.workers,
-    )
+    options = given(Options, args, steps=None, guidance=None)
     ways = make_ways(options, args.solvers, args.steps, args.guidance)
     record = sweep(
         ways,
@@ -255,5 +234,5 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _line(row: Row) -> str:
-    shares = ", ".join(f"{measure} {100 * row.scores[measure]:.1f}" for measure in MEASURES)
+    shares = ", ".join(f"{measure} {percent(row.scores[measure])}" for measure in MEASURES)
     return f"{row}: {shares}; {row.seconds_per_video:.2f} s a video"

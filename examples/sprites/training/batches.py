@@ -33,8 +33,20 @@ class Dropped:
 NOTHING = Dropped(0, 0, 0)
 
 
+class Tensors:
+    """A dataclass of tensors that belong together, row by row."""
+
+    def to(self, device: str) -> Self:
+        """The same on a device."""
+        return type(self)(*(value.to(device, non_blocking=True) for value in vars(self).values()))
+
+    def __getitem__(self, rows: Tensor) -> Self:
+        """Some of its rows; ``rows`` bool or int64 [B]."""
+        return type(self)(*(value[rows] for value in vars(self).values()))
+
+
 @dataclass(frozen=True)
-class Captions:
+class Captions(Tensors):
     """A batch of sentences without pictures or latents; fields as in ``Batch``."""
 
     token_ids: Tensor
@@ -45,7 +57,7 @@ class Captions:
 
 
 @dataclass(frozen=True)
-class Pictures:
+class Pictures(Tensors):
     """A batch of references alone: pixels [M,3,px,px] (CLIP-normalised), label_ids/label_mask [M,L],
     portraits [M,3,32,32] in -1..1, traits int64 [M,3], patterns [M,RUNS]."""
 
@@ -58,7 +70,7 @@ class Pictures:
 
 
 @dataclass
-class Batch:
+class Batch(Tensors):
     """One training batch; N slots of which ``concept_mask`` tells the filled ones, in random order.
 
     latents and decoys (see ``decoys.py``) [B,Cz,F,H,W], token_ids/token_mask [B,T], pixels [B,N,3,px,px]
@@ -80,10 +92,6 @@ class Batch:
     portraits: Tensor
     traits: Tensor
     patterns: Tensor
-
-    def __getitem__(self, rows: Tensor) -> Self:
-        """Some of its rows; ``rows`` bool or int64 [B]."""
-        return type(self)(*(value[rows] for value in vars(self).values()))
 
 
 def generator(rng: np.random.Generator, device: str) -> torch.Generator:

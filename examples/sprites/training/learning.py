@@ -11,12 +11,11 @@ import functools
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -57,25 +56,6 @@ def orthogonalised(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
     return (x.mT if tall else x).to(matrices.dtype)
-
-
-def shared_out(
-    function: Callable[[torch.Tensor], torch.Tensor], stacks: list[torch.Tensor]
-) -> list[torch.Tensor]:
-    """``function`` of every stack [n, r, c], which treats its n matrices alike. Where several processes train
-    together, all must come here with the same stacks: each takes its share of the matrices."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return [function(stack) for stack in stacks]
-    rank, world = dist.get_rank(), dist.get_world_size()
-    flat = torch.zeros(sum(stack.numel() for stack in stacks), device=stacks[0].device)
-    parts = flat.split([stack.numel() for stack in stacks])
-    shares = [part.view_as(stack) for part, stack in zip(parts, stacks, strict=True)]
-    for number, (share, stack) in enumerate(zip(shares, stacks, strict=True)):
-        mine = slice((rank + number) % world, None, world)
-        if len(stack[mine]):
-            share[mine] = function(stack[mine])
-    dist.all_reduce(flat)
-    return shares
 
 
 class MuonAdamW(torch.optim.Optimizer):
@@ -137,7 +117,7 @@ class MuonAdamW(torch.optim.Optimizer):
             torch._foreach_lerp_(momenta, grads, 0.05)
             updates = torch._foreach_lerp(grads, momenta, 0.95)
             wanted.append(torch.stack([update.flatten(1) for update in updates]))
-        for alike, stacked in zip(shapes.values(), shared_out(orthogonalised, wanted), strict=True):
+        for alike, stacked in zip(shapes.values(), map(orthogonalised, wanted), strict=True):
             gain = max(1.0, stacked.shape[1] / stacked.shape[2]) ** 0.5
             steps = [update.view_as(p) for p, update in zip(alike, stacked, strict=True)]
             if decay:

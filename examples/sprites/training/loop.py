@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
@@ -12,8 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -65,9 +62,8 @@ def train(
 
     Resumes from ``checkpoint``, to the same weights if the losses follow from the number of the step, and
     writes it. ``publish`` is called before that, with the averaged weights in the module; what it returns
-    joins the line of the log. It and ``after_step`` are told how many steps are done. Where several processes
-    train together they average their gradients, and the first one logs, publishes and writes. Raises
-    CheckpointError for a checkpoint that cannot be read, and where the gradient is not finite.
+    joins the line of the log. It and ``after_step`` are told how many steps are done. Raises CheckpointError
+    for a checkpoint that cannot be read, and where the gradient is not finite.
     """
     progress = {"step": 0.0, "seconds": 0.0}
     if checkpoint is not None and checkpoint.exists():
@@ -76,22 +72,21 @@ def train(
         return
     parameters = [p for p in module.parameters() if p.requires_grad]
     sums: dict[str, Tensor] = {}
-    counted, began, leads = 0, time.perf_counter(), rank() == 0
-    bar = tqdm(total=options.steps, initial=int(progress["step"]), desc=options.name, disable=not leads)
+    counted, began = 0, time.perf_counter()
+    bar = tqdm(total=options.steps, initial=int(progress["step"]), desc=options.name)
     while (part := options.part(progress)) < 1:
         step = int(progress["step"])
         optimizer.set_scale(options.rate(part))
         losses = losses_of(step)
         optimizer.zero_grad(set_to_none=True)
         losses["total"].backward()
-        _average_gradients(parameters)
         gradient_norm(parameters, options.limit)
         optimizer.step()
         if average is not None:
             average.update(module)
         now = time.perf_counter()
         progress["step"] += 1
-        progress["seconds"] = _agreed(progress["seconds"] + now - began, parameters[0].device)
+        progress["seconds"] += now - began
         began = now
         for name, value in losses.items():
             sums[name] = sums.get(name, 0.0) + value.detach()
@@ -99,7 +94,7 @@ def train(
         bar.update(1)
         now_too = options.part(progress) >= 1 or step + 1 in options.also
         saves = now_too or (step + 1) % (options.save_every or options.log_every) == 0
-        if leads and (saves or (step + 1) % options.log_every == 0):
+        if saves or (step + 1) % options.log_every == 0:
             record: dict[str, Any] = {name: round(float(value) / counted, 5) for name, value in sums.items()}
             record |= {"step": step + 1, "seconds": round(progress["seconds"])}
             sums, counted = {}, 0
@@ -128,36 +123,3 @@ def log_to(path: Path, **about: str) -> Log:
 def random_of(seed: int, step: int) -> np.random.Generator:
     """The random numbers of a step."""
     return np.random.Generator(np.random.Philox(key=[seed, step]))
-
-
-def join_processes(device: str) -> int:
-    """Make ready for training together with the processes that torchrun started; returns how many."""
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    if world > 1 and not dist.is_initialized():
-        dist.init_process_group("gloo" if torch.device(device).type == "cpu" else "nccl")
-    return world
-
-
-def rank() -> int:
-    """The number of this process among those that train together, 0 for one alone."""
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def _average_gradients(parameters: list[nn.Parameter]) -> None:
-    """Mean of the gradients over all processes; a parameter without one counts as zero."""
-    if not dist.is_initialized():
-        return
-    flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters])
-    dist.all_reduce(flat)
-    flat /= dist.get_world_size()
-    for p, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
-        p.grad = part.view_as(p)
-
-
-def _agreed(seconds: float, device: torch.device) -> float:
-    """The first process's clock, which is every process's: they stop after the same step."""
-    if not dist.is_initialized():
-        return seconds
-    told = torch.tensor(seconds, dtype=torch.float64, device=device)
-    dist.broadcast(told, 0)
-    return float(told)

@@ -78,7 +78,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--caption-steps", type=int, help="steps on captions alone, second (550; with --start 0)"
     )
     parser.add_argument("--steps", type=int, default=4000, help="steps of model training (4000)")
-    parser.add_argument("--batch-size", type=int, default=32, help="clips in a step, over all processes (32)")
+    parser.add_argument("--batch-size", type=int, default=32, help="clips in a step (32)")
     parser.add_argument("--lr", type=float, default=0.012, help="Muon's, AdamW takes an eighth (0.012)")
     parser.add_argument(
         "--queries", type=int, help="visual queries of a concept (as many as --start has, else 64)"
@@ -95,16 +95,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"leave these as they are in the last stage: {', '.join(FROZEN)} (none)",
     )
     parser.add_argument(
-        "--own", type=float, default=0.0, help="share of clips that go on from the model's own estimate (0)"
-    )
-    parser.add_argument(
         "--decoys", type=float, default=0.0, help="share of clips that go on from their decoy (0)"
     )
     parser.add_argument(
         "--foreign", type=float, default=0.0, help="share of pictures that show the look on another noun (0)"
-    )
-    parser.add_argument(
-        "--high", type=float, default=0.0, help="share of the noise levels drawn from 0.75 to 1 alone (0)"
     )
     parser.add_argument(
         "--minutes", type=float, help="train the model for so long, whatever number of steps that is"

@@ -32,8 +32,8 @@ from .attention import cheapest_attention
 from .batches import NOTHING, Batch, Dropped, Pool
 from .heads import LayoutHead, StoryHead, coverage_loss
 from .learning import Average, MuonAdamW, autocast, saved_progress
-from .loop import Log, LoopOptions, join_processes, log_to, random_of, rank, train
-from .noising import DECOY_HELD, decoy_noise, normal, own_noise, random_sigma
+from .loop import Log, LoopOptions, log_to, random_of, train
+from .noising import DECOY_HELD, HELD_SIGMA, decoy_noise, normal, random_sigma
 from .starting import start_from
 from .train_captions import learn_captions
 from .train_pictures import (
@@ -79,10 +79,9 @@ class TrainOptions:
     picture_steps, caption_steps: of pictures and of captions alone, before; new_looks: draw these pictures,
     see ``new_pictures``; lr: Muon's, for matrices, AdamW takes an eighth of it; start: a
     ``model.safetensors`` to go on from, with fresh heads and optimizer; freeze: parts, some of ``FROZEN``,
-    that stay as they are in the last stage, as T5 and CLIP do in the paper; own, decoys, foreign, high:
-    shares of clips, pictures and noise levels, see ``own_noise``, ``decoy_noise``, ``Dropped`` and
-    ``random_sigma``; minutes: the last stage takes so long, and as many steps as fit; compile: torch.compile
-    makes the transformer's blocks faster first. Raises InputError.
+    that stay as they are in the last stage, as T5 and CLIP do in the paper; decoys, foreign: shares of clips
+    and pictures, see ``decoy_noise`` and ``Dropped``; minutes: the last stage takes so long, and as many
+    steps as fit; compile: torch.compile makes the transformer's blocks faster first. Raises InputError.
     """
 
     steps: int
@@ -95,10 +94,8 @@ class TrainOptions:
     log_every: int = 100
     start: Path | None = None
     freeze: tuple[str, ...] = ()
-    own: float = 0.0
     decoys: float = 0.0
     foreign: float = 0.0
-    high: float = 0.0
     minutes: float | None = None
     new_looks: bool = False
     compile: bool = False
@@ -106,7 +103,7 @@ class TrainOptions:
     def __post_init__(self) -> None:
         check_counts(self, "steps", "batch_size", "log_every")
         check_counts(self, "picture_steps", "caption_steps", least=0)
-        check_shares(self, "own", "decoys", "foreign", "high")
+        check_shares(self, "decoys", "foreign")
         if not 0 < self.lr < 1:
             raise InputError(f"--lr must lie between 0 and 1, got {self.lr}")
         if self.minutes is not None and not self.minutes > 0:
@@ -287,10 +284,9 @@ def train_model(
     Resumes from ``output/training.safetensors``, before that from ``pictures.safetensors``; a batch depends
     on seed and step only. ``open_data`` makes the pool of clips, told how often it has been refreshed;
     ``judge`` has looks held out. Writes ``model.safetensors`` (averaged weights with their configuration),
-    appends to ``log.jsonl``. Started by torchrun (``torchrun --nproc-per-node 2 -m --
-    conceptmaster.examples.sprites train …``), processes share the work through gloo or nccl.
+    appends to ``log.jsonl``.
     """
-    device, world = options.device, join_processes(options.device)
+    device = options.device
     warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
     output.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(options.seed)
@@ -298,7 +294,7 @@ def train_model(
     checkpoint = output / "training.safetensors"
     steps_done = saved_progress(checkpoint)["step"] if checkpoint.exists() else 0
     pool = open_data(int(steps_done) // REFRESHED)
-    log = log_to(output / "log.jsonl") if rank() == 0 else lambda record: None
+    log = log_to(output / "log.jsonl")
     if not checkpoint.exists():
         _learn_parts(trainee, pool, judge, output, log, options)
     for name in options.freeze:
@@ -309,14 +305,13 @@ def train_model(
             block.forward = torch.compile(block.forward, dynamic=False)  # not the block: it keeps its hooks
 
     def losses_of(step: int) -> dict[str, Tensor]:
-        rng = random_of(options.seed, step * 64 + rank())
-        batch = pool.batch(rng, options.batch_size // world, Dropped(foreign=options.foreign))
+        rng = random_of(options.seed, step)
+        batch = pool.batch(rng, options.batch_size, Dropped(foreign=options.foreign))
         noise = normal(rng, tuple(batch.latents.shape), device)
-        sigma = random_sigma(rng, len(noise), options.high).to(device)
+        sigma = random_sigma(rng, len(noise)).to(device)
+        noise, astray = decoy_noise(batch, noise, sigma, rng, options.decoys)
+        held = torch.where(astray, DECOY_HELD, HELD_SIGMA)
         with cheapest_attention(device), autocast(device):
-            noise, sigma, held = own_noise(trainee, batch, noise, sigma, rng, options.own)
-            noise, astray = decoy_noise(batch, noise, sigma, rng, options.decoys)
-            held = torch.where(astray, held.clamp(min=DECOY_HELD), held)
             return trainee(batch, noise, sigma, held)
 
     def publish(steps: int) -> dict[str, float]:

@@ -35,6 +35,7 @@ from conceptmaster.export.bundle import write_bundle
 from conceptmaster.runtime.atomic_write import check_output, replacing
 
 from ..arguments import add_training, given, seed_range, set_threads
+from ..scoring.reports import percent, write_json
 from ..scoring.score import Options, score
 from .pools import ShardPool, open_pool
 from .shards import is_encoded, shard_folders
@@ -59,7 +60,6 @@ COLUMNS = {
 """The table's measures: title → (which score, which measure)."""
 SECTIONS = {2: "How concepts enter the transformer", 3: "How pictures are bound to labels"}
 """The paper's tables."""
-NONE = "–"
 
 Report = dict[str, Any]
 """The content of a run's ``score.json``."""
@@ -213,7 +213,7 @@ def write_base(model: ConceptMaster, path: Path) -> None:
 def _hold(settings: Mapping[str, Any], path: Path) -> None:
     """Keep the settings with the first run; raises InputError where later ones would not compare with it."""
     if not path.exists():
-        _write(path, settings)
+        write_json(path, settings)
         return
     before = json.loads(path.read_text("utf-8"))
     other = [f"{k} {before.get(k)}, not {v}" for k, v in settings.items() if before.get(k) != v]
@@ -264,7 +264,7 @@ def _train_and_score(
             threads=args.threads,
         )
         report[name] = score(asked, progress=True)[0]
-    _write(folder / "score.json", report)
+    write_json(folder / "score.json", report)
 
 
 def _tidy(folder: Path) -> None:
@@ -290,12 +290,7 @@ def _publish(output: Path, settings: Mapping[str, Any], table: Path, everything:
         for v in VARIANTS
     }
     order = dict(by_identity(found))
-    _write(everything, {"settings": settings, "by_identity": order, "variants": rows})
-
-
-def _write(path: Path, content: Mapping[str, Any]) -> None:
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_json(everything, {"settings": settings, "by_identity": order, "variants": rows})
 
 
 def finished(output: Path) -> dict[str, list[Report]]:
@@ -360,19 +355,13 @@ def render(found: Mapping[str, Sequence[Report]], settings: Mapping[str, Any]) -
 
 def _row(variant: Variant, reports: Sequence[Report]) -> str:
     cells = [f"`{variant.name}`: {variant.title}", f"{variant.dino_i:.3f}"]
-    cells += [_cell(*summarise(reports, *place)) for place in COLUMNS.values()]
+    cells += [percent(*summarise(reports, *place)) for place in COLUMNS.values()]
     seconds = [report["training_seconds"] for report in reports]
-    budget = [f"{reports[0]['samples']:,}", f"{np.mean(seconds):,.0f}"] if reports else [NONE, NONE]
+    budget = [f"{reports[0]['samples']:,}", f"{np.mean(seconds):,.0f}"] if reports else [percent(None)] * 2
     return "| " + " | ".join([*cells, str(len(reports)), *budget]) + " |"
 
 
 def _chance(report: Report, columns: int) -> str:
     cells = ["*chance*", ""]
-    cells += [_cell(report[which]["chance"][measure], None) for which, measure in COLUMNS.values()]
+    cells += [percent(report[which]["chance"][measure], None) for which, measure in COLUMNS.values()]
     return "| " + " | ".join(cells + [""] * (columns - len(cells))) + " |"
-
-
-def _cell(mean: float | None, spread: float | None) -> str:
-    if mean is None:
-        return NONE
-    return f"{100 * mean:.1f}" if spread is None else f"{100 * mean:.1f} ± {100 * spread:.1f}"

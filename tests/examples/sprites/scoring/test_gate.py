@@ -23,10 +23,10 @@ from conceptmaster.examples.sprites.scoring.gate import (
     compare,
     load,
     measure_bundle,
-    save,
     verdict,
 )
 from conceptmaster.examples.sprites.scoring.measures import MEASURES
+from conceptmaster.examples.sprites.scoring.reports import write_json
 from conceptmaster.examples.sprites.scoring.score import Generate, Options, judged_scene, score
 from conceptmaster.runtime.request import Request
 from conceptmaster.runtime.video import Video
@@ -58,7 +58,7 @@ def stubbed(stub: Generate, options: Options, *, generate: Generate | None, prog
 @pytest.fixture
 def perfect(tmp_path: Path) -> Path:
     """A baseline that won every contest."""
-    save(scores(SEEDS), tmp_path / "baseline.json")
+    write_json(tmp_path / "baseline.json", dataclasses.asdict(scores(SEEDS)))
     return tmp_path / "baseline.json"
 
 
@@ -81,7 +81,7 @@ def test_the_truth_passes_and_both_rows_are_scored(truth: Generate, perfect: Pat
 
 def test_a_recording_is_read_as_it_was_written(tmp_path: Path) -> None:
     written = scores(identity="0" * 50 + "12" * 25)
-    save(written, tmp_path / "b.json")
+    write_json(tmp_path / "b.json", dataclasses.asdict(written))
     assert load(tmp_path / "b.json") == written
 
 
@@ -152,7 +152,7 @@ def damage(path: Path, **changes: Any) -> None:
 )
 def test_a_damaged_baseline_is_one_clear_error(changes: dict, words: str, tmp_path: Path) -> None:
     damage(tmp_path / "b.json", **changes)
-    with pytest.raises(InputError, match="bad baseline: .*b.json.*record it again") as raised:
+    with pytest.raises(InputError, match="bad baseline: .*b.json.*record that of a good bundle") as raised:
         load(tmp_path / "b.json")
     assert words in str(raised.value) and "\n" not in str(raised.value)
 

@@ -233,7 +233,9 @@ def test_guidance_that_the_bundle_has_not_shows_before_the_first_row(
 ) -> None:
     shapes = SimpleNamespace(frames=17, height=64, width=64, concepts=4, branches=1)
     defaults = SimpleNamespace(negative="", shift=3.0, concept_guidance=None)
-    manifest = SimpleNamespace(name="sprites", shapes=shapes, concepts=4, given=None, defaults=defaults)
+    manifest = SimpleNamespace(
+        name="sprites", shapes=shapes, concepts=4, conditioning=None, defaults=defaults
+    )
     bundle = SimpleNamespace(manifest=manifest)
     monkeypatch.setattr("conceptmaster.runtime.bundle_format.find.Bundle.open", lambda name: bundle)
     assert main(["sweep", "--output", str(tmp_path / "x.json")]) == 2
