@@ -158,6 +158,11 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     how.add_argument(
         "--backend", metavar="NAME", default="onnxruntime", help="onnxruntime or torch (onnxruntime)"
     )
+    how.add_argument(
+        "--precision",
+        metavar="P",
+        help="of the engines for --device tensorrt or rtx: fp32, fp16, bf16 or fp8 (the only one there)",
+    )
     _add_torch_options(parser.add_argument_group("with --backend torch"))
     out = parser.add_argument_group("output")
     out.add_argument(
@@ -232,6 +237,7 @@ def _generate(args: argparse.Namespace) -> int:
         threads=args.threads,
         backend=args.backend,
         options=_torch_options(args),
+        precision=args.precision,
     )
     opened = time.perf_counter() - start
     progress = args.progress or (sys.stderr.isatty() and not args.quiet)

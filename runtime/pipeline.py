@@ -71,16 +71,18 @@ class Pipeline:
         threads: int | None = None,
         backend: str = "onnxruntime",
         options: TorchOptions | None = None,
+        precision: str | None = None,
     ) -> Pipeline:
         """Opens and verifies a bundle: the name of a shipped one ("sprites") or a path.
 
-        Args: device: "cpu" or "cuda"; threads: CPU threads, None for one per core; backend: "onnxruntime" or
-            "torch"; options: of the latter.
+        Args: device: "cpu", "cuda", "tensorrt" or "rtx"; threads: CPU threads, None for one per core;
+            backend: "onnxruntime" or "torch"; options: of the latter; precision: of the engines that
+            "tensorrt" and "rtx" run, None for the only one that they are built in.
         Raises: InputError (no such bundle, device or backend), BundleError (not sound), MissingDependency,
             OutOfMemory.
         """
         bundle = Bundle.open(name_or_path)
-        return cls(bundle, open_backend(bundle, device, threads, backend, options))
+        return cls(bundle, open_backend(bundle, device, threads, backend, options, precision))
 
     def __call__(
         self,

@@ -41,11 +41,13 @@ def open_backend(
     threads: int | None,
     name: str = "onnxruntime",
     options: TorchOptions | None = None,
+    precision: str | None = None,
 ) -> Backend:
     """The backend `name` (one of BACKENDS) for `device`; "tensorrt" and "rtx" run engines that are
     built.
 
-    threads: CPU threads, None for one per core (torch: as PyTorch has it); options: of the torch backend.
+    threads: CPU threads, None for one per core (torch: as PyTorch has it); options: of the torch backend;
+    precision: of the engines, fp32, fp16, bf16 or fp8, None for the only one that they are built in.
     Raises: InputError for an unknown or absent device, an unknown backend, or options of another one;
         MissingDependency; what the backend raises.
     """
@@ -55,6 +57,8 @@ def open_backend(
         raise InputError(f"unknown device {device!r}: choose one of {', '.join(DEVICES)}")
     if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
         raise InputError(f"threads must be a positive integer, not {threads!r}")
+    if precision is not None and device not in ("tensorrt", "rtx"):
+        raise InputError("precision chooses between engines: it goes with the device tensorrt or rtx")
     if name == "torch":
         if device not in ("cpu", "cuda"):
             raise InputError(f"the backend torch runs on cpu or cuda, not on {device!r}")
@@ -67,7 +71,7 @@ def open_backend(
     if device in ("tensorrt", "rtx"):
         from .tensorrt_backend import TensorRTBackend
 
-        return TensorRTBackend(bundle, device)
+        return TensorRTBackend(bundle, device, precision)
     from .onnxruntime_backend import OnnxRuntimeBackend
 
     return OnnxRuntimeBackend(bundle, device, threads)

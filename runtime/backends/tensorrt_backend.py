@@ -52,6 +52,8 @@ class TensorRTBackend:
     def __init__(
         self, bundle: Bundle, flavor: str = "tensorrt", precision: str | None = None, cuda_graphs: bool = True
     ) -> None:
+        if precision is not None and precision not in stored.PRECISIONS:
+            raise InputError(f"unknown precision {precision!r}: choose one of {', '.join(stored.PRECISIONS)}")
         self._trt = library(flavor)
         self._cuda = _cuda(flavor)
         self._bundle = bundle

@@ -254,6 +254,31 @@ def test_engines_for_something_else_name_the_command(tmp_path, cuda, change, wor
     assert f"conceptmaster build {folder} --target sm_90 --precision bf16" in str(error.value)
 
 
+def test_precision_chooses_between_engines(tmp_path, cuda, capsys):
+    from conceptmaster.cli import main
+
+    folder = tmp_path / "bundle"
+    shutil.copytree(SHIPPED / "sprites", folder)
+    for precision in ("bf16", "fp8"):
+        made = stored.Engines(stored.FORMAT, "tensorrt", "11.4.0", CAPABILITY, precision, 0, {})
+        write_engines(folder, made)
+    with pytest.raises(InputError, match="has engines in bf16, fp8: choose one with --precision"):
+        Pipeline.from_bundle(folder, device="tensorrt")
+    pipeline = Pipeline.from_bundle(folder, device="tensorrt", precision="fp8")
+    assert pipeline.backend._folder.name == "sm90-tensorrt11.4.0-fp8"
+    with pytest.raises(BundleError, match="no engines for sm_90 and tensorrt 11.4.0 in fp16"):
+        Pipeline.from_bundle(folder, device="tensorrt", precision="fp16")
+    output = tmp_path / "a.npy"
+    request = ["generate", "--prompt", "a ball", "--steps", "1", "--output", str(output), "--quiet"]
+    engines = ["--bundle", str(folder), "--device", "tensorrt"]
+    assert main([*request, *engines]) == 2 and "--precision" in capsys.readouterr().err
+    assert main([*request, *engines, "--precision", "fp8"]) == 0 and output.is_file()
+    assert main([*request, *engines, "--precision", "int4"]) == 2
+    assert "unknown precision 'int4': choose one of fp32" in capsys.readouterr().err
+    assert main([*request, "--precision", "bf16"]) == 2
+    assert "it goes with the device tensorrt or rtx" in capsys.readouterr().err
+
+
 def test_engines_of_other_weights_beside_the_same_graph_are_refused(folder, cuda):
     bundle = Bundle.open(folder)
     graph = bundle.manifest.graphs["denoise"]
