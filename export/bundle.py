@@ -62,7 +62,7 @@ def write_bundle(
     size = None if tiles is None else tiles.size
     specs = graph_specs(source.model, source.vae, branches=branches, tile=size)
     if precision != "fp32" and specs[0].external:
-        raise InputError("int8 is for graphs whose weights fit the memory: this base's stay on disk")
+        raise InputError("int8 is for models whose weights fit the memory: this base's stay on disk")
     graphs: dict[str, GraphFile] = {}
     if not with_graphs:
         graphs, specs = {spec.name: _signature(spec, concept.takes_pictures) for spec in specs}, []

@@ -18,7 +18,7 @@ from ...errors import WeightsError
 from .lazy_weights import Stored
 from .safetensors_io import PICKLES, refuse_pickle, unreadable
 
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[\w.-]{1,96}")
 WEIGHTED = ("transformer", "vae", "text_encoder", "image_encoder")
 """The parts that have tensors; the last is optional."""
 TOKENIZER = "tokenizer/tokenizer.json"
@@ -34,7 +34,10 @@ WANTED = ["*.json", "*/*.json", "tokenizer/*", *(f"{part}/*.safetensors" for par
 
 def is_folder(path: Path) -> bool:
     """Whether `path` is a folder in this layout, complete or not."""
-    return (path / "model_index.json").is_file() or (path / "transformer").is_dir()
+    try:
+        return (path / "model_index.json").is_file() or (path / "transformer").is_dir()
+    except (OSError, ValueError):  # a name too long, or with a null byte
+        return False
 
 
 def files_of(folder: Path) -> list[str]:

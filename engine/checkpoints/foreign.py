@@ -29,24 +29,24 @@ def refuse_foreign(path: Path) -> None:
             f"there is nothing at {str(path)!r:.200}: give a folder, preset:NAME, or OWNER/NAME of the Hub"
         )
     if not is_folder:
-        raise WeightsError(f"{path} is {_kind(path)}: give a folder in diffusers' layout{_instead(path)}")
+        raise WeightsError(f"{path} is {_kind(path)}, which is not read: take {_instead(path)}")
     files = sorted(file for file in path.iterdir() if not file.name.startswith("."))
     if any(True for pattern in ORIGINAL for _ in path.glob(pattern)):
-        raise WeightsError(f"{path} is in Wan's original layout: take it in diffusers'{_instead(path)}")
+        raise WeightsError(f"{path} is in Wan's original layout, which is not read: take {_instead(path)}")
     for file in files:
         refuse_pickle(file)
     if not (path / "model.safetensors").exists():
         kinds = [_kind(file) for file in files if file.suffix in (".safetensors", ".gguf")]
         if known := sorted({GGUF, COMFYUI} & set(kinds)):
-            raise WeightsError(f"{path} has {known[0]}: take a folder in diffusers' layout{_instead(path)}")
+            raise WeightsError(f"{path} has {known[0]}, which is not read: take {_instead(path)}")
 
 
 def refuse_wan_names(part: Path, names: Collection[str]) -> None:
     """Raises WeightsError where a part in diffusers' layout holds tensors under Wan's own names."""
     if any(WAN_NAMES.fullmatch(name) for name in names):
         raise WeightsError(
-            f"{part} has the names of Wan's original layout or ComfyUI's, not diffusers': take it in "
-            f"diffusers' layout{_instead(part.parent)}"
+            f"{part} has the names of Wan's original layout or ComfyUI's, not diffusers': take "
+            f"{_instead(part.parent)}"
         )
 
 
@@ -63,9 +63,9 @@ def _kind(path: Path) -> str:
 
 
 def _instead(path: Path) -> str:
-    """The Hub's name of the release in diffusers' layout, where the path's name tells which it is."""
+    """What to take: the release in diffusers' layout, by its name where the path tells which it is."""
     found = re.search(r"wan2[._]1[-_](t2v|i2v|flf2v)[-_](1\.?3b|14b)(?:[-_](480p|720p))?", str(path).lower())
     if found is None:
-        return ", of Wan's the release that ends in -Diffusers"
+        return "a folder in diffusers' layout (of Wan's releases, those that end in -Diffusers)"
     size = f"-{found[3].upper()}" if found[3] else ""
-    return f", as Wan-AI/Wan2.1-{found[1].upper()}-{found[2].upper()}{size}-Diffusers"
+    return f"Wan-AI/Wan2.1-{found[1].upper()}-{found[2].upper()}{size}-Diffusers"

@@ -153,7 +153,7 @@ def check_strict(
             ("missing", missing),
             ("unexpected", unexpected),
             ("mis-shaped", shapes),
-            ("of whole numbers (quantised weights are not read)", integers),
+            ("of whole numbers, not of floating point (quantised weights are not read)", integers),
             ("not the same though the model has one tensor for both", differing),
         )
         if found

@@ -120,7 +120,7 @@ def is_base(place: str | Path) -> bool:
     """Whether `place` is a folder in diffusers' layout, or the name of one in the Hugging Face Hub."""
     place, _ = _address(place)
     path = Path(place)
-    return is_folder(path) or (not path.exists() and HUB_ID.fullmatch(str(place)) is not None)
+    return is_folder(path) or (HUB_ID.fullmatch(str(place)) is not None and not path.exists())
 
 
 def open_source(

@@ -59,7 +59,7 @@ def test_the_bundle_gives_the_frames_of_the_fused_pipeline(pipeline, folder, com
     assert mask.shape[0] == 1 and manifest.graphs["denoise"].input("text_keys").shape[1] == 1
     assert command("verify", tmp_path / "fast", "--source", folder, *lora)[0] == 0
     code, _, err = command("verify", tmp_path / "fast", "--source", folder)
-    assert code == 2 and "made with the lora 'lora.safetensors'" in err and "with --lora FILE" in err
+    assert code == 2 and "made with the LoRA 'lora.safetensors'" in err and "with --lora FILE" in err
     code, _, err = command("verify", tmp_path / "fast", "--source", folder, *lora[:2], "--lora-scale", 0.1)
     assert code == 2 and f"at scale {SCALE:g}, not 0.1" in err
 

@@ -69,6 +69,7 @@ def test_a_tiled_bundle_gives_the_tiles_of_diffusers(source, tiled):
 
 def test_what_a_tiled_bundle_is(source, tiled, command):
     from conceptmaster.export.verify import verify
+    from conceptmaster.runtime.bundle_format.find import Bundle
     from conceptmaster.runtime.bundle_format.manifest import load
     from conceptmaster.runtime.bundle_format.schema import Tile
 
@@ -78,7 +79,7 @@ def test_what_a_tiled_bundle_is(source, tiled, command):
         graph = manifest.graphs[name]
         assert graph.input("latents").shape == (1, 4, 1, 4, 4)
         assert graph.output("frames").shape == (frames, TILE, TILE, 3)
-    assert all(row.ok for row in verify(tiled, source))
+    assert all(row.ok for row in verify(Bundle.open(tiled), source))
     code, out, _ = command("inspect", tiled)
     assert code == 0 and "decoding  in tiles of 32×32, which share 8×8 pixels at least" in out
 

@@ -93,7 +93,7 @@ def _recorded(record: SourceRecord, place: str | Path, given: Choices, bundle: B
     wanted = [] if record.adapter is None else [record.adapter]
     adapters = [] if given.adapter is None else [given.adapter]
     adapter = _find("adapter", wanted, adapters, folders)
-    paths = _find("lora", record.loras, [lora.path for lora in given.loras], folders)
+    paths = _find("LoRA", record.loras, [lora.path for lora in given.loras], folders)
     scales = {lora.path: lora.scale for lora in given.loras}
     loras = []
     for path, lora in zip(paths, record.loras, strict=True):
@@ -120,7 +120,7 @@ def _find(
             others = f"; {', '.join(map(str, left))} is another one" if left else ""
             raise InputError(
                 f"the bundle was made with the {kind} {piece.file!r} (SHA-256 {piece.sha256:.12}…): give it "
-                f"with --{kind} FILE{others}"
+                f"with --{kind.lower()} FILE{others}"
             )
         left = [path for path in left if path != right]
         found.append(right)
