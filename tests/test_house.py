@@ -178,6 +178,12 @@ def undocumented(source: str, path: str) -> list[str]:
     return missing
 
 
+def _module(path: str) -> str:
+    """The dotted name of the file at `path`."""
+    parts = Path(path).with_suffix("").parts
+    return ".".join(["conceptmaster", *(parts[:-1] if parts[-1] == "__init__" else parts)])
+
+
 def folder_of(path: str) -> str:
     """The folder of ARROWS that a path relative to the root belongs to."""
     parts = Path(path).parts
@@ -307,6 +313,24 @@ def test_missing_docstrings_are_found() -> None:
 
 def test_arrows_hold() -> None:
     assert [wrong for path, source in sources().items() for wrong in forbidden_arrows(source, path)] == []
+
+
+def test_no_two_files_import_each_other() -> None:
+    """Inside a function counts, too; for types alone does not."""
+    modules = {_module(path): path for path in sources()}
+    imported: dict[str, set[str]] = {}
+    for path, source in sources().items():
+        targets = [item.target for item in imports_of(source, path) if not item.typing]
+        # `from a import b` may name the module a.b or something inside of the module a
+        found = {modules.get(target, modules.get(target.rpartition(".")[0])) for target in targets}
+        imported[path] = {other for other in found if other is not None and other != path}
+    circles = [(a, b) for a, others in imported.items() for b in others if a < b and a in imported[b]]
+    assert circles == []
+
+
+def test_few_files_lie_flat_in_export() -> None:
+    flat = [path for path in sources() if Path(path).parent == Path("export")]
+    assert len(flat) <= 12, flat
 
 
 def test_the_inside_of_the_package_imports_itself_relatively() -> None:
