@@ -11,7 +11,7 @@ from ..errors import ConfigError
 ENCODERS = ("qformer", "mlp")
 BINDINGS = ("dam", "none", "concat_mlp", "self_attention")
 INJECTIONS = ("standalone", "shared_query", "merged")
-GIVEN = ("none", "first", "first_last", "references")
+FRAME_CONDITIONINGS = ("none", "first", "first_last", "references")
 PREDICTIONS = ("velocity", "sample")
 VAES = ("wan", "blocks")
 
@@ -130,9 +130,9 @@ class ConceptConfig:
     takes no concepts and has none of the modules above) or `base` (an image-to-video base alone: pictures
     through its own keys and values beside the text's; labels say nothing to it).
 
-    given: for `base`, how pictures are also frames of the video: `first` (the one picture is the first
-    frame), `first_last` (two, at both ends), `references` (each leads the video in a latent frame of its own,
-    which is then left out, as in SkyReels-A2). `none` for every other injection.
+    given: for `base`, its frame conditioning, how pictures are also frames of the video: `first` (the one
+    picture is the first frame), `first_last` (two, at both ends), `references` (each leads the video in a
+    latent frame of its own, which is then left out, as in SkyReels-A2). `none` for every other injection.
     """
 
     max_concepts: int = 4
@@ -158,7 +158,7 @@ class ConceptConfig:
         _require_choice(self, "encoder", ENCODERS)
         _require_choice(self, "binding", BINDINGS)
         _require_choice(self, "injection", (*INJECTIONS, "none", "base"))
-        _require_choice(self, "given", GIVEN)
+        _require_choice(self, "given", FRAME_CONDITIONINGS)
         _require(
             (self.injection == "base") == (self.given != "none"),
             f"ConceptConfig.given must be 'none' unless the injection is 'base', and then not, got "
@@ -190,7 +190,7 @@ class ConceptConfig:
         return self.injection != "none"
 
     @property
-    def least_latent_frames(self) -> int:
+    def min_latent_frames(self) -> int:
         """The fewest latent frames of a video of which pictures leave one to be made."""
         return 1 if self.given == "none" else self.max_concepts + 1
 
@@ -236,13 +236,13 @@ class ModelConfig:
         self._match("text_encoder", "d_model", transformer.text_dim, "transformer.text_dim")
         _require(
             (concept.injection == "base") == (transformer.image_dim is not None),
-            "concept.injection must be 'base' where transformer.image_dim is given, and nowhere else, got "
+            "concept.injection must be 'base' where there is a transformer.image_dim, and nowhere else, got "
             f"{concept.injection!r} with {transformer.image_dim!r}",
         )
         if concept.takes_pictures:
             self._check_pictures()
         if concept.injection == "base":
-            self._check_given()
+            self._check_base()
         else:
             self._match("vae", "z_dim", transformer.in_channels, "transformer.in_channels")
         self._match("vae", "z_dim", transformer.out_channels, "transformer.out_channels")
@@ -253,8 +253,8 @@ class ModelConfig:
         object.__setattr__(self, "latent_shape", (z, *self._latent_grid()))
 
     @property
-    def given_channels(self) -> int:
-        """Channels behind the latents that tell the frames given by pictures: a mask for each video frame of
+    def conditioning_channels(self) -> int:
+        """Channels behind the latents that hold the conditioned frames: a mask for each video frame of
         a latent one, then latents. 0 unless the injection is `base`."""
         if self.concept.injection != "base":
             return 0
@@ -274,7 +274,7 @@ class ModelConfig:
             f"concept.picture_tokens must be {tokens}, got {concept.picture_tokens}",
         )
 
-    def _check_given(self) -> None:
+    def _check_base(self) -> None:
         """What an image-to-video base reads fits it."""
         concept, transformer = self.concept, self.transformer
         for name in ("picture_dim", "width"):
@@ -284,7 +284,7 @@ class ModelConfig:
                 f"concept.{name} ({value}) must equal transformer.image_dim ({transformer.image_dim})",
             )
         _require(self.vae.get("kind", "wan") == "wan", "an image-to-video base needs Wan's VAE")
-        wanted = self._entry("vae", "z_dim") + self.given_channels
+        wanted = self._entry("vae", "z_dim") + self.conditioning_channels
         _require(
             transformer.in_channels == wanted,
             f"transformer.in_channels must be {wanted} for this VAE (noise, mask, pictures), got "
@@ -296,7 +296,7 @@ class ModelConfig:
             f"transformer.pos_embed_seq_len ({tokens}) must equal the pictures' tokens "
             f"({concept.concept_tokens})",
         )
-        least = 1 + self._entry("vae", "scale_factor_temporal") * (concept.least_latent_frames - 1)
+        least = 1 + self._entry("vae", "scale_factor_temporal") * (concept.min_latent_frames - 1)
         _require(
             self.frames >= least,
             f"frames must be at least {least}, of which the pictures give some, got {self.frames}",

@@ -7,7 +7,7 @@ the same three as shared_query, but they are its own: its concept tokens are pic
 
 Letters: B batch, K guidance branches (also a batch), N concepts, Q tokens per concept, C = N*Q, T text
 tokens, F H W latent frames, height, width, S video tokens, D width, A heads, E head width, Dc concept width,
-Dt text width, Cg channels that tell the frames which are given.
+Dt text width, Cg channels of the conditioned frames.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from .embedders import ConditionEmbedder
 from .layers import FeedForward, WideLayerNorm, wide
 from .positions import Positions
 
-LEAST_SIGMA = 0.05
+MIN_SIGMA = 0.05
 """Where the network predicts data, its distance to the latents is divided by at least this noise level."""
 
 Conditions = dict[str, Tensor]
@@ -266,19 +266,23 @@ class ConceptDiT(nn.Module):
         }
 
     def denoise(
-        self, latents: Tensor, time: Tensor, kv: Conditions, concept_mask: Tensor, given: Tensor | None = None
+        self,
+        latents: Tensor,
+        time: Tensor,
+        kv: Conditions,
+        concept_mask: Tensor,
+        conditioning: Tensor | None = None,
     ) -> Tensor:
         """The velocity (noise minus data) at these latents.
 
         latents [K,Cz,F,H,W] of any size that divides into patches, time [K] or [1] (sigma * 1000), kv from
-        `condition`, concept_mask bool [K,N] as given there, given [K or 1,Cg,F,H,W] (for `base`, and only
-        there): a mask of the frames that pictures give, then their latents. Returns [K,Cz,F,H,W].
+        `condition`, concept_mask bool [K,N] as there, conditioning [K or 1,Cg,F,H,W] (for `base`, and only
+        for it): a mask of the frames that are pictures, then their latents. Returns [K,Cz,F,H,W].
         """
         known = latents
-        if given is not None:
-            known = torch.cat(
-                (latents, given.expand(latents.shape[0], -1, -1, -1, -1)), dim=1
-            )  # [K,Cz+Cg,F,H,W]
+        if conditioning is not None:
+            shared = conditioning.expand(latents.shape[0], -1, -1, -1, -1)  # [K,Cg,F,H,W]
+            known = torch.cat((latents, shared), dim=1)  # [K,Cz+Cg,F,H,W]
         placed, rotary = self.positions(known)  # [K,Cz+Cg+p,F,H,W]
         patches = self.patch_embedding(placed)  # [K,D,f,h,w]
         grid, x = patches.shape[2:], patches.flatten(2).transpose(1, 2)  # x [K,S,D]
@@ -301,7 +305,7 @@ class ConceptDiT(nn.Module):
         output = self._unpatch(x, grid)  # [K,Cz,F,H,W]
         if self.config.transformer.prediction == "velocity":
             return output
-        sigma = (time / 1000.0).clamp(min=LEAST_SIGMA)[:, None, None, None, None]  # [K,1,1,1,1]
+        sigma = (time / 1000.0).clamp(min=MIN_SIGMA)[:, None, None, None, None]  # [K,1,1,1,1]
         return ((wide(latents) - wide(output)) / sigma).type_as(latents)
 
     def forward(
@@ -311,11 +315,11 @@ class ConceptDiT(nn.Module):
         text: Tensor,
         concept_tokens: Tensor,
         concept_mask: Tensor,
-        given: Tensor | None = None,
+        conditioning: Tensor | None = None,
     ) -> Tensor:
         """`condition`, then `denoise`, with their shapes."""
         kv = self.condition(text, concept_tokens, concept_mask)
-        return self.denoise(latents, time, kv, concept_mask, given)
+        return self.denoise(latents, time, kv, concept_mask, conditioning)
 
     def _unpatch(self, x: Tensor, grid: torch.Size) -> Tensor:
         """[K,S,pf*ph*pw*Cz] -> [K,Cz,F,H,W], for a grid of f, h, w patches."""

@@ -50,7 +50,7 @@ class Fusing:
             raise ValueError(f"unknown tier {self.tier!r}: choose one of {', '.join(TIERS)}")
 
 
-class Pending(NamedTuple):
+class DeferredResidual(NamedTuple):
     """x + branch * gate, not yet added up: the next block's first kernel does it. [K,S,D], [K,S,D], [K,D]."""
 
     x: Tensor
@@ -62,7 +62,7 @@ class FusedBlock(nn.Module):
     """A Block with fused kernels between its products, and the same weights.
 
     Takes and gives what Block does, with two differences that only fused blocks see: where the injector is
-    absorbed, its values [K,C,A,E] are [K,A*C,D]; and between blocks x is a `Pending`.
+    absorbed, its values [K,C,A,E] are [K,A*C,D]; and between blocks x is a `DeferredResidual`.
     """
 
     def __init__(self, block: Block, last: bool, absorb: bool) -> None:
@@ -89,18 +89,18 @@ class FusedBlock(nn.Module):
 
     def forward(
         self,
-        x: Tensor | Pending,
+        x: Tensor | DeferredResidual,
         modulation: Tensor,
         rotary: tuple[Tensor, Tensor],
         kv: BlockConditions,
         mask: Tensor,
-    ) -> Tensor | Pending:
-        """As `Block.forward`; x [K,S,D] or, behind another fused block, Pending."""
+    ) -> Tensor | DeferredResidual:
+        """As `Block.forward`; x [K,S,D] or, behind another fused block, DeferredResidual."""
         block, dtype = self.block, torch.promote_types(modulation.dtype, torch.float32)
         table = block.scale_shift_table.to(dtype) + modulation.to(dtype)  # [K,6,D]
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = table.unbind(1)  # [K,D] each
 
-        if isinstance(x, Pending):
+        if isinstance(x, DeferredResidual):
             x, h = residual_modulate(*x, scale, shift, eps=block.norm1.eps)  # [K,S,D] each
         else:
             x = x.contiguous()  # patches come with their channels first
@@ -144,9 +144,9 @@ class FusedBlock(nn.Module):
             heads, kv.text_keys, kv.text_values, kv.concept_keys, kv.concept_values, mask, rms
         )
 
-    def _feed_forward(self, x: Tensor, h: Tensor, gate: Tensor) -> Tensor | Pending:
+    def _feed_forward(self, x: Tensor, h: Tensor, gate: Tensor) -> Tensor | DeferredResidual:
         branch = self.block.ffn(h)  # [K,S,D]
-        return residual_reference(x, branch, gate) if self.last else Pending(x, branch, gate)
+        return residual_reference(x, branch, gate) if self.last else DeferredResidual(x, branch, gate)
 
 
 def fuse(transformer: ConceptDiT, fusing: Fusing = Fusing()) -> ConceptDiT:  # noqa: B008  (frozen)

@@ -57,15 +57,16 @@ class ConceptMaster(nn.Module):
         label_ids: Tensor,
         label_mask: Tensor,
         concept_mask: Tensor,
-        given: Tensor | None = None,
+        conditioning: Tensor | None = None,
     ) -> Tensor:
         """The velocity (noise minus data) that the model predicts, with gradient everywhere.
 
         latents [B,Cz,F,H,W], time [B] (sigma * 1000), token_ids int64 [B,T], token_mask bool [B,T],
         pixels [B,N,3,px,px] (CLIP-normalised), label_ids int64 [B,N,L], label_mask bool [B,N,L],
-        concept_mask bool [B,N] (False: padded or dropped), given [B,Cg,F,H,W] for the injection `base`.
+        concept_mask bool [B,N] (False: padded or dropped), conditioning [B,Cg,F,H,W] for the
+        injection `base`, see `ConceptDiT.denoise`.
         Returns [B,Cz,F,H,W].
         """
         text = self.text_encoder(token_ids, token_mask)  # [B,T,Dt]
         concepts = self.concepts(pixels, label_ids, label_mask)  # [B,N,Q,Dc]
-        return self.transformer(latents, time, text, concepts, concept_mask, given)  # [B,Cz,F,H,W]
+        return self.transformer(latents, time, text, concepts, concept_mask, conditioning)  # [B,Cz,F,H,W]

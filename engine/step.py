@@ -54,15 +54,15 @@ class DenoiseStep(nn.Module):
     """One step of the solver: guidance and update around the transformer.
 
     state [M,Cz,F,H,W], time [1] (sigma * 1000), concept_mask bool [K,N], guidance [K], coefficients
-    [M,M+1], for an image-to-video base given [1,Cg,F,H,W], then the tensors of `Condition` -> next state
-    [M,Cz,F,H,W]. State and update are float32, whatever the transformer's dtype.
+    [M,M+1], for an image-to-video base its frame conditioning, called given, [1,Cg,F,H,W], then the tensors
+    of `Condition` -> next state [M,Cz,F,H,W]. State and update are float32, whatever the transformer's dtype.
     """
 
     def __init__(self, transformer: ConceptDiT) -> None:
         super().__init__()
         self.transformer = transformer
-        given = ["given"] if transformer.config.given_channels else []
-        self.names = [*given, *condition_names(transformer.config.concept.injection)]
+        frames = ["given"] if transformer.config.conditioning_channels else []
+        self.names = [*frames, *condition_names(transformer.config.concept.injection)]
 
     def forward(
         self,
@@ -94,8 +94,8 @@ class DenoiseStep(nn.Module):
             concept_mask = _no_concepts(self.transformer, guidance)
         dtype = self.transformer.patch_embedding.weight.dtype
         latents = state[:1].to(dtype).expand(len(guidance), -1, -1, -1, -1)  # [K,Cz,F,H,W]
-        given = None if given is None else given.to(dtype)
-        velocities = self.transformer.denoise(latents, time, conditions, concept_mask, given)  # [K,Cz,F,H,W]
+        frames = None if given is None else given.to(dtype)
+        velocities = self.transformer.denoise(latents, time, conditions, concept_mask, frames)  # [K,Cz,F,H,W]
         return (guidance[:, None] * velocities.flatten(1).float()).sum(dim=0, keepdim=True)
 
 
@@ -120,7 +120,7 @@ def graph_modules(model: ConceptMaster, vae: VAE) -> dict[str, nn.Module]:
     modules = {name: child for name, child in model.named_children() if name != "transformer"}
     modules |= {"condition": Condition(model.transformer), "denoise": DenoiseStep(model.transformer)}
     modules |= zip(("decode_first", "decode"), streaming_decoders(vae), strict=True)
-    if model.config.given_channels:  # so it is Wan's VAE
+    if model.config.conditioning_channels:  # so it is Wan's VAE
         pair = streaming_encoders(cast("Any", vae))
         modules |= zip(("encode_first", "encode"), pair, strict=True)
     return modules

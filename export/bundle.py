@@ -20,12 +20,13 @@ from ..runtime.bundle_format import manifest as manifests
 from ..runtime.bundle_format.hashed_file import HashedFile, sha256_file
 from ..runtime.bundle_format.schema import FORMAT, Defaults, GraphFile, Manifest, Shapes
 from ..runtime.bundle_format.source_record import MergedLora, SourceRecord
+from ..runtime.progress import each
 from .graphs import GraphSpec, graph_specs
 from .onnx_graphs.int8 import precision_of, quantise
 from .onnx_graphs.trace import describe, export_graph
 from .onnx_graphs.weights_16bit import narrow_in_place
 from .recipes import conditioning_of, pictures_of, tile_of
-from .verify import Row, check, check_small, checked_specs, steps
+from .verify import Row, check, check_small, checked_specs
 
 WRITERS = ("torch", "onnx", "onnxscript", "onnxruntime")
 
@@ -69,7 +70,7 @@ def write_bundle(
     small = checked_specs(source, branches, tile=size) if specs and specs[0].external else specs
     with _moved_into_place(folder) as temporary:
         rows: list[Row] = []
-        for spec, checked in zip(steps(specs, "export", progress), small, strict=True):
+        for spec, checked in zip(each(specs, "export", progress), small, strict=True):
             path = temporary / f"{spec.name}.onnx"
             graphs[spec.name] = export_graph(spec, path, progress)
             if spec.external:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from ..engine.checkpoints.source import Choices, Source, loras_of, open_source
 from ..runtime.backends.pytorch.weights import open_weights
 from ..runtime.bundle_format.find import Bundle
 from ..runtime.bundle_format.schema import SOLVERS
+from ..runtime.progress import shown
 from .bundle import write_bundle
 from .verify import Row, table, verify
 
@@ -96,7 +96,7 @@ def run_export(args: argparse.Namespace) -> int:
         tile=args.tile,
         with_graphs=not args.no_graphs,
         overwrite=args.overwrite,
-        progress=_progress(args),
+        progress=shown(args.quiet),
     )
     _report(args, rows, {"bundle": args.output})
     return 0
@@ -119,7 +119,7 @@ def run_verify(args: argparse.Namespace) -> int:
     """Compares a bundle with its source; returns the exit code: 0, 1 too far off, 2 wrong input."""
     bundle = Bundle.open_with_graphs(args.bundle)
     source = open_weights(bundle, args.source, _choices(args), "--source")
-    rows = verify(bundle, source, _progress(args))
+    rows = verify(bundle, source, shown(args.quiet))
     _report(args, rows, {"bundle": args.bundle})
     return 0 if all(row.ok for row in rows) else 1
 
@@ -160,10 +160,6 @@ def _add_base_arguments(group: argparse._ArgumentGroup) -> None:
 def _add_output_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="one JSON object instead of the table")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
-
-
-def _progress(args: argparse.Namespace) -> bool:
-    return sys.stderr.isatty() and not args.quiet
 
 
 def _report(args: argparse.Namespace, rows: list[Row], about: dict[str, str]) -> None:

@@ -176,7 +176,7 @@ class _Samples:
             "concept_mask": kept["concept_mask"],
             "guidance": guidance,
             "coefficients": coefficients,
-            **({"given": self.conditioned(seed)} if self.config.given_channels else {}),
+            **({"given": self.conditioned(seed)} if self.config.conditioning_channels else {}),
             **{name: kept[name] for name in condition_names(self.config.concept.injection)},
         }
 
@@ -193,7 +193,7 @@ class _Samples:
     def conditioned(self, seed: int) -> Tensor:
         """A picture for the first frame and none for the others, [1,Cg,F,H,W]."""
         channels, frames, height, width = self.config.latent_shape
-        mask = torch.zeros(1, self.config.given_channels - channels, frames, height, width)
+        mask = torch.zeros(1, self.config.conditioning_channels - channels, frames, height, width)
         mask[:, :, 0] = 1.0
         latents = torch.zeros(1, channels, frames, height, width)
         latents[:, :, :1] = self._first("encode_first", seed)[0]

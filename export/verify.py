@@ -17,6 +17,7 @@ from ..engine.checkpoints.source import Source
 from ..engine.config import ModelConfig
 from ..errors import ExportError
 from ..runtime.bundle_format.find import Bundle
+from ..runtime.progress import each
 from .graphs import GraphSpec, graph_specs
 from .onnx_graphs.int8 import precision_of
 from .onnx_graphs.trace import trace
@@ -150,7 +151,7 @@ def small_video(config: ModelConfig) -> ModelConfig:
     """`config` for a video of 6 by 4 patches, two of them in time or what pictures need, and few words."""
     patch, vae = config.transformer.patch_size, config.vae
     time, space = vae["scale_factor_temporal"], vae["scale_factor_spatial"]
-    latent_frames = patch[0] * max(2, -(-config.concept.least_latent_frames // patch[0]))
+    latent_frames = patch[0] * max(2, -(-config.concept.min_latent_frames // patch[0]))
     if not config.concept.has_modules:  # which reads no labels
         config = replace(config, concept=replace(config.concept, label_tokens=1))
     return replace(
@@ -176,7 +177,7 @@ def verify(bundle: Bundle, source: Source, progress: bool = False) -> list[Row]:
         check_small(spec, bundle.path(spec.name))
         if spec.external
         else check(spec, bundle.path(spec.name), precision_of(spec.name, manifest.precision))
-        for spec in steps(specs, "verify", progress)
+        for spec in each(specs, "verify", progress)
     ]
 
 
@@ -195,13 +196,6 @@ def checked_specs(
     return graph_specs(
         source.model, source.vae, branches=branches, solver_states=solver_states, config=config, tile=tile
     )
-
-
-def steps(specs: list[GraphSpec], label: str, show: bool) -> Any:
-    """`specs`, with a progress bar on standard error if `show`."""
-    from tqdm import tqdm
-
-    return tqdm(specs, desc=label, unit="graph", disable=not show, leave=False)
 
 
 def table(rows: list[Row]) -> str:

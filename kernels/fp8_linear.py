@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .common import INTERPRETED, TorchOp, launch, power_of_two, require, require_alike, tl, to_fp8, triton
 
-LARGEST = 448.0
+FP8_MAX = 448.0
 """The largest value of float8_e4m3fn."""
 MAX_WIDTH = 16384
 """The widest row that fits into a program's registers."""
@@ -27,8 +27,8 @@ MAX_WIDTH = 16384
 
 def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """[..., I] -> (float8_e4m3fn [..., I], float32 scales [..., 1]): x is the first times the second."""
-    scale = x.float().abs().amax(dim=-1, keepdim=True).clamp(min=1e-8) / LARGEST  # [...,1]
-    return (x.float() / scale).clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn), scale
+    scale = x.float().abs().amax(dim=-1, keepdim=True).clamp(min=1e-8) / FP8_MAX  # [...,1]
+    return (x.float() / scale).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn), scale
 
 
 def fp8_linear_reference(x: Tensor, weight8: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-MOST_STRETCH = 1.05  # beyond this it shows
+MAX_STRETCH = 1.05  # beyond this it shows
 
 
 def fitted(images: Sequence[Image], labels: Sequence[str], manifest: Manifest) -> dict[int, np.ndarray]:
@@ -44,7 +44,7 @@ def fitted(images: Sequence[Image], labels: Sequence[str], manifest: Manifest) -
     frames: dict[int, np.ndarray] = {}
     for image, label, place in zip(images, labels, manifest.conditioning.placements, strict=False):
         ratio = (image.width * size[1]) / (image.height * size[0])
-        if place.fit == "stretched" and max(ratio, 1 / ratio) > MOST_STRETCH:
+        if place.fit == "stretched" and max(ratio, 1 / ratio) > MAX_STRETCH:
             shape = (label, *image.size, *size)
             log.warning("the picture of %r is %d×%d: it is stretched to the video's %d×%d", *shape)
         frame = pictures.fit(image, size, place.fit, manifest.pictures.background)

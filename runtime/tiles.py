@@ -25,7 +25,7 @@ latent frame."""
 
 
 @dataclass(frozen=True)
-class Placed:
+class PlacedTile:
     """One tile: rows and columns of the latents, those of the video, and its weights there, float32
     [height,width,1]."""
 
@@ -34,19 +34,21 @@ class Placed:
     weights: np.ndarray
 
 
-def layout(manifest: Manifest) -> list[Placed]:
+def layout(manifest: Manifest) -> list[PlacedTile]:
     """The tiles of a bundle's video, row by row; a single one, of weights 1, where it is decoded whole."""
     shapes, tile = manifest.shapes, manifest.tile
     size = shapes.latent[2:]
     space = shapes.space
     axes = [_axis(length, *(tile.axis(i) if tile else (length, 0)), space) for i, length in enumerate(size)]
     return [
-        Placed((rows, columns), (_times(rows, space), _times(columns, space)), (y[:, None] * x)[..., None])
+        PlacedTile(
+            (rows, columns), (_times(rows, space), _times(columns, space)), (y[:, None] * x)[..., None]
+        )
         for (rows, y), (columns, x) in itertools.product(*axes)
     ]
 
 
-def decode(latents: np.ndarray, stream: Stream, manifest: Manifest, tiles: list[Placed]) -> np.ndarray:
+def decode(latents: np.ndarray, stream: Stream, manifest: Manifest, tiles: list[PlacedTile]) -> np.ndarray:
     """Latents [Cz,F,H,W], any F → float32 [frames,height,width,3] in 0..1, the weighted sum of all tiles."""
     shapes = manifest.shapes
     frames = 1 + (latents.shape[1] - 1) * frames_per_latent(shapes)

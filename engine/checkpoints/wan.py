@@ -158,7 +158,7 @@ def read_config(
         )
     concept = concept or ConceptConfig(injection="none")
     patch_frames = transformer.patch_size[0]
-    latent_frames = patch_frames * -(-concept.least_latent_frames // patch_frames)
+    latent_frames = patch_frames * -(-concept.min_latent_frames // patch_frames)
     config = ModelConfig(
         name=name,
         transformer=transformer,
@@ -337,7 +337,7 @@ def _check_video(config: ModelConfig, size: tuple[int, int], frames: int) -> Non
         return patch * min(max(-(-least // patch), round(wanted / patch)), transformer.rope_max_seq_len)
 
     width, height = (space * nearest(n / space, patch) for n, patch in zip(size, (pw, ph), strict=True))
-    length = 1 + time * (nearest((frames - 1) / time + 1, pf, config.concept.least_latent_frames) - 1)
+    length = 1 + time * (nearest((frames - 1) / time + 1, pf, config.concept.min_latent_frames) - 1)
     if (width, height, length) != (*size, frames):
         raise ConfigError(
             f"the base cannot make {frames} frames of {size[0]}x{size[1]}: the width must be a multiple of "

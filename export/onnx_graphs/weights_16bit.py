@@ -17,9 +17,9 @@ from pathlib import Path
 import torch
 from onnxscript import ir
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from ...engine.checkpoints.lazy_weights import stored_weights
+from ...runtime.progress import each
 
 SMALLEST = 1024
 """Elements of the smallest tensor that is worth a node."""
@@ -110,7 +110,7 @@ def write_weights(model: ir.Model, readers: Readers, turned: set[str], path: Pat
     layout: dict[str, ir.ExternalTensor] = {}
     names = [name for name in readers if name in model.graph.initializers]
     with target.open("wb") as file:
-        for name in tqdm(names, desc=f"{path.stem}: weights", leave=False, disable=not show):
+        for name in each(names, f"{path.stem}: weights", show):
             tensor = readers[name]()
             tensor = narrowed(tensor.t() if name in turned else tensor)
             offset = -(-file.tell() // ALIGNMENT) * ALIGNMENT

@@ -13,13 +13,13 @@ from pathlib import Path
 from ...errors import InputError
 from ...runtime.bundle_format import tensorrt_engines as stored
 from ...runtime.bundle_format.find import Bundle
+from ...runtime.bundle_format.graph_list import STEP_GRAPH
 from ...runtime.bundle_format.hashed_file import sha256_file
 from ...runtime.bundle_format.tensorrt_engines import EngineFile, Engines
 from ...runtime.progress import bar
 from . import builder
 from .builder import Limits
 from .builder_process import BuilderProcess, EngineSummary
-from .calibrate import GRAPH as CALIBRATED
 from .calibrate import Calibration
 from .older_parsers import spell_out, unknown_to
 from .precision import prepare
@@ -41,7 +41,7 @@ class Preparation:
 
     def write(self, bundle: Bundle, graph: str, target: Path) -> None:
         """Writes a graph of `bundle` to `target`. Raises what `prepare` raises."""
-        known = self.calibration is not None and graph == CALIBRATED
+        known = self.calibration is not None and graph == STEP_GRAPH
         largest = self.calibration.largest if self.calibration is not None and known else {}
         prepare(bundle.path(graph), target, self.precision, largest)
         spell_out(target, self.unknown_operators)

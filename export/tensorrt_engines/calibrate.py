@@ -16,6 +16,7 @@ from onnxscript import ir
 
 from ...runtime.backends.onnxruntime_backend import OnnxRuntimeBackend
 from ...runtime.bundle_format.find import Bundle
+from ...runtime.bundle_format.graph_list import STEP_GRAPH
 from ...runtime.bundle_format.schema import Manifest
 from ...runtime.pipeline import Pipeline
 from ...runtime.request import Concept, Request
@@ -23,7 +24,6 @@ from ..verify import open_session
 from .fp8 import linears
 from .precision import reduce
 
-GRAPH = "denoise"
 STEPS = 4
 """`sprites`: over 20 steps of one of its own requests values become up to 3.9 times as large as over 4 steps
 of `example`, for which fp8.py leaves room."""
@@ -65,21 +65,21 @@ def example(manifest: Manifest) -> Request:
 
 
 class _Watching(OnnxRuntimeBackend):
-    """Runs the graph GRAPH with outputs for the largest magnitudes, and keeps what it was given."""
+    """Runs the graph STEP_GRAPH with outputs for the largest magnitudes, and keeps what it was given."""
 
     def __init__(self, bundle: Bundle) -> None:
         super().__init__(bundle, "cpu", None)
         self.largest: dict[str, float] = {}
-        self._path, self._seen = bundle.path(GRAPH), list[tuple[dict[str, np.ndarray], np.ndarray]]()
+        self._path, self._seen = bundle.path(STEP_GRAPH), list[tuple[dict[str, np.ndarray], np.ndarray]]()
         model = ir.load(self._path)
         self._names = _watch(model)
         self._watched = open_session(ir.to_proto(model).SerializeToString(), self._path)
 
     def run(self, graph: str, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        """As every backend; of GRAPH the results are NumPy arrays."""
-        if graph != GRAPH:
+        """As every backend; of STEP_GRAPH the results are NumPy arrays."""
+        if graph != STEP_GRAPH:
             return super().run(graph, inputs)
-        wanted = [spec.name for spec in self._bundle.manifest.graphs[GRAPH].inputs]
+        wanted = [spec.name for spec in self._bundle.manifest.graphs[STEP_GRAPH].inputs]
         feed = {name: self.to_host(inputs[name]) for name in wanted}
         found, *sizes = self._watched.run(None, feed)
         self._seen.append((feed, found[ESTIMATE]))

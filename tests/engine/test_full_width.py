@@ -68,7 +68,7 @@ def test_a_block_of_released_width_is_diffusers(name, pictures, assert_close):
     time = torch.tensor([700.0])
     text = torch.randn(1, TEXT, 4096, generator=g)
     if pictures:
-        given = torch.randn(1, config.given_channels, *LATENTS, generator=g)
+        given = torch.randn(1, config.conditioning_channels, *LATENTS, generator=g)
         tokens = torch.randn(1, pictures, P, DP, generator=g)
         mask = torch.ones(1, pictures, dtype=torch.bool)
         found = model(latents, time, text, tokens, mask, given)

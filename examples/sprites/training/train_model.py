@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from conceptmaster.engine.checkpoints.safetensors_io import save_model
 from conceptmaster.engine.config import ModelConfig
-from conceptmaster.engine.dit import LEAST_SIGMA
+from conceptmaster.engine.dit import MIN_SIGMA
 from conceptmaster.engine.model import ConceptMaster
 from conceptmaster.errors import InputError
 
@@ -166,7 +166,7 @@ class Trainee(nn.Module):
         noisy = (1 - s) * batch.latents + s * noise
         velocity, hidden, text, (concepts, visual, seen) = self.velocity(batch, noisy, sigma)
         weight = foreground_weight(batch)  # [B,1,F,H,W]
-        counted = s.clamp(min=LEAST_SIGMA) / torch.maximum(s, held[:, None, None, None, None])
+        counted = s.clamp(min=MIN_SIGMA) / torch.maximum(s, held[:, None, None, None, None])
         error = (velocity.float() - (noise - batch.latents)).square() * weight * counted.square()
         flow = error.mean() / weight.mean()
         patch = self.model.config.transformer.patch_size

@@ -37,21 +37,21 @@ def pair_for(tiny_base, randomise):
 
 def inputs_for(config, branches=2, seed=0):
     g = torch.Generator().manual_seed(seed)
-    n = config.concept.max_concepts
+    n, channels = config.concept.max_concepts, config.conditioning_channels
     return {
         "latents": torch.randn(branches, *config.latent_shape, generator=g),
         "time": torch.rand(branches, generator=g) * 1000,
         "text": torch.randn(branches, TEXT, 16, generator=g),
         "concept_tokens": torch.randn(branches, n, P, DP, generator=g),
         "concept_mask": torch.ones(branches, n, dtype=torch.bool),
-        "given": torch.randn(branches, config.given_channels, *config.latent_shape[1:], generator=g),
+        "conditioning": torch.randn(branches, channels, *config.latent_shape[1:], generator=g),
     }
 
 
 def upstream(wan, x, pictures=slice(None)):
-    """diffusers': latents and given frames behind one another, picture tokens in front of the text's."""
+    """diffusers': latents and conditioning behind one another, picture tokens in front of the text's."""
     return wan(
-        torch.cat((x["latents"], x["given"]), dim=1),
+        torch.cat((x["latents"], x["conditioning"]), dim=1),
         x["time"],
         x["text"],
         encoder_hidden_states_image=x["concept_tokens"][:, pictures].flatten(1, 2),
@@ -72,7 +72,7 @@ def test_the_transformer_is_diffusers(pair_for, given, pictures, positions, asse
     assert_close(transformer(**x), expected)
     without = transformer(**x | {"concept_mask": ~x["concept_mask"]})
     assert (without - expected).abs().max() > 0.1  # pictures matter
-    assert (transformer(**x | {"given": -x["given"]}) - expected).abs().max() > 0.1
+    assert (transformer(**x | {"conditioning": -x["conditioning"]}) - expected).abs().max() > 0.1
 
 
 @torch.no_grad()
@@ -84,7 +84,7 @@ def test_places_of_a_first_and_a_last_picture(pair_for, assert_close):
     embedded = wan.condition_embedder.image_embedder(pairs)  # [K,N*P,D]
     assert_close(transformer.condition_embedder.image_embedder(x["concept_tokens"].flatten(1, 2)), embedded)
     expected = wan(
-        torch.cat((x["latents"], x["given"]), dim=1),
+        torch.cat((x["latents"], x["conditioning"]), dim=1),
         x["time"],
         x["text"],
         encoder_hidden_states_image=pairs,
@@ -186,4 +186,4 @@ def test_what_does_not_fit_is_refused(tiny_base, part, changes, message):
 def test_configurations_travel(tiny_base):
     config = tiny_base("first_last", 2, positions=True)
     assert ModelConfig.from_dict(config.to_dict()) == config
-    assert (config.given_channels, config.latent_shape[0]) == (8, 4)
+    assert (config.conditioning_channels, config.latent_shape[0]) == (8, 4)
