@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+import weakref
+
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -9,7 +12,7 @@ pytest.importorskip("transformers")
 
 from conceptmaster.engine.checkpoints import lazy_weights  # noqa: E402
 from conceptmaster.engine.checkpoints.diffusers_folder import stored_tensors  # noqa: E402
-from conceptmaster.engine.checkpoints.lazy_weights import faked, stored_weights, stream  # noqa: E402
+from conceptmaster.engine.checkpoints.lazy_weights import faked, settle, stored_weights, stream  # noqa: E402
 from conceptmaster.engine.checkpoints.lora import merge_lora  # noqa: E402
 from conceptmaster.engine.checkpoints.safetensors_io import save  # noqa: E402
 from conceptmaster.engine.model import ConceptMaster  # noqa: E402
@@ -138,3 +141,39 @@ def test_tied_weights_may_lie_there_twice_if_they_agree(memory, tmp_path):
     save(tmp_path / "model.safetensors", state)
     with pytest.raises(WeightsError, match="one tensor for both"):
         streaming(memory.config, tmp_path)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_weights_settle_one_by_one(memory, disk, tmp_path, monkeypatch, dtype):
+    read, alive = lazy_weights.Stored.read, []
+
+    def watched(stored, *arguments):
+        assert all(tensor() is None for tensor in alive), "the tensor before is still on the host"
+        found = read(stored, *arguments)
+        alive.append(weakref.ref(found))
+        return found
+
+    monkeypatch.setattr(lazy_weights.Stored, "read", watched)
+    names = set(stored_weights(disk))
+    settle(disk, torch.device("cpu"), dtype)
+    assert len(alive) == len({id(disk.get_parameter(name)) for name in names})  # a tied one once
+    assert not stored_weights(disk) and not any(m._forward_pre_hooks for m in disk.modules())
+    shutil.rmtree(tmp_path / "part")  # nothing is left there
+    for name, parameter in memory.named_parameters():
+        assert disk.get_parameter(name).equal(parameter.to(dtype or torch.float32)), name
+    if dtype is None:
+        values = inputs(memory.config)
+        assert disk.velocity(*values).equal(memory.velocity(*values))
+
+
+@torch.no_grad()
+def test_a_lora_settles_in_full_precision(memory, disk, tmp_path):
+    weight = memory.transformer.blocks[1].attn1.to_q.weight
+    name = "blocks.1.attn1.to_q"
+    both = {f"{name}.lora_A.weight": torch.randn(2, weight.shape[1]) * 1e-3}
+    save(tmp_path / "lora.safetensors", both | {f"{name}.lora_B.weight": torch.randn(weight.shape[0], 2)})
+    for model in (memory, disk):
+        merge_lora(model.transformer, tmp_path / "lora.safetensors")
+    settle(disk, torch.device("cpu"), torch.bfloat16)
+    assert disk.transformer.blocks[1].attn1.to_q.weight.equal(weight.to(torch.bfloat16))
