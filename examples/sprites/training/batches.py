@@ -16,7 +16,7 @@ from conceptmaster.engine.encoders import CLIP_MEAN, CLIP_STD
 from ..world.paint_many import draw_references
 from ..world.scenes import MAX_CONCEPTS, NOUNS, Actor, random_identity
 from ..world.vocabulary import build_tokenizer, tokenise
-from .looks import cast_of, in_parts, told_of
+from .clip_arrays import cast_of, in_parts, told_of
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class Batch(Tensors):
     latents and decoys (see ``decoys.py``) [B,Cz,F,H,W], token_ids/token_mask [B,T], pixels [B,N,3,px,px]
     (CLIP-normalised), foreign [B,N]: which of these show another noun, label_ids/label_mask [B,N,L],
     concept_mask [B,N], coverage [B,N,F,H,W] in 0..1, portraits [B,N,3,32,32] in -1..1, traits int64 [B,N,3]
-    (texture, accessory, noun), patterns [B,N,RUNS] (see ``looks.patterns``).
+    (texture, accessory, noun), patterns [B,N,RUNS] (see ``clip_arrays.patterns``).
     """
 
     latents: Tensor

@@ -14,12 +14,9 @@ from torch import Tensor
 from conceptmaster.engine.config import ModelConfig
 from conceptmaster.engine.vae.block_vae import BlockVAE
 
-from ..world.paint_many import Cast, draw_clips, draw_references, filled
-from ..world.scene_arrays import BANK, LOOKS, Arrays, SceneStream
-from ..world.scenes import MAX_CONCEPTS
+from ..world.scene_arrays import BANK, Arrays, SceneStream
 from .batches import Pool
-from .looks import at_once, in_parts, told_of
-from .shards import REFERENCES, coverage
+from .clip_arrays import draw_block
 from .train_vae import from_bytes
 
 BLOCK = 8192
@@ -89,50 +86,8 @@ class DrawnPool(Pool):
 
     @torch.no_grad()
     def _drawn(self, arrays: Arrays) -> dict[str, Tensor]:
-        """A block of scenes as ``Pool`` has its clips."""
         scenes = {name: torch.from_numpy(value).to(self.device) for name, value in arrays.items()}
         g = torch.Generator(self.device).manual_seed((self.seed * APART + self._next) * 2 + 1)
         bank = torch.randint(self._banks.shape[1], (self.block,), generator=g, device=self.device)
         ground = self._banks[scenes["background"], bank]
-        some = at_once(self.device)
-        parts = [
-            self._clips({name: value[k : k + some] for name, value in scenes.items()}, ground[k : k + some])
-            for k in range(0, self.block, some)
-        ]
-        found = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-        found |= self._pictures(scenes, g)
-        told = ("count", "token_ids", "token_mask", "label_ids", "label_mask")
-        return found | {name: scenes[name] for name in told}
-
-    def _clips(self, scenes: dict[str, Tensor], ground: Tensor) -> dict[str, Tensor]:
-        """Latents of clips and decoys, and coverage."""
-        found = {}
-        for name, prefix in (("latents", ""), ("decoys", "decoy_")):
-            count, radius, path, motion = (scenes[field] for field in ("count", "radius", "path", "motion"))
-            clips, visible = draw_clips(looks_of(scenes, prefix), count, radius, path, motion, ground)
-            found[name] = self.vae.encode(from_bytes(clips)).half()
-            if name == "latents":
-                found["coverage"] = coverage(visible)
-        return found
-
-    def _pictures(self, scenes: dict[str, Tensor], g: torch.Generator) -> dict[str, Tensor]:
-        """References, foreign ones, and what is told of the concepts."""
-        rows, columns = filled(scenes["count"], MAX_CONCEPTS)
-        cast = {name: value[rows, columns] for name, value in looks_of(scenes, "").items()}
-        strangers = cast | {"noun": scenes["foreign_noun"][rows, columns]}
-        drawn = {
-            "references": torch.stack([in_parts(draw_references, cast, g) for _ in range(REFERENCES)], 1),
-            "foreign": in_parts(draw_references, strangers, g),
-            **told_of(cast),
-        }
-        found = {}
-        for name, value in drawn.items():
-            empty = {"portraits": 128, "patterns": torch.nan}.get(name, 0)
-            found[name] = value.new_full((self.block, MAX_CONCEPTS, *value.shape[1:]), empty)
-            found[name][rows, columns] = value
-        return found
-
-
-def looks_of(scenes: dict[str, Tensor], prefix: str) -> Cast:
-    """What is painted in scenes, [B,N,…] each; ``prefix``: "", or "decoy_" for their decoys."""
-    return {"noun": scenes["noun"]} | {name: scenes[prefix + name] for name in LOOKS}
+        return draw_block(scenes, ground, g, lambda video: self.vae.encode(from_bytes(video)).half())

@@ -6,7 +6,6 @@ that. A clip with its pictures is 0.3 MB, so a hundred thousand of them fit ther
 
 from __future__ import annotations
 
-import json
 from bisect import bisect_right
 from pathlib import Path
 
@@ -16,10 +15,8 @@ from torch import Tensor
 
 from conceptmaster.engine.config import ModelConfig
 
-from ..world.scenes import MAX_CONCEPTS
-from ..world.vocabulary import build_tokenizer, tokenise
 from .batches import Pool
-from .shards import CLIPS, TOLD, is_encoded, open_array, shard_folders
+from .shards import ARRAYS, is_encoded, open_array, shard_folders
 
 
 def open_pool(folder: Path, config: ModelConfig, device: str) -> ShardPool:
@@ -59,29 +56,8 @@ class ShardPool(Pool):
         for folder in shard_folders(self.folder):
             if folder not in self.folders and is_encoded(folder):
                 self.folders.append(folder)
-                self._arrays.append(_arrays(folder, *self.tokens))
+                self._arrays.append({name: open_array(folder, name) for name in ARRAYS})
                 self.ends.append(len(self) + len(self._arrays[-1]["count"]))
-
-
-def _arrays(folder: Path, text_tokens: int, label_tokens: int) -> dict[str, np.ndarray]:
-    """A shard's arrays as ``Pool`` names them, mapped where they are files."""
-    text = json.loads((folder / "text.json").read_text())
-    labels: list[list[str]] = text["labels"]
-    ids, mask = tokenise(build_tokenizer(), text["captions"], text_tokens)
-    every = [label for each in labels for label in each]
-    filled = np.arange(MAX_CONCEPTS) < np.array([len(each) for each in labels])[:, None]  # [n,N]
-    label_ids = np.zeros((*filled.shape, label_tokens), np.int64)
-    label_mask = np.zeros(label_ids.shape, bool)
-    label_ids[filled], label_mask[filled] = tokenise(build_tokenizer(), every, label_tokens)
-    files = {"latents": CLIPS["video"], "decoys": CLIPS["decoys"], **TOLD}
-    files |= {name: name for name in ("references", "foreign", "coverage")}
-    return {name: open_array(folder, file) for name, file in files.items()} | {
-        "token_ids": ids,
-        "token_mask": mask,
-        "label_ids": label_ids,
-        "label_mask": label_mask,
-        "count": filled.sum(1),
-    }
 
 
 class ResidentPool(ShardPool):

@@ -31,7 +31,7 @@ from .batches import Pool
 from .drawn import Drawing, DrawnPool
 from .learning import CheckpointError
 from .pools import ShardPool, open_pool
-from .shards import SHARD, draw_shard, encode_shard, is_encoded, shard_folders, tell_shard
+from .shards import SHARD, draw_shard, encode_shard, shard_folders
 from .train_model import FROZEN, TrainOptions, train_model
 from .train_vae import COMPONENTS, VAEOptions, analyse, load_vae, new_vae, to_tensor, train_vae, write_vae
 
@@ -256,15 +256,11 @@ def _require(found: object, stage: str, folder: Path) -> None:
 
 
 def _find_latents(clips: Path, held_out: Path, vae_folder: Path, begun: _Begun, workers: int) -> None:
-    """The VAE's components, unless they are there, and every shard's latents, portraits and traits."""
+    """The VAE's components, unless they are there, and every shard's latents."""
     if not (vae_folder / "vae.json").exists():
         analyse(begun.vae, clips, kept=begun.kept)
         write_vae(begun.vae, vae_folder, begun.config)
-    jobs = [
-        (vae_folder, folder, judged)
-        for pool, judged in ((held_out, True), (clips, False))
-        for folder in shard_folders(pool)
-    ]
+    jobs = [(vae_folder, folder) for pool in (held_out, clips) for folder in shard_folders(pool)]
     _all(_encode, jobs, workers, "latents")
 
 
@@ -276,20 +272,23 @@ def _all(function: Callable[[Any], object], jobs: list[Any], workers: int, label
 def _draw(job: tuple[Path, int, bool, Path | None]) -> None:
     """Draw a shard, and encode it where there is an encoder already: training may begin meanwhile."""
     pool, index, judged, encoder = job
+    _use_one_thread()
     folder = draw_shard(pool, index, held_out=judged)
     if encoder is not None:
-        _encode((encoder, folder, judged))
+        _encode((encoder, folder))
 
 
-def _encode(job: tuple[Path, Path, bool]) -> None:
-    vae_folder, folder, judged = job
-    if is_encoded(folder):
-        return
-    if multiprocessing.parent_process() is not None:
-        torch.set_num_threads(1)
-    tell_shard(folder, int(folder.name.removeprefix("shard-")) * SHARD, judged)
+def _encode(job: tuple[Path, Path]) -> None:
+    vae_folder, folder = job
+    _use_one_thread()
     vae = load_vae(vae_folder)
     encode_shard(folder, lambda video: vae.encode(to_tensor(video)).numpy())
+
+
+def _use_one_thread() -> None:
+    """Where several processes draw and encode, each on a core of its own."""
+    if multiprocessing.parent_process() is not None:
+        torch.set_num_threads(1)
 
 
 def save_rounded(trained: Path, shipped: Path) -> None:

@@ -25,8 +25,8 @@ from conceptmaster.engine.model import ConceptMaster
 from ..arguments import check_counts, check_shares
 from ..world.scenes import ACCESSORIES, NOUNS, TEXTURES
 from .batches import Pictures, Pool, new_pictures
+from .clip_arrays import PORTRAIT, RUNS
 from .learning import MuonAdamW, autocast, schedule
-from .looks import PORTRAIT, RUNS
 from .loop import Log, LoopOptions, random_of, train
 
 TRAITS = (len(TEXTURES), len(ACCESSORIES), len(NOUNS))

@@ -109,15 +109,14 @@ def filled(count: Tensor, slots: int) -> tuple[Tensor, Tensor]:
     return rows, columns
 
 
-def draw_clips(
-    casts: Cast, count: Tensor, radius: Tensor, path: Tensor, motion: Tensor, ground: Tensor
-) -> tuple[Tensor, Tensor]:
+def draw_clips(casts: Cast, scenes: dict[str, Tensor], ground: Tensor) -> tuple[Tensor, Tensor]:
     """``draw.draw_clip`` of many scenes: the clips, uint8 [B,F,S,S,3], and what shows of every concept, float
     [B,N,F,S,S].
 
-    casts [B,N] or [B,N,3] each, count [B] of them, radius and motion [B,N], path [B,N,F,2], ground (the
+    casts [B,N] or [B,N,3] each; of scenes count [B], radius and motion [B,N], path [B,N,F,2]; ground (the
     backgrounds) [B,S,S,3].
     """
+    count, radius, path, motion = (scenes[name] for name in ("count", "radius", "path", "motion"))
     rows, columns = filled(count, radius.shape[1])
     turned = torch.tensor([look_of(name) for name in MOTIONS])
     flat = {name: value[rows, columns] for name, value in casts.items()}

@@ -39,8 +39,9 @@ BANK = 2048
 """Backgrounds of each kind that scenes drawn on a device choose from."""
 
 
-def scene_arrays(first: int, count: int) -> Arrays:
-    """The scenes of the seeds first … first + count - 1, none with a look that is kept for judging."""
+def scene_arrays(first: int, count: int, held_out: bool = False) -> Arrays:
+    """The scenes of the seeds first … first + count - 1, with looks that are kept for judging (``held_out``),
+    or with none of these."""
     shape = (count, MAX_CONCEPTS)
     arrays: Arrays = {name: np.zeros(count, np.int64) for name in ("count", "background")}
     arrays |= {name: np.zeros(shape, np.int64) for name in ("noun", "foreign_noun", "motion")}
@@ -52,7 +53,7 @@ def scene_arrays(first: int, count: int) -> Arrays:
     kinds = list(BACKGROUNDS)
     for row in range(count):
         seed = first + row
-        scene = random_scene(seed, held_out=False)
+        scene = random_scene(seed, held_out=held_out)
         other = np.random.Generator(np.random.Philox(key=[seed, 13]))
         arrays["count"][row] = len(scene.actors)
         arrays["background"][row] = kinds.index(scene.background)

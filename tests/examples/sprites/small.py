@@ -28,7 +28,7 @@ def small_config(**concept: str) -> ModelConfig:
 
 
 def how_it_runs(look):
-    """``looks.patterns`` of one look, in NumPy."""
+    """``clip_arrays.patterns`` of one look, in NumPy."""
     angle, runs = look.angle, np.full(7, np.nan)
     if look.texture == "stripes":
         runs[:4] = np.cos(angle), np.sin(angle), np.cos(2 * angle), np.sin(2 * angle)

@@ -13,10 +13,9 @@ import torch
 from conceptmaster.engine.checkpoints.safetensors_io import load_model
 from conceptmaster.examples.sprites.training import (
     batches,
+    clip_arrays,
     drawn,
     learning,
-    looks,
-    shards,
     train_model,
     train_vae,
 )
@@ -78,7 +77,7 @@ def test_many_sprites_are_painted_as_each_alone_is():
     c, s = np.cos(angle)[:, None, None], np.sin(angle)[:, None, None]
     u, v = x * c + y * s, y * c - 0.9 * x * s
     actors = zip([noun for noun, _, _ in kinds], each, strict=True)
-    cast = looks.cast_of([Actor(noun, noun, look, 1, (0, 0), (1, 1), "still") for noun, look in actors])
+    cast = clip_arrays.cast_of([Actor(noun, noun, look, 1, (0, 0), (1, 1), "still") for noun, look in actors])
     many = paint_many.paint_many(cast, *(torch.from_numpy(array) for array in (u, v, pixel, turned)))
     for k, (noun, _, _) in enumerate(kinds):
         rgb, alpha = shapes.paint_sprite(noun, each[k], u[k], v[k], float(pixel[k]), float(turned[k]))
@@ -89,10 +88,9 @@ def test_many_sprites_are_painted_as_each_alone_is():
 @pytest.mark.parametrize("astray", [False, True])
 def test_clips_are_the_worlds_own(astray, scenes, arrays):
     ground = np.stack([draw.paint_background(s.background, random(s.seed, 7)) for s in scenes])
-    cast = drawn.looks_of(arrays, "decoy_" if astray else "")
-    how = (arrays[name] for name in ("count", "radius", "path", "motion"))
-    clips, visible = paint_many.draw_clips(cast, *how, torch.from_numpy(ground.astype(np.float32)))
-    found = shards.coverage(visible).numpy()
+    cast = clip_arrays.looks_of(arrays, "decoy_" if astray else "")
+    clips, visible = paint_many.draw_clips(cast, arrays, torch.from_numpy(ground.astype(np.float32)))
+    found = clip_arrays.coverage(visible).numpy()
     for k, scene in enumerate(scenes):
         true, masks = draw.draw_clip(decoy(scene, random(scene.seed, 13)) if astray else scene)
         apart = np.abs(true.astype(int) - clips[k].numpy())
@@ -106,8 +104,8 @@ def test_clips_are_the_worlds_own(astray, scenes, arrays):
 
 def test_portraits_and_what_is_told_of_textures_are_the_worlds_own(scenes, arrays):
     rows, columns = of_concepts(arrays)
-    cast = {name: value[rows, columns] for name, value in drawn.looks_of(arrays, "").items()}
-    told = looks.told_of(cast)
+    cast = {name: value[rows, columns] for name, value in clip_arrays.looks_of(arrays, "").items()}
+    told = clip_arrays.told_of(cast)
     for k, (row, column) in enumerate(zip(rows, columns, strict=True)):
         actor = scenes[row].actors[column]
         centre = np.full((1, 2), 16, np.float32)
@@ -119,7 +117,7 @@ def test_portraits_and_what_is_told_of_textures_are_the_worlds_own(scenes, array
 
 def test_references_show_the_concept_in_poses_of_their_own(arrays):
     rows, columns = of_concepts(arrays)
-    cast = {name: value[rows, columns] for name, value in drawn.looks_of(arrays, "").items()}
+    cast = {name: value[rows, columns] for name, value in clip_arrays.looks_of(arrays, "").items()}
     first, other = (paint_many.draw_references(cast, torch.Generator().manual_seed(seed)) for seed in (0, 1))
     again = paint_many.draw_references(cast, torch.Generator().manual_seed(0))
     assert first.shape == (len(rows), SIZE, SIZE, 3) and torch.equal(first, again)

@@ -25,8 +25,8 @@ from conceptmaster.examples.sprites import processes
 from conceptmaster.examples.sprites.training import (
     attention,
     batches,
+    clip_arrays,
     learning,
-    looks,
     loop,
     noising,
     pools,
@@ -96,7 +96,7 @@ def test_a_batch_is_of_the_pools_clips(pool, folder):
     got = pool.batch(np.random.default_rng(0), 64, dropped)
     files = {
         name: np.concatenate([shards.open_array(shard, name) for shard in shards.shard_folders(folder)])
-        for name in (*shards.CLIPS.values(), "references", "foreign", "coverage", "portraits-32", "traits")
+        for name in ("latents", "decoys", "references", "foreign", "coverage", "portraits", "traits")
     }
     scenes = [random_scene(seed, held_out=False) for seed in range(2 * CLIPS)]
     (empty,), _ = tokenise(build_tokenizer(), [""], 48)
@@ -104,7 +104,7 @@ def test_a_batch_is_of_the_pools_clips(pool, folder):
     for b in range(64):
         latents = got.latents[b].numpy() * 0.5 + 0.1
         (k,) = [k for k in range(2 * CLIPS) if np.abs(latents - files["latents"][k]).max() < 1e-4]
-        np.testing.assert_allclose(got.decoys[b] * 0.5 + 0.1, files["decoy-latents"][k], atol=1e-4)
+        np.testing.assert_allclose(got.decoys[b] * 0.5 + 0.1, files["decoys"][k], atol=1e-4)
         filled, actors = got.label_mask[b].any(-1), scenes[k].actors
         assert filled.sum() == len(actors)
         no_caption = bool((got.token_ids[b].numpy() == empty).all())
@@ -120,7 +120,7 @@ def test_a_batch_is_of_the_pools_clips(pool, folder):
             (n,) = [n for n, (i, m) in enumerate(spelled) if np.array_equal((i[0], m[0]), label)]
             np.testing.assert_allclose(got.coverage[b, slot], files["coverage"][k, n] / 255, atol=1e-6)
             portrait = (got.portraits[b, slot].movedim(0, -1) + 1) * 127.5
-            np.testing.assert_allclose(portrait, files["portraits-32"][k, n], atol=1e-3)
+            np.testing.assert_allclose(portrait, files["portraits"][k, n], atol=1e-3)
             assert got.traits[b, slot].tolist() == files["traits"][k, n].tolist()
             np.testing.assert_allclose(got.patterns[b, slot], how_it_runs(actors[n].identity), atol=1e-5)
             strange = bool(got.foreign[b, slot])
@@ -571,7 +571,7 @@ def test_new_pictures_are_like_those_of_clips_and_never_held_out(folder, monkeyp
 
 def runs_of(look):
     actor = dataclasses.replace(random_scene(0, held_out=False).actors[0], identity=look)
-    return looks.patterns(looks.cast_of([actor]))[0].numpy()
+    return clip_arrays.patterns(clip_arrays.cast_of([actor]))[0].numpy()
 
 
 @pytest.mark.parametrize("texture", TEXTURES)
@@ -701,8 +701,8 @@ def test_a_training_starts_from_weights_with_more_components_or_says_why_not(tmp
     assert run("--components", "24") == 0
     new = train_vae.load_vae(tmp_path / "on" / "vae")
     assert new.basis.shape[0] == 24 and torch.equal(new.basis[:20], old.basis)
-    encoded = list((tmp_path / "on").glob("*/*/*latents.npy"))
-    assert len(encoded) == 2 * 3 and all(np.load(path).shape[1] == 24 for path in encoded)
+    encoded = list((tmp_path / "on").glob("*/*/latents.npy"))
+    assert len(encoded) == 3 and all(np.load(path).shape[1] == 24 for path in encoded)
     assert train_stages._started_vae(begun, None).queries == 8
     save_model(ConceptMaster(preset("tiny")), begun / "model.safetensors")
     with pytest.raises(InputError, match="its VAE is not of blocks"):

@@ -19,7 +19,7 @@ from conceptmaster.engine.presets import preset
 from conceptmaster.engine.vae.wan_decoder import build_vae
 from conceptmaster.errors import ConceptMasterError, InputError
 from conceptmaster.examples.sprites.scoring.measures import MEASURES
-from conceptmaster.examples.sprites.training import shards, starting, train_model, variants
+from conceptmaster.examples.sprites.training import clip_arrays, shards, starting, train_model, variants
 
 CLIPS = 6
 SETTINGS = {
@@ -50,10 +50,9 @@ def data(tmp_path_factory):
         patch.setattr(shards, "SHARD", CLIPS)
         for name, held_out in (("clips", False), ("held-out", True)):
             shard = shards.draw_shard(root / name, 0, held_out)
-            shards.tell_shard(shard, 0, held_out)
             channels = small_config().vae["z_dim"]
-            latents = np.random.default_rng(0).standard_normal((CLIPS, channels, *shards.LATENT_GRID))
-            for file in shards.CLIPS.values():
+            latents = np.random.default_rng(0).standard_normal((CLIPS, channels, *clip_arrays.LATENT_GRID))
+            for file in clip_arrays.CLIPS:
                 np.save(shard / f"{file}.npy", latents.astype(np.float16))
     config = small_config()
     (root / "vae" / "vae.json").write_text(json.dumps(config.vae))
