@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import hashlib
 import json
 import subprocess
 import sys
@@ -83,3 +85,60 @@ def test_the_bundle_is_that_of_the_weights(pipeline):
     np.testing.assert_allclose(
         pipeline.backend.to_host(got["concept_tokens"]), want.numpy(), rtol=1e-3, atol=1e-4
     )
+
+
+# The commands of the README.
+
+
+@pytest.mark.parametrize("name", ["sprites", "sprites-int8"])
+def test_a_shipped_bundle_verifies(name, capsys):
+    pytest.importorskip("torch")
+    from conceptmaster.cli import main
+
+    assert main(["verify", name, "--quiet"]) == 0
+    assert capsys.readouterr().out.count(" ok\n") == 8
+
+
+def test_the_shipped_weights_export_and_their_bundle_verifies(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("torch")
+    from conceptmaster.cli import main
+    from conceptmaster.runtime.bundle_format.find import Bundle
+
+    monkeypatch.chdir(tmp_path)
+    weights = str(ROOT / "examples" / "sprites" / "weights")
+    assert main(["export", weights, "--output", "./sprites", "--quiet"]) == 0
+    assert capsys.readouterr().out.count(" ok\n") == 8
+    here, shipped = Bundle.open("./sprites"), Bundle.open("sprites")
+    assert here.folder.resolve() == tmp_path / "sprites" and shipped.folder.parent.name == "bundles"
+    assert here.manifest.source == shipped.manifest.source and here.manifest.source is not None
+    hashes = {file.file: file.sha256 for file in here.manifest.source.files}
+    for file in ("model.safetensors", "vae.safetensors"):
+        assert hashes[file] == hashlib.sha256(Path(weights, file).read_bytes()).hexdigest()
+    assert main(["verify", "./sprites", "--quiet"]) == 0
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    assert main(["verify", "./sprites", "--quiet"]) == 2  # the shipped one goes by its plain name
+
+
+def test_the_tolerance_has_a_margin_over_both_sides_error_from_float64():
+    torch = pytest.importorskip("torch")
+    from conceptmaster.engine.checkpoints.source import open_source
+    from conceptmaster.export.verify import TOLERANCES, checked_specs, open_session, relative_error
+    from conceptmaster.runtime.bundle_format.find import Bundle
+
+    bundle, source = Bundle.open("sprites"), open_source(ROOT / "examples" / "sprites" / "weights")
+    for spec in checked_specs(source, 2):
+        if spec.name not in ("text_encoder", "decode_first", "decode"):
+            continue
+        sample = spec.sample(0)
+        session = open_session(str(bundle.path(spec.name)), bundle.path(spec.name))
+        feed = {tensor.name: sample[tensor.name].numpy() for tensor in session.get_inputs()}
+        found = session.run([tensor.name for tensor in spec.outputs], feed)
+        in_torch = spec.run(sample).values()
+        wide = [value.double() if value.is_floating_point() else value for value in sample.values()]
+        with torch.inference_mode():
+            exact = copy.deepcopy(spec.module).double()(*wide)
+        exact = (exact,) if isinstance(exact, torch.Tensor) else exact
+        for onnx, ours, right in zip(found, in_torch, exact, strict=True):
+            for side in (onnx, ours.numpy()):
+                assert relative_error(side, right.numpy()) < TOLERANCES["fp32"] / 2
