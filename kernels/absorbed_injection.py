@@ -22,7 +22,7 @@ import math
 import torch
 from torch import Tensor
 
-from .common import INTERPRETED, TorchOp, launch, power_of_two, require, require_alike, tl, triton
+from .common import INTERPRETED, TorchOp, launch, power_of_two, tl, triton
 
 MAX_CONCEPT_TOKENS = 256
 """A head's probabilities lie in one tile."""
@@ -114,32 +114,17 @@ def concept_weights_triton(out: Tensor, q: Tensor, k: Tensor, mask: Tensor | Non
 # The torch op.
 
 
-def _check(q: Tensor, k: Tensor, mask: Tensor | None) -> None:
-    """Raises ValueError with one line that says what is wrong."""
-    op = "concept_weights"
-    require_alike(op, q=q, k=k)
-    require(op, q.dim() == 4 and q.numel() > 0, f"q must be [B,S,A,E], not {list(q.shape)}")
-    batch, _, heads, width = q.shape
-    fits = k.dim() == 4 and k.shape[::2] == q.shape[::2] and k.shape[3] == width and k.shape[1] > 0
-    require(op, fits, f"k must be [{batch},C,{heads},{width}] beside this q, not {list(k.shape)}")
-    concepts = k.shape[1]
-    most = f"at most {MAX_CONCEPT_TOKENS} concept tokens, not {concepts}: take concept_injection"
-    require(op, concepts <= MAX_CONCEPT_TOKENS, most)
-    if mask is not None:
-        right = mask.dtype == torch.bool and mask.shape == (batch, concepts) and mask.device == q.device
-        require(op, right and mask.stride(-1) <= 1, f"mask must be bool [{batch},{concepts}] on {q.device}")
-
-
 def _empty(q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
     return q.new_empty((*q.shape[:2], q.shape[2] * k.shape[1]))  # [B,S,A*C]
 
 
 _weights = TorchOp(
-    "concept_weights(Tensor q, Tensor k, Tensor? mask) -> Tensor",
-    check=_check,
+    "concept_weights",
+    "q BSAE, k BCAE, mask? bool BC",
     reference=concept_weights_reference,
     cuda=lambda *arguments: concept_weights_triton(_empty(*arguments), *arguments),
     empty=_empty,
+    limits={"C": MAX_CONCEPT_TOKENS},
 )
 
 

@@ -7,10 +7,10 @@ everything runs by its reference.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,13 +36,14 @@ except ImportError:
 __all__ = [
     "INTERPRETED",
     "TorchOp",
+    "check_operands",
     "in_plain_torch",
     "kept_whole",
     "launch",
     "launches_to",
+    "operands",
     "power_of_two",
     "require",
-    "require_alike",
     "served",
     "tl",
     "to_fp8",
@@ -68,44 +69,141 @@ def to_fp8(x, ROUND: tl.constexpr):
 _launch: Callable[..., None] | None = None  # what `launches_to` has put in the place of a real launch
 
 
+class Operand(NamedTuple):
+    """A tensor that an op takes: its name, its dtype and the letters of its axes.
+
+    As text "k BCAE": a letter stands for the same size wherever it is, a small one for that size or 1, 1 for
+    itself, and a leading * for one or more axes of any size. Without a dtype it is the first operand's;
+    "mask? bool BC" says one of `_DTYPES`, and that it may be None.
+    """
+
+    name: str
+    dtype: str
+    axes: str
+
+
+def operands(text: str) -> tuple[Operand, ...]:
+    """Those of "q BSAE, k BCAE, mask? bool BC", see `Operand`."""
+    parts = [part.split() for part in text.split(", ")]
+    return tuple(Operand(name.rstrip("?"), " ".join(dtype), axes) for name, *dtype, axes in parts)
+
+
+_DTYPES: dict[str, Callable[[torch.dtype], tuple[torch.dtype, ...]]] = {
+    "": lambda first: (first,),
+    "bool": lambda first: (torch.bool,),
+    "fp8": lambda first: (torch.float8_e4m3fn,),
+    "float32": lambda first: (torch.float32,),
+    "wide": lambda first: (torch.promote_types(first, torch.float32),),
+    "float32 or wide": lambda first: (torch.float32, torch.promote_types(first, torch.float32)),
+}
+"""Beside a first operand of some dtype, those that another may have."""
+
+
+def check_operands(op: str, wanted: Sequence[Operand], tensors: Sequence[Tensor | None]) -> dict[str, int]:
+    """The size that each letter stands for.
+
+    Raises ValueError, one line that begins with `op`, for another device, dtype or shape than `wanted`, an
+    empty tensor, or a last axis that is not contiguous. The first operand is of floating point; on CUDA its
+    dtype must be one of `KERNEL_DTYPES`.
+    """
+    first, lead, sizes = tensors[0], wanted[0].name, {"1": 1}
+    assert first is not None
+    require(op, first.is_floating_point(), f"{lead} must be floating point, not {_name(first.dtype)}")
+    known = ", ".join(map(_name, KERNEL_DTYPES))
+    right = not first.is_cuda or first.dtype in KERNEL_DTYPES
+    require(op, right, f"{lead} is {_name(first.dtype)}: CUDA takes {known}")
+    for operand, tensor in zip(wanted, tensors, strict=True):
+        if tensor is None:
+            continue
+        name, dtypes, bound = operand.name, _DTYPES[operand.dtype](first.dtype), dict(sizes)
+        if tensor.device != first.device:
+            raise ValueError(f"{op}: {lead} is on {first.device}, {name} on {tensor.device}")
+        if not operand.dtype and tensor.dtype != first.dtype:
+            raise ValueError(f"{op}: {lead} is {_name(first.dtype)}, {name} {_name(tensor.dtype)}")
+        if tensor.dtype not in dtypes or not _binds(operand.axes, tensor.shape, bound):
+            prefix, found = (f"{_name(dtypes[0])} ", f"{_name(tensor.dtype)} ") if operand.dtype else ("", "")
+            shape = _spelled(operand.axes, sizes)
+            raise ValueError(f"{op}: {name} must be {prefix}{shape}, not {found}{list(tensor.shape)}")
+        if not tensor.numel():
+            raise ValueError(f"{op}: {name} is empty: {list(tensor.shape)}")
+        if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+            raise ValueError(f"{op}: the last axis of {name} is not contiguous: pass {name}.contiguous()")
+        sizes = bound
+    return sizes
+
+
+def _binds(axes: str, shape: torch.Size, sizes: dict[str, int]) -> bool:
+    """Whether a shape has these axes; adds the sizes of new letters."""
+    if axes.startswith("*") and len(shape) >= len(axes):
+        axes, shape = axes[1:], shape[1 - len(axes) :]
+    if len(axes) != len(shape):
+        return False
+    pairs = [(a, n) for a, n in zip(axes, shape, strict=True) if not (a.islower() and n == 1)]
+    return all(sizes.setdefault(a.upper(), n) == n for a, n in pairs)
+
+
+def _spelled(axes: str, sizes: dict[str, int]) -> str:
+    """[2,C,12], of letters whose size is not known yet as they are."""
+    parts = [("..." if a == "*" else str(sizes.get(a.upper(), a.upper()))) for a in axes]
+    return f"[{','.join(f'{p} or 1' if a.islower() else p for a, p in zip(axes, parts, strict=True))}]"
+
+
 @dataclass
 class TorchOp:
     """The torch op `torch.ops.conceptmaster.NAME`, and the choice between it and its reference.
 
-    schema: "NAME(Tensor x, …) -> Tensor", in torch's notation. Four functions take the op's arguments. check
-    raises ValueError with one line that says what is wrong; reference is the op in plain torch, cuda with
-    Triton; empty gives its outputs, not filled. one_node: an exporter may keep the op, see `kept_whole`.
+    It takes tensors, see `operands`, then scalars, and gives `outputs` tensors. The functions take the same:
+    reference is the op in plain torch, cuda with Triton; empty gives the outputs, not filled; further, if
+    any, raises ValueError for what `check_operands` does not see. limits: the largest sizes on CUDA, by
+    letter. one_node: an exporter may keep it, see `kept_whole`.
     """
 
-    schema: str
-    check: Callable[..., None]
+    name: str
+    tensors: str
     reference: Callable[..., Any]
     cuda: Callable[..., Any]
     empty: Callable[..., Any]
+    scalars: str = ""
+    outputs: int = 1
+    limits: Mapping[str, int] = field(default_factory=dict)
+    further: Callable[..., None] | None = None
     one_node: bool = False
     op: Callable[..., Any] = field(init=False)
 
     def __post_init__(self) -> None:
         """Registers the op."""
-        name, signature = self.schema[: self.schema.index("(")], self.schema[self.schema.index("(") :]
+        self._operands = operands(self.tensors)
+        names = [part.split()[0] for part in self.tensors.split(", ")]
+        taken = [f"Tensor? {n[:-1]}" if n.endswith("?") else f"Tensor {n}" for n in names]
+        gives = "Tensor" if self.outputs == 1 else f"({', '.join(['Tensor'] * self.outputs)})"
+        schema = f"({', '.join([*taken, self.scalars] if self.scalars else taken)}) -> {gives}"
         defined = torch.library.custom_op(
-            f"conceptmaster::{name}", self._cpu, mutates_args=(), device_types="cpu", schema=signature
+            f"conceptmaster::{self.name}", self._cpu, mutates_args=(), device_types="cpu", schema=schema
         )
         defined.register_kernel("cuda")(self._checked(self.cuda))
         defined.register_fake(self._checked(self.empty))
-        self.op = getattr(torch.ops.conceptmaster, name).default
+        self.op = getattr(torch.ops.conceptmaster, self.name).default
 
     def __call__(self, *arguments: Any) -> Any:
         """The op on CUDA, unless a gradient is wanted, a graph is being exported, or it is `in_plain_torch`.
 
         Otherwise the reference: the exporter gets it as plain torch, so that ONNX graphs hold standard
-        operators, and autograd differentiates it.
+        operators, and autograd differentiates it. Raises ValueError for what the op does not take.
         """
         kept = self.one_node and _whole and torch.compiler.is_exporting()
         if kept or served(*arguments):
             return self.op(*arguments)
         self.check(*arguments)
         return self.reference(*arguments)
+
+    def check(self, *arguments: Any) -> None:
+        """Raises ValueError with one line that says what is wrong."""
+        sizes = check_operands(self.name, self._operands, arguments[: len(self._operands)])
+        for letter, most in self.limits.items():
+            if arguments[0].is_cuda and sizes[letter] > most:
+                raise ValueError(f"{self.name}: on CUDA {letter} is {most} at most, not {sizes[letter]}")
+        if self.further is not None:
+            self.further(*arguments)
 
     def _cpu(self, *arguments: Any) -> Any:
         self.check(*arguments)
@@ -161,26 +259,6 @@ def require(op: str, condition: bool, message: str) -> None:
     """Raises ValueError "op: message" unless the condition holds."""
     if not condition:
         raise ValueError(f"{op}: {message}")
-
-
-def require_alike(op: str, **tensors: Tensor | None) -> None:
-    """Raises ValueError unless all tensors have the first one's device and dtype, and a contiguous last axis.
-
-    None is left out. On CUDA the dtype must be one of `KERNEL_DTYPES`.
-    """
-    (first_name, first), *others = [(n, t) for n, t in tensors.items() if t is not None]
-    require(op, first.is_floating_point(), f"{first_name} must be floating point, not {_name(first.dtype)}")
-    if first.is_cuda:
-        known = ", ".join(map(_name, KERNEL_DTYPES))
-        require(op, first.dtype in KERNEL_DTYPES, f"{first_name} is {_name(first.dtype)}: CUDA takes {known}")
-    for name, tensor in others:
-        if tensor.device != first.device:
-            raise ValueError(f"{op}: {first_name} is on {first.device}, {name} on {tensor.device}")
-        if tensor.dtype != first.dtype:
-            raise ValueError(f"{op}: {first_name} is {_name(first.dtype)}, {name} {_name(tensor.dtype)}")
-    for name, tensor in [(first_name, first), *others]:
-        if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
-            raise ValueError(f"{op}: the last axis of {name} is not contiguous: pass {name}.contiguous()")
 
 
 def _name(dtype: torch.dtype) -> str:

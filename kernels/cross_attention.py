@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .common import INTERPRETED, TorchOp, launch, power_of_two, require, require_alike, tl, triton
+from .common import INTERPRETED, TorchOp, launch, power_of_two, tl, triton
 
 # Reference.
 
@@ -248,73 +248,27 @@ def cross_attention_triton(
 # The torch op.
 
 
-def _check(
-    op: str,
-    q: Tensor,
-    text: tuple[Tensor, Tensor] | None,
-    concepts: tuple[Tensor, Tensor],
-    mask: Tensor | None,
-    inverse_rms: Tensor | None = None,
-) -> None:
-    """Raises ValueError with one line that says what is wrong."""
-    text_k, text_v = text if text is not None else (None, None)
-    require_alike(op, q=q, text_k=text_k, text_v=text_v, concept_k=concepts[0], concept_v=concepts[1])
-    require(op, q.dim() == 4, f"q must be [B,S,A,E], not {list(q.shape)}")
-    batch, tokens, heads, width = q.shape
-    require(op, q.numel() > 0, f"q is empty: {list(q.shape)}")
-    require(
-        op, width <= MAX_WIDTH or not q.is_cuda, f"on CUDA heads are at most {MAX_WIDTH} wide, not {width}"
-    )
-    for name, pair in (("text", text), ("concept", concepts)):
-        for letter, tensor in zip("kv", pair or (), strict=False):
-            if tensor.dim() != 4 or tensor.shape[::2] != q.shape[::2] or tensor.shape[3] != width:
-                raise ValueError(
-                    f"{op}: {name}_{letter} must be [{batch},tokens,{heads},{width}] beside this q, "
-                    f"not {list(tensor.shape)}"
-                )
-        if pair is not None and (pair[0].shape != pair[1].shape or not pair[0].numel()):
-            shapes = f"{list(pair[0].shape)} and {list(pair[1].shape)}"
-            raise ValueError(f"{op}: {name}_k and {name}_v need one shape with some tokens, not {shapes}")
-    for name, extra, shape, dtype in (
-        ("concept_mask", mask, (batch, concepts[0].shape[1]), torch.bool),
-        ("inverse_rms", inverse_rms, (batch, tokens), torch.promote_types(q.dtype, torch.float32)),
-    ):
-        if extra is None:
-            continue
-        right = extra.shape == shape and extra.dtype == dtype and extra.device == q.device
-        if not right or extra.stride(-1) > 1:
-            wanted = f"{str(dtype).removeprefix('torch.')} {list(shape)} on {q.device}"
-            found = f"{str(extra.dtype).removeprefix('torch.')} {list(extra.shape)} on {extra.device}"
-            raise ValueError(f"{op}: {name} must be {wanted}, contiguous along its last axis, not {found}")
-
-
-def _check_decoupled(
-    q: Tensor, text_k: Tensor, text_v: Tensor, concept_k: Tensor, concept_v: Tensor,
-    mask: Tensor | None, inverse_rms: Tensor | None,
-) -> None:  # fmt: skip
-    text, concepts = (text_k, text_v), (concept_k, concept_v)
-    _check("decoupled_cross_attention", q, text, concepts, mask, inverse_rms)
-
-
 def _alike(q: Tensor, *others: Tensor | None) -> Tensor:
     return q.new_empty(q.shape)  # [B,S,A,E]
 
 
 _decoupled = TorchOp(
-    "decoupled_cross_attention(Tensor q, Tensor text_k, Tensor text_v, Tensor concept_k, Tensor concept_v, "
-    "Tensor? concept_mask, Tensor? inverse_rms) -> Tensor",
-    check=_check_decoupled,
+    "decoupled_cross_attention",
+    "q BSAE, text_k BTAE, text_v BTAE, concept_k BCAE, concept_v BCAE, concept_mask? bool BC, "
+    "inverse_rms? wide BS",
     reference=decoupled_cross_attention_reference,
     cuda=lambda q, tk, tv, ck, cv, *rest: cross_attention_triton(_alike(q), q, (tk, tv), (ck, cv), *rest),
     empty=_alike,
+    limits={"E": MAX_WIDTH},
     one_node=True,
 )
 _injection = TorchOp(
-    "concept_injection(Tensor q, Tensor concept_k, Tensor concept_v, Tensor? concept_mask) -> Tensor",
-    check=lambda q, k, v, mask: _check("concept_injection", q, None, (k, v), mask),
+    "concept_injection",
+    "q BSAE, concept_k BCAE, concept_v BCAE, concept_mask? bool BC",
     reference=attention,
     cuda=lambda q, k, v, mask: cross_attention_triton(_alike(q), q, None, (k, v), mask, None),
     empty=_alike,
+    limits={"E": MAX_WIDTH},
     one_node=True,
 )
 

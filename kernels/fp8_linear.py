@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .common import INTERPRETED, TorchOp, launch, power_of_two, require, require_alike, tl, to_fp8, triton
+from .common import INTERPRETED, TorchOp, launch, power_of_two, require, tl, to_fp8, triton
 
 FP8_MAX = 448.0
 """The largest value of float8_e4m3fn."""
@@ -67,27 +67,15 @@ def quantise_rows_triton(out: Tensor, scale: Tensor, x: Tensor) -> tuple[Tensor,
 
 
 def _check(x: Tensor, weight8: Tensor, weight_scale: Tensor, bias: Tensor | None) -> None:
-    """Raises ValueError with one line that says what is wrong."""
-    op = "fp8_linear"
-    require_alike(op, x=x, bias=bias)
-    require(op, x.dim() > 1 and x.numel() > 0, f"x must be [...,I], not {list(x.shape)}")
+    op, shape = "fp8_linear", list(weight8.shape)
     require(op, x.dtype != torch.float64, "float64 is not for 8 bits")
-    width, shape = x.shape[-1], list(weight8.shape)
-    right = weight8.dtype == torch.float8_e4m3fn and weight8.dim() == 2 and weight8.is_contiguous()
-    require(op, right, f"weight8 must be float8_e4m3fn [O,I], contiguous, not {weight8.dtype} {shape}")
-    require(op, shape[1] == width <= MAX_WIDTH, f"weight8 {shape} does not fit x {list(x.shape)}")
-    right = weight_scale.shape == (shape[0], 1) and weight_scale.dtype == torch.float32
-    require(op, right, f"weight_scale must be float32 [{shape[0]},1], not {list(weight_scale.shape)}")
-    right = bias is None or bias.shape == (shape[0],)
-    require(op, right, f"bias must be [{shape[0]}]")
-    right = weight8.device == x.device == weight_scale.device
-    require(op, right, f"x is on {x.device}, weight8 on {weight8.device}, its scale on {weight_scale.device}")
+    require(op, weight8.is_contiguous(), "weight8 is not contiguous: pass weight8.contiguous()")
     if x.is_cuda:
         major, minor = torch.cuda.get_device_capability(x.device)
         message = f"fp8 needs compute capability 8.9 or newer, this GPU has {major}.{minor}: keep nn.Linear"
         require(op, (major, minor) >= (8, 9), message)
         require(op, x.dtype == torch.bfloat16, f"on CUDA x must be bfloat16, not {x.dtype}")
-        sixteen = shape[0] % 16 == 0 and width % 16 == 0
+        sixteen = shape[0] % 16 == 0 and shape[1] % 16 == 0
         require(op, sixteen, f"on CUDA both widths must divide by 16, not {shape}: keep nn.Linear")
 
 
@@ -102,11 +90,13 @@ def _cuda(x: Tensor, weight8: Tensor, weight_scale: Tensor, bias: Tensor | None)
 
 
 _fp8_linear = TorchOp(
-    "fp8_linear(Tensor x, Tensor weight8, Tensor weight_scale, Tensor? bias) -> Tensor",
-    check=_check,
+    "fp8_linear",
+    "x *I, weight8 fp8 OI, weight_scale float32 O1, bias? O",
     reference=fp8_linear_reference,
     cuda=_cuda,
     empty=lambda x, weight8, *_: x.new_empty((*x.shape[:-1], weight8.shape[0])),
+    limits={"I": MAX_WIDTH},
+    further=_check,
 )
 
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .common import TorchOp, launch, power_of_two, require, require_alike, tl, triton
+from .common import TorchOp, launch, power_of_two, tl, triton
 
 # Reference.
 
@@ -121,29 +121,6 @@ def modulate_triton(
 # The torch op.
 
 
-def _check(
-    x: Tensor, branch: Tensor | None, gate: Tensor | None, scale: Tensor | None, shift: Tensor | None
-) -> None:
-    """Raises ValueError with one line that says what is wrong."""
-    require_alike("modulate", x=x, branch=branch)
-    require("modulate", x.dim() == 3 and x.numel() > 0, f"x must be [B,S,D], not {list(x.shape)}")
-    require("modulate", x.shape[-1] <= MAX_WIDTH, f"x is wider than {MAX_WIDTH}: {list(x.shape)}")
-    if branch is not None and branch.shape != x.shape:
-        raise ValueError(f"modulate: branch must be {list(x.shape)} as x, not {list(branch.shape)}")
-    batch, _, width = x.shape
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    for name, vector in (("gate", gate), ("scale", scale), ("shift", shift)):
-        if vector is None:
-            continue
-        if vector.dtype != dtype or vector.device != x.device or vector.stride(-1) > 1:
-            wanted = f"{str(dtype).removeprefix('torch.')} on {x.device}, contiguous along its last axis"
-            found = f"{str(vector.dtype).removeprefix('torch.')} on {vector.device}"
-            raise ValueError(f"modulate: {name} must be {wanted}, not {found}")
-        if vector.shape not in ((batch, width), (1, width)):
-            wanted = f"[{batch},{width}] or [1,{width}]"
-            raise ValueError(f"modulate: {name} must be {wanted}, not {list(vector.shape)}")
-
-
 def _cuda(
     x: Tensor,
     branch: Tensor | None,
@@ -159,19 +136,23 @@ def _cuda(
 
 
 _modulate = TorchOp(
-    "modulate(Tensor x, Tensor scale, Tensor? shift, bool plus_one, float eps) -> Tensor",
-    check=lambda x, scale, shift, *_: _check(x, None, None, scale, shift),
+    "modulate",
+    "x BSD, scale wide bD, shift? wide bD",
+    scalars="bool plus_one, float eps",
     reference=norm_reference,
     cuda=lambda x, *rest: _cuda(x, None, None, *rest)[1],
     empty=lambda x, *_: x.new_empty(x.shape),
+    limits={"D": MAX_WIDTH},
 )
 _residual_modulate = TorchOp(
-    "residual_modulate(Tensor x, Tensor branch, Tensor? gate, Tensor scale, Tensor? shift, bool plus_one, "
-    "float eps) -> (Tensor, Tensor)",
-    check=lambda x, branch, gate, scale, shift, *_: _check(x, branch, gate, scale, shift),
+    "residual_modulate",
+    "x BSD, branch BSD, gate? wide bD, scale wide bD, shift? wide bD",
+    scalars="bool plus_one, float eps",
+    outputs=2,
     reference=residual_modulate_reference,
     cuda=_cuda,
     empty=lambda x, *_: (x.new_empty(x.shape), x.new_empty(x.shape)),
+    limits={"D": MAX_WIDTH},
 )
 
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .common import TorchOp, launch, power_of_two, require, require_alike, tl, triton
+from .common import TorchOp, launch, power_of_two, require, tl, triton
 
 # Reference.
 
@@ -132,33 +132,14 @@ def inverse_rms_triton(out: Tensor, x: Tensor, eps: float) -> Tensor:
 # The torch ops.
 
 
-def _check_row(op: str, name: str, x: Tensor) -> None:
-    require_alike(op, **{name: x})
-    require(op, x.dim() == 3 and x.numel() > 0, f"{name} must be [B,S,D], not {list(x.shape)}")
-    require(op, x.shape[-1] <= MAX_WIDTH, f"{name} is wider than {MAX_WIDTH}: {list(x.shape)}")
-
-
-def _check(q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor) -> None:
-    """Raises ValueError with one line that says what is wrong."""
-    op = "qk_norm_rope"
-    _check_row(op, "q", q)
-    require_alike(op, q=q, k=k, q_weight=q_weight, k_weight=k_weight)
-    width, tokens = q.shape[2], q.shape[1]
-    require(op, k.shape == q.shape, f"k must be {list(q.shape)} as q, not {list(k.shape)}")
-    for name, weight in (("q_weight", q_weight), ("k_weight", k_weight)):
-        require(op, weight.shape == (width,), f"{name} must be [{width}], not {list(weight.shape)}")
+def _check(
+    q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, eps: float
+) -> None:
     for name, table in (("cos", cos), ("sin", sin)):
-        shape = list(table.shape)
-        fits = len(shape) == 3 and shape[:2] == [tokens, 1] and shape[2] and width % (2 * shape[2]) == 0
-        require(op, bool(fits), f"{name} must be [{tokens},1,E/2], E a divisor of {width}, not {shape}")
-        require(op, table.is_contiguous(), f"{name} is not contiguous: pass {name}.contiguous()")
-        wanted = f"{name} must be float32 on {q.device}, not {table.dtype} on {table.device}"
-        require(op, table.dtype in _tables(q) and table.device == q.device, wanted.replace("torch.", ""))
-    require(op, cos.shape == sin.shape, f"cos is {list(cos.shape)}, sin {list(sin.shape)}")
-
-
-def _tables(x: Tensor) -> tuple[torch.dtype, ...]:
-    return (torch.float32, torch.float64) if x.dtype == torch.float64 else (torch.float32,)
+        require("qk_norm_rope", table.is_contiguous(), f"{name} is not contiguous: pass {name}.contiguous()")
+    pairs, width = cos.shape[-1], q.shape[-1]
+    message = f"cos and sin must be [S,1,E/2], E a divisor of {width}, not {list(cos.shape)}"
+    require("qk_norm_rope", width % (2 * pairs) == 0, message)
 
 
 def _empty(q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, *_: Any) -> Any:
@@ -171,19 +152,24 @@ def _empty_rms(x: Tensor, eps: float) -> Tensor:
 
 
 _qk_norm_rope = TorchOp(
-    "qk_norm_rope(Tensor q, Tensor k, Tensor q_weight, Tensor k_weight, Tensor cos, Tensor sin, float eps) "
-    "-> (Tensor, Tensor)",
-    check=lambda *arguments: _check(*arguments[:-1]),
+    "qk_norm_rope",
+    "q BSD, k BSD, q_weight D, k_weight D, cos float32 or wide S1R, sin float32 or wide S1R",
+    scalars="float eps",
+    outputs=2,
     reference=qk_norm_rope_reference,
     cuda=lambda *arguments: qk_norm_rope_triton(*_empty(*arguments), *arguments),
     empty=_empty,
+    limits={"D": MAX_WIDTH},
+    further=_check,
 )
 _inverse_rms = TorchOp(
-    "inverse_rms(Tensor x, float eps) -> Tensor",
-    check=lambda x, eps: _check_row("inverse_rms", "x", x),
+    "inverse_rms",
+    "x BSD",
+    scalars="float eps",
     reference=inverse_rms_reference,
     cuda=lambda x, eps: inverse_rms_triton(_empty_rms(x, eps), x, eps),
     empty=_empty_rms,
+    limits={"D": MAX_WIDTH},
 )
 
 

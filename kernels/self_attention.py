@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .common import require, require_alike, served
+from .common import check_operands, operands, served
 from .cross_attention import attention
 
 FASTEST = [
@@ -26,6 +26,8 @@ FASTEST = [
     SDPBackend.MATH,
 ]
 """PyTorch's own in the order in which they are tried."""
+
+OPERANDS = operands("q BSAE, k BSAE, v BSAE")
 
 
 @functools.cache
@@ -56,9 +58,5 @@ def self_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
     Raises ValueError for other shapes, mixed dtypes or devices.
     """
-    op = "self_attention"
-    require_alike(op, q=q, k=k, v=v)
-    require(op, q.dim() == 4 and q.numel() > 0, f"q must be [B,S,A,E], not {list(q.shape)}")
-    for name, tensor in (("k", k), ("v", v)):
-        require(op, tensor.shape == q.shape, f"{name} must be {list(q.shape)} as q, not {list(tensor.shape)}")
+    check_operands("self_attention", OPERANDS, (q, k, v))
     return _on_cuda(q, k, v) if served(q, k, v) else attention(q, k, v)

@@ -122,14 +122,14 @@ def test_the_op_is_registered_well():
     [
         ({"text_v": lambda t: t.double()}, "q is float32, text_v float64"),
         ({"concept_k": lambda t: t.to("meta")}, "q is on cpu, concept_k on meta"),
-        ({"concept_k": lambda t: t[:, :, :1]}, r"concept_k must be \[2,tokens,2,8\]"),
-        ({"concept_v": lambda t: t[:, :2]}, "concept_k and concept_v need one shape"),
-        ({"text_k": lambda t: t[:, :0], "text_v": lambda t: t[:, :0]}, "with some tokens"),
+        ({"concept_k": lambda t: t[:, :, :1]}, r"concept_k must be \[2,C,2,8\]"),
+        ({"concept_v": lambda t: t[:, :2]}, r"concept_v must be \[2,3,2,8\]"),
+        ({"text_k": lambda t: t[:, :0], "text_v": lambda t: t[:, :0]}, "text_k is empty"),
         ({"q": lambda t: t.transpose(1, 3).contiguous().transpose(1, 3)}, "last axis of q is not contiguous"),
         ({"q": lambda t: t[0]}, r"q must be \[B,S,A,E\]"),
         ({"q": lambda t: t.int()}, "q must be floating point"),
         ({"concept_mask": lambda t: t.float()}, "concept_mask must be bool"),
-        ({"concept_mask": lambda t: t[:, :2]}, r"concept_mask must be bool \[2, 3\]"),
+        ({"concept_mask": lambda t: t[:, :2]}, r"concept_mask must be bool \[2,3\]"),
     ],
 )
 def test_bad_input_is_one_clear_error(change, words):

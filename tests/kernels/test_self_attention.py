@@ -23,7 +23,7 @@ def test_it_is_attention(assert_close):
     ("change", "words"),
     [
         ({"k": torch.zeros(2, 40, 2, 16, dtype=torch.float16)}, "q is float32, k float16"),
-        ({"v": torch.zeros(2, 39, 2, 16)}, r"v must be \[2, 40, 2, 16\] as q"),
+        ({"v": torch.zeros(2, 39, 2, 16)}, r"v must be \[2,40,2,16\], not"),
     ],
 )
 def test_bad_input_is_one_clear_error(change, words):
