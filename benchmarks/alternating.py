@@ -7,7 +7,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 
@@ -43,31 +43,30 @@ def report(measured: Mapping[str, list[float]], title: str) -> str:
     lines = [f"\n{title}, {len(next(iter(measured.values())))} rounds in turn"]
     for name, entry in _summary(measured)["rivals"].items():
         lines.append(
-            f"  {name:24} {entry['median_ms']:9.2f} ms  "
+            f"  {name:24} {entry['p50_ms']:9.2f} ms  "
             f"(p20 {entry['p20_ms']:.2f}, p80 {entry['p80_ms']:.2f})  {entry['ratio']:.2f}×"
         )
     return "\n".join(lines)
 
 
 def _summary(measured: Mapping[str, list[float]]) -> dict[str, Any]:
-    medians = {name: statistics.median(times) for name, times in measured.items()}
-    first = next(iter(medians.values()))
-    rivals = {}
-    for name, times in measured.items():
-        fifths = statistics.quantiles(times, n=5, method="inclusive")
-        rivals[name] = {
-            "median_ms": 1e3 * medians[name],
-            "p20_ms": 1e3 * fifths[0],
-            "p80_ms": 1e3 * fifths[-1],
-            "ratio": first / medians[name],
-        }
-    return {"rivals": rivals}
+    rivals = {name: percentiles([1e3 * time for time in times]) for name, times in measured.items()}
+    first = next(iter(rivals.values()))["p50_ms"]
+    return {"rivals": {name: entry | {"ratio": first / entry["p50_ms"]} for name, entry in rivals.items()}}
 
 
-def machine() -> dict[str, Any]:
-    """Processor, cores, load and versions."""
+def percentiles(values: list[float]) -> dict[str, float]:
+    """p20, p50 and p80 of milliseconds."""
+    if len(values) < 2:
+        return {"p20_ms": values[0], "p50_ms": values[0], "p80_ms": values[0]}
+    fifths = statistics.quantiles(values, n=5, method="inclusive")
+    return {"p20_ms": fifths[0], "p50_ms": statistics.median(values), "p80_ms": fifths[-1]}
+
+
+def machine(packages: Iterable[str] = ("numpy", "onnxruntime", "torch")) -> dict[str, Any]:
+    """Processor, cores, load and the versions of Python and of those packages that are there."""
     versions = {}
-    for name in ("numpy", "onnxruntime", "torch"):
+    for name in packages:
         try:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import resource
 import subprocess
 import sys
 import time
-from importlib.metadata import version
 from pathlib import Path
+
+from .alternating import machine
 
 PACKAGES = ("torch", "onnx", "onnxscript", "onnxruntime", "transformers", "diffusers", "safetensors")
 FIELDS = {"VmRSS": "resident", "RssAnon": "anonymous"}
@@ -48,13 +48,11 @@ def measure(arguments: list[str]) -> dict[str, object]:
         "bundle_gb": round(sum(files.values()) / 1e9, 2),
         "files": files,
         "graphs": json.loads(out)["graphs"],
-        "machine": {
-            "cpu": _cpu(),
+        "machine": machine(PACKAGES)
+        | {
             "threads": os.environ.get("OMP_NUM_THREADS", str(os.cpu_count())),
             "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
-            "python": platform.python_version(),
         },
-        "versions": {name: version(name) for name in PACKAGES},
     }
 
 
@@ -72,11 +70,6 @@ def _memory(pid: int) -> dict[str, int]:
         return {}
     entries = (line.split() for line in lines)
     return {FIELDS[e[0][:-1]]: int(e[1]) for e in entries if e and e[0][:-1] in FIELDS}
-
-
-def _cpu() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "?")
 
 
 def _named(argument: str) -> str:

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +26,7 @@ import torch
 from conceptmaster.kernels.tolerances import TOLERANCES
 
 from .cases import Case, Shapes, cases
-from .timing import DeviceLost, failed
-
-Say = Callable[[str], object]
+from .timing import DeviceLost, Say, failed, guarded
 
 MOST_ROWS = 1024
 """Tokens of a case that are held to float64, spread over all of them."""
@@ -56,28 +54,38 @@ def check(case: Case) -> dict[str, Any]:
     return {"ok": ok, "relative_l2": l2, "worst": worst}
 
 
-def row_of(case: Case) -> dict[str, Any]:
-    """What the report says of a case; one that raises is not right, with the reason. Raises DeviceLost."""
-    row = {"shape": case.shape, "dtype": case.dtype}
-    try:
-        return row | check(case)
-    except Exception as error:  # of Triton, CUDA or PyTorch: no common base
-        return row | {"ok": False, **failed(error)}
+def results(shapes: Shapes, numbers: Iterable[int], skip: Collection[str] = ()) -> Iterator[dict[str, Any]]:
+    """What is found, group by group: {"at": name} before a case, {"name", "row"} after it, {"done": number}
+    after its group. skip: cases that are not run.
+
+    A case that raises is not right, with the reason. After DeviceLost nothing further comes.
+    """
+    made = groups(shapes)
+    for number in numbers:
+        name, group = made[number]
+        yield {"at": name}
+        at, about = name, dict[str, Any]()
+        try:
+            for case in group():
+                if case.name in skip:
+                    continue
+                at, about = case.name, {"shape": case.shape, "dtype": case.dtype}
+                yield {"at": at}
+                yield {"name": at, "row": about | guarded(functools.partial(check, case), ok=False)}
+        except DeviceLost as lost:
+            yield {"name": at, "row": about | {"ok": False, "failed": f"GPU lost: {lost}"}}
+            raise
+        except Exception as error:  # there was not even memory for a group's tensors
+            yield {"name": name, "row": {"ok": False, **failed(error)}}
+        yield {"done": number}
 
 
 def here(shapes: Shapes, rows: dict[str, Any], say: Say) -> None:
     """Adds every case to `rows`, one after the other in this process. Raises DeviceLost."""
-    for name, group in groups(shapes):
-        try:
-            for case in group():
-                if case.name not in rows:
-                    rows[case.name] = row_of(case)
-                    say(line(case.name, rows[case.name]))
-        except DeviceLost:
-            raise
-        except Exception as error:  # there was not even memory for its tensors
-            rows[name] = {"ok": False, **failed(error)}
-            say(line(name, rows[name]))
+    for found in results(shapes, range(len(groups(shapes))), rows):
+        if "row" in found:
+            rows[found["name"]] = found["row"]
+            say(line(found["name"], found["row"]))
 
 
 def groups(shapes: Shapes) -> list[tuple[str, Callable[[], Iterator[Case]]]]:
@@ -168,36 +176,13 @@ def _collect(text: str, share: list[int], rows: dict[str, Any], reason: str, say
 def _work(order: dict[str, Any]) -> None:
     """What one process does. Ends at once when the GPU is lost."""
     shapes = Shapes(order["device"], order["small"])
-    made, skipped = groups(shapes), set(order["skip"])
-
-    def put(found: dict[str, Any]) -> None:
-        print(json.dumps(found), flush=True)
-
-    for number in order["groups"]:
-        name, group = made[number]
-        try:
-            for case in group():
-                if case.name in skipped:
-                    continue
-                put({"at": name})
-                name = case.name
-                put({"at": name})
-                try:
-                    put({"name": name, "row": row_of(case)})
-                except DeviceLost as lost:
-                    row = {
-                        "shape": case.shape,
-                        "dtype": case.dtype,
-                        "ok": False,
-                        "failed": f"GPU lost: {lost}",
-                    }
-                    put({"name": name, "row": row})
-                    os._exit(1)  # a process without its GPU may hang as it ends
-        except Exception as error:  # there was not even memory for its tensors
-            put({"name": name, "row": {"ok": False, "failed": f"{type(error).__name__}: {error}"[:300]}})
-        put({"done": number})
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+    try:
+        for found in results(shapes, order["groups"], order["skip"]):
+            print(json.dumps(found), flush=True)
+            if "done" in found and torch.cuda.is_available():
+                torch.cuda.empty_cache()
+    except DeviceLost:
+        os._exit(1)  # a process without its GPU may hang as it ends
 
 
 if __name__ == "__main__":

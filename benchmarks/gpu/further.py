@@ -1,7 +1,4 @@
-"""What else is measured of the transformer: compiled, at full size in float32, at other sizes, by kernels.
-
-Each function fills the `found` that it is given as it goes, as in gpu_model.py.
-"""
+"""What else is measured of the transformer: compiled, at full size in float32, at other sizes, by kernels."""
 
 from __future__ import annotations
 
@@ -21,11 +18,10 @@ from .cases import COMPILE_MODE
 from .model import (
     SMALL,
     Inputs,
-    Say,
     Size,
     build,
     denoise_call,
-    diffusers_model,
+    diffusers_in_bfloat16,
     errors_of,
     flops_of,
     in_float32,
@@ -36,10 +32,12 @@ from .model import (
     tokens_of,
     twin,
 )
-from .timing import Call, DeviceLost, failed, in_turn
+from .timing import Call, Job, failed, in_turn
 
 TOO_FAR = 5e-2
 """Relative L2 between a model and the same one compiled."""
+COMPILING = 15.0
+"""Seconds without which no model is compiled."""
 
 
 def compiled(model: Any, mode: str = COMPILE_MODE) -> Any:
@@ -50,37 +48,27 @@ def compiled(model: Any, mode: str = COMPILE_MODE) -> Any:
     return model
 
 
-def compiled_rivals(
-    size: Size,
-    device: str,
-    rounds: int,
-    say: Say,
-    found: dict[str, Any],
-    mode: str = COMPILE_MODE,
-    out_of_time: Callable[[], bool] = lambda: False,
-) -> None:
+def compiled_rivals(size: Size, job: Job, mode: str = COMPILE_MODE) -> None:
     """torch.compile of diffusers' forward and of ours, K = 1, in turn with both as they are.
 
     What is compiled is held to the same model as it is: a wrong one is not timed.
     """
-    config = dataclasses.replace(size, concepts=0).config
-    plain = build(config, device)
-    given = Inputs.of(config, device, 1).to(torch.bfloat16)
+    config, found = dataclasses.replace(size, concepts=0).config, job.found
+    exact = build(config, job.device)
+    given = Inputs.of(config, job.device, 1).to(torch.bfloat16)
     found |= {"mode": mode, "compile_s": {}, "relative_l2": {}}
     makers: dict[str, Callable[[], Call]] = {}
-    try:
-        theirs = narrow(diffusers_model(plain), torch.bfloat16)
+    theirs = diffusers_in_bfloat16(exact, job).get("diffusers eager")
+    if theirs is not None:
         makers["diffusers"] = lambda: their_forward(copy.deepcopy(theirs), given)
         makers["diffusers compiled"] = lambda: their_forward(compiled(theirs, mode), given)
-    except Exception as error:  # not installed, or not for the packages that are
-        found["no_diffusers"] = failed(error)["failed"]
-    plain = narrow(plain, torch.bfloat16)
+    plain = narrow(exact, torch.bfloat16)
     makers["ours"] = lambda: denoise_call(fuse(twin(plain)), given)
     makers["ours compiled"] = lambda: denoise_call(compiled(fuse(twin(plain)), mode), given)
     calls: dict[str, Call] = {}
     results: dict[str, Tensor] = {}
     for name, make in makers.items():
-        if name.endswith("compiled") and out_of_time():
+        if name.endswith("compiled") and job.left() < COMPILING:
             found["relative_l2"][name] = "no time was left"
             continue
         try:
@@ -92,42 +80,36 @@ def compiled_rivals(
                 found["compile_s"][name] = time.perf_counter() - start
             if apart < TOO_FAR:
                 calls[name] = call
-            say(f"compiled: {name}, {time.perf_counter() - start:.1f} s, relative L2 to eager {apart:.1e}")
-        except DeviceLost:
-            raise
+            job.say(
+                f"compiled: {name}, {time.perf_counter() - start:.1f} s, relative L2 to eager {apart:.1e}"
+            )
         except Exception as raised:  # of a compiler
             found["relative_l2"][name] = failed(raised)["failed"]
-            say(f"compiled: {name} FAILED: {found['relative_l2'][name]}")
-    found["timing"] = in_turn(calls, max(2, rounds), graphs=False, seconds=6)
-    say_timings(say, "compiled", found["timing"])
+            job.say(f"compiled: {name} FAILED: {found['relative_l2'][name]}")
+    found["timing"] = in_turn(calls, max(2, job.rounds), graphs=False, seconds=6)
+    say_timings(job.say, "compiled", found["timing"])
 
 
-def full(size: Size, device: str, say: Say, found: dict[str, Any]) -> None:
+def full(size: Size, job: Job) -> None:
     """The forward's errors against float32 at full size, K = 1: ours and diffusers'."""
     config = dataclasses.replace(size, concepts=0).config
-    exact = build(config, device)
-    wide = Inputs.of(config, device, 1)
+    exact = build(config, job.device)
+    wide = Inputs.of(config, job.device, 1)
     expected = in_float32(denoise_call(exact, wide))
     low = wide.to(torch.bfloat16)
-    calls: dict[str, Call] = {}
-    try:
-        calls["diffusers eager"] = their_forward(narrow(diffusers_model(exact), torch.bfloat16), low)
-    except Exception as error:  # not installed, or not for the packages that are
-        found["no_diffusers"] = failed(error)["failed"]
+    calls = {name: their_forward(theirs, low) for name, theirs in diffusers_in_bfloat16(exact, job).items()}
     plain = narrow(exact, torch.bfloat16)
     calls |= {"plain": denoise_call(plain, low), "ours": denoise_call(fuse(twin(plain)), low)}
-    errors = found["relative_l2"] = {}
+    errors = job.found["relative_l2"] = {}
     errors_of(calls, expected, errors)
-    say(f"full size, relative L2: {errors}")
+    job.say(f"full size, relative L2: {errors}")
 
 
-def profiled(size: Size, device: str, found: dict[str, Any]) -> None:
+def profiled(size: Size, job: Job) -> None:
     """Which kernels a step of ours spends its time in."""
-    config = size.config
-    model = fuse(narrow(build(config, device), torch.bfloat16))
-    call = step_call(model, Inputs.of(config, device, 2).to(torch.bfloat16), True)
+    call = _step(size.config, job.device)
     call()
-    found["step"] = profile(call)
+    job.found["step"] = profile(call)
 
 
 def profile(call: Call, most: int = 15) -> list[dict[str, Any]]:
@@ -145,31 +127,26 @@ def profile(call: Call, most: int = 15) -> list[dict[str, Any]]:
     return [{"kernel": r.key[:120], "calls": r.count, "ms": getattr(r, spent) / 1e3} for r in rows]
 
 
-def scaling(
-    sizes: list[Size],
-    device: str,
-    rounds: int,
-    out_of_time: Callable[[], bool],
-    say: Say,
-    found: dict[str, Any],
-) -> None:
+def scaling(sizes: list[Size], job: Job, least: Callable[[int], float]) -> None:
     """A step at other sizes, beside what the first one's rate and the operations predict; adds rows to those
-    that are there."""
-    rows = found.setdefault("rows", [])
-    left = found.setdefault("left_out", [])
+    that are there.
+
+    least: of the number of rows that are there, the seconds without which no further one is begun.
+    """
+    rows = job.found.setdefault("rows", [])
+    missed = job.found.setdefault("left_out", [])
     for size in sizes:
         config = size.config
         name = f"{size.preset} {size.width}x{size.height}x{size.frames}, {size.concepts} concepts"
-        if out_of_time():
-            left.append(name)
+        if job.left() < least(len(rows)):
+            missed.append(name)
             continue
         flops = sum(flops_of(config, 2).values())
         row: dict[str, Any] = {"name": name, **dataclasses.asdict(size), "tokens": tokens_of(config)}
         rows.append(row)
         try:
-            row |= _scaled(config, device, rounds) | {"flops": flops}
-        except DeviceLost:
-            raise
+            step = {"step": _step(config, job.device)}
+            row |= in_turn(step, job.rounds, graphs=False, seconds=4)["step"] | {"flops": flops}
         except Exception as error:  # out of memory, above all
             row |= failed(error)
         first = rows[0]
@@ -177,15 +154,15 @@ def scaling(
             row["predicted_ms"] = first["p50_ms"] * flops / first["flops"]
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        say(
+        job.say(
             f"scaling: {name:44} {row.get('failed') or row['p50_ms']}, predicted {row.get('predicted_ms')} ms"
         )
 
 
-def _scaled(config: ModelConfig, device: str, rounds: int) -> dict[str, Any]:
-    given = Inputs.of(config, device, 2).to(torch.bfloat16)
-    call = step_call(fuse(narrow(build(config, device), torch.bfloat16)), given, True)
-    return in_turn({"step": call}, rounds, graphs=False, seconds=4)["step"]
+def _step(config: ModelConfig, device: str) -> Call:
+    """A step of ours with fused kernels, K = 2."""
+    model = fuse(narrow(build(config, device), torch.bfloat16))
+    return step_call(model, Inputs.of(config, device, 2).to(torch.bfloat16), True)
 
 
 def scaling_sizes(small: bool) -> list[Size]:

@@ -4,8 +4,7 @@ Weights are random; nothing here depends on their values. What is timed has been
 clip of HELD_FRAMES, because float32 attention over all 32,760 tokens takes many seconds (`full` does it): a
 forward may be called lossless when its relative L2 error is not above that of diffusers' own in bfloat16 (of
 the engine's plain one, where diffusers is not installed), and nothing is timed that is further off than
-RIGHT times that. At full size it has to agree with diffusers' as far. Each function fills the `found` that
-it is given as it goes: what comes before a failure is kept.
+RIGHT times that. At full size it has to agree with diffusers' as far.
 
 Letters: K guidance branches, M solver states, C concept tokens, T text tokens, S video tokens, D width.
 """
@@ -16,7 +15,6 @@ import copy
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,7 +32,7 @@ from conceptmaster.kernels.common import in_plain_torch
 from conceptmaster.kernels.cross_attention import attention
 from conceptmaster.runtime.backends.pytorch.stepper import Stepper
 
-from .timing import Call, failed, in_turn
+from .timing import Call, Job, Say, failed, in_turn
 
 MARGIN = 1.0
 """How much of diffusers' own error ours may be, to be called lossless."""
@@ -44,8 +42,6 @@ APART = 2.0
 """How far two models that are right may be from each other, in errors of one of them."""
 HELD_FRAMES = 21
 STATES = 4
-
-Say = Callable[[str], object]
 
 
 @dataclass(frozen=True)
@@ -230,27 +226,32 @@ def in_float32(call: Call) -> Any:
         torch.backends.cudnn.allow_tf32 = before[1]
 
 
-def forward(size: Size, device: str, rounds: int, say: Say, found: dict[str, Any], high: bool = True) -> None:
+def diffusers_in_bfloat16(exact: ConceptDiT, job: Job) -> dict[str, Any]:
+    """{"diffusers eager": its transformer with the weights of `exact`}, or {} and the reason in the job."""
+    try:
+        return {"diffusers eager": narrow(diffusers_model(exact), torch.bfloat16)}
+    except Exception as error:  # not installed, or not for the packages that are
+        job.found["no_diffusers"] = failed(error)["failed"]
+        job.say(f"without diffusers: {job.found['no_diffusers']}")
+        return {}
+
+
+def forward(size: Size, job: Job, high: bool = True) -> None:
     """The base against diffusers: held to float32, then in turn one forward, K = 1, and one step, K = 2.
 
     diffusers computes the text's keys and values in every forward, ours once per request. All are launched
     kernel by kernel: at this size the GPU is never waiting for that. high: whether the tier of that name is
     there, too.
     """
-    base = dataclasses.replace(size, concepts=0)
+    base, found, say = dataclasses.replace(size, concepts=0), job.found, job.say
     config, held = base.config, held_to(base)
     found |= {"tokens": tokens_of(config), "flops": sum(flops_of(config, 1).values())}
     found["held_to_float32"] = {"frames": held.frames, "tokens": tokens_of(held)}
-    exact = build(config, device)
-    wide = Inputs.of(held, device, 1)
+    exact = build(config, job.device)
+    wide = Inputs.of(held, job.device, 1)
     expected = in_float32(denoise_call(exact, wide))
     say("forward: the reference in float32 is there")
-    models: dict[str, Any] = {}
-    try:
-        models["diffusers eager"] = narrow(diffusers_model(exact), torch.bfloat16)
-    except Exception as error:  # not installed, or not for the packages that are
-        found["no_diffusers"] = failed(error)["failed"]
-        say(f"without diffusers: {found['no_diffusers']}")
+    models = diffusers_in_bfloat16(exact, job)
     plain = models["plain"] = narrow(exact, torch.bfloat16)
     models["ours"] = fuse(twin(plain))
     if high:
@@ -278,18 +279,18 @@ def forward(size: Size, device: str, rounds: int, say: Say, found: dict[str, Any
     if not right:
         return
     say(f"forward, relative L2: {errors}")
-    full = calls(Inputs.of(config, device, 1).to(torch.bfloat16))
+    full = calls(Inputs.of(config, job.device, 1).to(torch.bfloat16))
     apart = found["full_size_apart"] = relative_l2(full["ours"](), full[judge]())
     if not apart <= APART * theirs:
         found["lossless"] = False
         say(f"forward: at full size ours is {apart} from {judge}: wrong, so nothing of it is timed")
         return
     say(f"forward: at full size ours is {apart:.2e} from {judge}")
-    found["timing"] = in_turn(full, rounds, graphs=False, seconds=12)
+    found["timing"] = in_turn(full, job.rounds, graphs=False, seconds=12)
     say_timings(say, "forward", found["timing"])
-    both = calls(Inputs.of(config, device, 2).to(torch.bfloat16), step=True)
+    both = calls(Inputs.of(config, job.device, 2).to(torch.bfloat16), step=True)
     both = {name: both[name] for name in ("diffusers eager", "ours", "ours high") if name in both}
-    found["step"] = in_turn(both, min(rounds, 3), graphs=False, seconds=8)
+    found["step"] = in_turn(both, min(job.rounds, 3), graphs=False, seconds=8)
     say_timings(say, "step of the base", found["step"])
 
 
@@ -360,17 +361,17 @@ def step_call(model: ConceptDiT, given: Inputs, cached: bool) -> Call:
     return lambda: stepper._step(**inputs, **(_conditions(model, given) if kept is None else kept))
 
 
-def ladder(size: Size, device: str, rounds: int, say: Say, found: dict[str, Any], high: bool = True) -> None:
+def ladder(size: Size, job: Job, high: bool = True) -> None:
     """A step with concepts, K = 2, from plain PyTorch up: every rung's error against float32 and its gain.
 
     "eager" has the attention that PyTorch takes by itself. Rungs up to "CUDA graph" are launched one kernel
     at a time, and timed so. high: whether the tier of that name is a rung.
     """
-    config, held = size.config, held_to(size)
+    config, held, found, say = size.config, held_to(size), job.found, job.say
     found |= {"branches": 2, "concepts": size.concepts, "ok": False}
     found["held_to_float32"] = {"frames": held.frames, "tokens": tokens_of(held)}
-    exact = build(config, device)
-    wide = Inputs.of(held, device, 2)
+    exact = build(config, job.device)
+    wide = Inputs.of(held, job.device, 2)
     expected = in_float32(step_call(exact, wide, True))[1]
     say("ladder: the reference in float32 is there")
     plain = narrow(exact, torch.bfloat16)
@@ -401,13 +402,13 @@ def ladder(size: Size, device: str, rounds: int, say: Say, found: dict[str, Any]
     if not right:
         say("the ladder is wrong: nothing of it is timed")
         return
-    launched, replayed = rungs(Inputs.of(config, device, 2).to(torch.bfloat16))
+    launched, replayed = rungs(Inputs.of(config, job.device, 2).to(torch.bfloat16))
     for name in wrong:
         launched.pop(name, None)
         replayed.pop(name, None)
-    found["timing"] = in_turn(launched, rounds, graphs=False, seconds=14)
+    found["timing"] = in_turn(launched, job.rounds, graphs=False, seconds=14)
     say_timings(say, "step", found["timing"])
-    found["timing"] |= in_turn(replayed, rounds, seconds=8)
+    found["timing"] |= in_turn(replayed, job.rounds, seconds=8)
     before = None
     for entry in found["timing"].values():
         if "p50_ms" in entry:
@@ -416,7 +417,7 @@ def ladder(size: Size, device: str, rounds: int, say: Say, found: dict[str, Any]
     say_timings(say, "step", found["timing"])
 
 
-def say_timings(say: Callable[[str], object], what: str, timing: dict[str, dict[str, Any]]) -> None:
+def say_timings(say: Say, what: str, timing: dict[str, dict[str, Any]]) -> None:
     """A line for each of the timings."""
     for name, entry in timing.items():
         words = entry.get("failed") or f"{entry['p50_ms']:9.2f} ms"

@@ -35,7 +35,7 @@ from . import check as checking
 from . import further, model, video
 from .cases import COMPILE_MODE, Case, Shapes
 from .check import check
-from .timing import ROOT, DeviceLost, commit, failed, hardware, in_turn, roofline
+from .timing import ROOT, DeviceLost, Job, Say, commit, failed, guarded, hardware, in_turn, roofline
 
 __all__ = ["check", "in_turn", "run"]
 
@@ -65,8 +65,6 @@ USES = ("residual and modulation", "norm and rotation", "row_cases")
 USES_CONCEPTS = (*USES, "concept injection", "injection with its projection", "cross_cases")
 USES_HIGH = ("fp8 linear", "eight_bit_cases")
 """Kernels of the model, by the beginning of a case's name, or of what stands for cases that there are not."""
-
-Say = Callable[[str], object]
 
 
 def measure(case: Case, compiled: bool = False) -> dict[str, Any]:
@@ -155,7 +153,7 @@ def _run(
         gc.freeze()  # some versions of PyTorch collect before every capture
     if "roofline" not in report:
         report["at"] = "the roofline"
-        report["roofline"] = _guarded(lambda: roofline(shapes.new, shapes.small, ROUNDS))
+        report["roofline"] = guarded(lambda: roofline(shapes.new, shapes.small, ROUNDS))
         say(f"roofline: {json.dumps(report['roofline'])}")
     if shapes.device == "cuda" and "attention" not in report:
         report["at"] = "the lossless attention"
@@ -188,7 +186,7 @@ def _time_kernels(
             continue
         report["at"] = row["at"] = case.name
         row[key] = {"ours": {"failed": "the GPU was lost"}}
-        row[key] = timing = _guarded(functools.partial(measure, case, compiled))
+        row[key] = timing = guarded(functools.partial(measure, case, compiled))
         del row["at"]
         say(f"{case.name:58} {timing['failed']}" if "failed" in timing else _line(case.name, timing))
     return missed
@@ -209,16 +207,6 @@ def _each(shapes: Shapes, only_main: bool = False) -> Iterator[Case]:
 MAIN = "1.3B 480p"
 
 
-def _guarded(call: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What the call gives, or why it does not. Raises DeviceLost."""
-    try:
-        return call()
-    except DeviceLost:
-        raise
-    except Exception as error:  # of kernels, compilers and rivals: no common base
-        return failed(error)
-
-
 def _red(report: dict[str, Any], kernels: tuple[str, ...], shape: str = "1.3B") -> list[str]:
     """Which of these kernels are red at the shapes that count; where nothing was checked, none."""
     return [
@@ -233,63 +221,41 @@ def _model_parts(
 ) -> None:
     """Adds the parts that are of the whole model to the report, as long as there is time."""
     size = model.SMALL if shapes.small else model.Size()
-    device, rounds = shapes.device, min(ROUNDS, MODEL_ROUNDS)
     high = not _red(report, USES_HIGH)
     if not high:
         say("the tier high is left out of the model: a kernel of it is red")
+    steps = 2 if shapes.small else None
     sizes = further.scaling_sizes(shapes.small)
-    few = min(rounds, 2)
+    others = [s for s in sizes if dataclasses.replace(s, concepts=sizes[0].concepts) != sizes[0]]
 
-    def filled(name: str) -> dict[str, Any]:
-        found: dict[str, Any] = report.setdefault(name, {})
-        return found
-
-    def scaled(concepts: bool) -> None:
-        chosen = [
-            s for s in sizes if concepts == (dataclasses.replace(s, concepts=sizes[0].concepts) == sizes[0])
-        ]
-        found = filled("scaling")
-        rows = found.setdefault("rows", [])
-
-        def spent() -> bool:
-            if not concepts:
-                return left() < SECONDS["scaling"]
-            return left() < 6 or (len(rows) > 2 and left() < SECONDS["compiled"] + 6)
-
-        further.scaling(chosen, device, few, spent, say, found)
+    def job(name: str, rounds: int = MODEL_ROUNDS) -> Job:
+        return Job(shapes.device, min(ROUNDS, rounds), say, report.setdefault(name, {}), left)
 
     def compiled() -> None:
-        found = filled("compiled")
-        further.compiled_rivals(size, device, few, say, found, shapes.mode, lambda: left() < 15)
+        further.compiled_rivals(size, job("compiled", 2), shapes.mode)
         _time_kernels(shapes, report, lambda: left() < 8, say, compiled=True)
 
-    todo: dict[str, tuple[tuple[str, ...], Callable[[], Any]]] = {
-        "forward": (USES, lambda: model.forward(size, device, rounds, say, filled("forward"), high)),
-        "ladder": (
-            USES_CONCEPTS,
-            lambda: model.ladder(size, device, min(rounds, 3), say, filled("ladder"), high),
-        ),
-        "video": (
-            USES_CONCEPTS,
-            lambda: video.shipped(
-                device, 10 if ROUNDS > 2 else 2, 2 if shapes.small else None, ("torch",), say, filled("video")
-            ),
-        ),
-        "concepts": (USES_CONCEPTS, lambda: scaled(True)),
+    def concepts() -> None:
+        further.scaling(
+            [s for s in sizes if s not in others],
+            job("scaling", 2),
+            lambda done: 6 + (SECONDS["compiled"] if done > 2 else 0),
+        )
+
+    todo: dict[str, tuple[tuple[str, ...], Callable[[], object]]] = {
+        "forward": (USES, lambda: model.forward(size, job("forward"), high)),
+        "ladder": (USES_CONCEPTS, lambda: model.ladder(size, job("ladder", 3), high)),
+        "video": (USES_CONCEPTS, lambda: video.shipped(job("video", 10), ["torch"], steps)),
+        "concepts": (USES_CONCEPTS, concepts),
         "compiled": (USES, compiled),
-        "full": (USES, lambda: further.full(size, device, say, filled("full"))),
-        "stages": (
-            (),
-            lambda: video.stages(size, device, rounds, lambda: left() < 8, say, filled("stages")),
+        "full": (USES, lambda: further.full(size, job("full"))),
+        "stages": ((), lambda: video.stages(size, job("stages"))),
+        "scaling": (
+            USES_CONCEPTS,
+            lambda: further.scaling(others, job("scaling", 2), lambda done: SECONDS["scaling"]),
         ),
-        "scaling": (USES_CONCEPTS, lambda: scaled(False)),
-        "cpu": (
-            (),
-            lambda: video.shipped(
-                device, 2, 2 if shapes.small else None, ("onnxruntime",), say, filled("video")
-            ),
-        ),
-        "profile": (USES_CONCEPTS, lambda: further.profiled(size, device, filled("profile"))),
+        "cpu": ((), lambda: video.shipped(job("video", 2), ["onnxruntime"], steps)),
+        "profile": (USES_CONCEPTS, lambda: further.profiled(size, job("profile"))),
     }
     for name, (kernels, measured) in todo.items():
         if name not in parts or name in report["done"]:

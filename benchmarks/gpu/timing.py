@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import math
-import statistics
 import subprocess
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +18,27 @@ import torch
 
 from conceptmaster.runtime.backends.pytorch.stepper import cuda_graphs
 
-from ..alternating import machine
+from ..alternating import machine, percentiles
 
 ROOT = Path(__file__).resolve().parents[2]
 Call = Callable[[], Any]
-
+Say = Callable[[str], object]
 
 LEAST_ROUNDS = 3
 """So many even where the seconds are used up."""
+
+
+@dataclass
+class Job:
+    """What every measurement is given. device: "cuda" or "cpu"; rounds: of what is timed; say: takes a line
+    for people; found: is filled as it goes, so that what comes before a failure is kept; left: how many
+    seconds there are still."""
+
+    device: str
+    rounds: int
+    say: Say = print
+    found: dict[str, Any] = field(default_factory=dict)
+    left: Callable[[], float] = lambda: math.inf
 
 
 class DeviceLost(RuntimeError):
@@ -34,12 +47,22 @@ class DeviceLost(RuntimeError):
 
 def failed(error: Exception) -> dict[str, Any]:
     """{"failed": why}. Raises DeviceLost when nothing further can be computed in this process."""
+    if isinstance(error, DeviceLost):
+        raise error
     if torch.cuda.is_available():
         try:
             torch.cuda.synchronize()
         except Exception as lost:  # what CUDA's errors are called differs from version to version
             raise DeviceLost(why(error)) from lost
     return {"failed": why(error)}
+
+
+def guarded(call: Callable[[], dict[str, Any]], **otherwise: Any) -> dict[str, Any]:
+    """What the call gives, or `otherwise` beside why it gives nothing. Raises DeviceLost."""
+    try:
+        return call()
+    except Exception as error:  # of kernels, compilers and rivals: no common base
+        return otherwise | failed(error)
 
 
 def captured(call: Call) -> Call:
@@ -75,9 +98,7 @@ def in_turn(
     notes: dict[str, dict[str, Any]] = {}
     for name, call in calls.items():
         try:
-            ready[name] = call
-            if graphs:
-                ready[name], notes[name] = _replayable(call)
+            ready[name], notes[name] = _replayable(call) if graphs else (call, {})
             once(ready[name])
         except Exception as error:  # what a rival or its compiler raises has no common base
             found[name] = failed(error)
@@ -94,7 +115,7 @@ def in_turn(
                 found[name] = failed(error)
                 del ready[name], times[name]
         done += 1
-    timed = {name: percentiles(values) | notes.get(name, {}) for name, values in times.items()}
+    timed = {name: percentiles(values) | notes[name] for name, values in times.items()}
     return found | {name: {**entry, "rounds": done} for name, entry in timed.items()}
 
 
@@ -109,14 +130,6 @@ def _replayable(call: Call) -> tuple[Call, dict[str, Any]]:
 def why(error: Exception) -> str:
     """An error as one short line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-
-
-def percentiles(values: list[float]) -> dict[str, float]:
-    """p20, p50 and p80 of milliseconds."""
-    if len(values) < 2:
-        return {"p20_ms": values[0], "p50_ms": values[0], "p80_ms": values[0]}
-    fifths = statistics.quantiles(values, n=5, method="inclusive")
-    return {"p20_ms": fifths[0], "p50_ms": statistics.median(values), "p80_ms": fifths[-1]}
 
 
 def roofline(new: Callable[..., torch.Tensor], small: bool, rounds: int) -> dict[str, Any]:

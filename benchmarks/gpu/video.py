@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -18,39 +18,26 @@ import torch
 
 from conceptmaster.engine.config import ModelConfig
 
+from ..alternating import percentiles
 from .model import Size
-from .timing import ROOT, Call, DeviceLost, failed, in_turn, percentiles, why
+from .timing import ROOT, Call, Job, failed, guarded, in_turn, why
 
 REQUEST = ROOT / "examples" / "sprites" / "requests" / "first" / "request.json"
 
 
-def shipped(
-    device: str,
-    rounds: int,
-    steps: int | None = None,
-    backends: tuple[str, ...] = ("torch", "onnxruntime"),
-    say: Callable[[str], object] = print,
-    found: dict[str, Any] | None = None,
-) -> dict[str, Any]:
-    """The shipped bundle's videos by stage: torch on `device`, ONNX Runtime on the CPU beside it; `found`."""
-    found = {} if found is None else found
+def shipped(job: Job, backends: Iterable[str] = ("torch", "onnxruntime"), steps: int | None = None) -> None:
+    """The shipped bundle's videos by stage: torch on the job's device, ONNX Runtime on the CPU beside it."""
     for backend in backends:
-        place = device if backend == "torch" else "cpu"
+        place = job.device if backend == "torch" else "cpu"
         name = f"{backend} on {place}"
-        found[name] = {}
+        found = job.found[name] = {}
         try:
-            _videos(backend, place, rounds, steps, found[name])
-        except DeviceLost:
-            raise
+            _videos(backend, place, job.rounds, steps, found)
+            words = f"cold {found['cold_s']['total']:.1f} s, warm {found['warm']['total']['p50_ms']:.1f} ms"
         except Exception as error:  # a package that this machine lacks, each with an error of its own
-            found[name] |= failed(error)
-        warm = found[name].get("warm", {}).get("total", {})
-        words = (
-            found[name].get("failed")
-            or f"cold {found[name]['cold_s']['total']:.1f} s, warm {warm['p50_ms']:.1f} ms"
-        )
-        say(f"video, {name}: {words}")
-    return found
+            found |= failed(error)
+            words = found["failed"]
+        job.say(f"video, {name}: {words}")
 
 
 def _videos(backend: str, device: str, rounds: int, steps: int | None, report: dict[str, Any]) -> None:
@@ -87,6 +74,8 @@ def _videos(backend: str, device: str, rounds: int, steps: int | None, report: d
 
 VIDEO_SECONDS = 6.0
 """What warm videos may take, beside two that are always made."""
+STAGE_SECONDS = 8.0
+"""Without so many no stage is begun."""
 
 
 def _encode(video: Any) -> float | str:
@@ -100,35 +89,23 @@ def _encode(video: Any) -> float | str:
         return time.perf_counter() - start
 
 
-def stages(
-    size: Size,
-    device: str,
-    rounds: int,
-    out_of_time: Callable[[], bool],
-    say: Callable[[str], object],
-    found: dict[str, Any],
-) -> None:
+def stages(size: Size, job: Job) -> None:
     """Milliseconds of every stage beside the steps, one after the other, each with its peak memory."""
-    for name, make in _makers(size.config, device):
-        if out_of_time():
-            found[name] = {"failed": "no time was left"}
-            continue
-        try:
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
-                torch.cuda.reset_peak_memory_stats()
-            call = make()
-            found[name] = in_turn({name: call}, rounds, graphs=False, seconds=2)[name]
-            del call
-            if torch.cuda.is_available():
-                found[name]["peak_bytes"] = torch.cuda.max_memory_allocated()
-        except DeviceLost:
-            raise
-        except Exception as error:  # out of memory, or a package that this machine lacks
-            found[name] = failed(error)
-        entry = found[name]
-        words = entry.get("failed") or f"{entry['p50_ms']:.2f} ms"
-        say(f"stage: {name:30} {words}")
+    for name, make in _makers(size.config, job.device):
+        found = {"failed": "no time was left"}
+        if job.left() >= STAGE_SECONDS:
+            found = guarded(functools.partial(_stage, make, job.rounds))
+        job.found[name] = found
+        job.say(f"stage: {name:30} {found.get('failed') or format(found['p50_ms'], '.2f') + ' ms'}")
+
+
+def _stage(make: Callable[[], Call], rounds: int) -> dict[str, Any]:
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    found = in_turn({"stage": make()}, rounds, graphs=False, seconds=2)["stage"]
+    return found | ({"peak_bytes": torch.cuda.max_memory_allocated()} if cuda else {})
 
 
 def _makers(config: ModelConfig, device: str) -> Iterator[tuple[str, Callable[[], Call]]]:

@@ -72,8 +72,8 @@ def test_a_case_that_raises_stops_neither_the_others_nor_the_report(monkeypatch)
 
 
 def test_a_part_that_raises_stops_no_other_and_all_is_in_the_file(monkeypatch, tmp_path):
-    def fail(size, device, rounds, say, found, high=True):
-        found["before"] = 1
+    def fail(size, job, high=True):
+        job.found["before"] = 1
         raise RuntimeError("out of\nluck")
 
     monkeypatch.setattr(gpu_model, "forward", fail)
@@ -257,7 +257,9 @@ def test_rounds_end_with_their_time():
 
 @pytest.mark.slow
 def test_the_shipped_model_end_to_end():
-    found = video.shipped("cpu", 2, steps=2)
+    job = timing.Job("cpu", 2)
+    video.shipped(job, steps=2)
+    found = job.found
     for entry in found.values():
         assert {"load", "encode", "condition", "denoise", "decode", "total"} <= entry["warm"].keys()
         assert isinstance(entry["cold_s"]["encode_mp4"], float)
