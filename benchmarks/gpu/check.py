@@ -15,10 +15,8 @@ import math
 import os
 import subprocess
 import sys
-import tempfile
-import time
 from collections.abc import Callable, Collection, Iterable, Iterator
-from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -102,50 +100,32 @@ def line(name: str, row: dict[str, Any]) -> str:
 
 
 def at_once(
-    device: str,
-    small: bool,
-    rows: dict[str, Any],
-    say: Say,
-    meanwhile: Callable[[], object] = lambda: None,
-    processes: int = PROCESSES,
-    most: int = 4,
+    device: str, small: bool, rows: dict[str, Any], say: Say, processes: int = PROCESSES, most: int = 4
 ) -> None:
-    """Adds every case to `rows`, from several processes; those that end early are followed by others.
-
-    meanwhile: called once, while the first of them are at work.
-    """
-    count = len(groups(Shapes("cpu", small)))
-    left = list(range(count))
-    for turn in range(most):
-        if not left:
-            return
-        shares = [share for n in range(processes) if (share := left[n::processes])]
-        with tempfile.TemporaryDirectory() as folder:
-            running = []
-            for number, share in enumerate(shares):
-                order = {"device": device, "small": small, "groups": share, "skip": list(rows)}
-                output = Path(folder, str(number))
-                with output.open("wb") as target:
-                    command = [sys.executable, "-m", __spec__.name, json.dumps(order)]
-                    process = subprocess.Popen(command, stdout=target, stderr=subprocess.STDOUT)
-                running.append((share, output, process))
-            end = time.monotonic() + PATIENCE
-            if turn == 0:
-                meanwhile()
-            left = []
-            for share, output, process in running:
-                try:
-                    code = process.wait(max(0.1, end - time.monotonic()))
-                    reason = f"its process ended with {code}"
-                except subprocess.TimeoutExpired:
-                    process.kill()
-                    process.wait()
-                    reason = f"no answer in {PATIENCE:.0f} s"
-                left += _collect(output.read_text("utf-8", "replace"), share, rows, reason, say)
+    """Adds every case to `rows`, from several processes; those that end early are followed by others."""
+    names = [name for name, _ in groups(Shapes("cpu", small))]
+    left = list(range(len(names)))
+    with ThreadPoolExecutor(processes) as pool:
+        for _ in range(most):
+            shares = [share for n in range(processes) if (share := left[n::processes])]
+            order = {"device": device, "small": small, "skip": list(rows)}
+            ended = pool.map(_process, [order | {"groups": share} for share in shares])
+            found = zip(shares, ended, strict=True)
+            left = [n for share, (text, how) in found for n in _collect(text, share, rows, how, say)]
     for number in left:
-        name = groups(Shapes("cpu", small))[number][0]
-        rows[name] = {"ok": False, "failed": "not all of it could be checked"}
-        say(line(name, rows[name]))
+        rows[names[number]] = {"ok": False, "failed": "not all of it could be checked"}
+        say(line(names[number], rows[names[number]]))
+
+
+def _process(order: dict[str, Any]) -> tuple[str, str]:
+    """What a process with this order writes, and how it ends."""
+    command = [sys.executable, "-m", __spec__.name, json.dumps(order)]
+    try:
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=PATIENCE)
+        written, how = done.stdout, f"its process ended with {done.returncode}"
+    except subprocess.TimeoutExpired as late:
+        written, how = late.stdout or b"", f"no answer in {PATIENCE:.0f} s"
+    return written.decode("utf-8", "replace"), how
 
 
 def _collect(text: str, share: list[int], rows: dict[str, Any], reason: str, say: Say) -> list[int]:

@@ -129,16 +129,14 @@ def _run(
     report.setdefault("done", [])
     rows: dict[str, Any] = report.setdefault("cases", {})
 
-    def describe() -> None:
-        if "hardware" not in report:
-            report["hardware"] = hardware()  # imports what takes seconds
-            report.setdefault("commit", commit())
-            say(f"hardware: {json.dumps(report['hardware'])}")
-
+    if "hardware" not in report:
+        report["hardware"] = hardware()
+        report.setdefault("commit", commit())
+        say(f"hardware: {json.dumps(report['hardware'])}")
     if "kernels" in parts and "kernels" not in report["done"]:
         report["at"] = "the checks of the kernels"
         if shapes.device == "cuda":
-            checking.at_once(shapes.device, shapes.small, rows, say, describe)
+            checking.at_once(shapes.device, shapes.small, rows, say)
         if not any("shape" in row for row in rows.values()):  # also where no other process came up
             rows.clear()
             checking.here(shapes, rows, say)
@@ -147,7 +145,6 @@ def _run(
         say(f"{len(rows) - len(wrong)} of {len(rows)} kernel cases are right")
         if wrong:
             say(f"not timed, being red: {'; '.join(wrong)}")
-    describe()
     if shapes.device == "cuda":
         gc.collect()
         gc.freeze()  # some versions of PyTorch collect before every capture

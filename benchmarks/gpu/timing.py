@@ -24,8 +24,9 @@ ROOT = Path(__file__).resolve().parents[2]
 Call = Callable[[], Any]
 Say = Callable[[str], object]
 
-LEAST_ROUNDS = 3
+MIN_ROUNDS = 3
 """So many even where the seconds are used up."""
+PACKAGES = ("numpy", "onnxruntime", "torch", "triton", "transformers", "diffusers")
 
 
 @dataclass
@@ -106,7 +107,7 @@ def in_turn(
     times: dict[str, list[float]] = {name: [] for name in ready}
     start, done = time.perf_counter(), 0
     while ready and done < rounds:
-        if done >= LEAST_ROUNDS and time.perf_counter() - start > seconds:
+        if done >= MIN_ROUNDS and time.perf_counter() - start > seconds:
             break
         for name, call in list(ready.items()):
             try:
@@ -145,14 +146,7 @@ def roofline(new: Callable[..., torch.Tensor], small: bool, rounds: int) -> dict
 
 def hardware() -> dict[str, Any]:
     """The card and its clocks, beside what `alternating.machine` tells."""
-    found: dict[str, Any] = {"cuda": torch.version.cuda, **machine()}
-    for name in ("triton", "transformers", "diffusers"):
-        try:
-            found[name] = __import__(name).__version__
-        except ImportError:
-            continue
-        except Exception as error:  # it is there, but does not go with the rest
-            found[name] = why(error)
+    found: dict[str, Any] = {"cuda": torch.version.cuda, **machine(PACKAGES)}
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
         found |= {"gpu": properties.name, "memory_gib": round(properties.total_memory / 2**30, 1)}

@@ -251,7 +251,7 @@ def test_a_rival_that_fails_is_named_and_the_others_are_timed():
 
 def test_rounds_end_with_their_time():
     found = suite.in_turn({"slow": lambda: time.sleep(0.02)}, 1000, seconds=0.1)
-    assert timing.LEAST_ROUNDS <= found["slow"]["rounds"] < 20
+    assert timing.MIN_ROUNDS <= found["slow"]["rounds"] < 20
     assert suite.in_turn({"slow": lambda: None}, 1000, seconds=0.0)["slow"]["rounds"] == 3
 
 
