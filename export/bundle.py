@@ -16,6 +16,7 @@ from ..engine.checkpoints.source import Origin, Source
 from ..engine.config import ModelConfig
 from ..engine.sampling import Sampling
 from ..errors import ExportError, InputError
+from ..runtime.atomic_write import check_folder_of
 from ..runtime.bundle_format import manifest as manifests
 from ..runtime.bundle_format.hashed_file import HashedFile, sha256_file
 from ..runtime.bundle_format.schema import FORMAT, Defaults, GraphFile, Manifest, Shapes
@@ -165,10 +166,7 @@ def _defaults(sampling: Sampling, branches: int) -> Defaults:
 
 
 def _check_target(folder: Path, overwrite: bool) -> None:
-    if not folder.parent.is_dir():
-        raise InputError(f"cannot write {str(folder)!r}: the folder {str(folder.parent)!r} does not exist")
-    if not os.access(folder.parent, os.W_OK | os.X_OK):
-        raise InputError(f"cannot write {str(folder)!r}: {str(folder.parent)!r} is not writable")
+    check_folder_of(folder)
     if not folder.exists() and not folder.is_symlink():
         return
     if not folder.is_dir() or folder.is_symlink():

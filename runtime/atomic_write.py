@@ -45,8 +45,13 @@ def check_output(path: Path, suffixes: tuple[str, ...]) -> Path:
         raise InputError(f"cannot write {str(path)!r}: {error.strerror}") from None
     if is_folder:
         raise InputError(f"cannot write {str(path)!r}: it is a folder")
+    check_folder_of(path)
+    return path
+
+
+def check_folder_of(path: Path) -> None:
+    """Raises InputError where the folder that `path` would be written into is missing or read-only."""
     if not path.parent.is_dir():
         raise InputError(f"cannot write {str(path)!r}: the folder {str(path.parent)!r} does not exist")
     if not os.access(path.parent, os.W_OK | os.X_OK):
         raise InputError(f"cannot write {str(path)!r}: the folder {str(path.parent)!r} is not writable")
-    return path

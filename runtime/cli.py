@@ -364,9 +364,7 @@ def _inspect(args: argparse.Namespace) -> int:
     bundle = Bundle.open(args.bundle)
     manifest = bundle.manifest
     sizes = {
-        name: sum(
-            (bundle.folder / file).stat().st_size for file in (graph.file, *(e.file for e in graph.external))
-        )
+        name: sum((bundle.folder / entry.file).stat().st_size for entry in graph.files())
         for name, graph in manifest.graphs.items()
     }
     if args.json:
@@ -411,6 +409,7 @@ def _describe(manifest: Manifest, sizes: dict[str, int], folder: Path) -> str:
         *([] if manifest.tile is None else [f"decoding  {_tiles(manifest)}"]),
         f"guidance  {s.branches} branch{'es' if s.branches > 1 else ''}",
         "defaults  " + ", ".join(f"{key} {value!r}" for key, value in dataclasses.asdict(d).items()),
+        *([] if manifest.source is None else [f"source    {manifest.source}"]),
         "written   " + ", ".join(f"{key} {value}" for key, value in manifest.written_by.items()),
         "",
         f"{'graph':14} {'size':>10}  inputs → outputs",

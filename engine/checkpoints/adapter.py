@@ -55,8 +55,8 @@ def adapter_keys(model: ConceptMaster) -> set[str]:
     return concept | {key for key in model.state_dict() if key.startswith(("qformer.", "dam."))}
 
 
-def save_adapter(model: ConceptMaster, path: str | Path) -> str:
-    """Writes the adapter of `model`; returns the file's SHA-256. Raises WeightsError where it has none."""
+def save_adapter(model: ConceptMaster, path: str | Path) -> None:
+    """Writes the adapter of `model`. Raises WeightsError where it has none."""
     keys = adapter_keys(model)
     if not keys:
         raise WeightsError(f"the model {model.config.name!r} has no adapter: it takes no concepts")
@@ -65,7 +65,7 @@ def save_adapter(model: ConceptMaster, path: str | Path) -> str:
         "concept": json.dumps(dataclasses.asdict(model.config.concept)),
         "base": json.dumps(dataclasses.asdict(AdapterBase.of(model.config))),
     }
-    return save(path, {name: value for name, value in model.state_dict().items() if name in keys}, metadata)
+    save(path, {name: value for name, value in model.state_dict().items() if name in keys}, metadata)
 
 
 def read_adapter(path: str | Path) -> Adapter:

@@ -87,21 +87,16 @@ _ENDINGS = {
 
 @dataclass(frozen=True)
 class LoraReport:
-    """What a merge did: the tensors that it changed, the ranks that occur (none for whole differences only).
-
-    `unused` are the file's keys that match nothing; empty unless the merge was told not to be strict.
-    """
+    """What a merge did: the tensors that it changed, the ranks that occur (none for whole differences)."""
 
     path: str
     scale: float
     names: tuple[str, ...]
     ranks: tuple[int, ...]
-    unused: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         ranks = f", rank {', '.join(map(str, self.ranks))}" if self.ranks else ""
-        unused = f", {len(self.unused)} keys unused" if self.unused else ""
-        return f"{self.path} at scale {self.scale:g}: {len(self.names)} tensors changed{ranks}{unused}"
+        return f"{self.path} at scale {self.scale:g}: {len(self.names)} tensors changed{ranks}"
 
 
 class _Part(NamedTuple):
@@ -155,14 +150,11 @@ class _Delta(NamedTuple):
 
 
 @torch.no_grad()
-def merge_lora(
-    transformer: nn.Module | Mapping[str, Tensor], path: str | Path, scale: float = 1.0, strict: bool = True
-) -> LoraReport:
+def merge_lora(transformer: nn.Module, path: str | Path, scale: float = 1.0) -> LoraReport:
     """Adds `scale` times a LoRA to a transformer's weights, in place; their dtype and device stay.
 
-    Args: transformer: a ConceptDiT (or any module with diffusers' names), or its state dict. path: a
-        safetensors file. scale: any finite number; 0 changes no bit. strict: keys that match nothing are an
-        error; otherwise they are told in the report.
+    Args: transformer: a ConceptDiT, or any module with diffusers' names. path: a safetensors file. scale: any
+        finite number; 0 changes no bit.
     A pair without an alpha has alpha = rank. Alphas are read from the file's `.alpha` tensors, from the
     metadata that diffusers writes, or, for PEFT's `adapter_model.safetensors`, from the
     `adapter_config.json` beside it. Weights on disk (lazy_weights.py) are changed whenever they are read.
@@ -173,12 +165,12 @@ def merge_lora(
     if not math.isfinite(scale):
         raise WeightsError(f"the scale of a LoRA must be a finite number, got {scale}")
     tensors, metadata = load(path)
-    state = transformer if isinstance(transformer, Mapping) else transformer.state_dict()
+    state = transformer.state_dict()
     layers, unused = _sort(path, tensors, _modules(state))
     deltas = _deltas(path, layers, state, unused, _read_alphas(path, metadata))
-    _check(path, deltas, state, unused, strict)
+    _check(path, deltas, state, unused)
     if scale:  # adding zero would turn -0.0 into 0.0
-        later = {} if isinstance(transformer, Mapping) else stored_weights(transformer)
+        later = stored_weights(transformer)
         for delta in deltas:
             if delta.target in later:
                 later[delta.target].changes.append(partial(delta.add_to, scale=scale))
@@ -186,7 +178,7 @@ def merge_lora(
                 delta.add_to(state[delta.target], scale)
     names = sorted({delta.target for delta in deltas})
     ranks = sorted({delta.down.tensor.shape[0] for delta in deltas if delta.down is not None})
-    return LoraReport(str(path), scale, tuple(names), tuple(ranks), tuple(sorted(unused)))
+    return LoraReport(str(path), scale, tuple(names), tuple(ranks))
 
 
 def wan_name(module: str) -> str:
@@ -298,12 +290,10 @@ def _read_alphas(path: Path, metadata: Mapping[str, str]) -> _Alphas:
     return _Alphas(default, tuple(patterns.items()), bool(config.get("use_rslora")))
 
 
-def _check(
-    path: Path, deltas: list[_Delta], state: Mapping[str, Tensor], unused: list[str], strict: bool
-) -> None:
+def _check(path: Path, deltas: list[_Delta], state: Mapping[str, Tensor], unused: list[str]) -> None:
     """Raises WeightsError for whatever must keep this file from being merged."""
     images = [key for key in unused if _about_images(key)]
-    if images and strict and not _takes_images(state):
+    if images and not _takes_images(state):
         raise WeightsError(
             f"{path} is a LoRA of an image-to-video model, this transformer is text-to-video; it has nothing "
             f"for {some(images)}"
@@ -315,7 +305,7 @@ def _check(
     misfits = [text for delta in deltas if (text := delta.misfit(state[delta.target].shape))]
     if misfits:
         raise WeightsError(f"{path} does not fit: {some(misfits, 4)}")
-    if unused and strict:
+    if unused:
         raise WeightsError(f"{path} has {len(unused)} keys that match nothing: {some(sorted(unused), 40)}")
     for delta in deltas:
         for part in (delta.up, delta.down):

@@ -47,8 +47,8 @@ def sha256(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def save(path: str | Path, state: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> str:
-    """Writes tensors as safetensors, whole or not at all, and returns the file's SHA-256.
+def save(path: str | Path, state: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Writes tensors as safetensors, whole or not at all.
 
     A tensor that appears under two names (tied weights) is written once, under the first. Written to a
     temporary file beside `path`, then moved over it.
@@ -65,11 +65,9 @@ def save(path: str | Path, state: Mapping[str, Tensor], metadata: Mapping[str, s
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         save_file(tensors, temporary, metadata=dict(metadata or {}))
-        digest = sha256(temporary)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-    return digest
 
 
 def refuse_pickle(path: Path) -> None:
@@ -93,17 +91,15 @@ def unreadable(path: Path, error: Exception) -> WeightsError:
     return WeightsError(f"{path} is not a readable safetensors file, {advice}: {error}")
 
 
-def load(path: str | Path, digest: str | None = None) -> tuple[dict[str, Tensor], dict[str, str]]:
+def load(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Reads a safetensors file: (tensors on the CPU, metadata).
 
-    Raises FileNotFoundError, or WeightsError for a damaged file or, where `digest` is given, another SHA-256.
+    Raises FileNotFoundError, or WeightsError for a damaged file.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no weights file at {path}")
     refuse_pickle(path)
-    if digest is not None and (found := sha256(path)) != digest:
-        raise WeightsError(f"{path} has SHA-256 {found}, expected {digest}")
     try:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
@@ -202,20 +198,19 @@ def _as_parameters(module: nn.Module, state: Mapping[str, Tensor]) -> dict[str, 
     }
 
 
-def save_model(model: ConceptMaster, path: str | Path) -> str:
-    """Writes a model with its configuration inside; returns the file's SHA-256."""
-    return save(
-        path, model.state_dict(), {"format": "conceptmaster", "config": json.dumps(model.config.to_dict())}
-    )
+def save_model(model: ConceptMaster, path: str | Path) -> None:
+    """Writes a model with its configuration inside."""
+    metadata = {"format": "conceptmaster", "config": json.dumps(model.config.to_dict())}
+    save(path, model.state_dict(), metadata)
 
 
-def load_model(path: str | Path, digest: str | None = None) -> ConceptMaster:
+def load_model(path: str | Path) -> ConceptMaster:
     """Rebuilds, in evaluation mode on the CPU, what `save_model` wrote.
 
-    Raises FileNotFoundError, or WeightsError for a damaged file, another SHA-256 than `digest`, or weights
-    that are not of the configuration that the file names.
+    Raises FileNotFoundError, or WeightsError for a damaged file, or weights that are not of the configuration
+    that the file names.
     """
-    state, metadata = load(path, digest)
+    state, metadata = load(path)
     if "config" not in metadata:
         raise WeightsError(
             f"{path} has no model configuration in its metadata; it was not written by save_model"

@@ -9,6 +9,7 @@ be known again.
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 import os
 import re
@@ -36,6 +37,8 @@ from .wan import load_base, load_base_vae, read_config, read_sampling
 
 if TYPE_CHECKING:
     from ..vae.wan_decoder import VAE
+
+log = logging.getLogger(__name__)
 
 PRESET = "preset:"
 FILES = ("model.safetensors", "vae.safetensors", "tokenizer.json")
@@ -210,7 +213,7 @@ def _open_base(place: str | Path, choices: Choices, tokenizer: Path | None) -> S
         model = load_base(folder, config)
     loras = [(lora.path, 1.0 if lora.scale is None else lora.scale) for lora in choices.loras]
     for path, scale in loras:
-        merge_lora(model.transformer, path, scale)
+        log.info("%s", merge_lora(model.transformer, path, scale))
     if adapter:
         load_adapter(model, adapter)
     origin = Origin(

@@ -15,6 +15,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from ...errors import InputError
+from ...runtime.atomic_write import check_folder_of
 from ...runtime.bundle_format import manifest as manifests
 from ...runtime.bundle_format import tensorrt_engines as stored
 from ...runtime.bundle_format.find import Bundle
@@ -48,8 +49,7 @@ def write_repository(
     manifest = bundle.manifest
     if output.exists():
         raise InputError(f"{str(output)!r} is there already: choose another place")
-    if not output.parent.is_dir():
-        raise InputError(f"cannot write {str(output)!r}: the folder {str(output.parent)!r} does not exist")
+    check_folder_of(output)
     plans = None if engines is None else stored.check(bundle, engines)
     inner = output / NAME / "1" / "bundle"
     inner.mkdir(parents=True)

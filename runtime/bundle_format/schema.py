@@ -72,6 +72,10 @@ class GraphFile:
             _require(len({spec.name for spec in specs}) == len(specs), f"{side} share a name")
         _require(len(self.outputs) > 0, "a graph without outputs")
 
+    def files(self) -> tuple[HashedFile, ...]:
+        """Its files, the graph's first; none in a bundle without graphs."""
+        return (HashedFile(self.file, self.sha256), *self.external) if self.file else ()
+
     def input(self, name: str) -> TensorSpec | None:
         """The input called `name`, or None when the graph does not use it."""
         return next((spec for spec in self.inputs if spec.name == name), None)
@@ -360,9 +364,8 @@ class Manifest:
     def files(self) -> Iterator[HashedFile]:
         """Every file that the manifest vouches for."""
         yield self.tokenizer
-        for graph in self.graphs.values() if self.has_graphs else ():
-            yield HashedFile(graph.file, graph.sha256)
-            yield from graph.external
+        for graph in self.graphs.values():
+            yield from graph.files()
 
 
 def _require(condition: bool, message: str) -> None:

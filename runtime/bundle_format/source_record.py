@@ -46,6 +46,12 @@ class SourceRecord:
         if len({file.file for file in self.files}) != len(self.files):
             raise ValueError("the source's files are named twice")
 
+    def __str__(self) -> str:
+        parts = [self.name if self.commit is None else f"{self.name} at {self.commit}"]
+        parts += [] if self.adapter is None else [f"adapter {self.adapter.file}"]
+        parts += [f"LoRA {lora.file} × {lora.scale:g}" for lora in self.loras]
+        return ", ".join([*parts, f"{len(self.files)} files"])
+
     def weights(self) -> Iterator[HashedFile]:
         """The files below the source that hold tensors."""
         return (file for file in self.files if file.file.endswith(".safetensors"))

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 
@@ -280,7 +281,7 @@ def test_one_layer_in_every_spelling(model, tmp_path, assert_close, name, ends):
     tensors[name.partition(".lora_")[0] + ".alpha"] = torch.tensor([6.0])
     save(tmp_path / "lora.safetensors", tensors)
     report = merge_lora(model, tmp_path / "lora.safetensors", 0.5)
-    assert report.names == (target,) and report.ranks == (3,) and report.unused == ()
+    assert report.names == (target,) and report.ranks == (3,)
     assert "at scale 0.5: 1 tensors changed, rank 3" in str(report)
     after = model.state_dict()
     assert_close(after.pop(target), before[target] + 0.5 * (6.0 / 3) * up @ down)
@@ -343,7 +344,8 @@ def test_alpha_in_the_file_that_peft_writes_beside(model, tmp_path, assert_close
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_there_and_back_and_nothing_at_all(model, tmp_path, assert_close, dtype):
-    state = {name: value.to(dtype) for name, value in model.state_dict().items()}
+    model = model.to(dtype)
+    state = model.state_dict()
     state["proj_out.weight"][0, 0] = -0.0
     before = {name: value.clone() for name, value in state.items()}
     diffusers_file(model, tmp_path)
@@ -352,11 +354,11 @@ def test_there_and_back_and_nothing_at_all(model, tmp_path, assert_close, dtype)
     def bits(tensors):
         return {name: value.view(torch.uint8) for name, value in tensors.items() if value.ndim}
 
-    merge_lora(state, path, 0.0)
+    merge_lora(model, path, 0.0)
     assert all(torch.equal(value, bits(before)[name]) for name, value in bits(state).items())
-    report = merge_lora(state, path, 0.7)
+    report = merge_lora(model, path, 0.7)
     assert not any(torch.equal(state[name], before[name]) for name in report.names)
-    merge_lora(state, path, -0.7)
+    merge_lora(model, path, -0.7)
     for name, value in state.items():
         assert value.dtype == dtype
         assert_close(value, before[name], dtype)
@@ -365,12 +367,12 @@ def test_there_and_back_and_nothing_at_all(model, tmp_path, assert_close, dtype)
 def test_bfloat16_is_rounded_once(model, tmp_path):
     diffusers_file(model, tmp_path)
     model = model.bfloat16()
-    before = copy_of(model)
-    wide = {name: value.float() for name, value in before.items()}
+    wide = copy.deepcopy(model).float()
     report = merge_lora(wide, tmp_path / "lora.safetensors")
     assert merge_lora(model, tmp_path / "lora.safetensors") == report
     after = model.state_dict()
-    assert all(torch.equal(value, wide[name].bfloat16()) for name, value in after.items())
+    for name, value in wide.state_dict().items():
+        assert torch.equal(after[name], value.bfloat16()), name
     assert all(value.dtype == torch.bfloat16 for value in after.values())
 
 
@@ -483,14 +485,6 @@ def test_files_and_scales_that_are_none(model, tmp_path):
         merge_lora(model, path)
 
 
-def test_what_is_left_over_is_told_where_it_is_allowed(model, tmp_path):
-    path, images = tmp_path / "lora.safetensors", "blocks.0.cross_attn.k_img.diff_b"
-    file_of(path, **{images: torch.ones(24), "odd": torch.ones(1)})
-    report = merge_lora(model, path, strict=False)
-    assert report.unused == (images, "odd") and report.names == ("blocks.0.attn1.to_q.weight",)
-    assert str(report).endswith("1 tensors changed, rank 2, 2 keys unused")
-
-
 def test_an_image_to_video_lora_does_not_land_on_concepts(tiny, tmp_path):
     model = ConceptDiT(tiny(injection="shared_query"))
     target = "blocks.0.attn2.add_k_proj"
@@ -499,5 +493,4 @@ def test_an_image_to_video_lora_does_not_land_on_concepts(tiny, tmp_path):
     file_of(tmp_path / "lora.safetensors", **{f"{target}.lora_A.weight": down, f"{target}.lora_B.weight": up})
     with pytest.raises(WeightsError, match="image-to-video"):
         merge_lora(model, tmp_path / "lora.safetensors")
-    report = merge_lora(model, tmp_path / "lora.safetensors", strict=False)
-    assert report.names == ("blocks.0.attn1.to_q.weight",)
+    assert model.state_dict()[f"{target}.weight"].equal(weight)

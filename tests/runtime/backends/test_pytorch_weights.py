@@ -175,6 +175,15 @@ def test_a_base_without_concepts_runs_without_graphs(wan_folder, tmp_path):
     assert frames(tmp_path / "new", backend="torch", options=TorchOptions(weights=own)).std() > 5
 
 
+def test_inspect_tells_the_source(bundle, without_graphs, capsys):
+    from conceptmaster.cli import main
+
+    assert main(["inspect", str(bundle)]) == main(["inspect", str(without_graphs)]) == 0
+    out = capsys.readouterr().out
+    assert "source    tiny-wan, LoRA style.safetensors × 0.5, LoRA few-steps.safetensors × -1.5, " in out
+    assert "source    tiny-wan, adapter adapter.safetensors, " in out and "all               0.00 MB" in out
+
+
 def test_whatever_needs_graphs_says_so(without_graphs, capsys, tmp_path):
     from conceptmaster.cli import main
 
