@@ -7,6 +7,7 @@ import dataclasses
 import json
 import os
 import re
+import typing
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -33,44 +34,48 @@ def cores() -> int:
     return os.cpu_count() or 1
 
 
-def add_seeds(parser: argparse.ArgumentParser, seeds: range | None, help: str) -> None:
-    """--seeds, A to B - 1; None: not given."""
-    parser.add_argument("--seeds", type=seed_range, default=seeds, metavar="A:B", help=help)
+def option(default: Any, help: str, **how: Any) -> Any:
+    """A field of an options dataclass that ``add_options`` makes an argument of; ``how``: what argparse is
+    told besides."""
+    return dataclasses.field(default=default, metadata={"help": help, **how})
 
 
-def add_bundle(parser: argparse.ArgumentParser) -> None:
-    """--bundle."""
-    parser.add_argument(
-        "--bundle", default="sprites", metavar="NAME", help="shipped bundle or a path (sprites)"
-    )
+def add_options(parser: argparse.ArgumentParser, kind: type, *names: str, **defaults: Any) -> None:
+    """An argument for each ``option`` of an options dataclass, or for those named: with its name, its type,
+    and its default, unless ``defaults`` has another. A help that ends in brackets says the default itself."""
+    hints = typing.get_type_hints(kind)
+    for field in dataclasses.fields(kind):
+        if not field.metadata or (names and field.name not in names):
+            continue
+        how = dict(field.metadata)
+        how["default"] = default = defaults.get(field.name, field.default)
+        if default is False:
+            how["action"] = "store_true"
+        else:
+            how.setdefault("type", (typing.get_args(hints[field.name]) or (hints[field.name],))[0])
+            if not how["help"].endswith(")"):
+                how["help"] += f" ({default})"
+        parser.add_argument(f"--{field.name.replace('_', '-')}", **how)
 
 
-def add_sampling(parser: argparse.ArgumentParser) -> None:
-    """--steps, --solver and --guidance, for commands that sample in one way."""
-    parser.add_argument("--steps", type=int, metavar="N", help="model evaluations (the bundle's default)")
-    parser.add_argument("--solver", metavar="NAME", help="euler or unipc (the bundle's default)")
-    parser.add_argument("--guidance", type=float, metavar="G", help="(the bundle's default)")
-
-
-def add_running(parser: argparse.ArgumentParser, workers: int | None = None) -> None:
-    """--device, --workers (None: one a core) and --quiet, for commands that score many videos."""
-    default = cores() if workers is None else workers
-    shown = "cores" if workers is None else workers
-    parser.add_argument("--device", default="cpu", metavar="NAME", help="cpu or cuda (cpu)")
-    parser.add_argument(
-        "--workers", type=int, default=default, metavar="W", help=f"processes, of one thread each ({shown})"
-    )
+def add_quiet(parser: argparse.ArgumentParser) -> None:
+    """--quiet, for commands that score many videos."""
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
 
 
-def add_training(parser: argparse.ArgumentParser, seed: bool = True) -> None:
-    """--seed (unless not), --device and --threads, for commands that train."""
+def add_folders(parser: argparse.ArgumentParser, weights: str, help: str) -> None:
+    """``weights``, --data and --output, for commands that train on what ``train`` has made."""
+    parser.add_argument(f"--{weights}", required=True, type=Path, help=help)
+    parser.add_argument("--data", required=True, type=Path, help="folder that `train --output` has filled")
+    parser.add_argument("--output", required=True, type=Path, help="folder for checkpoints and results")
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """--device and --threads, for commands that train."""
     import torch
 
-    if seed:
-        parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--threads", type=int, default=None, help="CPU threads (one per core)")
+    parser.add_argument("--threads", type=int, help="CPU threads (one per core)")
 
 
 def set_threads(args: argparse.Namespace) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 from conceptmaster.errors import ConceptMasterError, InputError, MissingDependency
 from conceptmaster.runtime.cli import Command, Parser
 
-from .arguments import add_bundle, add_running, add_sampling, add_seeds, given
+from .arguments import add_options, add_quiet, given
 
 DRAW = "Writes a request that can be generated: its pictures, request.json, and the true video, truth.mp4."
 SCORE = """\
@@ -64,20 +64,13 @@ def _fail(message: str, code: int) -> int:
     return code
 
 
-def _add_scene(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--concepts", type=int, default=2, metavar="K", help="concepts in a scene, 1 to 3 (2)"
-    )
-    parser.add_argument(
-        "--same-noun", action="store_true", help="two of them share their noun; else all differ"
-    )
-
-
 def _add_draw(parser: argparse.ArgumentParser) -> None:
+    from .scoring.score import Options
+
     parser.description = DRAW
     parser.add_argument("--seed", type=int, required=True, metavar="N", help="of the scene, 0 or more")
     parser.add_argument("--output", required=True, metavar="DIR", help="folder, made where it is missing")
-    _add_scene(parser)
+    add_options(parser, Options, "concepts", "same_noun")
     parser.add_argument("--train-split", action="store_true", help="looks that are trained on, not held out")
     parser.add_argument("--no-truth", action="store_true", help="leave out truth.mp4")
 
@@ -98,12 +91,10 @@ def _draw(args: argparse.Namespace) -> int:
 
 
 def _add_score(parser: argparse.ArgumentParser) -> None:
+    from .scoring.score import Options
+
     parser.description = SCORE
-    add_seeds(parser, range(64), "of scenes and noise, A to B - 1 (0:64)")
-    _add_scene(parser)
-    add_bundle(parser)
-    add_sampling(parser)
-    parser.add_argument("--concept-guidance", type=float, metavar="C", help="(the bundle's default)")
+    add_options(parser, Options)
     parser.add_argument(
         "--no-controls", action="store_true", help="leave out the two controls: a third of the time"
     )
@@ -113,8 +104,7 @@ def _add_score(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--shuffled", action="store_true", help="with --truth: the next request's video: chance"
     )
-    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (one per core)")
-    add_running(parser, workers=1)
+    add_quiet(parser)
     parser.add_argument("--output", metavar="FILE.json", help="also write the report")
     parser.add_argument("--sheet", metavar="FILE.png", help=f"also draw the first {SHEET_ROWS} requests")
     parser.add_argument(

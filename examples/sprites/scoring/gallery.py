@@ -14,7 +14,7 @@ from pathlib import Path
 from conceptmaster.errors import InputError
 from conceptmaster.runtime.bundle_format.find import Bundle
 
-from ..arguments import add_bundle, add_running, add_seeds, given, seed_range
+from ..arguments import add_options, add_quiet, cores, given, seed_range
 from ..world.requesting import make_folder
 from ..world.scenes import Scene
 from .score import ASKED, Generate, Options, Result, check_bundle, score
@@ -115,8 +115,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--output", required=True, type=Path, metavar="DIR", help="folder, made where it is missing"
     )
-    add_bundle(parser)
-    add_seeds(parser, range(6), "of the first sheets (0:6)")
+    parser.add_argument(
+        "--seeds", type=seed_range, default=range(6), metavar="A:B", help="of the first sheets (0:6)"
+    )
+    add_options(parser, Options, "bundle", "device", "workers", workers=cores())
     parser.add_argument(
         "--search",
         type=seed_range,
@@ -125,7 +127,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="where to look for failures (0:100)",
     )
     parser.add_argument("--failures", type=int, default=6, metavar="N", help="how many, 0 for none (6)")
-    add_running(parser)
+    add_quiet(parser)
 
 
 def run(args: argparse.Namespace) -> int:

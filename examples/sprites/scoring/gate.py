@@ -21,7 +21,7 @@ import numpy as np
 from conceptmaster.errors import InputError
 from conceptmaster.runtime.atomic_write import check_output
 
-from ..arguments import add_running, add_sampling, add_seeds, given
+from ..arguments import add_options, add_quiet, cores, given, seed_range
 from .measures import MEASURES
 from .reports import percent, read_record, write_json
 from .score import ASKED, Generate, Options, score
@@ -188,7 +188,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``gate``."""
     parser.description = GATE
     parser.add_argument("bundle", metavar="BUNDLE", help="shipped bundle or a path")
-    add_seeds(parser, None, f"fewer of the baseline's (all; recording: {SEEDS.start}:{SEEDS.stop})")
+    parser.add_argument(
+        "--seeds",
+        type=seed_range,
+        metavar="A:B",
+        help=f"fewer of the baseline's (all; recording: {SEEDS.start}:{SEEDS.stop})",
+    )
     parser.add_argument(
         "--tolerance",
         type=float,
@@ -196,14 +201,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="T",
         help=f"how far a share may fall, 0 to 1 ({TOLERANCE})",
     )
-    add_sampling(parser)
+    add_options(parser, Options, "steps", "solver", "guidance", "device", "workers", workers=cores())
     parser.add_argument(
         "--baseline", type=Path, default=BASELINE, metavar="FILE.json", help="(the one that came with this)"
     )
     parser.add_argument(
         "--record", action="store_true", help="write the baseline from this bundle instead of comparing"
     )
-    add_running(parser)
+    add_quiet(parser)
     parser.add_argument("--json", action="store_true", help="one JSON object instead of the table")
 
 

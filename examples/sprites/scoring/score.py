@@ -27,6 +27,7 @@ from conceptmaster.runtime.progress import bar
 from conceptmaster.runtime.request import MAX_SEED, Request
 from conceptmaster.runtime.video import Video
 
+from ..arguments import option, seed_range
 from ..processes import in_processes
 from ..world.draw import draw_clip
 from ..world.requesting import concepts, references
@@ -47,28 +48,24 @@ Generate = Callable[[Request], Video]
 class Options:
     """What to score and how; None means the bundle's default.
 
-    seeds: of the scenes and of the noise; concepts: 1..3 in every scene; same_noun: two of them share their
-    noun, otherwise all differ; source: "model" generates, "truth" takes the true videos, "shuffled" those of
-    the next request; controls: whether the two controls are generated; workers: processes, each with a
-    pipeline of its own; threads: CPU threads of each pipeline, None for one per core, or one where there are
-    several workers.
-
-    Raises InputError for the first field that is wrong; the bundle's own limits show when it is opened.
+    source: "model" generates, "truth" takes the true videos, "shuffled" those of the next request; controls:
+    whether the two controls are generated. Each of the workers has a pipeline of its own. Raises InputError
+    for the first field that is wrong; the bundle's own limits show when it is opened.
     """
 
-    seeds: range = range(64)
-    concepts: int = 2
-    same_noun: bool = False
-    bundle: str = "sprites"
+    seeds: range = option(range(64), "of scenes and noise, A to B - 1 (0:64)", type=seed_range, metavar="A:B")
+    concepts: int = option(2, "concepts in a scene, 1 to 3", metavar="K")
+    same_noun: bool = option(False, "two of them share their noun; else all differ")
+    bundle: str = option("sprites", "shipped bundle or a path", metavar="NAME")
     source: str = "model"
-    steps: int | None = None
-    guidance: float | None = None
-    concept_guidance: float | None = None
-    solver: str | None = None
+    steps: int | None = option(None, "model evaluations (the bundle's default)", metavar="N")
+    guidance: float | None = option(None, "(the bundle's default)", metavar="G")
+    concept_guidance: float | None = option(None, "(the bundle's default)", metavar="C")
+    solver: str | None = option(None, "euler or unipc (the bundle's default)", metavar="NAME")
     controls: bool = True
-    device: str = "cpu"
-    threads: int | None = None
-    workers: int = 1
+    device: str = option("cpu", "cpu or cuda", metavar="NAME")
+    threads: int | None = option(None, "CPU threads (one per core; one with several workers)", metavar="N")
+    workers: int = option(1, "processes, of one thread each", metavar="W")
 
     def __post_init__(self) -> None:
         first, end = self.seeds.start, self.seeds.stop

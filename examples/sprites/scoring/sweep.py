@@ -21,14 +21,13 @@ from conceptmaster.runtime.bundle_format.manifest import FILE_NAME
 from conceptmaster.runtime.request import Request
 from conceptmaster.runtime.solver import SOLVERS
 
-from ..arguments import add_bundle, add_running, add_seeds, given
+from ..arguments import add_options, add_quiet, cores, given
 from .measures import MEASURES
 from .plot import import_matplotlib, plot_sweep
 from .reports import percent, read_record, write_json
 from .score import Generate, Options, check_bundle, score, summary
 
 CONCEPTS = 2
-SEEDS = range(64)
 STEPS = (50, 20, 10, 6, 4)
 GUIDANCE = (1.0, 2.5)
 TOLERANCE = 0.01
@@ -195,9 +194,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", required=True, type=Path, metavar="FILE.json", help="rows and settings")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="also a chart (needs matplotlib)")
     parser.add_argument("--resume", action="store_true", help="keep the rows that --output has already")
-    add_bundle(parser)
-    add_seeds(parser, SEEDS, "of scenes and noise (0:64)")
-    parser.add_argument("--same-noun", action="store_true", help="both concepts share their noun")
+    names = ("bundle", "seeds", "same_noun", "device", "workers")
+    add_options(parser, Options, *names, workers=cores())
     parser.add_argument("--steps", type=int, nargs="+", default=STEPS, metavar="N", help="(50 20 10 6 4)")
     parser.add_argument(
         "--solvers", nargs="+", default=SOLVERS, metavar="NAME", help=f"({' '.join(SOLVERS)})"
@@ -205,7 +203,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--guidance", type=float, nargs="+", default=GUIDANCE, metavar="G", help="1 is none (1 2.5)"
     )
-    add_running(parser)
+    add_quiet(parser)
 
 
 def run(args: argparse.Namespace) -> int:

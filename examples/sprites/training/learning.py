@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import json
 import math
-import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from conceptmaster.errors import ConceptMasterError
+from conceptmaster.runtime.atomic_write import replacing
 
 
 class CheckpointError(ConceptMasterError):
@@ -71,16 +71,15 @@ class MuonAdamW(torch.optim.Optimizer):
         parameters: Iterable[tuple[str, torch.nn.Parameter]],
         lr: float,
         adam_lr: float,
-        weight_decay: float = 0.0,
         adam_names: tuple[str, ...] = (),
         fast_names: tuple[str, ...] = (),
         fast_lr: float = 0.0,
     ) -> None:
         pairs = [(n, p) for n, p in parameters if p.requires_grad]
         groups: list[dict[str, object]] = [
-            {"params": [], "muon": True, "base": lr, "decay": weight_decay},
-            {"params": [], "muon": False, "base": adam_lr, "decay": 0.0},
-            {"params": [], "muon": False, "base": fast_lr, "decay": 0.0},
+            {"params": [], "muon": True, "base": lr},
+            {"params": [], "muon": False, "base": adam_lr},
+            {"params": [], "muon": False, "base": fast_lr},
         ]
         for name, p in pairs:
             adam = p.ndim < 2 or any(part in name for part in adam_names)
@@ -101,27 +100,22 @@ class MuonAdamW(torch.optim.Optimizer):
         for group in self.param_groups:
             given = [p for p in group["params"] if p.grad is not None]
             if group["muon"]:
-                self._muon(given, group["lr"], group["decay"])
+                self._muon(given, group["lr"])
             elif given:
                 self._adam(given, group["lr"])
 
-    def _muon(self, parameters: list[torch.Tensor], lr: float, decay: float) -> None:
+    def _muon(self, parameters: list[torch.Tensor], lr: float) -> None:
         """Matrices of one shape are orthogonalised together: small ones cost most of their time in calls."""
         shapes: dict[tuple[int, ...], list[torch.Tensor]] = {}
         for p in parameters:
             shapes.setdefault(tuple(p.shape), []).append(p)
-        wanted = []
         for alike in shapes.values():
-            momenta = self._state(alike, "momentum")
-            grads = _gradients(alike)
+            momenta, grads = self._state(alike, "momentum"), _gradients(alike)
             torch._foreach_lerp_(momenta, grads, 0.05)
             updates = torch._foreach_lerp(grads, momenta, 0.95)
-            wanted.append(torch.stack([update.flatten(1) for update in updates]))
-        for alike, stacked in zip(shapes.values(), map(orthogonalised, wanted), strict=True):
+            stacked = orthogonalised(torch.stack([update.flatten(1) for update in updates]))
             gain = max(1.0, stacked.shape[1] / stacked.shape[2]) ** 0.5
             steps = [update.view_as(p) for p, update in zip(alike, stacked, strict=True)]
-            if decay:
-                torch._foreach_mul_(alike, 1 - lr * decay)
             torch._foreach_add_(alike, steps, alpha=-lr * gain)
 
     def _adam(self, parameters: list[torch.Tensor], lr: float) -> None:
@@ -132,11 +126,8 @@ class MuonAdamW(torch.optim.Optimizer):
             state["step"] = state.get("step", 0) + 1
             counts.setdefault(state["step"], []).append(p)
         for count, alike in counts.items():
-            grads, first, second = (
-                _gradients(alike),
-                self._state(alike, "first"),
-                self._state(alike, "second"),
-            )
+            grads = _gradients(alike)
+            first, second = (self._state(alike, name) for name in ("first", "second"))
             torch._foreach_lerp_(first, grads, 0.1)
             torch._foreach_mul_(second, 0.98)
             torch._foreach_addcmul_(second, grads, grads, 0.02)
@@ -227,12 +218,8 @@ def save_checkpoint(
             else:
                 steps[names[id(p)]] = value
     header = {"progress": json.dumps(progress), "steps": json.dumps(steps)}
-    partial = path.with_name(f".{path.name}.tmp")
-    try:
+    with replacing(path) as partial:
         save_file(tensors, partial, metadata=header)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _not_whole(path: Path, error: Exception) -> CheckpointError:
@@ -247,8 +234,7 @@ def saved_progress(path: Path) -> dict[str, float]:
     """The ``progress`` of a checkpoint, without its tensors. Raises CheckpointError where it is truncated."""
     try:
         with safe_open(path, framework="pt") as file:
-            found: dict[str, float] = json.loads(file.metadata()["progress"])
-            return found
+            return json.loads(file.metadata()["progress"])
     except Exception as error:
         raise _not_whole(path, error) from error
 

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from conceptmaster.engine.presets import preset
+from conceptmaster.runtime.atomic_write import replacing
 
 from ..world.draw import paint_background
 from ..world.scene_arrays import scene_arrays, tokenised
@@ -70,9 +71,8 @@ def encode_shard(folder: Path, encode: Callable[[np.ndarray], np.ndarray], batch
         if not (folder / f"{name}.npy").exists():
             video = open_array(folder, clips)
             parts = [encode(np.asarray(video[i : i + batch])) for i in range(0, len(video), batch)]
-            partial = folder / f".{name}.tmp.npy"
-            np.save(partial, np.concatenate(parts).astype(np.float16))
-            partial.rename(folder / f"{name}.npy")
+            with replacing(folder / f"{name}.npy") as partial:
+                np.save(partial, np.concatenate(parts).astype(np.float16))
 
 
 def is_encoded(folder: Path) -> bool:

@@ -24,7 +24,7 @@ from conceptmaster.engine.presets import preset
 from conceptmaster.engine.vae.block_vae import BlockVAE
 from conceptmaster.errors import InputError, WeightsError
 
-from ..arguments import add_training, check_counts, cores, given, set_threads
+from ..arguments import add_device, add_options, check_counts, cores, given, set_threads
 from ..processes import in_processes
 from ..world.vocabulary import build_tokenizer
 from .batches import Pool
@@ -32,7 +32,7 @@ from .drawn import Drawing, DrawnPool
 from .learning import CheckpointError
 from .pools import ShardPool, open_pool
 from .shards import SHARD, draw_shard, encode_shard, shard_folders
-from .train_model import FROZEN, TrainOptions, train_model
+from .train_model import TrainOptions, train_model
 from .train_vae import COMPONENTS, VAEOptions, analyse, load_vae, new_vae, to_tensor, train_vae, write_vae
 
 STAGES = ("draw", "latents", "vae", "model")
@@ -68,51 +68,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--vae-steps", type=int, default=6000, help="steps of the VAE's network (6000)")
     parser.add_argument("--vae-batch-size", type=int, default=16, help="clips in such a step (16)")
-    parser.add_argument(
-        "--picture-steps", type=int, help="steps on pictures alone, first (1500; with --start 0)"
-    )
-    parser.add_argument(
-        "--new-looks", action="store_true", help="draw pictures for these steps, none of them twice"
-    )
-    parser.add_argument(
-        "--caption-steps", type=int, help="steps on captions alone, second (550; with --start 0)"
-    )
-    parser.add_argument("--steps", type=int, default=4000, help="steps of model training (4000)")
-    parser.add_argument("--batch-size", type=int, default=32, help="clips in a step (32)")
-    parser.add_argument("--lr", type=float, default=0.012, help="Muon's, AdamW takes an eighth (0.012)")
+    add_options(parser, TrainOptions, picture_steps=None, caption_steps=None)
     parser.add_argument(
         "--queries", type=int, help="visual queries of a concept (as many as --start has, else 64)"
     )
     parser.add_argument("--encoder", choices=ENCODERS, default="qformer")
     parser.add_argument("--binding", choices=BINDINGS, default="dam")
     parser.add_argument("--injection", choices=INJECTIONS, default="standalone")
-    parser.add_argument(
-        "--freeze",
-        nargs="+",
-        choices=FROZEN,
-        default=[],
-        metavar="PART",
-        help=f"leave these as they are in the last stage: {', '.join(FROZEN)} (none)",
-    )
-    parser.add_argument(
-        "--decoys", type=float, default=0.0, help="share of clips that go on from their decoy (0)"
-    )
-    parser.add_argument(
-        "--foreign", type=float, default=0.0, help="share of pictures that show the look on another noun (0)"
-    )
-    parser.add_argument(
-        "--minutes", type=float, help="train the model for so long, whatever number of steps that is"
-    )
-    parser.add_argument(
-        "--log-every",
-        type=int,
-        default=100,
-        help="steps between lines of the log; a checkpoint every five (100)",
-    )
-    parser.add_argument(
-        "--compile", action="store_true", help="compile the transformer first: a minute, then faster steps"
-    )
-    add_training(parser)
+    add_device(parser)
     parser.add_argument(
         "--workers", type=int, default=cores(), help="processes that draw and encode (one per core)"
     )
@@ -164,7 +127,7 @@ def _run(args: argparse.Namespace) -> int:
         asked = getattr(args, name)
         first[name] = asked if asked is not None else 0 if args.start else usual
     start = args.start and args.start / "model.safetensors"
-    options = given(TrainOptions, args, **first, start=start, freeze=tuple(args.freeze))
+    options = given(TrainOptions, args, **first, start=start)
     vae_options = given(VAEOptions, args, steps=args.vae_steps, batch_size=args.vae_batch_size)
     set_threads(args)
     root: Path = args.output

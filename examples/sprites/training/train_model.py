@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,7 +27,7 @@ from conceptmaster.engine.dit import MIN_SIGMA
 from conceptmaster.engine.model import ConceptMaster
 from conceptmaster.errors import InputError
 
-from ..arguments import check_counts, check_shares
+from ..arguments import check_counts, check_shares, option
 from .attention import cheapest_attention
 from .batches import NOTHING, Batch, Dropped, Pool
 from .heads import LayoutHead, StoryHead, coverage_loss
@@ -74,31 +74,33 @@ ADAM_NAMES = (
 
 @dataclass(frozen=True)
 class TrainOptions:
-    """How the model is trained.
+    """How the model is trained. start: a ``model.safetensors`` to go on from, with fresh heads and optimizer;
+    lr: Muon's, for matrices; freeze: of ``FROZEN``, as the paper freezes T5 and CLIP. Raises InputError."""
 
-    picture_steps, caption_steps: of pictures and of captions alone, before; new_looks: draw these pictures,
-    see ``new_pictures``; lr: Muon's, for matrices, AdamW takes an eighth of it; start: a
-    ``model.safetensors`` to go on from, with fresh heads and optimizer; freeze: parts, some of ``FROZEN``,
-    that stay as they are in the last stage, as T5 and CLIP do in the paper; decoys, foreign: shares of clips
-    and pictures, see ``decoy_noise`` and ``Dropped``; minutes: the last stage takes so long, and as many
-    steps as fit; compile: torch.compile makes the transformer's blocks faster first. Raises InputError.
-    """
-
-    steps: int
-    picture_steps: int = 0
-    caption_steps: int = 0
-    batch_size: int = 32
-    seed: int = 0
+    steps: int = option(4000, "steps of model training")
+    picture_steps: int = option(0, "steps on pictures alone, first (1500; with --start 0)")
+    caption_steps: int = option(0, "steps on captions alone, second (550; with --start 0)")
+    new_looks: bool = option(False, "draw pictures for the steps on these alone, none of them twice")
+    batch_size: int = option(32, "clips in a step")
+    seed: int = option(0, "of weights and batches")
     device: str = "cpu"
-    lr: float = 0.012
-    log_every: int = 100
+    lr: float = option(0.012, "Muon's learning rate, AdamW takes an eighth of it")
+    log_every: int = option(100, "steps between lines of the log, of which every fifth brings a checkpoint")
     start: Path | None = None
-    freeze: tuple[str, ...] = ()
-    decoys: float = 0.0
-    foreign: float = 0.0
-    minutes: float | None = None
-    new_looks: bool = False
-    compile: bool = False
+    freeze: Sequence[str] = option(
+        (),
+        f"leave parts as they are in the last stage, of {', '.join(FROZEN)} (none)",
+        nargs="+",
+        choices=FROZEN,
+        type=str,
+        metavar="PART",
+    )
+    decoys: float = option(0.0, "share of clips that go on from their decoy")
+    foreign: float = option(0.0, "share of pictures that show the look on another noun")
+    minutes: float | None = option(
+        None, "train for so long, whatever number of steps that is (not: by steps)"
+    )
+    compile: bool = option(False, "compile the transformer first: a minute, then faster steps")
 
     def __post_init__(self) -> None:
         check_counts(self, "steps", "batch_size", "log_every")
@@ -108,8 +110,6 @@ class TrainOptions:
             raise InputError(f"--lr must lie between 0 and 1, got {self.lr}")
         if self.minutes is not None and not self.minutes > 0:
             raise InputError(f"--minutes must be above 0, got {self.minutes}")
-        if not set(self.freeze) <= set(FROZEN):
-            raise InputError(f"--freeze takes {', '.join(FROZEN)}, not {', '.join(self.freeze)}")
 
 
 class Trainee(nn.Module):

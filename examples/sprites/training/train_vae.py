@@ -20,7 +20,7 @@ from torch import Tensor
 from conceptmaster.engine.checkpoints.safetensors_io import load, load_strict, save
 from conceptmaster.engine.vae.block_vae import BlockVAE
 
-from ..arguments import check_counts
+from ..arguments import check_counts, option
 from .learning import Average, MuonAdamW, autocast
 from .loop import LoopOptions, log_to, random_of, train
 from .noising import normal
@@ -129,9 +129,9 @@ class VAEOptions:
     """How the decoder's network is trained. lr: Muon's, AdamW takes a tenth of it; decay: of the averaged
     weights. Raises InputError."""
 
-    steps: int
-    batch_size: int = 16
-    seed: int = 0
+    steps: int = option(1500, "steps of training")
+    batch_size: int = option(16, "latent frames in a step")
+    seed: int = option(0, "of clips and batches")
     device: str = "cpu"
     lr: float = 0.02
     decay: float = 0.995

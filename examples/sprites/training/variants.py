@@ -34,7 +34,7 @@ from conceptmaster.errors import ConceptMasterError, InputError, WeightsError
 from conceptmaster.export.bundle import write_bundle
 from conceptmaster.runtime.atomic_write import check_output, replacing
 
-from ..arguments import add_training, given, seed_range, set_threads
+from ..arguments import add_device, add_folders, add_options, given, seed_range, set_threads
 from ..scoring.reports import percent, write_json
 from ..scoring.score import Options, score
 from .pools import ShardPool, open_pool
@@ -100,12 +100,8 @@ VARIANTS = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``variants``."""
     names = [variant.name for variant in VARIANTS]
-    parser.add_argument("--base", required=True, type=Path, help="weights folder to start all from")
-    parser.add_argument("--data", required=True, type=Path, help="folder that `train --output` has filled")
-    parser.add_argument("--output", required=True, type=Path, help="folder for runs and results")
-    parser.add_argument("--steps", type=int, default=400, help="steps of every training (400)")
-    parser.add_argument("--batch-size", type=int, default=32, help="clips in a step (32)")
-    parser.add_argument("--lr", type=float, default=0.012, help="Muon's learning rate (0.012)")
+    add_folders(parser, "base", "weights folder to start all from")
+    add_options(parser, TrainOptions, "steps", "batch_size", "lr", steps=400)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1], help="of the trainings (0 1)")
     parser.add_argument("--only", nargs="+", choices=names, default=names, help="which variants to run (all)")
     parser.add_argument(
@@ -113,7 +109,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--table", type=Path, metavar="FILE.md", help="the table (OUTPUT/table.md)")
     parser.add_argument("--json", type=Path, metavar="FILE.json", help="everything (OUTPUT/variants.json)")
-    add_training(parser, seed=False)
+    add_device(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -166,25 +162,14 @@ def _check_arguments(args: argparse.Namespace) -> None:
 
 
 def check_data(data: Path) -> None:
-    """Raises one InputError for all that a folder of ``train --output`` lacks, with the command for it."""
-    lacking: dict[str, list[str]] = {"draw": [], "latents": [], "vae": []}
-    for pool in ("clips", "held-out"):
-        found = shard_folders(data / pool)
-        if not found:
-            lacking["draw"].append(pool)
-        bare = [s for s in found if not is_encoded(s)]
-        if bare or not found:
-            lacking["latents"].append(f"{pool}/{bare[0].name if bare else 'shard-*'}/latents.npy")
-    for name, stage in (("vae.json", "latents"), ("vae.safetensors", "vae")):
-        if not (data / "vae" / name).exists():
-            lacking[stage].append(f"vae/{name}")
-    stages = [stage for stage, names in lacking.items() if names]
-    if stages:
-        missing = ", ".join(name for stage in stages for name in lacking[stage])
-        command = (
-            f"python -m conceptmaster.examples.sprites train --output {data} --stages {' '.join(stages)}"
-        )
-        raise InputError(f"{data} lacks {missing}: make it with `{command}`")
+    """Raises InputError for what a folder of ``train --output`` lacks, with the command for it."""
+    pools = {name: shard_folders(data / name) for name in ("clips", "held-out")}
+    lacking = [name for name, found in pools.items() if not found or not all(map(is_encoded, found))]
+    names = ("vae/vae.json", "vae/vae.safetensors")
+    lacking += [name for name in names if not (data / name).exists()]
+    if lacking:
+        command = f"python -m conceptmaster.examples.sprites train --output {data} --stages draw latents vae"
+        raise InputError(f"{data} lacks {', '.join(lacking)}, or not all of it: make it with `{command}`")
 
 
 def _open_base(weights: Path, data: Path) -> ConceptMaster:

@@ -24,12 +24,15 @@ from conceptmaster.engine.model import ConceptMaster
 from conceptmaster.runtime.solver import make_schedule
 
 from ...arguments import (
-    add_training,
+    add_device,
+    add_folders,
+    add_options,
     check_counts,
     check_shares,
     check_trained,
     given,
     guidance_of,
+    option,
     set_threads,
 )
 from ..attention import cheapest_attention
@@ -46,24 +49,20 @@ SOLVER = "euler_trailing"
 
 @dataclass(frozen=True)
 class DistilOptions:
-    """How a student is trained.
+    """How a student is trained. shift: of both schedules; lr: Muon's, AdamW takes an eighth of it. Raises
+    InputError."""
 
-    sampling_steps: what it will take; substeps: the teacher's for each of them; guidance: the teacher's;
-    shift: of both schedules; decoys: see ``decoy_noise``; lr: Muon's, AdamW takes an eighth of it. Raises
-    InputError.
-    """
-
-    steps: int
-    sampling_steps: int = 4
-    substeps: int = 2
-    guidance: float = 3.0
+    steps: int = option(1000, "steps of training")
+    sampling_steps: int = option(4, "what the student will need")
+    substeps: int = option(2, "the teacher's steps for each of these")
+    guidance: float = option(3.0, "the teacher's (its default)")
     shift: float = 3.0
-    batch_size: int = 32
-    seed: int = 0
+    batch_size: int = option(32, "clips in a step")
+    seed: int = option(0, "of batches and noise")
     device: str = "cpu"
     lr: float = 0.004
     log_every: int = 50
-    decoys: float = 0.0
+    decoys: float = option(0.0, "share of clips that go on from their decoy")
 
     def __post_init__(self) -> None:
         check_counts(self, "steps", "batch_size", "sampling_steps", "substeps")
@@ -79,18 +78,9 @@ class DistilOptions:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``distil``."""
-    parser.add_argument("--teacher", required=True, type=Path, help="weights folder of the trained model")
-    parser.add_argument("--data", required=True, type=Path, help="folder that `train --output` has filled")
-    parser.add_argument("--output", required=True, type=Path, help="folder for checkpoints and weights")
-    parser.add_argument("--steps", type=int, default=1000, help="steps of training (1000)")
-    parser.add_argument("--batch-size", type=int, default=32, help="clips in a step (32)")
-    parser.add_argument("--sampling-steps", type=int, default=4, help="what the student will need (4)")
-    parser.add_argument("--substeps", type=int, default=2, help="the teacher's steps for each of these (2)")
-    parser.add_argument("--guidance", type=float, help="the teacher's (its default)")
-    parser.add_argument(
-        "--decoys", type=float, default=0.0, help="share of clips that go on from their decoy (0)"
-    )
-    add_training(parser)
+    add_folders(parser, "teacher", "weights folder of the trained model")
+    add_options(parser, DistilOptions, guidance=None)
+    add_device(parser)
 
 
 def run(args: argparse.Namespace) -> int:

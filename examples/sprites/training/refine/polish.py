@@ -21,8 +21,19 @@ from tqdm import tqdm
 from conceptmaster.engine.checkpoints.safetensors_io import load_model
 from conceptmaster.engine.model import ConceptMaster
 from conceptmaster.engine.vae.block_vae import BlockVAE
+from conceptmaster.runtime.atomic_write import replacing
 
-from ...arguments import add_training, check_counts, check_trained, given, guidance_of, set_threads
+from ...arguments import (
+    add_device,
+    add_folders,
+    add_options,
+    check_counts,
+    check_trained,
+    given,
+    guidance_of,
+    option,
+    set_threads,
+)
 from ..attention import cheapest_attention
 from ..batches import NOTHING
 from ..learning import autocast
@@ -42,14 +53,13 @@ TOGETHER = 32
 
 @dataclass(frozen=True)
 class PolishOptions(VAEOptions):
-    """How the network is polished: on how many clips, denoised again with which guidance. Raises
-    InputError."""
+    """How the network is polished. Raises InputError."""
 
     lr: float = 0.01
     decay: float = 0.99
     log_every: int = 100
-    clips: int = 1600
-    guidance: float = 1.5
+    clips: int = option(1600, "clips to denoise again")
+    guidance: float = option(1.5, "of the denoising (the model's default)")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -58,14 +68,9 @@ class PolishOptions(VAEOptions):
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``polish``."""
-    parser.add_argument("--weights", required=True, type=Path, help="weights folder of the trained model")
-    parser.add_argument("--data", required=True, type=Path, help="folder that `train --output` has filled")
-    parser.add_argument("--output", required=True, type=Path, help="folder for checkpoints and weights")
-    parser.add_argument("--clips", type=int, default=1600, help="clips to denoise again (1600)")
-    parser.add_argument("--steps", type=int, default=1500, help="steps of training (1500)")
-    parser.add_argument("--batch-size", type=int, default=16, help="latent frames in a step (16)")
-    parser.add_argument("--guidance", type=float, help="of the denoising (the model's default)")
-    add_training(parser)
+    add_folders(parser, "weights", "weights folder of the trained model")
+    add_options(parser, PolishOptions, guidance=None)
+    add_device(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -113,9 +118,8 @@ def redo(model: ConceptMaster, data: Path, path: Path, options: PolishOptions) -
         made.append((latents.float() * pool.std + pool.mean).half().cpu().numpy())
     places = [pool.place(int(clip)) for clip in chosen]
     picks = [(int(pool.folders[shard].name.removeprefix("shard-")), clip) for shard, clip in places]
-    partial = path.with_name(f".{path.name}.tmp.npz")
-    np.savez(partial, latents=np.concatenate(made), picks=np.array(picks))
-    partial.rename(path)
+    with replacing(path) as partial:
+        np.savez(partial, latents=np.concatenate(made), picks=np.array(picks))
 
 
 def polish(data: Path, output: Path, redone: Path, options: PolishOptions) -> None:

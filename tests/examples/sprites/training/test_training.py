@@ -230,7 +230,7 @@ def test_a_full_disk_is_an_error_and_costs_no_checkpoint(folder, tmp_path, monke
         train(folder, tmp_path, 4)
     monkeypatch.undo()
     assert (tmp_path / "training.safetensors").read_bytes() == before
-    assert not list(tmp_path.glob(".*tmp")), "a partial file stayed behind"
+    assert not list(tmp_path.glob(".*")), "a partial file stayed behind"
     train(folder, tmp_path, 4)
 
 
