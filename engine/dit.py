@@ -242,7 +242,7 @@ class ConceptDiT(nn.Module):
     def _token_mask(self, concept_mask: Tensor) -> Tensor:
         """bool [K,N] -> bool [K,C]."""
         q = self.config.concept.tokens_per_concept
-        return concept_mask[:, :, None].expand(-1, -1, q).flatten(1)
+        return concept_mask[:, :, None].expand(-1, -1, q).flatten(1).contiguous()  # of one it is a view
 
     def condition(self, text: Tensor, concept_tokens: Tensor, concept_mask: Tensor) -> Conditions:
         """Every block's cross-attention keys and values; they do not depend on time or latents.

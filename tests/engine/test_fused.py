@@ -105,6 +105,15 @@ def test_kernels_give_the_plain_transformer(kernels, tiny, randomise, assert_clo
 
 
 @torch.no_grad()
+def test_of_one_concept_the_kernels_see_every_token(kernels, tiny, randomise, assert_close):
+    """Its mask is one number, which stands for all of its tokens."""
+    for injection in ("standalone", "shared_query"):
+        plain, fused = pair(tiny(injection=injection, max_concepts=1), randomise)
+        given = (*arguments(plain.config)[:4], torch.tensor([[False], [True]]))
+        assert_close(fused(*given), plain(*given))
+
+
+@torch.no_grad()
 def test_kernels_in_bfloat16_are_as_near_as_the_plain_transformer(kernels, tiny, randomise):
     """Held to float32: fusing must not add to the error that bfloat16 has anyway."""
     config = tiny()
