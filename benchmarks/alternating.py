@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import os
-import platform
-import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
+
+from .reports import machine, percentiles
 
 
 def alternate(
@@ -53,37 +51,3 @@ def _summary(measured: Mapping[str, list[float]]) -> dict[str, Any]:
     rivals = {name: percentiles([1e3 * time for time in times]) for name, times in measured.items()}
     first = next(iter(rivals.values()))["p50_ms"]
     return {"rivals": {name: entry | {"ratio": first / entry["p50_ms"]} for name, entry in rivals.items()}}
-
-
-def percentiles(values: list[float]) -> dict[str, float]:
-    """p20, p50 and p80 of milliseconds."""
-    if len(values) < 2:
-        return {"p20_ms": values[0], "p50_ms": values[0], "p80_ms": values[0]}
-    fifths = statistics.quantiles(values, n=5, method="inclusive")
-    return {"p20_ms": fifths[0], "p50_ms": statistics.median(values), "p80_ms": fifths[-1]}
-
-
-def machine(packages: Iterable[str] = ("numpy", "onnxruntime", "torch")) -> dict[str, Any]:
-    """Processor, cores, load and the versions of Python and of those packages that are there."""
-    versions = {}
-    for name in packages:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return {
-        "processor": _processor(),
-        "cores": os.cpu_count(),
-        "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
-        "python": platform.python_version(),
-        **versions,
-    }
-
-
-def _processor() -> str:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
-    except OSError:
-        names = []
-    return names[0] if names else platform.processor() or platform.machine()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,9 +11,10 @@ import pytest
 from conceptmaster.runtime.bundle_format import find as bundles
 
 from .alternating import alternate, report
+from .reports import ROOT
 
 ROUNDS = 10
-REQUEST = Path(__file__).parents[1] / "examples/sprites/requests/first/request.json"
+REQUEST = ROOT / "examples/sprites/requests/first/request.json"
 NAMES = ("sprites", "sprites-int8")
 TORCH = "sprites, torch backend"
 

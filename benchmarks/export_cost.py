@@ -18,7 +18,7 @@ import sys
 import time
 from pathlib import Path
 
-from .alternating import machine
+from .reports import machine, write
 
 PACKAGES = ("torch", "onnx", "onnxscript", "onnxruntime", "transformers", "diffusers", "safetensors")
 FIELDS = {"VmRSS": "resident", "RssAnon": "anonymous"}
@@ -86,7 +86,7 @@ def main() -> None:
     if len(sys.argv) < 3 or "--output" not in sys.argv:
         raise SystemExit(__doc__)
     result = measure(sys.argv[2:])
-    Path(sys.argv[1]).write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+    write(result, Path(sys.argv[1]))
     print(
         json.dumps({name: result[name] for name in ("minutes", "processor_minutes", "peak_gib", "bundle_gb")})
     )

@@ -18,7 +18,6 @@ import json
 import math
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,11 +27,9 @@ from conceptmaster.runtime.backends.pytorch.options import TorchOptions
 from conceptmaster.runtime.progress import bar
 from conceptmaster.runtime.request import Request
 
-from .alternating import machine
-from .gpu.timing import commit
+from .reports import RESULTS, ROOT, commit, machine, write
 
-ROOT = Path(__file__).resolve().parents[1]
-REPORT = ROOT / "benchmarks" / "results" / "lossy.json"
+REPORT = RESULTS / "lossy.json"
 REQUESTS = ROOT / "examples" / "sprites" / "requests"
 BUNDLE = "sprites"
 STEPS = (None, 20)
@@ -146,7 +143,7 @@ def main() -> int:
     arguments = parser.parse_args()
     report = run(arguments.seeds, show=sys.stderr.isatty())
     if arguments.write:
-        REPORT.write_text(json.dumps(report, indent=1) + "\n", "utf-8")
+        write(report, REPORT)
     print(table(report))
     print(json.dumps(report))
     return 0

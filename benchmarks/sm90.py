@@ -14,7 +14,6 @@ import ast
 import functools
 import hashlib
 import importlib.metadata
-import json
 import os
 import re
 import subprocess
@@ -25,8 +24,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-REPORT = ROOT / "benchmarks" / "results" / "sm90.json"
+from .reports import RESULTS, ROOT, write
+
+REPORT = RESULTS / "sm90.json"
 MAX_SHARED = 232_448
 """Bytes of shared memory that a program may have; more compiles without a word and fails at launch."""
 
@@ -223,7 +223,7 @@ def main() -> int:
         parser.error("--write needs every case")
     found = report(arguments.only)
     if arguments.write:
-        REPORT.write_text(json.dumps(found, indent=1) + "\n", "utf-8")
+        write(found, REPORT)
     wrong = bad(found["kernels"])
     print("\n".join(["spilled, or too much shared memory:", *wrong]) if wrong else "no spills, all fit")
     return bool(wrong)

@@ -31,15 +31,16 @@ from typing import Any, NoReturn
 
 import torch
 
+from ..reports import RESULTS, commit, write
 from . import check as checking
 from . import further, model, video
 from .cases import COMPILE_MODE, Case, Shapes
 from .check import check
-from .timing import ROOT, DeviceLost, Job, Say, commit, failed, guarded, hardware, in_turn, roofline
+from .timing import DeviceLost, Job, Say, failed, guarded, hardware, in_turn, roofline
 
 __all__ = ["check", "in_turn", "run"]
 
-REPORT = ROOT / "benchmarks" / "results" / "gpu.json"
+REPORT = RESULTS / "gpu.json"
 ROUNDS = 30
 MODEL_ROUNDS = 4
 CASE_SECONDS = 1.5
@@ -304,14 +305,6 @@ def _line(name: str, timing: dict[str, Any]) -> str:
     ]
     own = f"{ours[1]['p50_ms']:8.3f} ms" if "p50_ms" in ours[1] else "failed"
     return f"{name:58} {own}   {', '.join(words)}"
-
-
-def write(report: dict[str, Any], path: Path) -> None:
-    """The report as JSON, in one move: a reader, or one who is stopped here, finds a whole one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(path.name + ".part")
-    unfinished.write_text(json.dumps(report, indent=1) + "\n", "utf-8")
-    os.replace(unfinished, path)
 
 
 def main() -> int:

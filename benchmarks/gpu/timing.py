@@ -11,16 +11,14 @@ import subprocess
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from conceptmaster.runtime.backends.pytorch.stepper import cuda_graphs
 
-from ..alternating import machine, percentiles
+from ..reports import machine, percentiles
 
-ROOT = Path(__file__).resolve().parents[2]
 Call = Callable[[], Any]
 Say = Callable[[str], object]
 
@@ -156,11 +154,3 @@ def hardware() -> dict[str, Any]:
             done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
             found |= dict(zip(query.split(","), done.stdout.strip().split(", "), strict=False))
     return found
-
-
-def commit() -> str | None:
-    """The commit of this checkout, with "-dirty" when something is changed; None outside one."""
-    with contextlib.suppress(OSError, subprocess.CalledProcessError):
-        command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40"]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    return None

@@ -18,9 +18,9 @@ import torch
 
 from conceptmaster.engine.config import ModelConfig
 
-from ..alternating import percentiles
+from ..reports import ROOT, percentiles
 from .model import Size
-from .timing import ROOT, Call, Job, failed, guarded, in_turn, why
+from .timing import Call, Job, failed, guarded, in_turn, why
 
 REQUEST = ROOT / "examples" / "sprites" / "requests" / "first" / "request.json"
 

@@ -16,7 +16,7 @@ from ...runtime.bundle_format.find import Bundle
 from ...runtime.bundle_format.graph_list import STEP_GRAPH
 from ...runtime.bundle_format.hashed_file import sha256_file
 from ...runtime.bundle_format.tensorrt_engines import EngineFile, Engines
-from ...runtime.progress import bar
+from ...runtime.progress import each
 from . import builder
 from .builder import Limits
 from .builder_process import BuilderProcess, EngineSummary
@@ -65,9 +65,9 @@ def build_all(
     folder = bundle.folder / stored.FOLDER / engines.folder_name
     folder.mkdir(parents=True, exist_ok=True)
     (folder / stored.FILE_NAME).unlink(missing_ok=True)  # until all are there, none is vouched for
-    graphs, summaries = bundle.manifest.graphs, []
-    with BuilderProcess(flavor, with_plugin) as process, bar(len(graphs), "build", show) as advance:
-        for name in graphs:
+    summaries = []
+    with BuilderProcess(flavor, with_plugin) as process:
+        for name in each(list(bundle.manifest.graphs), "build", show):
             graph = folder / f".{name}.onnx"
             aim, cache = (capability, None) if rtx else (None, folder / CACHE)
             try:
@@ -77,7 +77,6 @@ def build_all(
             finally:
                 for file in (graph, graph.with_name(f"{graph.name}.data")):
                     file.unlink(missing_ok=True)
-            advance()
     vouch(folder, engines, bundle)
     return folder, summaries
 

@@ -17,7 +17,7 @@ from ...errors import ExportError, InputError, MissingDependency
 from ...runtime.bundle_format import tensorrt_engines as stored
 from ...runtime.bundle_format.find import Bundle
 from ...runtime.bundle_format.tensorrt_engines import Engines
-from ...runtime.progress import bar
+from ...runtime.progress import each
 from .build import CACHE, Preparation, vouch
 from .builder import Limits
 from .builder_process import EngineSummary
@@ -34,11 +34,9 @@ def write_script(bundle: Bundle, capability: int, how: Preparation, limits: Limi
     folder = _by_hand(bundle, capability, how.precision)
     shutil.rmtree(folder, ignore_errors=True)
     (folder / "graphs").mkdir(parents=True)
-    graphs = bundle.manifest.graphs
-    with bar(len(graphs), "prepare", show) as advance:
-        for name in graphs:
-            how.write(bundle, name, folder / "graphs" / f"{name}.onnx")
-            advance()
+    graphs = list(bundle.manifest.graphs)
+    for name in each(graphs, "prepare", show):
+        how.write(bundle, name, folder / "graphs" / f"{name}.onnx")
     script = folder / SCRIPT
     script.write_text(script_text(graphs, capability, limits), encoding="utf-8")
     script.chmod(0o755)
