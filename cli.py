@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
-import importlib
 from collections.abc import Sequence
-from typing import Any
 
-from .errors import MissingDependency
 from .runtime import cli
+from .runtime.commands import Command, in_module
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -16,27 +13,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     return cli.main(argv, COMMANDS)
 
 
-def _exporting(name: str, summary: str, module: str = "cli") -> cli.Command:
-    """The command `name`, from the functions add_NAME_arguments(parser) and run_NAME(args) of
-    export/`module`.py."""
-    function = name.replace("-", "_")
-
-    def add_arguments(parser: argparse.ArgumentParser) -> None:
-        _export_module(name, module, f"add_{function}_arguments")(parser)
-
-    def run(args: argparse.Namespace) -> int:
-        return _export_module(name, module, f"run_{function}")(args)
-
-    return cli.Command(name, summary, add_arguments, run)
-
-
-def _export_module(command: str, module: str, function: str) -> Any:
-    try:
-        return getattr(importlib.import_module(f".export.{module}", __package__), function)
-    except ModuleNotFoundError as error:
-        raise MissingDependency(
-            f"`conceptmaster {command}` needs {error.name}: pip install 'conceptmaster[export]'"
-        ) from error
+def _exporting(name: str, summary: str, module: str = "cli") -> Command:
+    """The command `name`, from the functions add_NAME_arguments and run_NAME of export/`module`.py."""
+    return in_module(name, summary, f"{__package__}.export.{module}", "export", name.replace("-", "_"))
 
 
 COMMANDS = (

@@ -1,9 +1,4 @@
-"""The command line: it builds a request, the pipeline does the work.
-
-Exit codes: 0 done; 1 failed (a damaged bundle, a missing package, a full disk); 2 wrong input; 130
-interrupted. Wrong input gives one line on standard error and nothing else, and no output is ever left half
-written.
-"""
+"""The command line: it builds a request, the pipeline does the work. See ``commands.py`` for exit codes."""
 
 from __future__ import annotations
 
@@ -13,12 +8,12 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
-from ..errors import ConceptMasterError, InputError
+from ..errors import InputError
+from .commands import Command, run_program
 
 if TYPE_CHECKING:
     import numpy as np
@@ -42,79 +37,13 @@ A request file is JSON; only "prompt" must be there, pictures are found beside t
 """
 
 
-@dataclass(frozen=True)
-class Command:
-    """A subcommand: add_arguments(parser) declares its options and is called only when it is the one asked
-    for; run(args) does it and returns the exit code."""
-
-    name: str
-    help: str
-    add_arguments: Callable[[argparse.ArgumentParser], None]
-    run: Callable[[argparse.Namespace], int]
-
-
-class Parser(argparse.ArgumentParser):
-    """An argument parser that raises InputError instead of printing its usage."""
-
-    def error(self, message: str) -> NoReturn:
-        """Raises InputError with argparse's message."""
-        raise InputError(f"{message} (see {self.prog} --help)")
-
-
 def main(argv: Sequence[str] | None = None, extra_commands: Sequence[Command] = ()) -> int:
-    """Runs one command and returns its exit code, see the module's text.
+    """Runs one command and returns its exit code, see ``commands.py``.
 
     Args: argv: the arguments, sys.argv's if None; extra_commands: commands that live outside the runtime.
     """
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("conceptmaster: %(levelname)s: %(message)s"))
-    log = logging.getLogger(__package__.partition(".")[0] if __package__ else None)
-    log.addHandler(handler)
-    try:
-        parser = build_parser([*COMMANDS, *extra_commands], arguments)
-        args = parser.parse_args(arguments)
-        if args.verbose:
-            log.setLevel(logging.INFO)
-        return args.run(args)
-    except ConceptMasterError as error:
-        return _fail(str(error), error.exit_code)
-    except KeyboardInterrupt:
-        return _fail("interrupted", 130)
-    except MemoryError:
-        return _fail("out of memory", 1)
-    except OSError as error:
-        return _fail(str(error), 1)
-    finally:
-        log.removeHandler(handler)
-
-
-def build_parser(commands: Sequence[Command], arguments: Sequence[str]) -> argparse.ArgumentParser:
-    """The parser; only the command that `arguments` begins with is filled in."""
-    parser = Parser(
-        prog="conceptmaster", description="Videos of several named, pictured things.", allow_abbrev=False
-    )
-    parser.add_argument("--version", action="version", version=_version())
-    parser.set_defaults(verbose=False)
-    choices = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, dest="command")
-    for command in commands:
-        raw = argparse.RawDescriptionHelpFormatter
-        sub = choices.add_parser(command.name, help=command.help, allow_abbrev=False, formatter_class=raw)
-        sub.set_defaults(run=command.run)
-        if arguments and arguments[0] == command.name:
-            command.add_arguments(sub)
-    return parser
-
-
-def _version() -> str:
-    from .. import __version__
-
-    return f"conceptmaster {__version__}"
-
-
-def _fail(message: str, code: int) -> int:
-    print(f"conceptmaster: error: {' '.join(message.split())}", file=sys.stderr)
-    return code
+    description = "Videos of several named, pictured things."
+    return run_program("conceptmaster", description, [*COMMANDS, *extra_commands], argv)
 
 
 def _add_generate(parser: argparse.ArgumentParser) -> None:

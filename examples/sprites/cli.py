@@ -7,15 +7,12 @@ Exit codes as for ``conceptmaster``: 0 done, 1 failed, 2 wrong input, 130 interr
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from conceptmaster.errors import ConceptMasterError, InputError, MissingDependency
-from conceptmaster.runtime.cli import Command, Parser
+from conceptmaster.errors import InputError
+from conceptmaster.runtime.commands import Command, in_module, run_program
 
 from .arguments import add_options, add_quiet, given
 
@@ -31,37 +28,8 @@ SHEET_ROWS = 8
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command (sys.argv's if argv is None); returns its exit code, see the module's text."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    try:
-        args = _parser(arguments).parse_args(arguments)
-        return args.run(args) or 0
-    except ConceptMasterError as error:
-        return _fail(str(error), error.exit_code)
-    except KeyboardInterrupt:
-        return _fail("interrupted", 130)
-    except OSError as error:
-        return _fail(str(error), 1)
-
-
-def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
-    """The parser; only the command that `arguments` begins with is filled in, so only `train` loads torch."""
-    parser = Parser(
-        prog="python -m conceptmaster.examples.sprites",
-        description="The small drawn world that the shipped model was trained on.",
-        allow_abbrev=False,
-    )
-    choices = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, dest="command")
-    for command in COMMANDS:
-        sub = choices.add_parser(command.name, help=command.help, allow_abbrev=False)
-        sub.set_defaults(run=command.run)
-        if arguments and arguments[0] == command.name:
-            command.add_arguments(sub)
-    return parser
-
-
-def _fail(message: str, code: int) -> int:
-    print(f"sprites: error: {' '.join(message.split())}", file=sys.stderr)
-    return code
+    description = "The small drawn world that the shipped model was trained on."
+    return run_program("python -m conceptmaster.examples.sprites", description, COMMANDS, argv)
 
 
 def _add_draw(parser: argparse.ArgumentParser) -> None:
@@ -138,21 +106,8 @@ def _score(args: argparse.Namespace) -> int:
 
 
 def _in_file(name: str, summary: str, folder: str, extra: str | None = None) -> Command:
-    """The command ``name``, from add_arguments(parser) and run(args) of the file of that name in ``folder``;
-    ``extra`` brings the packages that it needs."""
-
-    def module() -> Any:
-        try:
-            return importlib.import_module(f".{folder}.{name}", __package__)
-        except ModuleNotFoundError as error:
-            if extra is None or (error.name or "").partition(".")[0] == __name__.partition(".")[0]:
-                raise  # a file of ours is missing, which no extra brings
-            install = f"pip install 'conceptmaster[{extra}]'"
-            raise MissingDependency(f"`{name}` needs {error.name}: {install}") from error
-
-    return Command(
-        name, summary, lambda parser: module().add_arguments(parser), lambda args: module().run(args)
-    )
+    """The command of the file of that name in ``folder``; ``extra`` brings the packages that it needs."""
+    return in_module(name, summary, f"{__package__}.{folder}.{name}", extra)
 
 
 COMMANDS = (
