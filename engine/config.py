@@ -206,7 +206,7 @@ class ModelConfig:
 
     `text_encoder`, `image_encoder` (empty where the injection is `none`) and `vae` are the arguments of
     transformers' UMT5Config and CLIPVisionConfig and of diffusers' AutoencoderKLWan; with `"kind": "blocks"`
-    in it `vae` is that of this engine's BlockVAE. Change a field with `dataclasses.replace`, which validates
+    in it `vae` is that of this project's BlockVAE. Change a field with `dataclasses.replace`, which validates
     again.
     """
 

@@ -18,11 +18,12 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
+from ..kernels.common import wide
 from ..kernels.cross_attention import attention, concept_injection, decoupled_cross_attention
 from ..kernels.qk_norm_rope import rotate
 from .config import ModelConfig, TransformerConfig
 from .embedders import ConditionEmbedder
-from .layers import FeedForward, WideLayerNorm, wide
+from .layers import FeedForward, WideLayerNorm
 from .positions import Positions
 
 MIN_SIGMA = 0.05

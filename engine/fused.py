@@ -21,6 +21,7 @@ from ..kernels.absorbed_injection import (
     absorbed_values,
     absorbing_wins,
 )
+from ..kernels.common import wide
 from ..kernels.cross_attention import attention, concept_injection, decoupled_cross_attention
 from ..kernels.fp8_linear import Fp8Linear
 from ..kernels.modulate import modulate, residual_modulate, residual_reference
@@ -96,8 +97,8 @@ class FusedBlock(nn.Module):
         mask: Tensor,
     ) -> Tensor | DeferredResidual:
         """As `Block.forward`; x [K,S,D] or, behind another fused block, DeferredResidual."""
-        block, dtype = self.block, torch.promote_types(modulation.dtype, torch.float32)
-        table = block.scale_shift_table.to(dtype) + modulation.to(dtype)  # [K,6,D]
+        block = self.block
+        table = wide(block.scale_shift_table) + wide(modulation)  # [K,6,D]
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = table.unbind(1)  # [K,D] each
 
         if isinstance(x, DeferredResidual):

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-
-def wide(x: Tensor) -> Tensor:
-    """x in float32 at least: modulation and layer norms are computed there, whatever the weights' dtype."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+from ..kernels.common import wide
 
 
 class WideLayerNorm(nn.LayerNorm):

@@ -22,7 +22,7 @@ import math
 import torch
 from torch import Tensor
 
-from .common import INTERPRETED, TorchOp, launch, power_of_two, tl, triton
+from .common import INTERPRETED, TorchOp, launch, power_of_two, tl, triton, wide
 
 MAX_CONCEPT_TOKENS = 256
 """A head's probabilities lie in one tile."""
@@ -43,8 +43,7 @@ def absorbed_values(v: Tensor, weight: Tensor) -> Tensor:
 
 def concept_weights_reference(q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
     """`concept_weights` in plain torch."""
-    wide = torch.promote_types(q.dtype, torch.float32)
-    logits = torch.einsum("bsae,bcae->bsac", q.to(wide), k.to(wide)) * q.shape[-1] ** -0.5  # [B,S,A,C]
+    logits = torch.einsum("bsae,bcae->bsac", wide(q), wide(k)) * q.shape[-1] ** -0.5  # [B,S,A,C]
     if mask is None:
         return logits.softmax(dim=-1).flatten(2).type_as(q)  # [B,S,A*C]
     some = mask.any(dim=-1, keepdim=True)  # [B,1]

@@ -48,6 +48,7 @@ __all__ = [
     "tl",
     "to_fp8",
     "triton",
+    "wide",
 ]
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -263,6 +264,11 @@ def require(op: str, condition: bool, message: str) -> None:
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def wide(x: Tensor) -> Tensor:
+    """x in float32 at least: norms and modulation are computed there, whatever the weights' dtype."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def power_of_two(count: int, least: int, most: int) -> int:

@@ -8,45 +8,35 @@ x's dtype), as if the two steps were separate, so that fusing changes nothing bu
 
 from __future__ import annotations
 
-import torch
+from typing import Any
+
 import torch.nn.functional as F
 from torch import Tensor
 
-from .common import TorchOp, launch, power_of_two, tl, triton
+from .common import TorchOp, launch, power_of_two, tl, triton, wide
 
 # Reference.
 
 
-def _wide(x: Tensor) -> Tensor:
-    """x in float32 at least."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
 def residual_reference(x: Tensor, branch: Tensor, gate: Tensor | None) -> Tensor:
     """x + branch * gate in x's dtype, computed in float32 at least; gate [B or 1,D] or None for one."""
-    added = _wide(branch) if gate is None else _wide(branch) * gate[:, None]
-    return (_wide(x) + added).type_as(x)  # [B,S,D]
+    added = wide(branch) if gate is None else wide(branch) * gate[:, None]
+    return (wide(x) + added).type_as(x)  # [B,S,D]
 
 
 def norm_reference(x: Tensor, scale: Tensor, shift: Tensor | None, plus_one: bool, eps: float) -> Tensor:
     """LayerNorm(x) * scale + shift in x's dtype; scale and shift [B or 1,D]."""
     factor = 1 + scale if plus_one else scale
-    normed = F.layer_norm(_wide(x), x.shape[-1:], eps=eps) * factor[:, None]  # [B,S,D]
+    normed = F.layer_norm(wide(x), x.shape[-1:], eps=eps) * factor[:, None]  # [B,S,D]
     return (normed if shift is None else normed + shift[:, None]).type_as(x)  # [B,S,D]
 
 
 def residual_modulate_reference(
-    x: Tensor,
-    branch: Tensor,
-    gate: Tensor | None,
-    scale: Tensor,
-    shift: Tensor | None,
-    plus_one: bool,
-    eps: float,
+    x: Tensor, branch: Tensor, gate: Tensor | None, *norm: Any
 ) -> tuple[Tensor, Tensor]:
-    """`residual_modulate` in plain torch."""
+    """`residual_modulate` in plain torch; norm: the other arguments of `norm_reference`."""
     summed = residual_reference(x, branch, gate)  # [B,S,D]
-    return summed, norm_reference(summed, scale, shift, plus_one, eps)
+    return summed, norm_reference(summed, *norm)
 
 
 # Triton.
@@ -121,17 +111,9 @@ def modulate_triton(
 # The torch op.
 
 
-def _cuda(
-    x: Tensor,
-    branch: Tensor | None,
-    gate: Tensor | None,
-    scale: Tensor,
-    shift: Tensor | None,
-    plus_one: bool,
-    eps: float,
-) -> tuple[Tensor, Tensor]:
+def _cuda(x: Tensor, branch: Tensor | None, *others: Any) -> tuple[Tensor, Tensor]:
     summed, out = x.new_empty(x.shape), x.new_empty(x.shape)
-    modulate_triton(out, None if branch is None else summed, x, branch, gate, scale, shift, plus_one, eps)
+    modulate_triton(out, None if branch is None else summed, x, branch, *others)
     return summed, out  # [B,S,D] each
 
 

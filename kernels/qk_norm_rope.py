@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .common import TorchOp, launch, power_of_two, require, tl, triton
+from .common import TorchOp, launch, power_of_two, require, tl, triton, wide
 
 # Reference.
 
@@ -42,8 +42,7 @@ def qk_norm_rope_reference(
 
 def inverse_rms_reference(x: Tensor, eps: float) -> Tensor:
     """`inverse_rms` in plain torch."""
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    return (wide.square().mean(dim=-1) + eps).rsqrt()  # [B,S]
+    return (wide(x).square().mean(dim=-1) + eps).rsqrt()  # [B,S]
 
 
 # Triton.

@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from . import pictures
-from .bundle_format.signatures import frames_per_latent
 from .causal import run_causal
 
 if TYPE_CHECKING:
@@ -67,7 +66,7 @@ def channels(backend: Backend, frames: dict[int, np.ndarray], shapes: Shapes) ->
 def mask(frames: dict[int, np.ndarray], shapes: Shapes) -> np.ndarray:
     """One where a frame is known, float32 [1,t,F,H,W]."""
     _, latent_frames, height, width = shapes.latent
-    times = frames_per_latent(shapes)
+    times = shapes.frames_per_latent
     known = np.isin(np.arange(shapes.frames), list(frames)).astype(np.float32)  # [frames]
     known = np.concatenate((np.repeat(known[:1], times), known[1:]))  # [F*t]
     planes = known.reshape(latent_frames, times).T[None, :, :, None, None]  # [1,t,F,1,1]
@@ -76,7 +75,7 @@ def mask(frames: dict[int, np.ndarray], shapes: Shapes) -> np.ndarray:
 
 def _chunks(frames: dict[int, np.ndarray], shapes: Shapes) -> Iterator[np.ndarray]:
     """The whole video, the frames of one latent frame at a time: float32 [1 or t,height,width,3], -1..1."""
-    starts = [0, *range(1, shapes.frames, frames_per_latent(shapes))]
+    starts = [0, *range(1, shapes.frames, shapes.frames_per_latent)]
     for start, end in zip(starts, [*starts[1:], shapes.frames], strict=True):
         chunk = np.zeros((end - start, shapes.height, shapes.width, 3), np.float32)
         for number in range(start, end):

@@ -14,8 +14,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .bundle_format.signatures import frames_per_latent
-
 if TYPE_CHECKING:
     from .bundle_format.schema import Manifest
 
@@ -51,7 +49,7 @@ def layout(manifest: Manifest) -> list[PlacedTile]:
 def decode(latents: np.ndarray, stream: Stream, manifest: Manifest, tiles: list[PlacedTile]) -> np.ndarray:
     """Latents [Cz,F,H,W], any F → float32 [frames,height,width,3] in 0..1, the weighted sum of all tiles."""
     shapes = manifest.shapes
-    frames = 1 + (latents.shape[1] - 1) * frames_per_latent(shapes)
+    frames = 1 + (latents.shape[1] - 1) * shapes.frames_per_latent
     video = np.zeros((frames, shapes.height, shapes.width, 3), np.float32)
     for tile in tiles:
         rows, columns = tile.latents

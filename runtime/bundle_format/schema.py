@@ -120,6 +120,11 @@ class Shapes:
         """Pixels of a side that one latent stands for."""
         return self.height // self.latent[2]
 
+    @property
+    def frames_per_latent(self) -> int:
+        """Video frames of every latent frame but the first, which is one."""
+        return (self.frames - 1) // max(1, self.latent[1] - 1)
+
 
 @dataclass(frozen=True)
 class Pictures:

@@ -48,7 +48,7 @@ def _inputs(s: Shapes, decoded: tuple[int, int]) -> dict[str, dict[str, Kind]]:
     branches, latent = s.branches, s.latent
     mask: Kind = ("bool", (branches, s.concepts))
     decoder: dict[str, Kind] = {"latents": ("float32", (1, latent[0], 1, *decoded))}
-    following = frames_per_latent(s)
+    following = s.frames_per_latent
     return {
         "text_encoder": {
             "token_ids": ("int64", (1, s.text_tokens)),
@@ -73,11 +73,6 @@ def _inputs(s: Shapes, decoded: tuple[int, int]) -> dict[str, dict[str, Kind]]:
         "decode_first": decoder,
         "decode": decoder,
     }
-
-
-def frames_per_latent(s: Shapes) -> int:
-    """Video frames of every latent frame but the first, which is one."""
-    return (s.frames - 1) // max(1, s.latent[1] - 1)
 
 
 def _outputs(s: Shapes, makes_concepts: str | None) -> list[tuple[str, str, Kind]]:

@@ -55,16 +55,11 @@ class Demand:
             shapes=dataclasses.replace(
                 self.shapes,
                 latent=latent,
-                frames=1 + (latent[1] - 1) * self.frames_per_latent,
+                frames=1 + (latent[1] - 1) * max(1, self.shapes.frames_per_latent),
                 height=latent[2] * space,
                 width=latent[3] * space,
             ),
         )
-
-    @property
-    def frames_per_latent(self) -> int:
-        """Video frames of every latent frame but the first."""
-        return max(1, (self.shapes.frames - 1) // max(1, self.shapes.latent[1] - 1))
 
 
 def plan(demand: Demand) -> dict[str, int]:
@@ -108,7 +103,7 @@ def _decoding(demand: Demand) -> int:
     vae, shapes = demand.model["vae"], demand.shapes
     space, whole = shapes.space, shapes.latent[2:]
     area = space**2 * math.prod(min(a, b) for a, b in zip(demand.decoded or whole, whole, strict=True))
-    pixels = demand.frames_per_latent * area
+    pixels = max(1, shapes.frames_per_latent) * area
     if vae.get("kind") == "blocks":
         return 4 * (pixels * 3 * 4 + 6 * vae["width"] * area // 4)
     pixels //= (vae.get("patch_size") or 1) ** 2

@@ -1,4 +1,4 @@
-"""The engine's step, replayed as a CUDA graph, and ways to compute less of it.
+"""The denoising step, replayed as a CUDA graph, and ways to compute less of it.
 
 Everything between two steps stays on the device. On CUDA the whole step is captured once per shape and
 replayed: one launch instead of thousands. Two ways to do less are off unless asked for, and change the video:
@@ -101,7 +101,7 @@ class Carried:
 
 
 class Stepper:
-    """Runs the engine's steps; capture: how a step is made replayable, None to run it as it is."""
+    """Runs steps of `denoise`; capture: how a step is made replayable, None to run it as it is."""
 
     def __init__(
         self,
