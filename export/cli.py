@@ -166,5 +166,5 @@ def _report(args: argparse.Namespace, rows: list[Row], about: dict[str, str]) ->
     if args.json:
         print(json.dumps(about | {"graphs": [asdict(row) | {"ok": row.ok} for row in rows]}))
     else:
-        print(table(rows))
+        print(table(rows) if rows else f"{about['bundle']}: a manifest and a tokenizer, no graphs")
 

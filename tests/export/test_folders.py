@@ -134,14 +134,14 @@ def test_prompts_become_the_pipeline_s_tokens(pipeline, alone):
     pytest.importorskip("ftfy")
     from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 
-    from conceptmaster.runtime.tokenizer import Tokenizer
+    from conceptmaster.runtime.tokenizer import Tokenizer, padded
 
     tokenizer = Tokenizer(alone / "tokenizer.json")
     for text in ("", "a ball", PROMPT, "  A  RED\tball\u3000rolls ", "1 &lt; 2 &amp;amp; 3", "¿Qué? 東京 🎈"):
         known = pipeline.tokenizer(
             prompt_clean(text), padding="max_length", max_length=512, truncation=True, return_tensors="np"
         )
-        ids, mask = tokenizer.encode(text, 512, 512, "the text")
+        ids, mask = padded(tokenizer.encode(text, 512, "the text"), 512)
         assert (ids == known.input_ids).all() and (mask == known.attention_mask).all(), text
 
 

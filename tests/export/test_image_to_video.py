@@ -297,7 +297,7 @@ def test_what_the_bundles_are(first, first_bundle, a2, a2_bundle, command):
     for (_, folder), bundle in ((first, first_bundle), (a2, a2_bundle)):
         code, out, err = command("verify", bundle, "--source", folder)
         assert (code, err, out.count(" ok\n")) == (0, "", 8)
-    fails(command("verify", first_bundle, "--source", a2[1]), "another model configuration")
+    fails(command("verify", first_bundle, "--source", a2[1]), "are of another model than the bundle")
 
 
 def test_pictures_that_are_missing_or_too_many(first_bundle, a2_bundle, command, tmp_path):
