@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import sdpa_kernel
 
 from conceptmaster.engine.config import ModelConfig
 from conceptmaster.engine.dit import ConceptDiT
@@ -32,6 +31,7 @@ from conceptmaster.kernels.common import in_plain_torch
 from conceptmaster.kernels.cross_attention import attention
 from conceptmaster.runtime.backends.pytorch.stepper import Stepper
 
+from .cases import fastest_first
 from .timing import Call, Job, Say, failed, in_turn
 
 MARGIN = 1.0
@@ -142,16 +142,6 @@ class Inputs:
         """Latents, text and concepts in another dtype."""
         low = {name: getattr(self, name).to(dtype) for name in ("latents", "text", "concepts")}
         return dataclasses.replace(self, **low)
-
-
-def fastest_first(call: Call) -> Call:
-    """The call with PyTorch's attention in the order cuDNN, flash, memory-efficient, plain."""
-
-    def run() -> Any:
-        with sdpa_kernel(attending.FASTEST, set_priority=True):
-            return call()
-
-    return run
 
 
 def plainly(call: Call) -> Call:
