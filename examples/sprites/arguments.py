@@ -87,7 +87,7 @@ def set_threads(args: argparse.Namespace) -> None:
         torch.set_num_threads(args.threads)
 
 
-def given(kind: type[Options], args: argparse.Namespace, **more: Any) -> Options:
+def options_from(kind: type[Options], args: argparse.Namespace, **more: Any) -> Options:
     """An options dataclass, from the arguments that are named like its fields, and from ``more``."""
     names = {field.name for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
     return kind(**({name: value for name, value in vars(args).items() if name in names} | more))

@@ -14,7 +14,7 @@ from pathlib import Path
 from conceptmaster.errors import InputError
 from conceptmaster.runtime.commands import Command, in_module, run_program
 
-from .arguments import add_options, add_quiet, given
+from .arguments import add_options, add_quiet, options_from
 
 DRAW = "Writes a request that can be generated: its pictures, request.json, and the true video, truth.mp4."
 SCORE = """\
@@ -89,7 +89,7 @@ def _score(args: argparse.Namespace) -> int:
     if args.shuffled and not args.truth:
         raise InputError("--shuffled needs --truth")
     source = ("shuffled" if args.shuffled else "truth") if args.truth else "model"
-    options = given(Options, args, source=source, controls=not args.no_controls)
+    options = options_from(Options, args, source=source, controls=not args.no_controls)
     output = None if args.output is None else check_output(Path(args.output), (".json",))
     sheet = None if args.sheet is None else check_output(Path(args.sheet), (".png",))
     report, results = score(options, keep=SHEET_ROWS if sheet else 0, progress=not args.quiet)

@@ -14,7 +14,7 @@ from pathlib import Path
 from conceptmaster.errors import InputError
 from conceptmaster.runtime.bundle_format.find import Bundle
 
-from ..arguments import add_options, add_quiet, cores, given, seed_range
+from ..arguments import add_options, add_quiet, cores, options_from, seed_range
 from ..world.requesting import make_folder
 from ..world.scenes import Scene
 from .score import ASKED, Generate, Options, Result, check_bundle, score
@@ -132,7 +132,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Writes the sheets and prints their names; returns 0. Raises what ``gallery`` raises."""
-    options = given(Options, args)
+    options = options_from(Options, args)
     paths = gallery(options, args.output, search=args.search, failures=args.failures, progress=not args.quiet)
     for path in paths:
         print(path)

@@ -21,7 +21,7 @@ import numpy as np
 from conceptmaster.errors import InputError
 from conceptmaster.runtime.atomic_write import check_output
 
-from ..arguments import add_options, add_quiet, cores, given, seed_range
+from ..arguments import add_options, add_quiet, cores, options_from, seed_range
 from .measures import MEASURES
 from .reports import percent, read_record, write_json
 from .score import ASKED, Generate, Options, score
@@ -219,7 +219,7 @@ def run(args: argparse.Namespace) -> int:
     """
     baseline = None if args.record else load(args.baseline)
     default = SEEDS if baseline is None else range(*baseline.seeds)
-    options = given(Options, args, seeds=default if args.seeds is None else args.seeds)
+    options = options_from(Options, args, seeds=default if args.seeds is None else args.seeds)
     if baseline is None:
         return _record(args, options)
     check_comparable(baseline, options.seeds, args.tolerance)

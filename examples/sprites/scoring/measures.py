@@ -4,7 +4,7 @@ Every measure is a contest of hypotheses about one concept: each is painted as a
 and the template with the least error wins. The error of a template is the mean squared RGB difference (0..1)
 to the frames over its own pixels: its opacity, less what actors drawn later hide. All hypotheses may shift as
 a whole, by the same search: one offset for the clip, up to ``SEARCH`` pixels each way. Pixels outside the
-frame do not count, and a hypothesis of which less than ``LEAST_SEEN`` is seen is out of the contest.
+frame do not count, and a hypothesis of which less than ``MIN_VISIBLE`` is seen is out of the contest.
 
 =================  ============================================================================  ============
 measure            the concept wins when, in its told place,                                     chance
@@ -36,7 +36,7 @@ SEARCH = 3
 RIVALS = 8
 DISK = 1.25
 """Radius of the disk in which nouns are compared, in sprite radii."""
-LEAST_SEEN = 1 / 3
+MIN_VISIBLE = 1 / 3
 SUBPIXEL = 256
 """Templates are painted on a grid of 1/256 pixel, so that a steady motion needs only a few paintings."""
 
@@ -80,7 +80,7 @@ class Contest:
     """n hypotheses over one set of windows, ready to be held against any number of videos.
 
     Args: weights [n, F, w, w]: how much each pixel counts; colours [n, F, w, w, 3]: what it should be; full
-    [n]: the sum of weights of which ``LEAST_SEEN`` must lie in the frame.
+    [n]: the sum of weights of which ``MIN_VISIBLE`` must lie in the frame.
 
     The weighted squared difference to a pixel f is linear in (f, |f|², 1): the errors of all hypotheses at
     all 7×7 offsets are one matrix product.
@@ -102,7 +102,7 @@ class Contest:
         self.factors = factors.reshape(n, -1)
         frame = _border(np.ones((FRAMES, SIZE, SIZE, 1), np.float32))
         seen = self._look_up(frame) @ weight[..., 0].T  # [49, n]
-        self.seen = np.where(seen >= LEAST_SEEN * full, seen, 0.0)
+        self.seen = np.where(seen >= MIN_VISIBLE * full, seen, 0.0)
 
     def errors(self, video: np.ndarray) -> np.ndarray:
         """The error of every hypothesis at its best offset, [n]; infinite where it is out of the contest.

@@ -19,7 +19,7 @@ COLOURS = ("#1f6fb2", "#d1701f", "#3a8f4d", "#8a5aa8")
 """One per solver; told apart with colour-blind eyes too."""
 STYLES = (("--", "o"), ("-", "s"), (":", "^"), ("-.", "D"))
 """Line and marker, one per guidance, the weakest first."""
-APART = 1.025
+OFFSET = 1.025
 """Lines stand apart sideways by this factor, so that equal ones do not hide each other."""
 
 
@@ -62,7 +62,7 @@ def _panel(axis: Any, rows: Sequence[Row], measure: str, chance: float) -> None:
             if not line:
                 continue
             number = solvers.index(solver) * len(scales) + scales.index(scale)
-            aside = APART ** (number - (len(solvers) * len(scales) - 1) / 2)
+            aside = OFFSET ** (number - (len(solvers) * len(scales) - 1) / 2)
             style, marker = STYLES[scales.index(scale) % len(STYLES)]
             axis.errorbar(
                 [row.steps * aside for row in line],

@@ -21,7 +21,7 @@ from conceptmaster.runtime.bundle_format.manifest import FILE_NAME
 from conceptmaster.runtime.request import Request
 from conceptmaster.runtime.solver import SOLVERS
 
-from ..arguments import add_options, add_quiet, cores, given
+from ..arguments import add_options, add_quiet, cores, options_from
 from .measures import MEASURES
 from .plot import import_matplotlib, plot_sweep
 from .reports import percent, read_record, write_json
@@ -215,7 +215,7 @@ def run(args: argparse.Namespace) -> int:
     if args.plot is not None:
         check_output(args.plot, (".png",))
         import_matplotlib()  # so that a missing package does not show only after the last row
-    options = given(Options, args, steps=None, guidance=None)
+    options = options_from(Options, args, steps=None, guidance=None)
     ways = make_ways(options, args.solvers, args.steps, args.guidance)
     record = sweep(
         ways,

@@ -16,7 +16,7 @@ from conceptmaster.engine.encoders import CLIP_MEAN, CLIP_STD
 from ..world.paint_many import draw_references
 from ..world.scenes import MAX_CONCEPTS, NOUNS, Actor, random_identity
 from ..world.vocabulary import build_tokenizer, tokenise
-from .clip_arrays import cast_of, in_parts, told_of
+from .clip_arrays import cast_of, in_parts, targets_of
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Dropped:
     foreign: float = 0.0
 
 
-NOTHING = Dropped(0, 0, 0)
+KEEP_ALL = Dropped(0, 0, 0)
 
 
 class Tensors:
@@ -214,7 +214,7 @@ def new_pictures(rng: np.random.Generator, size: int, label_tokens: int, device:
     labels = tokenise(build_tokenizer(), [actor.label for actor in actors], label_tokens)
     ids, mask = (torch.from_numpy(part).to(device) for part in labels)
     cast = {name: value.to(device) for name, value in cast_of(actors).items()}
-    told = told_of(cast)
+    told = targets_of(cast)
     return Pictures(
         _for_clip(in_parts(draw_references, cast, generator(rng, device))),
         ids,

@@ -40,7 +40,7 @@ def cast_of(actors: Sequence[Actor]) -> Cast:
     return cast | {"noun": torch.tensor([NOUNS.index(actor.noun) for actor in actors])}
 
 
-def told_of(cast: Cast) -> dict[str, Tensor]:
+def targets_of(cast: Cast) -> dict[str, Tensor]:
     """What heads are asked to tell of P concepts: ``portraits``, upright and alone on grey, uint8
     [P,32,32,3]; ``traits``, uint8 [P,3]: texture, accessory, noun; ``patterns`` (see ``patterns``)."""
     traits = torch.stack([cast[name] for name in ("texture", "accessory", "noun")], 1).byte()
@@ -127,7 +127,7 @@ def _pictures(scenes: dict[str, Tensor], g: torch.Generator) -> dict[str, Tensor
     drawn = {
         "references": torch.stack([in_parts(draw_references, cast, g) for _ in range(REFERENCES)], 1),
         "foreign": in_parts(draw_references, strangers, g),
-        **told_of(cast),
+        **targets_of(cast),
     }
     found = {}
     for name, value in drawn.items():

@@ -14,14 +14,14 @@ from torch import Tensor
 from conceptmaster.engine.config import ModelConfig
 from conceptmaster.engine.vae.block_vae import BlockVAE
 
-from ..world.scene_arrays import BANK, Arrays, SceneStream
+from ..world.scene_arrays import BACKGROUNDS_PER_KIND, Arrays, SceneStream
 from .batches import Pool
 from .clip_arrays import draw_block
 from .train_vae import from_bytes
 
 BLOCK = 8192
 """Clips that are drawn anew at a time."""
-APART = 2**20
+SEED_STRIDE = 2**20
 """Blocks between the scenes of one seed and those of the next."""
 
 
@@ -34,7 +34,7 @@ class Drawing:
     seed: int = 0
     workers: int = 1
     block: int = BLOCK
-    bank: int = BANK
+    bank: int = BACKGROUNDS_PER_KIND
 
 
 class DrawnPool(Pool):
@@ -52,7 +52,7 @@ class DrawnPool(Pool):
         self.vae, self.seed, self._next = vae.to(device), drawing.seed, done
         self.block = min(drawing.block, drawing.clips)
         self.many = max(1, drawing.clips // self.block)
-        first = drawing.seed * APART + done
+        first = drawing.seed * SEED_STRIDE + done
         self._stream = SceneStream(
             self.block, first, self.many + 1, self.tokens, drawing.workers, drawing.bank
         )
@@ -87,7 +87,7 @@ class DrawnPool(Pool):
     @torch.no_grad()
     def _drawn(self, arrays: Arrays) -> dict[str, Tensor]:
         scenes = {name: torch.from_numpy(value).to(self.device) for name, value in arrays.items()}
-        g = torch.Generator(self.device).manual_seed((self.seed * APART + self._next) * 2 + 1)
+        g = torch.Generator(self.device).manual_seed((self.seed * SEED_STRIDE + self._next) * 2 + 1)
         bank = torch.randint(self._banks.shape[1], (self.block,), generator=g, device=self.device)
         ground = self._banks[scenes["background"], bank]
         return draw_block(scenes, ground, g, lambda video: self.vae.encode(from_bytes(video)).half())

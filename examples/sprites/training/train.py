@@ -24,7 +24,7 @@ from conceptmaster.engine.presets import preset
 from conceptmaster.engine.vae.block_vae import BlockVAE
 from conceptmaster.errors import InputError, WeightsError
 
-from ..arguments import add_device, add_options, check_counts, cores, given, set_threads
+from ..arguments import add_device, add_options, check_counts, cores, options_from, set_threads
 from ..processes import in_processes
 from ..world.vocabulary import build_tokenizer
 from .batches import Pool
@@ -127,8 +127,8 @@ def _run(args: argparse.Namespace) -> int:
         asked = getattr(args, name)
         first[name] = asked if asked is not None else 0 if args.start else usual
     start = args.start and args.start / "model.safetensors"
-    options = given(TrainOptions, args, **first, start=start)
-    vae_options = given(VAEOptions, args, steps=args.vae_steps, batch_size=args.vae_batch_size)
+    options = options_from(TrainOptions, args, **first, start=start)
+    vae_options = options_from(VAEOptions, args, steps=args.vae_steps, batch_size=args.vae_batch_size)
     set_threads(args)
     root: Path = args.output
     root.mkdir(parents=True, exist_ok=True)

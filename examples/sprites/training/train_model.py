@@ -29,7 +29,7 @@ from conceptmaster.errors import InputError
 
 from ..arguments import check_counts, check_shares, option
 from .attention import cheapest_attention
-from .batches import NOTHING, Batch, Dropped, Pool
+from .batches import KEEP_ALL, Batch, Dropped, Pool
 from .heads import LayoutHead, StoryHead, coverage_loss
 from .learning import Average, MuonAdamW, autocast, saved_progress
 from .loop import Log, LoopOptions, log_to, random_of, train
@@ -222,7 +222,7 @@ def probe(trainee: Trainee, pool: Pool, device: str, count: int = 96) -> dict[st
     everything = torch.arange(len(pool), device=device)
     pairs = everything[pool.rows("count", everything) == 2][:count]
     for clips in pairs.split(32):
-        batch = pool.collate(clips, rng, NOTHING)
+        batch = pool.collate(clips, rng, KEEP_ALL)
         noise = torch.from_numpy(rng.standard_normal(batch.latents.shape, np.float32)).to(device)
         sigma = torch.full((len(noise),), 0.85, device=device)
         noisy = 0.15 * batch.latents + 0.85 * noise

@@ -34,7 +34,7 @@ from conceptmaster.errors import ConceptMasterError, InputError, WeightsError
 from conceptmaster.export.bundle import write_bundle
 from conceptmaster.runtime.atomic_write import check_output, replacing
 
-from ..arguments import add_device, add_folders, add_options, given, seed_range, set_threads
+from ..arguments import add_device, add_folders, add_options, options_from, seed_range, set_threads
 from ..scoring.reports import percent, write_json
 from ..scoring.score import Options, score
 from .pools import ShardPool, open_pool
@@ -155,7 +155,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check_arguments(args: argparse.Namespace) -> None:
-    given(TrainOptions, args)
+    options_from(TrainOptions, args)
     if min(args.seeds) < 0 or len(set(args.seeds)) < len(args.seeds):
         raise InputError(f"--seeds must be different whole numbers from 0, got {args.seeds}")
     Options(seeds=args.score_seeds, concepts=CONCEPTS)
@@ -212,7 +212,7 @@ def _train_and_score(
     """One run, from the base to its ``score.json``; goes on from its last checkpoint."""
     vae_folder, model_folder = args.data / "vae", folder / "model"
     config = variant.config(base)
-    options = given(
+    options = options_from(
         TrainOptions,
         args,
         seed=seed,

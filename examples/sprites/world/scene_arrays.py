@@ -31,11 +31,11 @@ and, beginning with ``decoy_``, the decoy's: texture, accessory, period, angle [
 
 LOOKS = {"body": 3, "second": 3, "accent": 3, "period": 1, "angle": 1, "texture": 0, "accessory": 0}
 """Fields of a look; how many numbers, 0 where it is a kind."""
-JOB = 512
+SCENES_PER_JOB = 512
 """Scenes in one job of a process."""
-NEXT = 2
+BLOCKS_AHEAD = 2
 """Blocks that are made ahead of time once a pool is full."""
-BANK = 2048
+BACKGROUNDS_PER_KIND = 2048
 """Backgrounds of each kind that scenes drawn on a device choose from."""
 
 
@@ -116,8 +116,8 @@ class SceneStream:
             self._ask()
 
     def _ask(self) -> None:
-        seeds = range(self._next * self.size, (self._next + 1) * self.size, JOB)
-        jobs = [(seed, min(JOB, seeds.stop - seed), *self.tokens) for seed in seeds]
+        seeds = range(self._next * self.size, (self._next + 1) * self.size, SCENES_PER_JOB)
+        jobs = [(seed, min(SCENES_PER_JOB, seeds.stop - seed), *self.tokens) for seed in seeds]
         self._waiting.append([self._pool.submit(_job, job) for job in jobs])
         self._next += 1
 
@@ -125,7 +125,7 @@ class SceneStream:
         """The next ``count`` blocks."""
         for _ in range(count):
             parts = [future.result() for future in self._waiting.pop(0)]
-            if len(self._waiting) < NEXT:
+            if len(self._waiting) < BLOCKS_AHEAD:
                 self._ask()
             yield {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 

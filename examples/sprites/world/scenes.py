@@ -63,11 +63,11 @@ TRAVEL = 20.0
 JUMP = 15.0
 CELL = 20.0
 JITTER = 1.5
-APART = 19.0
+MIN_DISTANCE = 19.0
 """Least distance in pixels between the centres of two sprites, over the whole clip."""
 PERIODS = 0.52, 0.8
 """Least and greatest period of a texture, in sprite units."""
-LOOK_APART = 0.45
+MIN_COLOUR_DISTANCE = 0.45
 """Least Euclidean distance (RGB, 0..1) between the body colours of two concepts of one scene."""
 
 
@@ -168,7 +168,7 @@ def _place_actors(
                     motion=MOTIONS[rng.integers(len(MOTIONS))],
                 )
                 path = actor.path()
-                apart = all(np.hypot(*(path - other.path()).T).min() >= APART for other in actors)
+                apart = all(np.hypot(*(path - other.path()).T).min() >= MIN_DISTANCE for other in actors)
                 if apart and _inside(path, actor.radius):
                     actors.append(actor)
                     break
@@ -231,7 +231,7 @@ def random_scene(
     looks: list[Identity] = []
     while len(looks) < count:
         look = random_identity(rng, held_out)
-        if all(np.linalg.norm(np.subtract(look.body, other.body)) >= LOOK_APART for other in looks):
+        if all(np.linalg.norm(np.subtract(look.body, other.body)) >= MIN_COLOUR_DISTANCE for other in looks):
             looks.append(look)
     actors = _place_actors(rng, nouns, labels, looks)
     # told in any order, so that the order of concepts carries nothing

@@ -30,9 +30,9 @@ from ...arguments import (
     check_counts,
     check_shares,
     check_trained,
-    given,
     guidance_of,
     option,
+    options_from,
     set_threads,
 )
 from ..attention import cheapest_attention
@@ -87,7 +87,7 @@ def run(args: argparse.Namespace) -> int:
     """Distil and collect a weights folder; returns 0. Raises InputError for what cannot work."""
     check_trained(args.teacher, args.data)
     set_threads(args)
-    options = given(DistilOptions, args, guidance=guidance_of(args.teacher, args.guidance))
+    options = options_from(DistilOptions, args, guidance=guidance_of(args.teacher, args.guidance))
     distil(args.teacher / "model.safetensors", args.data / "clips", args.output, options)
     weights = args.output / "weights"
     shutil.copytree(args.teacher, weights, dirs_exist_ok=True)

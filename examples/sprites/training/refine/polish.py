@@ -29,13 +29,13 @@ from ...arguments import (
     add_options,
     check_counts,
     check_trained,
-    given,
     guidance_of,
     option,
+    options_from,
     set_threads,
 )
 from ..attention import cheapest_attention
-from ..batches import NOTHING
+from ..batches import KEEP_ALL
 from ..learning import autocast
 from ..pools import ShardPool
 from ..shards import open_array
@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
     """Denoise, train, and write a weights folder; returns 0. Raises InputError for what cannot work."""
     check_trained(args.weights, args.data)
     set_threads(args)
-    options = given(PolishOptions, args, guidance=guidance_of(args.weights, args.guidance))
+    options = options_from(PolishOptions, args, guidance=guidance_of(args.weights, args.guidance))
     args.output.mkdir(parents=True, exist_ok=True)
     model = load_model(args.weights / "model.safetensors").to(args.device)
     redone = args.output / "redone.npz"
@@ -104,7 +104,7 @@ def redo(model: ConceptMaster, data: Path, path: Path, options: PolishOptions) -
     chosen = rng.integers(pool.ends[0], len(pool), size=options.clips)
     made = []
     for k in tqdm(range(0, options.clips, TOGETHER), desc="denoise"):
-        batch = pool.collate(torch.from_numpy(chosen[k : k + TOGETHER]).to(device), rng, NOTHING)
+        batch = pool.collate(torch.from_numpy(chosen[k : k + TOGETHER]).to(device), rng, KEEP_ALL)
         noise = torch.from_numpy(rng.standard_normal(batch.latents.shape, np.float32)).to(device)
         levels = rng.uniform(*SIGMAS, size=(len(noise), 1)).astype(np.float32)
         start = torch.from_numpy(levels).to(device)

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from conceptmaster.examples.sprites.scoring.measures import (
-    LEAST_SEEN,
     MEASURES,
+    MIN_VISIBLE,
     SEARCH,
     Contest,
     Judge,
@@ -147,7 +147,7 @@ def slow_error(video: np.ndarray, rgb: np.ndarray, alpha: np.ndarray, visible: n
         for dx in range(-SEARCH, SEARCH + 1):
             moved = np.roll(frames, (-dy, -dx), (1, 2))
             w = weight * np.roll(inside, (-dy, -dx), (1, 2))
-            if w.sum() >= LEAST_SEEN * alpha.sum():
+            if w.sum() >= MIN_VISIBLE * alpha.sum():
                 best = min(best, float((w * ((moved - colour) ** 2).sum(-1)).sum() / w.sum()))
     return best
 

@@ -105,7 +105,7 @@ def test_clips_are_the_worlds_own(astray, scenes, arrays):
 def test_portraits_and_what_is_told_of_textures_are_the_worlds_own(scenes, arrays):
     rows, columns = of_concepts(arrays)
     cast = {name: value[rows, columns] for name, value in clip_arrays.looks_of(arrays, "").items()}
-    told = clip_arrays.told_of(cast)
+    told = clip_arrays.targets_of(cast)
     for k, (row, column) in enumerate(zip(rows, columns, strict=True)):
         actor = scenes[row].actors[column]
         centre = np.full((1, 2), 16, np.float32)

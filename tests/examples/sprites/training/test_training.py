@@ -137,7 +137,7 @@ def test_a_batch_is_of_the_pools_clips(pool, folder):
 
 def test_pictures_are_of_the_pools_concepts(pool):
     got = pool.pictures(np.random.default_rng(0), 64)
-    known = pool.collate(torch.arange(2 * CLIPS), np.random.default_rng(0), batches.NOTHING)
+    known = pool.collate(torch.arange(2 * CLIPS), np.random.default_rng(0), batches.KEEP_ALL)
     seen = set()
     for m in range(64):
         there = known.label_mask.any(-1).nonzero()
@@ -333,7 +333,7 @@ def test_dropping_follows_its_rates(folder):
 
 def test_coverage_lies_where_the_concepts_are(folder):
     data = small_pool(folder)
-    batch = data.collate(torch.tensor([0]), np.random.default_rng(0), batches.NOTHING)
+    batch = data.collate(torch.tensor([0]), np.random.default_rng(0), batches.KEEP_ALL)
     scene = random_scene(0, held_out=False)
     cells = {actor.label: actor.cell for actor in scene.actors}
     assert set(cells.values()) <= set(PLACES)

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from conceptmaster.examples.sprites.world.draw import draw_clip, draw_reference, look_of, paint_along
 from conceptmaster.examples.sprites.world.scenes import (
     ACCESSORIES,
-    APART,
     BACKGROUNDS,
     FRAMES,
-    LOOK_APART,
+    MIN_COLOUR_DISTANCE,
+    MIN_DISTANCE,
     MOTION_WORDS,
     MOTIONS,
     NOUNS,
@@ -77,8 +77,8 @@ def test_scenes_are_as_wished_and_told_plainly(seed: int, concepts: int, twins: 
         assert actor.label.split()[-1] == actor.noun
     assert scene.caption.endswith(f", {BACKGROUNDS[scene.background]}")
     for one, other in itertools.combinations(scene.actors, 2):
-        assert np.hypot(*(one.path() - other.path()).T).min() >= APART
-        assert np.linalg.norm(np.subtract(one.identity.body, other.identity.body)) >= LOOK_APART
+        assert np.hypot(*(one.path() - other.path()).T).min() >= MIN_DISTANCE
+        assert np.linalg.norm(np.subtract(one.identity.body, other.identity.body)) >= MIN_COLOUR_DISTANCE
 
 
 def test_everything_occurs() -> None:
