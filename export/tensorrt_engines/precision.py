@@ -121,7 +121,8 @@ class _Casts:
             if tensor is not None:
                 self._narrow[value] = self._stored(value, tensor)
             else:
-                self._narrow[value] = self._cast_after(value)
+                back = [ir.DataType.FLOAT] if self._emulate else []
+                self._narrow[value] = self._cast(value, self._kind, *back)
         return self._narrow[value]
 
     def widen(self, node: ir.Node) -> None:
@@ -130,19 +131,14 @@ class _Casts:
             if not out.name or out.dtype != ir.DataType.FLOAT:
                 continue
             uses = list(out.uses())
-            if self._emulate:
-                rounded = self._insert_after(node, out, self._kind)
-                wide = self._insert_after(rounded.producer(), rounded, ir.DataType.FLOAT)
-            else:
-                wide = self._insert_after(node, out, ir.DataType.FLOAT)
+            rounding = [self._kind] if self._emulate else []
+            wide = self._cast(out, *rounding, ir.DataType.FLOAT)
             for user, index in uses:
                 user.replace_input_with(index, wide)
             self._take_output(out, wide)
-            if self._emulate:
-                self._narrow[wide] = wide  # rounded already
-            else:
+            self._narrow[wide] = wide if self._emulate else out  # rounded already
+            if not self._emulate:
                 out.type = ir.TensorType(self._kind)
-                self._narrow[wide] = out
 
     def _take_output(self, out: ir.Value, wide: ir.Value) -> None:
         for index, value in enumerate(self._graph.outputs):
@@ -153,22 +149,20 @@ class _Casts:
                 wide.name = name
                 self._graph.outputs[index] = wide
 
-    def _insert_after(self, place: ir.Node | None, value: ir.Value, kind: ir.DataType) -> ir.Value:
-        node = ir.node("Cast", [value], attributes={"to": int(kind)})
-        node.name = f"{value.name}.to_{kind.name.lower()}"
-        node.outputs[0].name = f"{value.name}.as_{kind.name.lower()}"
-        node.outputs[0].type, node.outputs[0].shape = ir.TensorType(kind), value.shape
-        if place is None:
-            self._graph.insert_before(self._graph[0], node)
-        else:
-            self._graph.insert_after(place, node)
-        return node.outputs[0]
-
-    def _cast_after(self, value: ir.Value) -> ir.Value:
-        rounded = self._insert_after(value.producer(), value, self._kind)
-        if not self._emulate:
-            return rounded
-        return self._insert_after(rounded.producer(), rounded, ir.DataType.FLOAT)
+    def _cast(self, value: ir.Value, *kinds: ir.DataType) -> ir.Value:
+        """`value` cast to the first of `kinds`, that to the next, and so on, right behind what makes it."""
+        for kind in kinds:
+            place = value.producer()
+            node = ir.node("Cast", [value], attributes={"to": int(kind)})
+            node.name = f"{value.name}.to_{kind.name.lower()}"
+            node.outputs[0].name = f"{value.name}.as_{kind.name.lower()}"
+            node.outputs[0].type, node.outputs[0].shape = ir.TensorType(kind), value.shape
+            if place is None:
+                self._graph.insert_before(self._graph[0], node)
+            else:
+                self._graph.insert_after(place, node)
+            value = node.outputs[0]
+        return value
 
     def _stored(self, value: ir.Value, tensor: ir.TensorProtocol) -> ir.Value:
         """A weight in 16 bits, computed when the graph is written."""
