@@ -36,15 +36,7 @@ from .loop import Log, LoopOptions, log_to, random_of, train
 from .noising import DECOY_HELD, HELD_SIGMA, decoy_noise, normal, random_sigma
 from .starting import start_from
 from .train_captions import learn_captions
-from .train_pictures import (
-    PictureOptions,
-    Sight,
-    TraitHead,
-    learn_pictures,
-    picture_losses,
-    portrait_head_for,
-    trait_losses,
-)
+from .train_pictures import PictureHeads, PictureOptions, Sight, TraitHead, learn_pictures, trait_losses
 
 FROZEN = ("text_encoder", "image_encoder", "qformer")
 """Parts that the last stage may leave as they are."""
@@ -122,9 +114,7 @@ class Trainee(nn.Module):
         self.layout = LayoutHead(config.transformer.width, concept.width)
         grid = [n // p for n, p in zip(config.latent_shape[1:], config.transformer.patch_size, strict=True)]
         self.story = StoryHead(concept.width, config.transformer.text_dim, int(np.prod(grid)))
-        self.portrait = portrait_head_for(concept)
-        self.trait = TraitHead(concept.tokens_per_concept, concept.width)
-        self.eye = TraitHead(1, concept.picture_dim, inner=256)
+        self.pictures = PictureHeads(concept)
         self.look = TraitHead(1, config.transformer.width)
         self.middle = config.transformer.num_layers // 2 - 1
 
@@ -181,16 +171,10 @@ class Trainee(nn.Module):
         look = self._look_losses(batch, hidden, target.view(*batch.concept_mask.shape, -1))
         shows = ~batch.foreign[filled]  # what the picture alone says is asked where it shows the noun
         truth = [each[filled][shows] for each in (batch.portraits, batch.traits, batch.patterns)]
-        if len(truth[0]):
-            pictures = picture_losses(self.portrait, self.trait, visual[shows].float(), *truth)
-            eye = trait_losses(self.eye, seen[shows].float().mean(1, keepdim=True), *truth[1:])
-        else:
-            eye = dict.fromkeys(("total", "pattern", "traits", "texture"), flow.new_zeros(()))
-            pictures = eye | {"portrait": flow.new_zeros(())}
+        pictures = self.pictures(seen[shows], visual[shows].float(), *truth)
         total = flow + LAYOUT_WEIGHT * layout + STORY_WEIGHT * story + LOOK_WEIGHT * look.pop("total")
-        total = total + PICTURE_WEIGHT * (pictures.pop("total") + eye.pop("total"))
+        total = total + PICTURE_WEIGHT * pictures.pop("total")
         pictures |= {f"look_{name}": value for name, value in look.items()}
-        pictures |= {f"eye_{name}": value for name, value in eye.items()}
         return {"total": total, "flow": flow, "layout": layout, "story": story, **pictures}
 
     def _look_losses(self, batch: Batch, hidden: Tensor, coverage: Tensor) -> dict[str, Tensor]:
@@ -200,8 +184,6 @@ class Trainee(nn.Module):
         rows, columns = torch.nonzero(most > LOOK_COVERAGE, as_tuple=True)
         concept = which[rows, columns]
         traits, patterns = batch.traits[rows, concept], batch.patterns[rows, concept]
-        if len(rows) == 0:
-            return {name: hidden.new_zeros(()) for name in ("total", "pattern", "traits", "texture")}
         return trait_losses(self.look, hidden[rows, columns, None].float(), traits, patterns)
 
 
@@ -254,7 +236,7 @@ def _learn_parts(
     if options.picture_steps:
         sees = options.start is not None and not any(n.startswith(("qformer.", "dam.")) for n in fresh)
         kept = copy.deepcopy(model).eval() if sees else None
-        sight = Sight(model, trainee.portrait, trainee.trait, trainee.eye, kept).to(options.device)
+        sight = Sight(model, trainee.pictures, kept).to(options.device)
         pictures = PictureOptions(
             options.picture_steps,
             max(PICTURES, options.batch_size),

@@ -97,32 +97,11 @@ class TraitHead(nn.Module):
         return self.net(self.norm(queries).flatten(1)).split((*TRAITS, RUNS), dim=1)
 
 
-def portrait_head_for(concept: ConceptConfig) -> UprightHead:
-    """The head that redraws a concept from visual queries as ``concept`` has them."""
-    if concept.encoder == "qformer" and concept.queries == SQUARES:
-        return UprightHead(concept.width)
-    return PortraitHead(concept.width)
-
-
-def picture_losses(
-    portrait_head: UprightHead,
-    trait_head: TraitHead,
-    queries: Tensor,
-    portraits: Tensor,
-    traits: Tensor,
-    patterns: Tensor,
-) -> dict[str, Tensor]:
-    """Losses of visual queries [M,Q,Dc], portraits [M,3,32,32] in -1..1, traits int64 [M,3] and patterns
-    [M,RUNS], NaN where there is nothing to tell; ``texture`` is a share of right answers, no gradient."""
-    difference = portrait_head(queries) - portraits
-    portrait = difference.abs().mean() + difference.square().mean()
-    losses = trait_losses(trait_head, queries, traits, patterns)
-    return losses | {"total": portrait + losses["total"], "portrait": portrait}
-
-
 def trait_losses(head: TraitHead, tokens: Tensor, traits: Tensor, patterns: Tensor) -> dict[str, Tensor]:
     """What ``head`` says of tokens [M,Q,Dc] against traits int64 [M,3] and patterns [M,RUNS], NaN where there
-    is nothing to tell; ``texture`` is a share of right answers, no gradient."""
+    is nothing to tell; ``texture`` is a share of right answers, no gradient. All zero for M = 0."""
+    if len(tokens) == 0:
+        return dict.fromkeys(("total", "pattern", "traits", "texture"), tokens.new_zeros(()))
     *logits, runs = head(tokens)
     asked = patterns.isfinite()
     pattern = (runs - patterns.nan_to_num()).square()[asked].sum() / asked.sum().clamp(min=1)
@@ -136,6 +115,36 @@ def trait_losses(head: TraitHead, tokens: Tensor, traits: Tensor, patterns: Tens
     }
 
 
+class PictureHeads(nn.Module):
+    """What is asked of a picture: visual queries redraw the concept and tell its traits, and so do, by
+    themselves, the picture encoder's tokens (``eye``)."""
+
+    def __init__(self, concept: ConceptConfig) -> None:
+        super().__init__()
+        one_a_square = concept.encoder == "qformer" and concept.queries == SQUARES
+        self.portrait = (UprightHead if one_a_square else PortraitHead)(concept.width)
+        self.trait = TraitHead(concept.tokens_per_concept, concept.width)
+        self.eye = TraitHead(1, concept.picture_dim, inner=256)
+
+    def eye_losses(self, seen: Tensor, traits: Tensor, patterns: Tensor) -> dict[str, Tensor]:
+        """``trait_losses`` of the picture encoder's tokens [M,P,Dp], as ``total`` and ``eye_*``."""
+        losses = trait_losses(self.eye, seen.float().mean(1, keepdim=True), traits, patterns)
+        return {name if name == "total" else f"eye_{name}": value for name, value in losses.items()}
+
+    def forward(
+        self, seen: Tensor, queries: Tensor, portraits: Tensor, traits: Tensor, patterns: Tensor
+    ) -> dict[str, Tensor]:
+        """Losses of picture tokens [M,P,Dp] and visual queries [M,Q,Dc] against portraits [M,3,32,32] in
+        -1..1 and what ``trait_losses`` takes; all zero for M = 0."""
+        losses = trait_losses(self.trait, queries, traits, patterns)
+        eye, portrait = self.eye_losses(seen, traits, patterns), queries.new_zeros(())
+        if len(queries):
+            difference = self.portrait(queries) - portraits
+            portrait = difference.abs().mean() + difference.square().mean()
+        total = portrait + losses["total"] + eye["total"]
+        return losses | eye | {"portrait": portrait, "total": total}
+
+
 class Sight(nn.Module):
     """What is trained here: the parts of a model that see and bind, and the heads.
 
@@ -143,17 +152,9 @@ class Sight(nn.Module):
     reads them goes on understanding them while they come to tell more.
     """
 
-    def __init__(
-        self,
-        model: ConceptMaster,
-        portrait: UprightHead,
-        trait: TraitHead,
-        eye: TraitHead,
-        kept: ConceptMaster | None,
-    ) -> None:
+    def __init__(self, model: ConceptMaster, heads: PictureHeads, kept: ConceptMaster | None) -> None:
         super().__init__()
-        self.image_encoder, self.qformer = model.image_encoder, model.qformer
-        self.portrait, self.trait, self.eye = portrait, trait, eye
+        self.image_encoder, self.qformer, self.heads = model.image_encoder, model.qformer, heads
         concept = model.config.concept
         self.kept = None if kept is None else kept.requires_grad_(False)
         if kept is not None:
@@ -161,33 +162,24 @@ class Sight(nn.Module):
             self.told = TraitHead(concept.tokens_per_concept, concept.width)
 
     def look(self, batch: Pictures) -> dict[str, Tensor]:
-        """The losses of ``trait_losses`` of the picture encoder alone, as ``total`` and ``eye_*``."""
+        """The losses of the picture encoder alone."""
         with autocast(str(batch.pixels.device)):
             seen = self.image_encoder(batch.pixels)
-        return self._eye_losses(seen, batch)
-
-    def _eye_losses(self, seen: Tensor, batch: Pictures) -> dict[str, Tensor]:
-        losses = trait_losses(self.eye, seen.float().mean(1, keepdim=True), batch.traits, batch.patterns)
-        return {name if name == "total" else f"eye_{name}": value for name, value in losses.items()}
+        return self.heads.eye_losses(seen, batch.traits, batch.patterns)
 
     def forward(self, batch: Pictures) -> dict[str, Tensor]:
-        """The losses of ``picture_losses``; ``eye_*`` of the picture encoder's tokens; and with an earlier
-        model ``told_pattern`` of the concept tokens and ``kept``: their relative squared error to the
-        earlier ones."""
+        """The losses of ``PictureHeads``; with an earlier model also ``told_pattern`` of the concept tokens
+        and ``kept``: their relative squared error to the earlier ones."""
         with autocast(str(batch.pixels.device)):
             seen = self.image_encoder(batch.pixels)  # [M,P,Dp]
-            queries = self.qformer(seen)  # [M,Q,Dc]
-        losses = picture_losses(
-            self.portrait, self.trait, queries.float(), batch.portraits, batch.traits, batch.patterns
-        )
-        eye = self._eye_losses(seen, batch)
-        losses |= eye | {"total": losses["total"] + eye["total"]}
+            queries = self.qformer(seen).float()  # [M,Q,Dc]
+        losses = self.heads(seen, queries, batch.portraits, batch.traits, batch.patterns)
         if self.kept is not None:
             with torch.no_grad():
                 text = self.kept.text_encoder(batch.label_ids, batch.label_mask)
                 before = self.kept.qformer(self.kept.image_encoder(batch.pixels))
                 wanted = self.kept.dam(before, text, batch.label_mask)
-            found = self.dam(queries.float(), text, batch.label_mask)  # [M,Q,Dc]
+            found = self.dam(queries, text, batch.label_mask)  # [M,Q,Dc]
             losses["kept"] = (found - wanted).square().mean() / wanted.square().mean()
             told = trait_losses(self.told, found, batch.traits, batch.patterns)
             losses["told_pattern"] = told["pattern"]

@@ -461,13 +461,7 @@ def test_plain_attention_is_torchs_own():
 
 
 def sight_of(model, kept):
-    concept = model.config.concept
-    heads = (
-        train_pictures.PortraitHead(concept.width),
-        train_pictures.TraitHead(concept.tokens_per_concept, concept.width),
-        train_pictures.TraitHead(1, concept.picture_dim, inner=256),
-    )
-    return train_pictures.Sight(model, *heads, kept)
+    return train_pictures.Sight(model, train_pictures.PictureHeads(model.config.concept), kept)
 
 
 @pytest.mark.slow
@@ -531,7 +525,7 @@ def test_the_picture_encoder_learns_alone_first_and_an_interrupted_one_goes_on(f
 
 
 def test_every_query_tells_its_own_square():
-    head = train_pictures.portrait_head_for(preset("sprites").concept)
+    head = train_pictures.PictureHeads(preset("sprites").concept).portrait
     assert type(head) is train_pictures.UprightHead
     queries = torch.zeros(1, 64, 128)
     with torch.no_grad():
@@ -544,7 +538,7 @@ def test_every_query_tells_its_own_square():
             assert changed.sum() == 16
             assert changed[4 * row : 4 * row + 4, 4 * column : 4 * column + 4].all()
     few = dataclasses.replace(preset("sprites").concept, queries=8)
-    assert isinstance(train_pictures.portrait_head_for(few), train_pictures.PortraitHead)
+    assert isinstance(train_pictures.PictureHeads(few).portrait, train_pictures.PortraitHead)
 
 
 def test_new_pictures_are_like_those_of_clips_and_never_held_out(folder, monkeypatch):
