@@ -52,8 +52,11 @@ class Stored:
         """Whether its numbers are of floating point."""
         return self.kind.startswith(("F", "BF"))
 
-    def read(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The tensor on the CPU, in `dtype` if it is of floating point. Raises WeightsError."""
+    def read(self, dtype: torch.dtype = torch.float32, copied: bool = False) -> Tensor:
+        """The tensor on the CPU, in `dtype` if it is of floating point. Raises WeightsError.
+
+        copied: it never is the file itself, mapped to memory.
+        """
         try:
             # Opened anew each time: the memory that a file is mapped to goes with the tensor, not at the end.
             with safe_open(self.path, framework="pt") as file:
@@ -64,7 +67,8 @@ class Stored:
             tensor = tensor.to(torch.float32, copy=True)
             for change in self.changes:
                 change(tensor)
-        return tensor.to(dtype) if tensor.is_floating_point() else tensor
+            copied = False
+        return tensor.to(dtype if tensor.is_floating_point() else tensor.dtype, copy=copied)
 
     def equal(self, other: Stored) -> bool:
         """Whether both hold the same values."""
@@ -109,7 +113,7 @@ def settle(module: _Module, device: torch.device, dtype: torch.dtype | None = No
             old = layer._parameters[name]
             assert old is not None
             if id(old) not in settled:
-                tensor = stored.read(dtype or old.dtype).to(device, copy=True)
+                tensor = stored.read(dtype or old.dtype, device.type == "cpu").to(device)
                 settled[id(old)] = old, nn.Parameter(tensor, old.requires_grad)
             layer._parameters[name] = settled[id(old)][1]
         for owner in _owners(layer):

@@ -43,6 +43,8 @@ class TorchOptions:
             if value not in known:
                 choices = ", ".join(choice for choice in known if choice)
                 raise InputError(f"unknown {name} {value!r}: choose one of {choices}")
+        if not isinstance(self.lora, tuple) or not isinstance(self.lora_scale, tuple):
+            raise InputError("lora and lora_scale must be tuples: an entry for each LoRA, in their order")
         for name in ("skip_guidance", "step_cache"):
             value = getattr(self, name)
             number = isinstance(value, (int, float)) and not isinstance(value, bool)
@@ -53,6 +55,8 @@ class TorchOptions:
     def lossy(self) -> list[str]:
         """The lossy options that are on, as they are written on the command line."""
         found = [f"--tier {self.tier}"] if self.tier != "lossless" else []
+        if not isinstance(self.lora, tuple) or not isinstance(self.lora_scale, tuple):
+            raise InputError("lora and lora_scale must be tuples: an entry for each LoRA, in their order")
         for name in ("skip_guidance", "step_cache"):
             if value := getattr(self, name):
                 found.append(f"--{name.replace('_', '-')} {value:g}")

@@ -114,7 +114,7 @@ def _find(
     found: list[Path] = []
     for piece in wanted:
         beside = [path for folder in folders if (path := folder / piece.file).is_file()]
-        files = [path for path in (*left, *beside) if path.is_file()]
+        files = [path for path in (*left, *found, *beside) if path.is_file()]
         right = next((path for path in files if sha256(path) == piece.sha256), None)
         if right is None:
             others = f"; {', '.join(map(str, left))} is another one" if left else ""

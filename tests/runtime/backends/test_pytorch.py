@@ -422,6 +422,7 @@ def test_a_wrong_shape_is_named(sprites):
         ({"tier": "fast"}, "unknown tier 'fast': choose one of lossless, high"),
         ({"skip_guidance": 1.5}, "skip_guidance must be a number from 0 to 1, not 1.5"),
         ({"step_cache": float("nan")}, "step_cache must be a number from 0 to 1, not nan"),
+        ({"lora": "a.safetensors"}, "lora and lora_scale must be tuples"),
         ({"step_cache": True}, "step_cache must be a number from 0 to 1, not True"),
     ],
 )
