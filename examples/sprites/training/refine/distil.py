@@ -23,18 +23,7 @@ from conceptmaster.engine.checkpoints.safetensors_io import load_model, save_mod
 from conceptmaster.engine.model import ConceptMaster
 from conceptmaster.runtime.solver import make_schedule
 
-from ...arguments import (
-    add_device,
-    add_folders,
-    add_options,
-    check_counts,
-    check_shares,
-    check_trained,
-    guidance_of,
-    option,
-    options_from,
-    set_threads,
-)
+from ...arguments import add_refining, check_counts, check_shares, option, refining_options
 from ..attention import cheapest_attention
 from ..batches import Batch, Dropped
 from ..learning import Average, MuonAdamW, autocast
@@ -78,16 +67,12 @@ class DistilOptions:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``distil``."""
-    add_folders(parser, "teacher", "weights folder of the trained model")
-    add_options(parser, DistilOptions, guidance=None)
-    add_device(parser)
+    add_refining(parser, DistilOptions, "teacher", "weights folder of the trained model")
 
 
 def run(args: argparse.Namespace) -> int:
     """Distil and collect a weights folder; returns 0. Raises InputError for what cannot work."""
-    check_trained(args.teacher, args.data)
-    set_threads(args)
-    options = options_from(DistilOptions, args, guidance=guidance_of(args.teacher, args.guidance))
+    options = refining_options(DistilOptions, args, args.teacher)
     distil(args.teacher / "model.safetensors", args.data / "clips", args.output, options)
     weights = args.output / "weights"
     shutil.copytree(args.teacher, weights, dirs_exist_ok=True)

@@ -23,17 +23,7 @@ from conceptmaster.engine.model import ConceptMaster
 from conceptmaster.engine.vae.block_vae import BlockVAE
 from conceptmaster.runtime.atomic_write import replacing
 
-from ...arguments import (
-    add_device,
-    add_folders,
-    add_options,
-    check_counts,
-    check_trained,
-    guidance_of,
-    option,
-    options_from,
-    set_threads,
-)
+from ...arguments import add_refining, check_counts, option, refining_options
 from ..attention import cheapest_attention
 from ..batches import KEEP_ALL
 from ..learning import autocast
@@ -68,16 +58,12 @@ class PolishOptions(VAEOptions):
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``polish``."""
-    add_folders(parser, "weights", "weights folder of the trained model")
-    add_options(parser, PolishOptions, guidance=None)
-    add_device(parser)
+    add_refining(parser, PolishOptions, "weights", "weights folder of the trained model")
 
 
 def run(args: argparse.Namespace) -> int:
     """Denoise, train, and write a weights folder; returns 0. Raises InputError for what cannot work."""
-    check_trained(args.weights, args.data)
-    set_threads(args)
-    options = options_from(PolishOptions, args, guidance=guidance_of(args.weights, args.guidance))
+    options = refining_options(PolishOptions, args, args.weights)
     args.output.mkdir(parents=True, exist_ok=True)
     model = load_model(args.weights / "model.safetensors").to(args.device)
     redone = args.output / "redone.npz"
