@@ -61,6 +61,9 @@ def narrow_in_place(path: Path) -> bool:
             layout[name] = ir.tensor(narrow, name=name)
     place(model, layout)
     if layout:
+        made = {value for node in model.graph for value in node.outputs} - set(model.graph.outputs)
+        for value in [*made, *model.graph.initializers.values()]:
+            value.shape = value.type = None  # inferred anew by whoever loads the file
         ir.save(model, path)
     return bool(layout)
 
