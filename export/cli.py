@@ -117,7 +117,7 @@ def add_verify_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_verify(args: argparse.Namespace) -> int:
     """Compares a bundle with its source; returns the exit code: 0, 1 too far off, 2 wrong input."""
-    bundle = Bundle.open_with_graphs(args.bundle)
+    bundle = Bundle.open(args.bundle).with_graphs()
     source = open_weights(bundle, args.source, _choices(args), "--source")
     rows = verify(bundle, source, shown(args.quiet))
     _report(args, rows, {"bundle": args.bundle})

@@ -107,17 +107,13 @@ def load(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise unreadable(path, error) from error
 
 
-def load_strict(
-    module: nn.Module, state: Mapping[str, Tensor], absent: Set[str] = frozenset(), assign: bool = False
-) -> None:
+def load_strict(module: nn.Module, state: Mapping[str, Tensor], absent: Set[str] = frozenset()) -> None:
     """Copies `state` into `module` when it fits exactly, else changes nothing.
 
     `absent` names the tensors that must not be in `state`; they keep their values. Of tied weights one name
-    is enough. With `assign` the tensors are not copied but become the module's own, in their own dtype: for a
-    module that was built on the meta device. Raises WeightsError as `check_strict`.
+    is enough. Raises WeightsError as `check_strict`.
     """
-    full = check_strict(module, state, absent)
-    module.load_state_dict(_as_parameters(module, full) if assign else full, strict=False, assign=assign)
+    module.load_state_dict(check_strict(module, state, absent), strict=False)
 
 
 def check_strict(
@@ -184,18 +180,6 @@ def _with_ties(module: nn.Module, state: Mapping[str, _Shaped]) -> tuple[dict[st
         if given:
             full |= {name: given[0] for name in group if name not in state}
     return full, differing
-
-
-def _as_parameters(module: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """`state` with a Parameter where `module` has one, the same for all names of a tied one."""
-    parameters = dict(module.named_parameters(remove_duplicate=False))
-    made: dict[int, nn.Parameter] = {}
-    return {
-        name: made.setdefault(id(parameters[name]), nn.Parameter(tensor, parameters[name].requires_grad))
-        if name in parameters
-        else tensor
-        for name, tensor in state.items()
-    }
 
 
 def save_model(model: ConceptMaster, path: str | Path) -> None:

@@ -26,8 +26,7 @@ from ..sampling import Sampling
 from ..vae.wan_decoder import build_vae
 from .diffusers_folder import read_json, stored_tensors
 from .foreign import refuse_wan_names
-from .lazy_weights import stream
-from .safetensors_io import load_strict
+from .lazy_weights import settle, stream
 from .wan_image_to_video import A2_FPS, A2_TRANSFORMER, is_a2, read_concept
 
 if TYPE_CHECKING:
@@ -225,10 +224,9 @@ def _load(part: Path, module: torch.nn.Module) -> None:
         tower = {k.removeprefix("vision_model."): v for k, v in stored.items()}
         stored = {k: v for k, v in tower.items() if k != "visual_projection.weight"}
     try:
+        stream(module, stored, module.concept_keys() if isinstance(module, ConceptDiT) else frozenset())
         if part.name == "vae":  # small, and asked for its device, which on disk it does not have
-            load_strict(module, {name: value.read() for name, value in stored.items()}, assign=True)
-        else:
-            stream(module, stored, module.concept_keys() if isinstance(module, ConceptDiT) else frozenset())
+            settle(module, torch.device("cpu"))
     except WeightsError as error:
         raise WeightsError(f"{part}: {error}") from error
 

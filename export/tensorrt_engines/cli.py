@@ -75,7 +75,7 @@ def run_build(args: argparse.Namespace) -> int:
         raise InputError("--request goes with --precision fp8")
     if args.trtexec and args.flavor != "tensorrt":
         raise InputError("--trtexec builds with the full TensorRT: leave out --flavor, or --trtexec")
-    bundle, show = Bundle.open_with_graphs(args.bundle), shown(args.quiet)
+    bundle, show = Bundle.open(args.bundle).with_graphs(), shown(args.quiet)
     if not args.trtexec:
         target = build.find_target(args.flavor, capability)
         how = Preparation(args.precision, _calibration(args, bundle, target))

@@ -34,7 +34,7 @@ def add_export_triton_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_export_triton(args: argparse.Namespace) -> int:
     """Writes it; returns the exit code 0. Raises InputError, BundleError."""
-    bundle, engines = Bundle.open_with_graphs(args.bundle), None
+    bundle, engines = Bundle.open(args.bundle).with_graphs(), None
     if args.engines is not None or args.precision is not None:
         engines = find_engines(bundle, args.engines, args.precision)
     names = write_repository(bundle, args.output, engines, args.device)

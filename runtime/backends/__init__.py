@@ -65,7 +65,7 @@ def open_backend(
         from .pytorch.backend import TorchBackend
 
         return TorchBackend(bundle, device, threads, options)
-    bundle.require_graphs()
+    bundle.with_graphs()
     if options is not None:
         raise InputError(f"the backend {name} has no such options: they are for the backend torch")
     if device in ("tensorrt", "rtx"):

@@ -31,20 +31,14 @@ class Bundle:
         folder = _find(name_or_path)
         return cls(folder, manifests.load(folder))
 
-    @classmethod
-    def open_with_graphs(cls, name_or_path: str | os.PathLike[str]) -> Bundle:
-        """As `open`; raises InputError for a bundle without graphs, too."""
-        bundle = cls.open(name_or_path)
-        bundle.require_graphs()
-        return bundle
-
-    def require_graphs(self) -> None:
-        """Raises InputError for a bundle that was exported without graphs."""
+    def with_graphs(self) -> Bundle:
+        """This bundle. Raises InputError where it was exported without graphs."""
         if not self.manifest.has_graphs:
             raise InputError(
                 f"{str(self.folder)!r} was exported without graphs: run it with --backend torch, or "
                 "export it again"
             )
+        return self
 
     def path(self, graph: str) -> Path:
         """The ONNX file of `graph`. Raises KeyError."""
