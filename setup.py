@@ -21,7 +21,6 @@ PACKAGES = [
     "conceptmaster.examples.sprites",
     "conceptmaster.examples.sprites.scoring",
     "conceptmaster.examples.sprites.training",
-    "conceptmaster.examples.sprites.training.refine",
     "conceptmaster.examples.sprites.world",
     "conceptmaster.export",
     "conceptmaster.export.onnx_graphs",

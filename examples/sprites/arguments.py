@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import os
 import re
 import typing
@@ -106,22 +105,3 @@ def check_shares(options: Any, *names: str) -> None:
     for name in names:
         if not 0 <= (share := getattr(options, name)) <= 1:
             raise InputError(f"--{name} must lie between 0 and 1, got {share}")
-
-
-def add_refining(parser: argparse.ArgumentParser, kind: type, weights: str, help: str) -> None:
-    """What a command takes that goes on from ``weights``, a folder, and has the options ``kind``."""
-    add_folders(parser, weights, help)
-    add_options(parser, kind, guidance=None)
-    add_device(parser)
-
-
-def refining_options(kind: type[Options], args: argparse.Namespace, weights: Path) -> Options:
-    """The options of such a command; guidance is the model's own unless another is asked for. Raises
-    InputError for what a weights folder or the folder of ``train --output`` lacks."""
-    names = ("model.safetensors", "vae.safetensors", "defaults.json")
-    for path in (*(weights / name for name in names), args.data / "clips"):
-        if not path.exists():
-            raise InputError(f"{path} is missing: `train --output` makes it")
-    set_threads(args)
-    usual = float(json.loads((weights / "defaults.json").read_text())["guidance"])
-    return options_from(kind, args, guidance=usual if args.guidance is None else args.guidance)

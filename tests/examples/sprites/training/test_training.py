@@ -29,6 +29,7 @@ from conceptmaster.examples.sprites.training import (
     learning,
     loop,
     noising,
+    polish,
     pools,
     shards,
     starting,
@@ -37,7 +38,6 @@ from conceptmaster.examples.sprites.training import (
     train_vae,
 )
 from conceptmaster.examples.sprites.training import train as train_stages
-from conceptmaster.examples.sprites.training.refine import distil, polish, widen
 from conceptmaster.examples.sprites.world import decoys, shapes
 from conceptmaster.examples.sprites.world.scenes import (
     ACCESSORIES,
@@ -346,44 +346,15 @@ def test_coverage_lies_where_the_concepts_are(folder):
         assert abs(x * 8 + 4 - actor.start[0]) < 10 and abs(y * 8 + 4 - actor.start[1]) < 10
 
 
-def test_a_plan_goes_from_noise_to_data_without_gaps():
-    sigmas = distil.DistilOptions(1, sampling_steps=4, substeps=3).sigmas()
-    assert sigmas.shape == (4, 4) and sigmas[0, 0] == 1 and sigmas[-1, -1] == 0
-    np.testing.assert_array_equal(sigmas[:-1, -1], sigmas[1:, 0])
-    assert (np.diff(sigmas, axis=1) < 0).all()
-
-
-@pytest.mark.slow
-def test_a_student_learns_what_its_guided_teacher_does(folder, tmp_path):
-    """Distance to where the teacher's steps lead, before and after; and a stop in between changes nothing."""
-    train(folder, tmp_path / "teacher", 4)
-    weights = tmp_path / "teacher" / "model.safetensors"
-
-    def student(output, steps):
-        options = distil.DistilOptions(steps, 2, batch_size=8, log_every=10, decoys=0.5)
-        distil.distil(weights, folder, output, options)
-        return [json.loads(line)["total"] for line in (output / "distil-log.jsonl").read_text().splitlines()]
-
-    losses = student(tmp_path / "whole", 30)
-    assert losses[-1] < 0.9 * losses[0]
-    teacher, pupil = load_model(weights), load_model(tmp_path / "whole" / "model.safetensors")
-    changed = {
-        name
-        for name, tensor in pupil.state_dict().items()
-        if not torch.equal(tensor, teacher.state_dict()[name])
-    }
-    assert changed and all(name.startswith("transformer.") for name in changed)
-
-
-def test_a_teacher_of_one_step_without_guidance_is_its_own_velocity(folder):
-    teacher, data = untrained(), small_pool(folder)
+def test_denoising_in_one_step_without_guidance_follows_the_models_own_velocity(folder):
+    model, data = untrained(), small_pool(folder)
     batch = data.batch(np.random.default_rng(0), 3, batches.Dropped(0, 0, 0))
     sigmas = torch.tensor([[1.0, 0.4]]).repeat(3, 1)
     with torch.no_grad():
-        text = teacher.text_encoder(batch.token_ids, batch.token_mask)
-        concepts = teacher.concepts(batch.pixels, batch.label_ids, batch.label_mask)
-        velocity = teacher.transformer(batch.latents, sigmas[:, 0] * 1000, text, concepts, batch.concept_mask)
-    reached = distil.teach(teacher, batch, batch.latents, sigmas, 1.0)
+        text = model.text_encoder(batch.token_ids, batch.token_mask)
+        concepts = model.concepts(batch.pixels, batch.label_ids, batch.label_mask)
+        velocity = model.transformer(batch.latents, sigmas[:, 0] * 1000, text, concepts, batch.concept_mask)
+    reached = polish.denoise(model, batch, batch.latents, sigmas, 1.0)
     torch.testing.assert_close(reached, batch.latents - 0.6 * velocity, rtol=1e-4, atol=1e-4)
 
 
@@ -408,29 +379,6 @@ def test_polishing_changes_the_network_alone_and_draws_the_models_latents_better
     with torch.no_grad():
         errors = [(vae.decode(latents) - videos).abs().mean() for vae in (before, after)]
     assert errors[1] < errors[0]
-
-
-@pytest.mark.parametrize("variant", [{}, {"injection": "shared_query"}, {"injection": "merged"}])
-def test_a_model_twice_as_wide_computes_the_same_until_it_is_trained(variant):
-    model = untrained(**variant)
-    wide = widen.widened(model)
-    assert wide.config.transformer.width == 2 * model.config.transformer.width
-    torch.manual_seed(1)
-    concept = model.config.concept
-    inputs = (
-        torch.randn(2, *model.config.latent_shape),
-        torch.tensor([900.0, 200.0]),
-        torch.randn(2, 48, model.config.transformer.text_dim),
-        torch.randn(2, concept.max_concepts, concept.tokens_per_concept, concept.width),
-        torch.tensor([[True, True, False, False], [False] * 4]),
-    )
-    with torch.no_grad():
-        narrow, same = (m.transformer(*inputs) for m in (model, wide))
-    torch.testing.assert_close(same, narrow, rtol=1e-4, atol=1e-4)
-    velocity = wide.transformer(*inputs)
-    velocity.square().sum().backward()
-    twins = wide.transformer.blocks[0].ffn.net[0].proj.weight.grad.chunk(2)
-    assert not torch.allclose(twins[0], twins[1], rtol=1e-2), "twins would stay twins"
 
 
 def test_frozen_parts_stay_as_they_are(folder, tmp_path):

@@ -21,16 +21,16 @@ from tqdm import tqdm
 from conceptmaster.engine.checkpoints.safetensors_io import load_model
 from conceptmaster.engine.model import ConceptMaster
 from conceptmaster.engine.vae.block_vae import BlockVAE
+from conceptmaster.errors import InputError
 from conceptmaster.runtime.atomic_write import replacing
 
-from ...arguments import add_refining, check_counts, option, refining_options
-from ..attention import cheapest_attention
-from ..batches import KEEP_ALL
-from ..learning import autocast
-from ..pools import ShardPool
-from ..shards import open_array
-from ..train_vae import VAEOptions, drawing_loss, fit, frames_of, random_frames
-from .distil import teach
+from ..arguments import add_device, add_folders, add_options, check_counts, option, options_from, set_threads
+from .attention import cheapest_attention
+from .batches import KEEP_ALL, Batch
+from .learning import autocast
+from .pools import ShardPool
+from .shards import open_array
+from .train_vae import VAEOptions, drawing_loss, fit, frames_of, random_frames
 
 SIGMAS = (0.4, 0.85)
 """Noise levels to denoise again from: below them nothing is lost, above another clip comes back."""
@@ -58,12 +58,20 @@ class PolishOptions(VAEOptions):
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``polish``."""
-    add_refining(parser, PolishOptions, "weights", "weights folder of the trained model")
+    add_folders(parser, "weights", "weights folder of the trained model")
+    add_options(parser, PolishOptions, guidance=None)
+    add_device(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Denoise, train, and write a weights folder; returns 0. Raises InputError for what cannot work."""
-    options = refining_options(PolishOptions, args, args.weights)
+    names = ("model.safetensors", "vae.safetensors", "defaults.json")
+    for path in (*(args.weights / name for name in names), args.data / "clips"):
+        if not path.exists():
+            raise InputError(f"{path} is missing: `train --output` makes it")
+    set_threads(args)
+    usual = float(json.loads((args.weights / "defaults.json").read_text())["guidance"])
+    options = options_from(PolishOptions, args, guidance=usual if args.guidance is None else args.guidance)
     args.output.mkdir(parents=True, exist_ok=True)
     model = load_model(args.weights / "model.safetensors").to(args.device)
     redone = args.output / "redone.npz"
@@ -100,12 +108,34 @@ def redo(model: ConceptMaster, data: Path, path: Path, options: PolishOptions) -
         )
         noisy = (1 - level) * batch.latents + level * noise
         with cheapest_attention(device), autocast(device):
-            latents = teach(model, batch, noisy, sigmas, options.guidance)
+            latents = denoise(model, batch, noisy, sigmas, options.guidance)
         made.append((latents.float() * pool.std + pool.mean).half().cpu().numpy())
     places = [pool.place(int(clip)) for clip in chosen]
     picks = [(int(pool.folders[shard].name.removeprefix("shard-")), clip) for shard, clip in places]
     with replacing(path) as partial:
         np.savez(partial, latents=np.concatenate(made), picks=np.array(picks))
+
+
+@torch.no_grad()
+def denoise(model: ConceptMaster, batch: Batch, noisy: Tensor, sigmas: Tensor, guidance: float) -> Tensor:
+    """Where the model's guided Euler steps lead: noisy [B,Cz,F,H,W] at sigmas [B,0] -> the same at
+    sigmas[:, -1]. sigmas [B,m+1]."""
+    text = model.text_encoder(batch.token_ids, batch.token_mask)
+    # The empty caption is its end token alone, which ends every caption.
+    nothing, empty = torch.zeros_like(batch.token_ids), torch.zeros_like(batch.token_mask)
+    nothing[:, :1] = batch.token_ids.gather(1, batch.token_mask.sum(1, keepdim=True) - 1)
+    empty[:, 0] = True
+    concepts = model.concepts(batch.pixels, batch.label_ids, batch.label_mask)
+    mask = torch.cat([torch.zeros_like(batch.concept_mask), batch.concept_mask])
+    told = torch.cat([model.text_encoder(nothing, empty), text]), torch.cat([concepts, concepts])
+    kv = model.transformer.condition(*told, mask)
+    x = noisy
+    for now, following in zip(sigmas.T[:-1], sigmas.T[1:], strict=True):
+        velocity = model.transformer.denoise(torch.cat([x, x]), now.repeat(2) * 1000.0, kv, mask).float()
+        without, asked = velocity.chunk(2)
+        velocity = without + guidance * (asked - without)
+        x = x + (following - now)[:, None, None, None, None] * velocity
+    return x
 
 
 def polish(data: Path, output: Path, redone: Path, options: PolishOptions) -> None:

@@ -1,1 +1,0 @@
-"""What is done to a trained model: widen, polish, distil."""
