@@ -147,24 +147,22 @@ class _Samples:
 
     def qformer(self, seed: int) -> Sample:
         """Picture tokens of `image_encoder`'s sample."""
-        return {"picture_tokens": self.upstream(seed)["picture_tokens"]}
+        return self._kept(seed, "picture_tokens")
 
     def dam(self, seed: int) -> Sample:
         """Visual queries, and labels of all lengths; a padded place has one meaningless token."""
-        kept = self.upstream(seed)
-        names = ["visual_queries", "label_text", "label_mask"]
-        return {name: kept[name] for name in (names[:1] if isinstance(self.model.dam, VisualOnly) else names)}
+        labels = () if isinstance(self.model.dam, VisualOnly) else ("label_text", "label_mask")
+        return self._kept(seed, "visual_queries", *labels)
 
     def condition(self, seed: int) -> Sample:
         """K strings, all concept tokens, and which branch sees which concept."""
-        kept = self.upstream(seed)
-        return {name: kept[name] for name in ("text", "concept_tokens", "concept_mask")}
+        return self._kept(seed, "text", "concept_tokens", "concept_mask")
 
     def denoise(self, seed: int) -> Sample:
         """A state in the middle of a video. Of the solver's rows one is a plain step and one is the velocity
         alone, so that an error in the velocity shows whatever the state is."""
         g = torch.Generator().manual_seed(seed + 2)
-        kept, states = self.upstream(seed), self.solver_states
+        states = self.solver_states
         scales = torch.cat((torch.ones(1), 1.0 + 2.0 * torch.rand(self.branches - 1, generator=g)))
         guidance = scales - torch.cat((scales[1:], torch.zeros(1)))  # [K], sums to one
         coefficients = torch.randn(states, states + 1, generator=g)
@@ -173,11 +171,11 @@ class _Samples:
         return {
             "state": self.state(seed),
             "time": torch.rand(1, generator=g) * 1000,
-            "concept_mask": kept["concept_mask"],
+            **self._kept(seed, "concept_mask"),
             "guidance": guidance,
             "coefficients": coefficients,
             **({"given": self.conditioned(seed)} if self.config.conditioning_channels else {}),
-            **{name: kept[name] for name in condition_names(self.config.concept.injection)},
+            **self._kept(seed, *condition_names(self.config.concept.injection)),
         }
 
     def encode_first(self, seed: int) -> Sample:
@@ -215,21 +213,25 @@ class _Samples:
     @torch.inference_mode()
     def outputs(self, graph: Graph) -> Sample:
         """Tensors of the shapes that the graph gives, by name."""
-        known, concept = self.upstream(0), self.config.concept
+        concept = self.config.concept
         if graph.name == "text_encoder":
-            return {"text": known["text"][:1]}
+            return {"text": self.upstream(0)["text"][:1]}
         if graph.name == "denoise":
             return {"next_state": self.state(0)}
         if graph.name == "condition":
-            return {name: known[name] for name in condition_names(concept.injection)}
+            return self._kept(0, *condition_names(concept.injection))
         if graph.runs in (FIRST_FRAME, LATER_FRAMES):
             made, states = self._causal(graph.name, getattr(self, graph.name)(0))
             ahead = "next_" if graph.runs == LATER_FRAMES else ""
             name = "frames" if graph.name.startswith("decode") else "latents"
             return {name: made} | {f"{ahead}{state}": tensor for state, tensor in states.items()}
         own = {"image_encoder": "picture_tokens", "qformer": "visual_queries"} if concept.has_modules else {}
-        name = own.get(graph.name, "concept_tokens")
-        return {name: known[name]}
+        return self._kept(0, own.get(graph.name, "concept_tokens"))
+
+    def _kept(self, seed: int, *names: str) -> Sample:
+        """Outputs of the modules before."""
+        known = self.upstream(seed)
+        return {name: known[name] for name in names}
 
     def _first(self, graph: str, seed: int) -> tuple[Tensor, Sample]:
         """What the first graph of a decoder or encoder makes of its sample, and the state behind it."""

@@ -23,16 +23,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-FORMATS = (
-    "PNG",
-    "JPEG",
-    "WEBP",
-    "GIF",
-    "BMP",
-    "TIFF",
-    "PPM",
-    "AVIF",
-)  # no format that starts another program
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")  # none that starts another program
 MOST_PIXELS = 64 * 2**20  # more is refused before it is decoded
 HUGE_PIXELS = 16 * 2**20  # more is worth a warning: so much detail is lost
 ANIMATED = ("GIF", "PNG", "WEBP", "TIFF", "AVIF")
