@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from conceptmaster.errors import MissingDependency
 from conceptmaster.runtime.atomic_write import replacing
 
 from .measures import MEASURES
-
-if TYPE_CHECKING:
-    from .sweep import Row
+from .reports import Row
 
 COLUMNS = 3
 COLOURS = ("#1f6fb2", "#d1701f", "#3a8f4d", "#8a5aa8")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,6 +15,35 @@ from .measures import MEASURES
 from .score import ASKED, NO_CONCEPTS, SWAPPED
 
 Record = TypeVar("Record")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way of sampling and what it reached, of a sweep.
+
+    guidance: 1 is none; scores, standard_errors: by measure, 0..1; seconds_per_video: the median, where
+    ``workers`` processes ran side by side.
+    """
+
+    solver: str
+    steps: int
+    guidance: float
+    scores: dict[str, float]
+    standard_errors: dict[str, float | None]
+    seconds_per_video: float
+    workers: int
+
+    def __post_init__(self) -> None:
+        if not set(MEASURES) <= self.scores.keys() & self.standard_errors.keys():
+            raise ValueError("lacks a measure")
+
+    @property
+    def key(self) -> tuple[str, float, int]:
+        """What tells it from other rows, and their order: by solver and guidance, most steps first."""
+        return self.solver, self.guidance, -self.steps
+
+    def __str__(self) -> str:
+        return f"{self.solver}, {self.steps} steps, guidance {self.guidance:g}"
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -24,7 +24,7 @@ from conceptmaster.runtime.solver import SOLVERS
 from ..arguments import add_options, add_quiet, cores, options_from
 from .measures import MEASURES
 from .plot import import_matplotlib, plot_sweep
-from .reports import percent, read_record, write_json
+from .reports import Row, percent, read_record, write_json
 from .score import Generate, Options, check_bundle, score, summary
 
 CONCEPTS = 2
@@ -36,35 +36,6 @@ SWEEP = """\
 Scores a bundle with every solver, number of steps and guidance asked for, on two concepts, and says which is
 the cheapest that loses nothing. Guidance 1 is no guidance: the request alone decides.
 """
-
-
-@dataclass(frozen=True)
-class Row:
-    """One way of sampling and what it reached.
-
-    guidance: 1 is none; scores, standard_errors: by measure, 0..1; seconds_per_video: the median, where
-    ``workers`` processes ran side by side.
-    """
-
-    solver: str
-    steps: int
-    guidance: float
-    scores: dict[str, float]
-    standard_errors: dict[str, float | None]
-    seconds_per_video: float
-    workers: int
-
-    def __post_init__(self) -> None:
-        if not set(MEASURES) <= self.scores.keys() & self.standard_errors.keys():
-            raise ValueError("lacks a measure")
-
-    @property
-    def key(self) -> tuple[str, float, int]:
-        """What tells it from other rows, and their order: by solver and guidance, most steps first."""
-        return self.solver, self.guidance, -self.steps
-
-    def __str__(self) -> str:
-        return f"{self.solver}, {self.steps} steps, guidance {self.guidance:g}"
 
 
 @dataclass(frozen=True)

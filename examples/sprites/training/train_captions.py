@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from conceptmaster.engine.model import ConceptMaster
+
 from .batches import Pool
-from .heads import coverage_loss
+from .heads import StoryHead, coverage_loss
 from .learning import MuonAdamW
 from .loop import LoopOptions, train
-
-if TYPE_CHECKING:
-    from .train_model import Trainee
 
 FAST_NAMES = ("relative_attention_bias", "shared", "layer_norm")
 """What moves at ``FAST_LR`` while the caption is learned alone: at the usual rate words do not find their
@@ -26,7 +23,13 @@ CAPTIONS = 64
 
 
 def learn_captions(
-    trainee: Trainee, pool: Pool, steps: int, seed: int, device: str, adam_names: tuple[str, ...]
+    model: ConceptMaster,
+    story: StoryHead,
+    pool: Pool,
+    steps: int,
+    seed: int,
+    device: str,
+    adam_names: tuple[str, ...],
 ) -> list[float]:
     """Train text encoder, DAM and story head on captions alone, with noise for visual queries; mean losses
     per 25 steps.
@@ -34,8 +37,8 @@ def learn_captions(
     Cheap, and decisive: joint training from the start settles where captions tell the video no places, and
     stays there.
     """
-    model, concept = trainee.model, trainee.model.config.concept
-    parts = nn.ModuleDict({"text": model.text_encoder, "dam": model.dam, "story": trainee.story})
+    concept = model.config.concept
+    parts = nn.ModuleDict({"text": model.text_encoder, "dam": model.dam, "story": story})
     optimizer = MuonAdamW(
         parts.named_parameters(),
         0.012,
@@ -56,7 +59,7 @@ def learn_captions(
         concepts = tokens.new_zeros((*filled.shape, *tokens.shape[1:]))
         concepts[filled] = tokens
         target = F.avg_pool3d(batch.coverage.flatten(0, 1)[:, None], patch).flatten(1)
-        logits = trainee.story(concepts, text, batch.token_mask).flatten(0, 1)
+        logits = story(concepts, text, batch.token_mask).flatten(0, 1)
         return {"total": coverage_loss(logits[filled.flatten()], target[filled.flatten()])}
 
     losses: list[float] = []

@@ -248,9 +248,8 @@ def _learn_parts(
         with cheapest_attention(options.device):
             learn_pictures(sight, pool, judge, output / "pictures.safetensors", pictures, ADAM_NAMES, log)
     if options.caption_steps:
-        losses = learn_captions(
-            trainee, pool, options.caption_steps, options.seed, options.device, ADAM_NAMES
-        )
+        steps, seed = options.caption_steps, options.seed
+        losses = learn_captions(model, trainee.story, pool, steps, seed, options.device, ADAM_NAMES)
         log({"phase": "captions", "story": losses})
 
 

@@ -12,12 +12,11 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-if TYPE_CHECKING:
-    from .scenes import Identity
+from .identity import Identity
 
 Array = Any
 """A NumPy array or a PyTorch tensor; one kind in all arguments of a call."""
