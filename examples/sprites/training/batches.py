@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Self
 
@@ -58,12 +57,10 @@ class Captions(Tensors):
 
 @dataclass(frozen=True)
 class Pictures(Tensors):
-    """A batch of references alone: pixels [M,3,px,px] (CLIP-normalised), label_ids/label_mask [M,L],
-    portraits [M,3,32,32] in -1..1, traits int64 [M,3], patterns [M,RUNS]."""
+    """A batch of references alone: pixels [M,3,px,px] (CLIP-normalised), portraits [M,3,32,32] in -1..1,
+    traits int64 [M,3], patterns [M,RUNS]."""
 
     pixels: Tensor
-    label_ids: Tensor
-    label_mask: Tensor
     portraits: Tensor
     traits: Tensor
     patterns: Tensor
@@ -99,36 +96,26 @@ def generator(rng: np.random.Generator, device: str) -> torch.Generator:
     return torch.Generator(device).manual_seed(int(rng.integers(2**62)))
 
 
-class Pool(ABC):
-    """Clips with all that training asks of them. Batches come on ``device``; where the clips are kept until
-    then is the subclass's affair. The same state of a generator gives the same batch.
+class Pool:
+    """Clips with all that training asks of them, kept on ``device``. The same state of a generator gives the
+    same batch.
 
-    Of each clip it has, as ``rows`` gives them: latents, decoys [Cz,F,H,W], token_ids, token_mask [T], count;
-    and for each of N concepts, of which ``count`` are there: label_ids, label_mask [N,L], references
-    [N,R,H,W,3], foreign [N,H,W,3], coverage [N,5,8,8], portraits [N,32,32,3], traits [N,3], patterns
-    [N,RUNS].
+    ``arrays`` has, of each of n clips: latents, decoys [n,Cz,F,H,W], token_ids, token_mask [n,T], count [n];
+    and for each of N concepts, of which ``count`` are there: label_ids, label_mask [n,N,L], references
+    [n,N,R,H,W,3], foreign [n,N,H,W,3], coverage [n,N,5,8,8], portraits [n,N,32,32,3], traits [n,N,3],
+    patterns [n,N,RUNS].
     """
 
     def __init__(self, config: ModelConfig, device: str) -> None:
         self.device, self.tokens = device, (config.text_tokens, config.concept.label_tokens)
+        self.arrays: dict[str, Tensor] = {}
         numbers = [config.vae["latents_mean"], config.vae["latents_std"]]
         self.mean, self.std = torch.tensor(numbers, device=device).view(2, -1, 1, 1, 1)
         empty = tokenise(build_tokenizer(), [""], config.text_tokens)
         self._no_caption = [torch.from_numpy(part).to(device) for part in empty]  # [1,T] each
 
-    @abstractmethod
-    def __len__(self) -> int: ...
-
-    @abstractmethod
-    def rows(self, name: str, clips: Tensor) -> Tensor:
-        """One of the arrays, of the clips with these numbers, int64 [B], on the device: [B,…]."""
-
-    @abstractmethod
-    def refresh(self) -> None:
-        """Take up, or make, new clips."""
-
-    def close(self) -> None:  # noqa: B027 (not every pool has something to end)
-        """End what the pool has started: nothing, where all is read from files."""
+    def __len__(self) -> int:
+        return len(self.arrays["count"])
 
     def _some(self, rng: np.random.Generator, size: int) -> Tensor:
         return torch.from_numpy(rng.integers(len(self), size=size)).to(self.device)
@@ -147,8 +134,8 @@ class Pool(ABC):
         each = torch.arange(size, device=self.device)[:, None]
         # which[b,slot]: the concept in that slot; one beyond the clip's last stands for an empty slot
         which = chance(MAX_CONCEPTS).argsort(1)
-        filled = which < self.rows("count", clips)[:, None]
-        references = self.rows("references", clips)[each, which]  # [B,N,R,H,W,3]
+        filled = which < self.arrays["count"][clips][:, None]
+        references = self.arrays["references"][clips][each, which]  # [B,N,R,H,W,3]
         view = (chance(MAX_CONCEPTS) * references.shape[2]).long()
         fate = chance()
         no_concepts = fate < dropped.concepts + dropped.both
@@ -158,21 +145,21 @@ class Pool(ABC):
 
         def slots(name: str, empty: float = 0) -> Tensor:
             """[B,N,…] of an array, with ``empty`` where no concept is."""
-            value = self.rows(name, clips)[each, which]
+            value = self.arrays[name][clips][each, which]
             return torch.where(filled.view(*filled.shape, *[1] * (value.ndim - 2)), value, empty)
 
         foreign = (chance(MAX_CONCEPTS) < dropped.foreign) & filled
-        strangers = self.rows("foreign", clips)[each, which]
+        strangers = self.arrays["foreign"][clips][each, which]
         own = references[each, torch.arange(MAX_CONCEPTS, device=self.device), view]
         pixels = torch.where(foreign[..., None, None, None], strangers, own) * filled[..., None, None, None]
         latents, decoys = (
-            (self.rows(name, clips).float() - self.mean) / self.std for name in ("latents", "decoys")
+            (self.arrays[name][clips].float() - self.mean) / self.std for name in ("latents", "decoys")
         )
         return Batch(
             latents,
             decoys,
-            torch.where(no_caption, ids, self.rows("token_ids", clips)),
-            torch.where(no_caption, mask, self.rows("token_mask", clips)),
+            torch.where(no_caption, ids, self.arrays["token_ids"][clips]),
+            torch.where(no_caption, mask, self.arrays["token_mask"][clips]),
             _for_clip(pixels),
             foreign,
             slots("label_ids"),
@@ -188,41 +175,21 @@ class Pool(ABC):
         """A random batch of captions with their labels and what they tell."""
         clips = self._some(rng, size)
         names = ("token_ids", "token_mask", "label_ids", "label_mask", "coverage")
-        ids, mask, label_ids, label_mask, coverage = (self.rows(name, clips) for name in names)
+        ids, mask, label_ids, label_mask, coverage = (self.arrays[name][clips] for name in names)
         return Captions(ids, mask, label_ids, label_mask, coverage.float() / 255)
 
-    def pictures(self, rng: np.random.Generator, size: int) -> Pictures:
-        """Random references alone."""
-        clips, g = self._some(rng, size), generator(rng, self.device)
-        each = torch.arange(size, device=self.device)
-        concept, view = torch.rand(2, size, generator=g, device=self.device)
-        concept = (concept * self.rows("count", clips)).long()
-        references = self.rows("references", clips)[each, concept]  # [M,R,H,W,3]
-        names = ("label_ids", "label_mask", "portraits", "traits", "patterns")
-        ids, mask, portraits, traits, patterns = (self.rows(name, clips)[each, concept] for name in names)
-        pixels = references[each, (view * references.shape[1]).long()]
-        return Pictures(_for_clip(pixels), ids, mask, _minus_one_to_one(portraits), traits.long(), patterns)
 
-
-def new_pictures(rng: np.random.Generator, size: int, label_tokens: int, device: str) -> Pictures:
-    """References of looks that are drawn here and nowhere else, none of them held out, as ``Pool.pictures``
-    gives those of its clips. What a model learns from looks that come back it tells of these alone."""
+def new_pictures(rng: np.random.Generator, size: int, device: str, held_out: bool = False) -> Pictures:
+    """References of looks that are drawn here and nowhere else: of those that are kept for judging, or of
+    the others. What a model learns from looks that come back it tells of these alone."""
     actors = []
     for _ in range(size):
-        look, noun = random_identity(rng, held_out=False), str(rng.choice(NOUNS))
+        look, noun = random_identity(rng, held_out=held_out), str(rng.choice(NOUNS))
         actors.append(Actor(noun, noun, look, radius=1.0, start=(0.0, 0.0), cell=(1, 1), motion="still"))
-    labels = tokenise(build_tokenizer(), [actor.label for actor in actors], label_tokens)
-    ids, mask = (torch.from_numpy(part).to(device) for part in labels)
     cast = {name: value.to(device) for name, value in cast_of(actors).items()}
     told = targets_of(cast)
-    return Pictures(
-        _for_clip(in_parts(draw_references, cast, generator(rng, device))),
-        ids,
-        mask,
-        _minus_one_to_one(told["portraits"]),
-        told["traits"].long(),
-        told["patterns"],
-    )
+    pixels = _for_clip(in_parts(draw_references, cast, generator(rng, device)))
+    return Pictures(pixels, _minus_one_to_one(told["portraits"]), told["traits"].long(), told["patterns"])
 
 
 def _for_clip(pixels: Tensor) -> Tensor:

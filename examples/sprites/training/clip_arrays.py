@@ -9,9 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..world.draw import paint_background
 from ..world.paint_many import Cast, draw_clips, draw_references, draw_upright, filled
-from ..world.scene_arrays import LOOKS, look_numbers
-from ..world.scenes import MAX_CONCEPTS, NOUNS, PERIODS, TEXTURES, Actor
+from ..world.scene_arrays import LOOKS, look_numbers, scene_arrays
+from ..world.scenes import BACKGROUNDS, MAX_CONCEPTS, NOUNS, PERIODS, TEXTURES, Actor
 
 REFERENCES = 2
 """Reference pictures drawn for each concept; training picks one of them at random."""
@@ -99,12 +100,13 @@ def draw_block(
     scenes: dict[str, Tensor],
     ground: Tensor,
     g: torch.Generator,
-    encode: Callable[[Tensor], Tensor] = lambda video: video,
+    encode: Callable[[Tensor], Tensor],
+    videos: bool = False,
 ) -> dict[str, Tensor]:
     """Tokenised scenes (see ``scene_arrays``) on a device, as ``Pool`` has its clips.
 
-    ground [B,S,S,3]: the backgrounds, 0..1; g: chooses poses; encode: what is made of clips, uint8
-    [b,F,S,S,3], in the place of latents.
+    ground [B,S,S,3]: the backgrounds, 0..1; g: chooses poses; encode: clips, uint8 [b,F,S,S,3], to latents;
+    videos: the clips themselves are among what is returned, as ``video``.
     """
     parts, some = [], at_once(ground.device)
     for k in range(0, len(ground), some):
@@ -114,9 +116,25 @@ def draw_block(
             for name, prefix in CLIPS.items()
         }
         found = {name: encode(clips) for name, (clips, _) in drawn.items()}
+        found |= {"video": drawn["latents"][0]} if videos else {}
         parts.append(found | {"coverage": coverage(drawn["latents"][1])})
     clips = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     return clips | _pictures(scenes, g) | {name: scenes[name] for name in TEXTS}
+
+
+def draw_videos(count: int, device: str, held_out: bool = False) -> Tensor:
+    """The clips of the first ``count`` seeds alone, each on its own background, uint8 [count,F,S,S,3]; of
+    looks that are held out, or of the others."""
+    arrays, kinds = scene_arrays(0, count, held_out), list(BACKGROUNDS)
+    scenes = {n: torch.from_numpy(value).to(device) for n, value in arrays.items() if value.dtype != object}
+    rngs = [np.random.Generator(np.random.Philox(key=[seed, 7])) for seed in range(count)]
+    ground = [paint_background(kinds[k], rng) for k, rng in zip(arrays["background"], rngs, strict=True)]
+    parts, some = [], at_once(device)
+    for k in range(0, count, some):
+        part = {name: value[k : k + some] for name, value in scenes.items()}
+        under = torch.from_numpy(np.stack(ground[k : k + some])).to(device)
+        parts.append(draw_clips(looks_of(part, ""), part, under)[0])
+    return torch.cat(parts)
 
 
 def _pictures(scenes: dict[str, Tensor], g: torch.Generator) -> dict[str, Tensor]:

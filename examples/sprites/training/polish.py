@@ -24,13 +24,12 @@ from conceptmaster.engine.vae.block_vae import BlockVAE
 from conceptmaster.errors import InputError
 from conceptmaster.runtime.atomic_write import replacing
 
-from ..arguments import add_device, add_folders, add_options, check_counts, option, options_from, set_threads
+from ..arguments import add_device, add_options, check_counts, cores, option, options_from, set_threads
 from .attention import cheapest_attention
 from .batches import KEEP_ALL, Batch
+from .drawn import Drawing, DrawnPool
 from .learning import autocast
-from .pools import ShardPool
-from .shards import open_array
-from .train_vae import VAEOptions, drawing_loss, fit, frames_of, random_frames
+from .train_vae import VAEOptions, drawing_loss, fit, frames_of, load_vae, random_frames
 
 SIGMAS = (0.4, 0.85)
 """Noise levels to denoise again from: below them nothing is lost, above another clip comes back."""
@@ -58,17 +57,17 @@ class PolishOptions(VAEOptions):
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``polish``."""
-    add_folders(parser, "weights", "weights folder of the trained model")
+    parser.add_argument("--weights", required=True, type=Path, help="weights folder of the trained model")
+    parser.add_argument("--output", required=True, type=Path, help="folder for checkpoints and results")
     add_options(parser, PolishOptions, guidance=None)
     add_device(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Denoise, train, and write a weights folder; returns 0. Raises InputError for what cannot work."""
-    names = ("model.safetensors", "vae.safetensors", "defaults.json")
-    for path in (*(args.weights / name for name in names), args.data / "clips"):
-        if not path.exists():
-            raise InputError(f"{path} is missing: `train --output` makes it")
+    for name in ("model.safetensors", "vae.safetensors", "defaults.json"):
+        if not (args.weights / name).exists():
+            raise InputError(f"{args.weights / name} is missing: `train --output` makes it")
     set_threads(args)
     usual = float(json.loads((args.weights / "defaults.json").read_text())["guidance"])
     options = options_from(PolishOptions, args, guidance=usual if args.guidance is None else args.guidance)
@@ -76,11 +75,14 @@ def run(args: argparse.Namespace) -> int:
     model = load_model(args.weights / "model.safetensors").to(args.device)
     redone = args.output / "redone.npz"
     if not redone.exists():
-        redo(model, args.data / "clips", redone, options)
+        drawing = Drawing(options.clips, options.seed, cores(), videos=True)
+        pool = DrawnPool(model.config, load_vae(args.weights, model.config.vae), drawing, args.device)
+        pool.close()
+        redo(model, pool, redone, options)
     if not (args.output / "polish-training.safetensors").exists():
         shutil.copyfile(args.weights / "vae.safetensors", args.output / "vae.safetensors")
     (args.output / "vae.json").write_text(json.dumps(model.config.vae, indent=1))
-    polish(args.data / "clips", args.output, redone, options)
+    polish(args.output, redone, options)
     weights = args.output / "weights"
     shutil.copytree(args.weights, weights, dirs_exist_ok=True)
     shutil.copyfile(args.output / "vae.safetensors", weights / "vae.safetensors")
@@ -88,32 +90,23 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def redo(model: ConceptMaster, data: Path, path: Path, options: PolishOptions) -> None:
-    """Write raw latents float16 [clips,Cz,F,H,W] of clips denoised again, and which these are (shard, clip).
-
-    The first shard, which judges, is left out.
-    """
-    device = options.device
-    pool, rng = ShardPool(data, model.config, device), np.random.default_rng(options.seed)
-    chosen = rng.integers(pool.ends[0], len(pool), size=options.clips)
-    made = []
-    for k in tqdm(range(0, options.clips, TOGETHER), desc="denoise"):
-        batch = pool.collate(torch.from_numpy(chosen[k : k + TOGETHER]).to(device), rng, KEEP_ALL)
+def redo(model: ConceptMaster, pool: DrawnPool, path: Path, options: PolishOptions) -> None:
+    """Write the clips of a pool, uint8 [n,F,sH,sW,3], and their raw latents, denoised again, float16
+    [n,Cz,F,H,W]."""
+    device, rng, made = options.device, np.random.default_rng(options.seed), []
+    for clips in tqdm(torch.arange(len(pool), device=device).split(TOGETHER), desc="denoise"):
+        batch = pool.collate(clips, rng, KEEP_ALL)
         noise = torch.from_numpy(rng.standard_normal(batch.latents.shape, np.float32)).to(device)
         levels = rng.uniform(*SIGMAS, size=(len(noise), 1)).astype(np.float32)
         start = torch.from_numpy(levels).to(device)
-        sigmas, level = (
-            start * torch.linspace(1, 0, SUBSTEPS + 1, device=device),
-            start[:, :, None, None, None],
-        )
+        sigmas = start * torch.linspace(1, 0, SUBSTEPS + 1, device=device)
+        level = start[:, :, None, None, None]
         noisy = (1 - level) * batch.latents + level * noise
         with cheapest_attention(device), autocast(device):
             latents = denoise(model, batch, noisy, sigmas, options.guidance)
         made.append((latents.float() * pool.std + pool.mean).half().cpu().numpy())
-    places = [pool.place(int(clip)) for clip in chosen]
-    picks = [(int(pool.folders[shard].name.removeprefix("shard-")), clip) for shard, clip in places]
     with replacing(path) as partial:
-        np.savez(partial, latents=np.concatenate(made), picks=np.array(picks))
+        np.savez(partial, latents=np.concatenate(made), videos=pool.arrays["video"].cpu().numpy())
 
 
 @torch.no_grad()
@@ -138,17 +131,15 @@ def denoise(model: ConceptMaster, batch: Batch, noisy: Tensor, sigmas: Tensor, g
     return x
 
 
-def polish(data: Path, output: Path, redone: Path, options: PolishOptions) -> None:
-    """Train the network of ``output/vae.safetensors`` on the latents of ``redo``; resumes."""
+def polish(output: Path, redone: Path, options: PolishOptions) -> None:
+    """Train the network of ``output/vae.safetensors`` on what ``redo`` wrote; resumes."""
     with np.load(redone) as file:
-        latents, picks = file["latents"], file["picks"]
-    videos = np.stack([open_array(data / f"shard-{s:05d}", "video")[k] for s, k in picks])
-    made, true = (torch.from_numpy(array).to(options.device) for array in (latents, videos))
+        made, true = (torch.from_numpy(file[name]).to(options.device) for name in ("latents", "videos"))
 
     def loss(vae: BlockVAE, rng: np.random.Generator) -> Tensor:
         return drawing_loss(vae, *_batch(rng, made, true, vae, options.batch_size))
 
-    fit(data, output, "polish", loss, options, phase="polish")
+    fit(output, "polish", loss, options, phase="polish")
 
 
 def _batch(

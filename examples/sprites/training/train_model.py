@@ -10,7 +10,6 @@ shipped.
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -30,6 +29,7 @@ from conceptmaster.errors import InputError
 from ..arguments import check_counts, check_shares, option
 from .attention import cheapest_attention
 from .batches import KEEP_ALL, Batch, Dropped, Pool
+from .drawn import DrawnPool
 from .heads import LayoutHead, StoryHead, coverage_loss
 from .learning import Average, MuonAdamW, autocast, saved_progress
 from .loop import Log, LoopOptions, log_to, random_of, train
@@ -41,7 +41,7 @@ from .train_pictures import PictureHeads, PictureOptions, Sight, TraitHead, lear
 FROZEN = ("text_encoder", "image_encoder", "qformer")
 """Parts that the last stage may leave as they are."""
 REFRESHED = 100
-"""Steps after which the pool takes up, or draws, new clips."""
+"""Steps after which the pool draws new clips."""
 PICTURES = 128
 """Least number of pictures in a step that learns from pictures alone."""
 FOREGROUND = 3.0
@@ -72,7 +72,6 @@ class TrainOptions:
     steps: int = option(4000, "steps of model training")
     picture_steps: int = option(0, "steps on pictures alone, first (1500; with --start 0)")
     caption_steps: int = option(0, "steps on captions alone, second (550; with --start 0)")
-    new_looks: bool = option(False, "draw pictures for the steps on these alone, none of them twice")
     batch_size: int = option(32, "clips in a step")
     seed: int = option(0, "of weights and batches")
     device: str = "cpu"
@@ -201,8 +200,7 @@ def probe(trainee: Trainee, pool: Pool, device: str, count: int = 96) -> dict[st
     """
     rng = np.random.default_rng(0)
     results: dict[str, list[float]] = {"with": [], "without": [], "swapped": []}
-    everything = torch.arange(len(pool), device=device)
-    pairs = everything[pool.rows("count", everything) == 2][:count]
+    pairs = torch.nonzero(pool.arrays["count"] == 2)[:count, 0]
     for clips in pairs.split(32):
         batch = pool.collate(clips, rng, KEEP_ALL)
         noise = torch.from_numpy(rng.standard_normal(batch.latents.shape, np.float32)).to(device)
@@ -224,38 +222,30 @@ def probe(trainee: Trainee, pool: Pool, device: str, count: int = 96) -> dict[st
     return {f"probe_{name}": round(float(np.mean(values)), 4) for name, values in results.items()}
 
 
-def _learn_parts(
-    trainee: Trainee, pool: Pool, judge: Pool, output: Path, log: Log, options: TrainOptions
-) -> None:
-    """What is learned before the videos: to see pictures, and to read captions. Where the model that is gone
-    on from sees already, it learns to see without becoming unreadable for its transformer."""
-    model, fresh = trainee.model, [""]
+def _learn_parts(trainee: Trainee, pool: Pool, output: Path, log: Log, options: TrainOptions) -> None:
+    """What is learned before the videos: to see pictures, and to read captions."""
     if options.start is not None:
-        fresh = start_from(model, options.start)
-        log({"phase": "start", "fresh": fresh})
+        log({"phase": "start", "fresh": start_from(trainee.model, options.start)})
     if options.picture_steps:
-        sees = options.start is not None and not any(n.startswith(("qformer.", "dam.")) for n in fresh)
-        kept = copy.deepcopy(model).eval() if sees else None
-        sight = Sight(model, trainee.pictures, kept).to(options.device)
+        sight = Sight(trainee.model, trainee.pictures).to(options.device)
         pictures = PictureOptions(
             options.picture_steps,
             max(PICTURES, options.batch_size),
             options.seed,
             options.device,
             log_every=max(1, options.log_every // 2),
-            new_looks=options.new_looks,
         )
         with cheapest_attention(options.device):
-            learn_pictures(sight, pool, judge, output / "pictures.safetensors", pictures, ADAM_NAMES, log)
+            learn_pictures(sight, output / "pictures.safetensors", pictures, ADAM_NAMES, log)
     if options.caption_steps:
         steps, seed = options.caption_steps, options.seed
-        losses = learn_captions(model, trainee.story, pool, steps, seed, options.device, ADAM_NAMES)
+        losses = learn_captions(trainee.model, trainee.story, pool, steps, seed, options.device, ADAM_NAMES)
         log({"phase": "captions", "story": losses})
 
 
 def train_model(
     config: ModelConfig,
-    open_data: Callable[[int], Pool],
+    open_data: Callable[[int], DrawnPool],
     judge: Pool,
     output: Path,
     options: TrainOptions,
@@ -263,7 +253,7 @@ def train_model(
     """Learn to see pictures alone, and to read captions alone, then train to ``options.steps``.
 
     Resumes from ``output/training.safetensors``, before that from ``pictures.safetensors``; a batch depends
-    on seed and step only. ``open_data`` makes the pool of clips, told how often it has been refreshed;
+    on seed and step only. ``open_data`` draws the pool of clips, told how often it has been refreshed;
     ``judge`` has looks held out. Writes ``model.safetensors`` (averaged weights with their configuration),
     appends to ``log.jsonl``.
     """
@@ -277,7 +267,7 @@ def train_model(
     pool = open_data(int(steps_done) // REFRESHED)
     log = log_to(output / "log.jsonl")
     if not checkpoint.exists():
-        _learn_parts(trainee, pool, judge, output, log, options)
+        _learn_parts(trainee, pool, output, log, options)
     for name in options.freeze:
         trainee.model.get_submodule(name).requires_grad_(False)
     optimizer = MuonAdamW(trainee.named_parameters(), options.lr, options.lr / 8, adam_names=ADAM_NAMES)

@@ -4,8 +4,8 @@ The paper's picture encoder is CLIP, which came trained; this world's starts fro
 loss asks for colours long before it asks for patterns. Training-only heads ask early: one redraws the
 concept upright from its visual queries, another names its texture, accessory and noun, and tells how the
 texture runs: without that the tokens said that there were stripes, and not which way. Through the Q-Former
-that question comes slowly, so it is put to the picture encoder alone first, and where a transformer reads
-the concept tokens already, to these too.
+that question comes slowly, so it is put to the picture encoder alone first. Every step has looks of its own:
+those that come back are learned by heart.
 """
 
 from __future__ import annotations
@@ -24,18 +24,16 @@ from conceptmaster.engine.model import ConceptMaster
 
 from ..arguments import check_counts, check_shares
 from ..world.scenes import ACCESSORIES, NOUNS, TEXTURES
-from .batches import Pictures, Pool, new_pictures
+from .batches import Pictures, new_pictures
 from .clip_arrays import PORTRAIT, RUNS
 from .learning import MuonAdamW, autocast, schedule
 from .loop import Log, LoopOptions, random_of, train
 
 TRAITS = (len(TEXTURES), len(ACCESSORIES), len(NOUNS))
 """Kinds of each trait that ``TraitHead`` names."""
-TRAIT_WEIGHT, PATTERN_WEIGHT, KEPT_WEIGHT = 0.1, 1.0, 0.5
+TRAIT_WEIGHT, PATTERN_WEIGHT = 0.1, 1.0
 ALONE = 0.7
 """Share of the steps, and by far the cheapest ones, in which the picture encoder learns alone."""
-KEPT_RATE = 0.5
-"""Scale of the learning rates while concept tokens are held to those of an earlier model."""
 JUDGED = 512
 """Pictures of held-out looks that are looked at for the log."""
 PATCH = 4
@@ -146,20 +144,11 @@ class PictureHeads(nn.Module):
 
 
 class Sight(nn.Module):
-    """What is trained here: the parts of a model that see and bind, and the heads.
+    """What is trained here: the parts of a model that see, and the heads."""
 
-    With ``kept``, an earlier state of the same model, concept tokens are also held to the earlier ones: what
-    reads them goes on understanding them while they come to tell more.
-    """
-
-    def __init__(self, model: ConceptMaster, heads: PictureHeads, kept: ConceptMaster | None) -> None:
+    def __init__(self, model: ConceptMaster, heads: PictureHeads) -> None:
         super().__init__()
         self.image_encoder, self.qformer, self.heads = model.image_encoder, model.qformer, heads
-        concept = model.config.concept
-        self.kept = None if kept is None else kept.requires_grad_(False)
-        if kept is not None:
-            self.dam = model.dam  # without it nothing here reaches it
-            self.told = TraitHead(concept.tokens_per_concept, concept.width)
 
     def look(self, batch: Pictures) -> dict[str, Tensor]:
         """The losses of the picture encoder alone."""
@@ -168,30 +157,17 @@ class Sight(nn.Module):
         return self.heads.eye_losses(seen, batch.traits, batch.patterns)
 
     def forward(self, batch: Pictures) -> dict[str, Tensor]:
-        """The losses of ``PictureHeads``; with an earlier model also ``told_pattern`` of the concept tokens
-        and ``kept``: their relative squared error to the earlier ones."""
+        """The losses of ``PictureHeads``."""
         with autocast(str(batch.pixels.device)):
             seen = self.image_encoder(batch.pixels)  # [M,P,Dp]
             queries = self.qformer(seen).float()  # [M,Q,Dc]
-        losses = self.heads(seen, queries, batch.portraits, batch.traits, batch.patterns)
-        if self.kept is not None:
-            with torch.no_grad():
-                text = self.kept.text_encoder(batch.label_ids, batch.label_mask)
-                before = self.kept.qformer(self.kept.image_encoder(batch.pixels))
-                wanted = self.kept.dam(before, text, batch.label_mask)
-            found = self.dam(queries, text, batch.label_mask)  # [M,Q,Dc]
-            losses["kept"] = (found - wanted).square().mean() / wanted.square().mean()
-            told = trait_losses(self.told, found, batch.traits, batch.patterns)
-            losses["told_pattern"] = told["pattern"]
-            losses["total"] = losses["total"] + told["total"] + KEPT_WEIGHT * losses["kept"]
-        return losses
+        return self.heads(seen, queries, batch.portraits, batch.traits, batch.patterns)
 
 
 @dataclass(frozen=True)
 class PictureOptions:
-    """How seeing is learned: a share ``alone`` of the steps the picture encoder, then all that sees; on the
-    pool's pictures, or with ``new_looks`` on such as ``new_pictures`` draws for every step. lr: Muon's.
-    Raises InputError."""
+    """How seeing is learned: a share ``alone`` of the steps the picture encoder, then all that sees. lr:
+    Muon's. Raises InputError."""
 
     steps: int
     batch_size: int = 128
@@ -200,7 +176,6 @@ class PictureOptions:
     lr: float = 0.012
     log_every: int = 50
     alone: float = ALONE
-    new_looks: bool = False
 
     def __post_init__(self) -> None:
         check_counts(self, "steps", "batch_size", "log_every")
@@ -208,37 +183,28 @@ class PictureOptions:
 
 
 def learn_pictures(
-    sight: Sight,
-    pool: Pool,
-    judge: Pool,
-    checkpoint: Path,
-    options: PictureOptions,
-    adam_names: tuple[str, ...],
-    log: Log,
+    sight: Sight, checkpoint: Path, options: PictureOptions, adam_names: tuple[str, ...], log: Log
 ) -> None:
-    """Train on reference pictures. ``log`` takes mean losses, with those of ``judge`` (looks held out) beside
+    """Train on reference pictures. ``log`` takes mean losses, with those of looks that are held out beside
     them. Resumes from ``checkpoint``, to the same weights."""
     optimizer = MuonAdamW(sight.named_parameters(), options.lr, 1.5e-3, adam_names=adam_names)
     turn = int(options.alone * options.steps)
-    alone, wide = turn / options.steps, 1.0 if sight.kept is None else KEPT_RATE
+    alone = turn / options.steps
 
     def seen(step: int, batch: Pictures) -> dict[str, Tensor]:
         return sight.look(batch) if step < turn else sight(batch)
 
     def rate(part: float) -> float:
-        if part < alone:
-            return schedule(part / alone)
-        return wide * schedule((part - alone) / (1 - alone))
+        return schedule(part / alone if part < alone else (part - alone) / (1 - alone))
 
     def losses_of(step: int) -> dict[str, Tensor]:
         rng = random_of(options.seed, 2**32 + step)
-        if options.new_looks:
-            return seen(step, new_pictures(rng, options.batch_size, pool.tokens[1], options.device))
-        return seen(step, pool.pictures(rng, options.batch_size))
+        return seen(step, new_pictures(rng, options.batch_size, options.device))
 
     @torch.no_grad()
     def judged(steps: int) -> dict[str, float]:
-        found = seen(steps - 1, judge.pictures(np.random.default_rng(0), JUDGED))
+        pictures = new_pictures(np.random.default_rng(0), JUDGED, options.device, held_out=True)
+        found = seen(steps - 1, pictures)
         return {f"held_out_{name}": round(float(value), 4) for name, value in found.items()}
 
     how = LoopOptions("pictures", options.steps, rate=rate, log_every=options.log_every, also=(turn,))

@@ -21,21 +21,16 @@ from conceptmaster.engine.checkpoints.safetensors_io import load, load_strict, s
 from conceptmaster.engine.vae.block_vae import BlockVAE
 
 from ..arguments import check_counts, option
+from .clip_arrays import draw_videos
 from .learning import Average, MuonAdamW, autocast
 from .loop import LoopOptions, log_to, random_of, train
 from .noising import normal
-from .shards import open_array, shard_folders
 
 LATENT_NOISE = 0.05
 """Largest deviation of the noise on the latents that the network learns from: a model's are not exact."""
-KEPT_SHARDS = 16
-"""Shards of a pool that are read into memory, 104 MB each."""
-ANALYSED = 800
-"""Clips that the components are found in."""
-COMPONENTS = ("mean", "basis", "scale")
-"""The tensors that decide what latents are; the others only draw them."""
-JUDGED = 24
-"""Clips of the first shard over which PSNR is measured; nothing is learned from that shard."""
+CLIPS, ANALYSED, JUDGED = 2048, 800, 24
+"""Clips that the network learns from, clips that the components are found in, and held-out clips over which
+PSNR is measured."""
 
 
 def new_vae(config: dict[str, Any]) -> BlockVAE:
@@ -53,41 +48,25 @@ def new_vae(config: dict[str, Any]) -> BlockVAE:
 
 
 @torch.no_grad()
-def analyse(vae: BlockVAE, data: Path, clips: int | None = None, seed: int = 0, kept: int = 0) -> None:
-    """Set mean, basis and scale to the principal components of clips of a pool, spread over its shards.
-
-    The mean and the first ``kept`` components stay as they are; those behind them are the principal
-    components of what these leave over. So a model of the first ``kept`` can go on with more.
-    """
-    rng = np.random.default_rng(seed)
-    folders, size = shard_folders(data)[1:], vae.basis.shape[1]
+def analyse(vae: BlockVAE, videos: Tensor) -> None:
+    """Set mean, basis and scale to the principal components of clips, uint8 [n,F,sH,sW,3], on the CPU."""
+    size = vae.basis.shape[1]
     total, products, count = torch.zeros(size).double(), torch.zeros(size, size).double(), 0
-    for n in range(clips or ANALYSED):
-        video = open_array(folders[n % len(folders)], "video")
-        clip = to_tensor(video[rng.integers(len(video))][None])
-        whole = torch.cat([clip[:, :, :1]] * (vae.frames - 1) + [clip], dim=2)
+    for clip in videos.split(1):
+        video = from_bytes(clip)
+        whole = torch.cat([video[:, :, :1]] * (vae.frames - 1) + [video], dim=2)
         blocks = vae.cut(whole).reshape(-1, size).double()
         total += blocks.sum(0)
         products += blocks.T @ blocks
         count += len(blocks)
-    if not kept:
-        vae.mean.copy_(total / count)
-    mean, known = vae.mean.double(), vae.basis[:kept].double()
-    cross = torch.outer(total / count, mean)
-    rest = torch.eye(size).double() - known.T @ known
-    around_mean = products / count - cross - cross.T + torch.outer(mean, mean)
-    variance, vectors = torch.linalg.eigh(rest @ around_mean @ rest)
-    order = torch.arange(size - 1, size - 1 - len(vae.basis) + kept, -1)
+    mean = total / count
+    variance, vectors = torch.linalg.eigh(products / count - torch.outer(mean, mean))
+    order = torch.arange(size - 1, size - 1 - len(vae.basis), -1)
     basis, variance = vectors[:, order].T, variance[order]
-    greatest = vae.scale[0].double() ** -2 if kept else variance[0]
+    vae.mean.copy_(mean)
     # A vector's sign is free: fixed, so that the same clips give the same latents on every machine.
-    vae.basis[kept:] = (basis * torch.sign(basis.sum(1, keepdim=True))).float()
-    vae.scale[kept:] = ((variance * greatest) ** -0.25).float()
-
-
-def to_tensor(video: np.ndarray) -> Tensor:
-    """uint8 [B, F, H, W, 3] to float [B, 3, F, H, W] in -1..1."""
-    return from_bytes(torch.from_numpy(np.array(video)))
+    vae.basis.copy_(basis * torch.sign(basis.sum(1, keepdim=True)))
+    vae.scale.copy_((variance * variance[0]) ** -0.25)
 
 
 def from_bytes(video: Tensor) -> Tensor:
@@ -100,7 +79,7 @@ def psnr(vae: BlockVAE, videos: np.ndarray) -> float:
     """Mean PSNR in dB over clips uint8 [n, F, H, W, 3], each through encoder and decoder."""
     values = []
     for k in range(0, len(videos), 4):
-        x = to_tensor(videos[k : k + 4]).to(vae.device)
+        x = from_bytes(torch.from_numpy(videos[k : k + 4])).to(vae.device)
         error = (vae.decode(vae.encode(x)).clamp(-1, 1) - x).square().mean((1, 2, 3, 4)) / 4
         values += (-10 * torch.log10(error)).tolist()
     return float(np.mean(values))
@@ -141,20 +120,18 @@ class VAEOptions:
         check_counts(self, "steps", "batch_size", "log_every")
 
 
-def train_vae(data: Path, output: Path, options: VAEOptions) -> None:
-    """Train the decoder's network on the clips of a pool; see ``fit``."""
-    kept = [open_array(folder, "video") for folder in shard_folders(data)[1 : 1 + KEPT_SHARDS]]
-    videos = torch.cat([torch.from_numpy(np.array(video)).to(options.device) for video in kept])
+def train_vae(output: Path, options: VAEOptions) -> None:
+    """Train the decoder's network on drawn clips; see ``fit``."""
+    videos = draw_videos(CLIPS, options.device)
 
     def loss(vae: BlockVAE, rng: np.random.Generator) -> Tensor:
         drawn = random_frames(rng, videos, vae.frames, options.batch_size)
         return _loss(vae, frames_of(videos, *drawn, vae.frames), rng)
 
-    fit(data, output, "vae", loss, options)
+    fit(output, "vae", loss, options)
 
 
 def fit(
-    data: Path,
     output: Path,
     name: str,
     loss_of: Callable[[BlockVAE, np.random.Generator], Tensor],
@@ -170,7 +147,7 @@ def fit(
     """
     torch.manual_seed(options.seed)
     vae = load_vae(output).train().to(options.device)
-    held_out = np.asarray(open_array(shard_folders(data)[0], "video")[:JUDGED])
+    held_out = draw_videos(JUDGED, options.device, held_out=True).cpu().numpy()
 
     def publish(steps: int) -> dict[str, float]:
         write_vae(vae, output, json.loads((output / "vae.json").read_text()))
@@ -213,8 +190,9 @@ def write_vae(vae: BlockVAE, output: Path, config: dict[str, Any]) -> None:
     (output / "vae.json").write_text(json.dumps(config, indent=1))
 
 
-def load_vae(folder: Path) -> BlockVAE:
-    """The VAE that ``write_vae`` wrote. Raises FileNotFoundError where there is none, WeightsError."""
-    vae = new_vae(json.loads((folder / "vae.json").read_text()))
+def load_vae(folder: Path, config: dict[str, Any] | None = None) -> BlockVAE:
+    """The VAE that ``write_vae`` wrote, or the one of a weights folder, whose configuration is given. Raises
+    FileNotFoundError where there is none, WeightsError."""
+    vae = new_vae(json.loads((folder / "vae.json").read_text()) if config is None else config)
     load_strict(vae, load(folder / "vae.safetensors")[0])
     return vae.eval()

@@ -34,14 +34,21 @@ from conceptmaster.errors import ConceptMasterError, InputError, WeightsError
 from conceptmaster.export.bundle import write_bundle
 from conceptmaster.runtime.atomic_write import check_output, replacing
 
-from ..arguments import add_device, add_folders, add_options, options_from, seed_range, set_threads
+from ..arguments import (
+    add_device,
+    add_drawing,
+    add_options,
+    check_counts,
+    options_from,
+    seed_range,
+    set_threads,
+)
 from ..scoring.reports import percent, write_json
 from ..scoring.score import Options, score
-from .pools import ShardPool, open_pool
-from .shards import is_encoded, shard_folders
+from .drawn import Drawing, DrawnPool, judging_pool
 from .train import collect
 from .train_model import TrainOptions, train_model
-from .train_vae import COMPONENTS
+from .train_vae import load_vae
 
 CONCEPTS = 2
 """Concepts of every request that is scored."""
@@ -100,7 +107,8 @@ VARIANTS = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``variants``."""
     names = [variant.name for variant in VARIANTS]
-    add_folders(parser, "base", "weights folder to start all from")
+    parser.add_argument("--base", required=True, type=Path, help="weights folder to start all from")
+    parser.add_argument("--output", required=True, type=Path, help="folder for checkpoints and results")
     add_options(parser, TrainOptions, "steps", "batch_size", "lr", steps=400)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1], help="of the trainings (0 1)")
     parser.add_argument("--only", nargs="+", choices=names, default=names, help="which variants to run (all)")
@@ -109,6 +117,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--table", type=Path, metavar="FILE.md", help="the table (OUTPUT/table.md)")
     parser.add_argument("--json", type=Path, metavar="FILE.json", help="everything (OUTPUT/variants.json)")
+    add_drawing(parser)
     add_device(parser)
 
 
@@ -116,12 +125,11 @@ def run(args: argparse.Namespace) -> int:
     """Train and score what is not done yet, all variants seed by seed; returns 0.
 
     The table and the JSON hold every finished run of the output folder and are rewritten after each. Raises
-    InputError for arguments, data or a base that cannot work, or an output folder with runs of another
+    InputError for arguments or a base that cannot work, or an output folder with runs of another
     budget; ConceptMasterError, naming the run, for one that fails.
     """
     _check_arguments(args)
-    check_data(args.data)
-    base = _open_base(args.base, args.data)
+    base = _open_base(args.base)
     args.output.mkdir(parents=True, exist_ok=True)
     table = check_output(args.table or args.output / "table.md", (".md",))
     everything = check_output(args.json or args.output / "variants.json", (".json",))
@@ -132,8 +140,8 @@ def run(args: argparse.Namespace) -> int:
         "score_seeds": [args.score_seeds.start, args.score_seeds.stop],
         "base_sha256": sha256(args.base / "model.safetensors"),
         "base_concept": {name: getattr(base.config.concept, name) for name in FIELDS},
-        "vae_sha256": sha256(args.data / "vae" / "vae.safetensors"),
-        "shards": len(shard_folders(args.data / "clips")),
+        "vae_sha256": sha256(args.base / "vae.safetensors"),
+        "clips": args.clips,
     }
     _hold(settings, args.output / "settings.json")
     write_base(base, args.output / "base.safetensors")
@@ -156,36 +164,21 @@ def run(args: argparse.Namespace) -> int:
 
 def _check_arguments(args: argparse.Namespace) -> None:
     options_from(TrainOptions, args)
+    check_counts(args, "clips", "workers")
     if min(args.seeds) < 0 or len(set(args.seeds)) < len(args.seeds):
         raise InputError(f"--seeds must be different whole numbers from 0, got {args.seeds}")
     Options(seeds=args.score_seeds, concepts=CONCEPTS)
 
 
-def check_data(data: Path) -> None:
-    """Raises InputError for what a folder of ``train --output`` lacks, with the command for it."""
-    pools = {name: shard_folders(data / name) for name in ("clips", "held-out")}
-    lacking = [name for name, found in pools.items() if not found or not all(map(is_encoded, found))]
-    names = ("vae/vae.json", "vae/vae.safetensors")
-    lacking += [name for name in names if not (data / name).exists()]
-    if lacking:
-        command = f"python -m conceptmaster.examples.sprites train --output {data} --stages draw latents vae"
-        raise InputError(f"{data} lacks {', '.join(lacking)}, or not all of it: make it with `{command}`")
-
-
-def _open_base(weights: Path, data: Path) -> ConceptMaster:
-    """The base's whole model. Raises InputError where its latents are not the data's."""
+def _open_base(weights: Path) -> ConceptMaster:
+    """The base's whole model. Raises InputError for what is no weights folder of this world."""
     try:
         model = load_model(weights / "model.safetensors")
-        theirs, ours = (load(path / "vae.safetensors")[0] for path in (weights, data / "vae"))
-        vae = json.loads((data / "vae" / "vae.json").read_text("utf-8"))
+        if model.config.vae.get("kind") != "blocks":
+            raise InputError(f"cannot start from {weights}: its VAE is not of blocks, as this world's is")
+        load_vae(weights, model.config.vae)
     except (FileNotFoundError, WeightsError) as error:
         raise InputError(f"cannot start from {weights}: {error}") from error
-    except ValueError as error:
-        raise InputError(f"{data / 'vae' / 'vae.json'} is not JSON: {error}") from error
-    alike = all(model.config.vae[name] == vae.get(name) for name in ("latents_mean", "latents_std"))
-    alike = alike and all(n in theirs and torch.equal(theirs[n], ours[n]) for n in COMPONENTS if n in ours)
-    if not alike:
-        raise InputError(f"cannot start from {weights}: it was trained on other latents than {data} has")
     return model
 
 
@@ -210,8 +203,7 @@ def _train_and_score(
     variant: Variant, base: ModelConfig, seed: int, args: argparse.Namespace, folder: Path
 ) -> None:
     """One run, from the base to its ``score.json``; goes on from its last checkpoint."""
-    vae_folder, model_folder = args.data / "vae", folder / "model"
-    config = variant.config(base)
+    model_folder, config = folder / "model", variant.config(base)
     options = options_from(
         TrainOptions,
         args,
@@ -220,11 +212,14 @@ def _train_and_score(
         start=args.output / "base.safetensors",
         freeze=("text_encoder", "image_encoder"),
     )
-    data, judge = (args.data / name for name in ("clips", "held-out"))
-    held_out = ShardPool(judge, config, args.device)
-    train_model(config, lambda done: open_pool(data, config, args.device), held_out, model_folder, options)
+    vae = load_vae(args.base, config.vae).to(args.device)
+
+    def open_data(done: int) -> DrawnPool:
+        return DrawnPool(config, vae, Drawing(args.clips, 0, args.workers), args.device, done)
+
+    train_model(config, open_data, judging_pool(config, vae, args.device), model_folder, options)
     progress = json.loads(load(model_folder / "training.safetensors")[1]["progress"])
-    collect(vae_folder, model_folder, folder / "weights")
+    collect(args.base, model_folder, folder / "weights")
     write_bundle(open_source(folder / "weights"), folder / "bundle", overwrite=True)
     report: Report = {
         "variant": variant.name,

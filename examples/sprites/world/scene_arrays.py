@@ -90,9 +90,9 @@ def tokenised(arrays: Arrays, text_tokens: int, label_tokens: int) -> Arrays:
     return {name: value for name, value in arrays.items() if value.dtype != object} | told
 
 
-def _job(job: tuple[int, int, int, int]) -> Arrays:
-    first, count, text_tokens, label_tokens = job
-    return tokenised(scene_arrays(first, count), text_tokens, label_tokens)
+def _job(job: tuple[int, int, bool, int, int]) -> Arrays:
+    first, count, held_out, text_tokens, label_tokens = job
+    return tokenised(scene_arrays(first, count, held_out), text_tokens, label_tokens)
 
 
 def backgrounds(kind: str, count: int) -> np.ndarray:
@@ -103,12 +103,13 @@ def backgrounds(kind: str, count: int) -> np.ndarray:
 
 class SceneStream:
     """Blocks of ``size`` tokenised scenes, one after the other, that other processes make ahead of time: the
-    first ``ahead`` at once, then one more than is asked for."""
+    first ``ahead`` at once, then one more than is asked for. ``how``: whether looks are held out, and how
+    many tokens captions and labels have."""
 
     def __init__(
-        self, size: int, first: int, ahead: int, tokens: tuple[int, int], workers: int, bank: int
+        self, size: int, first: int, ahead: int, how: tuple[bool, int, int], workers: int, bank: int
     ) -> None:
-        self.size, self.tokens, self._next = size, tokens, first
+        self.size, self.how, self._next = size, how, first
         self._pool = new_pool(workers)
         self.banks = [self._pool.submit(backgrounds, kind, bank) for kind in BACKGROUNDS]
         self._waiting: list[list[Future[Arrays]]] = []
@@ -117,7 +118,7 @@ class SceneStream:
 
     def _ask(self) -> None:
         seeds = range(self._next * self.size, (self._next + 1) * self.size, SCENES_PER_JOB)
-        jobs = [(seed, min(SCENES_PER_JOB, seeds.stop - seed), *self.tokens) for seed in seeds]
+        jobs = [(seed, min(SCENES_PER_JOB, seeds.stop - seed), *self.how) for seed in seeds]
         self._waiting.append([self._pool.submit(_job, job) for job in jobs])
         self._next += 1
 

@@ -3,13 +3,14 @@ small pool."""
 
 from __future__ import annotations
 
+import dataclasses
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from conceptmaster.examples.sprites.scoring.score import Generate, judged_scene
-from conceptmaster.examples.sprites.training import shards, train_vae
+from conceptmaster.examples.sprites.training import clip_arrays, drawn, train_vae
 from conceptmaster.examples.sprites.world.draw import draw_clip
 from conceptmaster.examples.sprites.world.scenes import FPS, FRAMES, SIZE
 from conceptmaster.examples.sprites.world.vocabulary import build_tokenizer
@@ -58,15 +59,21 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A pool of a few clips with their latents, and the VAE that these are of beside it."""
-    root = tmp_path_factory.mktemp("pool")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(shards, "SHARD", CLIPS)
-        shards.draw_shard(root, 0)
-        shards.draw_shard(root, 1)
-        vae = train_vae.new_vae(small_config().vae)
-        train_vae.analyse(vae, root, clips=3 * CLIPS)
-        train_vae.write_vae(vae, root, small_config().vae)
-        for shard in shards.shard_folders(root):
-            shards.encode_shard(shard, lambda video: vae.encode(train_vae.to_tensor(video)).numpy())
+    """The VAE of a few clips, as `train` leaves it."""
+    root = tmp_path_factory.mktemp("vae")
+    vae = train_vae.new_vae(small_config().vae)
+    train_vae.analyse(vae, clip_arrays.draw_videos(CLIPS, "cpu"))
+    train_vae.write_vae(vae, root, small_config().vae)
     return root
+
+
+@pytest.fixture(scope="module")
+def pool(folder):
+    """A few clips, their latents normalised by other numbers than 0 and 1."""
+    config = small_config()
+    channels = config.vae["z_dim"]
+    numbers = {"latents_mean": [0.1] * channels, "latents_std": [0.5] * channels}
+    config = dataclasses.replace(config, vae=config.vae | numbers)
+    pool = drawn.DrawnPool(config, train_vae.load_vae(folder), drawn.Drawing(CLIPS, videos=True), "cpu")
+    pool.close()
+    return pool

@@ -1,4 +1,4 @@
-"""The model and the pool that tests of training make do with."""
+"""The model that tests of training make do with."""
 
 from __future__ import annotations
 
@@ -8,12 +8,11 @@ import numpy as np
 
 from conceptmaster.engine.config import ModelConfig
 from conceptmaster.engine.presets import preset
-from conceptmaster.examples.sprites.training import pools
 from conceptmaster.examples.sprites.training.train_model import TrainOptions, train_model
 from conceptmaster.examples.sprites.world.scenes import PERIODS
 
-CLIPS = 6
-"""In a shard."""
+CLIPS = 12
+"""In a pool."""
 
 
 def small_config(**concept: str) -> ModelConfig:
@@ -41,18 +40,7 @@ def how_it_runs(look):
     return runs
 
 
-def small_pool(folder, device="cpu", kind=pools.ShardPool):
-    """The pool in ``folder`` for the small model, its latents normalised by other numbers than 0 and 1."""
-    config = small_config()
-    channels = config.vae["z_dim"]
-    numbers = {"latents_mean": [0.1] * channels, "latents_std": [0.5] * channels}
-    return kind(folder, dataclasses.replace(config, vae=config.vae | numbers), device)
-
-
-def train_small(folder, output, open_data=None, config=None, **options):
-    """Train the small model on the pool in ``folder``, on videos alone; ``options``: of ``TrainOptions``."""
-    config = config or small_config()
-    judge = pools.ShardPool(folder, config)
-    open_data = open_data or (lambda done: pools.ShardPool(folder, config))
+def train_small(pool, output, open_data=None, config=None, **options):
+    """Train the small model on a pool, on videos alone; ``options``: of ``TrainOptions``."""
     how = TrainOptions(**({"batch_size": 4, "log_every": 2} | options))
-    train_model(config, open_data, judge, output, how)
+    train_model(config or small_config(), open_data or (lambda done: pool), pool, output, how)

@@ -38,7 +38,7 @@ from conceptmaster.examples.sprites.world.vocabulary import build_tokenizer
 from ..small import how_it_runs, small_config, train_small
 
 SCENES = 24
-BLOCK = 6
+CLIPS = 18
 
 
 @pytest.fixture(scope="module")
@@ -167,7 +167,7 @@ def make_pool(folder):
     vae, made = train_vae.load_vae(folder), []
 
     def make(done=0, seed=0):
-        drawing = drawn.Drawing(3 * BLOCK, seed, block=BLOCK, bank=2)
+        drawing = drawn.Drawing(CLIPS, seed)
         made.append(drawn.DrawnPool(small_config(), vae, drawing, "cpu", done))
         return made[-1]
 
@@ -178,16 +178,16 @@ def make_pool(folder):
 
 def test_a_pool_renews_its_oldest_block_and_whoever_resumes_has_the_same(make_pool):
     going = make_pool()
-    before = {name: value.clone() for name, value in going._all.items()}
+    before = {name: value.clone() for name, value in going.arrays.items()}
     going.refresh()
-    kept = slice(BLOCK, None)
-    assert torch.equal(going._all["latents"][kept], before["latents"][kept])
-    fresh = going._all["latents"][:BLOCK].flatten(1).float()
-    assert float((fresh - before["latents"][:BLOCK].flatten(1).float()).abs().amax(1).min()) > 0.1
+    kept = slice(going.block, None)
+    assert torch.equal(going.arrays["latents"][kept], before["latents"][kept])
+    fresh = going.arrays["latents"][: going.block].flatten(1).float()
+    assert float((fresh - before["latents"][: going.block].flatten(1).float()).abs().amax(1).min()) > 0.1
     resumed, other = make_pool(done=1), make_pool(seed=1)
-    for name, value in going._all.items():
-        assert torch.equal(value.nan_to_num(9), resumed._all[name].nan_to_num(9)), name
-    assert not torch.equal(other._all["latents"], before["latents"])
+    for name, value in going.arrays.items():
+        assert torch.equal(value.nan_to_num(9), resumed.arrays[name].nan_to_num(9)), name
+    assert not torch.equal(other.arrays["latents"], before["latents"])
     batch = going.batch(np.random.default_rng(0), 16, batches.Dropped(foreign=0.5))
     alike = resumed.batch(np.random.default_rng(0), 16, batches.Dropped(foreign=0.5))
     assert torch.equal(batch.pixels, alike.pixels) and torch.equal(batch.latents, alike.latents)
@@ -196,8 +196,8 @@ def test_a_pool_renews_its_oldest_block_and_whoever_resumes_has_the_same(make_po
 
 
 def test_what_a_pool_holds_belongs_together(make_pool, folder):
-    there, vae = make_pool()._all, train_vae.load_vae(folder)
-    scenes = [random_scene(seed, held_out=False) for seed in range(3 * BLOCK)]
+    there, vae = make_pool().arrays, train_vae.load_vae(folder)
+    scenes = [random_scene(seed, held_out=False) for seed in range(CLIPS)]
     assert there["count"].tolist() == [len(scene.actors) for scene in scenes]
     for k, scene in enumerate(scenes):
         for n, actor in enumerate(scene.actors):
@@ -213,14 +213,36 @@ def test_what_a_pool_holds_belongs_together(make_pool, folder):
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(draw, "paint_background", lambda *_, ground=ground: ground.astype(np.float32))
                 clip = draw.draw_clip(scene)[0]
-            latents = vae.encode(train_vae.to_tensor(clip[None]))[0]
+            latents = vae.encode(train_vae.from_bytes(torch.from_numpy(clip[None])))[0]
             found.append(float((latents - there["latents"][k].float()).abs().max()))
         assert min(found) < 0.02 < sorted(found)[1]  # one of these backgrounds, and the scene before it
 
 
+def test_what_is_judged_by_is_held_out_and_always_the_same(folder, monkeypatch):
+    monkeypatch.setattr(drawn, "JUDGED", 8)
+    first, again = (drawn.judging_pool(small_config(), train_vae.load_vae(folder), "cpu") for _ in range(2))
+    scenes = [random_scene(seed, held_out=True) for seed in range(8)]
+    for k, scene in enumerate(scenes):
+        kinds = [
+            (TEXTURES.index(actor.identity.texture), ACCESSORIES.index(actor.identity.accessory))
+            for actor in scene.actors
+        ]
+        assert [tuple(each) for each in first.arrays["traits"][k, : len(kinds), :2].tolist()] == kinds
+    for name, value in first.arrays.items():
+        assert torch.equal(value.nan_to_num(9), again.arrays[name].nan_to_num(9)), name
+
+
+@pytest.mark.parametrize("held_out", [False, True])
+def test_clips_without_pictures_are_the_worlds_own_on_their_own_backgrounds(held_out, monkeypatch):
+    monkeypatch.setitem(clip_arrays.AT_ONCE, "cpu", 4)
+    for seed, clip in enumerate(clip_arrays.draw_videos(6, "cpu", held_out).numpy()):
+        true = draw.draw_clip(random_scene(seed, held_out=held_out))[0]
+        assert np.abs(true.astype(int) - clip).max() <= 2
+
+
 @pytest.mark.slow
 def test_a_training_on_drawn_clips_resumes_to_the_same_weights(
-    folder,
+    pool,
     make_pool,
     tmp_path,
     monkeypatch,
@@ -228,13 +250,13 @@ def test_a_training_on_drawn_clips_resumes_to_the_same_weights(
     monkeypatch.setattr(train_model, "REFRESHED", 2)
     asked = []
 
-    def pool(done):
+    def open_data(done):
         asked.append(done)
         return make_pool(done)
 
     def train(output):
         how = {"steps": 6, "picture_steps": 1, "caption_steps": 1}
-        train_small(folder, output, pool, **how)
+        train_small(pool, output, open_data, **how)
         return load_model(output / "model.safetensors").state_dict()
 
     whole = train(tmp_path / "whole")
@@ -265,11 +287,11 @@ def test_the_progress_of_a_broken_checkpoint_is_not_read(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler here")
-def test_compiled_blocks_train_alike(folder, tmp_path):
+def test_compiled_blocks_train_alike(pool, tmp_path):
     found = []
     for compiled in (False, True):
         output = tmp_path / str(compiled)
-        train_small(folder, output, steps=2, compile=compiled)
+        train_small(pool, output, steps=2, compile=compiled)
         found.append(load_model(output / "model.safetensors").state_dict())
     plain, faster = found
     for name, value in plain.items():

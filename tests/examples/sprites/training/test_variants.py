@@ -6,10 +6,8 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -19,9 +17,10 @@ from conceptmaster.engine.presets import preset
 from conceptmaster.engine.vae.wan_decoder import build_vae
 from conceptmaster.errors import ConceptMasterError, InputError
 from conceptmaster.examples.sprites.scoring.measures import MEASURES
-from conceptmaster.examples.sprites.training import clip_arrays, shards, starting, train_model, variants
+from conceptmaster.examples.sprites.training import drawn, starting, train_model, variants
 
-CLIPS = 6
+from ..small import small_config
+
 SETTINGS = {
     "steps": 400,
     "batch_size": 32,
@@ -31,38 +30,9 @@ SETTINGS = {
 }
 
 
-def small_config(vae=None, **concept):
-    config = preset("sprites")
-    return dataclasses.replace(
-        config,
-        transformer=dataclasses.replace(config.transformer, num_attention_heads=6, num_layers=2, ffn_dim=96),
-        concept=dataclasses.replace(config.concept, **concept),
-        vae=vae or config.vae | {"width": 8, "layers": 1},
-    )
-
-
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    """What `train --output` leaves: pools with made-up latents, and an untrained VAE."""
-    root = tmp_path_factory.mktemp("data")
-    (root / "vae").mkdir()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(shards, "SHARD", CLIPS)
-        for name, held_out in (("clips", False), ("held-out", True)):
-            shard = shards.draw_shard(root / name, 0, held_out)
-            channels = small_config().vae["z_dim"]
-            latents = np.random.default_rng(0).standard_normal((CLIPS, channels, *clip_arrays.LATENT_GRID))
-            for file in clip_arrays.CLIPS:
-                np.save(shard / f"{file}.npy", latents.astype(np.float16))
-    config = small_config()
-    (root / "vae" / "vae.json").write_text(json.dumps(config.vae))
-    save(root / "vae" / "vae.safetensors", build_vae(config).state_dict())
-    return root
-
-
-@pytest.fixture(scope="module")
-def base(data, tmp_path_factory):
-    """The weights of a model that nothing initialises by chance."""
+def base(tmp_path_factory):
+    """The weights of a model that nothing initialises by chance, and an untrained VAE."""
     folder = tmp_path_factory.mktemp("base")
     torch.manual_seed(77)
     model = ConceptMaster(small_config())
@@ -70,14 +40,30 @@ def base(data, tmp_path_factory):
         for parameter in model.parameters():
             parameter.add_(0.01)
     save_model(model, folder / "model.safetensors")
-    shutil.copyfile(data / "vae" / "vae.safetensors", folder / "vae.safetensors")
+    save(folder / "vae.safetensors", build_vae(small_config()).state_dict())
     return folder
 
 
-def arguments(base: Path, data: Path, output: Path, *more: str) -> argparse.Namespace:
+@pytest.fixture(autouse=True)
+def few_are_judged(monkeypatch):
+    monkeypatch.setattr(drawn, "JUDGED", 8)
+
+
+def arguments(base: Path, output: Path, *more: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     variants.add_arguments(parser)
-    given = ["--base", str(base), "--data", str(data), "--output", str(output), "--device", "cpu"]
+    given = [
+        "--base",
+        str(base),
+        "--output",
+        str(output),
+        "--device",
+        "cpu",
+        "--clips",
+        "8",
+        "--workers",
+        "1",
+    ]
     return parser.parse_args([*given, "--steps", "1", "--batch-size", "4", "--score-seeds", "0:3", *more])
 
 
@@ -157,9 +143,9 @@ def test_the_base_has_no_concept_tensors_and_every_variant_starts_from_it(base, 
         assert all(not torch.equal(first[name], other[name]) for name in drawn), variant.name
 
 
-def test_a_variant_from_the_base_to_the_table(base, data, tmp_path, stubs, capsys):
+def test_a_variant_from_the_base_to_the_table(base, tmp_path, stubs, capsys):
     output = tmp_path / "out"
-    assert variants.run(arguments(base, data, output, "--only", "no_qformer", "--seeds", "3")) == 0
+    assert variants.run(arguments(base, output, "--only", "no_qformer", "--seeds", "3")) == 0
     assert stubs == [("no_qformer-3", 3)]
     run = output / "no_qformer-3"
     found = json.loads((run / "score.json").read_text())
@@ -174,8 +160,8 @@ def test_a_variant_from_the_base_to_the_table(base, data, tmp_path, stubs, capsy
     assert str(tmp_path) not in (output / "variants.json").read_text()
 
 
-def test_a_finished_run_is_not_run_again_and_a_stopped_one_goes_on(base, data, tmp_path, stubs, monkeypatch):
-    args = arguments(base, data, tmp_path, "--only", "ours", "merged", "--seeds", "0")
+def test_a_finished_run_is_not_run_again_and_a_stopped_one_goes_on(base, tmp_path, stubs, monkeypatch):
+    args = arguments(base, tmp_path, "--only", "ours", "merged", "--seeds", "0")
     (tmp_path / "merged-0").mkdir()
     (tmp_path / "merged-0" / "score.json").write_text(json.dumps(report("merged", 0, 0.5, 0.5)))
     with monkeypatch.context() as patch:
@@ -189,7 +175,7 @@ def test_a_finished_run_is_not_run_again_and_a_stopped_one_goes_on(base, data, t
     assert "best first: ours 75.0; merged 50.0." in (tmp_path / "table.md").read_text()
 
 
-def test_runs_go_seed_by_seed_and_another_budget_is_refused(base, data, tmp_path, monkeypatch):
+def test_runs_go_seed_by_seed_and_another_budget_is_refused(base, tmp_path, monkeypatch):
     done = []
 
     def scored(variant, vae, seed, args, folder):
@@ -200,22 +186,22 @@ def test_runs_go_seed_by_seed_and_another_budget_is_refused(base, data, tmp_path
 
     monkeypatch.setattr(variants, "_train_and_score", scored)
     given = ["--only", "ours", "merged", "--seeds", "3", "0", "--json", str(tmp_path / "all.json")]
-    assert variants.run(arguments(base, data, tmp_path / "out", *given)) == 0
+    assert variants.run(arguments(base, tmp_path / "out", *given)) == 0
     assert done == ["merged-3", "ours-3", "merged-0", "ours-0"]
     everything = json.loads((tmp_path / "all.json").read_text())
     assert [run["seed"] for run in everything["variants"]["ours"]["runs"]] == [0, 3]
     with pytest.raises(InputError, match="runs with steps 1, not 5: choose another --output"):
-        variants.run(arguments(base, data, tmp_path / "out", "--steps", "5"))
+        variants.run(arguments(base, tmp_path / "out", "--steps", "5"))
     assert len(done) == 4
 
 
-def test_a_run_that_fails_is_named(base, data, tmp_path, stubs, monkeypatch):
+def test_a_run_that_fails_is_named(base, tmp_path, stubs, monkeypatch):
     def broken(*args, **options):
         raise ConceptMasterError("the gradient is not finite")
 
     monkeypatch.setattr(variants, "train_model", broken)
     with pytest.raises(ConceptMasterError, match="merged-0: the gradient is not finite"):
-        variants.run(arguments(base, data, tmp_path, "--only", "merged"))
+        variants.run(arguments(base, tmp_path, "--only", "merged"))
 
 
 def test_the_table_has_means_spreads_and_the_papers_figures():
@@ -241,49 +227,31 @@ def test_the_table_has_means_spreads_and_the_papers_figures():
     assert lines[-1] == "In the paper, by DINO-I: ours 0.623; no_dam 0.394."
 
 
-def test_missing_data_is_one_error_with_the_command_for_it(base, data, tmp_path):
-    with pytest.raises(InputError) as caught:
-        variants.run(arguments(base, tmp_path / "none", tmp_path / "out"))
-    text = str(caught.value)
-    assert text.endswith("--stages draw latents vae`") and "\n" not in text
-    for name in ("clips", "held-out", "vae/vae.json", "vae/vae.safetensors"):
-        assert name in text
-    (tmp_path / "half").mkdir()
-    for name in ("clips", "held-out", "vae"):
-        (tmp_path / "half" / name).symlink_to(data / name)
-    variants.check_data(tmp_path / "half")
-    (tmp_path / "half" / "held-out").unlink()
-    with pytest.raises(InputError, match=r"lacks held-out, or not all of it: .*draw latents vae`"):
-        variants.check_data(tmp_path / "half")
-    assert not (tmp_path / "out").exists()
-
-
 @pytest.mark.parametrize(
     ("more", "words"),
     [
         (["--steps", "0"], "--steps must be at least 1"),
         (["--threads", "0"], "--threads must be at least 1"),
+        (["--clips", "0"], "--clips must be at least 1"),
         (["--lr", "nan"], "--lr must lie between 0 and 1"),
         (["--seeds", "1", "1"], "--seeds must be different"),
         (["--score-seeds", "5:5"], "0 <= A < B"),
         (["--table", "x.txt"], "must end in .md"),
     ],
 )
-def test_wrong_arguments_are_named(more, words, base, data, tmp_path):
+def test_wrong_arguments_are_named(more, words, base, tmp_path):
     with pytest.raises(InputError, match=words):
-        variants.run(arguments(base, data, tmp_path, *more))
+        variants.run(arguments(base, tmp_path, *more))
 
 
-def test_a_base_of_another_world_is_refused(data, tmp_path):
+def test_a_base_of_another_world_is_refused(tmp_path):
     def refused(words):
         with pytest.raises(InputError, match=f"cannot start from .*{words}"):
-            variants.run(arguments(tmp_path, data, tmp_path / "out"))
+            variants.run(arguments(tmp_path, tmp_path / "out"))
 
     refused("no weights file")
     save_model(ConceptMaster(preset("tiny")), tmp_path / "model.safetensors")
-    refused("no weights file")
-    save(tmp_path / "vae.safetensors", build_vae(small_config()).state_dict())  # another basis by chance
-    refused("other latents")
+    refused("its VAE is not of blocks")
     save_model(ConceptMaster(small_config()), tmp_path / "model.safetensors")
-    refused("other latents")
+    refused("no weights file")
     assert not (tmp_path / "out").exists()
