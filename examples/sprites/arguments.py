@@ -66,9 +66,9 @@ def add_drawing(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--clips",
         type=int,
-        default=2048,
+        default=1024,
         help="clips at a time, of which an eighth or less is drawn anew every 100 steps; a GPU keeps 98304 "
-        "in 30 GB (2048)",
+        "in 30 GB (1024)",
     )
     parser.add_argument(
         "--workers", type=int, default=cores(), help="processes that make scenes (one per core)"

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from ..world.draw import paint_background
 from ..world.paint_many import Cast, draw_clips, draw_references, draw_upright, filled
@@ -130,7 +131,7 @@ def draw_videos(count: int, device: str, held_out: bool = False) -> Tensor:
     rngs = [np.random.Generator(np.random.Philox(key=[seed, 7])) for seed in range(count)]
     ground = [paint_background(kinds[k], rng) for k, rng in zip(arrays["background"], rngs, strict=True)]
     parts, some = [], at_once(device)
-    for k in range(0, count, some):
+    for k in tqdm(range(0, count, some), "draw", unit="block", leave=False):
         part = {name: value[k : k + some] for name, value in scenes.items()}
         under = torch.from_numpy(np.stack(ground[k : k + some])).to(device)
         parts.append(draw_clips(looks_of(part, ""), part, under)[0])

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from conceptmaster.engine.config import ModelConfig
 from conceptmaster.engine.vae.block_vae import BlockVAE
@@ -26,7 +27,7 @@ BLOCKS = 8
 """Least number of blocks that a pool has: so many clips outlive a refresh."""
 SEED_STRIDE = 2**20
 """Blocks between the scenes of one seed and those of the next."""
-JUDGED = 256
+JUDGED = 128
 """Clips to judge by."""
 
 
@@ -82,7 +83,8 @@ class DrawnPool(Pool):
         self._stream.close()
 
     def _draw(self, blocks: int) -> None:
-        for arrays in self._stream.blocks(blocks):
+        drawing = self._stream.blocks(blocks)
+        for arrays in tqdm(drawing, "draw", blocks, unit="block", leave=False, disable=blocks == 1):
             first = self._next % self.many * self.block
             for name, value in self._drawn(arrays).items():
                 if name not in self.arrays:

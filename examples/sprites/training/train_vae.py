@@ -28,7 +28,7 @@ from .noising import normal
 
 LATENT_NOISE = 0.05
 """Largest deviation of the noise on the latents that the network learns from: a model's are not exact."""
-CLIPS, ANALYSED, JUDGED = 2048, 800, 24
+CLIPS, ANALYSED, JUDGED = 1024, 512, 24
 """Clips that the network learns from, clips that the components are found in, and held-out clips over which
 PSNR is measured."""
 
