@@ -159,7 +159,7 @@ def _generate(args: argparse.Namespace) -> int:
     outputs, sheets, frames = _outputs(args, request)
     noise = None if args.noise is None else _load_noise(args.noise)
     if args.backend == "torch" and not args.quiet:  # which memory it plans is worth a line
-        logging.getLogger(f"{__package__}.backends.pytorch").setLevel(logging.INFO)
+        logging.getLogger(__name__.partition(".")[0]).setLevel(logging.INFO)  # until the command ends
     pipeline = Pipeline.from_bundle(
         args.bundle,
         device=args.device,

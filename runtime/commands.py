@@ -67,7 +67,7 @@ def run_program(
     handler.setFormatter(logging.Formatter(f"{name}: %(levelname)s: %(message)s"))
     log = logging.getLogger(__package__.partition(".")[0] if __package__ else None)
     log.addHandler(handler)
-    message, code = "interrupted", 130
+    message, code, level = "interrupted", 130, log.level
     try:
         args = _parser(prog, description, commands, arguments).parse_args(arguments)
         if args.verbose:
@@ -81,8 +81,9 @@ def run_program(
         message, code = str(error), 1
     except KeyboardInterrupt:
         pass
-    finally:
+    finally:  # the caller may be a program of its own, and call again
         log.removeHandler(handler)
+        log.setLevel(level)
     print(f"{name}: error: {' '.join(message.split())}", file=sys.stderr)
     return code
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import signal
@@ -245,7 +246,9 @@ def test_warnings_are_shown_and_verbose_says_more(run: Run) -> None:
 
     frames = [Image.new("RGB", (8, 8), color) for color in ("red", "blue")]
     frames[0].save("cat.gif", save_all=True, append_images=frames[1:])
+    level = logging.getLogger("conceptmaster").level
     code, _, err = run(*BALL, "--concept", "cat", "cat.gif", "--verbose")
+    assert logging.getLogger("conceptmaster").level == level  # the next call says no more than before
     assert code == 0 and "conceptmaster: WARNING: the picture of 'cat'" in err
     assert "conceptmaster: INFO: onnxruntime" in err
 

@@ -23,7 +23,6 @@ trt = pytest.importorskip(
 import onnx  # noqa: E402
 from onnxscript import ir  # noqa: E402
 
-from conceptmaster.benchmarks.random_base import VIT_H, like_a2  # noqa: E402
 from conceptmaster.cli import main  # noqa: E402
 from conceptmaster.engine.presets import preset  # noqa: E402
 from conceptmaster.errors import ExportError  # noqa: E402
@@ -48,6 +47,8 @@ EVERYTHING = [
 ]  # which has no 8-bit floating point
 QUICK = [(g, p, TARGETS[i % 3]) for g in GRAPHS for i, p in enumerate(PRECISIONS[:3])]
 QUICK.append(("denoise", "fp8", 89))
+
+from ...full_size.random_base import VIT_H, like_a2  # noqa: E402
 
 
 def build(source, tmp_path, precision, capability):

@@ -1,6 +1,6 @@
 """A Wan2.1 base of full size with random weights, to measure exports where the real ones cannot be had.
 
-    python -m conceptmaster.benchmarks.random_base wan2.1-1.3b base/ [--a2] [--layers N] [--text-layers N]
+    python tests/full_size/random_base.py wan2.1-1.3b base/ [--a2] [--layers N] [--text-layers N]
         [--adapter FILE]
 
 Writes the folder in diffusers' layout, tensor by tensor: it takes the memory of the largest. Transformer and
@@ -22,13 +22,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..engine.checkpoints.adapter import adapter_keys, save_adapter
-from ..engine.checkpoints.source import byte_tokenizer
-from ..engine.checkpoints.wan_image_to_video import A2_REFERENCES, A2_TRANSFORMER
-from ..engine.config import ConceptConfig, ModelConfig
-from ..engine.model import ConceptMaster
-from ..engine.presets import PRESETS, preset
-from ..engine.vae.wan_decoder import build_vae
+from conceptmaster.engine.checkpoints.adapter import adapter_keys, save_adapter
+from conceptmaster.engine.checkpoints.source import byte_tokenizer
+from conceptmaster.engine.checkpoints.wan_image_to_video import A2_REFERENCES, A2_TRANSFORMER
+from conceptmaster.engine.config import ConceptConfig, ModelConfig
+from conceptmaster.engine.model import ConceptMaster
+from conceptmaster.engine.presets import PRESETS, preset
+from conceptmaster.engine.vae.wan_decoder import build_vae
 
 SHARD = 2_000_000_000  # bytes after which a new file begins
 # The picture encoder of Wan2.1's image-to-video models and of SkyReels-A2: CLIP's ViT-H/14.

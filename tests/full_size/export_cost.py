@@ -1,7 +1,7 @@
 """What an export costs: minutes by the clock and of the processor, memory and the bundle's size, of
 `conceptmaster export` in its own process.
 
-    python -m conceptmaster.benchmarks.export_cost RESULT.json base/ --output bundle --size 832x480
+    python tests/full_size/export_cost.py RESULT.json base/ --output bundle --size 832x480
 
 Everything behind RESULT.json goes to `conceptmaster export`. Memory is sampled ten times a second: `resident`
 with the parts of files that are mapped, which the system takes back when it needs them, and `anonymous`
@@ -18,7 +18,7 @@ import sys
 import time
 from pathlib import Path
 
-from .reports import machine, write
+from conceptmaster.benchmarks.reports import machine, write
 
 PACKAGES = ("torch", "onnx", "onnxscript", "onnxruntime", "transformers", "diffusers", "safetensors")
 FIELDS = {"VmRSS": "resident", "RssAnon": "anonymous"}
