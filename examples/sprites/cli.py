@@ -117,7 +117,6 @@ COMMANDS = (
     _in_file("sweep", "score every solver, number of steps and guidance", "scoring"),
     _in_file("gallery", "show the first requests, and the worst", "scoring"),
     _in_file("train", "train the shipped model from nothing", "training", "train"),
-    _in_file("polish", "train the VAE to mend what the model smears", "training", "train"),
     _in_file("variants", "train and score the paper's variants from one base", "training", "train"),
     _in_file("curves", "draw the curves of a training", "training"),
 )

@@ -8,7 +8,6 @@ as much as colour, and plain projection, where detail hardly counts at all.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -121,33 +120,21 @@ class VAEOptions:
 
 
 def train_vae(output: Path, options: VAEOptions) -> None:
-    """Train the decoder's network on drawn clips; see ``fit``."""
-    videos = draw_videos(CLIPS, options.device)
+    """Train the decoder's network, that of ``output/vae.safetensors``, on drawn clips.
 
-    def loss(vae: BlockVAE, rng: np.random.Generator) -> Tensor:
-        drawn = random_frames(rng, videos, vae.frames, options.batch_size)
-        return _loss(vae, frames_of(videos, *drawn, vae.frames), rng)
-
-    fit(output, "vae", loss, options)
-
-
-def fit(
-    output: Path,
-    name: str,
-    loss_of: Callable[[BlockVAE, np.random.Generator], Tensor],
-    options: VAEOptions,
-    **about: str,
-) -> None:
-    """Train the network of ``output/vae.safetensors`` on a loss of a step's random numbers.
-
-    Resumes from ``output/NAME-training.safetensors``, to the same weights. Writes ``vae.safetensors`` again,
-    averaged, every ``log_every`` steps, and lines in ``NAME-log.jsonl``, each beginning with ``about``.
-    Components, and so latents, stay what they are. Raises CheckpointError for a checkpoint that cannot be
-    read.
+    Resumes from ``output/vae-training.safetensors``, to the same weights. Writes ``vae.safetensors`` again,
+    averaged, every ``log_every`` steps, and lines in ``vae-log.jsonl``. Components, and so latents, stay what
+    they are. Raises CheckpointError for a checkpoint that cannot be read.
     """
+    videos = draw_videos(CLIPS, options.device)
     torch.manual_seed(options.seed)
     vae = load_vae(output).train().to(options.device)
     held_out = draw_videos(JUDGED, options.device, held_out=True).cpu().numpy()
+
+    def losses_of(step: int) -> dict[str, Tensor]:
+        rng = random_of(options.seed, step)
+        drawn = random_frames(rng, videos, vae.frames, options.batch_size)
+        return {"total": _loss(vae, frames_of(videos, *drawn, vae.frames), rng)}
 
     def publish(steps: int) -> dict[str, float]:
         write_vae(vae, output, json.loads((output / "vae.json").read_text()))
@@ -156,11 +143,11 @@ def fit(
     train(
         vae,
         MuonAdamW(vae.named_parameters(), options.lr, options.lr / 10),
-        lambda step: {"total": loss_of(vae, random_of(options.seed, step))},
-        LoopOptions(name, options.steps, limit=1.0, log_every=options.log_every),
-        log=log_to(output / f"{name}-log.jsonl", **about),
+        losses_of,
+        LoopOptions("vae", options.steps, limit=1.0, log_every=options.log_every),
+        log=log_to(output / "vae-log.jsonl"),
         average=Average(vae, options.decay),
-        checkpoint=output / f"{name}-training.safetensors",
+        checkpoint=output / "vae-training.safetensors",
         publish=publish,
     )
 

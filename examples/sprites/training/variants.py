@@ -32,7 +32,7 @@ from conceptmaster.engine.config import ModelConfig
 from conceptmaster.engine.model import ConceptMaster
 from conceptmaster.errors import ConceptMasterError, InputError, WeightsError
 from conceptmaster.export.bundle import write_bundle
-from conceptmaster.runtime.atomic_write import check_output, replacing
+from conceptmaster.runtime.atomic_write import replacing
 
 from ..arguments import (
     add_device,
@@ -115,8 +115,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--score-seeds", type=seed_range, default=range(64), metavar="A:B", help="of the requests (0:64)"
     )
-    parser.add_argument("--table", type=Path, metavar="FILE.md", help="the table (OUTPUT/table.md)")
-    parser.add_argument("--json", type=Path, metavar="FILE.json", help="everything (OUTPUT/variants.json)")
     add_drawing(parser)
     add_device(parser)
 
@@ -131,8 +129,7 @@ def run(args: argparse.Namespace) -> int:
     _check_arguments(args)
     base = _open_base(args.base)
     args.output.mkdir(parents=True, exist_ok=True)
-    table = check_output(args.table or args.output / "table.md", (".md",))
-    everything = check_output(args.json or args.output / "variants.json", (".json",))
+    table, everything = args.output / "table.md", args.output / "variants.json"
     settings = {
         "steps": args.steps,
         "batch_size": args.batch_size,

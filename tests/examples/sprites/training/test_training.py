@@ -29,7 +29,6 @@ from conceptmaster.examples.sprites.training import (
     learning,
     loop,
     noising,
-    polish,
     starting,
     train_model,
     train_pictures,
@@ -304,41 +303,6 @@ def test_coverage_lies_where_the_concepts_are(pool):
         slot = next(n for n in range(3) if np.array_equal(batch.label_ids[0, n].numpy(), ids[0]))
         y, x = np.unravel_index(int(batch.coverage[0, slot, 0].argmax()), (8, 8))
         assert abs(x * 8 + 4 - actor.start[0]) < 10 and abs(y * 8 + 4 - actor.start[1]) < 10
-
-
-def test_denoising_in_one_step_without_guidance_follows_the_models_own_velocity(pool):
-    model = untrained()
-    batch = pool.batch(np.random.default_rng(0), 3, batches.Dropped(0, 0, 0))
-    sigmas = torch.tensor([[1.0, 0.4]]).repeat(3, 1)
-    with torch.no_grad():
-        text = model.text_encoder(batch.token_ids, batch.token_mask)
-        concepts = model.concepts(batch.pixels, batch.label_ids, batch.label_mask)
-        velocity = model.transformer(batch.latents, sigmas[:, 0] * 1000, text, concepts, batch.concept_mask)
-    reached = polish.denoise(model, batch, batch.latents, sigmas, 1.0)
-    torch.testing.assert_close(reached, batch.latents - 0.6 * velocity, rtol=1e-4, atol=1e-4)
-
-
-def test_polishing_changes_the_network_alone_and_draws_the_models_latents_better(
-    folder, pool, tmp_path, monkeypatch
-):
-    model = untrained()
-    copy_vae(folder, tmp_path)
-    monkeypatch.setattr(polish, "TOGETHER", 5)
-    options = polish.PolishOptions(30, batch_size=4, log_every=30)
-    polish.redo(model, pool, tmp_path / "redone.npz", options)
-    with np.load(tmp_path / "redone.npz") as file:
-        latents, clips = (torch.from_numpy(file[name]) for name in ("latents", "videos"))
-    latents, videos = latents.float(), train_vae.from_bytes(clips)
-    assert latents.shape == (CLIPS, COMPONENTS, 5, 8, 8)
-    before = train_vae.load_vae(tmp_path)
-    true = before.encode(videos)
-    assert (true - pool.arrays["latents"].float()).abs().max() < 0.02
-    polish.polish(tmp_path, tmp_path / "redone.npz", options)
-    after = train_vae.load_vae(tmp_path)
-    assert torch.equal(true, after.encode(videos))
-    with torch.no_grad():
-        errors = [(vae.decode(latents) - videos).abs().mean() for vae in (before, after)]
-    assert errors[1] < errors[0]
 
 
 def test_frozen_parts_stay_as_they_are(pool, tmp_path):
