@@ -318,7 +318,12 @@ class ModelConfig:
         if kind == "wan":
             self._check_wan_vae(time, space)
         else:
-            _require(space % 2 == 0, f"vae['scale_factor_spatial'] must be even for blocks, got {space}")
+            fold = self.vae.get("fold", 2)
+            _require(isinstance(fold, int) and fold > 0, f"vae['fold'] must be positive, got {fold!r}")
+            _require(
+                space % fold == 0,
+                f"vae['scale_factor_spatial'] must be a multiple of {fold} (its fold) for blocks, got {space}",
+            )
             for name in ("width", "layers"):
                 value = self._entry("vae", name)
                 _require(

@@ -1,4 +1,4 @@
-"""Named configurations: `tiny` for tests, `sprites` that ships, and the two sizes of Wan2.1."""
+"""Named configurations: `tiny` for tests, `stickers` and `sprites`, and the two sizes of Wan2.1."""
 
 from __future__ import annotations
 
@@ -131,6 +131,53 @@ def _sprites() -> ModelConfig:
     )
 
 
+def _stickers() -> ModelConfig:
+    return ModelConfig(
+        name="stickers",
+        transformer=TransformerConfig(
+            num_attention_heads=12,
+            attention_head_dim=32,
+            in_channels=192,
+            out_channels=192,
+            text_dim=128,
+            freq_dim=128,
+            ffn_dim=1152,
+            num_layers=6,
+            position_channels=24,
+            prediction="sample",
+        ),
+        concept=ConceptConfig(
+            max_concepts=4,
+            picture_size=64,
+            picture_tokens=64,
+            picture_dim=128,
+            label_tokens=12,
+            queries=64,
+            layers=2,
+            heads=4,
+            width=128,
+        ),
+        text_encoder=_umt5(d_model=128, d_kv=32, heads=4, d_ff=256, layers=2, vocab=2048),
+        image_encoder=_clip(hidden=128, layers=3, heads=4, mlp=256, patch=8, image=64, projection=128),
+        vae={
+            "kind": "blocks",
+            "z_dim": 192,
+            "width": 96,
+            "layers": 5,
+            "fold": 4,
+            "scale_factor_temporal": 4,
+            "scale_factor_spatial": 16,
+            "latents_mean": [0.0] * 192,
+            "latents_std": [0.5] * 192,
+        },
+        text_tokens=64,
+        frames=17,
+        height=128,
+        width=128,
+        fps=8.0,
+    )
+
+
 # Statistics of Wan2.1's VAE, from its published configuration.
 _WAN_MEAN = [-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508]
 _WAN_MEAN += [0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921]
@@ -163,6 +210,7 @@ def _wan(name: str, heads: int, layers: int, ffn_dim: int) -> ModelConfig:
 _BUILDERS = {
     "tiny": _tiny,
     "sprites": _sprites,
+    "stickers": _stickers,
     "wan2.1-1.3b": lambda: _wan("wan2.1-1.3b", heads=12, layers=30, ffn_dim=8960),
     "wan2.1-14b": lambda: _wan("wan2.1-14b", heads=40, layers=40, ffn_dim=13824),
 }

@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 FOLD = 2
-"""Pixels of a side that the network sees as one position: half the picture's resolution."""
+"""Where nothing else is said, pixels of a side that the network sees as one position: half the picture's
+resolution."""
 
 
 class _Residual(nn.Module):
@@ -36,7 +37,8 @@ class BlockVAE(nn.Module):
 
     `mean` [t*s*s*3] (a block's pixels in -1..1, by frame, row, column, colour), `basis` [Cz,t*s*s*3]
     (orthonormal rows) and `scale` [Cz] (what each component is multiplied by) are stored with the weights and
-    found by analysis, not by gradient. `width` and `layers` are the mending network's.
+    found by analysis, not by gradient. `width` and `layers` are the mending network's, `fold` the pixels of a
+    side that it sees as one position.
     """
 
     mean: Tensor
@@ -52,14 +54,16 @@ class BlockVAE(nn.Module):
         layers: int,
         latents_mean: list[float],
         latents_std: list[float],
+        fold: int = FOLD,
     ) -> None:
         super().__init__()
+        self.fold = fold
         t, s = self.frames, self.side = scale_factor_temporal, scale_factor_spatial
         self.config = SimpleNamespace(z_dim=z_dim, latents_mean=latents_mean, latents_std=latents_std)
         self.register_buffer("mean", torch.zeros(t * s * s * 3))
         self.register_buffer("basis", nn.init.orthogonal_(torch.empty(z_dim, t * s * s * 3)))
         self.register_buffer("scale", torch.ones(z_dim))
-        channels = 3 * t * FOLD * FOLD
+        channels = 3 * t * fold * fold
         self.conv_in = nn.Conv2d(2 * channels, width, 3, padding=1)
         self.blocks = nn.Sequential(*[_Residual(width) for _ in range(layers)])
         self.conv_out = nn.Conv2d(width, channels, 3, padding=1)
@@ -101,15 +105,16 @@ class BlockVAE(nn.Module):
         return self.unfold(drawn + self.conv_out(F.silu(self.blocks(hidden))))
 
     def synthesise(self, latents: Tensor) -> Tensor:
-        """The linear inverse: raw latents [B,Cz,H,W] -> [B,t*FOLD*FOLD*3,sH/FOLD,sW/FOLD]."""
-        t, n = self.frames, self.side // FOLD
+        """The linear inverse: raw latents [B,Cz,H,W] -> [B,t*fold*fold*3,sH/fold,sW/fold]."""
+        t, fold, n = self.frames, self.fold, self.side // self.fold
         pixels = (latents / self.scale[:, None, None]).permute(0, 2, 3, 1) @ self.basis + self.mean
         b, h, w, _ = pixels.shape
-        pixels = pixels.view(b, h, w, t, n, FOLD, n, FOLD, 3).permute(0, 3, 5, 7, 8, 1, 4, 2, 6)
-        return pixels.reshape(b, t * FOLD * FOLD * 3, h * n, w * n)
+        pixels = pixels.view(b, h, w, t, n, fold, n, fold, 3).permute(0, 3, 5, 7, 8, 1, 4, 2, 6)
+        return pixels.reshape(b, t * fold * fold * 3, h * n, w * n)
 
     def unfold(self, folded: Tensor) -> Tensor:
-        """[B,t*FOLD*FOLD*3,h,w] -> frames [B,t,h*FOLD,w*FOLD,3]."""
+        """[B,t*fold*fold*3,h,w] -> frames [B,t,h*fold,w*fold,3]."""
         b, _, h, w = folded.shape
-        pixels = folded.view(b, self.frames, FOLD, FOLD, 3, h, w).permute(0, 1, 5, 2, 6, 3, 4)
-        return pixels.reshape(b, self.frames, h * FOLD, w * FOLD, 3)
+        fold = self.fold
+        pixels = folded.view(b, self.frames, fold, fold, 3, h, w).permute(0, 1, 5, 2, 6, 3, 4)
+        return pixels.reshape(b, self.frames, h * fold, w * fold, 3)

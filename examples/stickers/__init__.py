@@ -1,0 +1,1 @@
+"""An open world: pictures that nobody here drew, called by any words."""

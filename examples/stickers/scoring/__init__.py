@@ -1,0 +1,1 @@
+"""What a model of the open world got right, from its frames alone."""

@@ -1,0 +1,1 @@
+"""How a model learns the open world."""

@@ -1,0 +1,1 @@
+"""What there is in the open world: picture sets, nouns, scenes, captions, and how they are drawn."""

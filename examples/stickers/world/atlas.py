@@ -1,0 +1,196 @@
+"""All pictures in one file: rendered, cut to what shows of them, each with its noun, set and main colour.
+
+A picture is a tile of ``TILE`` x ``TILE`` pixels with alpha whose longer side fills ``BOX`` of them. On disk a
+tile is WebP, so that the whole atlas takes some 20 MB.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from conceptmaster.runtime.errors import InputError, MissingDependency
+
+from .nouns import Noun, nouns_of
+from .sets import SETS, fetch, read
+
+TILE, BOX = 80, 72
+RENDERED = 160
+"""Side in pixels at which a picture is rendered before it is cut and scaled down."""
+LEAST_SHOWN = 0.04
+"""Least share of a tile that a picture covers: of thinner ones nothing is to be recognised."""
+SPLITS = ("train", "nouns", "sets")
+"""What may be asked for: what is trained on, nouns that never are, and sets that never are."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One picture's words: its noun, other names of it, and its set."""
+
+    noun: str
+    synonyms: tuple[str, ...]
+    set: str
+
+    @property
+    def split(self) -> str:
+        """Which of ``SPLITS`` it belongs to."""
+        if any(each.held_out for each in SETS if each.name == self.set):
+            return "sets"
+        return "nouns" if Noun(self.noun, ()).held_out else "train"
+
+
+@dataclass(frozen=True)
+class Atlas:
+    """Tiles uint8 [K,TILE,TILE,4] (RGB not multiplied by alpha), and what each shows."""
+
+    tiles: np.ndarray
+    entries: tuple[Entry, ...]
+
+    def of(self, split: str) -> dict[str, list[int]]:
+        """The pictures of a split, by noun, in order. Raises InputError for a split that is not one or has no
+        picture."""
+        if split not in SPLITS:
+            raise InputError(f"there is no split {split!r}: {', '.join(SPLITS)}")
+        found = self._splits[split]
+        if not found:
+            raise InputError(f"the atlas has no picture of the split {split!r}")
+        return found
+
+    @cached_property
+    def _splits(self) -> dict[str, dict[str, list[int]]]:
+        found: dict[str, dict[str, list[int]]] = {split: {} for split in SPLITS}
+        for number, entry in enumerate(self.entries):
+            found[entry.split].setdefault(entry.noun, []).append(number)
+        return found
+
+    @cached_property
+    def colours(self) -> np.ndarray:
+        """The main colour of every picture, RGB in 0..1, float32 [K,3]; see ``main_colour``."""
+        return np.stack([main_colour(tile) for tile in self.tiles])
+
+    def save(self, path: Path) -> None:
+        """Write the atlas as one file."""
+        packed = [_webp(tile) for tile in tqdm(self.tiles, desc="atlas", disable=None)]
+        ends = np.cumsum([len(each) for each in packed])
+        words = [[entry.noun, list(entry.synonyms), entry.set] for entry in self.entries]
+        with path.open("wb") as file:
+            np.savez(
+                file,
+                pictures=np.frombuffer(b"".join(packed), np.uint8),
+                ends=ends,
+                words=np.frombuffer(json.dumps(words).encode(), np.uint8),
+            )
+
+
+def load(path: Path) -> Atlas:
+    """An atlas that ``Atlas.save`` wrote. Raises InputError where there is none, or it cannot be read."""
+    if not path.exists():
+        raise InputError(f"{path} is missing: `python -m conceptmaster.examples.stickers fetch` makes it")
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            pictures, ends, words = file["pictures"].tobytes(), file["ends"], file["words"].tobytes()
+        starts = [0, *ends[:-1]]
+        tiles = [_tile(pictures[a:b]) for a, b in zip(starts, ends, strict=True)]
+        entries = [Entry(noun, tuple(synonyms), title) for noun, synonyms, title in json.loads(words)]
+    except (KeyError, OSError, ValueError) as error:
+        raise InputError(f"{path} is no atlas of pictures: {error}") from None
+    return Atlas(np.stack(tiles), tuple(entries))
+
+
+def splits(atlas: Atlas) -> dict[str, dict[str, list[int]]]:
+    """The pictures of every split that has any, by noun."""
+    return {split: found for split, found in atlas._splits.items() if found}
+
+
+def build(cache: Path) -> Atlas:
+    """Fetch the sets into ``cache`` and render them. Raises InputError where they cannot be fetched."""
+    sources = {each.name: read(path) for each, path in zip(SETS, fetch(cache), strict=True)}
+    found, _ = nouns_of(sources)
+    render = renderer()
+    tiles, entries = [], []
+    for (title, name), noun in tqdm(found.items(), desc="render", disable=None):
+        source = sources[title]
+        width, height = source.canvas[name]
+        picture = render(
+            f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
+            f'viewBox="0 0 {width} {height}" width="{width}" height="{height}">{source.bodies[name]}</svg>'
+        )
+        tile = cut_out(picture)
+        if tile is not None:
+            tiles.append(tile)
+            entries.append(Entry(noun.name, noun.synonyms, title))
+    return Atlas(np.stack(tiles), tuple(entries))
+
+
+def renderer() -> Callable[[str], Image.Image]:
+    """What draws an SVG document as a picture with alpha. Raises MissingDependency without resvg."""
+    try:
+        import resvg_py
+    except ImportError:
+        raise MissingDependency("pictures are rendered with resvg: pip install 'conceptmaster[stickers]'") from None
+
+    def render(svg: str) -> Image.Image:
+        packed = resvg_py.svg_to_bytes(svg_string=svg, width=RENDERED, height=RENDERED, skip_system_fonts=True)
+        return Image.open(io.BytesIO(bytes(packed))).convert("RGBA")
+
+    return render
+
+
+def cut_out(picture: Image.Image) -> np.ndarray | None:
+    """What shows of a picture with alpha, in the middle of a tile, uint8 [TILE,TILE,4]; None where hardly
+    anything does."""
+    box = picture.getchannel("A").point(lambda a: 255 if a > 12 else 0).getbbox()
+    if box is None:
+        return None
+    shown = picture.crop(box)
+    scale = BOX / max(shown.size)
+    size = max(1, round(shown.width * scale)), max(1, round(shown.height * scale))
+    small = shown.convert("RGBa").resize(size, Image.Resampling.LANCZOS).convert("RGBA")
+    tile = Image.new("RGBA", (TILE, TILE))
+    tile.paste(small, ((TILE - size[0]) // 2, (TILE - size[1]) // 2))
+    pixels = np.asarray(tile)
+    return pixels if pixels[..., 3].mean() / 255 >= LEAST_SHOWN else None
+
+
+def main_colour(tile: np.ndarray) -> np.ndarray:
+    """The mean colour of the part of a tile's pixels that are most alike, RGB in 0..1, float32 [3]."""
+    rgb, alpha = tile[..., :3].reshape(-1, 3), tile[..., 3].reshape(-1) / 255.0
+    cell = (rgb // 64).astype(int) @ (16, 4, 1)
+    weight = np.bincount(cell, alpha, 64)
+    mine = (cell == weight.argmax()) * alpha
+    return ((rgb * mine[:, None]).sum(0) / max(mine.sum(), 1e-6) / 255).astype(np.float32)
+
+
+def from_pictures(pictures: Iterable[tuple[str, Image.Image]], title: str) -> Atlas:
+    """An atlas of pictures with alpha by label, as one set. Raises InputError where nothing of one shows."""
+    tiles, entries = [], []
+    for label, picture in pictures:
+        tile = cut_out(picture.convert("RGBA"))
+        if tile is None:
+            raise InputError(f"nothing is to be seen of the picture of {label!r}")
+        tiles.append(tile)
+        entries.append(Entry(label, (), title))
+    if not tiles:
+        raise InputError("there is no picture")
+    return Atlas(np.stack(tiles), tuple(entries))
+
+
+def _webp(tile: np.ndarray) -> bytes:
+    packed = io.BytesIO()
+    Image.fromarray(tile).save(packed, "WEBP", quality=88, alpha_quality=95, method=4)
+    return packed.getvalue()
+
+
+def _tile(packed: bytes) -> np.ndarray:
+    tile = np.asarray(Image.open(io.BytesIO(packed)).convert("RGBA"))
+    if tile.shape != (TILE, TILE, 4):
+        raise ValueError(f"a tile of {tile.shape}")
+    return tile
