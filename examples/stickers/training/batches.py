@@ -27,13 +27,16 @@ CHUNK = 16
 """Clips that are drawn together."""
 REFERENCES = 2
 """Reference pictures of every concept of a clip, of which a batch takes one."""
+FEW = 2
+"""Concepts of a clip that has few."""
 TRIES = 1 << 40
 """Distance between the seeds that are tried for one clip, where a caption is too long for the model."""
 
 
 @dataclass
 class Batch(Tensors):
-    """One training batch; N slots of which ``concept_mask`` tells the filled ones, in random order.
+    """One training batch; N slots, as many as its fullest clip fills, of which ``concept_mask`` tells the
+    filled ones.
 
     latents and decoys [B,Cz,F,H,W], token_ids/token_mask [B,T], pixels [B,N,3,px,px] (CLIP-normalised),
     label_ids/label_mask [B,N,L], concept_mask [B,N], coverage [B,N,F,H,W] in 0..1, portraits [B,N,3,32,32]
@@ -205,9 +208,9 @@ class Supply:
     """How much is drawn: ``blocks`` of ``size`` clips are there at a time, and the oldest is drawn anew every
     ``every`` steps."""
 
-    blocks: int = 12
-    size: int = 256
-    every: int = 13
+    blocks: int = 8
+    size: int = 192
+    every: int = 10
 
 
 class Pool:
@@ -237,8 +240,14 @@ class Pool:
         self._have = newest
 
     def batch(self, rng: np.random.Generator, size: int, dropped: Dropped) -> Batch:
-        """A random batch, slots in random order, some captions and concepts left out."""
-        return self.of(rng.integers(self.supply.blocks * self.supply.size, size=size), rng, dropped)
+        """A random batch, slots in random order, some captions and concepts left out.
+
+        Clips of up to ``FEW`` concepts and of more have batches of their own, in proportion: slots that
+        nobody fills cost as much as the others.
+        """
+        few = self._held["label_mask"].any(-1).sum(1).cpu().numpy() <= FEW
+        clips = np.flatnonzero(few if rng.random() < few.mean() else ~few)
+        return self.of(clips[rng.integers(len(clips), size=size)], rng, dropped)
 
     def of(self, clips: np.ndarray, rng: np.random.Generator, dropped: Dropped) -> Batch:
         """The batch of the clips of these numbers [B]."""
@@ -257,8 +266,11 @@ def collate(
     size = len(clips)
     device = held["latents"].device
     rows = torch.from_numpy(clips).to(device)
-    order = torch.from_numpy(np.argsort(rng.random((size, MAX_CONCEPTS)), axis=1)).to(device)
-    which = torch.from_numpy(rng.integers(REFERENCES, size=(size, MAX_CONCEPTS))).to(device)
+    filled = held["label_mask"][rows].any(-1)  # [B,N]
+    slots = int(filled.sum(1).max())
+    lots = torch.from_numpy(rng.random((size, MAX_CONCEPTS))).to(device) + 2.0 * ~filled
+    order = lots.argsort(1)[:, :slots]  # the filled ones in any order, as many slots as are needed
+    which = torch.from_numpy(rng.integers(REFERENCES, size=(size, slots))).to(device)
     chance = torch.from_numpy(rng.random(size)).to(device)
     both = chance < dropped.both
     no_concepts = both | ((chance >= dropped.both) & (chance < dropped.both + dropped.concepts))
