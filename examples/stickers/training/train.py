@@ -51,6 +51,7 @@ from ..world.tokens import build_tokenizer
 from .batches import Artist, Pool, Supply
 from .components import add_components, doubled, halved
 from .probing import probe
+from .reading import learn_to_read
 from .starting import start_from_sprites
 from .trainee import Trainee
 
@@ -68,7 +69,7 @@ class Options:
     minutes: of training, this and former runs of the folder together; the learning rate follows them, flat
     to ``flat`` of the time, then down to ``final`` of it. lr is Muon's, for matrices; AdamW takes an eighth.
     decoys: share of the noisy clips that go on from one with other pictures. captions: sentences that are
-    read beside every batch. log_every, save_every: in steps.
+    read beside every batch, and in each of the ``reading`` steps before the first. log_every, save_every: in steps.
     """
 
     minutes: float
@@ -79,6 +80,7 @@ class Options:
     average: float = 0.995
     decoys: float = 0.5
     captions: int = 64
+    reading: int = 300
     dropped: Dropped = field(default_factory=Dropped)
     supply: Supply = field(default_factory=Supply)
     seed: int = 0
@@ -121,10 +123,14 @@ def train(atlas: Atlas, output: Path, options: Options, start: Path | None = Non
     if not checkpoint.exists():
         fresh = _begin(trainee, tokenizer, start)
         _log(output, {"phase": "start", "fresh": fresh})
+        read = learn_to_read(trainee, artist, options.reading, options.captions, device)
+        _log(output, {"phase": "read", "story": read})
     optimizer = MuonAdamW(trainee.named_parameters(), options.lr, options.lr / 8, adam_names=ADAM_NAMES)
     average = Average(trainee, options.average)
     if checkpoint.exists():
         progress = load_checkpoint(checkpoint, trainee, average, optimizer)
+    else:
+        save_checkpoint(checkpoint, trainee, average, optimizer, progress)
     if progress["step"] == 0:
         _log(output, {"step": 0} | _probes(trainee, judges, device))
     sums: dict[str, Tensor] = {}

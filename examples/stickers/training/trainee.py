@@ -21,6 +21,8 @@ from .batches import Batch, Captions
 
 FOREGROUND = 3.0
 """Extra weight of the loss where a concept is."""
+RARE = -2.0
+"""Logit of a place's being covered that the story head begins with, as the layout head does."""
 LAYOUT_WEIGHT, STORY_WEIGHT, PORTRAIT_WEIGHT = 1.0, 0.3, 0.5
 
 
@@ -34,6 +36,7 @@ class Trainee(nn.Module):
         grid = [n // p for n, p in zip(config.latent_shape[1:], config.transformer.patch_size, strict=True)]
         self.layout = LayoutHead(config.transformer.width, concept.width)
         self.story = StoryHead(concept.width, config.transformer.text_dim, int(np.prod(grid)))
+        nn.init.constant_(self.story.net[-1].bias, RARE)  # type: ignore[arg-type]
         self.portrait = UprightHead(concept.width)
         self.middle = config.transformer.num_layers // 2 - 1
 

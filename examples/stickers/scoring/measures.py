@@ -1,0 +1,171 @@
+"""Whether a video shows what its request asked for, judged from the frames alone.
+
+Every measure is a contest of hypotheses about one concept. Each hypothesis is a painting of the whole clip:
+one picture, moved along one track, on the background that the video itself shows where no concept is told.
+All are held against the frames over the same region, everything that any of them covers, less what other
+concepts cover; the one with the least mean squared difference wins. All may be shifted as a whole by the same
+search, up to ``SEARCH`` pixels each way. It is judged at half the video's size.
+
+=================  =========================================================================  ============
+measure            the concept wins when, in its told place,                                  chance
+=================  =========================================================================  ============
+``pair_binding``   its picture beats those of all other concepts of the request               1 / concepts
+``identity``       its picture beats ``RIVALS`` random ones of other nouns, of its own set    1 / 9
+``motion``         its told motion beats the others from the same start                       1 / 11
+``visible``        anywhere in the frame, its picture beats the same rivals, each at its      1 / 9
+                   best place and size; for captions that tell no place
+=================  =========================================================================  ============
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from conceptmaster.examples.sprites.measures import estimate_background
+
+from ..world.atlas import Atlas
+from ..world.drawing import PIXELS, Cast, dress, place
+from ..world.looks import Look
+from ..world.scenes import FRAMES, MOTIONS, SIDE, Actor, Scene, generator
+
+MEASURES = ("pair_binding", "identity", "motion")
+ANYWHERE = ("visible",)
+"""What is asked where captions tell no places."""
+HALF = PIXELS // 2
+SEARCH = 3
+"""How far, in pixels of ``HALF``, hypotheses may be shifted."""
+RIVALS = 8
+REACH = 1.3
+"""How far from its middle a picture may reach, in radii, whatever its turn and stretch."""
+SIZES = (8.0, 9.5, 11.0, 12.5)
+"""Radii at which a picture is looked for anywhere."""
+LEAST_CHANGE = 0.02
+"""Squared difference to a background below which what a picture changes is no evidence."""
+
+
+class Judge:
+    """All contests of a scene; paints its pictures once and judges any number of videos."""
+
+    def __init__(self, scene: Scene, atlas: Atlas, placed: bool = True) -> None:
+        self.scene, self.placed = scene, placed
+        rng = generator(scene.seed, 104)
+        actors = scene.actors
+        self.rivals = [rivals_of(actor, atlas, rng) for actor in actors]
+        pictures = [actor.picture for actor in actors] + [p for rivals in self.rivals for p in rivals]
+        looks = [actor.look for actor in actors] + [Look()] * (RIVALS * len(actors))
+        cast = Cast.of(pictures, looks)
+        tiles = torch.from_numpy(atlas.tiles[pictures])
+        numbered = Cast(torch.arange(len(pictures)), *list(vars(cast).values())[1:])
+        self.pictures = F.avg_pool2d(dress(tiles, numbered), 2)  # [p,4,T/2,T/2]
+        self.stretch = cast.stretch
+        x = np.arange(HALF) + 0.5
+        self.free = np.ones((FRAMES, HALF, HALF), bool)
+        for actor in actors:
+            px, py, radius, _ = actor.track().T[..., None, None]
+            self.free &= np.hypot(x - px, x[:, None] - py) > REACH * radius + 1
+        self.told = [self._paint(k, actor, actor.motion) for k, actor in enumerate(actors)]
+
+    def __call__(self, frames: np.ndarray) -> dict[str, list[bool]]:
+        """Who wins in the frames, uint8 [17,128,128,3]: for each measure one entry per concept, in order.
+
+        No ``pair_binding`` for a single concept; ``visible`` alone where captions tell no places. Raises
+        ValueError for frames of another shape or type.
+        """
+        if frames.dtype != np.uint8 or frames.shape != (FRAMES, PIXELS, PIXELS, 3):
+            found = f"{frames.dtype} {list(frames.shape)}"
+            raise ValueError(f"frames must be uint8 [{FRAMES}, {PIXELS}, {PIXELS}, 3], not {found}")
+        video = F.avg_pool2d(torch.from_numpy(frames).permute(0, 3, 1, 2).float() / 255, 2)  # [F,3,s,s]
+        count = len(self.scene.actors)
+        if not self.placed:
+            return {"visible": [self._visible(video, k) for k in range(count)]}
+        ground = estimate_background(video.permute(0, 2, 3, 1).numpy(), self.free)
+        behind = torch.from_numpy(ground).permute(2, 0, 1).float()
+        won = [self._judge(video, behind, k) for k in range(count)]
+        return {name: [w[name] for w in won if name in w] for name in MEASURES}
+
+    def _paint(self, picture: int, actor: Actor, motion: str) -> Tensor:
+        """A picture along an actor's track with a motion, [F,4,s,s]."""
+        track = torch.from_numpy(actor.track(motion))
+        own = self.pictures[picture].expand(FRAMES, -1, -1, -1)
+        return place(own, track, self.stretch[picture].expand(FRAMES), HALF)
+
+    def _judge(self, video: Tensor, behind: Tensor, k: int) -> dict[str, bool]:
+        actors = self.scene.actors
+        actor = actors[k]
+        covered = torch.ones(FRAMES, HALF, HALF)
+        for other, painted in enumerate(self.told):
+            if other != k:
+                covered = covered * (1 - painted[:, 3])
+        first = len(actors) + RIVALS * k
+        others = [n for n in range(len(actors)) if n != k]
+        looks = [*others, *range(first, first + RIVALS)]
+        painted = torch.stack([self.told[k], *(self._paint(p, actor, actor.motion) for p in looks)])
+        errors = contest(video, painted, behind, covered)
+        won = {"identity": bool((errors[0] < errors[1 + len(others) :]).all())}
+        if others:
+            won["pair_binding"] = bool((errors[0] < errors[1 : 1 + len(others)]).all())
+        motions = [motion for motion in MOTIONS if motion != actor.motion]
+        painted = torch.stack([self.told[k], *(self._paint(k, actor, motion) for motion in motions)])
+        errors = contest(video, painted, behind, covered)
+        won["motion"] = bool((errors[0] < errors[1:]).all())
+        return won
+
+    def _visible(self, video: Tensor, k: int) -> bool:
+        first = len(self.scene.actors) + RIVALS * k
+        frames = video[:: (FRAMES - 1) // 2]
+        found = [self._shown(frames, p) for p in [k, *range(first, first + RIVALS)]]
+        return found[0] > max(found[1:])
+
+    def _shown(self, frames: Tensor, picture: int) -> float:
+        """How much of what a picture would change about a background is found, at the best place of frames
+        [n,3,s,s]: 1 where it is there, about 0 where nothing is; the background is the mean around it."""
+        best = -float("inf")
+        for radius in SIZES:
+            side = 2 * int(np.ceil(REACH * radius)) + 1
+            track = torch.tensor([[SIDE / 2, SIDE / 2, radius * SIDE / side, 0.0]])
+            drawn = place(self.pictures[picture][None], track, self.stretch[picture][None], side)[0]
+            inside = (drawn[3] > 0.5).float()  # [side,side]
+            colour = drawn[:3] / drawn[3:].clamp(min=1e-4) * inside
+            around = 1 - (drawn[3] > 0.02).float()
+            kernels = torch.stack([inside, around / around.sum()])[:, None]
+            channels = frames.flatten(0, 1)[:, None]  # [n*3,1,s,s]
+            total, ground = F.conv2d(channels, kernels).unflatten(0, (-1, 3)).unbind(2)  # [n,3,h,w]
+            match = F.conv2d(frames, colour[None])[:, 0]  # [n,h,w]
+            count, sums = inside.sum(), colour.sum((1, 2))[:, None, None]
+            common = count * ground.square()
+            gain = (common - 2 * ground * total).sum(1) + 2 * match - colour.square().sum()
+            wanted = (common - 2 * ground * sums).sum(1) + colour.square().sum()
+            best = max(best, float((gain / (wanted + LEAST_CHANGE * count)).max()))
+        return best
+
+
+def contest(video: Tensor, painted: Tensor, behind: Tensor, counted: Tensor) -> Tensor:
+    """The errors of hypotheses, each at its best shift, [n].
+
+    video [F,3,s,s], painted [n,F,4,s,s] (colour times alpha, alpha), behind [3,s,s], counted [F,s,s] in 0..1.
+    """
+    alpha = painted[:, :, 3:]
+    region = (alpha[:, :, 0].amax(0) > 0.05) * counted  # [F,s,s]
+    clips = painted[:, :, :3] + (1 - alpha) * behind  # [n,F,3,s,s]
+    frames, rows, columns = torch.nonzero(region, as_tuple=True)
+    weight = region[frames, rows, columns]  # [p]
+    wanted = clips[:, frames, :, rows, columns].permute(1, 0, 2)  # [n,p,3]
+    factors = torch.cat([weight[:, None] * wanted, weight[:, None].expand(len(wanted), -1, 1)], 2)
+    constant = (weight[:, None] * wanted.square()).sum((1, 2))
+    known = torch.cat([-2 * video, video.square().sum(1, keepdim=True)], 1)  # [F,4,s,s]
+    best = torch.full((len(painted),), torch.inf)
+    for down in range(-SEARCH, SEARCH + 1):
+        for across in range(-SEARCH, SEARCH + 1):
+            at = known[frames, :, (rows + down).clamp(0, HALF - 1), (columns + across).clamp(0, HALF - 1)]
+            best = torch.minimum(best, factors.flatten(1) @ at.flatten() + constant)
+    return best
+
+
+def rivals_of(actor: Actor, atlas: Atlas, rng: np.random.Generator) -> list[int]:
+    """``RIVALS`` random pictures of other nouns from the set of an actor's picture."""
+    own = atlas.entries[actor.picture]
+    alike = [n for n, entry in enumerate(atlas.entries) if entry.set == own.set and entry.noun != own.noun]
+    return [alike[i] for i in rng.choice(len(alike), RIVALS, replace=len(alike) < RIVALS)]
