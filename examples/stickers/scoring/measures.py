@@ -42,8 +42,8 @@ REACH = 1.3
 """How far from its middle a picture may reach, in radii, whatever its turn and stretch."""
 SIZES = (8.0, 9.5, 11.0, 12.5)
 """Radii at which a picture is looked for anywhere."""
-LEAST_CHANGE = 0.02
-"""Squared difference to a background below which what a picture changes is no evidence."""
+STRICT = 3.0
+"""How much a picture's own error counts against it where it is looked for anywhere."""
 
 
 class Judge:
@@ -120,8 +120,8 @@ class Judge:
         return found[0] > max(found[1:])
 
     def _shown(self, frames: Tensor, picture: int) -> float:
-        """How much of what a picture would change about a background is found, at the best place of frames
-        [n,3,s,s]: 1 where it is there, about 0 where nothing is; the background is the mean around it."""
+        """How much better than its background a picture fits frames [n,3,s,s], where it does best: by the
+        squared error of the background (the mean around it) over its pixels, less ``STRICT`` times its own."""
         best = -float("inf")
         for radius in SIZES:
             side = 2 * int(np.ceil(REACH * radius)) + 1
@@ -134,11 +134,11 @@ class Judge:
             channels = frames.flatten(0, 1)[:, None]  # [n*3,1,s,s]
             total, ground = F.conv2d(channels, kernels).unflatten(0, (-1, 3)).unbind(2)  # [n,3,h,w]
             match = F.conv2d(frames, colour[None])[:, 0]  # [n,h,w]
-            count, sums = inside.sum(), colour.sum((1, 2))[:, None, None]
-            common = count * ground.square()
-            gain = (common - 2 * ground * total).sum(1) + 2 * match - colour.square().sum()
-            wanted = (common - 2 * ground * sums).sum(1) + colour.square().sum()
-            best = max(best, float((gain / (wanted + LEAST_CHANGE * count)).max()))
+            count = inside.sum()
+            squares = F.conv2d(frames.square(), inside.expand(1, 3, -1, -1))[:, 0]  # [n,h,w]
+            empty = squares + (count * ground.square() - 2 * ground * total).sum(1)
+            own = squares - 2 * match + colour.square().sum()
+            best = max(best, float(((empty - STRICT * own) / count).max()))
         return best
 
 
