@@ -322,7 +322,7 @@ class ModelConfig:
             _require(isinstance(fold, int) and fold > 0, f"vae['fold'] must be positive, got {fold!r}")
             _require(
                 space % fold == 0,
-                f"vae['scale_factor_spatial'] must be a multiple of {fold} (its fold) for blocks, got {space}",
+                f"vae['scale_factor_spatial'] must be a multiple of its fold ({fold}), got {space}",
             )
             for name in ("width", "layers"):
                 value = self._entry("vae", name)

@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from conceptmaster.runtime.errors import ConceptMasterError
+from conceptmaster.errors import ConceptMasterError
 
 ATLAS = Path("stickers-atlas.npz")
 
@@ -28,7 +28,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def _add_fetch(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     command = commands.add_parser("fetch", help="fetch the picture sets and render them into one atlas")
-    command.add_argument("--cache", type=Path, required=True, metavar="DIR", help="where the archives are kept")
+    command.add_argument(
+        "--cache", type=Path, required=True, metavar="DIR", help="where the archives are kept"
+    )
     command.add_argument("--atlas", type=Path, default=ATLAS, metavar="FILE", help=f"the atlas ({ATLAS})")
     command.set_defaults(run=_fetch)
 
@@ -38,7 +40,9 @@ def _fetch(args: argparse.Namespace) -> None:
 
     built = atlas.build(args.cache)
     built.save(args.atlas)
-    counts = {split: (len(found), sum(map(len, found.values()))) for split, found in atlas.splits(built).items()}
+    counts = {
+        split: (len(found), sum(map(len, found.values()))) for split, found in atlas.splits(built).items()
+    }
     told = ", ".join(f"{split}: {pictures} of {nouns} nouns" for split, (nouns, pictures) in counts.items())
     print(f"{args.atlas}: {len(built.tiles)} pictures ({told})")
 

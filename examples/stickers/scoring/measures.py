@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from conceptmaster.examples.sprites.measures import estimate_background
+from conceptmaster.examples.sprites.scoring.measures import estimate_background
 
 from ..world.atlas import Atlas
 from ..world.drawing import PIXELS, Cast, dress, place
@@ -121,7 +121,8 @@ class Judge:
 
     def _shown(self, frames: Tensor, picture: int) -> float:
         """How much better than its background a picture fits frames [n,3,s,s], where it does best: by the
-        squared error of the background (the mean around it) over its pixels, less ``STRICT`` times its own."""
+        squared error of the background (the mean around it) over its pixels, less ``STRICT`` times its
+        own."""
         best = -float("inf")
         for radius in SIZES:
             side = 2 * int(np.ceil(REACH * radius)) + 1

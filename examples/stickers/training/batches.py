@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from conceptmaster.engine.blocks import BlockVAE
 from conceptmaster.engine.config import ModelConfig
 from conceptmaster.engine.encoders import CLIP_MEAN, CLIP_STD
-from conceptmaster.examples.sprites.batches import Dropped, Tensors
+from conceptmaster.engine.vae.block_vae import BlockVAE
+from conceptmaster.examples.sprites.training.batches import Dropped, Tensors
 
 from ..world import drawing, grounds
 from ..world.atlas import Atlas
@@ -187,7 +187,7 @@ class Artist:
 
 
 def disc(actor: Actor, side: int) -> np.ndarray:
-    """How much of every latent cell a disc in the place of an actor covers, roughly, float32 [F,side,side]."""
+    """Roughly how much of every latent cell a disc in an actor's place covers, float32 [F,side,side]."""
     cell = 64.0 / side
     track = actor.track()
     axis = (np.arange(side, dtype=np.float32) + 0.5) * cell

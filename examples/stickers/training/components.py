@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from conceptmaster.engine.blocks import BlockVAE
-from conceptmaster.engine.weights import load
-from conceptmaster.examples.sprites.train_vae import new_vae
+from conceptmaster.engine.checkpoints.safetensors_io import load
+from conceptmaster.engine.vae.block_vae import BlockVAE
+from conceptmaster.examples.sprites.training.train_vae import new_vae
 
 
 def halved(vae: BlockVAE) -> BlockVAE:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from conceptmaster.examples.sprites.attention import cheapest_attention
-from conceptmaster.examples.sprites.batches import Dropped
+from conceptmaster.examples.sprites.training.attention import cheapest_attention
+from conceptmaster.examples.sprites.training.batches import Dropped
 
 from .batches import Pool
 from .trainee import Trainee

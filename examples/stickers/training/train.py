@@ -20,13 +20,14 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from tqdm import tqdm
 
-from conceptmaster.engine.blocks import BlockVAE
+from conceptmaster.engine.checkpoints.safetensors_io import save_model
 from conceptmaster.engine.config import ModelConfig
 from conceptmaster.engine.presets import preset
-from conceptmaster.engine.weights import save_model
-from conceptmaster.examples.sprites.attention import cheapest_attention
-from conceptmaster.examples.sprites.batches import Dropped
-from conceptmaster.examples.sprites.learning import (
+from conceptmaster.engine.vae.block_vae import BlockVAE
+from conceptmaster.errors import InputError
+from conceptmaster.examples.sprites.training.attention import cheapest_attention
+from conceptmaster.examples.sprites.training.batches import Dropped
+from conceptmaster.examples.sprites.training.learning import (
     Average,
     MuonAdamW,
     autocast,
@@ -34,16 +35,16 @@ from conceptmaster.examples.sprites.learning import (
     load_checkpoint,
     save_checkpoint,
 )
-from conceptmaster.examples.sprites.noising import (
+from conceptmaster.examples.sprites.training.noising import (
     DECOY_HELD,
     HELD_SIGMA,
     decoy_noise,
     normal,
     random_sigma,
 )
-from conceptmaster.examples.sprites.train_model import ADAM_NAMES
-from conceptmaster.examples.sprites.train_vae import load_vae, write_vae
-from conceptmaster.runtime.errors import InputError
+from conceptmaster.examples.sprites.training.starting import start_from
+from conceptmaster.examples.sprites.training.train_model import ADAM_NAMES
+from conceptmaster.examples.sprites.training.train_vae import load_vae, write_vae
 
 from ..world.atlas import Atlas
 from ..world.scenes import Wish
@@ -69,7 +70,8 @@ class Options:
     minutes: of training, this and former runs of the folder together; the learning rate follows them, flat
     to ``flat`` of the time, then down to ``final`` of it. lr is Muon's, for matrices; AdamW takes an eighth.
     decoys: share of the noisy clips that go on from one with other pictures. captions: sentences that are
-    read beside every batch, and in each of the ``reading`` steps before the first. log_every, save_every: in steps.
+    read beside every batch, and in each of the ``reading`` steps before the first. log_every, save_every: in
+    steps.
     """
 
     minutes: float
@@ -121,7 +123,7 @@ def train(atlas: Atlas, output: Path, options: Options, start: Path | None = Non
     judges = {split: _judge(artist, config, split) for split in ("nouns", "sets")}
     pool = Pool(lambda number: _block(artist, options.supply, options.seed, number), config, options.supply)
     if not checkpoint.exists():
-        fresh = _begin(trainee, tokenizer, start)
+        fresh = _begin(trainee, start)
         _log(output, {"phase": "start", "fresh": fresh})
         read = learn_to_read(trainee, artist, options.reading, options.captions, device)
         _log(output, {"phase": "read", "story": read})
@@ -232,11 +234,9 @@ def _vae(
     return load_vae(output)
 
 
-def _begin(trainee: Trainee, tokenizer: Tokenizer, start: Path | None) -> list[str]:
-    from conceptmaster.examples.sprites.starting import start_from
-
+def _begin(trainee: Trainee, start: Path | None) -> list[str]:
     if start is None:
-        return start_from_sprites(trainee.model, SPRITES, tokenizer)
+        return start_from_sprites(trainee.model, SPRITES / "model.safetensors")
     return start_from(trainee.model, start / "model.safetensors")
 
 
@@ -260,5 +260,3 @@ def _log(output: Path, record: Mapping[str, object]) -> None:
     with (output / "log.jsonl").open("a") as log:
         log.write(json.dumps(record) + "\n")
     tqdm.write(json.dumps(record))
-
-

@@ -14,16 +14,41 @@ from torch import Tensor, nn
 from conceptmaster.engine.config import ModelConfig
 from conceptmaster.engine.dit import LEAST_SIGMA
 from conceptmaster.engine.model import ConceptMaster
-from conceptmaster.examples.sprites.heads import LayoutHead, StoryHead, coverage_loss
-from conceptmaster.examples.sprites.train_pictures import UprightHead
+from conceptmaster.examples.sprites.training.heads import LayoutHead, coverage_loss
+from conceptmaster.examples.sprites.training.train_pictures import UprightHead
 
+from ..world.tokens import END_ID
 from .batches import Batch, Captions
 
 FOREGROUND = 3.0
 """Extra weight of the loss where a concept is."""
+SHARP = 0.25
+"""What the likeness of two words is multiplied by."""
 RARE = -2.0
 """Logit of a place's being covered that the story head begins with, as the layout head does."""
 LAYOUT_WEIGHT, STORY_WEIGHT, PORTRAIT_WEIGHT = 1.0, 0.3, 0.5
+
+
+class StoryHead(nn.Module):
+    """Where what a label names will be, read from the caption alone: the label's words are looked for in the
+    caption, [B,N,Dt] in [B,T,Dt], and what stands there tells the coverage, logits [B,N,S].
+
+    Words are compared as they are, through one projection of both, so that those spelled alike match from
+    the first step, whatever they are; what remains to be learned is to say places where the words stand.
+    """
+
+    def __init__(self, text_width: int, tokens: int, inner: int = 64) -> None:
+        super().__init__()
+        self.compare = nn.Linear(text_width, inner, bias=False)
+        nn.init.orthogonal_(self.compare.weight)
+        self.net = nn.Sequential(nn.Linear(text_width, 256), nn.GELU(), nn.Linear(256, tokens))
+        nn.init.constant_(self.net[-1].bias, RARE)  # type: ignore[arg-type]
+
+    def forward(self, named: Tensor, text: Tensor, mask: Tensor) -> Tensor:
+        """``mask`` bool [B,T]: the caption's tokens."""
+        scores = torch.einsum("bni,bti->bnt", self.compare(named), self.compare(text)) * SHARP
+        found = scores.masked_fill(~mask[:, None], -torch.inf).softmax(-1) @ text  # [B,N,Dt]
+        return self.net(found)
 
 
 class Trainee(nn.Module):
@@ -35,13 +60,12 @@ class Trainee(nn.Module):
         concept = config.concept
         grid = [n // p for n, p in zip(config.latent_shape[1:], config.transformer.patch_size, strict=True)]
         self.layout = LayoutHead(config.transformer.width, concept.width)
-        self.story = StoryHead(concept.width, config.transformer.text_dim, int(np.prod(grid)))
-        nn.init.constant_(self.story.net[-1].bias, RARE)  # type: ignore[arg-type]
+        self.story = StoryHead(config.transformer.text_dim, int(np.prod(grid)))
         self.portrait = UprightHead(concept.width)
         self.middle = config.transformer.num_layers // 2 - 1
 
     def concepts(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Concept tokens [B,N,Q,Dc] of the filled slots (zero elsewhere), and their visual queries [M,Q,Dc]."""
+        """Concept tokens [B,N,Q,Dc] of the filled slots (zero elsewhere), their visual queries [M,Q,Dc]."""
         model, filled = self.model, batch.label_mask.any(-1)  # [B,N]
         visual = model.qformer(model.image_encoder(batch.pixels[filled]))  # [M,Q,Dc]
         mask = batch.label_mask[filled]
@@ -52,8 +76,8 @@ class Trainee(nn.Module):
 
     def velocity(
         self, batch: Batch, noisy: Tensor, sigma: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor]]:
-        """Velocity [B,Cz,F,H,W], the middle block's tokens, text, and what ``concepts`` gives."""
+    ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+        """Velocity [B,Cz,F,H,W], the middle block's tokens, and what ``concepts`` gives."""
         text = self.model.text_encoder(batch.token_ids, batch.token_mask)
         told = self.concepts(batch)
         kept: list[Tensor] = []
@@ -62,7 +86,7 @@ class Trainee(nn.Module):
         )
         velocity = self.model.transformer(noisy, sigma * 1000.0, text, told[0], batch.concept_mask)
         handle.remove()
-        return velocity, kept[0], text, told
+        return velocity, kept[0], told
 
     def forward(
         self, batch: Batch, captions: Captions, noise: Tensor, sigma: Tensor, held: Tensor
@@ -74,34 +98,36 @@ class Trainee(nn.Module):
         """
         s = sigma[:, None, None, None, None]
         noisy = (1 - s) * batch.latents + s * noise
-        velocity, hidden, text, (concepts, visual) = self.velocity(batch, noisy, sigma)
+        velocity, hidden, (concepts, visual) = self.velocity(batch, noisy, sigma)
         weight = 1 + FOREGROUND * batch.coverage.sum(1, keepdim=True).clamp(max=1)  # [B,1,F,H,W]
         counted = s.clamp(min=LEAST_SIGMA) / torch.maximum(s, held[:, None, None, None, None])
         error = (velocity.float() - (noise - batch.latents)).square() * weight * counted.square()
         flow = error.mean() / weight.mean()
-        patch = self.model.config.transformer.patch_size
-        target = F.avg_pool3d(batch.coverage.flatten(0, 1)[:, None], patch).flatten(1)  # [B*N,S]
+        target = self._tokens_covered(batch.coverage)
         logits = self.layout(hidden.float(), concepts.float()).flatten(0, 1)
         shown = batch.concept_mask.flatten()
         layout = coverage_loss(logits[shown], target[shown])
-        told = shown & (batch.token_mask.sum(1) > 1).repeat_interleave(batch.concept_mask.shape[1])
-        logits = self.story(concepts.float(), text.float(), batch.token_mask).flatten(0, 1)
-        story = 0.5 * coverage_loss(logits[told], target[told]) + 0.5 * self.reading(captions)
+        story = self.reading(captions)
         difference = self.portrait(visual.float()) - batch.portraits[batch.label_mask.any(-1)]
         portrait = difference.abs().mean() + difference.square().mean()
         total = flow + LAYOUT_WEIGHT * layout + STORY_WEIGHT * story + PORTRAIT_WEIGHT * portrait
         return {"total": total, "flow": flow, "layout": layout, "story": story, "portrait": portrait}
 
     def reading(self, captions: Captions) -> Tensor:
-        """The story head's loss on captions alone, whose concepts have labels and noise for looks."""
-        model, filled = self.model, captions.label_mask.any(-1)
-        mask, concept = captions.label_mask[filled], model.config.concept
-        visual = torch.randn(len(mask), concept.tokens_per_concept, concept.width, device=mask.device)
-        tokens = model.dam(visual, model.text_encoder(captions.label_ids[filled], mask), mask)
-        concepts = tokens.new_zeros((*filled.shape, *tokens.shape[1:]))
-        concepts[filled] = tokens
+        """The story head's loss on captions alone."""
+        model, filled = self.model, captions.label_mask.any(-1)  # [B,N]
+        ids, mask = captions.label_ids[filled], captions.label_mask[filled]  # [M,L]
+        label = model.text_encoder(ids, mask)  # [M,L,Dt]
+        words = mask & (ids != END_ID)
+        named = (label * words[..., None]).sum(1) / words.sum(1, keepdim=True)  # [M,Dt]
+        asked = named.new_zeros((*filled.shape, named.shape[-1]))
+        asked[filled] = named
         text = model.text_encoder(captions.token_ids, captions.token_mask)
-        patch = model.config.transformer.patch_size
-        target = F.avg_pool3d(captions.coverage.flatten(0, 1)[:, None], patch).flatten(1)
-        logits = self.story(concepts.float(), text.float(), captions.token_mask).flatten(0, 1)
+        target = self._tokens_covered(captions.coverage)
+        logits = self.story(asked.float(), text.float(), captions.token_mask).flatten(0, 1)
         return coverage_loss(logits[filled.flatten()], target[filled.flatten()])
+
+    def _tokens_covered(self, coverage: Tensor) -> Tensor:
+        """How much of every video token concepts cover: [B,N,F,H,W] -> [B*N,S]."""
+        patch = self.model.config.transformer.patch_size
+        return F.avg_pool3d(coverage.flatten(0, 1)[:, None], patch).flatten(1)

@@ -1,7 +1,7 @@
 """All pictures in one file: rendered, cut to what shows of them, each with its noun, set and main colour.
 
-A picture is a tile of ``TILE`` x ``TILE`` pixels with alpha whose longer side fills ``BOX`` of them. On disk a
-tile is WebP, so that the whole atlas takes some 20 MB.
+A picture is a tile of ``TILE`` x ``TILE`` pixels with alpha whose longer side fills ``BOX`` of them. On disk
+a tile is WebP, so that the whole atlas takes some 20 MB.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from conceptmaster.runtime.errors import InputError, MissingDependency
+from conceptmaster.errors import InputError, MissingDependency
 
 from .nouns import Noun, nouns_of
 from .sets import SETS, fetch, read
@@ -135,10 +135,14 @@ def renderer() -> Callable[[str], Image.Image]:
     try:
         import resvg_py
     except ImportError:
-        raise MissingDependency("pictures are rendered with resvg: pip install 'conceptmaster[stickers]'") from None
+        raise MissingDependency(
+            "pictures are rendered with resvg: pip install 'conceptmaster[stickers]'"
+        ) from None
 
     def render(svg: str) -> Image.Image:
-        packed = resvg_py.svg_to_bytes(svg_string=svg, width=RENDERED, height=RENDERED, skip_system_fonts=True)
+        packed = resvg_py.svg_to_bytes(
+            svg_string=svg, width=RENDERED, height=RENDERED, skip_system_fonts=True
+        )
         return Image.open(io.BytesIO(bytes(packed))).convert("RGBA")
 
     return render

@@ -1,6 +1,6 @@
 """Many scenes at once in PyTorch, on any device: clips, decoys, reference pictures, upright pictures.
 
-Letters: B clips, N concepts of a clip, P pictures of all clips, F frames, S side of a frame, T side of a tile.
+Letters: B clips, N concepts of a clip, P pictures of all clips, F frames, S and T side of a frame and a tile.
 """
 
 from __future__ import annotations

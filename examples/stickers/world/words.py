@@ -1,4 +1,4 @@
-"""How things are said: verbs, places, backgrounds, adjectives, colours, and words that nobody has ever read."""
+"""How things are said: verbs, places, backgrounds, adjectives, colours, and words that nobody has read."""
 
 from __future__ import annotations
 
@@ -84,8 +84,8 @@ _HUES = (
     (1.01, "red"),
 )
 _ONSETS = (
-    "b bl br c ch cl cr d dr f fl fr g gl gr h j k kl l m n p pl pr qu r s sh sk sl sm sn sp st t th tr tw v w "
-    "wh y z zh"
+    "b bl br c ch cl cr d dr f fl fr g gl gr h j k kl l m n p pl pr qu r s sh sk sl sm sn sp st t th tr tw "
+    "v w wh y z zh"
 ).split()
 _VOWELS = "a e i o u a e i o u ai ee oo ou ea oa ie y".split()
 _CODAS = "b ck d ff g k l ll m mp n nd ng nk p r rk rn s sh ss st t th tz x zz".split() + [""] * 14
@@ -100,7 +100,7 @@ def made_up(rng: np.random.Generator) -> str:
     )
 
 
-def colour_name(rgb: Sequence[float]) -> str:
+def colour_name(rgb: Sequence[float] | np.ndarray) -> str:
     """The everyday name of a colour, RGB in 0..1."""
     hue, saturation, value = colorsys.rgb_to_hsv(*(float(c) for c in rgb))
     if value < 0.2:
@@ -114,7 +114,20 @@ def colour_name(rgb: Sequence[float]) -> str:
     return next(name for end, name in _HUES if hue < end)
 
 
-COLOURS = ("red", "orange", "yellow", "green", "turquoise", "blue", "purple", "pink", "brown", "grey", "black", "white")
+COLOURS = (
+    "red",
+    "orange",
+    "yellow",
+    "green",
+    "turquoise",
+    "blue",
+    "purple",
+    "pink",
+    "brown",
+    "grey",
+    "black",
+    "white",
+)
 """All that ``colour_name`` says."""
 
 
