@@ -59,7 +59,8 @@ def _add_train(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         metavar="DIR",
         help="a checkpoint of this world to begin from, with a fresh optimizer (the sprites' weights)",
     )
-    command.add_argument("--minutes", type=float, required=True, help="of training, all runs of the folder")
+    command.add_argument("--minutes", type=float, help="of training, all runs of the folder together")
+    command.add_argument("--steps", type=int, help="of training, in the place of minutes")
     command.add_argument("--batch-size", type=int, default=48, metavar="B", help="clips of a step (48)")
     command.add_argument("--lr", type=float, default=0.008, help="of matrices; others take an eighth (0.008)")
     command.add_argument("--device", default="cpu", metavar="NAME", help="cpu or cuda (cpu)")
@@ -71,7 +72,6 @@ def _train(args: argparse.Namespace) -> None:
     from .training.train import Options, train
     from .world import atlas
 
-    options = Options(
-        minutes=args.minutes, batch_size=args.batch_size, lr=args.lr, device=args.device, seed=args.seed
-    )
+    names = ("minutes", "steps", "batch_size", "lr", "device", "seed")
+    options = Options(**{name: getattr(args, name) for name in names})
     train(atlas.load(args.atlas), args.output, options, args.start)

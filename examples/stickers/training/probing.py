@@ -15,7 +15,7 @@ NOISE = 0.85
 
 
 @torch.no_grad()
-def probe(trainee: Trainee, pool: Pool, device: str, count: int = 96) -> dict[str, float]:
+def probe(trainee: Trainee, pool: Pool, device: str, count: int) -> dict[str, float]:
     """Mean squared error of the velocity where the concepts are, at noise level ``NOISE``, on the first
     ``count`` clips of a pool of two-concept scenes. If the three are equal the pictures are ignored."""
     rng = np.random.default_rng(0)

@@ -57,9 +57,7 @@ def look_near(encoder: TextEncoder) -> None:
 def learn_to_read(trainee: Trainee, artist: Artist, steps: int, size: int, device: str) -> list[float]:
     """Train on ``steps`` batches of ``size`` captions; returns the mean losses of every 25 steps."""
     parts = nn.ModuleDict({"text": trainee.model.text_encoder, "story": trainee.story})
-    optimizer = MuonAdamW(
-        parts.named_parameters(), RATE, FAST_RATE, adam_names=(*ADAM_NAMES, *FAST_NAMES)
-    )
+    optimizer = MuonAdamW(parts.named_parameters(), RATE, FAST_RATE, adam_names=(*ADAM_NAMES, *FAST_NAMES))
     losses: list[float] = []
     for step in tqdm(range(steps), desc="read", disable=None):
         captions = artist.captions(range(READ + step * size, READ + (step + 1) * size), Wish(foreign=0.0))

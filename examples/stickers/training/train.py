@@ -59,22 +59,24 @@ from .trainee import Trainee
 SPRITES = Path(__file__).parents[2] / "sprites" / "weights"
 TRAINED, JUDGED = 0, 1 << 48
 """First seeds of what is trained on, and of what the probe looks at."""
-ANALYSED = 288
-"""Clips that the components are found from."""
+ANALYSED, PROBED = 288, 96
+"""Clips that the components are found from, and clips of each held-out split that the probe looks at."""
 
 
 @dataclass(frozen=True)
 class Options:
     """How to train.
 
-    minutes: of training, this and former runs of the folder together; the learning rate follows them, flat
-    to ``flat`` of the time, then down to ``final`` of it. lr is Muon's, for matrices; AdamW takes an eighth.
+    minutes, or steps, one of them: of training, this and former runs of the folder together. The learning
+    rate follows them, flat to ``flat`` of the time, then down to ``final`` of it. lr is
+    Muon's, for matrices; AdamW takes an eighth.
     decoys: share of the noisy clips that go on from one with other pictures. captions: sentences that are
     read beside every batch, and in each of the ``reading`` steps before the first. log_every, save_every: in
     steps.
     """
 
-    minutes: float
+    minutes: float | None = None
+    steps: int | None = None
     batch_size: int = 48
     lr: float = 0.008
     flat: float = 0.6
@@ -92,9 +94,19 @@ class Options:
 
     def __post_init__(self) -> None:
         """Raises InputError for what cannot be trained."""
-        for name in ("minutes", "batch_size", "lr", "log_every", "save_every"):
-            if getattr(self, name) <= 0:
-                raise InputError(f"--{name.replace('_', '-')} must be more than 0, got {getattr(self, name)}")
+        if (self.minutes is None) == (self.steps is None):
+            raise InputError("how long to train is told by --minutes or by --steps, one of them")
+        for name in ("minutes", "steps", "batch_size", "lr", "log_every", "save_every"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise InputError(f"--{name.replace('_', '-')} must be more than 0, got {value}")
+
+    def done(self, progress: Mapping[str, float]) -> float:
+        """How much of the training is over, from 0 to 1."""
+        if self.steps is not None:
+            return progress["step"] / self.steps
+        assert self.minutes is not None
+        return progress["seconds"] / (60 * self.minutes)
 
     def rate(self, done: float) -> float:
         """Scale of the learning rates where a share ``done`` of the time is over."""
@@ -138,7 +150,7 @@ def train(atlas: Atlas, output: Path, options: Options, start: Path | None = Non
     sums: dict[str, Tensor] = {}
     began = time.perf_counter()
     bar = tqdm(desc="train", disable=None)
-    while (done := progress["seconds"] / (60 * options.minutes)) < 1:
+    while (done := options.done(progress)) < 1:
         step = int(progress["step"])
         pool.at(step)
         losses = _step(trainee, artist, pool, optimizer, options, step, done)
@@ -149,7 +161,7 @@ def train(atlas: Atlas, output: Path, options: Options, start: Path | None = Non
         now = time.perf_counter()
         progress["seconds"], began = progress["seconds"] + now - began, now
         bar.update(1)
-        last = progress["seconds"] >= 60 * options.minutes
+        last = options.done(progress) >= 1
         if (step + 1) % options.log_every and not last:
             continue
         record: dict[str, object] = {"step": step + 1, "samples": (step + 1) * options.batch_size}
@@ -200,10 +212,11 @@ def _block(artist: Artist, supply: Supply, seed: int, number: int) -> dict[str, 
 
 
 def _judge(artist: Artist, config: ModelConfig, split: str) -> Pool:
-    """96 clips of two concepts of a split, for the probe."""
-    scenes = artist.scenes(range(JUDGED, JUDGED + 96), Wish(split=split, concepts=2, plain=True))
+    """Clips of two concepts of a split, for the probe."""
+    wish = Wish(split=split, concepts=2, plain=True)
+    scenes = artist.scenes(range(JUDGED, JUDGED + PROBED), wish)
     found = artist.draw(scenes, JUDGED, decoys=False)
-    pool = Pool(lambda _: found, config, Supply(1, 96, 1))
+    pool = Pool(lambda _: found, config, Supply(1, PROBED, 1))
     pool.at(0)
     return pool
 
@@ -241,7 +254,7 @@ def _begin(trainee: Trainee, start: Path | None) -> list[str]:
 
 
 def _probes(trainee: Trainee, judges: Mapping[str, Pool], device: str) -> dict[str, object]:
-    return {f"probe_{split}": probe(trainee, judge, device) for split, judge in judges.items()}
+    return {f"probe_{split}": probe(trainee, judge, device, PROBED) for split, judge in judges.items()}
 
 
 def _save(

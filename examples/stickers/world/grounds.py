@@ -14,9 +14,9 @@ _SPRITES = ("wall", "meadow", "beach", "night", "sunset", "floor", "paper", "hil
 KINDS = (*GROUNDS, *COLOURS)
 
 
-def banks(seed: int, side: int, each: int = EACH) -> np.ndarray:
-    """``each`` paintings of every one of ``KINDS``, uint8 [K,each,side,side,3]."""
-    rng = np.random.Generator(np.random.Philox(key=[seed, 102]))
+def banks(seed: int, side: int, each: int | None = None) -> np.ndarray:
+    """``each`` (``EACH``) paintings of every one of ``KINDS``, uint8 [K,each,side,side,3]."""
+    rng, each = np.random.Generator(np.random.Philox(key=[seed, 102])), each or EACH
     painted = np.stack([np.stack([paint(kind, rng, side) for _ in range(each)]) for kind in KINDS])
     return np.round(painted.clip(0, 1) * 255).astype(np.uint8)
 

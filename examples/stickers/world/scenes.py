@@ -119,7 +119,8 @@ def random_scene(seed: int, atlas: Atlas, wish: Wish) -> Scene:
     count = wish.concepts or int(rng.choice([1, 2, 3, 4], p=[0.22, 0.48, 0.22, 0.08]))
     if not 1 <= count <= MAX_CONCEPTS:
         raise ValueError(f"a scene has 1 to {MAX_CONCEPTS} concepts, not {count}")
-    twins = wish.same_noun if wish.same_noun is not None else bool(count > 1 and rng.random() < 0.3)
+    twins = bool(count > 1 and rng.random() < 0.3 and any(len(p) > 1 for p in atlas.of(wish.split).values()))
+    twins = twins if wish.same_noun is None else wish.same_noun
     if twins and count < 2:
         raise ValueError("two concepts of the same noun need at least 2 concepts")
     nouns, pictures = _choose_pictures(rng, atlas, wish, count, twins)
@@ -146,11 +147,13 @@ def _choose_pictures(
     """Nouns and pictures; nouns differ, but for twins, the first two, that have one noun and two pictures."""
     by_noun = atlas.of(wish.split)
     names = list(by_noun)
+    if len(names) < count:
+        raise ValueError(f"there are {len(names)} nouns of the split {wish.split!r}, less than {count}")
     nouns = [names[i] for i in rng.choice(len(names), size=count, replace=False)]
     if twins:
         several = [name for name in names if len(by_noun[name]) > 1 and name not in nouns[2:]]
         if not several:
-            raise ValueError("no noun of this atlas has two pictures")
+            raise ValueError(f"no noun of the split {wish.split!r} has two pictures")
         nouns[0] = nouns[1] = several[int(rng.integers(len(several)))]
     pictures: list[int] = []
     for noun in nouns:
