@@ -27,8 +27,8 @@ RENDERED = 160
 """Side in pixels at which a picture is rendered before it is cut and scaled down."""
 LEAST_SHOWN = 0.04
 """Least share of a tile that a picture covers: of thinner ones nothing is to be recognised."""
-SPLITS = ("train", "nouns", "sets")
-"""What may be asked for: what is trained on, nouns that never are, and sets that never are."""
+SPLITS = ("train", "nouns", "sets", "all")
+"""What may be asked for: what is trained on, nouns that never are, sets that never are, and all there is."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,8 @@ class Atlas:
     def _splits(self) -> dict[str, dict[str, list[int]]]:
         found: dict[str, dict[str, list[int]]] = {split: {} for split in SPLITS}
         for number, entry in enumerate(self.entries):
-            found[entry.split].setdefault(entry.noun, []).append(number)
+            for split in (entry.split, "all"):
+                found[split].setdefault(entry.noun, []).append(number)
         return found
 
     @cached_property
@@ -185,6 +186,23 @@ def from_pictures(pictures: Iterable[tuple[str, Image.Image]], title: str) -> At
     if not tiles:
         raise InputError("there is no picture")
     return Atlas(np.stack(tiles), tuple(entries))
+
+
+def of_folder(folder: Path) -> Atlas:
+    """An atlas of a folder's PNGs with alpha, each called as its file (``red_fox.png``: "red fox").
+
+    Raises InputError for a folder without pictures, and for a picture that cannot be read.
+    """
+    paths = sorted(folder.glob("*.png")) if folder.is_dir() else []
+    if not paths:
+        raise InputError(f"{folder} is no folder with PNG files")
+    pictures = []
+    for path in paths:
+        try:
+            pictures.append((path.stem.replace("_", " ").strip(), Image.open(path).convert("RGBA")))
+        except OSError:
+            raise InputError(f"{path} cannot be read as a picture") from None
+    return from_pictures(pictures, str(folder))
 
 
 def _webp(tile: np.ndarray) -> bytes:

@@ -172,8 +172,8 @@ def clips(
     return canvas.transpose(1, 2), visible
 
 
-def references(dressed: Tensor, stretch: Tensor, generator: torch.Generator) -> Tensor:
-    """Pictures as a user hands them in, alone on plain ground: [P,4,T,T] -> uint8 [P,3,SEEN,SEEN].
+def references(dressed: Tensor, stretch: Tensor, generator: torch.Generator, side: int = SEEN) -> Tensor:
+    """Pictures as a user hands them in, alone on plain ground: [P,4,T,T] -> uint8 [P,3,side,side].
 
     Half of the grounds are white. They are upright: how a picture is held is part of its looks.
     """
@@ -187,7 +187,7 @@ def references(dressed: Tensor, stretch: Tensor, generator: torch.Generator) -> 
     room = (SIDE / 2 - radius)[:, None]
     middle = SIDE / 2 + room * uniform(-1, 1, 2)
     track = torch.cat([middle, radius[:, None], torch.zeros_like(radius)[:, None]], 1)
-    drawn = place(dressed, track, stretch, SEEN)
+    drawn = place(dressed, track, stretch, side)
     pale = 1 - 0.3 * uniform(0, 1, 3)
     ground = torch.where(uniform(0, 1, 1) < 0.6, torch.ones_like(pale), pale)
     ground = torch.where(uniform(0, 1, 1) < 0.15, uniform(0, 1, 3), ground)

@@ -30,15 +30,15 @@ COLOURS = (
 )
 
 
-def picture(number: int, other: bool = False) -> Image.Image:
-    """A shape with an eye; ``other`` has other colours and another shape."""
+def picture(number: int, style: int = 0) -> Image.Image:
+    """A shape with an eye, in one of three styles."""
     image = Image.new("RGBA", (96, 96))
     draw = ImageDraw.Draw(image)
-    colour, second = COLOURS[number], COLOURS[(number + 5) % 12]
-    if other:
+    colour, second = COLOURS[number], COLOURS[(number + 5 + style) % 12]
+    if style:
         colour, second = second, colour
     shapes = [draw.ellipse, draw.rectangle]
-    shapes[(number + other) % 2]((8, 8 + 2 * number, 88, 88), fill=colour)
+    shapes[(number + style) % 2]((8, 8 + 2 * number, 88, 88), fill=colour)
     draw.rectangle((20, 50, 40 + 3 * number, 66), fill=second)
     draw.ellipse((56, 34, 70, 48), fill="white")
     return image
@@ -48,8 +48,8 @@ def picture(number: int, other: bool = False) -> Image.Image:
 def atlas() -> Atlas:
     """Twelve nouns, three of them held out by their hash, in two training sets and in a held-out one."""
     made, entries = [], []
-    for title, other in (("noto", False), ("twemoji", True), ("openmoji", True)):
-        part = from_pictures([(noun, picture(k, other)) for k, noun in enumerate(NOUNS)], title)
+    for title, style in (("noto", 0), ("twemoji", 1), ("openmoji", 2)):
+        part = from_pictures([(noun, picture(k, style)) for k, noun in enumerate(NOUNS)], title)
         made.append(part.tiles)
         entries += [Entry(noun, (f"{noun} thing",), title) for noun in NOUNS]
     return Atlas(np.concatenate(made), tuple(entries))

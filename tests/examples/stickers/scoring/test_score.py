@@ -1,0 +1,116 @@
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from conceptmaster.errors import InputError
+from conceptmaster.examples.stickers.cli import main
+from conceptmaster.examples.stickers.scoring import score as scoring
+from conceptmaster.examples.stickers.scoring.measures import Judge
+from conceptmaster.examples.stickers.scoring.score import Options, check_bundle, score
+from conceptmaster.examples.stickers.world.captions import tell
+from conceptmaster.examples.stickers.world.requesting import references, true_video
+from conceptmaster.examples.stickers.world.scenes import FPS
+from conceptmaster.runtime.video import Video
+
+from ..small import NOUNS, atlas, picture
+
+
+@pytest.fixture(autouse=True)
+def pictures(monkeypatch):
+    monkeypatch.setattr(scoring, "_pictures", lambda file, folder: atlas())
+
+
+def options(count=4, **how):
+    return Options(range(count), **({"split": "all"} | how))
+
+
+@pytest.mark.parametrize("how", [{}, {"same_noun": True}, {"concepts": 3, "made_up_labels": True}])
+def test_true_videos_win_nearly_everything(how):
+    report, results = score(options(3, source="truth", **how))
+    assert len(results) == 3
+    assert min(report[measure] for measure in ("pair_binding", "identity", "motion")) >= 0.9
+
+
+def test_videos_of_other_requests_win_by_chance_alone():
+    report, _ = score(options(6, source="shuffled"))
+    assert report["pair_binding"] < 0.9 and report["identity"] < 0.6 and report["motion"] < 0.5
+    assert report["chance"] == {"pair_binding": 0.5, "identity": 0.1111, "motion": 0.0909}
+
+
+def test_without_places_it_is_only_asked_whether_concepts_are_to_be_seen():
+    report, results = score(options(2, source="truth", places=False, concepts=1))
+    assert results[0].won[""].keys() == {"visible"} and report["visible"] >= 0.5
+
+
+def test_controls_are_the_same_request_without_and_with_swapped_pictures():
+    asked = []
+
+    def generate(request):
+        asked.append(request)
+        scene = options().scene(request.seed, atlas())
+        assert request.prompt == tell(scene)
+        return Video(true_video(scene, atlas()), FPS, request.seed)
+
+    report, results = score(options(1), generate=generate, keep=1)
+    assert [len(request.concepts) for request in asked[:3]] == [2, 0, 2]
+    one, other = (np.asarray(concept.image) for concept in asked[0].concepts)
+    assert np.array_equal(one, np.asarray(asked[2].concepts[1].image))
+    assert np.array_equal(other, np.asarray(asked[2].concepts[0].image))
+    assert report["pair_binding"] == report["pair_binding_swapped"] == 1.0
+    assert list(results[0].videos) == ["", "_no_concepts", "_swapped"]
+
+
+def test_a_scene_has_the_same_pictures_and_video_every_time():
+    scene = options().scene(3, atlas())
+    assert np.array_equal(references(scene, atlas()), references(scene, atlas()))
+    video = true_video(scene, atlas())
+    assert video.shape == (17, 128, 128, 3) and video.dtype == np.uint8
+    assert np.array_equal(video, true_video(scene, atlas()))
+
+
+def test_frames_of_another_shape_are_refused():
+    judge = Judge(options().scene(0, atlas()), atlas())
+    with pytest.raises(ValueError, match="frames must be uint8"):
+        judge(np.zeros((17, 64, 64, 3), np.uint8))
+
+
+def test_bundles_of_another_world_are_refused():
+    shapes = SimpleNamespace(frames=17, height=64, width=64)
+    with pytest.raises(InputError, match="the bundle 'sprites' is of another world"):
+        check_bundle(SimpleNamespace(name="sprites", shapes=shapes))
+    with pytest.raises(InputError, match="this one makes 17 of 64×64"):
+        check_bundle(SimpleNamespace(name="stickers-small", shapes=shapes))
+    shapes = SimpleNamespace(frames=17, height=128, width=128)
+    check_bundle(SimpleNamespace(name="stickers-int8", shapes=shapes))
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        ({"concepts": 5}, "1 to 4 concepts"),
+        ({"concepts": 1, "same_noun": True}, "at least 2 concepts"),
+        ({"split": "mine"}, "the split must be one of"),
+        ({"source": "dream"}, "the source must be one of"),
+        ({"seeds": range(1), "source": "shuffled"}, "at least two requests"),
+        ({"seeds": range(3, 3)}, "A < B"),
+        ({"workers": 0}, "workers must be 1 or more"),
+        ({"steps": 0}, "steps"),
+    ],
+)
+def test_what_cannot_be_scored_is_refused(wrong, message):
+    with pytest.raises(InputError, match=message):
+        Options(**wrong)
+
+
+def test_a_folder_of_pictures_is_scored_from_the_command_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.undo()
+    for number, noun in enumerate(NOUNS[:6]):
+        picture(number).save(tmp_path / f"my_{noun}.png")
+    command = ["score", "--pictures", str(tmp_path), "--seeds", "0:2", "--truth", "--quiet", "--json"]
+    assert main(command) == 0
+    assert '"pair_binding": 1.0' in capsys.readouterr().out
+    assert main(["score", "--pictures", str(tmp_path / "none"), "--truth", "--quiet"]) == 2
+    assert "is no folder with PNG files" in capsys.readouterr().err
+    assert main(["score", "--shuffled"]) == 2
+    assert "--shuffled needs --truth" in capsys.readouterr().err
