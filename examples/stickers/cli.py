@@ -1,127 +1,165 @@
-"""The open world's commands."""
+"""The open world's command line: ``fetch`` the picture sets, ``train`` the model and its ``decoder``,
+``score`` a bundle.
+
+Exit codes as for ``conceptmaster``: 0 done, 1 failed, 2 wrong input, 130 interrupted; an error is one line.
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from conceptmaster.errors import ConceptMasterError, InputError
-from conceptmaster.examples.sprites.arguments import seed_range
+from conceptmaster.examples.sprites.arguments import add_device, add_options, given, set_threads
+from conceptmaster.runtime.cli import Command, Parser
 
 ATLAS = Path("stickers-atlas.npz")
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run a command; returns the exit code. A user's mistake is one line on stderr."""
-    parser = argparse.ArgumentParser(prog="python -m conceptmaster.examples.stickers", description=__doc__)
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    _add_fetch(commands)
-    _add_train(commands)
-    _add_score(commands)
-    args = parser.parse_args(argv)
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command (sys.argv's if argv is None); returns its exit code, see the module's text."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        args.run(args)
+        args = _parser(arguments).parse_args(arguments)
+        return args.run(args) or 0
     except ConceptMasterError as error:
-        print(f"stickers: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return error.exit_code
+        return _fail(str(error), error.exit_code)
     except KeyboardInterrupt:
-        print("stickers: error: interrupted", file=sys.stderr)
-        return 130
-    return 0
+        return _fail("interrupted", 130)
+    except OSError as error:
+        return _fail(str(error), 1)
 
 
-def _add_fetch(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    command = commands.add_parser("fetch", help="fetch the picture sets and render them into one atlas")
-    command.add_argument(
+def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
+    """The parser; only the command that `arguments` begins with is filled in, so only `train` loads torch."""
+    parser = Parser(
+        prog="python -m conceptmaster.examples.stickers",
+        description="The open world: any pictures, any words.",
+        allow_abbrev=False,
+    )
+    choices = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, dest="command")
+    for command in COMMANDS:
+        sub = choices.add_parser(command.name, help=command.help, allow_abbrev=False)
+        sub.set_defaults(run=command.run)
+        if arguments and arguments[0] == command.name:
+            command.add_arguments(sub)
+    return parser
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"stickers: error: {' '.join(message.split())}", file=sys.stderr)
+    return code
+
+
+def _add_atlas(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--atlas", type=Path, default=ATLAS, metavar="FILE", help=f"the rendered pictures ({ATLAS})"
+    )
+
+
+def _add_fetch(parser: argparse.ArgumentParser) -> None:
+    parser.description = "Fetches the picture sets from the npm registry and renders them into one atlas."
+    parser.add_argument(
         "--cache", type=Path, required=True, metavar="DIR", help="where the archives are kept"
     )
-    command.add_argument("--atlas", type=Path, default=ATLAS, metavar="FILE", help=f"the atlas ({ATLAS})")
-    command.set_defaults(run=_fetch)
+    _add_atlas(parser)
 
 
-def _fetch(args: argparse.Namespace) -> None:
+def _fetch(args: argparse.Namespace) -> int:
     from .world import atlas
 
     built = atlas.build(args.cache)
     built.save(args.atlas)
-    counts = {
-        split: (len(found), sum(map(len, found.values()))) for split, found in atlas.splits(built).items()
-    }
-    told = ", ".join(f"{split}: {pictures} of {nouns} nouns" for split, (nouns, pictures) in counts.items())
-    print(f"{args.atlas}: {len(built.tiles)} pictures ({told})")
-
-
-def _add_train(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    command = commands.add_parser(
-        "train", help="train; goes on exactly where the same command was interrupted"
+    found = {split: built.of(split) for split in atlas.SPLITS}
+    told = (
+        f"{split}: {sum(map(len, nouns.values()))} of {len(nouns)} nouns" for split, nouns in found.items()
     )
-    command.add_argument("--output", type=Path, required=True, metavar="DIR", help="the training's folder")
-    command.add_argument("--atlas", type=Path, default=ATLAS, metavar="FILE", help=f"the atlas ({ATLAS})")
-    command.add_argument(
+    print(f"{args.atlas}: pictures of {', '.join(told)}")
+    return 0
+
+
+def _add_train(parser: argparse.ArgumentParser) -> None:
+    from .training.train import Options
+
+    parser.description = "Trains the model; goes on exactly where the same command was interrupted."
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="the training's folder")
+    _add_atlas(parser)
+    parser.add_argument(
         "--start",
         type=Path,
         metavar="DIR",
         help="a checkpoint of this world to begin from, with a fresh optimizer (the sprites' weights)",
     )
-    command.add_argument("--minutes", type=float, help="of training, all runs of the folder together")
-    command.add_argument("--steps", type=int, help="of training, in the place of minutes")
-    command.add_argument("--batch-size", type=int, default=48, metavar="B", help="clips of a step (48)")
-    command.add_argument("--lr", type=float, default=0.008, help="of matrices; others take an eighth (0.008)")
-    command.add_argument("--device", default="cpu", metavar="NAME", help="cpu or cuda (cpu)")
-    command.add_argument("--seed", type=int, default=0, help="of everything (0)")
-    command.set_defaults(run=_train)
+    add_options(parser, Options)
+    add_device(parser)
 
 
-def _train(args: argparse.Namespace) -> None:
+def _train(args: argparse.Namespace) -> int:
     from .training.train import Options, train
     from .world import atlas
 
-    names = ("minutes", "steps", "batch_size", "lr", "device", "seed")
-    options = Options(**{name: getattr(args, name) for name in names})
+    options = given(Options, args)
+    set_threads(args)
     train(atlas.load(args.atlas), args.output, options, args.start)
+    return 0
 
 
-def _add_score(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    command = commands.add_parser("score", help="measure whether a bundle binds pictures never trained on")
-    add = command.add_argument
-    add("--seeds", type=seed_range, default=range(64), metavar="A:B", help="of scenes and noise (0:64)")
-    add("--concepts", type=int, default=2, metavar="K", help="concepts in a scene, 1 to 4 (2)")
-    add("--same-noun", action="store_true", help="two of them share their noun; else all differ")
-    add("--split", default="nouns", help="nouns or sets that were never trained on, or train (nouns)")
-    add("--made-up-labels", action="store_true", help="labels are words that nobody has read")
-    add("--no-places", action="store_true", help="captions tell no places: concepts may be anywhere")
-    add("--atlas", type=Path, default=ATLAS, metavar="FILE", help=f"the atlas ({ATLAS})")
-    add("--pictures", type=Path, metavar="DIR", help="PNGs with alpha, named by their labels, instead")
-    add("--bundle", default="stickers", metavar="NAME", help="shipped bundle or a path (stickers)")
-    add("--steps", type=int, metavar="N", help="model evaluations (the bundle's default)")
-    add("--guidance", type=float, metavar="G", help="(the bundle's default)")
-    add("--no-controls", action="store_true", help="leave out the two controls: a third of the time")
-    add("--truth", action="store_true", help="score the true videos: what a perfect model gets")
-    add("--shuffled", action="store_true", help="with --truth: the next request's video: chance")
-    add("--device", default="cpu", metavar="NAME", help="cpu or cuda (cpu)")
-    add("--threads", type=int, metavar="N", help="CPU threads (one per core)")
-    add("--workers", type=int, default=1, metavar="W", help="processes, of one thread each (1)")
-    add("--json", action="store_true", help="last line on standard output: the report, one line")
-    add("--quiet", action="store_true", help="no progress bar")
-    command.set_defaults(run=_score)
+def _add_decoder(parser: argparse.ArgumentParser) -> None:
+    from .training.decoder import DecoderOptions
+
+    parser.description = "Trains the network of the VAE's decoder in the folder of a training; resumes."
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="the training's folder")
+    _add_atlas(parser)
+    add_options(parser, DecoderOptions)
+    add_device(parser)
 
 
-def _score(args: argparse.Namespace) -> None:
+def _decoder(args: argparse.Namespace) -> int:
+    from .training.decoder import DecoderOptions, train_decoder
+    from .world import atlas
+
+    options = given(DecoderOptions, args)
+    set_threads(args)
+    train_decoder(atlas.load(args.atlas), args.output, options)
+    return 0
+
+
+def _add_score(parser: argparse.ArgumentParser) -> None:
+    from .scoring.score import Options
+
+    parser.description = "Generates a video for every seed, with pictures that were never trained on."
+    add_options(parser, Options)
+    _add_atlas(parser)
+    parser.add_argument("--no-places", action="store_true", help="captions tell no places: anywhere will do")
+    parser.add_argument(
+        "--no-controls", action="store_true", help="leave out the controls: a third of the time"
+    )
+    parser.add_argument(
+        "--truth", action="store_true", help="score the true videos: what a perfect model gets"
+    )
+    parser.add_argument("--shuffled", action="store_true", help="with --truth: the next request's: chance")
+    parser.add_argument(
+        "--json", action="store_true", help="last line on standard output: the report, one line"
+    )
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+
+
+def _score(args: argparse.Namespace) -> int:
     from .scoring.score import Options, asked, score
 
     if args.shuffled and not args.truth:
         raise InputError("--shuffled needs --truth")
-    same = "seeds concepts same_noun split made_up_labels atlas pictures bundle steps guidance device threads"
-    given = {name: getattr(args, name) for name in (*same.split(), "workers")}
     source = ("shuffled" if args.shuffled else "truth") if args.truth else "model"
-    options = Options(places=not args.no_places, source=source, controls=not args.no_controls, **given)
+    options = given(Options, args, places=not args.no_places, controls=not args.no_controls, source=source)
     report, _ = score(options, progress=not args.quiet)
     print(_table(report, asked(options)))
     if args.json:
         print(json.dumps(report))
+    return 0
 
 
 def _table(report: dict[str, Any], measures: tuple[str, ...]) -> str:
@@ -143,3 +181,11 @@ def _cell(share: float | None, error: float | None) -> str:
     if share is None:
         return ""
     return f"{100 * share:.1f}" if error is None else f"{100 * share:.1f} ± {100 * error:.1f}"
+
+
+COMMANDS = (
+    Command("fetch", "fetch the picture sets and render them", _add_fetch, _fetch),
+    Command("train", "train the model", _add_train, _train),
+    Command("decoder", "train the VAE's network beside it", _add_decoder, _decoder),
+    Command("score", "measure whether a bundle binds pictures never trained on", _add_score, _score),
+)

@@ -21,6 +21,7 @@ import numpy as np
 
 from conceptmaster import __version__
 from conceptmaster.errors import InputError
+from conceptmaster.examples.sprites.arguments import option, seed_range
 from conceptmaster.examples.sprites.processes import in_processes
 from conceptmaster.runtime.bundle_format.find import Bundle
 from conceptmaster.runtime.bundle_format.schema import Manifest
@@ -58,22 +59,26 @@ class Options:
     Raises InputError for the first field that is wrong.
     """
 
-    seeds: range = range(64)
-    concepts: int = 2
-    same_noun: bool = False
-    split: str = "nouns"
-    made_up_labels: bool = False
+    seeds: range = option(range(64), "of scenes and noise (0:64)", type=seed_range, metavar="A:B")
+    concepts: int = option(2, f"concepts in a scene, 1 to {MAX_CONCEPTS}", metavar="K")
+    same_noun: bool = option(False, "two of them share their noun; else all differ")
+    split: str = option("nouns", f"of which pictures: {', '.join(SPLITS)}", metavar="NAME")
+    made_up_labels: bool = option(False, "labels are words that nobody has read")
     places: bool = True
     atlas: Path = Path("stickers-atlas.npz")
-    pictures: Path | None = None
-    bundle: str = "stickers"
+    pictures: Path | None = option(
+        None, "PNGs with alpha, named by their labels, in the place of an atlas (none)", metavar="DIR"
+    )
+    bundle: str = option("stickers", "shipped bundle or a path", metavar="NAME")
     source: str = "model"
-    steps: int | None = None
-    guidance: float | None = None
+    steps: int | None = option(None, "model evaluations (the bundle's default)", metavar="N")
+    guidance: float | None = option(
+        None, "how much more of what is asked (the bundle's default)", metavar="G"
+    )
     controls: bool = True
-    device: str = "cpu"
-    threads: int | None = None
-    workers: int = 1
+    device: str = option("cpu", "cpu or cuda", metavar="NAME")
+    threads: int | None = option(None, "CPU threads of each pipeline (one per core)", metavar="N")
+    workers: int = option(1, "processes, of one thread each", metavar="W")
 
     def __post_init__(self) -> None:
         first, end = self.seeds.start, self.seeds.stop

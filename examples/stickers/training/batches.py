@@ -210,7 +210,7 @@ class Supply:
 
     blocks: int = 8
     size: int = 192
-    every: int = 10
+    every: int = 15
 
 
 class Pool:

@@ -2,39 +2,31 @@
 
 The folder holds ``vae.safetensors`` (components, and the decoder's network once it is trained),
 ``tokenizer.json``, ``training.safetensors`` (what an interrupted training goes on from, exactly),
-``model.safetensors`` (averaged weights) and ``log.jsonl``.
+``model.safetensors`` and ``heads.safetensors`` (averaged weights) and ``log.jsonl``.
 """
 
 from __future__ import annotations
 
-import json
-import time
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
-from tqdm import tqdm
 
-from conceptmaster.engine.checkpoints.safetensors_io import save_model
+from conceptmaster.engine.checkpoints.safetensors_io import load, save, save_model
 from conceptmaster.engine.config import ModelConfig
 from conceptmaster.engine.presets import preset
 from conceptmaster.engine.vae.block_vae import BlockVAE
 from conceptmaster.errors import InputError
+from conceptmaster.examples.sprites.arguments import check_counts, check_shares, option
 from conceptmaster.examples.sprites.training.attention import cheapest_attention
 from conceptmaster.examples.sprites.training.batches import Dropped
-from conceptmaster.examples.sprites.training.learning import (
-    Average,
-    MuonAdamW,
-    autocast,
-    gradient_norm,
-    load_checkpoint,
-    save_checkpoint,
-)
+from conceptmaster.examples.sprites.training.learning import Average, MuonAdamW, autocast, save_checkpoint
+from conceptmaster.examples.sprites.training.loop import LoopOptions, log_to, random_of
+from conceptmaster.examples.sprites.training.loop import train as run_loop
 from conceptmaster.examples.sprites.training.noising import (
     DECOY_HELD,
     HELD_SIGMA,
@@ -57,71 +49,59 @@ from .starting import start_from_sprites
 from .trainee import Trainee
 
 SPRITES = Path(__file__).parents[2] / "sprites" / "weights"
-TRAINED, JUDGED = 0, 1 << 48
-"""First seeds of what is trained on, and of what the probe looks at."""
+READ_BESIDE, JUDGED = 1 << 44, 1 << 48
+"""First seeds of the captions that are read beside the batches, and of what the probe looks at."""
 ANALYSED, PROBED = 288, 96
 """Clips that the components are found from, and clips of each held-out split that the probe looks at."""
+HEADS = "heads.safetensors"
+"""The file of the heads that only training needs."""
+WARM, FLAT, FINAL = 0.02, 0.6, 0.04
+"""Shares of a training up to which its learning rates rise, and stay; what they have come down to in the
+end."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """How to train.
+    """How to train. minutes or steps: of this and former runs of the folder together, the learning rate
+    following them; lr: Muon's, for matrices; captions: sentences read beside every batch, and in each of the
+    ``reading`` steps before the first. Raises InputError."""
 
-    minutes, or steps, one of them: of training, this and former runs of the folder together. The learning
-    rate follows them, flat to ``flat`` of the time, then down to ``final`` of it. lr is
-    Muon's, for matrices; AdamW takes an eighth.
-    decoys: share of the noisy clips that go on from one with other pictures. captions: sentences that are
-    read beside every batch, and in each of the ``reading`` steps before the first. log_every, save_every: in
-    steps.
-    """
-
-    minutes: float | None = None
-    steps: int | None = None
-    batch_size: int = 48
-    lr: float = 0.008
-    flat: float = 0.6
-    final: float = 0.04
-    average: float = 0.995
-    decoys: float = 0.5
-    captions: int = 64
-    reading: int = 300
+    minutes: float | None = option(None, "train for so long, all runs of the folder together", metavar="M")
+    steps: int = option(2000, "train to this step, where no minutes are given", metavar="N")
+    batch_size: int = option(32, "clips in a step", metavar="B")
+    lr: float = option(0.008, "Muon's learning rate, AdamW takes an eighth of it")
+    decoys: float = option(0.5, "share of the noisy clips that go on from one with other pictures")
+    captions: int = option(48, "captions read beside every batch")
+    reading: int = option(300, "steps on captions alone, first (300; with --start 0)")
+    seed: int = option(0, "of weights and batches")
+    device: str = "cpu"
+    log_every: int = option(10, "steps between lines of the log, of which every fifth brings a checkpoint")
     dropped: Dropped = field(default_factory=Dropped)
     supply: Supply = field(default_factory=Supply)
-    seed: int = 0
-    device: str = "cpu"
-    log_every: int = 10
-    save_every: int = 50
 
     def __post_init__(self) -> None:
-        """Raises InputError for what cannot be trained."""
-        if (self.minutes is None) == (self.steps is None):
-            raise InputError("how long to train is told by --minutes or by --steps, one of them")
-        for name in ("minutes", "steps", "batch_size", "lr", "log_every", "save_every"):
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise InputError(f"--{name.replace('_', '-')} must be more than 0, got {value}")
+        check_counts(self, "steps", "batch_size", "captions", "log_every")
+        check_counts(self, "reading", least=0)
+        check_shares(self, "decoys")
+        if not 0 < self.lr < 1:
+            raise InputError(f"--lr must lie between 0 and 1, got {self.lr}")
+        if self.minutes is not None and not self.minutes > 0:
+            raise InputError(f"--minutes must be above 0, got {self.minutes}")
 
-    def done(self, progress: Mapping[str, float]) -> float:
-        """How much of the training is over, from 0 to 1."""
-        if self.steps is not None:
-            return progress["step"] / self.steps
-        assert self.minutes is not None
-        return progress["seconds"] / (60 * self.minutes)
 
-    def rate(self, done: float) -> float:
-        """Scale of the learning rates where a share ``done`` of the time is over."""
-        if done < 0.02:
-            return max(done, 1e-4) / 0.02
-        down = max(0.0, (done - self.flat) / (1 - self.flat))
-        return 1 - (1 - self.final) * min(1.0, down)
+def rate(done: float) -> float:
+    """What learning rates are scaled by where a share ``done`` of a training is over."""
+    if done < WARM:
+        return max(done, 1e-4) / WARM
+    return 1 - (1 - FINAL) * min(1.0, max(0.0, (done - FLAT) / (1 - FLAT)))
 
 
 def train(atlas: Atlas, output: Path, options: Options, start: Path | None = None) -> None:
-    """Train to the end of the options' minutes; goes on from the folder where there is a training in it.
+    """Train to the end of the options' minutes or steps; goes on from the folder where a training is in it.
 
-    ``start``: a folder with ``model.safetensors``, ``vae.safetensors`` and ``tokenizer.json`` of this world
-    to begin from, with a fresh optimizer; None begins from the sprites' weights. Raises InputError,
-    CheckpointError.
+    ``start``: a folder with ``model.safetensors``, ``vae.safetensors``, ``vae.json`` and ``tokenizer.json``
+    of this world, and the heads if they are there, to begin from with a fresh optimizer; None begins from the
+    sprites' weights. Raises InputError, CheckpointError.
     """
     warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
     output.mkdir(parents=True, exist_ok=True)
@@ -130,85 +110,69 @@ def train(atlas: Atlas, output: Path, options: Options, start: Path | None = Non
     tokenizer = _tokenizer(atlas, output, start)
     vae = _vae(atlas, tokenizer, config, output, start)
     trainee = Trainee(config).to(device)
-    checkpoint, progress = output / "training.safetensors", {"step": 0.0, "seconds": 0.0}
+    checkpoint, log = output / "training.safetensors", log_to(output / "log.jsonl")
     artist = Artist(atlas, tokenizer, config, halved(vae), device)
     judges = {split: _judge(artist, config, split) for split in ("nouns", "sets")}
-    pool = Pool(lambda number: _block(artist, options.supply, options.seed, number), config, options.supply)
-    if not checkpoint.exists():
-        fresh = _begin(trainee, start)
-        _log(output, {"phase": "start", "fresh": fresh})
-        read = learn_to_read(trainee, artist, options.reading, options.captions, device)
-        _log(output, {"phase": "read", "story": read})
+    pool = Pool(lambda number: _block(artist, options, number), config, options.supply)
     optimizer = MuonAdamW(trainee.named_parameters(), options.lr, options.lr / 8, adam_names=ADAM_NAMES)
-    average = Average(trainee, options.average)
-    if checkpoint.exists():
-        progress = load_checkpoint(checkpoint, trainee, average, optimizer)
-    else:
-        save_checkpoint(checkpoint, trainee, average, optimizer, progress)
-    if progress["step"] == 0:
-        _log(output, {"step": 0} | _probes(trainee, judges, device))
-    sums: dict[str, Tensor] = {}
-    began = time.perf_counter()
-    bar = tqdm(desc="train", disable=None)
-    while (done := options.done(progress)) < 1:
-        step = int(progress["step"])
+    average = Average(trainee, 0.995)
+    if not checkpoint.exists():
+        log({"phase": "start", "fresh": _begin(trainee, start)})
+        if start is None and options.reading:
+            read = learn_to_read(trainee, artist, options.reading, options.captions, device)
+            log({"phase": "read", "story": read})
+        average = Average(trainee, 0.995)
+        save_checkpoint(checkpoint, trainee, average, optimizer, {"step": 0.0, "seconds": 0.0})
+        log({"step": 0} | _probes(trainee, judges, device))
+
+    def losses_of(step: int) -> dict[str, Tensor]:
         pool.at(step)
-        losses = _step(trainee, artist, pool, optimizer, options, step, done)
-        average.update(trainee)
-        for name, value in losses.items():
-            sums[name] = sums.get(name, torch.zeros(())) + value.detach().cpu() / options.log_every
-        progress["step"] += 1
-        now = time.perf_counter()
-        progress["seconds"], began = progress["seconds"] + now - began, now
-        bar.update(1)
-        last = options.done(progress) >= 1
-        if (step + 1) % options.log_every and not last:
-            continue
-        record: dict[str, object] = {"step": step + 1, "samples": (step + 1) * options.batch_size}
-        record |= {"seconds": round(progress["seconds"]), "rate": round(options.rate(done), 3)}
-        record |= {name: round(float(value), 4) for name, value in sums.items()}
-        sums = {}
-        if (step + 1) % options.save_every == 0 or last:
-            record |= _save(trainee, average, judges, output, device)
-            save_checkpoint(checkpoint, trainee, average, optimizer, progress)
-        _log(output, record)
-    bar.close()
+        return _losses(trainee, artist, pool, options, step)
+
+    def publish(steps: int) -> dict[str, object]:
+        save_model(trainee.model, output / "model.safetensors")
+        save(output / HEADS, trainee.heads)
+        return _probes(trainee, judges, device)
+
+    run_loop(
+        trainee,
+        optimizer,
+        losses_of,
+        LoopOptions(
+            "train",
+            options.steps,
+            options.minutes,
+            rate,
+            log_every=options.log_every,
+            save_every=5 * options.log_every,
+        ),
+        log=lambda record: log(record | {"samples": record["step"] * options.batch_size}),
+        average=average,
+        checkpoint=checkpoint,
+        publish=publish,
+    )
 
 
-def _step(
-    trainee: Trainee,
-    artist: Artist,
-    pool: Pool,
-    optimizer: MuonAdamW,
-    options: Options,
-    step: int,
-    done: float,
-) -> dict[str, Tensor]:
-    """One update; what happens in it follows from the seed and the step."""
-    rng = np.random.Generator(np.random.Philox(key=[options.seed, step * 64]))
-    torch.manual_seed(options.seed * 1_000_003 + step)  # the heads' noise
-    batch = pool.batch(rng, options.batch_size, options.dropped).to(options.device)
-    first = (1 << 44) + step * options.captions
+def _losses(trainee: Trainee, artist: Artist, pool: Pool, options: Options, step: int) -> dict[str, Tensor]:
+    """The losses of a step; what happens in it follows from the seed and its number."""
+    rng, device = random_of(options.seed, step), options.device
+    batch = pool.batch(rng, options.batch_size, options.dropped).to(device)
+    first = READ_BESIDE + step * options.captions
     captions = artist.captions(range(first, first + options.captions), Wish())
-    noise = normal(rng, tuple(batch.latents.shape), options.device)
-    sigma = random_sigma(rng, len(noise)).to(options.device)
-    held = torch.full_like(sigma, HELD_SIGMA)
+    noise = normal(rng, tuple(batch.latents.shape), device)
+    sigma = random_sigma(rng, len(noise)).to(device)
     # The sprites' function asks of a batch what this one has, too.
     noise, astray = decoy_noise(batch, noise, sigma, rng, options.decoys)  # type: ignore[arg-type]
-    held = torch.where(astray, held.clamp(min=DECOY_HELD), held)
-    optimizer.set_scale(options.rate(done))
-    with cheapest_attention(options.device), autocast(options.device):
+    held = torch.where(astray, DECOY_HELD, HELD_SIGMA)
+    with cheapest_attention(device), autocast(device):
         losses: dict[str, Tensor] = trainee(batch, captions, noise, sigma, held)
-    optimizer.zero_grad(set_to_none=True)
-    losses["total"].backward()
-    gradient_norm(trainee.parameters(), 2.0)
-    optimizer.step()
     return losses
 
 
-def _block(artist: Artist, supply: Supply, seed: int, number: int) -> dict[str, Tensor]:
-    first = TRAINED + (seed * (1 << 24) + number) * supply.size
-    return artist.draw(artist.scenes(range(first, first + supply.size), Wish()), first)
+def _block(artist: Artist, options: Options, number: int) -> dict[str, Tensor]:
+    size = options.supply.size
+    first = (options.seed * (1 << 24) + number) * size
+    return artist.draw(artist.scenes(range(first, first + size), Wish()), first)
 
 
 def _judge(artist: Artist, config: ModelConfig, split: str) -> Pool:
@@ -238,38 +202,27 @@ def _vae(
             vae = load_vae(start)
         else:
             vae = doubled(config.vae, SPRITES / "vae.safetensors")
-            known = halved(vae)
-            artist = Artist(atlas, tokenizer, config, known)
+            artist = Artist(atlas, tokenizer, config, halved(vae))
             scenes = artist.scenes(range(JUDGED - ANALYSED, JUDGED), Wish())
-            first = int((vae.basis.abs().sum(1) > 0).sum())
-            add_components(vae, artist.pixels(scenes), first)
+            known = int((vae.basis.abs().sum(1) > 0).sum())
+            add_components(vae, artist.pixels(scenes), known)
         write_vae(vae, output, config.vae)
     return load_vae(output)
 
 
 def _begin(trainee: Trainee, start: Path | None) -> list[str]:
+    """Take over weights; returns the names of what stays fresh."""
     if start is None:
         return start_from_sprites(trainee.model, SPRITES / "model.safetensors")
-    return start_from(trainee.model, start / "model.safetensors")
+    path = start / "model.safetensors"
+    if not path.exists():
+        raise InputError(f"{path} is missing: --start takes a folder that `train --output` has filled")
+    fresh = start_from(trainee.model, path)
+    heads, own = load(start / HEADS)[0] if (start / HEADS).exists() else {}, trainee.heads
+    taken = {name: heads[name] for name in own if name in heads and heads[name].shape == own[name].shape}
+    trainee.load_state_dict(taken, strict=False)
+    return fresh + sorted(own.keys() - taken)
 
 
 def _probes(trainee: Trainee, judges: Mapping[str, Pool], device: str) -> dict[str, object]:
     return {f"probe_{split}": probe(trainee, judge, device, PROBED) for split, judge in judges.items()}
-
-
-def _save(
-    trainee: Trainee, average: Average, judges: Mapping[str, Pool], output: Path, device: str
-) -> dict[str, object]:
-    """Write the averaged model; returns what the probe says of it."""
-    trained = {name: value.clone() for name, value in trainee.state_dict().items()}
-    trainee.load_state_dict(average.shadow)
-    found = _probes(trainee, judges, device)
-    save_model(trainee.model, output / "model.safetensors")
-    trainee.load_state_dict(trained)
-    return found
-
-
-def _log(output: Path, record: Mapping[str, object]) -> None:
-    with (output / "log.jsonl").open("a") as log:
-        log.write(json.dumps(record) + "\n")
-    tqdm.write(json.dumps(record))

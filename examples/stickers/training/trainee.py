@@ -1,7 +1,8 @@
 """The model with what only training needs: heads that ask early for what the concepts must carry.
 
-None of the heads is shipped. ``layout`` asks the middle block where every concept is, ``story`` asks the
-caption, ``portrait`` asks the visual queries how it looks, each for its own square of the upright picture.
+None of the heads is shipped. ``layout`` asks the middle block where every concept is and ``look`` how what is
+there looks, ``story`` asks the caption for places, ``portrait`` asks the visual queries how a concept looks,
+each for its own square of the upright picture.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from conceptmaster.engine.config import ModelConfig
-from conceptmaster.engine.dit import LEAST_SIGMA
+from conceptmaster.engine.dit import MIN_SIGMA
 from conceptmaster.engine.model import ConceptMaster
 from conceptmaster.examples.sprites.training.heads import LayoutHead, coverage_loss
 from conceptmaster.examples.sprites.training.train_pictures import UprightHead
@@ -26,7 +27,11 @@ SHARP = 0.25
 """What the likeness of two words is multiplied by."""
 RARE = -2.0
 """Logit of a place's being covered that the story head begins with, as the layout head does."""
-LAYOUT_WEIGHT, STORY_WEIGHT, PORTRAIT_WEIGHT = 1.0, 0.3, 0.5
+LAYOUT_WEIGHT, STORY_WEIGHT, PORTRAIT_WEIGHT, LOOK_WEIGHT = 2.0, 0.5, 0.5, 1.0
+THUMBNAIL = 8
+"""Side of the picture of a concept that the middle block's tokens are asked for."""
+LOOK_COVERAGE = 0.4
+"""A video token is asked for the look of a concept that covers at least so much of it."""
 
 
 class StoryHead(nn.Module):
@@ -62,6 +67,8 @@ class Trainee(nn.Module):
         self.layout = LayoutHead(config.transformer.width, concept.width)
         self.story = StoryHead(config.transformer.text_dim, int(np.prod(grid)))
         self.portrait = UprightHead(concept.width)
+        width = config.transformer.width
+        self.look = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 3 * THUMBNAIL**2))
         self.middle = config.transformer.num_layers // 2 - 1
 
     def concepts(self, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -73,6 +80,11 @@ class Trainee(nn.Module):
         out = tokens.new_zeros((*filled.shape, *tokens.shape[1:]))
         out[filled] = tokens
         return out, visual
+
+    @property
+    def heads(self) -> dict[str, Tensor]:
+        """The heads' weights, by name."""
+        return {name: value for name, value in self.state_dict().items() if not name.startswith("model.")}
 
     def velocity(
         self, batch: Batch, noisy: Tensor, sigma: Tensor
@@ -100,7 +112,7 @@ class Trainee(nn.Module):
         noisy = (1 - s) * batch.latents + s * noise
         velocity, hidden, (concepts, visual) = self.velocity(batch, noisy, sigma)
         weight = 1 + FOREGROUND * batch.coverage.sum(1, keepdim=True).clamp(max=1)  # [B,1,F,H,W]
-        counted = s.clamp(min=LEAST_SIGMA) / torch.maximum(s, held[:, None, None, None, None])
+        counted = s.clamp(min=MIN_SIGMA) / torch.maximum(s, held[:, None, None, None, None])
         error = (velocity.float() - (noise - batch.latents)).square() * weight * counted.square()
         flow = error.mean() / weight.mean()
         target = self._tokens_covered(batch.coverage)
@@ -110,8 +122,22 @@ class Trainee(nn.Module):
         story = self.reading(captions)
         difference = self.portrait(visual.float()) - batch.portraits[batch.label_mask.any(-1)]
         portrait = difference.abs().mean() + difference.square().mean()
-        total = flow + LAYOUT_WEIGHT * layout + STORY_WEIGHT * story + PORTRAIT_WEIGHT * portrait
-        return {"total": total, "flow": flow, "layout": layout, "story": story, "portrait": portrait}
+        look = self._looks(batch, hidden, target.unflatten(0, batch.concept_mask.shape))
+        total = flow + LAYOUT_WEIGHT * layout + STORY_WEIGHT * story
+        total = total + PORTRAIT_WEIGHT * portrait + LOOK_WEIGHT * look
+        losses = {"flow": flow, "layout": layout, "story": story, "portrait": portrait, "look": look}
+        return {"total": total, **losses}
+
+    def _looks(self, batch: Batch, hidden: Tensor, coverage: Tensor) -> Tensor:
+        """The error of what the middle block's tokens [B,S,D] tell of the look of the concept that covers
+        most of them, coverage [B,N,S]; zero where no concept is shown."""
+        most, which = (coverage * batch.concept_mask[..., None]).max(1)  # [B,S]
+        rows, columns = torch.nonzero(most > LOOK_COVERAGE, as_tuple=True)
+        if len(rows) == 0:
+            return hidden.new_zeros(())
+        faces = F.avg_pool2d(batch.portraits.flatten(0, 1), batch.portraits.shape[-1] // THUMBNAIL)
+        wanted = faces.unflatten(0, batch.concept_mask.shape)[rows, which[rows, columns]].flatten(1)
+        return (self.look(hidden[rows, columns].float()) - wanted).square().mean()
 
     def reading(self, captions: Captions) -> Tensor:
         """The story head's loss on captions alone."""
