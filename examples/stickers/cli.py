@@ -8,51 +8,27 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from conceptmaster.errors import ConceptMasterError, InputError
-from conceptmaster.examples.sprites.arguments import add_device, add_options, given, set_threads
-from conceptmaster.runtime.cli import Command, Parser
+from conceptmaster.errors import InputError
+from conceptmaster.examples.sprites.arguments import (
+    add_device,
+    add_options,
+    add_quiet,
+    options_from,
+    set_threads,
+)
+from conceptmaster.runtime.commands import Command, run_program
 
 ATLAS = Path("stickers-atlas.npz")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command (sys.argv's if argv is None); returns its exit code, see the module's text."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    try:
-        args = _parser(arguments).parse_args(arguments)
-        return args.run(args) or 0
-    except ConceptMasterError as error:
-        return _fail(str(error), error.exit_code)
-    except KeyboardInterrupt:
-        return _fail("interrupted", 130)
-    except OSError as error:
-        return _fail(str(error), 1)
-
-
-def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
-    """The parser; only the command that `arguments` begins with is filled in, so only `train` loads torch."""
-    parser = Parser(
-        prog="python -m conceptmaster.examples.stickers",
-        description="The open world: any pictures, any words.",
-        allow_abbrev=False,
-    )
-    choices = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, dest="command")
-    for command in COMMANDS:
-        sub = choices.add_parser(command.name, help=command.help, allow_abbrev=False)
-        sub.set_defaults(run=command.run)
-        if arguments and arguments[0] == command.name:
-            command.add_arguments(sub)
-    return parser
-
-
-def _fail(message: str, code: int) -> int:
-    print(f"stickers: error: {' '.join(message.split())}", file=sys.stderr)
-    return code
+    description = "The open world: any pictures, any words."
+    return run_program("python -m conceptmaster.examples.stickers", description, COMMANDS, argv)
 
 
 def _add_atlas(parser: argparse.ArgumentParser) -> None:
@@ -102,7 +78,7 @@ def _train(args: argparse.Namespace) -> int:
     from .training.train import Options, train
     from .world import atlas
 
-    options = given(Options, args)
+    options = options_from(Options, args)
     set_threads(args)
     train(atlas.load(args.atlas), args.output, options, args.start)
     return 0
@@ -122,7 +98,7 @@ def _decoder(args: argparse.Namespace) -> int:
     from .training.decoder import DecoderOptions, train_decoder
     from .world import atlas
 
-    options = given(DecoderOptions, args)
+    options = options_from(DecoderOptions, args)
     set_threads(args)
     train_decoder(atlas.load(args.atlas), args.output, options)
     return 0
@@ -145,7 +121,7 @@ def _add_score(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--json", action="store_true", help="last line on standard output: the report, one line"
     )
-    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    add_quiet(parser)
 
 
 def _score(args: argparse.Namespace) -> int:
@@ -154,7 +130,9 @@ def _score(args: argparse.Namespace) -> int:
     if args.shuffled and not args.truth:
         raise InputError("--shuffled needs --truth")
     source = ("shuffled" if args.shuffled else "truth") if args.truth else "model"
-    options = given(Options, args, places=not args.no_places, controls=not args.no_controls, source=source)
+    options = options_from(
+        Options, args, places=not args.no_places, controls=not args.no_controls, source=source
+    )
     report, _ = score(options, progress=not args.quiet)
     print(_table(report, asked(options)))
     if args.json:
