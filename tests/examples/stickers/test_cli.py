@@ -1,0 +1,42 @@
+import pytest
+
+from conceptmaster.errors import InputError
+from conceptmaster.examples.stickers import cli
+from conceptmaster.examples.stickers.world import atlas as making
+
+from .small import atlas
+
+
+@pytest.mark.parametrize("command", ["fetch", "train", "decoder", "score"])
+def test_every_command_explains_itself(command, capsys):
+    with pytest.raises(SystemExit) as caught:
+        cli.main([command, "--help"])
+    assert caught.value.code == 0 and "--atlas FILE" in capsys.readouterr().out
+
+
+def test_fetched_pictures_are_counted(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(making, "build", lambda cache: atlas())
+    path = tmp_path / "atlas.npz"
+    assert cli.main(["fetch", "--cache", str(tmp_path), "--atlas", str(path)]) == 0
+    assert "train: 18 of 9 nouns, nouns: 6 of 3 nouns, sets: 12 of 12 nouns" in capsys.readouterr().out
+    assert making.load(path).entries == atlas().entries
+
+
+def test_a_set_out_of_reach_is_one_line_and_no_traceback(tmp_path, monkeypatch, capsys):
+    def fail(cache):
+        raise InputError("the picture set cannot be fetched")
+
+    monkeypatch.setattr(making, "build", fail)
+    assert cli.main(["fetch", "--cache", str(tmp_path)]) == 2
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1 and "error: the picture set cannot be fetched" in told
+
+
+def test_training_without_an_atlas_or_with_wrong_options_is_refused(tmp_path, capsys):
+    missing = ["--output", str(tmp_path), "--atlas", str(tmp_path / "none.npz")]
+    assert cli.main(["train", *missing]) == 2
+    assert "fetch` makes it" in capsys.readouterr().err
+    assert cli.main(["train", *missing, "--lr", "3"]) == 2
+    assert "--lr must lie between 0 and 1" in capsys.readouterr().err
+    assert cli.main(["decoder", *missing, "--steps", "0"]) == 2
+    assert "--steps must be at least 1" in capsys.readouterr().err
