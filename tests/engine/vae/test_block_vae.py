@@ -77,7 +77,23 @@ def test_the_sprites_preset_builds_it_and_its_configuration_is_checked():
     for change, message in (
         ({"kind": "pixels"}, "must be one of wan, blocks"),
         ({"width": 0}, "width"),
-        ({"scale_factor_spatial": 7}, "even"),
+        ({"scale_factor_spatial": 7}, "multiple of its fold \\(2\\), got 7"),
+        ({"fold": 3}, "multiple of its fold"),
+        ({"fold": 0}, "fold"),
     ):
         with pytest.raises(ConfigError, match=message):
             dataclasses.replace(config, vae=config.vae | change)
+
+
+@torch.no_grad()
+def test_a_wider_fold_decodes_the_same_video_with_fewer_positions(assert_close):
+    config = preset("sprites").vae | {"width": 4, "layers": 1}
+    config = {name: value for name, value in config.items() if name != "kind"}
+    narrow, wide = (BlockVAE(**config, fold=fold) for fold in (2, 4))
+    wide.load_state_dict({name: getattr(narrow, name) for name in ("mean", "basis", "scale")}, strict=False)
+    for vae in (narrow, wide):
+        vae.conv_out.weight.zero_()
+        vae.conv_out.bias.zero_()
+    latents = torch.randn(1, 128, 2, 3, 2)
+    assert_close(wide.decode(latents), narrow.decode(latents))
+    assert wide.synthesise(latents[:, :, 0]).shape == (1, 4 * 4 * 4 * 3, 6, 4)
