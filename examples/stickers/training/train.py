@@ -47,6 +47,7 @@ from .probing import probe
 from .reading import learn_to_read
 from .starting import start_from_sprites
 from .trainee import Trainee
+from .windows import cut, random_window
 
 SPRITES = Path(__file__).parents[2] / "sprites" / "weights"
 READ_BESIDE, JUDGED = 1 << 44, 1 << 48
@@ -55,6 +56,8 @@ ANALYSED, PROBED = 288, 96
 """Clips that the components are found from, and clips of each held-out split that the probe looks at."""
 HEADS = "heads.safetensors"
 """The file of the heads that only training needs."""
+WINDOW, MORE = 2, 2
+"""Latent frames of a clip that are seen in some of the steps, and how many times as many clips are then."""
 WARM, FLAT, FINAL = 0.02, 0.6, 0.04
 """Shares of a training up to which its learning rates rise, and stay; what they have come down to in the
 end."""
@@ -68,8 +71,9 @@ class Options:
 
     minutes: float | None = option(None, "train for so long, all runs of the folder together", metavar="M")
     steps: int = option(2000, "train to this step, where no minutes are given", metavar="N")
-    batch_size: int = option(32, "clips in a step", metavar="B")
+    batch_size: int = option(32, "whole clips in a step", metavar="B")
     lr: float = option(0.008, "Muon's learning rate, AdamW takes an eighth of it")
+    windows: float = option(0.7, "share of the steps of more clips, but only two latent frames of each")
     decoys: float = option(0.5, "share of the noisy clips that go on from one with other pictures")
     captions: int = option(48, "captions read beside every batch")
     reading: int = option(300, "steps on captions alone, first (300; with --start 0)")
@@ -82,7 +86,7 @@ class Options:
     def __post_init__(self) -> None:
         check_counts(self, "steps", "batch_size", "captions", "log_every")
         check_counts(self, "reading", least=0)
-        check_shares(self, "decoys")
+        check_shares(self, "decoys", "windows")
         if not 0 < self.lr < 1:
             raise InputError(f"--lr must lie between 0 and 1, got {self.lr}")
         if self.minutes is not None and not self.minutes > 0:
@@ -125,6 +129,8 @@ def train(atlas: Atlas, output: Path, options: Options, start: Path | None = Non
         save_checkpoint(checkpoint, trainee, average, optimizer, {"step": 0.0, "seconds": 0.0})
         log({"step": 0} | _probes(trainee, judges, device))
 
+    clips = options.batch_size * (1 + (MORE - 1) * options.windows)  # of a step, on average
+
     def losses_of(step: int) -> dict[str, Tensor]:
         pool.at(step)
         return _losses(trainee, artist, pool, options, step)
@@ -146,7 +152,7 @@ def train(atlas: Atlas, output: Path, options: Options, start: Path | None = Non
             log_every=options.log_every,
             save_every=5 * options.log_every,
         ),
-        log=lambda record: log(record | {"samples": record["step"] * options.batch_size}),
+        log=lambda record: log(record | {"samples": round(record["step"] * clips)}),
         average=average,
         checkpoint=checkpoint,
         publish=publish,
@@ -156,7 +162,9 @@ def train(atlas: Atlas, output: Path, options: Options, start: Path | None = Non
 def _losses(trainee: Trainee, artist: Artist, pool: Pool, options: Options, step: int) -> dict[str, Tensor]:
     """The losses of a step; what happens in it follows from the seed and its number."""
     rng, device = random_of(options.seed, step), options.device
-    batch = pool.batch(rng, options.batch_size, options.dropped).to(device)
+    window = random_window(rng, artist.config.latent_shape[1], options.windows, WINDOW)
+    size = options.batch_size if window is None else MORE * options.batch_size
+    batch = cut(pool.batch(rng, size, options.dropped), window).to(device)
     first = READ_BESIDE + step * options.captions
     captions = artist.captions(range(first, first + options.captions), Wish())
     noise = normal(rng, tuple(batch.latents.shape), device)
@@ -165,7 +173,7 @@ def _losses(trainee: Trainee, artist: Artist, pool: Pool, options: Options, step
     noise, astray = decoy_noise(batch, noise, sigma, rng, options.decoys)  # type: ignore[arg-type]
     held = torch.where(astray, DECOY_HELD, HELD_SIGMA)
     with cheapest_attention(device), autocast(device):
-        losses: dict[str, Tensor] = trainee(batch, captions, noise, sigma, held)
+        losses: dict[str, Tensor] = trainee(batch, captions, noise, sigma, held, window)
     return losses
 
 

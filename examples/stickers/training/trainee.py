@@ -20,6 +20,7 @@ from conceptmaster.examples.sprites.training.train_pictures import UprightHead
 
 from ..world.tokens import END_ID
 from .batches import Batch, Captions
+from .windows import only
 
 FOREGROUND = 3.0
 """Extra weight of the loss where a concept is."""
@@ -101,16 +102,24 @@ class Trainee(nn.Module):
         return velocity, kept[0], told
 
     def forward(
-        self, batch: Batch, captions: Captions, noise: Tensor, sigma: Tensor, held: Tensor
+        self,
+        batch: Batch,
+        captions: Captions,
+        noise: Tensor,
+        sigma: Tensor,
+        held: Tensor,
+        frames: slice | None = None,
     ) -> dict[str, Tensor]:
-        """Losses: ``total`` and its parts. ``noise`` like the latents, ``sigma`` [B] in 0..1.
+        """Losses: ``total`` and its parts. ``noise`` like the latents, ``sigma`` [B] in 0..1; ``frames``:
+        which latent frames of whole clips the batch has, None for all.
 
         Below the level ``held`` [B] the loss counts the data's error, not the velocity's, which is 1/sigma
         times that.
         """
         s = sigma[:, None, None, None, None]
         noisy = (1 - s) * batch.latents + s * noise
-        velocity, hidden, (concepts, visual) = self.velocity(batch, noisy, sigma)
+        with only(self.model.transformer, frames):
+            velocity, hidden, (concepts, visual) = self.velocity(batch, noisy, sigma)
         weight = 1 + FOREGROUND * batch.coverage.sum(1, keepdim=True).clamp(max=1)  # [B,1,F,H,W]
         counted = s.clamp(min=MIN_SIGMA) / torch.maximum(s, held[:, None, None, None, None])
         error = (velocity.float() - (noise - batch.latents)).square() * weight * counted.square()
