@@ -16,7 +16,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from conceptmaster.engine.checkpoints.safetensors_io import load, save, save_model
+from conceptmaster.engine.checkpoints.safetensors_io import save, save_model
 from conceptmaster.engine.config import ModelConfig
 from conceptmaster.engine.presets import preset
 from conceptmaster.engine.vae.block_vae import BlockVAE
@@ -34,7 +34,6 @@ from conceptmaster.examples.sprites.training.noising import (
     normal,
     random_sigma,
 )
-from conceptmaster.examples.sprites.training.starting import start_from
 from conceptmaster.examples.sprites.training.train_model import ADAM_NAMES
 from conceptmaster.examples.sprites.training.train_vae import load_vae, write_vae
 
@@ -43,6 +42,7 @@ from ..world.scenes import Wish
 from ..world.tokens import build_tokenizer
 from .batches import Artist, Pool, Supply
 from .components import add_components, doubled, halved
+from .packing import HEADS, state_of
 from .probing import probe
 from .reading import learn_to_read
 from .starting import start_from_sprites
@@ -54,8 +54,6 @@ READ_BESIDE, JUDGED = 1 << 44, 1 << 48
 """First seeds of the captions that are read beside the batches, and of what the probe looks at."""
 ANALYSED, PROBED = 288, 96
 """Clips that the components are found from, and clips of each held-out split that the probe looks at."""
-HEADS = "heads.safetensors"
-"""The file of the heads that only training needs."""
 WINDOW, MORE = 2, 2
 """Latent frames of a clip that are seen in some of the steps, and how many times as many clips are then."""
 WARM, FLAT, FINAL = 0.02, 0.6, 0.04
@@ -103,9 +101,8 @@ def rate(done: float) -> float:
 def train(atlas: Atlas, output: Path, options: Options, start: Path | None = None) -> None:
     """Train to the end of the options' minutes or steps; goes on from the folder where a training is in it.
 
-    ``start``: a folder with ``model.safetensors``, ``vae.safetensors``, ``vae.json`` and ``tokenizer.json``
-    of this world, and the heads if they are there, to begin from with a fresh optimizer; None begins from the
-    sprites' weights. Raises InputError, CheckpointError.
+    ``start``: a folder of another training, or of a packed checkpoint (see ``packing``), to begin from with a
+    fresh optimizer; None begins from the sprites' weights. Raises InputError, CheckpointError.
     """
     warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
     output.mkdir(parents=True, exist_ok=True)
@@ -222,14 +219,12 @@ def _begin(trainee: Trainee, start: Path | None) -> list[str]:
     """Take over weights; returns the names of what stays fresh."""
     if start is None:
         return start_from_sprites(trainee.model, SPRITES / "model.safetensors")
-    path = start / "model.safetensors"
-    if not path.exists():
-        raise InputError(f"{path} is missing: --start takes a folder that `train --output` has filled")
-    fresh = start_from(trainee.model, path)
-    heads, own = load(start / HEADS)[0] if (start / HEADS).exists() else {}, trainee.heads
-    taken = {name: heads[name] for name in own if name in heads and heads[name].shape == own[name].shape}
+    state = state_of(start)
+    own = trainee.state_dict()
+    taken = {name: state[name] for name in own if name in state and state[name].shape == own[name].shape}
     trainee.load_state_dict(taken, strict=False)
-    return fresh + sorted(own.keys() - taken)
+    tied = {own[name].data_ptr() for name in taken}
+    return sorted(name for name, value in own.items() if name not in taken and value.data_ptr() not in tied)
 
 
 def _probes(trainee: Trainee, judges: Mapping[str, Pool], device: str) -> dict[str, object]:

@@ -10,6 +10,7 @@ from conceptmaster.examples.sprites.training.learning import CheckpointError
 from conceptmaster.examples.stickers.training import train
 from conceptmaster.examples.stickers.training.batches import Supply
 from conceptmaster.examples.stickers.training.components import doubled
+from conceptmaster.examples.stickers.training.packing import pack_folder
 from conceptmaster.examples.stickers.training.train import Options
 from conceptmaster.examples.stickers.world import grounds
 from conceptmaster.examples.stickers.world.tokens import build_tokenizer
@@ -69,8 +70,11 @@ def test_training_logs_probes_and_goes_on_from_a_checkpoint_with_a_fresh_optimiz
     run(tmp_path / "second", 1, start=tmp_path / "first")
     for name in ("tokenizer.json", "vae.json"):
         assert (tmp_path / "second" / name).read_text() == (tmp_path / "first" / name).read_text()
-    told = json.loads((tmp_path / "second" / "log.jsonl").read_text().splitlines()[0])
-    assert told == {"phase": "start", "fresh": []}
+    pack_folder(tmp_path / "first", tmp_path / "packed")
+    run(tmp_path / "third", 1, start=tmp_path / "packed")
+    for folder in ("second", "third"):
+        told = json.loads((tmp_path / folder / "log.jsonl").read_text().splitlines()[0])
+        assert told == {"phase": "start", "fresh": []}
 
 
 def test_a_broken_checkpoint_is_named(tmp_path, words):
