@@ -40,10 +40,10 @@ SEARCH = 3
 RIVALS = 8
 REACH = 1.3
 """How far from its middle a picture may reach, in radii, whatever its turn and stretch."""
-SIZES = (8.0, 9.5, 11.0, 12.5)
+SIZES = (7.5, 8.5, 9.5, 10.25, 11.0, 11.75, 12.5, 13.5, 15.0)
 """Radii at which a picture is looked for anywhere."""
-STRICT = 3.0
-"""How much a picture's own error counts against it where it is looked for anywhere."""
+LEAST_CHANGE = 0.03
+"""Squared difference to a background below which what a picture changes is little evidence."""
 
 
 class Judge:
@@ -120,26 +120,23 @@ class Judge:
         return found[0] > max(found[1:])
 
     def _shown(self, frames: Tensor, picture: int) -> float:
-        """How much better than its background a picture fits frames [n,3,s,s], where it does best: by the
-        squared error of the background (the mean around it) over its pixels, less ``STRICT`` times its
-        own."""
+        """How much of what a picture changes about its background (the mean around it) is found in frames
+        [n,3,s,s], where most is: 1 where the picture is there, about 0 where nothing is."""
         best = -float("inf")
         for radius in SIZES:
             side = 2 * int(np.ceil(REACH * radius)) + 1
             track = torch.tensor([[SIDE / 2, SIDE / 2, radius * SIDE / side, 0.0]])
             drawn = place(self.pictures[picture][None], track, self.stretch[picture][None], side)[0]
-            inside = (drawn[3] > 0.5).float()  # [side,side]
-            colour = drawn[:3] / drawn[3:].clamp(min=1e-4) * inside
-            around = 1 - (drawn[3] > 0.02).float()
-            kernels = torch.stack([inside, around / around.sum()])[:, None]
+            alpha, around = drawn[3], (drawn[3] < 0.02).float()  # [side,side]
+            count = alpha.sum()
+            kernels = torch.stack([alpha, around / around.sum()])[:, None]
             channels = frames.flatten(0, 1)[:, None]  # [n*3,1,s,s]
             total, ground = F.conv2d(channels, kernels).unflatten(0, (-1, 3)).unbind(2)  # [n,3,h,w]
-            match = F.conv2d(frames, colour[None])[:, 0]  # [n,h,w]
-            count = inside.sum()
-            squares = F.conv2d(frames.square(), inside.expand(1, 3, -1, -1))[:, 0]  # [n,h,w]
+            squares = F.conv2d(frames.square(), alpha.expand(1, 3, -1, -1))[:, 0]  # [n,h,w]
+            match = F.conv2d(frames, drawn[None, :3])[:, 0]
+            own = squares - 2 * match + (drawn[:3].square() / alpha.clamp(min=1e-4)).sum()
             empty = squares + (count * ground.square() - 2 * ground * total).sum(1)
-            own = squares - 2 * match + colour.square().sum()
-            best = max(best, float(((empty - STRICT * own) / count).max()))
+            best = max(best, float(((empty - own) / (empty + LEAST_CHANGE * count)).max()))
         return best
 
 
