@@ -35,6 +35,7 @@ def small(monkeypatch):
     monkeypatch.setattr(train, "preset", lambda name: small_config())
     monkeypatch.setattr(train, "ANALYSED", 16)
     monkeypatch.setattr(train, "PROBED", 4)
+    monkeypatch.setattr(train, "build_tokenizer", lambda atlas: build_tokenizer(atlas, captions=100))
     monkeypatch.setattr(grounds, "EACH", 2)
 
 
