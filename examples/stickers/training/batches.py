@@ -176,6 +176,20 @@ class Artist:
             looks.append(random_look(rng))
         return pictures, looks
 
+    @torch.no_grad()
+    def pictures(self, seed: int, size: int) -> tuple[Tensor, Tensor]:
+        """Pictures that are trained on, in looks of their own: references [size,3,px,px] (CLIP-normalised)
+        and what they show upright, [size,3,32,32] in -1..1."""
+        rng = generator(seed, 105)
+        by_noun = list(self.atlas.of("train").values())
+        some = [by_noun[int(rng.integers(len(by_noun)))] for _ in range(size)]
+        chosen = [alike[int(rng.integers(len(alike)))] for alike in some]
+        cast = drawing.Cast.of(chosen, [random_look(rng) for _ in chosen]).to(self.device)
+        dressed = drawing.dress(self.tiles, cast)
+        g = torch.Generator(self.device).manual_seed(seed)
+        seen = drawing.references(dressed, cast.stretch, g)
+        return for_clip(seen), drawing.upright(dressed, cast.stretch).float() / 127.5 - 1
+
     def captions(self, seeds: range, wish: Wish) -> Captions:
         """Sentences of scenes that are not drawn: what they tell is laid out as discs."""
         scenes = self.scenes(seeds, wish)
@@ -184,6 +198,12 @@ class Artist:
             for slot, actor in enumerate(scene.actors):
                 told[row, slot] = disc(actor, self.config.latent_shape[2])
         return Captions(**self.words(scenes), coverage=torch.from_numpy(told)).to(self.device)
+
+
+def for_clip(pictures: Tensor) -> Tensor:
+    """uint8 [...,3,px,px], normalised as CLIP wants it."""
+    mean, std = (torch.tensor(each, device=pictures.device)[:, None, None] for each in (CLIP_MEAN, CLIP_STD))
+    return (pictures.float() / 255 - mean) / std
 
 
 def disc(actor: Actor, side: int) -> np.ndarray:
@@ -282,14 +302,12 @@ def collate(
     token_ids[no_caption], token_mask[no_caption] = 0, False
     token_ids[no_caption, 0], token_mask[no_caption, 0] = 1, True  # the end of an empty sentence
     mean, deviation = (each.to(device) for each in scale)
-    clip_mean, clip_std = (torch.tensor(each, device=device)[:, None, None] for each in (CLIP_MEAN, CLIP_STD))
-    pixels = held["references"][spread, order, which].float() / 255
     return Batch(
         (held["latents"][rows].float() - mean) / deviation,
         (held["decoys"][rows].float() - mean) / deviation,
         token_ids,
         token_mask,
-        (pixels - clip_mean) / clip_std,
+        for_clip(held["references"][spread, order, which]),
         held["label_ids"][spread, order],
         label_mask,
         label_mask.any(-1) & ~no_concepts[:, None],

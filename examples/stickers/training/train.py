@@ -45,6 +45,7 @@ from .components import add_components, doubled, halved
 from .packing import HEADS, state_of
 from .probing import probe
 from .reading import learn_to_read
+from .seeing import learn_to_see
 from .starting import start_from_sprites
 from .trainee import Trainee
 from .windows import cut, random_window
@@ -65,7 +66,7 @@ end."""
 class Options:
     """How to train. minutes or steps: of this and former runs of the folder together, the learning rate
     following them; lr: Muon's, for matrices; captions: sentences read beside every batch, and in each of the
-    ``reading`` steps before the first. Raises InputError."""
+    ``reading`` steps before the first, and those of ``seeing`` before them. Raises InputError."""
 
     minutes: float | None = option(None, "train for so long, all runs of the folder together", metavar="M")
     steps: int = option(2000, "train to this step, where no minutes are given", metavar="N")
@@ -74,7 +75,8 @@ class Options:
     windows: float = option(0.7, "share of the steps of more clips, but only two latent frames of each")
     decoys: float = option(0.5, "share of the noisy clips that go on from one with other pictures")
     captions: int = option(48, "captions read beside every batch")
-    reading: int = option(300, "steps on captions alone, first (300; with --start 0)")
+    seeing: int = option(300, "steps on pictures alone, first")
+    reading: int = option(300, "steps on captions alone, second")
     seed: int = option(0, "of weights and batches")
     device: str = "cpu"
     log_every: int = option(10, "steps between lines of the log, of which every fifth brings a checkpoint")
@@ -83,7 +85,7 @@ class Options:
 
     def __post_init__(self) -> None:
         check_counts(self, "steps", "batch_size", "captions", "log_every")
-        check_counts(self, "reading", least=0)
+        check_counts(self, "seeing", "reading", least=0)
         check_shares(self, "decoys", "windows")
         if not 0 < self.lr < 1:
             raise InputError(f"--lr must lie between 0 and 1, got {self.lr}")
@@ -119,7 +121,9 @@ def train(atlas: Atlas, output: Path, options: Options, start: Path | None = Non
     average = Average(trainee, 0.995)
     if not checkpoint.exists():
         log({"phase": "start", "fresh": _begin(trainee, start)})
-        if start is None and options.reading:
+        if options.seeing:
+            log({"phase": "see", "portrait": learn_to_see(trainee, artist, options.seeing, device)})
+        if options.reading:
             read = learn_to_read(trainee, artist, options.reading, options.captions, device)
             log({"phase": "read", "story": read})
         average = Average(trainee, 0.995)

@@ -7,7 +7,7 @@ import torch
 from conceptmaster.engine.checkpoints.safetensors_io import load, load_model
 from conceptmaster.errors import InputError
 from conceptmaster.examples.sprites.training.learning import CheckpointError
-from conceptmaster.examples.stickers.training import train
+from conceptmaster.examples.stickers.training import seeing, train
 from conceptmaster.examples.stickers.training.batches import Supply
 from conceptmaster.examples.stickers.training.components import doubled
 from conceptmaster.examples.stickers.training.packing import pack_folder
@@ -17,7 +17,7 @@ from conceptmaster.examples.stickers.world.tokens import build_tokenizer
 
 from ..small import atlas, small_config
 
-SMALL = {"batch_size": 4, "captions": 4, "reading": 2, "supply": Supply(2, 4, 1), "log_every": 1}
+SMALL = {"batch_size": 4, "captions": 4, "reading": 2, "seeing": 1, "supply": Supply(2, 4, 1), "log_every": 1}
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +35,7 @@ def small(monkeypatch):
     monkeypatch.setattr(train, "preset", lambda name: small_config())
     monkeypatch.setattr(train, "ANALYSED", 16)
     monkeypatch.setattr(train, "PROBED", 4)
+    monkeypatch.setattr(seeing, "PICTURES", 4)
     monkeypatch.setattr(train, "build_tokenizer", lambda atlas: build_tokenizer(atlas, captions=100))
     monkeypatch.setattr(grounds, "EACH", 2)
 
@@ -65,7 +66,7 @@ def test_interrupted_training_goes_on_exactly(tmp_path, monkeypatch, words):
 def test_training_logs_probes_and_goes_on_from_a_checkpoint_with_a_fresh_optimizer(tmp_path):
     run(tmp_path / "first", 1)
     lines = [json.loads(line) for line in (tmp_path / "first" / "log.jsonl").read_text().splitlines()]
-    assert [line.get("phase") for line in lines[:2]] == ["start", "read"]
+    assert [line.get("phase") for line in lines[:3]] == ["start", "see", "read"]
     assert lines[-1]["step"] == 1 and {"with", "without", "swapped"} == lines[-1]["probe_sets"].keys()
     assert load_model(tmp_path / "first" / "model.safetensors").config == small_config()
     run(tmp_path / "second", 1, start=tmp_path / "first")
