@@ -41,8 +41,9 @@ def learn_to_see(trainee: Trainee, artist: Artist, steps: int, device: str) -> l
     losses: list[float] = []
     for step in tqdm(range(steps), desc="see", disable=None):
         optimizer.set_scale(min(1.0, (steps - step) / (0.4 * steps)))
+        pixels, portraits = artist.pictures(SEEN + step, PICTURES)
         with cheapest_attention(device), autocast(device):
-            loss = portrait_loss(trainee, *artist.pictures(SEEN + step, PICTURES))
+            loss = portrait_loss(trainee, pixels, portraits)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         gradient_norm(parts.parameters(), 2.0)
