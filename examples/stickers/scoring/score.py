@@ -213,7 +213,7 @@ def _about(options: Options) -> dict[str, Any]:
     manifest = Bundle.open(options.bundle).manifest
     check_bundle(manifest)
     atlas = _pictures(options.atlas, options.pictures)
-    first = _request(options, atlas, options.scene(options.seeds[0], atlas), 0).resolve(manifest)
+    first, _ = _request(options, atlas, options.scene(options.seeds[0], atlas), 0).resolve(manifest)
     names = ("solver", "steps", "shift", "guidance", "concept_guidance")
     settings = {name: getattr(first, name) for name in names}
     return {"bundle": manifest.name, "precision": manifest.precision, **settings}

@@ -52,14 +52,13 @@ class Shown:
 
 @dataclass(frozen=True)
 class DecoderOptions:
-    """How the decoder's network is trained. lr: Muon's, AdamW takes a tenth of it; decay: of the averaged
-    weights. Raises InputError."""
+    """How the decoder's network is trained. decay: of the averaged weights. Raises InputError."""
 
     steps: int = option(2000, "train to this step", metavar="N")
     batch_size: int = option(8, "latent frames in a step", metavar="B")
     seed: int = option(0, "of batches")
     device: str = "cpu"
-    lr: float = 0.02
+    lr: float = option(0.006, "Muon's learning rate, AdamW takes a tenth of it")
     decay: float = 0.995
     log_every: int = option(50, "steps between lines of the log, each with a checkpoint")
     shown: Shown = field(default_factory=Shown)
