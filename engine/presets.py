@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from ..errors import ConfigError
@@ -132,49 +133,26 @@ def _sprites() -> ModelConfig:
 
 
 def _stickers() -> ModelConfig:
-    return ModelConfig(
+    """The sprites' network for any word: four times the pixels, as many tokens."""
+    base = _sprites()
+    vae = {
+        "z_dim": 192,
+        "width": 96,
+        "fold": 4,
+        "scale_factor_spatial": 16,
+        "latents_mean": [0.0] * 192,
+        "latents_std": [0.5] * 192,
+    }
+    return replace(
+        base,
         name="stickers",
-        transformer=TransformerConfig(
-            num_attention_heads=12,
-            attention_head_dim=32,
-            in_channels=192,
-            out_channels=192,
-            text_dim=128,
-            freq_dim=128,
-            ffn_dim=1152,
-            num_layers=6,
-            position_channels=24,
-            prediction="sample",
-        ),
-        concept=ConceptConfig(
-            max_concepts=4,
-            picture_size=64,
-            picture_tokens=64,
-            picture_dim=128,
-            label_tokens=12,
-            queries=64,
-            layers=2,
-            heads=4,
-            width=128,
-        ),
-        text_encoder=_umt5(d_model=128, d_kv=32, heads=4, d_ff=256, layers=2, vocab=2048),
-        image_encoder=_clip(hidden=128, layers=3, heads=4, mlp=256, patch=8, image=64, projection=128),
-        vae={
-            "kind": "blocks",
-            "z_dim": 192,
-            "width": 96,
-            "layers": 5,
-            "fold": 4,
-            "scale_factor_temporal": 4,
-            "scale_factor_spatial": 16,
-            "latents_mean": [0.0] * 192,
-            "latents_std": [0.5] * 192,
-        },
+        transformer=replace(base.transformer, in_channels=192, out_channels=192),
+        concept=replace(base.concept, label_tokens=12),
+        text_encoder=base.text_encoder | {"vocab_size": 2048},
+        vae=base.vae | vae,
         text_tokens=64,
-        frames=17,
         height=128,
         width=128,
-        fps=8.0,
     )
 
 
