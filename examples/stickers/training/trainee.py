@@ -28,7 +28,7 @@ SHARP = 0.25
 """What the likeness of two words is multiplied by."""
 RARE = -2.0
 """Logit of a place's being covered that the story head begins with, as the layout head does."""
-LAYOUT_WEIGHT, STORY_WEIGHT, PORTRAIT_WEIGHT, LOOK_WEIGHT = 4.0, 0.5, 0.5, 3.0
+LAYOUT_WEIGHT, STORY_WEIGHT, PORTRAIT_WEIGHT, LOOK_WEIGHT = 4.0, 0.5, 2.0, 3.0
 THUMBNAIL = 8
 """Side of the picture of a concept that the middle block's tokens are asked for."""
 LOOK_COVERAGE = 0.4
