@@ -1,0 +1,270 @@
+"""The command `generate`: it builds a request, the pipeline does the work."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import logging
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import InputError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from .backends.pytorch.options import TorchOptions
+    from .request import Request
+    from .video import Video
+
+GENERATE = """\
+Generates a video in which every concept looks like its own picture.
+
+  conceptmaster generate --prompt "a ball rolls left and a cat runs up" \\
+      --concept ball ball.png --concept cat cat.png --seed 7 --output out.mp4 --sheet sheet.png
+"""
+REQUEST = """\
+A request file is JSON; only "prompt" must be there, pictures are found beside the file:
+  {"prompt": "a ball rolls left", "concepts": [{"label": "ball", "image": "ball.png"}],
+   "negative": "", "steps": 20, "guidance": 2.5, "concept_guidance": null, "solver": "unipc",
+   "shift": 3.0, "seed": 7, "samples": 1}
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `generate`."""
+    parser.description, parser.epilog = GENERATE, REQUEST
+    what = parser.add_argument_group("what")
+    what.add_argument("--prompt", metavar="TEXT", help="the caption: what happens in the video")
+    what.add_argument(
+        "--concept",
+        nargs=2,
+        action="append",
+        metavar=("LABEL", "IMAGE"),
+        default=None,
+        help="a thing to show and its picture; repeat for more, each with its own label. Of an "
+        "image-to-video bundle: a first frame, a last frame, or references, in this order",
+    )
+    what.add_argument(
+        "--request",
+        metavar="FILE.json",
+        help="all of it from a file, instead of the two above; the options below override it",
+    )
+    what.add_argument("--negative", metavar="TEXT", help="what the video should not be")
+    how = parser.add_argument_group("how (left out: the bundle's defaults)")
+    how.add_argument("--bundle", metavar="NAME", default="sprites", help="shipped bundle or a path (sprites)")
+    how.add_argument("--steps", type=int, metavar="N", help="model evaluations, 1 to 1000")
+    how.add_argument("--guidance", type=float, metavar="G", help="how strongly to follow the request")
+    how.add_argument(
+        "--concept-guidance",
+        type=float,
+        metavar="C",
+        help="a scale of its own for the concepts, where the bundle has one",
+    )
+    how.add_argument("--solver", metavar="NAME", help="unipc, euler or euler_trailing")
+    how.add_argument("--shift", type=float, metavar="S", help="above 1: more of the steps at high noise")
+    how.add_argument("--seed", type=int, metavar="N", help="the noise; same seed, same video (0)")
+    how.add_argument("--noise", metavar="FILE.npy", help="the noise itself, float32 [samples,Cz,F,H,W]")
+    how.add_argument(
+        "--samples", type=int, metavar="N", help="videos, 1 to 64, with the seeds seed, seed + 1, ... (1)"
+    )
+    how.add_argument("--threads", type=int, metavar="N", help="CPU threads (one per core)")
+    how.add_argument("--device", metavar="NAME", default="cpu", help="cpu, cuda, tensorrt or rtx (cpu)")
+    how.add_argument(
+        "--backend", metavar="NAME", default="onnxruntime", help="onnxruntime or torch (onnxruntime)"
+    )
+    how.add_argument(
+        "--precision",
+        metavar="P",
+        help="of the engines for --device tensorrt or rtx: fp32, fp16, bf16 or fp8 (the only one there)",
+    )
+    _add_torch_options(parser.add_argument_group("with --backend torch"))
+    out = parser.add_argument_group("output")
+    out.add_argument(
+        "--output",
+        metavar="FILE",
+        default="out.mp4",
+        help=".mp4, .gif, .png (sheet of frames) or .npy; "
+        "{seed} becomes the seed, otherwise samples are numbered out-0.mp4, ... (out.mp4)",
+    )
+    out.add_argument("--sheet", metavar="FILE.png", help="also a contact sheet: pictures, caption, frames")
+    out.add_argument(
+        "--frames", metavar="FILE.npy", help="also the frames, uint8 [F,H,W,3] or [samples,F,H,W,3]"
+    )
+    out.add_argument("--scale", type=int, default=1, metavar="N", help="enlarge --output N times (1)")
+    out.add_argument("--json", action="store_true", help="last line on standard output: one JSON object")
+    quiet = out.add_mutually_exclusive_group()
+    quiet.add_argument("--quiet", action="store_true", help="no progress bar, no text on standard output")
+    quiet.add_argument(
+        "--progress", action="store_true", help="a progress bar even where there is no terminal"
+    )
+    out.add_argument("--verbose", action="store_true", help="say which backend is used")
+
+
+def _add_torch_options(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--weights",
+        metavar="SOURCE",
+        help="what the bundle was exported from (where its manifest says; its folder weights/)",
+    )
+    group.add_argument("--adapter", metavar="FILE", help="of a base: concept modules it was exported with")
+    lora = group.add_argument("--lora", metavar="FILE", action="append")
+    lora.help = "of a base: a LoRA that it was exported with; repeatable"
+    scale = group.add_argument("--lora-scale", metavar="S", action="append", type=float)
+    scale.help = "what each LoRA is multiplied with (as recorded, or 1)"
+    group.add_argument("--dtype", metavar="D", help="float32 or bfloat16 (cpu: float32, cuda: bfloat16)")
+    group.add_argument("--tier", metavar="T", help="lossless, or high: 8 bits, lossy (lossless)")
+    group.add_argument(
+        "--skip-guidance",
+        type=float,
+        metavar="X",
+        help="lossy: the last X (0 to 1) of steps unguided (0)",
+    )
+    group.add_argument(
+        "--step-cache", type=float, metavar="X", help="lossy: leave out steps that change less than X (0)"
+    )
+
+
+def _torch_options(args: argparse.Namespace) -> TorchOptions | None:
+    """The options that were given, None if none was."""
+    from .backends.pytorch.options import TorchOptions
+
+    names = [field.name for field in dataclasses.fields(TorchOptions)]
+    found = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in found.items()}
+    return TorchOptions(**given) if given else None
+
+
+def run(args: argparse.Namespace) -> int:
+    """Generates; returns the exit code 0. Raises what the pipeline raises."""
+    start = time.perf_counter()
+    from .pipeline import Pipeline
+    from .video import check_scale
+
+    request = _request(args)
+    check_scale(args.scale)
+    outputs, sheets, frames = _outputs(args, request)
+    noise = None if args.noise is None else _load_noise(args.noise)
+    if args.backend == "torch" and not args.quiet:  # which memory it plans is worth a line
+        logging.getLogger(__name__.partition(".")[0]).setLevel(logging.INFO)  # until the command ends
+    pipeline = Pipeline.from_bundle(
+        args.bundle,
+        device=args.device,
+        threads=args.threads,
+        backend=args.backend,
+        options=_torch_options(args),
+        precision=args.precision,
+    )
+    opened = time.perf_counter() - start
+    progress = args.progress or (sys.stderr.isatty() and not args.quiet)
+    videos = pipeline.generate(request, noise=noise, progress=progress)
+    writing = time.perf_counter()
+    for video, path in zip(videos, outputs, strict=True):
+        video.save(path, scale=args.scale)
+    for video, path in zip(videos, sheets, strict=False):
+        video.save_sheet(path)
+    if frames is not None:
+        _save_frames(videos, frames)
+    seconds = {"open": opened, **_total(videos), "write": time.perf_counter() - writing}
+    seconds["total"] = time.perf_counter() - start
+    if not args.quiet:
+        for video, path in zip(videos, outputs, strict=True):
+            print(f"{path} (seed {video.seed})")
+        print(", ".join(f"{stage} {value:.2f} s" for stage, value in seconds.items()))
+    if args.json:
+        report = {
+            "bundle": pipeline.manifest.name,
+            "seed": request.seed,
+            "seeds": list(request.seeds),
+            "outputs": [str(path) for path in outputs],
+            "sheets": [str(path) for path in sheets],
+            "frames": None if frames is None else str(frames),
+            "seconds": {stage: round(value, 4) for stage, value in seconds.items()},
+        }
+        print(json.dumps(report))
+    return 0
+
+
+def _request(args: argparse.Namespace) -> Request:
+    from .request import Concept, Request
+
+    names = ("negative", "steps", "guidance", "concept_guidance", "solver", "shift", "seed", "samples")
+    given: dict[str, Any] = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    if args.request is not None:
+        if args.prompt is not None or args.concept is not None:
+            raise InputError("--request already says what to show: leave out --prompt and --concept")
+        return dataclasses.replace(Request.from_json(args.request), **given)
+    if args.prompt is None:
+        raise InputError("--prompt or --request is needed (see conceptmaster generate --help)")
+    return Request(args.prompt, tuple(Concept(label, image) for label, image in args.concept or ()), **given)
+
+
+def _outputs(args: argparse.Namespace, request: Request) -> tuple[list[Path], list[Path], Path | None]:
+    """The files to write, checked: --output and --sheet once per sample, --frames."""
+    from .atomic_write import check_output
+    from .video import SUFFIXES
+
+    outputs = [check_output(path, SUFFIXES) for path in _numbered(args.output, request)]
+    sheets = (
+        []
+        if args.sheet is None
+        else [check_output(path, (".png",)) for path in _numbered(args.sheet, request)]
+    )
+    frames = None if args.frames is None else check_output(Path(args.frames), (".npy",))
+    written = [*outputs, *sheets, *([] if frames is None else [frames])]
+    places = [path.resolve() for path in written]
+    for path, place in zip(written, places, strict=True):
+        if places.count(place) > 1:
+            raise InputError(f"{str(path)!r} would be written twice: give every output its own name")
+    read = [c.image for c in request.concepts if isinstance(c.image, (str, Path))]
+    for given in (args.request, args.noise, *read):
+        if given is not None and Path(given).resolve() in places:
+            raise InputError(f"{str(given)!r} is an input: writing there would destroy it")
+    return outputs, sheets, frames
+
+
+def _numbered(name: str, request: Request) -> list[Path]:
+    path = Path(name)
+    if "{seed}" in path.name:
+        return [path.with_name(path.name.replace("{seed}", str(seed))) for seed in request.seeds]
+    if request.samples == 1:
+        return [path]
+    return [path.with_name(f"{path.stem}-{i}{path.suffix}") for i in range(request.samples)]
+
+
+def _load_noise(name: str) -> np.ndarray:
+    import numpy as np
+
+    try:
+        noise = np.load(
+            name, mmap_mode="r", allow_pickle=False
+        )  # mapped: a header that lies allocates nothing
+    except OSError as error:
+        raise InputError(f"cannot read the noise {name!r}: {error.strerror or error}") from None
+    except (ValueError, EOFError) as error:
+        raise InputError(f"the noise {name!r} is not a .npy file of numbers: {error}") from None
+    if not isinstance(noise, np.ndarray):
+        raise InputError(f"the noise {name!r} is not a .npy file of numbers")
+    return noise
+
+
+def _save_frames(videos: list[Video], path: Path) -> None:
+    import numpy as np
+
+    from .atomic_write import replacing
+
+    frames = videos[0].frames if len(videos) == 1 else np.stack([video.frames for video in videos])
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        np.save(file, frames, allow_pickle=False)
+
+
+def _total(videos: list[Video]) -> dict[str, float]:
+    """Seconds by stage, over all samples; the stages before denoising are shared."""
+    own = ("denoise", "decode")
+    return {
+        stage: sum(video.seconds[stage] for video in videos) if stage in own else value
+        for stage, value in videos[0].seconds.items()
+    }
