@@ -87,14 +87,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--output",
         metavar="FILE",
         default="out.mp4",
-        help=".mp4, .gif, .png (sheet of frames) or .npy; "
+        help=".mp4, .webm, .webp, .gif, .png (sheet of frames) or .npy; "
         "{seed} becomes the seed, otherwise samples are numbered out-0.mp4, ... (out.mp4)",
     )
     out.add_argument("--sheet", metavar="FILE.png", help="also a contact sheet: pictures, caption, frames")
     out.add_argument(
         "--frames", metavar="FILE.npy", help="also the frames, uint8 [F,H,W,3] or [samples,F,H,W,3]"
     )
-    out.add_argument("--scale", type=int, default=1, metavar="N", help="enlarge --output N times (1)")
+    out.add_argument(
+        "--scale",
+        type=int,
+        metavar="N",
+        help="enlarge --output N times, 1 to 64 (a video whose smaller side is below 256 pixels: by the "
+        "smallest whole number that makes it at least 256; .png and .npy: 1)",
+    )
+    out.add_argument(
+        "--chroma",
+        metavar="C",
+        help="of .mp4 and .webm: 420, which all players show, or 444, which keeps every colour edge and many "
+        "browsers do not show (420)",
+    )
     out.add_argument("--json", action="store_true", help="last line on standard output: one JSON object")
     quiet = out.add_mutually_exclusive_group()
     quiet.add_argument("--quiet", action="store_true", help="no progress bar, no text on standard output")
@@ -142,11 +154,12 @@ def run(args: argparse.Namespace) -> int:
     """Generates; returns the exit code 0. Raises what the pipeline raises."""
     start = time.perf_counter()
     from .pipeline import Pipeline
-    from .video import check_scale
+    from .video_file import check_options, enlargement
 
     request = _request(args)
-    check_scale(args.scale)
     outputs, sheets, frames = _outputs(args, request)
+    suffix = outputs[0].suffix.lower()
+    check_options(suffix, args.scale, args.chroma)
     noise = None if args.noise is None else _load_noise(args.noise)
     if args.backend == "torch" and not args.quiet:  # which memory it plans is worth a line
         logging.getLogger(__name__.partition(".")[0]).setLevel(logging.INFO)  # until the command ends
@@ -158,12 +171,14 @@ def run(args: argparse.Namespace) -> int:
         options=_torch_options(args),
         precision=args.precision,
     )
+    shapes = pipeline.manifest.shapes
+    scale = enlargement(suffix, shapes.height, shapes.width, args.scale)
     opened = time.perf_counter() - start
     progress = args.progress or (sys.stderr.isatty() and not args.quiet)
     videos = pipeline.generate(request, noise=noise, progress=progress)
     writing = time.perf_counter()
     for video, path in zip(videos, outputs, strict=True):
-        video.save(path, scale=args.scale)
+        video.save(path, scale=scale, chroma=args.chroma)
     for video, path in zip(videos, sheets, strict=False):
         video.save_sheet(path)
     if frames is not None:
@@ -171,8 +186,9 @@ def run(args: argparse.Namespace) -> int:
     seconds = {"open": opened, **_total(videos), "write": time.perf_counter() - writing}
     seconds["total"] = time.perf_counter() - start
     if not args.quiet:
+        enlarged = f", enlarged {scale} times" if scale > 1 else ""
         for video, path in zip(videos, outputs, strict=True):
-            print(f"{path} (seed {video.seed})")
+            print(f"{path} (seed {video.seed}{enlarged})")
         print(", ".join(f"{stage} {value:.2f} s" for stage, value in seconds.items()))
     if args.json:
         report = {
@@ -180,6 +196,7 @@ def run(args: argparse.Namespace) -> int:
             "seed": request.seed,
             "seeds": list(request.seeds),
             "outputs": [str(path) for path in outputs],
+            "scale": scale,
             "sheets": [str(path) for path in sheets],
             "frames": None if frames is None else str(frames),
             "seconds": {stage: round(value, 4) for stage, value in seconds.items()},
@@ -205,7 +222,7 @@ def _request(args: argparse.Namespace) -> Request:
 def _outputs(args: argparse.Namespace, request: Request) -> tuple[list[Path], list[Path], Path | None]:
     """The files to write, checked: --output and --sheet once per sample, --frames."""
     from .atomic_write import check_output
-    from .video import SUFFIXES
+    from .video_file import SUFFIXES
 
     outputs = [check_output(path, SUFFIXES) for path in _numbered(args.output, request)]
     sheets = (

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 from conceptmaster.cli import main
+from conceptmaster.runtime import video_file
 from conceptmaster.runtime.pipeline import Pipeline
 from conceptmaster.runtime.request import Concept
 from conceptmaster.runtime.video import Video
@@ -71,7 +72,7 @@ def test_generate_writes_what_the_pipeline_makes(run: Run, bundle: Path, picture
     assert (code, err) == (0, "")
     report = json.loads(out.splitlines()[-1])
     assert report["outputs"] == ["out.mp4"] and report["sheets"] == ["s.png"] and report["frames"] == "f.npy"
-    assert report["bundle"] == "fake" and report["seed"] == 3
+    assert report["bundle"] == "fake" and report["seed"] == 3 and report["scale"] == 4
     stages = {"open", "load", "encode", "condition", "denoise", "decode", "write", "total"}
     assert set(report["seconds"]) == stages and all(value >= 0 for value in report["seconds"].values())
     expected = Pipeline.from_bundle(bundle)(
@@ -149,6 +150,8 @@ WRONG = [
     ((*BALL, "--threads", "0"), "threads must be"),
     ((*BALL, "--device", "abacus"), "unknown device"),
     ((*BALL, "--scale", "0"), "scale must be"),
+    ((*BALL, "--chroma", "422"), "chroma must be 420 or 444"),
+    ((*BALL, "--chroma", "444", "--output", "a.gif"), "no choice of chroma"),
     ((*BALL, "--concept", "cat"), "expected 2 arguments"),
     ((*BALL, "--concept", "", "cat.png"), "label is empty"),
     ((*BALL, *CAT, *CAT), "labels must differ"),
@@ -201,6 +204,15 @@ def test_wrong_input_is_one_line_and_code_2(
     assert code == 2 and out == ""
     assert err.startswith("conceptmaster: error: ") and err.count("\n") == 1 and word in err
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_scale_beyond_the_encoder_is_known_before_generating(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(video_file, "MOST_PIXELS", 8 * 8 * 16)
+    monkeypatch.setattr(Pipeline, "generate", lambda *_, **__: pytest.fail("generated"))
+    code, out, err = run(*BALL, "--scale", "5")
+    assert (code, out) == (2, "") and "would be 40×40" in err and "scale can be at most 4" in err
 
 
 def test_a_damaged_bundle_is_code_1(run: Run, bundle: Path, tmp_path: Path) -> None:
@@ -274,7 +286,7 @@ def test_neither_import_nor_generate_loads_torch(bundle: Path, pictures, tmp_pat
         [sys.executable, "-c", LEAN, *arguments], cwd=tmp_path, capture_output=True, text=True
     )
     assert (done.returncode, done.stderr) == (0, "")
-    assert "out.mp4 (seed 0)" in done.stdout and (tmp_path / "out.mp4").is_file()
+    assert "out.mp4 (seed 0, enlarged 32 times)" in done.stdout and (tmp_path / "out.mp4").is_file()
 
 
 def test_interrupt_is_code_130_and_leaves_nothing(bundle: Path, tmp_path: Path) -> None:

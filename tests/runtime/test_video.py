@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import base64
+import html
+import io
+import math
+import os
+import re
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from conceptmaster.errors import InputError
+from conceptmaster.errors import InputError, MissingDependency
 from conceptmaster.runtime import media
 from conceptmaster.runtime.request import Concept
 from conceptmaster.runtime.video import Video
+from conceptmaster.runtime.video_file import SUFFIXES, enlargement
 
 
 def bars(frames: int = 17, height: int = 32, width: int = 48) -> np.ndarray:
@@ -25,33 +34,197 @@ def bars(frames: int = 17, height: int = 32, width: int = 48) -> np.ndarray:
     return result
 
 
-def decoded(path: Path) -> np.ndarray:
+def decoded(path: Path) -> tuple[np.ndarray, Any]:
+    """A video's frames, uint8 [F,H,W,3], and its codec context. Not by FFmpeg's own conversion, which may be
+    wrong in the same way: from the planes, by the formulas of BT.709 for limited range."""
     import av
 
+    frames = []
     with av.open(str(path)) as container:
-        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+        stream = container.streams.video[0]
+        for frame in container.decode(video=0):
+            height, width = frame.height, frame.width
+            planes = frame.to_ndarray().reshape(-1)
+            luma, rest = np.split(planes, [height * width])
+            shape = (height, width) if frame.format.name == "yuv444p" else (height // 2, width // 2)
+            block = np.ones((height // shape[0],) * 2)
+            colors = [np.kron(color.reshape(shape), block) for color in np.split(rest, 2)]
+            y = (luma.reshape(height, width) - 16.0) / 219
+            blue, red = ((color - 128) / 224 for color in colors)
+            r, b = y + 2 * (1 - 0.2126) * red, y + 2 * (1 - 0.0722) * blue
+            g = (y - 0.2126 * r - 0.0722 * b) / 0.7152
+            frames.append(np.rint(255 * np.clip(np.stack([r, g, b], -1), 0, 1)).astype(np.uint8))
+        return np.stack(frames), stream.codec_context
 
 
-def test_mp4_keeps_frames_rate_and_colours(tmp_path: Path) -> None:
+def enlarged(frames: np.ndarray, times: int) -> np.ndarray:
+    return frames.repeat(times, axis=1).repeat(times, axis=2)
+
+
+@pytest.mark.parametrize("chroma", [None, "420", "444"])
+@pytest.mark.parametrize(("suffix", "codec"), [("mp4", "h264"), ("webm", "vp9")])
+def test_videos_keep_frames_rate_and_colours(
+    tmp_path: Path, suffix: str, codec: str, chroma: str | None
+) -> None:
     import av
 
     video = Video(bars(), 8.0)
-    path = video.save(tmp_path / "a.mp4", scale=4)
+    path = video.save(tmp_path / f"a.{suffix}", scale=4, chroma=chroma)
     with av.open(str(path)) as container:
         stream = container.streams.video[0]
-        assert (stream.codec_context.name, stream.codec_context.pix_fmt) == ("h264", "yuv420p")
         assert float(stream.average_rate) == 8.0 and (stream.width, stream.height) == (192, 128)
-        assert float(stream.duration * stream.time_base) == pytest.approx(17 / 8)
-    error = decoded(path).astype(int) - video.frames.repeat(4, 1).repeat(4, 2)
-    assert np.abs(error).mean() < 2
-    data = path.read_bytes()
-    assert data.find(b"moov") < data.find(b"mdat"), "the index comes first"
+        assert container.duration / 1e6 == pytest.approx(17 / 8, abs=0.002)
+    frames, context = decoded(path)
+    assert (context.name, context.pix_fmt) == (codec, f"yuv{chroma or '420'}p")
+    # H.273's numbers: BT.709 primaries, transfer and matrix; limited range
+    tags = (context.color_primaries, context.color_trc, context.colorspace, context.color_range)
+    assert tags == (1, 1, 1, 1)
+    error = np.abs(frames.astype(int) - enlarged(video.frames, 4))
+    assert error.mean() < 1.5 and np.median(error, axis=(0, 1, 2)).max() <= 1
+
+
+def test_the_index_of_an_mp4_comes_first(tmp_path: Path) -> None:
+    data = Video(bars(), 8.0).save(tmp_path / "a.mp4").read_bytes()
+    assert data.find(b"moov") < data.find(b"mdat")
+
+
+def test_444_keeps_colours_of_single_pixels(tmp_path: Path) -> None:
+    """A board of red and blue pixels, with nothing enlarged."""
+    board = np.zeros((2, 64, 64, 3), np.uint8)
+    red = np.indices((64, 64)).sum(0) % 2 == 0
+    board[:, red], board[:, ~red] = (255, 0, 0), (0, 0, 255)
+    errors = {}
+    for chroma in ("420", "444"):
+        frames, _ = decoded(Video(board, 8.0).save(tmp_path / "a.mp4", scale=1, chroma=chroma))
+        errors[chroma] = np.abs(frames.astype(int) - board).mean()
+    assert errors["444"] < 8 and errors["420"] > 40
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "times"), [(64, 64, 4), (32, 48, 8), (255, 900, 2), (256, 256, 1), (480, 832, 1)]
+)
+def test_small_videos_are_enlarged_to_256(tmp_path: Path, height: int, width: int, times: int) -> None:
+    video = Video(np.zeros((1, height, width, 3), np.uint8), 8.0)
+    for suffix in (".mp4", ".webm", ".webp", ".gif"):
+        assert enlargement(suffix, height, width, None) == times
+        assert enlargement(suffix, height, width, 1) == 1
+    for suffix in (".png", ".npy"):
+        assert enlargement(suffix, height, width, None) == 1
+    assert decoded(video.save(tmp_path / "a.mp4"))[0].shape[1:3] == (
+        height * times + height * times % 2,
+        width * times,
+    )
+    assert Image.open(video.save(tmp_path / "a.webp")).size == (width * times, height * times)
+    assert np.load(video.save(tmp_path / "a.npy")).shape == (1, height, width, 3)
+
+
+@pytest.mark.parametrize(
+    ("suffix", "width", "scale"),
+    [(".mp4", 300, 64), (".webm", 300, 64), (".gif", 1100, 64), (".webp", 300, 64), (".mp4", 16385, 1)],
+)
+def test_a_scale_beyond_the_file_is_refused(tmp_path: Path, suffix: str, width: int, scale: int) -> None:
+    video = Video(np.zeros((1, 8, width, 3), np.uint8), 16.0)
+    with pytest.raises(InputError, match=rf"would be {width * scale}×{8 * scale}.*(at most \d+$|write .npy)"):
+        video.save(tmp_path / f"a{suffix}", scale=scale)
+    assert not any(tmp_path.iterdir())
+
+
+def test_what_the_limit_allows_can_be_written(tmp_path: Path) -> None:
+    """The longest sides; an automatic scale stays within them."""
+    for suffix, side in ((".mp4", 16384), (".webm", 16384), (".webp", 16383), (".gif", 65535)):
+        video = Video(np.zeros((1, 8, side, 3), np.uint8), 16.0)
+        assert video.save(tmp_path / f"a{suffix}").stat().st_size
+        assert enlargement(suffix, 1, side // 3, None) == 3
+
+
+def test_webp(tmp_path: Path) -> None:
+    with Image.open(Video(bars(), 8.0).save(tmp_path / "a.webp")) as image:
+        assert (image.format, image.n_frames, image.size, image.info["loop"]) == ("WEBP", 17, (384, 256), 0)
+        ends = 0
+        for i in range(17):
+            image.seek(i)
+            image.load()
+            ends += image.info["duration"]
+            error = np.abs(np.asarray(image.convert("RGB")).astype(int) - enlarged(bars(), 8)[i])
+            assert error.mean() < 3 and ends == pytest.approx(125 * (i + 1), abs=1)
+
+
+def test_an_open_file_takes_the_video(tmp_path: Path) -> None:
+    video = Video(bars(), 8.0)
+    for suffix in SUFFIXES:
+        path = video.save(tmp_path / f"a{suffix}")
+        for format in (suffix, suffix[1:].upper()):
+            buffer = io.BytesIO()
+            assert video.save(buffer, format=format) is None
+            assert buffer.getvalue() == path.read_bytes()
+    with (tmp_path / "b.gif").open("wb") as file:
+        video.save(file)
+        assert not file.closed
+    assert (tmp_path / "b.gif").read_bytes() == (tmp_path / "a.gif").read_bytes()
+    reader, writer = os.pipe()  # which cannot seek
+    with os.fdopen(writer, "wb") as file, os.fdopen(reader, "rb") as other:
+        one = Video(bars(1), 8.0)
+        one.save(file, format="mp4")
+        file.close()
+        assert other.read() == one.save(tmp_path / "c.mp4").read_bytes()
+    assert video.save(tmp_path / "no-ending", format="npy").read_bytes()[:6] == b"\x93NUMPY"
+    with open(tmp_path / "text.mp4", "w") as text, (tmp_path / "a.gif").open("rb") as read_only:
+        for target, format, word in (
+            (io.BytesIO(), None, "needs format="),
+            (io.BytesIO(), "avi", "unknown format 'avi'"),
+            (text, None, "opened with 'wb'"),
+            (read_only, None, "opened with 'wb'"),
+            (3, "mp4", "opened with 'wb'"),
+        ):
+            with pytest.raises(InputError, match=word):
+                video.save(target, format=format)  # type: ignore[call-overload]
+
+
+def test_a_notebook_shows_the_video(tmp_path: Path) -> None:
+    for shape, size in (((17, 64, 64), (256, 256)), ((3, 270, 960), (136, 480))):
+        video = Video(np.full((*shape, 3), 200, np.uint8), 8.0, 7, "a <b>ball</b> & \"cat\"")
+        found = re.fullmatch(
+            r'<video [^<>]*title="([^"]*)" src="data:video/mp4;base64,([^"]*)"></video>', video._repr_html_()
+        )
+        assert found and html.unescape(found[1]) == video.prompt
+        (tmp_path / "a.mp4").write_bytes(base64.b64decode(found[2]))
+        frames, _ = decoded(tmp_path / "a.mp4")
+        assert frames.shape == (shape[0], *size, 3) and np.abs(frames.astype(int) - 200).max() <= 2
+
+
+def test_the_repr_is_short() -> None:
+    video = Video(bars(), 8.0, 7, "a ball " * 100)
+    assert repr(video).startswith("<Video: 17 frames of 48×32 at 8 a second, seed 7, 'a ball a ball")
+    assert len(repr(video)) < 120
+
+
+@pytest.mark.parametrize(
+    ("frames", "fps", "word"),
+    [
+        (np.zeros((2, 8, 8, 3)), 8.0, "uint8 array"),
+        (np.zeros((8, 8, 3), np.uint8), 8.0, "uint8 array"),
+        ([1], 8.0, "uint8 array"),
+        (np.zeros((0, 8, 8, 3), np.uint8), 8.0, "empty"),
+        (np.zeros((2, 8, 8, 3), np.uint8), 0.0, "above 0"),
+        (np.zeros((2, 8, 8, 3), np.uint8), math.nan, "above 0"),
+    ],
+)
+def test_what_is_no_video_is_said_at_once(frames: Any, fps: float, word: str) -> None:
+    with pytest.raises(InputError, match=word):
+        Video(frames, fps)
+
+
+def test_a_pyav_without_the_encoder_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(media.av, "codecs_available", {"libx264"})
+    with pytest.raises(MissingDependency, match="libvpx-vp9"):
+        Video(bars(1), 8.0).save(tmp_path / "a.webm")
+    Video(bars(1), 8.0).save(tmp_path / "a.mp4")
 
 
 def test_mp4_of_odd_sizes_and_one_frame(tmp_path: Path) -> None:
     frames = bars(1)[:, :31, :47]
-    Video(frames, 7.5).save(tmp_path / "a.mp4")
-    assert decoded(tmp_path / "a.mp4").shape == (1, 32, 48, 3)
+    Video(frames, 7.5).save(tmp_path / "a.mp4", scale=1)
+    assert decoded(tmp_path / "a.mp4")[0].shape == (1, 32, 48, 3)
 
 
 def test_gif(tmp_path: Path) -> None:
@@ -99,7 +272,7 @@ def test_bad_paths(tmp_path: Path) -> None:
     (tmp_path / "folder.mp4").mkdir()
     (tmp_path / "file").touch()
     for name, word in (
-        ("a.avi", "must end in .mp4, .gif, .png, .npy"),
+        ("a.avi", "must end in .mp4, .webm, .webp, .gif, .png, .npy"),
         ("a", "must end"),
         ("folder.mp4", "is a folder"),
         ("none/a.mp4", "does not exist"),
@@ -115,11 +288,11 @@ def test_bad_paths(tmp_path: Path) -> None:
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupted(frames: np.ndarray, fps: float, path: Path) -> None:
+    def interrupted(frames: Iterator[np.ndarray], fps: float, path: Path, *options: object) -> None:
         path.write_bytes(b"half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(media, "save_mp4", interrupted)
+    monkeypatch.setattr(media, "save", interrupted)
     (tmp_path / "a.mp4").write_bytes(b"old")
     with pytest.raises(KeyboardInterrupt):
         Video(bars(), 8.0).save(tmp_path / "a.mp4")

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from conceptmaster.runtime.atomic_write import replacing
-from conceptmaster.runtime.pictures import save_png
+from conceptmaster.runtime.sheet import save_png
 
 from ..world.draw import draw_clip
 from ..world.requesting import references

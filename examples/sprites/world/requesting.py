@@ -12,8 +12,8 @@ from PIL import Image
 
 from conceptmaster.errors import InputError
 from conceptmaster.runtime.atomic_write import replacing
-from conceptmaster.runtime.pictures import save_png
 from conceptmaster.runtime.request import Concept
+from conceptmaster.runtime.sheet import save_png
 from conceptmaster.runtime.video import Video
 
 from .draw import draw_clip, draw_reference
