@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime
 from onnxscript import ir
 
 from ..engine.checkpoints.lazy_weights import stored_weights
 from ..engine.checkpoints.source import Source
 from ..engine.config import ModelConfig
 from ..errors import ExportError
+from ..runtime.backends.onnxruntime_module import onnxruntime, session_options
 from ..runtime.bundle_format.find import Bundle
 from ..runtime.progress import each
 from .graphs import GraphSpec, graph_specs
@@ -120,9 +120,7 @@ def _computes(model: ir.Model, weights: Iterable[str]) -> list[str]:
 def open_session(graph: str | bytes, path: Path) -> onnxruntime.InferenceSession:
     """A graph, by its path or its bytes, on one thread of the CPU; one with weights beside `path` as it is,
     without copies of them: these may not fit the memory."""
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    options.log_severity_level = 3
+    options = session_options(1)
     if data_file(path).exists():
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         options.enable_cpu_mem_arena = False

@@ -71,7 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument(
         "--samples", type=int, metavar="N", help="videos, 1 to 64, with the seeds seed, seed + 1, ... (1)"
     )
-    how.add_argument("--threads", type=int, metavar="N", help="CPU threads (one per core)")
+    how.add_argument("--threads", type=int, metavar="N", help="CPU threads (one per usable CPU)")
     how.add_argument("--device", metavar="NAME", default="cpu", help="cpu, cuda, tensorrt or rtx (cpu)")
     how.add_argument(
         "--backend", metavar="NAME", default="onnxruntime", help="onnxruntime or torch (onnxruntime)"

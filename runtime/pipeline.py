@@ -22,7 +22,7 @@ import numpy as np
 from ..errors import Cancelled, GenerationError
 from . import frame_conditioning, pictures, tiles
 from . import noise as noises
-from .backends import Backend, open_backend
+from .backends import Backend, check_choice, open_backend
 from .bundle_format.find import Bundle
 from .bundle_format.graph_list import CONCEPT_GRAPHS, STEP_GRAPH
 from .causal import run_causal
@@ -75,12 +75,13 @@ class Pipeline:
     ) -> Pipeline:
         """Opens and verifies a bundle: the name of a shipped one ("sprites") or a path.
 
-        Args: device: "cpu", "cuda", "tensorrt" or "rtx"; threads: CPU threads, None for one per core;
-            backend: "onnxruntime" or "torch"; options: of the latter; precision: of the engines that
-            "tensorrt" and "rtx" run, None for the only one that they are built in.
+        Args: device: "cpu", "cuda", "tensorrt" or "rtx"; threads: CPU threads, None for one per CPU that
+            this process may use; backend: "onnxruntime" or "torch"; options: of the latter; precision: of
+            the engines that "tensorrt" and "rtx" run, None for the only one that they are built in.
         Raises: InputError (no such bundle, device or backend), BundleError (not sound), MissingDependency,
             OutOfMemory.
         """
+        check_choice(device, threads, backend, precision)  # before files are hashed, which may take minutes
         bundle = Bundle.open(name_or_path)
         return cls(bundle, open_backend(bundle, device, threads, backend, options, precision))
 

@@ -15,6 +15,8 @@ from conceptmaster.kernels.tolerances import TOLERANCES
 # Triton decides when a kernel is defined whether its interpreter runs it, so before any test imports one. In
 # the tests it always does: `make gpu` checks the kernels on a GPU.
 os.environ["TRITON_INTERPRET"] = "1"
+# Tests of graphs import ONNX Runtime themselves: see runtime/backends/onnxruntime_module.py.
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 
 
 def _array(value: Any) -> np.ndarray:

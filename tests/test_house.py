@@ -51,6 +51,10 @@ ONE_FILE_EXCEPTIONS: dict[tuple[str, str], tuple[int, str]] = {
 NEVER = {
     "kernels": {"transformers", "diffusers", "onnxruntime", "tensorrt"},
     "engine": {"onnxruntime", "tensorrt", "triton"},
+    # from the runtime's onnxruntime_module.py, which turns its telemetry away
+    "export": {"onnxruntime"},
+    "benchmarks": {"onnxruntime"},
+    "examples": {"onnxruntime"},
     "runtime": {"torch", "triton", "transformers", "diffusers", "onnx", "onnxscript", "safetensors"},
     "root": {"torch", "triton", "transformers", "diffusers", "onnx", "onnxscript", "onnxruntime", "numpy"},
 }

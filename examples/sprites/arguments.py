@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import os
 import re
 import typing
 from typing import Any, TypeVar
 
 from conceptmaster.errors import InputError
+from conceptmaster.runtime.cpus import check_threads, usable
 
 Options = TypeVar("Options")
 
@@ -23,13 +23,6 @@ def seed_range(text: str) -> range:
     if found is None:
         raise argparse.ArgumentTypeError(f"must be two numbers A:B with A < B, not {text!r}")
     return range(int(found[1]), int(found[2]))
-
-
-def cores() -> int:
-    """How many CPU cores this process may use."""
-    if hasattr(os, "sched_getaffinity"):  # fewer than there are in a container, and unknown to macOS
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def option(default: Any, help: str, **how: Any) -> Any:
@@ -71,7 +64,7 @@ def add_drawing(parser: argparse.ArgumentParser) -> None:
         "in 30 GB (1024)",
     )
     parser.add_argument(
-        "--workers", type=int, default=cores(), help="processes that make scenes (one per core)"
+        "--workers", type=int, default=usable(), help="processes that make scenes (one per core)"
     )
 
 
@@ -84,12 +77,11 @@ def add_device(parser: argparse.ArgumentParser) -> None:
 
 
 def set_threads(args: argparse.Namespace) -> None:
-    """Let PyTorch use the --threads asked for. Raises InputError for none."""
+    """Let PyTorch use the --threads asked for. Raises InputError for none, and for too many."""
     import torch
 
-    check_counts(args, "threads")
     if args.threads is not None:
-        torch.set_num_threads(args.threads)
+        torch.set_num_threads(check_threads(args.threads))
 
 
 def options_from(kind: type[Options], args: argparse.Namespace, **more: Any) -> Options:

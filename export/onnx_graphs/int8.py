@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import logging
 import os
 import tempfile
@@ -10,8 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import onnx
-from onnxruntime.quantization import QuantType, quantize_dynamic
 
+from ...runtime.backends.onnxruntime_module import onnxruntime
 from ...runtime.bundle_format.graph_list import STEP_GRAPH
 
 GRAPHS = (STEP_GRAPH,)
@@ -46,16 +47,17 @@ def quantise(path: Path) -> None:
     Weights of 7 bits (`reduce_range`) cannot saturate, cost no time, and a step's error grows by a tenth: the
     same bundle is right everywhere.
     """
+    quantization = importlib.import_module(f"{onnxruntime.__name__}.quantization")
     external = path.with_name(f"{path.name}.data")
     large = external.exists()
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".quantise-") as folder, _quiet():
         target = Path(folder, path.name)
-        quantize_dynamic(
+        quantization.quantize_dynamic(
             path,
             target,
             per_channel=True,
             reduce_range=True,
-            weight_type=QuantType.QInt8,
+            weight_type=quantization.QuantType.QInt8,
             op_types_to_quantize=list(LINEAR),
             use_external_data_format=large,
             nodes_to_exclude=_kept(path),

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ...errors import InputError
+from ..cpus import check_threads
 
 if TYPE_CHECKING:
     import numpy as np
@@ -35,6 +36,23 @@ class Backend(Protocol):
         ...
 
 
+def check_choice(
+    device: str, threads: int | None, name: str = "onnxruntime", precision: str | None = None
+) -> None:
+    """Raises InputError for arguments of `open_backend` that no bundle goes with: an unknown backend or
+    device, a number of threads beyond reason, a precision where no engines run."""
+    if name not in BACKENDS:
+        raise InputError(f"unknown backend {name!r}: choose one of {', '.join(BACKENDS)}")
+    if device not in DEVICES:
+        raise InputError(f"unknown device {device!r}: choose one of {', '.join(DEVICES)}")
+    if threads is not None:
+        check_threads(threads)
+    if precision is not None and device not in ("tensorrt", "rtx"):
+        raise InputError("precision chooses between engines: it goes with the device tensorrt or rtx")
+    if name == "torch" and device not in ("cpu", "cuda"):
+        raise InputError(f"the backend torch runs on cpu or cuda, not on {device!r}")
+
+
 def open_backend(
     bundle: Bundle,
     device: str,
@@ -46,22 +64,14 @@ def open_backend(
     """The backend `name` (one of BACKENDS) for `device`; "tensorrt" and "rtx" run engines that are
     built.
 
-    threads: CPU threads, None for one per core (torch: as PyTorch has it); options: of the torch backend;
-    precision: of the engines, fp32, fp16, bf16 or fp8, None for the only one that they are built in.
+    threads: CPU threads, None for one per CPU that is usable (torch: as PyTorch has it); options: of the
+    torch backend; precision: of the engines, fp32, fp16, bf16 or fp8, None for the only one that they are
+    built in.
     Raises: InputError for an unknown or absent device, an unknown backend, or options of another one;
         MissingDependency; what the backend raises.
     """
-    if name not in BACKENDS:
-        raise InputError(f"unknown backend {name!r}: choose one of {', '.join(BACKENDS)}")
-    if device not in DEVICES:
-        raise InputError(f"unknown device {device!r}: choose one of {', '.join(DEVICES)}")
-    if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
-        raise InputError(f"threads must be a positive integer, not {threads!r}")
-    if precision is not None and device not in ("tensorrt", "rtx"):
-        raise InputError("precision chooses between engines: it goes with the device tensorrt or rtx")
+    check_choice(device, threads, name, precision)
     if name == "torch":
-        if device not in ("cpu", "cuda"):
-            raise InputError(f"the backend torch runs on cpu or cuda, not on {device!r}")
         from .pytorch.backend import TorchBackend
 
         return TorchBackend(bundle, device, threads, options)

@@ -1,4 +1,4 @@
-"""ONNX Runtime, on the CPU (the embedded default) or on CUDA. The only file that imports it."""
+"""ONNX Runtime, on the CPU (the embedded default) or on CUDA."""
 
 from __future__ import annotations
 
@@ -9,14 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ...errors import BundleError, InputError, MissingDependency
+from ...errors import BundleError, InputError
 from ..bundle_format.manifest import REPAIR
 from ..bundle_format.schema import TensorSpec
-
-try:
-    import onnxruntime
-except ImportError as error:
-    raise MissingDependency(f"onnxruntime does not load ({error}): pip install onnxruntime") from error
+from ..cpus import usable
+from .onnxruntime_module import onnxruntime, session_options
 
 if TYPE_CHECKING:
     from ..bundle_format.find import Bundle
@@ -51,20 +48,12 @@ class OnnxRuntimeBackend:
             )
         self._bundle = bundle
         self._device = device
-        self._options = onnxruntime.SessionOptions()
+        threads = usable() if threads is None else threads
+        self._options = session_options(threads)
         self._options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
-        self._options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
-        self._options.log_severity_level = 3  # errors only: the one line below is ours
-        if threads is not None:
-            self._options.intra_op_num_threads = threads
         self._sessions: dict[str, Any] = {}
         self._lock = threading.Lock()
-        log.info(
-            "onnxruntime %s on %s, %s",
-            onnxruntime.__version__,
-            device,
-            f"{threads} threads" if threads else "all cores",
-        )
+        log.info("onnxruntime %s on %s, threads: %d", onnxruntime.__version__, device, threads)
 
     def load(self, graphs: Iterable[str]) -> None:
         """Makes the sessions of `graphs`. Raises BundleError, InputError when CUDA does not start."""

@@ -13,8 +13,9 @@ from pathlib import Path
 
 from conceptmaster.errors import InputError
 from conceptmaster.runtime.bundle_format.find import Bundle
+from conceptmaster.runtime.cpus import usable
 
-from ..arguments import add_options, add_quiet, cores, options_from, seed_range
+from ..arguments import add_options, add_quiet, options_from, seed_range
 from ..world.requesting import make_folder
 from ..world.scenes import Scene
 from .score import ASKED, Generate, Options, Result, check_bundle, score
@@ -118,7 +119,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--seeds", type=seed_range, default=range(6), metavar="A:B", help="of the first sheets (0:6)"
     )
-    add_options(parser, Options, "bundle", "device", "workers", workers=cores())
+    add_options(parser, Options, "bundle", "device", "workers", workers=usable())
     parser.add_argument(
         "--search",
         type=seed_range,

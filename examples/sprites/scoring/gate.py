@@ -20,8 +20,9 @@ import numpy as np
 
 from conceptmaster.errors import InputError
 from conceptmaster.runtime.atomic_write import check_output
+from conceptmaster.runtime.cpus import usable
 
-from ..arguments import add_options, add_quiet, cores, options_from, seed_range
+from ..arguments import add_options, add_quiet, options_from, seed_range
 from .measures import MEASURES
 from .reports import percent, read_record, write_json
 from .score import ASKED, Generate, Options, score
@@ -201,7 +202,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="T",
         help=f"how far a share may fall, 0 to 1 ({TOLERANCE})",
     )
-    add_options(parser, Options, "steps", "solver", "guidance", "device", "workers", workers=cores())
+    add_options(parser, Options, "steps", "solver", "guidance", "device", "workers", workers=usable())
     parser.add_argument(
         "--baseline", type=Path, default=BASELINE, metavar="FILE.json", help="(the one that came with this)"
     )

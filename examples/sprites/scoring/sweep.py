@@ -18,10 +18,11 @@ from conceptmaster.runtime.atomic_write import check_output
 from conceptmaster.runtime.bundle_format.find import Bundle
 from conceptmaster.runtime.bundle_format.hashed_file import sha256_file
 from conceptmaster.runtime.bundle_format.manifest import FILE_NAME
+from conceptmaster.runtime.cpus import usable
 from conceptmaster.runtime.request import Request
 from conceptmaster.runtime.solver import SOLVERS
 
-from ..arguments import add_options, add_quiet, cores, options_from
+from ..arguments import add_options, add_quiet, options_from
 from .measures import MEASURES
 from .plot import import_matplotlib, plot_sweep
 from .reports import Row, percent, read_record, write_json
@@ -166,7 +167,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="also a chart (needs matplotlib)")
     parser.add_argument("--resume", action="store_true", help="keep the rows that --output has already")
     names = ("bundle", "seeds", "same_noun", "device", "workers")
-    add_options(parser, Options, *names, workers=cores())
+    add_options(parser, Options, *names, workers=usable())
     parser.add_argument("--steps", type=int, nargs="+", default=STEPS, metavar="N", help="(50 20 10 6 4)")
     parser.add_argument(
         "--solvers", nargs="+", default=SOLVERS, metavar="NAME", help=f"({' '.join(SOLVERS)})"
