@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..untrusted import printable
 from . import generate_command
 from .commands import Command, run_program
 
@@ -92,7 +93,7 @@ def _describe(manifest: Manifest, sizes: dict[str, int], folder: Path) -> str:
         inputs, outputs = _tensors(graph.inputs), _tensors(graph.outputs)
         lines.append(f"{name:14} {sizes[name] / 2**20:7.2f} MB  {inputs} → {outputs}")
     lines.append(f"{'all':14} {sum(sizes.values()) / 2**20:7.2f} MB")
-    return "\n".join(lines)
+    return "\n".join(printable(line, 10**5) for line in lines)
 
 
 def _tensors(specs: tuple[TensorSpec, ...]) -> str:

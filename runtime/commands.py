@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from ..errors import ConceptMasterError, InputError, MissingDependency
+from ..untrusted import printable
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,14 @@ class Parser(argparse.ArgumentParser):
         raise InputError(f"{message} (see {self.prog} --help)")
 
 
+class _Printable(logging.Formatter):
+    """Messages hold names and labels that others chose: see `printable`."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The record in lines that a terminal takes as text."""
+        return "\n".join(map(printable, super().format(record).splitlines()))
+
+
 def run_program(
     prog: str, description: str, commands: Sequence[Command], argv: Sequence[str] | None = None
 ) -> int:
@@ -64,7 +73,7 @@ def run_program(
     """
     arguments, name = list(sys.argv[1:] if argv is None else argv), prog.rpartition(".")[2]
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter(f"{name}: %(levelname)s: %(message)s"))
+    handler.setFormatter(_Printable(f"{name}: %(levelname)s: %(message)s"))
     log = logging.getLogger(__package__.partition(".")[0] if __package__ else None)
     log.addHandler(handler)
     message, code, level = "interrupted", 130, log.level
@@ -84,7 +93,7 @@ def run_program(
     finally:  # the caller may be a program of its own, and call again
         log.removeHandler(handler)
         log.setLevel(level)
-    print(f"{name}: error: {' '.join(message.split())}", file=sys.stderr)
+    print(f"{name}: error: {printable(' '.join(message.split()))}", file=sys.stderr)
     return code
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError
-from .bundle_format import strict_json
+from ..untrusted import read_json
 from .guidance import Guidance, make_guidance
 from .solver import SHIFTS, SOLVERS, TRAINED_STEPS
 
@@ -138,7 +138,7 @@ class Request:
         """
         path = Path(path)
         try:
-            data = strict_json.read(path)
+            data = read_json(path, pipes=True)
             return cls(**_from_json(data, path.parent))
         except OSError as error:
             raise InputError(f"cannot read the request {str(path)!r}: {error.strerror}") from None
@@ -152,7 +152,7 @@ def _from_json(data: Any, folder: Path) -> dict[str, Any]:
     known = [field.name for field in fields(Request)]
     for key in data:
         if key not in known:
-            raise ValueError(f"unknown key {key!r}; known are {', '.join(known)}")
+            raise ValueError(f"unknown key {key!r:.60}; known are {', '.join(known)}")
     if "prompt" not in data:
         raise ValueError("lacks the key 'prompt'")
     concepts = [] if data.get("concepts") is None else data["concepts"]

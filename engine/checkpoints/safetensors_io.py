@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shlex
 from collections.abc import Iterable, Mapping, Set
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -15,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ...errors import ConfigError, WeightsError
+from ...untrusted import shell_word
 from ..config import ModelConfig
 from ..model import ConceptMaster
 
@@ -75,7 +77,8 @@ def refuse_pickle(path: Path) -> None:
     if path.suffix.lower() in PICKLES:
         raise WeightsError(
             f"{path} is a pickle, which can run code when it is loaded: only safetensors are read. Convert "
-            f"it, where you trust it, with: python -c '{CONVERT}' {path} {path.with_suffix('.safetensors')}"
+            f"it, where you trust it, with: python -c {shlex.quote(CONVERT)} {shell_word(path)} "
+            f"{shell_word(path.with_suffix('.safetensors'))}"
         )
 
 

@@ -18,7 +18,8 @@ from ...engine.checkpoints.lazy_weights import faked
 from ...errors import ExportError
 from ...kernels.common import kept_whole
 from ...runtime.bundle_format.hashed_file import HashedFile, sha256_file
-from ...runtime.bundle_format.schema import DTYPES, GraphFile, TensorSpec
+from ...runtime.bundle_format.schema import GraphFile, TensorSpec
+from ...runtime.bundle_format.shapes import DTYPES
 from ..graphs import GraphSpec
 from .concept_node import add_functions, translations
 from .fuse_attention import rewrite

@@ -18,6 +18,7 @@ from ...runtime.bundle_format import tensorrt_engines as stored
 from ...runtime.bundle_format.find import Bundle
 from ...runtime.bundle_format.tensorrt_engines import Engines
 from ...runtime.progress import each
+from ...untrusted import shell_word
 from .build import CACHE, Preparation, vouch
 from .builder import Limits
 from .builder_process import EngineSummary
@@ -56,7 +57,7 @@ def script_text(graphs: Iterable[str], capability: int, limits: Limits) -> str:
         f"# Builds the engines of this folder. Run it on the GPU that they are for (sm_{capability}), then:",
         "#   conceptmaster build BUNDLE --trtexec --collect, with the --target and --precision of before",
         "set -euo pipefail",
-        'cd "$(dirname "$0")"',
+        'cd -- "$(dirname -- "$0")"',
         f": > {LOG}",
     ]
     for name in graphs:
@@ -69,9 +70,9 @@ def run_script(script: Path) -> None:
     """Runs build.sh. Raises MissingDependency when trtexec is not there, ExportError when it fails."""
     if shutil.which("trtexec") is None:
         raise MissingDependency(
-            f"trtexec is not on the PATH: install TensorRT, or run {str(script)!r} where it is"
+            f"trtexec is not on the PATH: install TensorRT, or run {shell_word(script)} where it is"
         )
-    done = subprocess.run(["bash", str(script)], capture_output=True, text=True)
+    done = subprocess.run(["bash", "--", str(script)], capture_output=True, text=True)
     if done.returncode:
         wrong = [line for line in done.stdout.splitlines() if "[E]" in line] or done.stderr.splitlines()
         raise ExportError(f"trtexec failed: {(wrong or ['it does not say why'])[0]:.300}")
@@ -86,7 +87,7 @@ def collect(bundle: Bundle, capability: int, precision: str) -> tuple[Path, list
     folder = _by_hand(bundle, capability, precision)
     log = folder / LOG
     if not log.is_file():
-        raise InputError(f"{str(log)!r} is not there: run {str(folder / SCRIPT)!r} first")
+        raise InputError(f"{str(log)!r} is not there: run {shell_word(folder / SCRIPT)} first")
     missing = [name for name in graphs if not (folder / f"{name}.engine").is_file()]
     if missing:
         raise ExportError(f"{str(folder)!r} lacks the engines of {', '.join(missing)}: see {LOG}")

@@ -8,48 +8,23 @@ does not have is read as absent.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-from ..solver import SHIFTS, SOLVERS, STATES, TRAINED_STEPS
+from ..solver import SHIFTS, SOLVERS, TRAINED_STEPS
 from .hashed_file import HashedFile, check_file
+from .shapes import LONGEST_NAME, LONGEST_SIDE, MOST_FRAMES, MOST_TILES, Shapes, TensorSpec, Tile, require
 from .source_record import SourceRecord
 from .strict_json import stored_as
-
-if TYPE_CHECKING:
-    import numpy as np
 
 FORMAT = 3
 READABLE = (1, 2, 3)
 PRECISIONS = ("fp32", "int8")
+FPS = (0.01, 1000.0)
+MOST_GUIDANCE = 1e6  # far from overflow in float32
+LONGEST_TEXT = 10_000  # characters
 FITS = ("whole", "middle", "padded", "cut", "stretched")
-DTYPES = ("float32", "float16", "int64", "int32", "bool")
-
-
-@dataclass(frozen=True)
-class TensorSpec:
-    """Name, dtype (one of DTYPES) and fixed shape of one graph input or output."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-
-    def __post_init__(self) -> None:
-        _require(self.dtype in DTYPES, f"unknown dtype {self.dtype!r}")
-        _require(
-            all(size > 0 for size in self.shape),
-            f"the shape {list(self.shape)} of {self.name!r} is not fixed",
-        )
-
-    def check(self, graph: str, array: np.ndarray | TensorSpec) -> None:
-        """Raises ValueError, which names the graph, unless `array`, or what it tells of one, has exactly this
-        dtype and shape."""
-        if array.dtype != self.dtype or array.shape != self.shape:
-            given = f"{array.dtype} {list(array.shape)}"
-            raise ValueError(f"{graph}: {self.name!r} must be {self.dtype} {list(self.shape)}, not {given}")
 
 
 @dataclass(frozen=True)
@@ -69,8 +44,8 @@ class GraphFile:
         if self.file or self.sha256 or self.external:
             check_file(self.file, self.sha256)
         for side, specs in (("inputs", self.inputs), ("outputs", self.outputs)):
-            _require(len({spec.name for spec in specs}) == len(specs), f"{side} share a name")
-        _require(len(self.outputs) > 0, "a graph without outputs")
+            require(len({spec.name for spec in specs}) == len(specs), f"{side} share a name")
+        require(len(self.outputs) > 0, "a graph without outputs")
 
     def files(self) -> tuple[HashedFile, ...]:
         """Its files, the graph's first; none in a bundle without graphs."""
@@ -83,47 +58,6 @@ class GraphFile:
     def output(self, name: str) -> TensorSpec | None:
         """The output called `name`, or None."""
         return next((spec for spec in self.outputs if spec.name == name), None)
-
-
-@dataclass(frozen=True)
-class Shapes:
-    """The sizes baked into the graphs.
-
-    concepts N; picture_size px; text_tokens T; label_tokens L; text_width Dt; queries Q; concept_width Dc;
-    branches K; solver_states M; latent (Cz, F, H, W); frames, height, width: of the video, in frames and
-    pixels.
-    """
-
-    concepts: int
-    picture_size: int
-    text_tokens: int
-    label_tokens: int
-    text_width: int
-    queries: int
-    concept_width: int
-    branches: int
-    solver_states: int
-    latent: tuple[int, int, int, int]
-    frames: int
-    height: int
-    width: int
-
-    def __post_init__(self) -> None:
-        sizes = [value for value in dataclasses.astuple(self) if isinstance(value, int)]
-        _require(all(size > 0 for size in (*sizes, *self.latent)), "every size must be positive")
-        _require(self.branches <= 3, f"1 to 3 guidance branches are known, not {self.branches}")
-        _require(self.solver_states == STATES, f"{STATES} solver states are known, not {self.solver_states}")
-        _require(self.label_tokens <= self.text_tokens, "label_tokens exceed text_tokens")
-
-    @property
-    def space(self) -> int:
-        """Pixels of a side that one latent stands for."""
-        return self.height // self.latent[2]
-
-    @property
-    def frames_per_latent(self) -> int:
-        """Video frames of every latent frame but the first, which is one."""
-        return (self.frames - 1) // max(1, self.latent[1] - 1)
 
 
 @dataclass(frozen=True)
@@ -142,11 +76,12 @@ class Pictures:
     padded_to: int | None = None
 
     def __post_init__(self) -> None:
-        _require(self.fit in FITS, f"unknown fit {self.fit!r}")
-        _require(self.padded_to is None or self.padded_to > 0, "padded_to must be positive")
-        _require(all(math.isfinite(mean) for mean in self.mean), "mean must be finite")
-        _require(all(0 < std < math.inf for std in self.std), "std must be positive")
-        _require(all(0 <= channel <= 255 for channel in self.background), "background must be 0 to 255")
+        require(self.fit in FITS, f"unknown fit {self.fit!r}")
+        padded_to = LONGEST_SIDE if self.padded_to is None else self.padded_to
+        require(0 < padded_to <= LONGEST_SIDE, f"padded_to must be 1 to {LONGEST_SIDE}")
+        require(all(math.isfinite(mean) for mean in self.mean), "mean must be finite")
+        require(all(0 < std < math.inf for std in self.std), "std must be positive")
+        require(all(0 <= channel <= 255 for channel in self.background), "background must be 0 to 255")
 
 
 @dataclass(frozen=True)
@@ -159,8 +94,9 @@ class FramePlacement:
     fit: str
 
     def __post_init__(self) -> None:
-        _require(self.count > 0, "count must be positive")
-        _require(self.fit in FITS, f"unknown fit {self.fit!r}")
+        require(0 < self.count <= MOST_FRAMES, f"count must be 1 to {MOST_FRAMES}")
+        require(abs(self.first) <= MOST_FRAMES, f"first must be {-MOST_FRAMES} to {MOST_FRAMES}")
+        require(self.fit in FITS, f"unknown fit {self.fit!r}")
 
     def frames(self, total: int) -> range:
         """The frames' numbers in a video of `total` frames."""
@@ -183,29 +119,8 @@ class FrameConditioning:
 
     def __post_init__(self) -> None:
         most = len(self.placements)
-        _require(1 <= self.required <= most, f"least must be 1 to {most}, not {self.required}")
-        _require(self.dropped_frames >= 0, "dropped must not be negative")
-
-
-@dataclass(frozen=True)
-class Tile:
-    """A part of the video that the decoder takes at once, where it does not take all of it.
-
-    size: height and width, in latents; overlap: the least that neighbours share, of height and of width.
-    """
-
-    size: tuple[int, int]
-    overlap: tuple[int, int]
-
-    def __post_init__(self) -> None:
-        _require(
-            all(0 < 2 * shared <= side for side, shared in zip(self.size, self.overlap, strict=True)),
-            "a tile's overlap must be 1 to half of its size",
-        )
-
-    def axis(self, index: int) -> tuple[int, int]:
-        """(size, overlap) of the height, 0, or of the width, 1."""
-        return self.size[index], self.overlap[index]
+        require(1 <= self.required <= most, f"least must be 1 to {most}, not {self.required}")
+        require(0 <= self.dropped_frames <= MOST_FRAMES, f"dropped must be 0 to {MOST_FRAMES}")
 
 
 @dataclass(frozen=True)
@@ -220,11 +135,12 @@ class Defaults:
     negative: str = ""
 
     def __post_init__(self) -> None:
-        _require(self.solver in SOLVERS, f"unknown solver {self.solver!r}")
-        _require(1 <= self.steps <= TRAINED_STEPS, f"steps must be 1 to {TRAINED_STEPS}")
-        _require(SHIFTS[0] <= self.shift <= SHIFTS[1], f"shift must be {SHIFTS[0]} to {SHIFTS[1]}")
+        require(self.solver in SOLVERS, f"unknown solver {self.solver!r}")
+        require(1 <= self.steps <= TRAINED_STEPS, f"steps must be 1 to {TRAINED_STEPS}")
+        require(SHIFTS[0] <= self.shift <= SHIFTS[1], f"shift must be {SHIFTS[0]} to {SHIFTS[1]}")
         scales = (self.guidance, 0.0 if self.concept_guidance is None else self.concept_guidance)
-        _require(all(0 <= scale < math.inf for scale in scales), "guidance must be finite and not negative")
+        require(all(0 <= scale <= MOST_GUIDANCE for scale in scales), f"guidance: 0 to {MOST_GUIDANCE:g}")
+        require(len(self.negative) <= LONGEST_TEXT, f"negative: {LONGEST_TEXT} characters at most")
 
 
 @dataclass(frozen=True)
@@ -236,8 +152,8 @@ class Vocabulary:
 
     def __post_init__(self) -> None:
         for kind, entries in (("words", self.words), ("labels", self.labels)):
-            _require(len(set(entries)) == len(entries) > 0, f"{kind} must be there, each once")
-            _require(all(e == e.strip() != "" for e in entries), f"{kind} must not begin or end with spaces")
+            require(len(set(entries)) == len(entries) > 0, f"{kind} must be there, each once")
+            require(all(e == e.strip() != "" for e in entries), f"{kind} must not begin or end with spaces")
 
 
 @dataclass(frozen=True)
@@ -249,7 +165,7 @@ class Ranges:
 
     def __post_init__(self) -> None:
         for kind, pair in (("steps", self.steps), ("guidance", self.guidance)):
-            _require(pair is None or 0 <= pair[0] <= pair[1] < math.inf, f"{kind} must be smallest, largest")
+            require(pair is None or 0 <= pair[0] <= pair[1] < math.inf, f"{kind} must be smallest, largest")
 
 
 @dataclass(frozen=True)
@@ -261,7 +177,7 @@ class Boxes:
     required: bool
 
     def __post_init__(self) -> None:
-        _require(self.per_concept > 0, "per_concept must be positive")
+        require(self.per_concept > 0, "per_concept must be positive")
 
 
 @dataclass(frozen=True)
@@ -274,9 +190,9 @@ class Expert:
     guidance: float | None = None
 
     def __post_init__(self) -> None:
-        _require(self.name.isidentifier(), f"{self.name!r} is no expert's name")
-        _require(0 <= self.boundary < 1, "boundary must be 0 to 1")
-        _require(self.guidance is None or 0 <= self.guidance < math.inf, "guidance must not be negative")
+        require(self.name.isidentifier(), f"{self.name!r} is no expert's name")
+        require(0 <= self.boundary < 1, "boundary must be 0 to 1")
+        require(self.guidance is None or 0 <= self.guidance < math.inf, "guidance must not be negative")
 
 
 @dataclass(frozen=True)
@@ -293,7 +209,7 @@ class Manifest:
 
     format: int
     name: str
-    written_by: dict
+    written_by: dict[str, str]
     model: dict
     shapes: Shapes
     fps: float
@@ -311,10 +227,11 @@ class Manifest:
     experts: tuple[Expert, ...] | None = None
 
     def __post_init__(self) -> None:
-        _require(self.format in READABLE, f"format must be {', '.join(map(str, READABLE))}")
-        _require(0 < self.fps < math.inf, "fps must be positive")
-        _require(self.precision in PRECISIONS, f"unknown precision {self.precision!r}")
-        _require(
+        require(self.format in READABLE, f"format must be {', '.join(map(str, READABLE))}")
+        require(0 < len(self.name) <= LONGEST_NAME, f"name must be 1 to {LONGEST_NAME} characters")
+        require(FPS[0] <= self.fps <= FPS[1], f"fps must be {FPS[0]:g} to {FPS[1]:g}")
+        require(self.precision in PRECISIONS, f"unknown precision {self.precision!r}")
+        require(
             self.defaults.concept_guidance is None or self.shapes.branches == 3,
             "a default concept_guidance needs 3 guidance branches",
         )
@@ -322,34 +239,38 @@ class Manifest:
             self._check_conditioning(self.conditioning)
         if self.tile is not None:
             inside = all(a <= b for a, b in zip(self.tile.size, self.shapes.latent[2:], strict=True))
-            _require(inside and self.format > 1, "a tile must not be larger than the video")
+            require(inside and self.format > 1, "a tile must not be larger than the video")
+            require(self.tile.count(self.shapes.latent[2:]) <= MOST_TILES, "tiles that small are too many")
         self._check_format_3()
 
     def _check_format_3(self) -> None:
         added = (self.source, self.vocabulary, self.ranges, self.boxes, self.experts)
         files = [bool(graph.file) for graph in self.graphs.values()]
-        _require(all(files) or not any(files), "either all graphs have files or none has")
-        _require(
+        require(all(files) or not any(files), "either all graphs have files or none has")
+        require(
             self.format > 2 or (all(files) and not any(entry is not None for entry in added)),
             f"a key, or a graph without a file, that format {self.format} does not have",
         )
-        _require(self.format < 3 or self.source is not None, "format 3 says what the bundle was made from")
+        require(self.format < 3 or self.source is not None, "format 3 says what the bundle was made from")
         if self.experts is not None:
             bounds = [expert.boundary for expert in self.experts]
-            _require(len({expert.name for expert in self.experts}) == len(bounds) > 1, "experts are several")
-            _require(bounds == sorted(set(bounds), reverse=True), "experts stand from high noise to low")
-            _require(bounds[-1] == 0, "the last expert's boundary must be 0")
+            require(len({expert.name for expert in self.experts}) == len(bounds) > 1, "experts are several")
+            require(bounds == sorted(set(bounds), reverse=True), "experts stand from high noise to low")
+            require(bounds[-1] == 0, "the last expert's boundary must be 0")
 
     def _check_conditioning(self, conditioning: FrameConditioning) -> None:
         shapes, placements = self.shapes, conditioning.placements
-        _require(self.format > 1, "format 1 has no given frames")
-        _require(shapes.branches <= 2, "given frames are the same in at most 2 guidance branches")
-        _require(len(placements) == shapes.concepts, "given must have a place for each concept")
-        taken = [frame for placement in placements for frame in placement.frames(shapes.frames)]
-        inside = set(taken) < set(range(shapes.frames))
-        _require(inside and len(set(taken)) == len(taken), "given frames must differ and leave some free")
+        require(self.format > 1, "format 1 has no given frames")
+        require(shapes.branches <= 2, "given frames are the same in at most 2 guidance branches")
+        require(len(placements) == shapes.concepts, "given must have a place for each concept")
+        taken = sorted((p.frames(shapes.frames) for p in placements), key=lambda frames: frames.start)
+        ends = [0, *(frames.stop for frames in taken)]
+        inside = ends[-1] <= shapes.frames
+        apart = all(frames.start >= end for frames, end in zip(taken, ends, strict=False))
+        free = sum(map(len, taken)) < shapes.frames
+        require(inside and apart and free, "given frames must differ and leave some free")
         dropped = conditioning.dropped_frames * len(placements)
-        _require(dropped < shapes.frames, "given frames leave nothing of the video")
+        require(dropped < shapes.frames, "given frames leave nothing of the video")
 
     @property
     def decoded(self) -> tuple[int, int]:
@@ -372,7 +293,3 @@ class Manifest:
         for graph in self.graphs.values():
             yield from graph.files()
 
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)

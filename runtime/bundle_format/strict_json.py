@@ -10,41 +10,19 @@ import typing
 from pathlib import Path
 from typing import Any, TypeVar
 
+from ...untrusted import read_json
 from ..atomic_write import replacing
 
 T = TypeVar("T")
-
-LARGEST_FILE = 16 * 2**20  # bytes; a manifest or a request is a few kilobytes
-
-
-def read(path: Path) -> Any:
-    """Parses one UTF-8 JSON file.
-
-    Returns: the parsed value.
-    Raises: ValueError when it is too large, not JSON, nested too deeply, repeats a key, or holds NaN or
-    Infinity; OSError when it cannot be read.
-    """
-    with path.open("rb") as file:
-        data = file.read(LARGEST_FILE + 1)
-    if len(data) > LARGEST_FILE:
-        raise ValueError(f"is larger than {LARGEST_FILE} bytes")
-    try:
-        return json.loads(data.decode("utf-8-sig"), object_pairs_hook=_unique, parse_constant=_no_constant)
-    except RecursionError:
-        raise ValueError("is nested too deeply") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"is not UTF-8 text ({error.reason} at byte {error.start})") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"is not JSON ({error.msg}, line {error.lineno})") from None
 
 
 def load(kind: type[T], path: Path, newest: int) -> T:
     """Reads what `save` wrote; the key "format" may be at most `newest`.
 
-    Raises: ValueError as `read` and `decode` do, for a newer format, and for contents that differ from their
-        own checksum; OSError.
+    Raises: ValueError as `untrusted.read_json` and `decode` do, for a newer format, and for contents that
+        differ from their own checksum; OSError.
     """
-    data = read(path)
+    data = read_json(path)
     if not isinstance(data, dict):
         raise ValueError("is not an object")
     found = data.get("format")
@@ -133,7 +111,7 @@ def _decode(kind: Any, value: Any, where: str) -> Any:
         if not arguments:
             return value
         return {key: _decode(arguments[1], item, f"{where}.{key}") for key, item in value.items()}
-    if kind is float and type(value) is int:
+    if kind is float and type(value) is int and abs(value) < 2**63:
         return float(value)
     if type(value) is not kind:
         raise ValueError(f"{where} must be {_NAMES[kind]}, it is {value!r:.60}")
@@ -149,7 +127,7 @@ def _decode_dataclass(kind: Any, value: Any, where: str) -> Any:
     fields = {_key(field): field for field in dataclasses.fields(kind)}
     for key in value:
         if key not in fields:
-            raise ValueError(f"{where} has an unknown key {key!r}")
+            raise ValueError(f"{where} has an unknown key {key!r:.60}")
     for key, field in fields.items():
         if key not in value and field.default is dataclasses.MISSING:
             raise ValueError(f"{where} lacks the key {key!r}")
@@ -161,15 +139,3 @@ def _decode_dataclass(kind: Any, value: Any, where: str) -> Any:
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
 
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"has the key {twice!r} twice in one object")
-    return result
-
-
-def _no_constant(name: str) -> Any:
-    raise ValueError(f"holds {name}, which is not JSON")

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...errors import BundleError, InputError
+from ...untrusted import shell_word
 from . import strict_json
 from .find import Bundle
 from .hashed_file import HashedFile, sha256_file
@@ -68,6 +69,8 @@ class Engines:
             raise ValueError(f"format must be {FORMAT}")
         if self.flavor not in FLAVORS:
             raise ValueError(f"unknown flavor {self.flavor!r}")
+        if not re.fullmatch(r"\w{1,9}(\.\w{1,9}){0,3}", self.version) or not 0 < self.capability < 1000:
+            raise ValueError("version must be like 11.4.0 and capability like 90")
         if self.precision not in PRECISIONS:
             raise ValueError(f"unknown precision {self.precision!r}")
 
@@ -103,7 +106,7 @@ def rebuild_command(bundle: Path, engines: Engines) -> str:
     """The command that builds these engines again."""
     flavor = " --flavor rtx" if engines.flavor == "rtx" else ""
     target = f"--target sm_{engines.capability} --precision {engines.precision}"
-    return f"conceptmaster build {bundle} {target}{flavor}"
+    return f"conceptmaster build {shell_word(bundle)} {target}{flavor}"
 
 
 def save(engines: Engines, folder: Path) -> Path:

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from conceptmaster.errors import InputError
 from conceptmaster.runtime.atomic_write import replacing
 from conceptmaster.runtime.bundle_format import strict_json
+from conceptmaster.untrusted import read_json
 
 from .measures import MEASURES
 from .score import ASKED, NO_CONCEPTS, SWAPPED
@@ -56,7 +57,7 @@ def read_record(kind: type[Record], path: Path, name: str, remedy: str) -> Recor
     """The dataclass that ``write_json`` wrote. Raises InputError for a file that is missing or damaged, with
     the remedy."""
     try:
-        return strict_json.decode(kind, strict_json.read(path), name)
+        return strict_json.decode(kind, read_json(path), name)
     except OSError as error:
         raise InputError(f"cannot read the {name} {str(path)!r}: {error.strerror}; {remedy}") from None
     except ValueError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -56,13 +57,15 @@ def test_the_script_has_a_command_for_every_graph():
     ]
 
 
-def test_written_run_and_collected(folder, trtexec, capsys):
+def test_written_run_and_collected(folder, trtexec, capsys, monkeypatch):
+    monkeypatch.chdir(folder.parent)
+    folder = folder.rename("-rf").absolute()  # which nobody may take for an option
     options = ["--trtexec", "--target", "sm_90", "--precision", "fp16"]
-    assert main(["build", str(folder), *options, "--quiet"]) == 0
+    assert main(["build", "./-rf", *options, "--quiet"]) == 0
     place, engines = stored.choose(Bundle.open(folder), "tensorrt", "10.13.3", 90)
     assert engines.precision == "fp16" and engines.plugin_abi == 0
     assert {path.name for path in place.iterdir()} >= {"build.sh", "build.log", "graphs", "engines.json"}
-    assert str(place) in capsys.readouterr().out
+    assert place.name in capsys.readouterr().out
 
 
 def test_dry_run_then_by_hand_then_collect(folder, trtexec, capsys):
@@ -96,6 +99,20 @@ def test_fp8_goes_into_the_scripts_graphs(folder, capsys):
     assert out.strip().endswith("sm90-by-hand-fp8/build.sh") and "fp8: a step's estimate" in error
     (denoise,) = folder.glob("engines/*/graphs/denoise.onnx")
     assert any(node.op_type == "QuantizeLinear" for node in onnx.load(str(denoise)).graph.node)
+
+
+def test_the_command_that_builds_again_can_be_pasted(tmp_path):
+    engines = stored.Engines(stored.FORMAT, "rtx", "1.7.1", 89, "bf16", 0, {})
+    for name, word in (("-rf", "./-rf"), ("a b; touch $(x)", "'a b; touch $(x)'")):
+        text = stored.rebuild_command(Path(name), engines)
+        assert text == f"conceptmaster build {word} --target sm_89 --precision bf16 --flavor rtx"
+
+
+@pytest.mark.parametrize("wrong", [{"version": "../../x"}, {"capability": 10**9}, {"version": "1" * 99}])
+def test_engines_lie_in_a_folder_of_their_own(wrong):
+    right = {"version": "1.7.1", "capability": 89}
+    with pytest.raises(ValueError, match="version must be like"):
+        stored.Engines(stored.FORMAT, "rtx", precision="bf16", plugin_abi=0, engines={}, **right | wrong)
 
 
 def test_what_trtexec_says_is_told(folder, trtexec):

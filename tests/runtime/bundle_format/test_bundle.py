@@ -98,9 +98,9 @@ CHANGES: list[tuple[str, Callable[[dict], object], str]] = [
     ),
     ("a number is no integer", lambda d: d["shapes"].update(concepts=3.0), "must be an integer"),
     ("latent of 3", lambda d: d["shapes"].update(latent=[4, 3, 2]), "latent must have 4 entries"),
-    ("size 0", lambda d: d["shapes"].update(frames=0), "positive"),
+    ("size 0", lambda d: d["shapes"].update(frames=0), "frames must be 1 to 65536, not 0"),
     ("precision", lambda d: d.update(precision="fp4"), "unknown precision 'fp4'"),
-    ("fps", lambda d: d.update(fps=0), "fps must be positive"),
+    ("fps", lambda d: d.update(fps=0), "fps must be 0.01 to 1000"),
     ("solver", lambda d: d["defaults"].update(solver="magic"), "unknown solver 'magic'"),
     ("default scale", lambda d: d["defaults"].update(concept_guidance=2.0), "needs 3 guidance branches"),
     ("states", lambda d: d["shapes"].update(solver_states=5), "4 solver states are known, not 5"),
@@ -140,9 +140,53 @@ CHANGES: list[tuple[str, Callable[[dict], object], str]] = [
     ),
     ("vocabulary twice", lambda d: _third(d, vocabulary={"words": ["a", "a"], "labels": ["a"]}), "each once"),
     ("ranges", lambda d: _third(d, ranges={"steps": [4, 2]}), "smallest, largest"),
-    ("frames", lambda d: d["shapes"].update(frames=10), "give 9 frames, the video has 10"),
-    ("height", lambda d: d["shapes"].update(height=9), "must give 'frames'"),
+    ("frames", lambda d: d["shapes"].update(frames=11), "give 9 frames, the video has 11"),
+    ("uneven frames", lambda d: d["shapes"].update(frames=10), "do not divide a video of 10 frames"),
+    ("height", lambda d: d["shapes"].update(height=9), "do not divide a video of 9 frames, 8×9"),
+    ("size", lambda d: d["shapes"].update(height=16, width=16), "must give 'frames'"),
+    ("bounds: frames", lambda d: d["shapes"].update(frames=10**9), "frames must be 1 to 65536, not 10{9};"),
+    ("bounds: tokens", lambda d: d["shapes"].update(text_tokens=10**10), "text_tokens must be 1 to 65536"),
+    ("bounds: concepts", lambda d: d["shapes"].update(concepts=10**9), "concepts must be 1 to 64"),
+    ("bounds: pictures", lambda d: d["shapes"].update(concepts=64, picture_size=2**14), "beyond reason"),
+    ("bounds: video", lambda d: d["shapes"].update(height=2**14, width=2**14), "beyond reason"),
+    ("bounds: latents", lambda d: d["shapes"].update(latent=[4, 10**9, 2, 2]), "not those of such a video"),
+    ("bounds: fps", lambda d: d.update(fps=1e300), "fps must be 0.01 to 1000"),
+    ("bounds: a number", lambda d: d.update(fps=10**400), "fps must be a number"),
+    ("bounds: guidance", lambda d: d["defaults"].update(guidance=1e300), r"guidance: 0 to 1e\+06"),
+    ("bounds: text", lambda d: d["defaults"].update(negative="a" * 10**6), "negative: 10000 characters"),
+    ("bounds: padding", lambda d: d["pictures"].update(padded_to=10**9), "padded_to must be 1 to 16384"),
+    ("bounds: axis", lambda d: d["graphs"]["dam"]["inputs"][0].update(shape=[10**10]), "beyond reason"),
+    ("bounds: axes", lambda d: d["graphs"]["dam"]["inputs"][0].update(shape=[1] * 10**5), "than 8 axes"),
+    ("bounds: key", lambda d: d.update({"x" * 10**6: 1}), "unknown key 'x{59};"),
+    ("bounds: deep", lambda d: d["model"].update(a=nested(200)), "nested too deeply"),
+    ("half a character", lambda d: d["model"].update(a="\ud800"), "half of a surrogate pair"),
+    ("not text", lambda d: d.update(written_by={"conceptmaster": ["0.1"]}), "must be a string"),
+    ("tiny tiles", lambda d: _tiled(d, 10, 2), "tiles that small are too many"),
+    ("a picture that fills time", lambda d: _given(d, [(0, 10**9)]), "count must be 1 to 65536"),
+    ("pictures in one place", lambda d: _given(d, [(0, 2), (-9, 1), (5, 1)]), "must differ and leave some"),
+    ("a picture outside", lambda d: _given(d, [(0, 1), (8, 2), (5, 1)]), "must differ and leave some"),
+    ("no frame is left", lambda d: _given(d, [(0, 3), (3, 3), (6, 3)]), "must differ and leave some"),
 ]
+
+
+def nested(depth: int) -> list:
+    """[[[…]]]"""
+    found: list = []
+    for _ in range(depth):
+        found = [found]
+    return found
+
+
+def _tiled(data: dict, fold: int, side: int) -> None:
+    shapes = data["shapes"]
+    height, width = (size * 2**fold for size in shapes["latent"][2:])
+    shapes.update(latent=[*shapes["latent"][:2], height, width], height=4 * height, width=4 * width)
+    data.update(format=2, tile={"size": [side, side], "overlap": [1, 1]})
+
+
+def _given(data: dict, places: list[tuple[int, int]]) -> None:
+    found = [{"first": first, "count": count, "fit": "whole"} for first, count in places]
+    data.update(format=2, given={"places": found, "least": 1, "dropped": 0})
 
 
 @pytest.mark.parametrize(("change", "word"), [c[1:] for c in CHANGES], ids=[c[0] for c in CHANGES])
@@ -221,6 +265,8 @@ def test_external_data_is_verified(own: Path, edit_manifest: Edit) -> None:
         ('{"format": 1, "format": 1}', "'format' twice"),
         ('{"fps": NaN}', "NaN"),
         ("[" * 100_000, "nested too deeply"),
+        ('{"a":' * 100_000, "nested too deeply"),
+        ("[" + "0," * 3 * 10**6, "is larger than 4194304 bytes"),
         ("\xff", "not UTF-8"),
         ("1" * 5000, "bad bundle"),
         ("{}", "lacks the key 'format'"),
