@@ -118,13 +118,8 @@ def build(cache: Path) -> Atlas:
     render = renderer()
     tiles, entries = [], []
     for (title, name), noun in tqdm(found.items(), desc="render", disable=None):
-        source = sources[title]
-        width, height = source.canvas[name]
-        picture = render(
-            f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
-            f'viewBox="0 0 {width} {height}" width="{width}" height="{height}">{source.bodies[name]}</svg>'
-        )
-        tile = cut_out(picture)
+        picture = sources[title].pictures[name]
+        tile = cut_out(render(picture) if isinstance(picture, str) else _opened(picture))
         if tile is not None:
             tiles.append(tile)
             entries.append(Entry(noun.name, noun.synonyms, title))
@@ -205,6 +200,10 @@ def of_folder(folder: Path) -> Atlas:
     return from_pictures(pictures, str(folder))
 
 
+def _opened(packed: bytes) -> Image.Image:
+    return Image.open(io.BytesIO(packed)).convert("RGBA")
+
+
 def _webp(tile: np.ndarray) -> bytes:
     packed = io.BytesIO()
     Image.fromarray(tile).save(packed, "WEBP", quality=88, alpha_quality=95, method=4)
@@ -212,7 +211,7 @@ def _webp(tile: np.ndarray) -> bytes:
 
 
 def _tile(packed: bytes) -> np.ndarray:
-    tile = np.asarray(Image.open(io.BytesIO(packed)).convert("RGBA"))
+    tile = np.asarray(_opened(packed))
     if tile.shape != (TILE, TILE, 4):
         raise ValueError(f"a tile of {tile.shape}")
     return tile

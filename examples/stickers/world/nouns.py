@@ -28,8 +28,23 @@ LEFT_OUT_WORDS = frozenset(
     "top soon cl ng vs sos fontsize checkmark ballot ballott dash curlyloop trademark copyright "
     "copyleft nfc wi rules asterix variant fistedhand cancellationx crossmark".split()
 )
-"""Words of names that are no pictures of things, or trade marks."""
+"""Words of names that are no pictures of things."""
+MARKS = frozenset(
+    "adilette arduino artstation bluesky chrome chromium cplusplus crocs csharp discord dotnet ecosia "
+    "facebook facetime firefox github gitlab golang ibeacon inaturalist instagram internet javascript "
+    "jellyfin kotlin linkedin markdown mastodon musicbrainz netscape openfoodfact openstreetmap opera "
+    "peertube pinterest pixelfed raspberry safari svg twitter typescript ubuntu webassembly wikidata "
+    "windows winrar youtube agender aromantic aroace asexual bdsm bigender bisexual demiboy demigender "
+    "demigirl demisexual gay genderfluid genderqueer greysexual intersex lesbian nonbinary pansexual "
+    "polyamory polysexual pride".split()
+)
+"""Trade marks, and flags that are not called so."""
+RUN_TOGETHER = 11
+"""A longer word that no other set spells is one of a few run together, which nobody would write."""
 TONES = re.compile(r"-(?:(?:medium-)?(?:light|dark)|medium)(?:-skin-tone)?(?=-|$)")
+CODED = re.compile(r"^[0-9a-f]{4,5}(-[0-9a-f]{4,5})*$")
+"""A name that is a sequence of code points."""
+TONE_POINTS = re.compile(r"1f3f[b-f]")
 DEFAULT = re.compile(r"-default$")
 
 
@@ -53,7 +68,7 @@ def usable(name: str, kind: str) -> bool:
     if kind in LEFT_OUT_KINDS and not KEPT_SIGNS.search(name):
         return False
     words = name.split("-")
-    if any(word in LEFT_OUT_WORDS or any(c.isdigit() for c in word) for word in words):
+    if any(word in LEFT_OUT_WORDS or word in MARKS or any(c.isdigit() for c in word) for word in words):
         return False
     return not re.match(
         r"clock|squared|circled|regional|input|cjk|negative|heavy|(small|medium|large)(white|black)|"
@@ -68,9 +83,9 @@ def copies(name: str, names: Iterable[str]) -> bool:
     return bare != name and (bare in names or f"{bare}-default" in names)
 
 
-def spelled(name: str, words: frozenset[str], whole: dict[str, str]) -> str:
+def spelled(name: str, words: frozenset[str], whole: dict[str, str]) -> str | None:
     """A name as a phrase: hyphens to spaces. One that is run together is looked up in ``whole``, phrases by
-    themselves run together, or cut into the fewest of ``words``."""
+    themselves run together, or cut into the fewest of ``words``; None for a long one that cannot be."""
     name = DEFAULT.sub("", name)
     if "-" in name or name in words or len(name) < 6:
         return name.replace("-", " ")
@@ -84,16 +99,17 @@ def spelled(name: str, words: frozenset[str], whole: dict[str, str]) -> str:
                 found = best[end]
                 if found is None or len(before) + 1 < len(found):
                     best[end] = [*before, part]
-    return " ".join(best[-1] or [name])
+    return " ".join(best[-1]) if best[-1] else name if len(name) <= RUN_TOGETHER else None
 
 
 def nouns_of(sources: dict[str, Source]) -> tuple[dict[tuple[str, str], Noun], list[Noun]]:
     """The noun of every usable picture, by (set, name), and all nouns, by name.
 
-    The most frequent name of a thing is the canonical one; of two as frequent, the shorter.
+    The most frequent name of a thing is the canonical one; of two as frequent, the shorter. A picture that is
+    called as its code point is of the noun that other sets give this code point, or of none.
     """
-    spaced = [source for source in sources.values() if any("-with-" in name for name in source.bodies)]
-    known = [DEFAULT.sub("", name) for source in spaced for name in source.bodies]
+    spaced = [source for source in sources.values() if any("-with-" in name for name in source.pictures)]
+    known = [DEFAULT.sub("", name) for source in spaced for name in source.pictures]
     words = frozenset(
         word
         for name in known
@@ -105,11 +121,15 @@ def nouns_of(sources: dict[str, Source]) -> tuple[dict[tuple[str, str], Noun], l
     said: dict[tuple[str, str], str] = {}
     names: Counter[str] = Counter()
     for title, source in sources.items():
-        for name in source.bodies:
+        for name in source.pictures:
+            if CODED.match(name):
+                continue
             kind = source.category.get(name, "")
-            if not usable(name, kind) or copies(name, source.bodies):
+            if not usable(name, kind) or copies(name, source.pictures):
                 continue
             phrase = spelled(name, words, whole)
+            if phrase is None:
+                continue
             said[title, name] = phrase
             names[phrase] += 1
             if point := source.characters.get(name):
@@ -117,8 +137,9 @@ def nouns_of(sources: dict[str, Source]) -> tuple[dict[tuple[str, str], Noun], l
         for alias, parent in source.aliases.items():
             if (title, parent) in said and usable(alias, ""):
                 phrase = spelled(alias, words, whole)
-                names[phrase] += 0
-                group.join(phrase, said[title, parent])
+                if phrase is not None:
+                    names[phrase] += 0
+                    group.join(phrase, said[title, parent])
     members: dict[str, list[str]] = {}
     for phrase in names:
         members.setdefault(group.root(phrase), []).append(phrase)
@@ -128,6 +149,12 @@ def nouns_of(sources: dict[str, Source]) -> tuple[dict[tuple[str, str], Noun], l
         noun = Noun(first, tuple(rest))
         noun_of |= dict.fromkeys(alike, noun)
     found = {key: noun_of[phrase] for key, phrase in said.items()}
+    by_point = {group.root(phrase): noun for phrase, noun in noun_of.items()}
+    for title, source in sources.items():
+        for name in filter(CODED.match, source.pictures):
+            root = group.root(f"U+{source.characters[name]}")
+            if root in by_point and not TONE_POINTS.search(name):
+                found[title, name] = by_point[root]
     return found, sorted(set(found.values()), key=lambda noun: noun.name)
 
 

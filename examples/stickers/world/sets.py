@@ -20,73 +20,84 @@ from conceptmaster.errors import InputError
 
 @dataclass(frozen=True)
 class PictureSet:
-    """One package ``@iconify-json/NAME``: its version, the SHA-256 of its archive, the licence of its
-    pictures (SPDX), and whether it is kept for scoring alone."""
+    """One package of the registry: its version, the SHA-256 of its archive, the licence of its pictures
+    (SPDX), and whether it is kept for scoring alone."""
 
-    name: str
+    package: str
     version: str
     sha256: str
     licence: str
     held_out: bool = False
 
     @property
+    def name(self) -> str:
+        """The package's name without whose it is."""
+        return self.package.rpartition("/")[2]
+
+    @property
     def archive(self) -> str:
         """The file name that ``npm pack`` gives it."""
-        return f"iconify-json-{self.name}-{self.version}.tgz"
+        return f"{self.package.removeprefix('@').replace('/', '-')}-{self.version}.tgz"
 
 
 SETS = (
     PictureSet(
-        "noto",
+        "@iconify-json/noto",
         "1.2.9",
         "3e918d88fc945c0bb3d468dbace6f88caef67f01c9f0e7bcae0915a042e8f1ad",
         "Apache-2.0",
     ),
     PictureSet(
-        "noto-v1",
+        "@iconify-json/noto-v1",
         "1.2.5",
         "2bf62c26c2c2884aa99e90aec942cdaee17a5921f05690694f4978ad4b017c37",
         "Apache-2.0",
     ),
     PictureSet(
-        "twemoji",
+        "@iconify-json/twemoji",
         "1.2.5",
         "19046dff7d8707ce96212ec86468b36ac5f8e60409629dd13f809265c6d0ebb7",
         "CC-BY-4.0",
     ),
     PictureSet(
-        "fluent-emoji-flat",
+        "@iconify-json/fluent-emoji-flat",
         "1.2.6",
         "7d064769dee690815f823bc5bcc511d957198caf9f5edd8dd9c1aa48a6aeb175",
         "MIT",
     ),
     PictureSet(
-        "fxemoji",
+        "@iconify-json/fxemoji",
         "1.2.2",
         "f3e72b3c59d05e1db03b7e308d55c0d05bd7ba3f625a90da1b79313c12858eef",
         "Apache-2.0",
     ),
     PictureSet(
-        "emojione",
+        "@iconify-json/emojione",
         "1.2.3",
         "26a14f44284407e8bcde91799388dca2bfd91dbcd55a97f425524a1c5b73610e",
         "CC-BY-4.0",
     ),
     PictureSet(
-        "flat-color-icons",
+        "@iconify-json/flat-color-icons",
         "1.2.3",
         "d8878a9b0f02d749bc8671eb7d47882eb711185cbcefbb365cbfb488773c4786",
         "MIT",
     ),
     PictureSet(
-        "openmoji",
+        "@lobehub/fluent-emoji-3d",
+        "1.1.0",
+        "c1bb7eee7de090205a232518a9ab4adb3df458bfbe8a1f78232991194c8b2e58",
+        "MIT",
+    ),
+    PictureSet(
+        "@iconify-json/openmoji",
         "1.2.29",
         "03181e2c156cab35cf4a62f1f7886bd971d59212e75ac3f189d5a4cae3930fc5",
         "CC-BY-SA-4.0",
         held_out=True,
     ),
     PictureSet(
-        "emojione-v1",
+        "@iconify-json/emojione-v1",
         "1.2.3",
         "6641d59d48a42823fdc2b84e7427e9f302944eb98d2c7d94d6e67c139e7b37b3",
         "CC-BY-SA-4.0",
@@ -112,7 +123,7 @@ def _fetched(wanted: PictureSet, cache: Path) -> Path:
                 f"the picture set {wanted.name} is fetched with npm, which is not installed; without it, "
                 f"copy {wanted.archive} into {cache} from another machine"
             )
-        package = f"@iconify-json/{wanted.name}@{wanted.version}"
+        package = f"{wanted.package}@{wanted.version}"
         done = subprocess.run(["npm", "pack", "--silent", package], cwd=cache, capture_output=True, text=True)
         if done.returncode or not path.exists():
             raise InputError(
@@ -127,33 +138,54 @@ def _fetched(wanted: PictureSet, cache: Path) -> Path:
 
 @dataclass(frozen=True)
 class Source:
-    """A set as its package tells it: SVG bodies by name, other names of the same pictures, categories and
-    code points by name, and the sides of its canvas."""
+    """A set as its package tells it: pictures by name, SVG documents or, where the names are code points
+    themselves, WebP files; other names of the same pictures, categories and code points by name."""
 
-    bodies: dict[str, str]
+    pictures: dict[str, str | bytes]
     aliases: dict[str, str]
     category: dict[str, str]
     characters: dict[str, str]
-    canvas: dict[str, tuple[float, float]]
 
 
 def read(archive: Path) -> Source:
     """What an archive of ``fetch`` holds. Raises InputError for one that cannot be read."""
     try:
         with tarfile.open(archive) as packed:
-            icons = _json(packed, "icons") or {}
+            icons = _json(packed, "icons")
+            if icons is None:
+                return _of_points(packed)
             metadata, characters = _json(packed, "metadata") or {}, _json(packed, "chars") or {}
-        side = icons.get("width", 16), icons.get("height", 16)
-        canvas = {n: (i.get("width", side[0]), i.get("height", side[1])) for n, i in icons["icons"].items()}
         return Source(
-            {name: icon["body"] for name, icon in icons["icons"].items() if not icon.get("hidden")},
+            {name: _svg(icon, icons) for name, icon in icons["icons"].items() if not icon.get("hidden")},
             {name: alias["parent"] for name, alias in icons.get("aliases", {}).items()},
             {name: kind for kind, names in metadata.get("categories", {}).items() for name in names},
-            {name: point for point, name in characters.items()},
-            canvas,
+            {name: plain_point(point) for point, name in characters.items()},
         )
     except (KeyError, OSError, tarfile.TarError, ValueError) as error:
         raise InputError(f"{archive} is no picture set: {error}") from None
+
+
+def plain_point(point: str) -> str:
+    """A code point sequence ("1f3db-fe0f") without what only asks for a coloured picture."""
+    return point.replace("-fe0f", "")
+
+
+def _svg(icon: dict[str, Any], icons: dict[str, Any]) -> str:
+    width, height = (icon.get(side, icons.get(side, 16)) for side in ("width", "height"))
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
+        f'viewBox="0 0 {width} {height}" width="{width}" height="{height}">{icon["body"]}</svg>'
+    )
+
+
+def _of_points(packed: tarfile.TarFile) -> Source:
+    """A set of WebP files that are called as their code points."""
+    files = {Path(member.name).stem: member for member in packed if member.name.endswith(".webp")}
+    found = {name: packed.extractfile(member) for name, member in files.items()}
+    pictures: dict[str, str | bytes] = {name: file.read() for name, file in found.items() if file is not None}
+    if not pictures:
+        raise ValueError("it has neither icons.json nor WebP files")
+    return Source(pictures, {}, {}, {name: plain_point(name) for name in pictures})
 
 
 def _json(packed: tarfile.TarFile, name: str) -> Any:

@@ -5,7 +5,7 @@ from conceptmaster.examples.stickers.world.sets import Source
 
 
 def source(*names, aliases=None, characters=None):
-    return Source(dict.fromkeys(names, ""), aliases or {}, {}, characters or {}, {})
+    return Source(dict.fromkeys(names, ""), aliases or {}, {}, characters or {})
 
 
 @pytest.mark.parametrize(
@@ -19,6 +19,7 @@ def source(*names, aliases=None, characters=None):
         ("clock3oclock", "Objects", False),
         ("keycap-3", "Objects", False),
         ("alarm-clock", "Objects", True),
+        ("firefox-nightly", "Extras", False),
     ],
 )
 def test_what_is_no_picture_of_a_thing_is_left_out(name, kind, expected):
@@ -35,6 +36,7 @@ def test_names_run_together_are_cut_into_known_words():
     assert spelled("teddybear", words, {}) == "teddy bear"
     assert spelled("sunflower", words, {"sunflower": "sunflower"}) == "sunflower"
     assert spelled("unheardof", words, {}) == "unheardof"
+    assert spelled("silhouetteofjapan", words, {}) is None
 
 
 def test_names_of_one_picture_or_code_point_are_one_noun():
@@ -46,6 +48,20 @@ def test_names_of_one_picture_or_code_point_are_one_noun():
     found, nouns = nouns_of(sources)
     assert nouns == [Noun("fox", ("fox face", "reynard"))]
     assert set(found.values()) == set(nouns)
+
+
+def test_pictures_that_are_called_as_their_code_points_are_of_the_noun_that_others_give_these():
+    codes = ["1f98a", "1f98a-1f3fb", "1f004", "1f3db-fe0f"]
+    sources = {
+        "a": source("fox", "hall", characters={"fox": "1f98a", "hall": "1f3db"}),
+        "shaded": source(*codes, characters={code: code.replace("-fe0f", "") for code in codes}),
+    }
+    found, nouns = nouns_of(sources)
+    assert [noun.name for noun in nouns] == ["fox", "hall"]
+    assert {name: found[title, name].name for title, name in found if title == "shaded"} == {
+        "1f98a": "fox",
+        "1f3db-fe0f": "hall",
+    }
 
 
 def test_about_every_tenth_noun_is_held_out_and_always_the_same():

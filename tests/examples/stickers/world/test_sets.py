@@ -39,11 +39,22 @@ def test_a_set_is_read_with_its_aliases_categories_and_code_points(tmp_path):
         chars={"1f98a": "fox"},
     )
     found = sets.read(path)
-    assert set(found.bodies) == {"fox", "w"}
+    assert set(found.pictures) == {"fox", "w"} and CIRCLE in found.pictures["fox"]
     assert found.aliases == {"fox-face": "fox"}
     assert found.category == {"fox": "Animals"}
     assert found.characters == {"fox": "1f98a"}
-    assert found.canvas["w"] == (32, 16)
+    assert 'viewBox="0 0 32 16"' in found.pictures["w"]
+
+
+def test_a_set_of_files_is_called_by_code_points(tmp_path):
+    path = tmp_path / "points.tgz"
+    with tarfile.open(path, "w:gz") as packed:
+        entry = tarfile.TarInfo("package/assets/1f3db-fe0f.webp")
+        entry.size = 4
+        packed.addfile(entry, io.BytesIO(b"webp"))
+    found = sets.read(path)
+    assert found.pictures == {"1f3db-fe0f": b"webp"}
+    assert found.characters == {"1f3db-fe0f": "1f3db"}
 
 
 def test_what_is_no_set_is_named(tmp_path):
