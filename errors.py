@@ -1,4 +1,4 @@
-"""The errors a caller may meet, each with the exit code that the command line gives for it."""
+"""The errors a caller may meet, each with the command line's exit code for it, and the one warning."""
 
 from __future__ import annotations
 
@@ -48,3 +48,9 @@ class Cancelled(ConceptMasterError):
 
 class OutOfMemory(ConceptMasterError, MemoryError):
     """A request needs more memory than there is; the message says what would fit. Exit code 1."""
+
+
+class RequestWarning(UserWarning):
+    """A request that can be honoured, but hardly as it is meant: it asks for what the bundle was not made
+    for. `str(warning)` is one line that says what and what to do about it. With `strict` it is an InputError.
+    """

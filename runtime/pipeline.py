@@ -15,11 +15,11 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, Self, overload
 
 import numpy as np
 
-from ..errors import Cancelled, GenerationError
+from ..errors import Cancelled, GenerationError, InputError
 from . import frame_conditioning, pictures, tiles
 from . import noise as noises
 from .backends import Backend, check_choice, open_backend
@@ -39,10 +39,10 @@ if TYPE_CHECKING:
     from .backends.pytorch.options import TorchOptions
 
 Preview = Callable[[], np.ndarray]
-Callback = Callable[[int, int, Preview], bool | None]
+Callback = Callable[[int, int, Preview], bool | np.bool_ | None]
 """callback(step, steps, preview): called after each step, step = 1..steps, counted over all samples of the
 request. preview() decodes the model's current estimate of a frame at the start, uint8 [H,W,3]. Returning
-False cancels."""
+False (NumPy's, too) cancels."""
 
 CACHED_TEXTS = 32  # encoded strings kept per pipeline
 
@@ -51,13 +51,14 @@ class Pipeline:
     """A loaded bundle, ready to generate.
 
     It holds no state of a request, so several threads may call one pipeline at once; their requests then
-    share the CPU threads, so one after the other is usually as fast.
+    share the CPU threads, so one after the other is usually as fast. As a context manager it closes itself.
+    It cannot be pickled or copied: open the bundle in each process.
     """
 
     def __init__(self, bundle: Bundle, backend: Backend) -> None:
         self.bundle = bundle
         self.manifest = bundle.manifest
-        self.backend = backend
+        self._backend: Backend | None = backend
         self._tiles = tiles.layout(bundle.manifest)
         self._tokenizer = Tokenizer(bundle.tokenizer)
         self._text = functools.lru_cache(CACHED_TEXTS)(self._encode_text)
@@ -85,6 +86,84 @@ class Pipeline:
         bundle = Bundle.open(name_or_path)
         return cls(bundle, open_backend(bundle, device, threads, backend, options, precision))
 
+    @property
+    def backend(self) -> Backend:
+        """What runs the graphs. Raises InputError once the pipeline is closed."""
+        if self._backend is None:
+            raise InputError("this pipeline is closed: open the bundle again, with Pipeline.from_bundle")
+        return self._backend
+
+    def load(self) -> None:
+        """Makes every graph ready now; otherwise the first request that needs one pays for it. Raises
+        BundleError, InputError, OutOfMemory."""
+        self.backend.load(self.manifest.graphs)
+
+    def close(self) -> None:
+        """Frees the graphs and their memory; whatever is asked of the pipeline afterwards is an InputError.
+        To be called while no request is running; twice does no harm."""
+        if self._backend is not None:
+            self._backend.close()
+        self._backend = None
+        self._text.cache_clear()
+
+    def __enter__(self) -> Self:
+        _ = self.backend  # a closed pipeline says so
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        s, state = self.manifest.shapes, "" if self._backend is not None else ", closed"
+        size = f"{s.frames} frames of {s.width}×{s.height}, up to {self.manifest.concepts} concepts"
+        return f"<Pipeline {self.manifest.name!r}, {self.manifest.precision}: {size}{state}>"
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "a Pipeline holds open sessions and can be neither pickled nor copied: open the bundle in each "
+            "process, with Pipeline.from_bundle"
+        )
+
+    @overload
+    def __call__(
+        self,
+        prompt: str,
+        concepts: Sequence[Concept] = (),
+        *,
+        seed: int = 0,
+        steps: int | None = None,
+        guidance: float | None = None,
+        concept_guidance: float | None = None,
+        negative: str | None = None,
+        solver: str | None = None,
+        shift: float | None = None,
+        samples: Literal[1] = 1,
+        noise: np.ndarray | None = None,
+        callback: Callback | None = None,
+        progress: bool = False,
+        strict: bool = False,
+    ) -> Video: ...
+
+    @overload
+    def __call__(
+        self,
+        prompt: str,
+        concepts: Sequence[Concept] = (),
+        *,
+        seed: int = 0,
+        steps: int | None = None,
+        guidance: float | None = None,
+        concept_guidance: float | None = None,
+        negative: str | None = None,
+        solver: str | None = None,
+        shift: float | None = None,
+        samples: int,
+        noise: np.ndarray | None = None,
+        callback: Callback | None = None,
+        progress: bool = False,
+        strict: bool = False,
+    ) -> Video | list[Video]: ...
+
     def __call__(
         self,
         prompt: str,
@@ -101,13 +180,14 @@ class Pipeline:
         noise: np.ndarray | None = None,
         callback: Callback | None = None,
         progress: bool = False,
+        strict: bool = False,
     ) -> Video | list[Video]:
         """Generates one video, or a list of them if samples > 1. The arguments are the fields of `Request`
         (None: the bundle's default) and the arguments of `generate`. Raises what they raise."""
         request = Request(
             prompt, tuple(concepts), negative, steps, guidance, concept_guidance, solver, shift, seed, samples
         )
-        videos = self.generate(request, noise=noise, callback=callback, progress=progress)
+        videos = self.generate(request, noise=noise, callback=callback, progress=progress, strict=strict)
         return videos[0] if request.samples == 1 else videos
 
     def generate(
@@ -117,14 +197,18 @@ class Pipeline:
         noise: np.ndarray | None = None,
         callback: Callback | None = None,
         progress: bool = False,
+        strict: bool = False,
     ) -> list[Video]:
         """Generates request.samples videos.
 
         Args: noise: [samples,Cz,F,H,W] or, for one sample, [Cz,F,H,W], instead of noise from the seed;
-            callback: see `Callback`; progress: show a progress bar on standard error.
+            callback: see `Callback`; progress: show a progress bar on standard error; strict: refuse what is
+            otherwise warned of.
         Raises: InputError, before anything is computed; Cancelled; GenerationError; BundleError.
+        Warns: RequestWarning, before anything is computed, for each thing that the bundle was not made for,
+            see vocabulary.py.
         """
-        shapes = self.manifest.shapes
+        shapes, backend = self.manifest.shapes, self.backend
         request, guidance = request.resolve(self.manifest)
         assert request.solver is not None and request.steps is not None and request.shift is not None
         schedule = make_schedule(request.solver, request.steps, request.shift)
@@ -139,7 +223,7 @@ class Pipeline:
         seconds: dict[str, float] = {}
         with _timed(seconds, "load"):
             skipped = () if concepts else CONCEPT_GRAPHS
-            self.backend.load(graph for graph in self.manifest.graphs if graph not in skipped)
+            backend.load(graph for graph in self.manifest.graphs if graph not in skipped)
         with _timed(seconds, "encode"):
             known: dict[str, Any] = {"text": self._branch_texts(request, guidance, tokens)}  # [K,T,Dt]
             known["concept_tokens"] = self._concept_tokens(concepts, tokens)  # [N,Q,Dc]
@@ -165,13 +249,23 @@ class Pipeline:
         return videos
 
     def _tokenise(self, request: Request, guidance: Guidance) -> dict[str, tuple[int, ...]]:
-        """Every text's tokens, so that one that is too long is known before anything runs."""
+        """Every text's tokens, so that one that is too long, or of which this bundle reads nothing, or the
+        same as of another, is known before anything runs."""
         shapes = self.manifest.shapes
-        texts = [("the prompt", request.prompt, shapes.text_tokens)]
-        if not all(guidance.caption):
-            texts.append(("the negative prompt", request.negative or "", shapes.text_tokens))
+        texts = [("no text", "", shapes.text_tokens), ("the prompt", request.prompt, shapes.text_tokens)]
+        if request.negative and not all(guidance.caption):
+            texts.append(("the negative prompt", request.negative, shapes.text_tokens))
         texts += [(f"the label {c.label!r}", c.label, shapes.label_tokens) for c in request.concepts]
-        return {text: self._tokenizer.encode(text, limit, what) for what, text, limit in texts}
+        tokens = {text: self._tokenizer.encode(text, limit, what) for what, text, limit in texts}
+        labels = [c.label for c in request.concepts] if self.manifest.reads_labels else []
+        for what, text, _ in texts:
+            if text in (request.prompt, *labels) and tokens[text] == tokens[""]:
+                raise InputError(f"{what} is empty: the bundle {self.manifest.name!r} reads no word of it")
+        for one, two in itertools.combinations(labels, 2):
+            if tokens[one] == tokens[two]:
+                reads = f"the bundle {self.manifest.name!r} reads the labels {one!r} and {two!r} alike"
+                raise InputError(f"{reads}: labels must differ, they are what binds")
+        return tokens
 
     def _read_pictures(self, request: Request) -> list[Image]:
         """The concepts' pictures as they are."""
@@ -262,7 +356,10 @@ class Pipeline:
         def report(state: Any) -> None:
             step = next(counter)
             advance()
-            if callback is not None and callback(step, steps, lambda: self._preview(state, first)) is False:
+            if callback is None:
+                return
+            answer = callback(step, steps, lambda: self._preview(state, first))
+            if isinstance(answer, (bool, np.bool_)) and not answer:
                 raise Cancelled(f"cancelled after step {step} of {steps}")
 
         return report

@@ -9,13 +9,15 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from ..errors import InputError
 from ..untrusted import read_json
+from .cleaning import clean
 from .guidance import Guidance, make_guidance
 from .solver import SHIFTS, SOLVERS, TRAINED_STEPS
 
 if TYPE_CHECKING:
-    import numpy as np
     from PIL.Image import Image
 
     from .bundle_format.schema import Manifest
@@ -29,8 +31,9 @@ MAX_GUIDANCE = 1e6  # far beyond any use, far from overflow in float32
 class Concept:
     """One thing that the video must show.
 
-    label: what it is, in words that tell it from the other concepts ("red cat"); it binds picture and
-    caption. image: its picture: a path, a PIL image, or a uint8 array [H,W], [H,W,3] or [H,W,4].
+    label: what it is, in the caption's words for it ("cat"), which tell it from the other concepts; it binds
+    picture and caption. image: its picture: a path, a PIL image, or a uint8 array [H,W], [H,W,3] or [H,W,4].
+    Two concepts are equal when labels and pictures are, pixel by pixel where they are arrays.
     Raises: InputError for an empty label or another type.
     """
 
@@ -39,8 +42,21 @@ class Concept:
 
     def __post_init__(self) -> None:
         _text("a concept's label", self.label)
-        if not self.label.strip():
+        if not clean(self.label):
             raise InputError("a concept's label is empty: say in a word or two what the picture shows")
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Concept):
+            return NotImplemented
+        mine, its = self.image, other.image
+        if isinstance(mine, np.ndarray) and isinstance(its, np.ndarray):
+            same = np.array_equal(mine, its)
+        else:
+            same = type(mine) is type(its) and mine == its
+        return self.label == other.label and same
+
+    def __hash__(self) -> int:
+        return hash(self.label)  # arrays have no hash, and equal concepts have equal labels
 
 
 @dataclass(frozen=True)
@@ -67,7 +83,7 @@ class Request:
 
     def __post_init__(self) -> None:
         _text("the prompt", self.prompt)
-        if not self.prompt.strip():
+        if not clean(self.prompt):
             raise InputError("the prompt is empty: say what happens in the video")
         if not isinstance(self.concepts, (tuple, list)) or not all(
             isinstance(c, Concept) for c in self.concepts
@@ -175,12 +191,10 @@ def _set(request: Request, name: str, value: Any) -> None:
 def _check_labels(concepts: tuple[Concept, ...]) -> None:
     seen: set[str] = set()
     for concept in concepts:
-        label = " ".join(concept.label.split()).casefold()
-        if label in seen:
-            raise InputError(
-                f"two concepts are labelled {concept.label!r}: labels must differ, they are what binds"
-            )
-        seen.add(label)
+        label = clean(concept.label)
+        if label.casefold() in seen:
+            raise InputError(f"two concepts are labelled {label!r}: labels must differ, they are what binds")
+        seen.add(label.casefold())
 
 
 def _text(what: str, value: object) -> None:

@@ -464,6 +464,8 @@ def test_public_face(tmp_path: Path) -> None:
     code = (
         "import conceptmaster as c\n"
         "assert set(c.__all__) <= set(dir(c)) and all(getattr(c, name) for name in c.__all__)\n"
+        "errors = {name for name in vars(c.errors) if name[0].isupper()} - {'TYPE_CHECKING'}\n"
+        "assert errors <= set(c.__all__), errors\n"
         "try: c.nothing\n"
         "except AttributeError as error: print(error)\n"
     )

@@ -35,6 +35,10 @@ class Backend(Protocol):
         """An array as NumPy; waits until it is computed."""
         ...
 
+    def close(self) -> None:
+        """Gives back what it has loaded and allocated; nothing may be running."""
+        ...
+
 
 def check_choice(
     device: str, threads: int | None, name: str = "onnxruntime", precision: str | None = None

@@ -81,6 +81,11 @@ class OnnxRuntimeBackend:
         """An OrtValue (or NumPy array) as NumPy."""
         return array if isinstance(array, np.ndarray) else array.numpy()
 
+    def close(self) -> None:
+        """Lets the sessions go."""
+        with self._lock:
+            self._sessions.clear()
+
     def _to_device(self, array: Any, graph: str, spec: TensorSpec) -> Any:
         if not isinstance(array, np.ndarray):
             return array

@@ -66,6 +66,7 @@ class TensorRTBackend:
         self._contexts: dict[str, tuple[Any, Any]] = {}  # graph -> engine, context
         self._inputs: dict[tuple[str, str], int] = {}  # graph, input -> its buffer for host arrays
         self._free: dict[int, list[int]] = {}  # bytes -> buffers that nobody holds
+        self._buffers: list[int] = []  # all of them
         self._seen: set[tuple[Any, ...]] = set()
         self._replays: dict[tuple[Any, ...], Any] | None = {} if cuda_graphs else None
         self._lock = threading.RLock()
@@ -102,6 +103,18 @@ class TensorRTBackend:
             self._call("cudaMemcpyAsync", host.ctypes.data, array.address, host.nbytes, kind, self._stream)
             self._call("cudaStreamSynchronize", self._stream)
         return host
+
+    def close(self) -> None:
+        """Frees the engines and every buffer: no DeviceArray may be used after it."""
+        with self._lock:
+            self._call("cudaStreamSynchronize", self._stream)
+            for replay in (self._replays or {}).values():
+                self._call("cudaGraphExecDestroy", replay)
+            for address in self._buffers:
+                self._call("cudaFree", address)
+            for held in (self._replays or {}, self._contexts, self._inputs, self._free, self._seen):
+                held.clear()
+            self._buffers.clear()
 
     def _launch(self, graph: str, context: Any, addresses: dict[str, int]) -> None:
         key = (graph, *addresses.values())
@@ -188,7 +201,8 @@ class TensorRTBackend:
 
     def _allocate(self, size: int) -> int:
         self._require_memory(size, "this bundle")
-        return int(self._call("cudaMalloc", size))
+        self._buffers.append(int(self._call("cudaMalloc", size)))
+        return self._buffers[-1]
 
     def _call(self, name: str, *arguments: Any) -> Any:
         return _call(self._cuda, name, *arguments)

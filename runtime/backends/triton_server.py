@@ -53,6 +53,9 @@ class ServerBackend:
         writes asks for that (FORCE_CPU_ONLY_INPUT_TENSORS)."""
         return array if isinstance(array, np.ndarray) else array.as_numpy()
 
+    def close(self) -> None:
+        """Nothing: the graphs are the server's."""
+
 
 class TritonPythonModel:
     """PROMPT, and LABELS and PICTURES of the concepts, to FRAMES."""

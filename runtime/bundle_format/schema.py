@@ -283,6 +283,11 @@ class Manifest:
         return self.shapes.concepts if "image_encoder" in self.graphs else 0
 
     @property
+    def reads_labels(self) -> bool:
+        """Whether the model reads the labels of concepts; to an image-to-video model they are names alone."""
+        return any(graph.input("label_text") is not None for graph in self.graphs.values())
+
+    @property
     def has_graphs(self) -> bool:
         """Whether the bundle holds ONNX files, not only what the torch backend needs."""
         return any(graph.file for graph in self.graphs.values())

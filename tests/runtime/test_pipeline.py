@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import threading
+import weakref
 from collections.abc import Callable
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +15,7 @@ from PIL import Image
 
 from conceptmaster.errors import Cancelled, GenerationError, InputError
 from conceptmaster.runtime import noise
+from conceptmaster.runtime.backends.onnxruntime_backend import OnnxRuntimeBackend
 from conceptmaster.runtime.pipeline import Pipeline
 from conceptmaster.runtime.request import Concept, Request
 from conceptmaster.runtime.video import Video
@@ -75,7 +79,7 @@ def test_every_text_is_tokenised_once(bundle: Path, pictures, monkeypatch: pytes
 
     monkeypatch.setattr(pipe._tokenizer, "encode", counted)
     pipe("a ball rolls left", concepts(pictures, "ball", "cat"), negative="bad", samples=2, steps=1)
-    assert sorted(seen) == ["a ball rolls left", "bad", "ball", "cat"]
+    assert sorted(seen) == ["", "a ball rolls left", "bad", "ball", "cat"]  # of "" nothing else is left
 
 
 @pytest.mark.parametrize(
@@ -194,15 +198,15 @@ def test_callback_sees_every_step_and_a_preview(pipe: Pipeline) -> None:
         assert close(video.frames[0], last)  # the last estimate is the result
 
 
-@pytest.mark.parametrize("how", ["returns False", "raises"])
+@pytest.mark.parametrize("how", ["returns False", "returns NumPy's False", "raises"])
 def test_cancel(pipe: Pipeline, how: str) -> None:
     steps = []
 
-    def callback(step: int, total: int, preview: object) -> bool:
+    def callback(step: int, total: int, preview: object) -> bool | np.bool_:
         steps.append(step)
         if step == 2 and how == "raises":
             raise Cancelled("enough")
-        return step < 2
+        return np.bool_(step < 2) if "NumPy" in how else step < 2
 
     with pytest.raises(Cancelled):
         pipe("a ball", steps=10, callback=callback)
@@ -225,6 +229,15 @@ def test_all_input_is_checked_before_anything_runs(pipe: Pipeline, pictures, mon
         pipe("a ball", [*good, Concept("cat", "nowhere.png")])
     with pytest.raises(InputError, match="noise"):
         pipe("a ball", good, noise=np.zeros(3))
+    # this bundle's tokenizer knows neither word
+    with pytest.raises(InputError, match="reads the labels 'zebra' and 'okapi' alike"):
+        pipe("a ball", [Concept("zebra", pictures["ball"]), Concept("okapi", pictures["cat"])])
+    encode = pipe._tokenizer.encode  # as a tokenizer does that drops what cannot be seen
+    dropping = lambda text, limit, what: encode(text.replace("\u200b", ""), limit, what)  # noqa: E731
+    monkeypatch.setattr(pipe._tokenizer, "encode", dropping)
+    for prompt, label, what in (("\u200b", "cat", "prompt"), ("a", "\u200b", "label '.u200b'")):
+        with pytest.raises(InputError, match=f"the {what} is empty: the bundle 'fake' reads no word of it"):
+            pipe(prompt, [Concept(label, pictures["ball"])])
 
 
 @pytest.mark.parametrize(("graph", "output"), [("denoise", "next_state"), ("decode", "frames")])
@@ -294,3 +307,31 @@ def test_no_silent_fallback_from_cuda(bundle: Path) -> None:
         pytest.skip("this onnxruntime has CUDA")
     with pytest.raises(InputError, match="onnxruntime-gpu"):
         Pipeline.from_bundle(bundle, device="cuda")
+
+
+def test_load_makes_everything_ready(bundle: Path, pictures, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = Pipeline.from_bundle(bundle, threads=1)
+    pipe.load()
+    backend = pipe.backend
+    assert isinstance(backend, OnnxRuntimeBackend) and set(backend._sessions) == set(pipe.manifest.graphs)
+    monkeypatch.setattr(backend, "_open", lambda graph: pytest.fail(f"opened {graph} again"))
+    pipe("a ball", concepts(pictures, "ball"), steps=1)
+
+
+def test_a_closed_pipeline_says_so(bundle: Path, pictures) -> None:
+    with Pipeline.from_bundle(bundle, threads=1) as pipe:
+        pipe("a ball", concepts(pictures, "ball"), steps=1)
+        session = weakref.ref(next(iter(pipe.backend._sessions.values())))  # type: ignore[attr-defined]
+        assert repr(pipe) == "<Pipeline 'fake', fp32: 9 frames of 8×8, up to 3 concepts>"
+    assert session() is None, "the memory is not given back"
+    assert repr(pipe).endswith("up to 3 concepts, closed>")
+    pipe.close()
+    for use in (pipe.load, lambda: pipe("a ball"), lambda: pipe.generate(Request("a ball")), pipe.__enter__):
+        with pytest.raises(InputError, match="this pipeline is closed: open the bundle again"):
+            use()
+
+
+@pytest.mark.parametrize("way", [ForkingPickler.dumps, copy.copy, copy.deepcopy])
+def test_a_pipeline_says_why_it_cannot_be_pickled(pipe: Pipeline, way: Callable) -> None:
+    with pytest.raises(TypeError, match="open the bundle in each process"):
+        way(pipe)

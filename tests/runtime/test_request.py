@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from conceptmaster.errors import InputError
 from conceptmaster.runtime.bundle_format import manifest
@@ -34,11 +35,16 @@ def test_numpy_numbers_are_numbers() -> None:
     [
         ({"prompt": ""}, "prompt is empty"),
         ({"prompt": " \n"}, "prompt is empty"),
+        ({"prompt": "&nbsp;"}, "prompt is empty"),
+        ({"prompt": "&amp;#x20; \u3000"}, "prompt is empty"),
         ({"prompt": None}, "prompt must be a string"),
         ({"prompt": "\udcff"}, "not valid Unicode"),
         ({"concepts": "ball"}, "sequence of Concept"),
         ({"concepts": (("ball", "x.png"),)}, "sequence of Concept"),
         ({"concepts": (Concept("a cat", "x"), Concept(" A  CAT", "y"))}, "labels must differ"),
+        ({"concepts": (Concept("R&D", "x"), Concept("r&amp;amp;d", "y"))}, "labelled 'r&d': labels"),
+        ({"concepts": (Concept("it’s", "x"), Concept("it's", "y"))}, "labels must differ"),
+        ({"concepts": (Concept("caf\u00e9", "x"), Concept("cafe\u0301&nbsp;", "y"))}, "labels must differ"),
         ({"negative": 3}, "negative prompt must be a string"),
         ({"steps": 0}, "steps must be 1 to 1000, not 0"),
         ({"steps": 1001}, "steps must be"),
@@ -68,7 +74,21 @@ def test_wrong_fields(fields: dict, word: str) -> None:
         Request(**({"prompt": "a ball"} | fields))
 
 
-@pytest.mark.parametrize("label", ["", "  ", None, 3, "\ud800"])
+def test_concepts_and_requests_are_equal_by_content() -> None:
+    picture, copy = np.zeros((2, 2, 3), np.uint8), np.zeros((2, 2, 3), np.uint8)
+    other, drawn = np.ones((2, 2, 3), np.uint8), Image.fromarray(picture)
+    for image, same in ((picture, copy), (drawn, drawn.copy()), ("x.png", "x.png")):
+        assert Concept("a", image) == Concept("a", same)
+        assert hash(Concept("a", image)) == hash(Concept("a", same))
+    for image in (other, picture[:1], drawn, "x"):
+        assert Concept("a", picture) != Concept("a", image)
+    assert Concept("a", picture) != Concept("b", picture) and Concept("a", picture) != "a"
+    one, two = (Request("a", (Concept("a", array), Concept("b", "x"))) for array in (picture, copy))
+    assert one == two and len({one, two}) == 1
+    assert one != Request("a", (Concept("a", other), Concept("b", "x")))
+
+
+@pytest.mark.parametrize("label", ["", "  ", "&nbsp;", None, 3, "\ud800"])
 def test_wrong_labels(label: object) -> None:
     with pytest.raises(InputError, match="label"):
         Concept(label, "x.png")  # type: ignore[arg-type]

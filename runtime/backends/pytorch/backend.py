@@ -124,6 +124,11 @@ class TorchBackend:
         wide = tensor.float() if tensor.dtype == torch.bfloat16 else tensor
         return wide.cpu().numpy()
 
+    def close(self) -> None:
+        """Lets the weights go."""
+        with self._lock:
+            self._modules, self.stepper = {}, None
+
     def _to_device(self, array: Any, graph: str, spec: TensorSpec) -> Any:
         if not isinstance(array, np.ndarray):
             return array

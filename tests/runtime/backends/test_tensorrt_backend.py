@@ -60,6 +60,14 @@ class Cuda(types.ModuleType):
         self.calls.append("malloc")
         return Status.cudaSuccess, block.ctypes.data
 
+    def cudaFree(self, address):
+        del self.memory[address]
+        return (Status.cudaSuccess,)
+
+    def cudaGraphExecDestroy(self, graph):
+        self.calls.append("destroy")
+        return (Status.cudaSuccess,)
+
     def cudaMemGetInfo(self):
         return Status.cudaSuccess, self.free, 1 << 35
 
@@ -215,6 +223,9 @@ def test_a_video_is_onnx_runtimes(folder, cuda):
         assert (pipeline("a ball rolls left", seed=3, steps=5).frames == expected).all()
     assert cuda.calls.count("malloc") == blocks  # all memory is there from the first video on
     assert cuda.calls.count("enqueue") == enqueued  # and in the end everything is replayed
+    assert cuda.memory
+    pipeline.close()
+    assert not cuda.memory and "destroy" in cuda.calls
 
 
 def test_results_that_are_held_are_not_written_over(folder, cuda):

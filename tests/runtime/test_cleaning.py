@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conceptmaster.runtime.tokenizer import clean
+from conceptmaster.runtime.cleaning import clean
 
 
 @pytest.mark.parametrize(
