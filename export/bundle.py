@@ -5,10 +5,6 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import os
-import secrets
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from .. import __version__
@@ -16,11 +12,12 @@ from ..engine.checkpoints.source import Origin, Source
 from ..engine.config import ModelConfig
 from ..engine.sampling import Sampling
 from ..errors import ExportError, InputError
-from ..runtime.atomic_write import check_folder_of
+from ..runtime.atomic_folder import check_target, replacing_folder
 from ..runtime.bundle_format import manifest as manifests
 from ..runtime.bundle_format.hashed_file import HashedFile, sha256_file
 from ..runtime.bundle_format.schema import FORMAT, Defaults, GraphFile, Manifest, Shapes
 from ..runtime.bundle_format.source_record import MergedLora, SourceRecord
+from ..runtime.bundle_format.tensorrt_engines import bundle_files
 from ..runtime.progress import each
 from .graphs import GraphSpec, graph_specs
 from .onnx_graphs.int8 import precision_of, quantise
@@ -48,12 +45,12 @@ def write_bundle(
     Args: precision: "fp32" or "int8"; branches: guidance branches K, 1 to 3; tile: width and height, in
         pixels, of the parts that the decoder takes one after the other, None for the whole picture at once;
         with_graphs: False writes their signatures alone, for the torch backend; overwrite: replace a bundle
-        that is there already.
-    Raises: ExportError when `output` is taken, for a tile that cannot be, or when a graph is too far off;
-        OSError.
+        that is there already, if it holds nothing else.
+    Raises: InputError when `output` is taken and for a tile that cannot be; ExportError when a graph is too
+        far off; OSError.
     """
     folder = Path(os.path.abspath(output))
-    _check_target(folder, overwrite)
+    check_target(folder, bundle_files, replace=overwrite)
     defaults = _defaults(source.sampling, branches)
     concept = source.model.config.concept
     if not with_graphs and precision != "fp32":
@@ -69,7 +66,7 @@ def write_bundle(
     if not with_graphs:
         graphs, specs = {spec.name: _signature(spec, concept.takes_pictures) for spec in specs}, []
     small = checked_specs(source, branches, tile=size) if specs and specs[0].external else specs
-    with _moved_into_place(folder) as temporary:
+    with replacing_folder(folder, bundle_files, replace=overwrite) as temporary:
         rows: list[Row] = []
         for spec, checked in zip(each(specs, "export", progress), small, strict=True):
             path = temporary / f"{spec.name}.onnx"
@@ -163,41 +160,3 @@ def _defaults(sampling: Sampling, branches: int) -> Defaults:
     except (TypeError, ValueError) as error:
         raise InputError(f"no request can have these defaults (options, defaults.json): {error}") from error
     return dataclasses.replace(defaults, guidance=1.0) if branches == 1 else defaults
-
-
-def _check_target(folder: Path, overwrite: bool) -> None:
-    check_folder_of(folder)
-    if not folder.exists() and not folder.is_symlink():
-        return
-    if not folder.is_dir() or folder.is_symlink():
-        raise InputError(f"cannot write {str(folder)!r}: something that is no folder has this name")
-    if (folder / manifests.FILE_NAME).is_file():
-        if not overwrite:
-            raise InputError(f"{str(folder)!r} is there already: --overwrite replaces it")
-    elif any(folder.iterdir()):
-        raise InputError(f"{str(folder)!r} is not empty and not a bundle: choose another place")
-
-
-@contextmanager
-def _moved_into_place(folder: Path) -> Iterator[Path]:
-    """Yields a new folder beside `folder`, which takes its place if the block succeeds and goes if not.
-
-    What was there before is put aside first and deleted last, so at any moment one of the two is whole.
-    """
-    token = secrets.token_hex(8)
-    temporary = folder.with_name(f".{folder.name}.{token}.part")
-    aside = folder.with_name(f".{folder.name}.{token}.old")
-    temporary.mkdir()
-    try:
-        yield temporary
-        if folder.exists():
-            os.rename(folder, aside)
-        try:
-            os.rename(temporary, folder)
-        except BaseException:
-            if aside.exists():
-                os.rename(aside, folder)
-            raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(aside, ignore_errors=True)

@@ -86,6 +86,7 @@ def add_export_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_export(args: argparse.Namespace) -> int:
     """Writes a bundle; returns the exit code: 0, 1 failed, 2 wrong input."""
+    check_target(Path(os.path.abspath(args.output)), bundle_files, replace=args.overwrite)  # weights take long
     choices = replace(_choices(args), size=args.size, frames=args.frames)
     source = _with_defaults(open_source(args.source, choices), args)
     rows = write_bundle(

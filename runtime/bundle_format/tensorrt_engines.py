@@ -17,7 +17,9 @@ from ...untrusted import shell_word
 from . import strict_json
 from .find import Bundle
 from .hashed_file import HashedFile, sha256_file
-from .schema import GraphFile
+from .manifest import FILE_NAME as MANIFEST
+from .schema import FORMAT as MANIFEST_FORMAT
+from .schema import GraphFile, Manifest
 
 FORMAT = 1
 FILE_NAME = "engines.json"
@@ -29,6 +31,9 @@ FLAVORS = tuple(MODULES)
 """tensorrt: the datacenter and workstation library; rtx: TensorRT for RTX, for consumers' cards."""
 PRECISIONS = ("fp32", "fp16", "bf16", "fp8")
 """What engines compute their products in."""
+
+CACHE, SCRIPT, LOG, GRAPHS = "timing.cache", "build.sh", "build.log", "graphs"
+"""What lies beside engines besides: the builder's timings; of trtexec, its script, log and folder of graphs."""
 
 PLUGIN_ABI = 1
 """Rises when the plugin's inputs, outputs or attributes change; 0 in an engine without the plugin."""
@@ -130,6 +135,34 @@ def load(folder: Path) -> Engines:
 def built(bundle: Path) -> list[Engines]:
     """What every engines.json below the folder `bundle` says. Raises BundleError."""
     return [load(path.parent) for path in sorted((bundle / FOLDER).glob(f"*/{FILE_NAME}"))]
+
+
+def files(folder: Path) -> list[str]:
+    """The files that building engines leaves in their folder, engines.json last. Raises BundleError."""
+    engines = load(folder).engines
+    graphs = [f"{GRAPHS}/{name}.onnx{suffix}" for name in engines for suffix in ("", ".data")]
+    return [*(engine.file for engine in engines.values()), *graphs, CACHE, SCRIPT, LOG, FILE_NAME]
+
+
+def bundle_files(folder: Path) -> list[str]:
+    """The files of the bundle in `folder` that this program wrote, engines among them, manifest.json last.
+
+    Raises: InputError for a folder that is no bundle of this program's; BundleError for an unreadable
+        engines.json.
+    """
+    try:
+        bundle = strict_json.load(Manifest, folder / MANIFEST, MANIFEST_FORMAT)
+    except FileNotFoundError:
+        raise InputError(f"{str(folder)!r} is not empty and not a bundle: choose another place") from None
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise InputError(
+            f"{str(folder)!r} is not a bundle that can be replaced, its {MANIFEST} {reason}: choose another "
+            "place, or move it away"
+        ) from None
+    places = [path.parent for path in sorted((folder / FOLDER).glob(f"*/{FILE_NAME}"))]
+    engines = [f"{FOLDER}/{place.name}/{name}" for place in places for name in files(place)]
+    return [*(file.file for file in bundle.files()), *engines, MANIFEST]
 
 
 def choose(
