@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 from dataclasses import asdict, replace
 from pathlib import Path
 
 from ..engine.checkpoints.source import Choices, Source, loras_of, open_source
+from ..runtime.atomic_folder import check_target
 from ..runtime.backends.pytorch.weights import open_weights
 from ..runtime.bundle_format.find import Bundle
 from ..runtime.bundle_format.schema import SOLVERS
+from ..runtime.bundle_format.tensorrt_engines import bundle_files
 from ..runtime.progress import shown
 from .bundle import write_bundle
 from .verify import Row, table, verify
@@ -86,7 +89,7 @@ def add_export_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_export(args: argparse.Namespace) -> int:
     """Writes a bundle; returns the exit code: 0, 1 failed, 2 wrong input."""
-    check_target(Path(os.path.abspath(args.output)), bundle_files, replace=args.overwrite)  # weights take long
+    check_target(Path(os.path.abspath(args.output)), bundle_files, replace=args.overwrite)
     choices = replace(_choices(args), size=args.size, frames=args.frames)
     source = _with_defaults(open_source(args.source, choices), args)
     rows = write_bundle(

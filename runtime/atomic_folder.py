@@ -87,6 +87,25 @@ def check_target(target: Path, files: Files | None, *, replace: bool) -> os.stat
     return found
 
 
+def remove(folder: Path, own: Sequence[str]) -> None:
+    """Removes the files `own` below `folder`, in this order, and then every folder that is empty."""
+    there = set(_contents(folder))  # a name may be made to lead out of the folder
+    for name in own:
+        if name in there:
+            (folder / name).unlink()
+    for place, _, _ in os.walk(folder, topdown=False):
+        with suppress(OSError):
+            os.rmdir(place)
+
+
+def link(source: Path, target: Path) -> None:
+    """Makes `target` the same file as `source`, or a copy where the file system has no such links."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
 def _contents(folder: Path) -> list[str]:
     """Everything below `folder` but folders: paths with forward slashes. Links are not followed."""
     found = []
@@ -161,10 +180,7 @@ def _settle(work: Path, target: Path, files: Files | None) -> None:
     if gone.exists():
         own = files(gone) if files is not None and _contents(gone) else ()
         _refuse_others(gone, own)
-        for name in own:
-            (gone / name).unlink(missing_ok=True)
-        for folder, _, _ in os.walk(gone, topdown=False):
-            os.rmdir(folder)  # which refuses what is not empty
+        remove(gone, own)
 
 
 def _put(new: Path, target: Path, files: Files | None, replace: bool) -> None:

@@ -189,4 +189,6 @@ def _named(error: OSError, temporary: Path, path: Path) -> OSError:
                 file.write(bytes(1 << 16))
         except OSError as again:
             code = again.errno
-    return error if code not in errno.errorcode else OSError(code, os.strerror(code), str(path))
+    if code is None or code not in errno.errorcode:
+        return error
+    return OSError(code, os.strerror(code), str(path))

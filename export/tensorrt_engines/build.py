@@ -6,11 +6,15 @@ BUNDLE/engines/sm90-tensorrt11.4.0-bf16/
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ...errors import InputError
+from ...runtime.atomic_folder import Files, replacing_folder
+from ...runtime.atomic_write import check_folder_of
 from ...runtime.bundle_format import tensorrt_engines as stored
 from ...runtime.bundle_format.find import Bundle
 from ...runtime.bundle_format.graph_list import STEP_GRAPH
@@ -24,7 +28,6 @@ from .calibrate import Calibration
 from .older_parsers import spell_out, unknown_to
 from .precision import prepare
 
-CACHE = "timing.cache"
 OLDEST_FP8 = 89
 
 
@@ -62,23 +65,39 @@ def build_all(
     with_plugin = not rtx and not how.unknown_operators
     abi = stored.PLUGIN_ABI if with_plugin else 0
     engines = Engines(stored.FORMAT, flavor, version, capability, how.precision, abi, {})
-    folder = bundle.folder / stored.FOLDER / engines.folder_name
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / stored.FILE_NAME).unlink(missing_ok=True)  # until all are there, none is vouched for
+    folder = place_of(bundle, engines.folder_name)
     summaries = []
-    with BuilderProcess(flavor, with_plugin) as process:
+    with replacing_engines(folder, stored.files) as new, BuilderProcess(flavor, with_plugin) as process:
+        if (folder / stored.CACHE).is_file():
+            shutil.copyfile(folder / stored.CACHE, new / stored.CACHE)
         for name in each(list(bundle.manifest.graphs), "build", show):
-            graph = folder / f".{name}.onnx"
-            aim, cache = (capability, None) if rtx else (None, folder / CACHE)
-            try:
-                how.write(bundle, name, graph)
-                engine = folder / f"{name}.engine"
-                summaries.append(process.build(graph, engine, how.precision, aim, limits, cache))
-            finally:
-                for file in (graph, graph.with_name(f"{graph.name}.data")):
-                    file.unlink(missing_ok=True)
-    vouch(folder, engines, bundle)
+            graph = new / f".{name}.onnx"
+            aim, cache = (capability, None) if rtx else (None, new / stored.CACHE)
+            how.write(bundle, name, graph)
+            engine = new / f"{name}.engine"
+            summaries.append(process.build(graph, engine, how.precision, aim, limits, cache))
+            for file in (graph, graph.with_name(f"{graph.name}.data")):
+                file.unlink(missing_ok=True)
+        vouch(new, engines, bundle)
     return folder, summaries
+
+
+def place_of(bundle: Bundle, name: str) -> Path:
+    """The folder `name` of engines of `bundle`."""
+    return bundle.folder / stored.FOLDER / name
+
+
+@contextmanager
+def replacing_engines(folder: Path, files: Files) -> Iterator[Path]:
+    """Yields a new folder that takes the place `folder`, of a bundle's engines, see `replacing_folder`."""
+    check_folder_of(folder.parent)
+    folder.parent.mkdir(exist_ok=True)
+    try:
+        with replacing_folder(folder, files, replace=True) as new:
+            yield new
+    finally:
+        with suppress(OSError):
+            folder.parent.rmdir()  # which is empty if these were the first engines, and nothing came of them
 
 
 def find_target(flavor: str, capability: int | None) -> int:

@@ -14,40 +14,44 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from ...errors import ExportError, InputError, MissingDependency
+from ...runtime.atomic_folder import link, remove
 from ...runtime.bundle_format import tensorrt_engines as stored
 from ...runtime.bundle_format.find import Bundle
 from ...runtime.bundle_format.tensorrt_engines import Engines
 from ...runtime.progress import each
 from ...untrusted import shell_word
-from .build import CACHE, Preparation, vouch
+from .build import Preparation, place_of, replacing_engines, vouch
 from .builder import Limits
 from .builder_process import EngineSummary
 
-SCRIPT, LOG = "build.sh", "build.log"
 BY_HAND = "by-hand"  # where trtexec works, until it has said which version it is
 
 
 def write_script(bundle: Bundle, capability: int, how: Preparation, limits: Limits, show: bool) -> Path:
     """Writes the prepared graphs and build.sh, which builds every engine with trtexec; returns its path.
 
-    show: a progress bar on standard error. Raises what `prepare` raises.
+    show: a progress bar on standard error. Raises what `prepare` raises; InputError where engines that an
+    earlier script has made wait to be collected.
     """
-    folder = _by_hand(bundle, capability, how.precision)
-    shutil.rmtree(folder, ignore_errors=True)
-    (folder / "graphs").mkdir(parents=True)
-    graphs = list(bundle.manifest.graphs)
-    for name in each(graphs, "prepare", show):
-        how.write(bundle, name, folder / "graphs" / f"{name}.onnx")
-    script = folder / SCRIPT
-    script.write_text(script_text(graphs, capability, limits), encoding="utf-8")
-    script.chmod(0o755)
-    return script
+    folder, graphs = _by_hand(bundle, capability, how.precision), list(bundle.manifest.graphs)
+    if all((folder / f"{name}.engine").is_file() for name in graphs):
+        raise InputError(
+            f"{str(folder)!r} holds engines that wait: --collect takes them over, or delete them"
+        )
+    with replacing_engines(folder, lambda _: stored.built_files(graphs)) as new:
+        (new / stored.GRAPHS).mkdir()
+        for name in each(graphs, "prepare", show):
+            how.write(bundle, name, new / stored.GRAPHS / f"{name}.onnx")
+        script = new / stored.SCRIPT
+        script.write_text(script_text(graphs, capability, limits), encoding="utf-8")
+        script.chmod(0o755)
+    return folder / stored.SCRIPT
 
 
 def script_text(graphs: Iterable[str], capability: int, limits: Limits) -> str:
     """build.sh: one trtexec command line per graph."""
     # TensorRT 10 needs to be told that precision is the graph's; 11 knows nothing else, and takes the option
-    options = ["--stronglyTyped", f"--timingCacheFile={CACHE}", "--skipInference"]
+    options = ["--stronglyTyped", f"--timingCacheFile={stored.CACHE}", "--skipInference"]
     if limits.workspace is not None:
         options.append(f"--memPoolSize=workspace:{max(1, limits.workspace >> 20)}M")
     if limits.level is not None:
@@ -58,11 +62,11 @@ def script_text(graphs: Iterable[str], capability: int, limits: Limits) -> str:
         "#   conceptmaster build BUNDLE --trtexec --collect, with the --target and --precision of before",
         "set -euo pipefail",
         'cd -- "$(dirname -- "$0")"',
-        f": > {LOG}",
+        f": > {stored.LOG}",
     ]
     for name in graphs:
-        command = ["trtexec", f"--onnx=graphs/{name}.onnx", f"--saveEngine={name}.engine", *options]
-        lines.append(f"{shlex.join(command)} 2>&1 | tee -a {LOG}")
+        command = ["trtexec", f"--onnx={stored.GRAPHS}/{name}.onnx", f"--saveEngine={name}.engine", *options]
+        lines.append(f"{shlex.join(command)} 2>&1 | tee -a {stored.LOG}")
     return "\n".join(lines) + "\n"
 
 
@@ -85,17 +89,21 @@ def collect(bundle: Bundle, capability: int, precision: str) -> tuple[Path, list
     """
     graphs = bundle.manifest.graphs
     folder = _by_hand(bundle, capability, precision)
-    log = folder / LOG
+    log = folder / stored.LOG
     if not log.is_file():
-        raise InputError(f"{str(log)!r} is not there: run {shell_word(folder / SCRIPT)} first")
+        raise InputError(f"{str(log)!r} is not there: run {shell_word(folder / stored.SCRIPT)} first")
     missing = [name for name in graphs if not (folder / f"{name}.engine").is_file()]
     if missing:
-        raise ExportError(f"{str(folder)!r} lacks the engines of {', '.join(missing)}: see {LOG}")
+        raise ExportError(f"{str(folder)!r} lacks the engines of {', '.join(missing)}: see {stored.LOG}")
     engines = Engines(stored.FORMAT, "tensorrt", logged_version(log), capability, precision, 0, {})
-    place = folder.with_name(engines.folder_name)
-    shutil.rmtree(place, ignore_errors=True)
-    folder.rename(place)
-    vouch(place, engines, bundle)
+    place, files = place_of(bundle, engines.folder_name), stored.built_files(graphs)
+    with replacing_engines(place, stored.files) as new:
+        (new / stored.GRAPHS).mkdir()
+        for name in files:
+            if (folder / name).is_file():
+                link(folder / name, new / name)
+        vouch(new, engines, bundle)
+    remove(folder, files)
     return place, [EngineSummary(name, (place / f"{name}.engine").stat().st_size) for name in graphs]
 
 
@@ -108,4 +116,4 @@ def logged_version(log: Path) -> str:
 
 
 def _by_hand(bundle: Bundle, capability: int, precision: str) -> Path:
-    return bundle.folder / stored.FOLDER / f"sm{capability}-{BY_HAND}-{precision}"
+    return place_of(bundle, f"sm{capability}-{BY_HAND}-{precision}")

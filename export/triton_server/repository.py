@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from ...errors import InputError
-from ...runtime.atomic_write import check_folder_of
+from ...runtime.atomic_folder import link, replacing_folder
 from ...runtime.bundle_format import manifest as manifests
 from ...runtime.bundle_format import tensorrt_engines as stored
 from ...runtime.bundle_format.find import Bundle
@@ -40,35 +40,35 @@ MODEL = (
 def write_repository(
     bundle: Bundle, output: Path, engines: Engines | None = None, device: str = "cpu"
 ) -> list[str]:
-    """Writes the folder `output`, which must not be there; returns the models' names.
+    """Writes the folder `output`, whole or not at all, which must not be there; returns the models' names.
 
     Args: engines: of `bundle`, to take the graphs' places (see `find_engines`); device: "cpu" or "gpu", where
         the server runs the ONNX graphs.
     Raises: InputError when `output` is taken; BundleError for engines that are not sound.
     """
     manifest = bundle.manifest
-    if output.exists():
+    if os.path.lexists(output):
         raise InputError(f"{str(output)!r} is there already: choose another place")
-    check_folder_of(output)
     plans = None if engines is None else stored.check(bundle, engines)
-    inner = output / NAME / "1" / "bundle"
-    inner.mkdir(parents=True)
-    for file in manifest.files():
-        shutil.copyfile(bundle.folder / file.file, inner / file.file)
-    shutil.copyfile(bundle.folder / manifests.FILE_NAME, inner / manifests.FILE_NAME)
-    for name, graph in manifest.graphs.items():
-        place = output / name / "1"
-        place.mkdir(parents=True)
-        if plans is None:
-            _link(inner / graph.file, place / "model.onnx")
-            for beside in graph.external:
-                _link(inner / beside.file, place / beside.file)
-        else:
-            shutil.copyfile(plans / f"{name}.engine", place / "model.plan")
-        text = graph_config(name, graph.inputs, graph.outputs, plans is not None, device)
-        (output / name / "config.pbtxt").write_text(text, encoding="utf-8")
-    (output / NAME / "1" / "model.py").write_text(MODEL, encoding="utf-8")
-    (output / NAME / "config.pbtxt").write_text(pipeline_config(manifest), encoding="utf-8")
+    with replacing_folder(output) as new:
+        inner = new / NAME / "1" / "bundle"
+        inner.mkdir(parents=True)
+        for file in manifest.files():
+            shutil.copyfile(bundle.folder / file.file, inner / file.file)
+        shutil.copyfile(bundle.folder / manifests.FILE_NAME, inner / manifests.FILE_NAME)
+        for name, graph in manifest.graphs.items():
+            place = new / name / "1"
+            place.mkdir(parents=True)
+            if plans is None:
+                link(inner / graph.file, place / "model.onnx")
+                for beside in graph.external:
+                    link(inner / beside.file, place / beside.file)
+            else:
+                shutil.copyfile(plans / f"{name}.engine", place / "model.plan")
+            text = graph_config(name, graph.inputs, graph.outputs, plans is not None, device)
+            (new / name / "config.pbtxt").write_text(text, encoding="utf-8")
+        (new / NAME / "1" / "model.py").write_text(MODEL, encoding="utf-8")
+        (new / NAME / "config.pbtxt").write_text(pipeline_config(manifest), encoding="utf-8")
     return [NAME, *manifest.graphs]
 
 
@@ -128,10 +128,3 @@ def pipeline_config(manifest: Manifest) -> str:
 def _tensor(side: str, name: str, kind: str, dims: Iterable[int], optional: bool = False) -> str:
     extra = " optional: true" if optional else ""
     return f"{side} [ {{ name: {json.dumps(name)} data_type: {kind} dims: {list(dims)}{extra} }} ]"
-
-
-def _link(source: Path, target: Path) -> None:
-    try:
-        os.link(source, target)
-    except OSError:  # another file system, or one without links
-        shutil.copyfile(source, target)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,7 +34,7 @@ PRECISIONS = ("fp32", "fp16", "bf16", "fp8")
 """What engines compute their products in."""
 
 CACHE, SCRIPT, LOG, GRAPHS = "timing.cache", "build.sh", "build.log", "graphs"
-"""What lies beside engines besides: the builder's timings; of trtexec, its script, log and folder of graphs."""
+"""What lies beside engines: the builder's timings; of trtexec, its script, log and folder of graphs."""
 
 PLUGIN_ABI = 1
 """Rises when the plugin's inputs, outputs or attributes change; 0 in an engine without the plugin."""
@@ -138,10 +139,19 @@ def built(bundle: Path) -> list[Engines]:
 
 
 def files(folder: Path) -> list[str]:
-    """The files that building engines leaves in their folder, engines.json last. Raises BundleError."""
-    engines = load(folder).engines
-    graphs = [f"{GRAPHS}/{name}.onnx{suffix}" for name in engines for suffix in ("", ".data")]
-    return [*(engine.file for engine in engines.values()), *graphs, CACHE, SCRIPT, LOG, FILE_NAME]
+    """The files that building engines leaves in their folder, engines.json last.
+
+    Raises: InputError where there is no engines.json; BundleError for an unreadable one.
+    """
+    if not (folder / FILE_NAME).exists():
+        raise InputError(f"{str(folder)!r} is not empty and has no {FILE_NAME}: move it away")
+    return [*built_files(load(folder).engines), FILE_NAME]
+
+
+def built_files(graphs: Collection[str]) -> list[str]:
+    """What building the engines of these graphs leaves, besides engines.json."""
+    prepared = [f"{GRAPHS}/{name}.onnx{suffix}" for name in graphs for suffix in ("", ".data")]
+    return [*(f"{name}.engine" for name in graphs), *prepared, CACHE, SCRIPT, LOG]
 
 
 def bundle_files(folder: Path) -> list[str]:
@@ -157,7 +167,7 @@ def bundle_files(folder: Path) -> list[str]:
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise InputError(
-            f"{str(folder)!r} is not a bundle that can be replaced, its {MANIFEST} {reason}: choose another "
+            f"{str(folder)!r} is not a bundle that can be replaced: {MANIFEST}: {reason}; choose another "
             "place, or move it away"
         ) from None
     places = [path.parent for path in sorted((folder / FOLDER).glob(f"*/{FILE_NAME}"))]

@@ -8,7 +8,7 @@ import shutil
 import numpy as np
 import pytest
 
-from conceptmaster.errors import ExportError
+from conceptmaster.errors import ExportError, InputError
 
 torch = pytest.importorskip("torch")
 
@@ -329,14 +329,63 @@ def test_an_interrupted_overwrite_leaves_what_was_there(own, tiny, monkeypatch, 
     assert [path.name for path in own.parent.iterdir()] == ["own"]
 
 
-def test_overwriting_swaps_whole_folders(own, tmp_path):
-    from conceptmaster.export.bundle import _moved_into_place
+@pytest.fixture
+def copied(bundle, monkeypatch):
+    """Exporting takes the files of `bundle`."""
+    from conceptmaster.export import bundle as bundles
+    from conceptmaster.runtime.bundle_format.manifest import load
 
-    with _moved_into_place(own) as temporary:
-        (temporary / "new").touch()
-        assert (own / "manifest.json").exists()
-    assert [path.name for path in own.iterdir()] == ["new"]
-    assert [path.name for path in tmp_path.iterdir()] == ["own"]
+    graphs = load(bundle).graphs
+
+    def export(spec, path, *show):
+        shutil.copy(bundle / path.name, path)
+        return graphs[spec.name]
+
+    monkeypatch.setattr(bundles, "export_graph", export)
+    monkeypatch.setattr(bundles, "check", lambda spec, *more: bundles.Row(spec.name, "", 0.0, 0.0, 1.0, 1.0))
+
+
+def test_overwriting_removes_what_was_listed_and_nothing_else(own, tiny, tmp_path, copied):
+    from conceptmaster.export import bundle as bundles
+    from conceptmaster.export.tensorrt_engines.build import vouch
+    from conceptmaster.runtime.bundle_format import tensorrt_engines as stored
+    from conceptmaster.runtime.bundle_format.find import Bundle
+
+    engines = stored.Engines(stored.FORMAT, "tensorrt", "11.4.0", 90, "bf16", 0, {})
+    place = own / stored.FOLDER / engines.folder_name
+    (place / "graphs").mkdir(parents=True)
+    for name in ("timing.cache", "build.sh", "graphs/dam.onnx", "graphs/dam.onnx.data"):
+        (place / name).touch()
+    opened = Bundle.open(own)
+    for name in opened.manifest.graphs:
+        (place / f"{name}.engine").write_text("engine")
+    vouch(place, engines, opened)
+    (own / "dam.onnx").write_text("damaged: to write it again is the repair")
+    for name in ("weights/model.safetensors", f"{place.relative_to(own)}/note", ".hidden"):
+        (own / name).parent.mkdir(exist_ok=True)
+        (own / name).touch()
+        with pytest.raises(InputError, match=f"would be lost: '{name}'; move it away"):
+            bundles.write_bundle(tiny, own, overwrite=True)
+        (own / name).unlink()
+    bundles.write_bundle(tiny, own, overwrite=True)
+    Bundle.open(own)
+    assert not (own / "engines").exists() and [path.name for path in tmp_path.iterdir()] == ["own"]
+
+
+def test_a_folder_that_appears_meanwhile_stays(tiny, tmp_path, copied, monkeypatch):
+    from conceptmaster.export import bundle as bundles
+
+    def save(manifest, folder):
+        (tmp_path / "new").mkdir()
+        (tmp_path / "new" / "thesis.txt").write_text("a year of work")
+
+    monkeypatch.setattr(bundles.manifests, "save", save)
+    for overwrite in (False, True):
+        with pytest.raises(InputError, match="new' is not empty and not a bundle: choose another place"):
+            bundles.write_bundle(tiny, tmp_path / "new", overwrite=overwrite)
+        assert [path.name for path in tmp_path.iterdir()] == ["new"]
+        assert [path.name for path in (tmp_path / "new").iterdir()] == ["thesis.txt"]
+        shutil.rmtree(tmp_path / "new")
 
 
 # What the caller did wrong.
@@ -349,7 +398,10 @@ def test_where_a_bundle_cannot_go(own, tmp_path, command, no_export):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "precious").touch()
     fails(command("export", "preset:tiny", "--output", tmp_path / "full", "--overwrite"), 2, "not a bundle")
-    assert (tmp_path / "full" / "precious").exists()
+    (tmp_path / "full" / "manifest.json").write_text('{"name": "my web app"}')
+    result = command("export", "preset:tiny", "--output", tmp_path / "full", "--overwrite")
+    fails(result, 2, "not a bundle that can be replaced", "lacks the key 'format'")
+    assert {path.name for path in (tmp_path / "full").iterdir()} == {"precious", "manifest.json"}
 
 
 def test_what_a_source_cannot_be(own_weights, tmp_path, command):

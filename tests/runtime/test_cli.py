@@ -229,7 +229,7 @@ def test_a_failing_disk_is_code_1(run: Run, tmp_path: Path, monkeypatch) -> None
 
     monkeypatch.setattr(os, "replace", full)
     code, _, err = run(*BALL, "--quiet")
-    assert code == 1 and err == "conceptmaster: error: [Errno 28] No space left on device\n"
+    assert code == 1 and err == "conceptmaster: error: [Errno 28] No space left on device: 'out.mp4'\n"
     assert {path.name for path in tmp_path.iterdir()} == {"ball.png", "cat.png"}
 
 
