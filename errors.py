@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class ConceptMasterError(Exception):
     """Base of the errors below. `str(error)` is one line that says what is wrong and what to do about it."""
@@ -54,3 +58,53 @@ class RequestWarning(UserWarning):
     """A request that can be honoured, but hardly as it is meant: it asks for what the bundle was not made
     for. `str(warning)` is one line that says what and what to do about it. With `strict` it is an InputError.
     """
+
+
+_NO_MEMORY = (
+    "bad_alloc",
+    "memoryerror",
+    "not enough memory",
+    "out of memory",
+    "outofmemory",
+    "t allocate memory",  # cannot, can't
+    "failed to allocate",
+    "failed to map segment",  # of a library that is loaded
+    "unable to allocate",
+    "failed to create thread",  # whose stack did not fit
+    "t start new thread",
+    "cannot allocate",
+    "cublas_status_alloc_failed",
+    "bfcarena",
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error of any library, or what caused it, says that memory was short. Few have a type for
+    it: ONNX Runtime's, PyTorch's on the CPU, the system's loader and Rust's say it in words."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, MemoryError):
+            return True
+        if isinstance(seen, OSError):  # its text may be a name that somebody chose
+            if seen.errno == errno.ENOMEM:
+                return True
+        elif not isinstance(seen, ConceptMasterError):
+            text = f"{type(seen).__name__} {seen}"[:2000].lower()
+            if any(words in text for words in _NO_MEMORY):
+                return True
+        seen = seen.__cause__ or seen.__context__
+    return False
+
+
+@contextmanager
+def memory_errors(doing: str) -> Iterator[None]:
+    """Whatever says in the block that memory is short becomes OutOfMemory; `doing`: what was tried."""
+    try:
+        yield
+    except ConceptMasterError:
+        raise
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        reason = " ".join(str(error).split())
+        raise OutOfMemory(f"out of memory while {doing}{reason and f' ({reason:.200})'}") from error

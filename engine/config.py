@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..errors import ConfigError
+from .checked import MOST, WIDEST, check_choice, check_entries, check_positive, check_types, is_whole, require
 
 ENCODERS = ("qformer", "mlp")
 BINDINGS = ("dam", "none", "concat_mlp", "self_attention")
@@ -16,25 +17,8 @@ PREDICTIONS = ("velocity", "sample")
 VAES = ("wan", "blocks")
 
 
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ConfigError(message)
-
-
-def _require_positive(owner: Any, *names: str) -> None:
-    for name in names:
-        value = getattr(owner, name)
-        _require(
-            isinstance(value, int) and not isinstance(value, bool) and value > 0,
-            f"{type(owner).__name__}.{name} must be a positive whole number, got {value!r}",
-        )
-
-
-def _require_choice(owner: Any, name: str, choices: tuple[str, ...]) -> None:
-    value = getattr(owner, name)
-    _require(
-        value in choices, f"{type(owner).__name__}.{name} must be one of {', '.join(choices)}, got {value!r}"
-    )
+MOST_TABLE = 2**25
+"""Numbers in a rotary table, and in the position channels; 81 frames of 832x480 need 4 million."""
 
 
 @dataclass(frozen=True)
@@ -70,31 +54,33 @@ class TransformerConfig:
 
     def __post_init__(self) -> None:
         """Raises ConfigError for a value that cannot be built."""
-        object.__setattr__(self, "patch_size", tuple(self.patch_size))
-        _require(
-            len(self.patch_size) == 3 and all(isinstance(p, int) and p > 0 for p in self.patch_size),
-            f"TransformerConfig.patch_size must be three positive whole numbers, got {self.patch_size!r}",
+        patch = self.patch_size
+        require(
+            isinstance(patch, (tuple, list)) and len(patch) == 3 and all(is_whole(p, 64) for p in patch),
+            f"TransformerConfig.patch_size must be three positive whole numbers, got {patch!r:.60}",
         )
-        _require_positive(
+        object.__setattr__(self, "patch_size", tuple(patch))
+        check_positive(
             self, "num_attention_heads", "attention_head_dim", "in_channels", "out_channels", "text_dim"
         )
-        _require_positive(self, "freq_dim", "ffn_dim", "num_layers", "rope_max_seq_len")
-        _require(
+        check_positive(self, "freq_dim", "ffn_dim", "num_layers", "rope_max_seq_len")
+        check_types(self)
+        require(
             self.attention_head_dim % 2 == 0 and self.attention_head_dim >= 6,
             "TransformerConfig.attention_head_dim must be even and at least 6 (rotary pairs for three axes), "
             f"got {self.attention_head_dim}",
         )
-        _require(self.freq_dim % 2 == 0, f"TransformerConfig.freq_dim must be even, got {self.freq_dim}")
-        _require(
-            isinstance(self.position_channels, int)
-            and self.position_channels >= 0
+        require(self.freq_dim % 2 == 0, f"TransformerConfig.freq_dim must be even, got {self.freq_dim}")
+        require(self.width <= WIDEST, f"heads of {self.width} channels together are more than {WIDEST}")
+        require(
+            is_whole(self.position_channels, MOST["position_channels"], 0)
             and self.position_channels % 6 == 0,
             "TransformerConfig.position_channels must be 0 or a multiple of 6 (sine, cosine; three axes), "
             f"got {self.position_channels!r}",
         )
-        _require_choice(self, "qk_norm", ("rms_norm_across_heads",))
-        _require_choice(self, "prediction", PREDICTIONS)
-        _require(self.eps > 0, f"TransformerConfig.eps must be positive, got {self.eps}")
+        check_choice(self, "qk_norm", ("rms_norm_across_heads",))
+        check_choice(self, "prediction", PREDICTIONS)
+        require(self.eps > 0, f"TransformerConfig.eps must be positive, got {self.eps}")
         self._check_pictures()
 
     def _check_pictures(self) -> None:
@@ -102,16 +88,16 @@ class TransformerConfig:
         if self.image_dim is None:
             for name in ("added_kv_proj_dim", "pos_embed_seq_len"):
                 value = getattr(self, name)
-                _require(value is None, f"TransformerConfig.{name} ({value!r}) needs an image_dim")
+                require(value is None, f"TransformerConfig.{name} ({value!r:.60}) needs an image_dim")
             return
-        _require_positive(self, "image_dim")
-        _require(
+        check_positive(self, "image_dim")
+        require(
             self.added_kv_proj_dim == self.width,
             f"TransformerConfig.added_kv_proj_dim must be the transformer's width ({self.width}) where there "
-            f"is an image_dim, got {self.added_kv_proj_dim!r}",
+            f"is an image_dim, got {self.added_kv_proj_dim!r:.60}",
         )
         if self.pos_embed_seq_len is not None:
-            _require_positive(self, "pos_embed_seq_len")
+            check_positive(self, "pos_embed_seq_len")
 
     @property
     def width(self) -> int:
@@ -151,25 +137,26 @@ class ConceptConfig:
 
     def __post_init__(self) -> None:
         """Raises ConfigError for a value that cannot be built."""
-        _require_positive(
+        check_positive(
             self, "max_concepts", "picture_size", "picture_tokens", "picture_dim", "label_tokens"
         )
-        _require_positive(self, "queries", "layers", "heads", "width")
-        _require_choice(self, "encoder", ENCODERS)
-        _require_choice(self, "binding", BINDINGS)
-        _require_choice(self, "injection", (*INJECTIONS, "none", "base"))
-        _require_choice(self, "given", FRAME_CONDITIONINGS)
-        _require(
+        check_positive(self, "queries", "layers", "heads", "width")
+        check_types(self)
+        check_choice(self, "encoder", ENCODERS)
+        check_choice(self, "binding", BINDINGS)
+        check_choice(self, "injection", (*INJECTIONS, "none", "base"))
+        check_choice(self, "given", FRAME_CONDITIONINGS)
+        require(
             (self.injection == "base") == (self.given != "none"),
             f"ConceptConfig.given must be 'none' unless the injection is 'base', and then not, got "
             f"{self.given!r} with {self.injection!r}",
         )
         places = {"first": 1, "first_last": 2}.get(self.given, self.max_concepts)
-        _require(
+        require(
             self.max_concepts == places,
             f"ConceptConfig.max_concepts must be {places} for {self.given!r}, got {self.max_concepts}",
         )
-        _require(
+        require(
             self.width % self.heads == 0,
             f"ConceptConfig.width ({self.width}) must be a multiple of ConceptConfig.heads ({self.heads})",
         )
@@ -226,15 +213,23 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         """Raises ConfigError where parts do not fit each other, or the video shape does not fit the VAE."""
-        _require_positive(self, "text_tokens", "frames", "height", "width")
-        _require(self.fps > 0, f"ModelConfig.fps must be positive, got {self.fps}")
+        check_types(self)
+        check_positive(self, "text_tokens", "frames", "height", "width")
+        require(0.01 <= self.fps <= MOST["fps"], f"ModelConfig.fps must be 0.01 to 1000, got {self.fps}")
+        require(isinstance(self.vae, dict), f"the vae must be an object, got {self.vae!r:.60}")
+        kind = self.vae.get("kind", "wan")
+        require(kind in VAES, f"vae['kind'] must be one of {', '.join(VAES)}, got {kind!r:.60}")
+        check_entries("text_encoder", self.text_encoder)
+        check_entries("image_encoder", self.image_encoder)
+        check_entries("vae of Wan's" if kind == "wan" else "vae of blocks", self.vae)
+        self._entry("text_encoder", "vocab_size")
         concept, transformer = self.concept, self.transformer
-        _require(
+        require(
             concept.label_tokens <= self.text_tokens,
             f"label_tokens ({concept.label_tokens}) must not exceed text_tokens ({self.text_tokens})",
         )
         self._match("text_encoder", "d_model", transformer.text_dim, "transformer.text_dim")
-        _require(
+        require(
             (concept.injection == "base") == (transformer.image_dim is not None),
             "concept.injection must be 'base' where there is a transformer.image_dim, and nowhere else, got "
             f"{concept.injection!r} with {transformer.image_dim!r}",
@@ -248,9 +243,16 @@ class ModelConfig:
         self._match("vae", "z_dim", transformer.out_channels, "transformer.out_channels")
         z = self._entry("vae", "z_dim")
         for name in ("latents_mean", "latents_std"):
-            _require(len(self._entry("vae", name)) == z, f"vae[{name!r}] must have z_dim ({z}) entries")
-        _require(all(s > 0 for s in self.vae["latents_std"]), "vae['latents_std'] must be positive")
-        object.__setattr__(self, "latent_shape", (z, *self._latent_grid()))
+            require(len(self._entry("vae", name)) == z, f"vae[{name!r}] must have z_dim ({z}) entries")
+        require(all(s > 0 for s in self.vae["latents_std"]), "vae['latents_std'] must be positive")
+        latents = self._latent_grid()
+        channels, head = transformer.position_channels, transformer.attention_head_dim
+        tokens = math.prod(n // p for n, p in zip(latents, transformer.patch_size, strict=True))
+        require(
+            max(channels * math.prod(latents), head * tokens) <= MOST_TABLE,
+            f"a video of {self.frames} frames of {self.width}x{self.height} is too large: {tokens} tokens",
+        )
+        object.__setattr__(self, "latent_shape", (z, *latents))
 
     @property
     def conditioning_channels(self) -> int:
@@ -269,7 +271,7 @@ class ModelConfig:
         self._match("image_encoder", width, concept.picture_dim, "concept.picture_dim")
         grid = concept.picture_size // self._entry("image_encoder", "patch_size")
         tokens = grid * grid + int(own)
-        _require(
+        require(
             concept.picture_tokens == tokens,
             f"concept.picture_tokens must be {tokens}, got {concept.picture_tokens}",
         )
@@ -279,65 +281,59 @@ class ModelConfig:
         concept, transformer = self.concept, self.transformer
         for name in ("picture_dim", "width"):
             value = getattr(concept, name)
-            _require(
+            require(
                 value == transformer.image_dim,
                 f"concept.{name} ({value}) must equal transformer.image_dim ({transformer.image_dim})",
             )
-        _require(self.vae.get("kind", "wan") == "wan", "an image-to-video base needs Wan's VAE")
+        require(self.vae.get("kind", "wan") == "wan", "an image-to-video base needs Wan's VAE")
         wanted = self._entry("vae", "z_dim") + self.conditioning_channels
-        _require(
+        require(
             transformer.in_channels == wanted,
             f"transformer.in_channels must be {wanted} for this VAE (noise, mask, pictures), got "
             f"{transformer.in_channels}",
         )
         tokens = transformer.pos_embed_seq_len
-        _require(
+        require(
             tokens is None or tokens == concept.concept_tokens,
             f"transformer.pos_embed_seq_len ({tokens}) must equal the pictures' tokens "
             f"({concept.concept_tokens})",
         )
         least = 1 + self._entry("vae", "scale_factor_temporal") * (concept.min_latent_frames - 1)
-        _require(
+        require(
             self.frames >= least,
             f"frames must be at least {least}, of which the pictures give some, got {self.frames}",
         )
 
     def _entry(self, part: str, name: str) -> Any:
         values = getattr(self, part)
-        _require(name in values, f"ModelConfig.{part} must have an entry {name!r}")
+        require(name in values, f"ModelConfig.{part} must have an entry {name!r}")
         return values[name]
 
     def _match(self, part: str, name: str, wanted: int, source: str) -> None:
         value = self._entry(part, name)
-        _require(value == wanted, f"{part}[{name!r}] ({value}) must equal {source} ({wanted})")
+        require(value == wanted, f"{part}[{name!r}] ({value}) must equal {source} ({wanted})")
 
     def _latent_grid(self) -> tuple[int, int, int]:
         time, space = self._entry("vae", "scale_factor_temporal"), self._entry("vae", "scale_factor_spatial")
-        kind = self.vae.get("kind", "wan")
-        _require(kind in VAES, f"vae['kind'] must be one of {', '.join(VAES)}, got {kind!r}")
-        if kind == "wan":
+        if self.vae.get("kind", "wan") == "wan":
             self._check_wan_vae(time, space)
         else:
             fold = self.vae.get("fold", 2)
-            _require(isinstance(fold, int) and fold > 0, f"vae['fold'] must be positive, got {fold!r}")
-            _require(
+            require(
                 space % fold == 0,
                 f"vae['scale_factor_spatial'] must be a multiple of its fold ({fold}), got {space}",
             )
             for name in ("width", "layers"):
-                value = self._entry("vae", name)
-                _require(
-                    isinstance(value, int) and value > 0, f"vae[{name!r}] must be positive, got {value!r}"
-                )
-        _require(
+                self._entry("vae", name)
+        require(
             (self.frames - 1) % time == 0, f"frames must be 1 plus a multiple of {time}, got {self.frames}"
         )
         for name in ("height", "width"):
             value = getattr(self, name)
-            _require(value % space == 0, f"{name} must be a multiple of {space}, got {value}")
+            require(value % space == 0, f"{name} must be a multiple of {space}, got {value}")
         grid = ((self.frames - 1) // time + 1, self.height // space, self.width // space)
         for size, patch in zip(grid, self.transformer.patch_size, strict=True):
-            _require(
+            require(
                 size % patch == 0,
                 f"the latents {grid} must divide into patches {self.transformer.patch_size}",
             )
@@ -345,12 +341,12 @@ class ModelConfig:
 
     def _check_wan_vae(self, time: int, space: int) -> None:
         built = 2 ** (len(self._entry("vae", "dim_mult")) - 1) * (self.vae.get("patch_size") or 1)
-        _require(
+        require(
             space == built,
             f"vae['scale_factor_spatial'] ({space}) must be {built} for these dim_mult and patch",
         )
         built = 2 ** sum(self._entry("vae", "temperal_downsample"))
-        _require(
+        require(
             time == built,
             f"vae['scale_factor_temporal'] ({time}) must be {built} for this temperal_downsample",
         )
@@ -365,18 +361,19 @@ class ModelConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> ModelConfig:
         """The inverse of `to_dict`. Raises ConfigError for unknown or missing entries as for wrong values."""
+        require(isinstance(values, dict), f"the configuration must be an object, got {values!r:.60}")
         values = dict(values)
         for name, part in (("transformer", TransformerConfig), ("concept", ConceptConfig)):
-            _require(isinstance(values.get(name), dict), f"the configuration must have an object {name!r}")
+            require(isinstance(values.get(name), dict), f"the configuration must have an object {name!r}")
             values[name] = _build(part, values[name])
         return _build(cls, values)
 
 
 def _build(cls: Any, values: dict[str, Any]) -> Any:
     fields = [f for f in dataclasses.fields(cls) if f.init]
-    unknown = set(values) - {f.name for f in fields}
-    _require(not unknown, f"{cls.__name__} has no field {', '.join(sorted(unknown))}")
+    unknown = sorted(set(values) - {f.name for f in fields})
+    require(not unknown, f"{cls.__name__} has no field {', '.join(unknown):.200}")
     needed = {f.name for f in fields if f.default is dataclasses.MISSING}
     missing = needed - set(values)
-    _require(not missing, f"{cls.__name__} needs the field {', '.join(sorted(missing))}")
+    require(not missing, f"{cls.__name__} needs the field {', '.join(sorted(missing))}")
     return cls(**values)

@@ -16,9 +16,11 @@ from typing import Any
 from torch import Tensor
 
 from ...errors import ConfigError, WeightsError
+from ...untrusted import parse_json
+from ..checked import check_types
 from ..config import ConceptConfig, ModelConfig
 from ..model import ConceptMaster
-from .safetensors_io import load, load_strict, save
+from .safetensors_io import check_strict, load, load_strict, on_meta, save
 
 FORMAT = "conceptmaster adapter 1"
 
@@ -72,8 +74,8 @@ def read_adapter(path: str | Path) -> Adapter:
     """Reads what `save_adapter` wrote. Raises FileNotFoundError, or WeightsError for any other file."""
     path = Path(path)
     tensors, metadata = load(path)
-    if metadata.get("format") != FORMAT:
-        raise WeightsError(f"{path} is no adapter: its format is {metadata.get('format')!r}, not {FORMAT!r}")
+    if (found := metadata.get("format")) != FORMAT:
+        raise WeightsError(f"{path} is no adapter: its format is {found!r:.80}, not {FORMAT!r}")
     try:
         concept = _entry(ConceptConfig, metadata, "concept")
         base = _entry(AdapterBase, metadata, "base")
@@ -104,9 +106,16 @@ def load_adapter(model: ConceptMaster, adapter: Adapter | str | Path) -> None:
 
 
 def check_base(adapter: Adapter, config: ModelConfig) -> None:
-    """Raises WeightsError, one line, unless the adapter is for a base like that of `config`."""
+    """Raises WeightsError, one line, unless the adapter is for a base like that of `config`, and has the
+    tensors that it says."""
     if differing := _differences(adapter.base, AdapterBase.of(config)):
         raise WeightsError(f"{adapter.path} is an adapter for another base than {config.name}: {differing}")
+    if adapter.concept == config.concept:  # then it is this that is built, at its full size
+        model = on_meta(ConceptMaster, config, adapter.path)
+        try:
+            check_strict(model, adapter.tensors, set(model.state_dict()) - adapter_keys(model))
+        except WeightsError as error:
+            raise WeightsError(f"{adapter.path}: {error}") from error
 
 
 def _differences(theirs: Any, ours: Any) -> str:
@@ -117,7 +126,9 @@ def _differences(theirs: Any, ours: Any) -> str:
 
 
 def _entry(kind: Any, metadata: dict[str, str], name: str) -> Any:
-    values = json.loads(metadata.get(name, "null"))
+    values = parse_json(metadata.get(name, "null"))
     if not isinstance(values, dict):
         raise ConfigError(f"no object {name!r}")
-    return kind(**values)
+    found = kind(**values)
+    check_types(found)
+    return found

@@ -6,7 +6,6 @@ they mean is wan.py's.
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -14,11 +13,14 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from ... import untrusted
 from ...errors import WeightsError
 from .lazy_weights import Stored
-from .safetensors_io import PICKLES, refuse_pickle, unreadable
+from .safetensors_io import PICKLES, check_file, refuse_pickle, some, unreadable
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[\w.-]{1,96}")
+LARGEST_INDEX = 16 * 2**20  # bytes
+MOST_SHARDS = 1000
 WEIGHTED = ("transformer", "vae", "text_encoder", "image_encoder")
 """The parts that have tensors; the last is optional."""
 TOKENIZER = "tokenizer/tokenizer.json"
@@ -82,12 +84,12 @@ def locate(place: str | Path, revision: str | None = None) -> Path:
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON file that holds an object. Raises WeightsError."""
-    if not path.is_file():
+    if not path.exists():
         raise WeightsError(f"{path} is missing")
     try:
-        values = json.loads(path.read_text("utf-8"))
-    except ValueError as error:  # also what is not UTF-8
-        raise WeightsError(f"{path} is not JSON: {error}") from error
+        values = untrusted.read_json(path, LARGEST_INDEX)
+    except (OSError, ValueError) as error:
+        raise WeightsError(f"{path} is not JSON that is read: {error}") from error
     if not isinstance(values, dict):
         raise WeightsError(f"{path} is not a JSON object")
     return values
@@ -104,15 +106,15 @@ def stored_tensors(part: Path) -> dict[str, Stored]:
         path = part / file
         found = read_header(path)
         if names is not None and set(found) != names:
-            wrong = ", ".join(sorted(set(found) ^ names))
+            wrong = some(sorted(set(found) ^ names))
             raise WeightsError(f"{path} and the index beside it do not agree on: {wrong}")
         tensors |= found
     return tensors
 
 
 def read_header(path: Path) -> dict[str, Stored]:
-    """The tensors of one file, where they lie. Raises WeightsError."""
-    refuse_pickle(path)
+    """The tensors of one file, where they lie. Raises WeightsError, FileNotFoundError."""
+    check_file(path)
     try:
         with safe_open(path, framework="pt") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
@@ -164,13 +166,15 @@ def _read_index(path: Path) -> dict[str, set[str]]:
     shards: dict[str, set[str]] = {}
     for name, file in entries.items():
         shards.setdefault(file, set()).add(name)
+    if len(shards) > MOST_SHARDS:
+        raise WeightsError(f"{path} names {len(shards)} files, more than {MOST_SHARDS}")
     # Names only: what is in another folder is not this part's, and a path could lead anywhere.
     outside = sorted(file for file in shards if not re.fullmatch(r"\w[\w.-]*", file))
     if outside:
-        raise WeightsError(f"{path} names files that are not in its folder: {', '.join(outside)}")
+        raise WeightsError(f"{path} names files that are not in its folder: {some(outside)}")
     for file in shards:
         refuse_pickle(path.parent / file)
     missing = sorted(file for file in shards if not (path.parent / file).is_file())
     if missing:
-        raise WeightsError(f"{path} names files that are missing: {', '.join(missing)}")
+        raise WeightsError(f"{path} names files that are missing: {some(missing)}")
     return shards

@@ -13,7 +13,6 @@ Letters: r rank, o and i a weight's rows and the size of each of them.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -26,6 +25,8 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import WeightsError
+from ...untrusted import parse_json, read_json
+from ..checked import is_number
 from .lazy_weights import stored_weights
 from .safetensors_io import load, some
 
@@ -85,6 +86,10 @@ _ENDINGS = {
 }
 
 
+_NAME, _NUMBERS = re.compile(r"[A-Za-z0-9_-]+"), (r"\d+", r"\d", "[0-9]+", "[0-9]")
+LARGEST_CONFIG, MOST_PATTERNS = 2**20, 4096  # bytes; entries of alpha_pattern
+
+
 @dataclass(frozen=True)
 class LoraReport:
     """What a merge did: the tensors that it changed, the ranks that occur (none for whole differences)."""
@@ -106,17 +111,40 @@ class _Part(NamedTuple):
     tensor: Tensor
 
 
+class _Pattern(NamedTuple):
+    """The end of a module's name, part by part; None is any number."""
+
+    parts: tuple[str | None, ...]
+
+    @classmethod
+    def read(cls, text: str) -> _Pattern:
+        """Of a key of PEFT's configuration. To PEFT it is any regular expression, of which there are some
+        that never end: here, names and numbers. Raises ValueError for anything else."""
+        parts = re.split(r"\\?\.", text)
+        if len(text) > 200 or not all(part in _NUMBERS or _NAME.fullmatch(part) for part in parts):
+            raise ValueError(f"{text!r:.80} is no module's name (in a pattern, only \\d+ is read)")
+        return cls(tuple(None if part in _NUMBERS else part for part in parts))
+
+    def ends(self, name: list[str]) -> bool:
+        """Whether the parts of a module's name end like this."""
+        end = name[-len(self.parts) :]
+        return len(end) == len(self.parts) and all(
+            there.isdecimal() if part is None else there == part
+            for part, there in zip(self.parts, end, strict=True)
+        )
+
+
 class _Alphas(NamedTuple):
     """What PEFT's configuration says of alpha; `default` None: nothing, then alpha is the rank."""
 
     default: float | None = None
-    patterns: tuple[tuple[str, float], ...] = ()
+    patterns: tuple[tuple[_Pattern, float], ...] = ()
     by_root: bool = False  # rsLoRA: alpha / sqrt(rank)
 
     def factor(self, name: str, rank: int) -> float:
         """What the product of a module's pair is multiplied with; `name` as in the file."""
-        matching = (alpha for pattern, alpha in self.patterns if re.fullmatch(rf"(.*\.)?({pattern})", name))
-        alpha = next(matching, self.default)
+        parts = name.split(".")
+        alpha = next((alpha for pattern, alpha in self.patterns if pattern.ends(parts)), self.default)
         return 1.0 if alpha is None else alpha / (math.sqrt(rank) if self.by_root else rank)
 
 
@@ -137,6 +165,7 @@ class _Delta(NamedTuple):
         fits = min(len(shape), up.ndim, down.ndim) > 1
         fits = fits and up.flatten(1).shape == (shape[0], down.shape[0])
         fits = fits and down.flatten(1).shape[1] == shape[1:].numel()
+        fits = fits and down.shape[0] <= max(shape[0], shape[1:].numel(), 1024)  # else it is no low rank
         return None if fits else f"{self.target} is {tuple(shape)}, {_described(self.up, self.down)}"
 
     def add_to(self, weight: Tensor, scale: float) -> None:
@@ -275,19 +304,25 @@ def _read_alphas(path: Path, metadata: Mapping[str, str]) -> _Alphas:
     source, text = f"the metadata of {path}", metadata.get("lora_adapter_metadata")
     beside = path.with_name("adapter_config.json")
     if text is None and path.name == "adapter_model.safetensors" and beside.is_file():
-        source, text = str(beside), beside.read_text("utf-8", errors="replace")
-    if text is None:
+        source, text = str(beside), None
+    elif text is None:
         return _Alphas()
     try:
+        values = parse_json(text) if text is not None else read_json(beside, LARGEST_CONFIG)
+        if not isinstance(values, dict):
+            raise ValueError("it is not an object")
         # A pipeline's file has every component's configuration, each under the component's name.
-        config = {key.removeprefix("transformer."): value for key, value in json.loads(text).items()}
-        patterns = {
-            re.compile(key).pattern: float(a) for key, a in (config.get("alpha_pattern") or {}).items()
-        }
-        default = float(config["lora_alpha"]) if "lora_alpha" in config else None
-    except (AttributeError, TypeError, ValueError, re.error) as error:
+        config = {key.removeprefix("transformer."): value for key, value in values.items()}
+        patterns = config.get("alpha_pattern") or {}
+        default = config.get("lora_alpha")
+        if not isinstance(patterns, dict) or len(patterns) > MOST_PATTERNS:
+            raise ValueError(f"alpha_pattern must be an object of at most {MOST_PATTERNS} entries")
+        if not all(map(is_number, [*patterns.values(), config.get("lora_alpha", 0)])):
+            raise ValueError("an alpha must be a finite number")
+        found = tuple((_Pattern.read(key), float(alpha)) for key, alpha in patterns.items())
+    except (OSError, ValueError) as error:
         raise WeightsError(f"{source} has no usable LoRA configuration: {error}") from error
-    return _Alphas(default, tuple(patterns.items()), bool(config.get("use_rslora")))
+    return _Alphas(None if default is None else float(default), found, bool(config.get("use_rslora")))
 
 
 def _check(path: Path, deltas: list[_Delta], state: Mapping[str, Tensor], unused: list[str]) -> None:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import shlex
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Callable, Iterable, Mapping, Set
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -15,13 +15,17 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ...errors import ConfigError, WeightsError
-from ...untrusted import shell_word
+from ...errors import ConfigError, WeightsError, is_out_of_memory
+from ...untrusted import open_plain, parse_json, shell_word
 from ..config import ModelConfig
 from ..model import ConceptMaster
 
 LFS = b"version https://git-lfs"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+LARGEST_HEADER = 16 * 2**20  # bytes; of the largest models it is one
+MOST_AXES = 8
+KINDS = "F64 F32 F16 BF16 F8_E4M3 F8_E5M2 I64 I32 I16 I8 U64 U32 U16 U8 BOOL".split()
+"""The dtypes that are read, as safetensors spells them."""
 CONVERT = (
     "import sys, torch, safetensors.torch as s; s.save_file({name: tensor.clone().contiguous() for name, "
     "tensor in torch.load(sys.argv[1], weights_only=True).items()}, sys.argv[2])"
@@ -41,6 +45,8 @@ class _Comparable(Protocol):
 
 
 _Shaped = TypeVar("_Shaped", bound=_Comparable)
+_Module = TypeVar("_Module")
+_Built = TypeVar("_Built", bound=nn.Module)
 
 
 def sha256(path: str | Path) -> str:
@@ -86,12 +92,49 @@ def unreadable(path: Path, error: Exception) -> WeightsError:
     """What to raise for a file that safetensors cannot read, `error`: it says what to do, as well."""
     advice = "it is cut off or damaged, fetch it again"
     try:
-        with path.open("rb") as file:
+        with open_plain(path) as file:
             if file.read(len(LFS)) == LFS:
                 advice = "it is Git LFS's pointer to the file, which `git lfs pull` fetches"
-    except OSError:
+    except (OSError, ValueError):
         advice = "it cannot be opened"
     return WeightsError(f"{path} is not a readable safetensors file, {advice}: {error}")
+
+
+def check_file(path: Path) -> None:
+    """Looks at a safetensors file's kind, size and header, before the library does.
+
+    Raises: FileNotFoundError; WeightsError, as `refuse_pickle` and `unreadable`, for what is no regular file,
+        and for a header that is cut off, large beyond reason, or lists a tensor that cannot be.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"no weights file at {path}")
+    refuse_pickle(path)
+    try:
+        with open_plain(path) as file:
+            size, length = os.fstat(file.fileno()).st_size, int.from_bytes(file.read(8), "little")
+            if size < 8 or length > size - 8:
+                raise ValueError(f"a header of {length} bytes does not fit into {size}")
+            if length > LARGEST_HEADER:
+                raise ValueError(f"a header of {length} bytes is beyond reason")
+            _check_header(parse_json(file.read(length)))
+    except (OSError, ValueError) as error:
+        raise unreadable(path, error) from error
+
+
+def _check_header(header: Any) -> None:
+    """Raises ValueError. Whether places fit the file, and each other, is what the library checks."""
+    if not isinstance(header, dict):
+        raise ValueError("its header is not an object")
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        shape = entry.get("shape") if isinstance(entry, dict) else None
+        if not isinstance(shape, list) or not all(type(size) is int and 0 <= size < 2**48 for size in shape):
+            raise ValueError(f"the tensor {name!r:.200} has no shape")
+        if len(shape) > MOST_AXES:
+            raise ValueError(f"the tensor {name!r:.200} has {len(shape)} axes, more than {MOST_AXES}")
+        if entry.get("dtype") not in KINDS:
+            raise ValueError(f"the tensor {name!r:.200} is of {entry.get('dtype')!r:.40}, which is not read")
 
 
 def load(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -100,9 +143,7 @@ def load(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     Raises FileNotFoundError, or WeightsError for a damaged file.
     """
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no weights file at {path}")
-    refuse_pickle(path)
+    check_file(path)
     try:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
@@ -158,6 +199,34 @@ def check_strict(
     return full
 
 
+def on_meta(build: Callable[[ModelConfig], _Module], config: ModelConfig, where: Path | str) -> _Module:
+    """What `build` makes of `config`, without memory for its weights. Raises ConfigError naming `where`."""
+    try:
+        with torch.device("meta"):
+            return build(config)
+    except (ImportError, MemoryError):
+        raise
+    except Exception as error:  # transformers and diffusers have types of their own for what they refuse
+        if is_out_of_memory(error):
+            raise
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"{where}: its configuration cannot be built: {reason:.300}") from error
+
+
+def built(
+    build: Callable[[ModelConfig], _Built], config: ModelConfig, state: Mapping[str, Tensor], path: Path
+) -> _Built:
+    """What `build` makes of `config`, with the weights `state` of the file `path`. There is no memory taken
+    for it before they are known to fit. Raises ConfigError, WeightsError that name `path`."""
+    try:
+        check_strict(on_meta(build, config, path), state)
+    except WeightsError as error:
+        raise WeightsError(f"{path}: {error}") from error
+    module = build(config)
+    load_strict(module, state)
+    return module
+
+
 def some(names: Iterable[str], most: int = 6) -> str:
     """The names, the first `most` of them and how many more there are."""
     names = list(names)
@@ -203,9 +272,7 @@ def load_model(path: str | Path) -> ConceptMaster:
             f"{path} has no model configuration in its metadata; it was not written by save_model"
         )
     try:
-        config = ModelConfig.from_dict(json.loads(metadata["config"]))
-    except (json.JSONDecodeError, ConfigError) as error:
+        config = ModelConfig.from_dict(parse_json(metadata["config"]))
+    except ValueError as error:  # ConfigError is one
         raise WeightsError(f"{path} has an unusable model configuration: {error}") from error
-    model = ConceptMaster(config)
-    load_strict(model, state)
-    return model.eval()
+    return built(ConceptMaster, config, state, Path(path)).eval()

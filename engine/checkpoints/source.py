@@ -22,7 +22,8 @@ import tokenizers
 import torch
 from torch import nn
 
-from ...errors import InputError, WeightsError
+from ...errors import ConfigError, InputError, WeightsError, memory_errors
+from ..checked import check_types
 from ..config import ModelConfig
 from ..model import ConceptMaster
 from ..presets import preset
@@ -32,7 +33,7 @@ from .adapter import check_base, load_adapter, read_adapter
 from .diffusers_folder import HUB_ID, TOKENIZER, files_of, is_folder, locate, read_json
 from .foreign import refuse_foreign
 from .lora import merge_lora
-from .safetensors_io import load, load_model, load_strict, sha256
+from .safetensors_io import built, load, load_model, sha256
 from .wan import load_base, load_base_vae, read_config, read_sampling
 
 if TYPE_CHECKING:
@@ -141,15 +142,16 @@ def open_source(
     if revision is not None:
         choices = dataclasses.replace(choices, revision=choices.revision or revision)
     try:
-        if is_base(place):
-            return _open_base(place, choices, tokenizer)
-        if str(place).startswith(PRESET):
+        with memory_errors("weights were read"):
+            if is_base(place):
+                return _open_base(place, choices, tokenizer)
+            if str(place).startswith(PRESET):
+                _no_choices(place, choices)
+                source = random_source(preset(str(place).removeprefix(PRESET)))
+                return dataclasses.replace(source, origin=Origin(str(place)))
+            refuse_foreign(Path(place))
             _no_choices(place, choices)
-            source = random_source(preset(str(place).removeprefix(PRESET)))
-            return dataclasses.replace(source, origin=Origin(str(place)))
-        refuse_foreign(Path(place))
-        _no_choices(place, choices)
-        return _open_trained(Path(place), tokenizer)
+            return _open_trained(Path(place), tokenizer)
     except InputError:
         raise
     except (ValueError, OSError, ImportError) as error:
@@ -182,11 +184,7 @@ def _open_trained(folder: Path, tokenizer: Path | None) -> Source:
     names = [name for name in (*FILES, DEFAULTS) if (folder / name).is_file()]
     origin = Origin(folder.resolve().name, {name: sha256(folder / name) for name in names})
     model = load_model(folder / FILES[0])
-    vae = build_vae(model.config)
-    try:
-        load_strict(vae, load(folder / FILES[1])[0])
-    except WeightsError as error:
-        raise WeightsError(f"{folder / FILES[1]}: {error}") from error
+    vae = built(build_vae, model.config, load(folder / FILES[1])[0], folder / FILES[1])
     text = _read_tokenizer(folder / FILES[2], tokenizer, model.config)
     return Source(model, vae, text, _sampling(folder / DEFAULTS), origin)
 
@@ -287,4 +285,9 @@ def _sampling(path: Path) -> Sampling:
     known = {entry.name for entry in dataclasses.fields(Sampling)}
     if set(given) - known:
         raise InputError(f"{str(path)!r} must be an object with entries out of {', '.join(sorted(known))}")
-    return dataclasses.replace(SAMPLING, **given)
+    try:
+        sampling = dataclasses.replace(SAMPLING, **given)
+        check_types(sampling)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+    return sampling

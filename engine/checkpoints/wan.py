@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ...errors import ConfigError, WeightsError
+from ..checked import MOST, WIDEST, is_number, is_whole
 from ..concepts import concept_binder, concept_encoder
 from ..config import ConceptConfig, ModelConfig, TransformerConfig
 from ..dit import ConceptDiT
@@ -27,15 +27,15 @@ from ..vae.wan_decoder import build_vae
 from .diffusers_folder import read_json, stored_tensors
 from .foreign import refuse_wan_names
 from .lazy_weights import settle, stream
+from .safetensors_io import on_meta
 from .wan_image_to_video import A2_FPS, A2_TRANSFORMER, is_a2, read_concept
 
 if TYPE_CHECKING:
     from ..vae.wan_decoder import VAE
 
-_Module = TypeVar("_Module")
-
 UNUSED = re.compile(r"blocks\.\d+\.attn2\.norm_added_q\.weight")
 
+WIDEST_NEW = 2048  # channels of a new adapter; CLIP's largest has 1280
 TEXT_TOKENS, FPS = 512, 16.0  # of every Wan2.1
 
 # What diffusers takes where a transformer's config.json leaves it out; the rest has the same default here.
@@ -113,17 +113,17 @@ def read_sampling(folder: Path) -> Sampling:
     path = folder / "scheduler" / "scheduler_config.json"
     values = read_json(path)
     kind = values.get("_class_name")
-    if kind not in SCHEDULERS:
-        raise ConfigError(f"{path}: the scheduler must be {' or '.join(SCHEDULERS)}, got {kind!r}")
+    if kind not in tuple(SCHEDULERS):  # a dictionary would want to hash it
+        raise ConfigError(f"{path}: the scheduler must be {' or '.join(SCHEDULERS)}, got {kind!r:.80}")
     solver, shift, wanted = SCHEDULERS[kind]
     for name, value in wanted.items():
         # where diffusers' own default is another, an entry that is left out is wrong, too
         default = {"prediction_type": "epsilon", "use_flow_sigmas": False}.get(name, value)
         if (found := values.get(name, default)) != value:
-            raise ConfigError(f"{path}: {name} must be {value!r} for the engine's solver, got {found!r}")
+            raise ConfigError(f"{path}: {name} must be {value!r} for the engine's solver, got {found!r:.80}")
     found = values.get(shift, 1.0)
-    if isinstance(found, bool) or not isinstance(found, (int, float)) or not found > 0:
-        raise ConfigError(f"{path}: {shift} must be a positive number, got {found!r}")
+    if not is_number(found) or not found > 0:
+        raise ConfigError(f"{path}: {shift} must be a positive number, got {found!r:.80}")
     return Sampling(solver, float(found))
 
 
@@ -182,7 +182,7 @@ def load_base(folder: Path, config: ModelConfig) -> ConceptMaster:
     Its concept part, if it has one, is new: it changes nothing in the video. Raises WeightsError that names
     the part and lists every tensor that is missing, unexpected or mis-shaped.
     """
-    model = _on_meta(ConceptMaster, config, folder)
+    model = on_meta(ConceptMaster, config, folder)
     _load(folder / "transformer", model.transformer)
     _load(folder / "text_encoder", model.text_encoder.model)
     if config.concept.takes_pictures:
@@ -195,21 +195,9 @@ def load_base(folder: Path, config: ModelConfig) -> ConceptMaster:
 
 def load_base_vae(folder: Path, config: ModelConfig) -> VAE:
     """The VAE of `folder`, in evaluation mode and float32 on the CPU. Raises as `load_base`."""
-    vae = _on_meta(build_vae, config, folder)
+    vae = on_meta(build_vae, config, folder)
     _load(folder / "vae", vae)
     return vae
-
-
-def _on_meta(build: Callable[[ModelConfig], _Module], config: ModelConfig, folder: Path) -> _Module:
-    """What `build` makes of `config`, without memory for its weights. Raises ConfigError."""
-    try:
-        with torch.device("meta"):
-            return build(config)
-    except ImportError:
-        raise
-    except Exception as error:  # transformers and diffusers have types of their own for what they refuse
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"{folder}: its configuration cannot be built: {reason}") from error
 
 
 def _load(part: Path, module: torch.nn.Module) -> None:
@@ -240,7 +228,7 @@ def _check_pipeline(folder: Path) -> None:
     for name in ("boundary_ratio", "expand_timesteps"):
         if values.get(name):
             raise ConfigError(
-                f"{folder}/model_index.json: {name} is {values[name]!r}, which cannot be honoured"
+                f"{folder}/model_index.json: {name} is {values[name]!r:.80}, which cannot be honoured"
             )
 
 
@@ -248,11 +236,11 @@ def _own(path: Path, kinds: tuple[str, ...], known: set[str]) -> dict[str, Any]:
     """The entries of a config.json of one of the classes `kinds`, all of which must be known or empty."""
     values = read_json(path)
     if (found := values.get("_class_name", kinds[0])) not in kinds:
-        raise ConfigError(f"{path}: the model must be a {' or '.join(kinds)}, got {found!r}")
+        raise ConfigError(f"{path}: the model must be a {' or '.join(kinds)}, got {found!r:.80}")
     values = {name: value for name, value in values.items() if not name.startswith("_")}
     for name, value in values.items():
         if name not in known and value is not None:
-            raise ConfigError(f"{path}: {name} is {value!r}, which the engine cannot honour")
+            raise ConfigError(f"{path}: {name} is {value!r:.80}, which the engine cannot honour")
     return {name: value for name, value in values.items() if name in known}
 
 
@@ -276,7 +264,7 @@ def _vae(folder: Path) -> dict[str, Any]:
     values = VAE_DEFAULTS | _own(path, ("AutoencoderKLWan",), {*VAE_DEFAULTS, *VAE_ONLY})
     for name in ("dim_mult", "temperal_downsample", "latents_mean", "latents_std", "attn_scales"):
         if not isinstance(values[name], list):
-            raise ConfigError(f"{path}: {name} must be a list, got {values[name]!r}")
+            raise ConfigError(f"{path}: {name} must be a list, got {values[name]!r:.80}")
     for name in ("z_dim", "base_dim", "num_res_blocks", "scale_factor_temporal", "scale_factor_spatial"):
         _require_size(path, name, values[name])
     return values
@@ -288,15 +276,16 @@ def _encoder(
     path = folder / part / "config.json"
     values = read_json(path)
     if values.get("model_type") != kind:
-        raise ConfigError(f"{path}: model_type must be {kind!r}, got {values.get('model_type')!r}")
+        raise ConfigError(f"{path}: model_type must be {kind!r}, got {values.get('model_type')!r:.80}")
     for name in sizes:
         _require_size(path, name, values.get(name))
     return {name: values[name] for name in (*sizes, *options) if name in values}
 
 
 def _require_size(path: Path, name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ConfigError(f"{path}: {name} must be a positive whole number, got {value!r}")
+    if not is_whole(value, most := MOST.get(name, WIDEST)):
+        what = f"a positive whole number of at most {most}"
+        raise ConfigError(f"{path}: {name} must be {what}, got {value!r:.80}")
 
 
 def _own_concept(
@@ -315,6 +304,8 @@ def _own_concept(
 def _new_concept(image_encoder: dict[str, Any]) -> ConceptConfig:
     """A new adapter's: as wide as the picture tokens, with heads of 64 where that divides."""
     width, side = image_encoder["projection_dim"], image_encoder["image_size"] // image_encoder["patch_size"]
+    if width > WIDEST_NEW:
+        raise ConfigError(f"an adapter as wide as the image_encoder's projection_dim, {width}, is too large")
     return ConceptConfig(
         picture_size=image_encoder["image_size"],
         picture_tokens=side * side,

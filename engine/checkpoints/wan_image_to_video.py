@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import ConfigError
+from ..checked import is_number
 from ..config import ConceptConfig, TransformerConfig
 from ..encoders import CLIP_MEAN, CLIP_STD
 from .diffusers_folder import read_json
@@ -81,21 +82,21 @@ def _check_processor(path: Path, size: int) -> None:
     }
     for name, value in wanted.items():
         if (found := values.get(name, value)) != value:
-            raise ConfigError(f"{path}: {name} must be {value!r}, got {found!r}")
+            raise ConfigError(f"{path}: {name} must be {value!r:.80}, got {found!r:.80}")
     sides = {"size": ({"shortest_edge": size}, size), "crop_size": ({"height": size, "width": size}, size)}
     for name, known in sides.items():
         if values.get(name, size) not in known:
             raise ConfigError(
-                f"{path}: {name} must be {known[0]} for this image_encoder, got {values[name]!r}"
+                f"{path}: {name} must be {known[0]} for this image_encoder, got {values[name]!r:.80}"
             )
     numbers = {"image_mean": CLIP_MEAN, "image_std": CLIP_STD, "rescale_factor": (1 / 255,)}
     for name, right in numbers.items():
         found = values.get(name, right)
         if not _close(found if isinstance(found, (list, tuple)) else [found], right):
-            raise ConfigError(f"{path}: {name} must be CLIP's {list(right)}, got {found!r}")
+            raise ConfigError(f"{path}: {name} must be CLIP's {list(right)}, got {found!r:.80}")
 
 
 def _close(found: Sequence[Any], right: Sequence[float]) -> bool:
     """Whether these are the right numbers, but for their last digits."""
-    numbers = len(found) == len(right) and all(isinstance(value, (int, float)) for value in found)
+    numbers = len(found) == len(right) and all(map(is_number, found))
     return numbers and all(math.isclose(a, b, rel_tol=1e-6) for a, b in zip(found, right, strict=True))

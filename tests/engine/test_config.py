@@ -68,7 +68,7 @@ def test_tokens_per_concept():
         ({"picture_dim": 8}, "projection_dim"),
         ({"frames": 6}, "1 plus a multiple of 4"),
         ({"height": 36}, "height must be a multiple of 8"),
-        ({"fps": 0.0}, "fps must be positive"),
+        ({"fps": 0.0}, "fps must be 0.01 to 1000"),
         ({"vae": {"z_dim": 4}}, "must have an entry 'latents_mean'"),
     ],
 )

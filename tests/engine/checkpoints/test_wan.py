@@ -179,7 +179,7 @@ def test_the_text_encoder_s_table_may_have_either_name(own, name):
         ("vae", {"latents_std": None}, "latents_std must be a list"),
         ("vae", {"z_dim": 16}, "must have z_dim|must equal"),
         ("text_encoder", {"model_type": "t5"}, "model_type must be 'umt5', got 't5'"),
-        ("text_encoder", {"d_ff": ...}, "d_ff must be a positive whole number, got None"),
+        ("text_encoder", {"d_ff": ...}, "d_ff must be a positive whole number of at most 262144, got None"),
         ("image_encoder", {"model_type": "clip"}, "must be 'clip_vision_model'"),
         ("image_encoder", {"projection_dim": 0}, "projection_dim must be a positive"),
     ],
