@@ -3,24 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from .runtime import cli
-from .runtime.commands import Command, in_module
+from .runtime import stop_signals
+
+if TYPE_CHECKING:
+    from .runtime.commands import Command
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command (sys.argv's if argv is None); returns 0, 1 failed, 2 wrong input, 130 interrupted."""
-    return cli.main(argv, COMMANDS)
+    """Runs one command and returns its exit code, see runtime/commands.py. argv: None for sys.argv's, and the
+    process ends with the program."""
+
+    def program() -> int:
+        from .runtime import cli  # here, so that an interrupt is looked after before more is loaded
+
+        return cli.main(argv, _exporting())
+
+    return stop_signals.guarded("conceptmaster", argv is None, program)
 
 
-def _exporting(name: str, summary: str, module: str = "cli") -> Command:
-    """The command `name`, from the functions add_NAME_arguments and run_NAME of export/`module`.py."""
-    return in_module(name, summary, f"{__package__}.export.{module}", "export", name.replace("-", "_"))
+def _exporting() -> list[Command]:
+    """The commands of export/: `name` from the functions add_NAME_arguments and run_NAME of a module."""
+    from .runtime.commands import in_module
 
-
-COMMANDS = (
-    _exporting("export", "turn weights into a bundle"),
-    _exporting("verify", "hold a bundle's graphs to the model they came from"),
-    _exporting("build", "build TensorRT engines from a bundle", "tensorrt_engines.cli"),
-    _exporting("export-triton", "write a model repository for NVIDIA's Triton server", "triton_server.cli"),
-)
+    commands = (
+        ("export", "turn weights into a bundle", "cli"),
+        ("verify", "hold a bundle's graphs to the model they came from", "cli"),
+        ("build", "build TensorRT engines from a bundle", "tensorrt_engines.cli"),
+        ("export-triton", "write a model repository for NVIDIA's Triton server", "triton_server.cli"),
+    )
+    return [
+        in_module(name, summary, f"{__package__}.export.{module}", "export", name.replace("-", "_"))
+        for name, summary, module in commands
+    ]

@@ -111,3 +111,8 @@ def memory_errors(doing: str) -> Iterator[None]:
             raise
         reason = " ".join(str(error).split())
         raise OutOfMemory(f"out of memory while {doing}{reason and f' ({reason:.200})'}") from error
+
+
+def how_to_install(*extras: str) -> str:
+    """The command that installs this project with these extras: no package index has it."""
+    return f"in the project's folder, pip install '.[{','.join(extras)}]'"

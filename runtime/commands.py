@@ -1,50 +1,50 @@
 """A program of several commands.
 
 Exit codes: 0 done; 1 failed (a damaged bundle, a missing package, a full disk); 2 wrong input; 130
-interrupted. Wrong input gives one line on standard error and nothing else, and no output is ever left half
-written.
+interrupted (Ctrl-C), 143 terminated; 141 nobody reads its output any more. Wrong input gives one line on
+standard error and nothing else, and no output is ever left half written.
 """
 
 from __future__ import annotations
 
 import argparse
+import difflib
 import importlib
 import logging
+import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from ..errors import ConceptMasterError, InputError, MissingDependency
+from ..errors import ConceptMasterError, InputError, MissingDependency, how_to_install
 from ..untrusted import printable
+from . import stop_signals, streams
 
 
 @dataclass(frozen=True)
 class Command:
     """A command: add_arguments(parser) declares its options and is called only when it is the one asked for;
-    run(args) does it and returns the exit code."""
+    run(args) does it and returns the exit code; extra: what brings the packages that it needs."""
 
     name: str
     help: str
     add_arguments: Callable[[argparse.ArgumentParser], None]
     run: Callable[[argparse.Namespace], int]
+    extra: str | None = None
 
 
 def in_module(name: str, help: str, module: str, extra: str | None = None, function: str = "") -> Command:
     """A command of a module's functions add_arguments and run, or add_FUNCTION_arguments and run_FUNCTION;
-    the module is imported only when the command is asked for; ``extra`` brings the packages it needs."""
+    the module is imported only when the command is asked for. What its help does without is best imported
+    by the functions that need it."""
     add, run = (f"add_{function}_arguments", f"run_{function}") if function else ("add_arguments", "run")
 
-    def find(function: str) -> Callable[[Any], Any]:
-        try:
-            return getattr(importlib.import_module(module), function)
-        except ModuleNotFoundError as error:
-            if extra is None or (error.name or "").partition(".")[0] == module.partition(".")[0]:
-                raise  # a file of ours is missing, which no extra brings
-            install = f"pip install 'conceptmaster[{extra}]'"
-            raise MissingDependency(f"`{name}` needs {error.name}: {install}") from error
+    def call(function: str, argument: Any) -> Any:
+        return getattr(importlib.import_module(module), function)(argument)
 
-    return Command(name, help, lambda parser: find(add)(parser), lambda args: find(run)(args))
+    return Command(name, help, lambda parser: call(add, parser), lambda args: call(run, args), extra)
 
 
 class Parser(argparse.ArgumentParser):
@@ -53,6 +53,13 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Raises InputError with argparse's message."""
         raise InputError(f"{message} (see {self.prog} --help)")
+
+    def unknown(self, arguments: Sequence[str]) -> NoReturn:
+        """Raises InputError for arguments that no option takes."""
+        name = arguments[0].partition("=")[0]
+        near = difflib.get_close_matches(name, self._option_string_actions, 1) if name[:1] == "-" else []
+        meant = f"; is {near[0]} meant?" if near else ""
+        self.error(f"unrecognized arguments: {' '.join(arguments)}{meant}")
 
 
 class _Printable(logging.Formatter):
@@ -68,49 +75,119 @@ def run_program(
 ) -> int:
     """Runs one command and returns its exit code, see the module's text.
 
-    Args: prog: how the program is called, its last part begins what it says; argv: the arguments, sys.argv's
-    if None.
+    Args: prog: how the program is called, its last part begins what it says; argv: the arguments. None:
+    sys.argv's, and the process ends with the program.
     """
-    arguments, name = list(sys.argv[1:] if argv is None else argv), prog.rpartition(".")[2]
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_Printable(f"{name}: %(levelname)s: %(message)s"))
-    log = logging.getLogger(__package__.partition(".")[0] if __package__ else None)
-    log.addHandler(handler)
-    message, code, level = "interrupted", 130, log.level
-    try:
-        args = _parser(prog, description, commands, arguments).parse_args(arguments)
-        if args.verbose:
-            log.setLevel(logging.INFO)
-        return args.run(args)
-    except ConceptMasterError as error:
-        message, code = str(error), error.exit_code
-    except MemoryError:
-        message, code = "out of memory", 1
-    except OSError as error:
-        message, code = str(error), 1
-    except KeyboardInterrupt:
-        pass
-    finally:  # the caller may be a program of its own, and call again
-        log.removeHandler(handler)
-        log.setLevel(level)
-    print(f"{name}: error: {printable(' '.join(message.split()))}", file=sys.stderr)
+    name, arguments = prog.rpartition(".")[2], list(sys.argv[1:] if argv is None else argv)
+    with stop_signals.raised(argv is None) as stops, streams.usable():
+        try:
+            try:
+                code = _run(prog, description, commands, arguments, name)
+            finally:  # also of --help, which ends in SystemExit
+                unwritten = streams.finish(sys.stdout)
+        except KeyboardInterrupt as stop:
+            message, code = str(stop) or "interrupted", getattr(stop, "exit_code", 130)
+        except ConceptMasterError as error:
+            message, code = str(error), error.exit_code
+        except MemoryError:
+            message, code = "out of memory", 1
+        except BrokenPipeError as error:  # its own output's, or a process's that it has started?
+            closed = unwritten or streams.finish(sys.stderr)
+            message, code = ("", streams.NOBODY_READS) if closed else (_reason(error), 1)
+        except OSError as error:
+            message, code = _reason(error), 1
+        except Exception:
+            if stops.last is None:
+                raise
+            message, code = "", 1  # it went through a library that makes its own error of it
+        else:
+            message = ""
+            if isinstance(unwritten, BrokenPipeError):
+                code = streams.NOBODY_READS
+            elif unwritten is not None:
+                message, code = f"cannot write to standard output: {unwritten.strerror}", 1
+        if stops.last is not None and code:
+            message, code = str(stops.last), stops.last.exit_code
+        if message:
+            with suppress(OSError):
+                print(f"{name}: error: {printable(' '.join(message.split()))}", file=sys.stderr)
+        streams.finish(sys.stderr)
     return code
 
 
-def _parser(
+def _run(
+    prog: str, description: str, commands: Sequence[Command], arguments: list[str], name: str
+) -> int:
+    """Parses the arguments and runs the command, with a log on standard error."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_Printable(f"{name}: %(levelname)s: %(message)s"))
+    handler.handleError = lambda record: None  # type: ignore[method-assign]  # standard error is full
+    log = logging.getLogger(__package__.partition(".")[0] if __package__ else None)
+    level = log.level
+    log.addHandler(handler)
+    try:
+        args = _parse(prog, description, commands, arguments)
+        if args.verbose:
+            log.setLevel(logging.INFO)
+        with _needing(args.asked):
+            return args.asked.run(args)
+    finally:  # the caller may be a program of its own, and call again
+        log.removeHandler(handler)
+        log.setLevel(level)
+
+
+@contextmanager
+def _needing(command: Command) -> Iterator[None]:
+    """Raises MissingDependency, which says how to install it, for a package that `command` lacks."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        ours = __name__.partition(".")[0]
+        if command.extra is None or (error.name or ours).partition(".")[0] == ours:
+            raise  # a file of ours is missing, which no extra brings
+        install = how_to_install(command.extra)
+        raise MissingDependency(f"`{command.name}` needs {error.name}: {install}") from error
+
+
+def _reason(error: OSError) -> str:
+    """What the system says, and of which file."""
+    if error.strerror is None:
+        return str(error)
+    files = [os.fsdecode(name) for name in (error.filename, error.filename2) if isinstance(name, str | bytes)]
+    return " → ".join(repr(file) for file in files) + (": " if files else "") + error.strerror
+
+
+def _parse(
     prog: str, description: str, commands: Sequence[Command], arguments: Sequence[str]
-) -> argparse.ArgumentParser:
-    """The parser; only the command that `arguments` begins with is filled in."""
+) -> argparse.Namespace:
+    """The arguments; of the commands only the one that they begin with is filled in."""
     from .. import __version__
 
-    parser = Parser(prog=prog, description=description, allow_abbrev=False)
+    asked = parser = Parser(prog=prog, description=description, allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"conceptmaster {__version__}")
     parser.set_defaults(verbose=False)
     choices = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, dest="command")
     for command in commands:
         raw = argparse.RawDescriptionHelpFormatter
         sub = choices.add_parser(command.name, help=command.help, allow_abbrev=False, formatter_class=raw)
-        sub.set_defaults(run=command.run)
+        sub.set_defaults(asked=command)
         if arguments and arguments[0] == command.name:
-            command.add_arguments(sub)
-    return parser
+            asked = sub
+            with _needing(command):
+                command.add_arguments(sub)
+    args, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        asked.unknown(unknown)
+    for text in _texts(list(vars(args).values())):
+        if "\0" in text:
+            raise InputError(f"the argument {text!r} holds a null byte")
+    return args
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Every string and path in what was parsed."""
+    if isinstance(value, str | os.PathLike):
+        yield str(value)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _texts(item)
