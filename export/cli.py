@@ -1,4 +1,5 @@
-"""The commands `conceptmaster export` and `conceptmaster verify`, for the root's cli.py."""
+"""The commands `conceptmaster export` and `conceptmaster verify`, for the root's cli.py. Their help needs no
+PyTorch: what does is imported when they run."""
 
 from __future__ import annotations
 
@@ -8,16 +9,17 @@ import os
 import re
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from ..engine.checkpoints.source import Choices, Source, loras_of, open_source
 from ..runtime.atomic_folder import check_target
-from ..runtime.backends.pytorch.weights import open_weights
 from ..runtime.bundle_format.find import Bundle
 from ..runtime.bundle_format.schema import SOLVERS
 from ..runtime.bundle_format.tensorrt_engines import bundle_files
 from ..runtime.progress import shown
-from .bundle import write_bundle
-from .verify import Row, table, verify
+
+if TYPE_CHECKING:
+    from ..engine.checkpoints.source import Choices, Source
+    from .verify import Row
 
 EXPORT = """\
 Turns weights into a bundle, which `conceptmaster generate` runs without PyTorch. Every graph is compared
@@ -90,6 +92,9 @@ def add_export_arguments(parser: argparse.ArgumentParser) -> None:
 def run_export(args: argparse.Namespace) -> int:
     """Writes a bundle; returns the exit code: 0, 1 failed, 2 wrong input."""
     check_target(Path(os.path.abspath(args.output)), bundle_files, replace=args.overwrite)
+    from ..engine.checkpoints.source import open_source
+    from .bundle import write_bundle
+
     choices = replace(_choices(args), size=args.size, frames=args.frames)
     source = _with_defaults(open_source(args.source, choices), args)
     rows = write_bundle(
@@ -122,6 +127,9 @@ def add_verify_arguments(parser: argparse.ArgumentParser) -> None:
 def run_verify(args: argparse.Namespace) -> int:
     """Compares a bundle with its source; returns the exit code: 0, 1 too far off, 2 wrong input."""
     bundle = Bundle.open(args.bundle).with_graphs()
+    from ..runtime.backends.pytorch.weights import open_weights
+    from .verify import verify
+
     source = open_weights(bundle, args.source, _choices(args), "--source")
     rows = verify(bundle, source, shown(args.quiet))
     _report(args, rows, {"bundle": args.bundle})
@@ -144,6 +152,8 @@ def _with_defaults(source: Source, args: argparse.Namespace) -> Source:
 
 
 def _choices(args: argparse.Namespace) -> Choices:
+    from ..engine.checkpoints.source import Choices, loras_of
+
     loras = loras_of(tuple(args.lora), tuple(args.lora_scale))
     return Choices(adapter=args.adapter, revision=args.revision, loras=loras)
 
@@ -167,8 +177,9 @@ def _add_output_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _report(args: argparse.Namespace, rows: list[Row], about: dict[str, str]) -> None:
+    from .verify import table
+
     if args.json:
         print(json.dumps(about | {"graphs": [asdict(row) | {"ok": row.ok} for row in rows]}))
     else:
         print(table(rows) if rows else f"{about['bundle']}: a manifest and a tokenizer, no graphs")
-

@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..errors import how_to_install
+
 try:
     import triton
     import triton.language as tl
@@ -284,7 +286,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) 
     if _launch is not None:
         return _launch(kernel, grid, *arguments, **options)
     if not INSTALLED:
-        raise RuntimeError("Triton is not installed: pip install 'conceptmaster[gpu]'")
+        raise RuntimeError(f"Triton is not installed: {how_to_install('gpu')}")
     device = arguments[0].device
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         kernel[grid](*arguments, **options)

@@ -92,7 +92,7 @@ def run_program(
         except MemoryError:
             message, code = "out of memory", 1
         except BrokenPipeError as error:  # its own output's, or a process's that it has started?
-            closed = unwritten or streams.finish(sys.stderr)
+            closed = unwritten or streams.nobody_reads()
             message, code = ("", streams.NOBODY_READS) if closed else (_reason(error), 1)
         except OSError as error:
             message, code = _reason(error), 1
@@ -115,9 +115,7 @@ def run_program(
     return code
 
 
-def _run(
-    prog: str, description: str, commands: Sequence[Command], arguments: list[str], name: str
-) -> int:
+def _run(prog: str, description: str, commands: Sequence[Command], arguments: list[str], name: str) -> int:
     """Parses the arguments and runs the command, with a log on standard error."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_Printable(f"{name}: %(levelname)s: %(message)s"))
@@ -137,13 +135,13 @@ def _run(
 
 
 @contextmanager
-def _needing(command: Command) -> Iterator[None]:
+def _needing(command: Command | None) -> Iterator[None]:
     """Raises MissingDependency, which says how to install it, for a package that `command` lacks."""
     try:
         yield
     except ModuleNotFoundError as error:
         ours = __name__.partition(".")[0]
-        if command.extra is None or (error.name or ours).partition(".")[0] == ours:
+        if command is None or command.extra is None or (error.name or ours).partition(".")[0] == ours:
             raise  # a file of ours is missing, which no extra brings
         install = how_to_install(command.extra)
         raise MissingDependency(f"`{command.name}` needs {error.name}: {install}") from error
@@ -163,21 +161,23 @@ def _parse(
     """The arguments; of the commands only the one that they begin with is filled in."""
     from .. import __version__
 
-    asked = parser = Parser(prog=prog, description=description, allow_abbrev=False)
+    sub = parser = Parser(prog=prog, description=description, allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"conceptmaster {__version__}")
     parser.set_defaults(verbose=False)
     choices = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, dest="command")
+    asked = None
     for command in commands:
         raw = argparse.RawDescriptionHelpFormatter
-        sub = choices.add_parser(command.name, help=command.help, allow_abbrev=False, formatter_class=raw)
-        sub.set_defaults(asked=command)
+        each = choices.add_parser(command.name, help=command.help, allow_abbrev=False, formatter_class=raw)
+        each.set_defaults(asked=command)
         if arguments and arguments[0] == command.name:
-            asked = sub
-            with _needing(command):
-                command.add_arguments(sub)
-    args, unknown = parser.parse_known_args(arguments)
+            asked, sub = command, each
+    with _needing(asked):
+        if asked is not None:
+            asked.add_arguments(sub)
+        args, unknown = parser.parse_known_args(arguments)
     if unknown:
-        asked.unknown(unknown)
+        sub.unknown(unknown)
     for text in _texts(list(vars(args).values())):
         if "\0" in text:
             raise InputError(f"the argument {text!r} holds a null byte")

@@ -6,12 +6,14 @@ import argparse
 import dataclasses
 import json
 import logging
+import os
 import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError
+from ..untrusted import LARGEST_JSON, parse_json
 
 if TYPE_CHECKING:
     import numpy as np
@@ -23,13 +25,14 @@ if TYPE_CHECKING:
 GENERATE = """\
 Generates a video in which every concept looks like its own picture.
 
-  conceptmaster generate --prompt "a ball rolls left and a cat runs up" \\
-      --concept ball ball.png --concept cat cat.png --seed 7 --output out.mp4 --sheet sheet.png
+  conceptmaster generate --seed 7 --output out.mp4 --sheet sheet.png \\
+      --prompt "a ball at the top left moves right and a cat on the right jumps, in a meadow" \\
+      --concept ball examples/pictures/ball.png --concept cat examples/pictures/cat.png
 """
 REQUEST = """\
 A request file is JSON; only "prompt" must be there, pictures are found beside the file:
-  {"prompt": "a ball rolls left", "concepts": [{"label": "ball", "image": "ball.png"}],
-   "negative": "", "steps": 20, "guidance": 2.5, "concept_guidance": null, "solver": "unipc",
+  {"prompt": "a ball in the middle falls down", "concepts": [{"label": "ball", "image": "ball.png"}],
+   "negative": "", "steps": 4, "guidance": 1.5, "concept_guidance": null, "solver": "unipc",
    "shift": 3.0, "seed": 7, "samples": 1}
 """
 
@@ -51,7 +54,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument(
         "--request",
         metavar="FILE.json",
-        help="all of it from a file, instead of the two above; the options below override it",
+        help="all of it from a file (-: standard input, pictures are found from here), instead of the two "
+        "above; the options below override it",
     )
     what.add_argument("--negative", metavar="TEXT", help="what the video should not be")
     how = parser.add_argument_group("how (left out: the bundle's defaults)")
@@ -213,10 +217,25 @@ def _request(args: argparse.Namespace) -> Request:
     if args.request is not None:
         if args.prompt is not None or args.concept is not None:
             raise InputError("--request already says what to show: leave out --prompt and --concept")
-        return dataclasses.replace(Request.from_json(args.request), **given)
+        asked = _from_standard_input() if args.request == "-" else Request.from_json(args.request)
+        return dataclasses.replace(asked, **given)
     if args.prompt is None:
         raise InputError("--prompt or --request is needed (see conceptmaster generate --help)")
     return Request(args.prompt, tuple(Concept(label, image) for label, image in args.concept or ()), **given)
+
+
+def _from_standard_input() -> Request:
+    from .request import Request
+
+    if sys.stdin is None:
+        raise InputError("--request -: standard input is closed")
+    try:
+        data = sys.stdin.buffer.read(LARGEST_JSON + 1)
+        if len(data) > LARGEST_JSON:
+            raise ValueError(f"is larger than {LARGEST_JSON} bytes")
+        return Request.from_data(parse_json(data), Path())
+    except ValueError as error:  # InputError is one
+        raise InputError(f"the request on standard input: {error}") from None
 
 
 def _outputs(args: argparse.Namespace, request: Request) -> tuple[list[Path], list[Path], Path | None]:
@@ -232,13 +251,13 @@ def _outputs(args: argparse.Namespace, request: Request) -> tuple[list[Path], li
     )
     frames = None if args.frames is None else check_output(Path(args.frames), (".npy",))
     written = [*outputs, *sheets, *([] if frames is None else [frames])]
-    places = [path.resolve() for path in written]
+    places = [os.path.realpath(path) for path in written]
     for path, place in zip(written, places, strict=True):
         if places.count(place) > 1:
             raise InputError(f"{str(path)!r} would be written twice: give every output its own name")
     read = [c.image for c in request.concepts if isinstance(c.image, (str, Path))]
     for given in (args.request, args.noise, *read):
-        if given is not None and Path(given).resolve() in places:
+        if given is not None and os.path.realpath(given) in places:
             raise InputError(f"{str(given)!r} is an input: writing there would destroy it")
     return outputs, sheets, frames
 

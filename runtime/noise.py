@@ -25,7 +25,8 @@ def from_array(noise: object, shape: tuple[int, ...], samples: int) -> list[np.n
     wanted = (samples, *shape)
     if noise.shape != wanted and not (samples == 1 and noise.shape == shape):
         raise InputError(f"noise must have the shape {list(wanted)}, not {list(noise.shape)}")
-    values = noise.reshape(wanted).astype(np.float32)
+    with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and is told below
+        values = noise.reshape(wanted).astype(np.float32)
     if not np.isfinite(values).all():
-        raise InputError("noise holds values that are infinite or not a number")
+        raise InputError("noise holds values that are not a number, or infinite in float32")
     return list(values)

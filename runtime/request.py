@@ -154,12 +154,19 @@ class Request:
         """
         path = Path(path)
         try:
-            data = read_json(path, pipes=True)
-            return cls(**_from_json(data, path.parent))
+            return cls.from_data(read_json(path, pipes=True), path.parent)
         except OSError as error:
             raise InputError(f"cannot read the request {str(path)!r}: {error.strerror}") from None
         except ValueError as error:  # InputError is one
             raise InputError(f"request {str(path)!r}: {error}") from None
+
+    @classmethod
+    def from_data(cls, data: Any, folder: Path) -> Request:
+        """The request that a parsed JSON value says, see `from_json`; images are found from `folder`.
+
+        Raises: ValueError for anything missing, unknown or wrong.
+        """
+        return cls(**_from_json(data, folder))
 
 
 def _from_json(data: Any, folder: Path) -> dict[str, Any]:
@@ -177,8 +184,9 @@ def _from_json(data: Any, folder: Path) -> dict[str, Any]:
     for concept in concepts:
         if not isinstance(concept, dict) or set(concept) != {"label", "image"}:
             raise ValueError('each concept must be {"label": ..., "image": ...}')
-        if not isinstance(concept["image"], str) or not concept["image"]:
-            raise ValueError("a concept's image must be a path")
+        image = concept["image"]
+        if not isinstance(image, str) or not image or "\0" in image:
+            raise ValueError(f"a concept's image must be a path, not {image!r:.60}")
     # null is the default, but for the prompt
     found = {key: value for key, value in data.items() if value is not None or key == "prompt"}
     return found | {"concepts": tuple(Concept(c["label"], folder / c["image"]) for c in concepts)}

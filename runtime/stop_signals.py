@@ -4,6 +4,7 @@ one line."""
 from __future__ import annotations
 
 import _thread
+import functools
 import signal
 import sys
 import threading
@@ -99,7 +100,11 @@ def raised(whole_process: bool) -> Iterator[Stops]:
 
 
 def _later(number: int) -> None:
-    timer = threading.Timer(AGAIN, _thread.interrupt_main, (number,))
+    """Sends the signal to the main thread once more; it also ends a wait there, but on Windows."""
+    send: Callable[[], object] = functools.partial(_thread.interrupt_main, signal.Signals(number))
+    if hasattr(signal, "pthread_kill"):
+        send = functools.partial(signal.pthread_kill, _thread.get_ident(), number)
+    timer = threading.Timer(AGAIN, send)
     timer.daemon = True
     timer.start()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import io
 import os
+import select
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -45,6 +46,20 @@ def finish(stream: TextIO) -> OSError | None:
     except ValueError:  # closed
         pass
     return None
+
+
+def nobody_reads() -> bool:
+    """Whether standard output or error is a pipe that nobody reads any more; what is left for it is
+    dropped."""
+    gone = []
+    for stream in (sys.stdout, sys.stderr):
+        unread = False
+        with suppress(OSError, ValueError, AttributeError):  # no file, closed, Windows
+            poll = select.poll()
+            poll.register(stream.fileno(), 0)
+            unread = any(event & select.POLLERR for _, event in poll.poll(0))
+        gone.append(isinstance(finish(stream), BrokenPipeError) or unread)
+    return any(gone)
 
 
 def _open_closed() -> None:

@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ... import untrusted
-from ...errors import WeightsError
+from ...errors import MissingDependency, WeightsError, how_to_install
 from .lazy_weights import Stored
 from .safetensors_io import PICKLES, check_file, refuse_pickle, some, unreadable
 
@@ -54,7 +54,7 @@ def locate(place: str | Path, revision: str | None = None) -> Path:
 
     Args: place: a path, or OWNER/NAME where no folder has that path; revision: a branch, tag or commit of the
         Hub. Its cache and its environment variables (HF_HOME, HF_HUB_OFFLINE, HF_TOKEN, …) are honoured.
-    Raises: WeightsError, one line; ImportError where huggingface_hub is needed and missing.
+    Raises: WeightsError, one line; MissingDependency where huggingface_hub is needed and missing.
     """
     path = Path(place)
     if path.is_dir():
@@ -69,8 +69,8 @@ def locate(place: str | Path, revision: str | None = None) -> Path:
     try:
         from huggingface_hub import snapshot_download
     except ModuleNotFoundError as error:
-        raise ImportError(
-            f"{place} is no folder, and the Hugging Face Hub needs: pip install 'conceptmaster[export]'"
+        raise MissingDependency(
+            f"{place} is no folder, and the Hugging Face Hub needs: {how_to_install('export')}"
         ) from error
     try:
         return Path(snapshot_download(str(place), revision=revision, allow_patterns=WANTED))

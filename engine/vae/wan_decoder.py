@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from ...errors import MissingDependency, how_to_install
 from ..config import ModelConfig
 from .block_vae import BlockVAE
 
@@ -25,7 +26,7 @@ VAE: TypeAlias = "AutoencoderKLWan | BlockVAE"
 def build_vae(config: ModelConfig) -> VAE:
     """The VAE of `config.vae` with random weights, in evaluation mode: AutoencoderKLWan or BlockVAE.
 
-    Raises ImportError that names what to install where diffusers is missing.
+    Raises MissingDependency that names what to install where diffusers is missing.
     """
     if config.vae.get("kind") == "blocks":
         return BlockVAE(**{name: value for name, value in config.vae.items() if name != "kind"}).eval()
@@ -34,7 +35,7 @@ def build_vae(config: ModelConfig) -> VAE:
     except ModuleNotFoundError as error:
         if error.name != "diffusers":
             raise
-        raise ImportError("the video VAE needs diffusers: pip install 'conceptmaster[export]'") from error
+        raise MissingDependency(f"the video VAE needs diffusers: {how_to_install('export')}") from error
     return AutoencoderKLWan(**config.vae).eval()
 
 

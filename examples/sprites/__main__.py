@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import sys
 
-from .cli import main
+from conceptmaster.runtime import stop_signals
+
+
+def program() -> int:
+    """Runs one command and returns its exit code."""
+    from .cli import main  # here, so that an interrupt is looked after before more is loaded
+
+    return main()
+
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(stop_signals.guarded("sprites", True, program))

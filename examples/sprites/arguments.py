@@ -70,10 +70,15 @@ def add_drawing(parser: argparse.ArgumentParser) -> None:
 
 def add_device(parser: argparse.ArgumentParser) -> None:
     """--device and --threads, for commands that train."""
+    parser.add_argument("--device", type=_device, default="", help="cpu or cuda (cuda where there is a GPU)")
+    parser.add_argument("--threads", type=int, help="CPU threads (as PyTorch has it)")
+
+
+def _device(name: str) -> str:
+    """`name`, or the device that is there: asked for when arguments are parsed, which their help is not."""
     import torch
 
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--threads", type=int, help="CPU threads (one per core)")
+    return name or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def set_threads(args: argparse.Namespace) -> None:

@@ -105,9 +105,14 @@ def _score(args: argparse.Namespace) -> int:
     return 0
 
 
-def _in_file(name: str, summary: str, folder: str, extra: str | None = None) -> Command:
-    """The command of the file of that name in ``folder``; ``extra`` brings the packages that it needs."""
-    return in_module(name, summary, f"{__package__}.{folder}.{name}", extra)
+def _in_file(name: str, summary: str, folder: str) -> Command:
+    """The command of the file of that name in ``folder``."""
+    return in_module(name, summary, f"{__package__}.{folder}.{name}")
+
+
+def _training(name: str, summary: str) -> Command:
+    """A command of training/cli.py."""
+    return in_module(name, summary, f"{__package__}.training.cli", "train", name)
 
 
 COMMANDS = (
@@ -116,7 +121,7 @@ COMMANDS = (
     _in_file("gate", "hold a bundle's score to the recorded baseline", "scoring"),
     _in_file("sweep", "score every solver, number of steps and guidance", "scoring"),
     _in_file("gallery", "show the first requests, and the worst", "scoring"),
-    _in_file("train", "train the shipped model from nothing", "training", "train"),
-    _in_file("variants", "train and score the paper's variants from one base", "training", "train"),
+    _training("train", "train the shipped model from nothing"),
+    _training("variants", "train and score the paper's variants from one base"),
     _in_file("curves", "draw the curves of a training", "training"),
 )

@@ -1,10 +1,18 @@
-"""``python -m conceptmaster.examples.stickers``: the open world's command line."""
+"""``python -m conceptmaster.examples.stickers``: the world's command line."""
 
 from __future__ import annotations
 
 import sys
 
-from .cli import main
+from conceptmaster.runtime import stop_signals
+
+
+def program() -> int:
+    """Runs one command and returns its exit code."""
+    from .cli import main  # here, so that an interrupt is looked after before more is loaded
+
+    return main()
+
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(stop_signals.guarded("stickers", True, program))

@@ -177,8 +177,8 @@ def _cell(share: float | None, error: float | None) -> str:
 
 COMMANDS = (
     Command("fetch", "fetch the picture sets and render them", _add_fetch, _fetch),
-    Command("train", "train the model", _add_train, _train),
-    Command("decoder", "train the VAE's network beside it", _add_decoder, _decoder),
-    Command("pack", "make a small checkpoint of a training", _add_pack, _pack),
-    Command("score", "measure whether a bundle binds pictures never trained on", _add_score, _score),
+    Command("train", "train the model", _add_train, _train, "train"),
+    Command("decoder", "train the VAE's network beside it", _add_decoder, _decoder, "train"),
+    Command("pack", "make a small checkpoint of a training", _add_pack, _pack, "train"),
+    Command("score", "measure whether a bundle binds pictures never trained on", _add_score, _score, "train"),
 )

@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from ...errors import ExportError, InputError, MissingDependency
+from ...errors import ExportError, InputError, MissingDependency, how_to_install
 from ..onnx_graphs.concept_node import DECOUPLED, INJECTION
 
 POINTERS = {"float32": "*fp32", "float16": "*fp16", "bfloat16": "*bf16"}
@@ -63,7 +63,7 @@ def compile_node(
     from ...kernels.common import INSTALLED, INTERPRETED, power_of_two
 
     if not INSTALLED:
-        raise MissingDependency("the plugin's kernel needs Triton: pip install 'conceptmaster[gpu]'")
+        raise MissingDependency(f"the plugin's kernel needs Triton: {how_to_install('gpu')}")
     if INTERPRETED:
         raise InputError("the plugin's kernel cannot be compiled while TRITON_INTERPRET is set")
     if width > MAX_WIDTH:

@@ -1,4 +1,5 @@
-"""The command `conceptmaster build`, for the root's cli.py."""
+"""The command `conceptmaster build`, for the root's cli.py. Its help needs neither PyTorch nor ONNX: what
+does is imported when it runs."""
 
 from __future__ import annotations
 
@@ -8,18 +9,17 @@ import re
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ...errors import InputError
 from ...runtime.bundle_format.find import Bundle
 from ...runtime.bundle_format.tensorrt_engines import FLAVORS, PRECISIONS, target_capability
 from ...runtime.progress import shown
 from ...runtime.request import Request
-from . import build, trtexec
-from .build import Preparation
-from .builder import Limits, gpu_capability
-from .builder_process import EngineSummary
-from .calibrate import Calibration, calibrate
-from .older_parsers import unknown_to
+
+if TYPE_CHECKING:
+    from .builder_process import EngineSummary
+    from .calibrate import Calibration
 
 BUILD = """\
 Builds TensorRT engines from a bundle's graphs, into BUNDLE/engines/. Build from an fp32 bundle: --precision
@@ -66,7 +66,6 @@ def run_build(args: argparse.Namespace) -> int:
     capability = None if args.target is None else target_capability(args.target)
     if args.workspace is not None and args.workspace < 1:
         raise InputError("--workspace is a number of megabytes, 1 at least")
-    limits = Limits(None if args.workspace is None else args.workspace << 20, args.level)
     if (args.dry_run or args.collect or args.trtexec_version is not None) and not args.trtexec:
         raise InputError("--dry-run, --collect and --trtexec-version go with --trtexec")
     if args.trtexec_version is not None and not re.fullmatch(r"\d+(\.\d+)+", args.trtexec_version):
@@ -76,6 +75,12 @@ def run_build(args: argparse.Namespace) -> int:
     if args.trtexec and args.flavor != "tensorrt":
         raise InputError("--trtexec builds with the full TensorRT: leave out --flavor, or --trtexec")
     bundle, show = Bundle.open(args.bundle).with_graphs(), shown(args.quiet)
+    from . import build, trtexec
+    from .build import Preparation
+    from .builder import Limits, gpu_capability
+    from .older_parsers import unknown_to
+
+    limits = Limits(None if args.workspace is None else args.workspace << 20, args.level)
     if not args.trtexec:
         target = build.find_target(args.flavor, capability)
         how = Preparation(args.precision, _calibration(args, bundle, target))
@@ -100,6 +105,9 @@ def run_build(args: argparse.Namespace) -> int:
 def _calibration(args: argparse.Namespace, bundle: Bundle, capability: int) -> Calibration | None:
     if args.precision != "fp8":
         return None
+    from . import build
+    from .calibrate import calibrate
+
     build.require_fp8(capability)
     request = None if args.request is None else Request.from_json(args.request)
     return calibrate(bundle, request, shown(args.quiet))
@@ -115,7 +123,9 @@ def _report(
         error = {} if calibration is None else {"fp8_error": calibration.error}
         print(json.dumps({"folder": str(folder), "engines": [asdict(one) for one in summaries]} | error))
         return 0
-    print(build.table(summaries))
+    from .build import table
+
+    print(table(summaries))
     if calibration is not None:
         print(_error_line(calibration))
     print(folder)

@@ -12,7 +12,7 @@ import importlib
 import inspect
 from typing import Any
 
-from ...errors import MissingDependency
+from ...errors import MissingDependency, how_to_install
 from ..onnx_graphs.concept_node import DECOUPLED, DOMAIN, INJECTION
 from .aot import SIZES, TENSORS, compile_node, tactics
 from .builder import gpu_capability
@@ -29,7 +29,7 @@ def register(trt: Any, capability: int | None = None) -> None:
     from ...kernels.common import INSTALLED
 
     if not INSTALLED:
-        raise MissingDependency("the plugin's kernel needs Triton: pip install 'conceptmaster[gpu]'")
+        raise MissingDependency(f"the plugin's kernel needs Triton: {how_to_install('gpu')}")
     try:
         plugins = importlib.import_module(f"{trt.__name__}.plugin")
     except ImportError as error:

@@ -14,7 +14,7 @@ Writes a model repository for NVIDIA's Triton Inference Server: a model for each
 them.
 
   conceptmaster export-triton my-bundle models
-  tritonserver --model-repository=models        # its Python needs `pip install conceptmaster`
+  tritonserver --model-repository=models        # its Python needs this project: pip install .
 """
 
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ...errors import BundleError, InputError, MissingDependency
+from ...errors import BundleError, InputError, MissingDependency, how_to_install
 from ..bundle_format import tensorrt_engines as stored
 from ..bundle_format.schema import TensorSpec
 
@@ -244,7 +244,7 @@ def _import(module: str, flavor: str) -> Any:
     except Exception as error:  # a wheel that is only a stub raises what it likes
         reason = " ".join(str(error).split())[:160]
         raise MissingDependency(
-            f"{module} does not load ({reason}): pip install 'conceptmaster[{stored.EXTRAS[flavor]}]'"
+            f"{module} does not load ({reason}): {how_to_install(stored.EXTRAS[flavor])}"
         ) from error
 
 

@@ -15,7 +15,7 @@ SHIPPED = Path(__file__).parents[1] / "bundles"  # the bundles that come with th
 
 @dataclass(frozen=True)
 class Bundle:
-    """A verified bundle. `folder` holds the files that `manifest` names."""
+    """A verified bundle. `folder`, an absolute path, holds the files that `manifest` names."""
 
     folder: Path
     manifest: Manifest
@@ -63,7 +63,7 @@ def _find(name_or_path: str | os.PathLike[str]) -> Path:
     folder = Path(name_or_path)
     try:
         if (folder / manifests.FILE_NAME).is_file():
-            return folder
+            return folder.absolute()  # found after os.chdir, too
         exists = folder.exists()
     except (OSError, ValueError):  # a name too long, or with a null byte
         exists = False

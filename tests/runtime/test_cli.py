@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -133,6 +132,32 @@ def test_a_request_file_and_flags_that_override_it(run: Run, tmp_path: Path) -> 
     assert json.loads(run(*common, "--seed", "5")[1])["seed"] == 5
 
 
+def test_a_request_on_standard_input(run: Run, bundle: Path, tmp_path: Path) -> None:
+    """Its pictures are found from here."""
+    request = {"prompt": "a cat", "concepts": [{"label": "cat", "image": "cat.png"}], "seed": 4}
+    arguments = ["generate", "--bundle", str(bundle), "--request", "-", "--quiet", "--json", "--threads", "1"]
+    for text, code, word in (
+        (json.dumps(request), 0, '"seed": 4'),
+        (json.dumps(request | {"seed": -1}), 2, "the request on standard input: seed must be"),
+        ("", 2, "the request on standard input: is not JSON"),
+    ):
+        done = subprocess.run(
+            [sys.executable, "-m", "conceptmaster", *arguments],
+            input=text,
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == code and word in done.stdout + done.stderr
+
+
+def test_a_bundle_by_a_relative_path_survives_chdir(bundle: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(bundle.parent)
+    pipeline = Pipeline.from_bundle(bundle.name, threads=1)
+    monkeypatch.chdir(tmp_path)
+    assert isinstance(pipeline("a ball rolls left", steps=1), Video)
+
+
 WRONG = [
     ((), "required: COMMAND"),
     (("dance",), "invalid choice: 'dance'"),
@@ -179,6 +204,20 @@ WRONG = [
     ((*BALL, "--noise", "archive.npz"), "not a .npy file"),
     ((*BALL, "--noise", "liar.npy"), "not a .npy file"),
     ((*BALL, "--noise", "n.npy"), "noise must have the shape"),
+    ((*BALL, "--noise", "large.npy"), "infinite in float32"),
+    ((*BALL, "--noise", "loop.png"), "symbolic links"),
+    ((*BALL, "--concept", "cat", "loop.png"), "symbolic links"),
+    ((*BALL, "--output", "loop.png"), "symbolic links"),
+    ((*BALL, "--sheet", "loop.png"), "symbolic links"),
+    ((*BALL, "--bundle", "loop.png"), "no bundle"),
+    (("generate", "--request", "loop.png"), "symbolic links"),
+    (("generate", "--request", "null.json"), "must be a path"),
+    (("inspect", "loop.png"), "no bundle"),
+    (("inspect", "a\0b"), "holds a null byte"),
+    ((*BALL, "--output", "a\0.mp4"), "holds a null byte"),
+    ((*BALL, "--concept", "cat", "\0"), "holds a null byte"),
+    ((*BALL, "--promt", "x"), "is --prompt meant? (see conceptmaster generate --help)"),
+    ((*BALL, "--threads", "100000"), "threads must be"),
     ((*BALL, "--quiet", "--progress"), "not allowed with"),
 ]
 
@@ -197,6 +236,10 @@ def test_wrong_input_is_one_line_and_code_2(
     Path("dir.mp4").mkdir()
     np.save("n.npy", np.zeros((1, 2, 3), np.float32))
     np.savez("archive.npz", np.zeros(3))
+    np.save("large.npy", np.full((4, 3, 2, 2), 1e300))
+    Path("null.json").write_text('{"prompt": "a", "concepts": [{"label": "a", "image": "a\\u0000.png"}]}')
+    Path("loop.png").symlink_to("loop2.png")
+    Path("loop2.png").symlink_to("loop.png")
     write_header("pickle.npy", "|O", (1,))
     write_header("liar.npy", "<f4", (1_000_000, 1_000_000, 1_000))
     before = sorted(tmp_path.rglob("*"))
@@ -229,7 +272,7 @@ def test_a_failing_disk_is_code_1(run: Run, tmp_path: Path, monkeypatch) -> None
 
     monkeypatch.setattr(os, "replace", full)
     code, _, err = run(*BALL, "--quiet")
-    assert code == 1 and err == "conceptmaster: error: [Errno 28] No space left on device: 'out.mp4'\n"
+    assert code == 1 and err == "conceptmaster: error: 'out.mp4': No space left on device\n"
     assert {path.name for path in tmp_path.iterdir()} == {"ball.png", "cat.png"}
 
 
@@ -289,42 +332,54 @@ def test_neither_import_nor_generate_loads_torch(bundle: Path, pictures, tmp_pat
     assert "out.mp4 (seed 0, enlarged 32 times)" in done.stdout and (tmp_path / "out.mp4").is_file()
 
 
-def test_interrupt_is_code_130_and_leaves_nothing(bundle: Path, tmp_path: Path) -> None:
-    arguments = [argument.replace("BUNDLE", str(bundle)) for argument in BALL]
-    process = subprocess.Popen(
-        [
-            sys.executable,
-            "-m",
-            "conceptmaster",
-            *arguments,
-            "--samples",
-            "64",
-            "--steps",
-            "1000",
-            "--progress",
-        ],
-        cwd=tmp_path,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        # What a shell starts in the background ignores interrupts, and so would its children.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+WITHOUT_TORCH = """
+import runpy, sys
+
+class Nothing:
+    def find_spec(self, name, path=None, target=None):
+        top = name.partition(".")[0]
+        if top in {"torch", "onnx", "onnxscript", "transformers", "diffusers", "safetensors", "matplotlib"}:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Nothing())
+runpy.run_module(sys.argv.pop(1), run_name="__main__", alter_sys=True)
+"""
+
+
+def without_torch(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """A program where only what generating needs is installed."""
+    return subprocess.run(
+        [sys.executable, "-c", WITHOUT_TORCH, *arguments], cwd=folder, capture_output=True, text=True
     )
-    assert process.stderr is not None
-    while not (text := process.stderr.read1(4096)).strip().startswith(b"steps"):
-        assert text, "it ended before it began"
-    time.sleep(0.3)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=30)
-    assert process.returncode == 130
-    last = err.decode().replace("\r", "\n").splitlines()[-1]
-    assert last.strip() == "conceptmaster: error: interrupted"
-    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("command", ["export", "verify", "build", "export-triton"])
+def test_help_needs_no_torch(tmp_path: Path, command: str) -> None:
+    done = without_torch(tmp_path, "conceptmaster", command, "--help")
+    assert (done.returncode, done.stderr) == (0, "") and f"usage: conceptmaster {command}" in done.stdout
+
+
+@pytest.mark.parametrize("command", ["export", "verify", "build"])
+def test_wrong_arguments_are_told_before_torch_is_missed(tmp_path: Path, command: str) -> None:
+    done = without_torch(tmp_path, "conceptmaster", command, "none", "--outptu", "x")
+    assert done.returncode == 2 and f"(see conceptmaster {command} --help)" in done.stderr
+    if command != "export":
+        done = without_torch(tmp_path, "conceptmaster", command, "none")
+        assert done.returncode == 2 and "no bundle 'none'" in done.stderr
 
 
 def test_commands_that_need_torch_say_so_without_it(tmp_path: Path) -> None:
-    code = (
-        "import sys; sys.modules['torch'] = None; import conceptmaster.cli as c; sys.exit(c.main(['export']))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    done = without_torch(tmp_path, "conceptmaster", "export", "preset:tiny", "--output", "x")
     assert done.returncode == 1 and done.stderr.count("\n") == 1
-    assert "pip install 'conceptmaster[export]'" in done.stderr
+    assert done.stderr.endswith("in the project's folder, pip install '.[export]'\n")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_nothing_tells_to_install_this_project_from_an_index() -> None:
+    """It is in none."""
+    root = Path(__file__).resolve().parents[2]
+    files = [*root.glob("*.md"), *root.glob("*.py")]
+    for folder in ("docs", "kernels", "engine", "export", "runtime", "benchmarks", "examples"):
+        files += [path for end in ("md", "py") for path in (root / folder).rglob(f"*.{end}")]
+    wrong = re.compile(r"pip install ['\"]?conceptmaster")
+    assert [str(path) for path in files if wrong.search(path.read_text("utf-8"))] == []

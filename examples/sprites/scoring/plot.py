@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from conceptmaster.errors import MissingDependency
+from conceptmaster.errors import MissingDependency, how_to_install
 from conceptmaster.runtime.atomic_write import replacing
 
 from .measures import MEASURES
@@ -26,7 +26,7 @@ def import_matplotlib() -> Any:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise MissingDependency("a plot needs matplotlib: pip install 'conceptmaster[dev]'") from error
+        raise MissingDependency(f"a plot needs matplotlib: {how_to_install('dev')}") from error
     return Figure
 
 

@@ -14,20 +14,20 @@ from pathlib import Path
 from typing import Any
 
 from conceptmaster.engine.checkpoints.safetensors_io import load_model, save_model
-from conceptmaster.engine.config import BINDINGS, ENCODERS, INJECTIONS, ModelConfig
+from conceptmaster.engine.config import ModelConfig
 from conceptmaster.engine.presets import preset
 from conceptmaster.engine.vae.block_vae import BlockVAE
 from conceptmaster.errors import InputError, WeightsError
 
-from ..arguments import add_device, add_drawing, add_options, check_counts, options_from, set_threads
+from ..arguments import check_counts, options_from, set_threads
 from ..world.vocabulary import build_tokenizer
 from .clip_arrays import draw_videos
 from .drawn import Drawing, DrawnPool, judging_pool
 from .learning import CheckpointError
-from .train_model import TrainOptions, train_model
+from .options import TrainOptions
+from .train_model import train_model
 from .train_vae import ANALYSED, VAEOptions, analyse, load_vae, new_vae, train_vae, write_vae
 
-STAGES = ("vae", "model")
 DEFAULTS = {
     "solver": "unipc",
     "steps": 4,
@@ -36,23 +36,6 @@ DEFAULTS = {
     "concept_guidance": None,
     "negative": "",
 }
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of ``train``."""
-    parser.add_argument("--output", required=True, type=Path, help="folder for checkpoints and weights")
-    parser.add_argument(
-        "--stages", nargs="+", choices=STAGES, default=list(STAGES), help="which stages to run (all)"
-    )
-    parser.add_argument("--start", type=Path, help="weights folder to go on from, with a fresh optimizer")
-    parser.add_argument("--vae-steps", type=int, default=6000, help="steps of the VAE's network (6000)")
-    parser.add_argument("--vae-batch-size", type=int, default=16, help="clips in such a step (16)")
-    add_options(parser, TrainOptions, picture_steps=None, caption_steps=None)
-    parser.add_argument("--encoder", choices=ENCODERS, default="qformer")
-    parser.add_argument("--binding", choices=BINDINGS, default="dam")
-    parser.add_argument("--injection", choices=INJECTIONS, default="standalone")
-    add_drawing(parser)
-    add_device(parser)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -11,8 +11,7 @@ shipped.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -24,9 +23,7 @@ from conceptmaster.engine.checkpoints.safetensors_io import save_model
 from conceptmaster.engine.config import ModelConfig
 from conceptmaster.engine.dit import MIN_SIGMA
 from conceptmaster.engine.model import ConceptMaster
-from conceptmaster.errors import InputError
 
-from ..arguments import check_counts, check_shares, option
 from .attention import cheapest_attention
 from .batches import KEEP_ALL, Batch, Dropped, Pool
 from .drawn import DrawnPool
@@ -34,12 +31,11 @@ from .heads import LayoutHead, StoryHead, coverage_loss
 from .learning import Average, MuonAdamW, autocast, saved_progress
 from .loop import Log, LoopOptions, log_to, random_of, train
 from .noising import DECOY_HELD, HELD_SIGMA, decoy_noise, normal, random_sigma
+from .options import TrainOptions
 from .starting import start_from
 from .train_captions import learn_captions
 from .train_pictures import PictureHeads, PictureOptions, Sight, TraitHead, learn_pictures, trait_losses
 
-FROZEN = ("text_encoder", "image_encoder", "qformer")
-"""Parts that the last stage may leave as they are."""
 REFRESHED = 100
 """Steps after which the pool draws new clips."""
 PICTURES = 128
@@ -62,45 +58,6 @@ ADAM_NAMES = (
     "places",
 )
 """Tables and embeddings, which AdamW trains."""
-
-
-@dataclass(frozen=True)
-class TrainOptions:
-    """How the model is trained. start: a ``model.safetensors`` to go on from, with fresh heads and optimizer;
-    lr: Muon's, for matrices; freeze: of ``FROZEN``, as the paper freezes T5 and CLIP. Raises InputError."""
-
-    steps: int = option(4000, "steps of model training")
-    picture_steps: int = option(0, "steps on pictures alone, first (1500; with --start 0)")
-    caption_steps: int = option(0, "steps on captions alone, second (550; with --start 0)")
-    batch_size: int = option(32, "clips in a step")
-    seed: int = option(0, "of weights and batches")
-    device: str = "cpu"
-    lr: float = option(0.012, "Muon's learning rate, AdamW takes an eighth of it")
-    log_every: int = option(100, "steps between lines of the log, of which every fifth brings a checkpoint")
-    start: Path | None = None
-    freeze: Sequence[str] = option(
-        (),
-        f"leave parts as they are in the last stage, of {', '.join(FROZEN)} (none)",
-        nargs="+",
-        choices=FROZEN,
-        type=str,
-        metavar="PART",
-    )
-    decoys: float = option(0.0, "share of clips that go on from their decoy")
-    foreign: float = option(0.0, "share of pictures that show the look on another noun")
-    minutes: float | None = option(
-        None, "train for so long, whatever number of steps that is (not: by steps)"
-    )
-    compile: bool = option(False, "compile the transformer first: a minute, then faster steps")
-
-    def __post_init__(self) -> None:
-        check_counts(self, "steps", "batch_size", "log_every")
-        check_counts(self, "picture_steps", "caption_steps", least=0)
-        check_shares(self, "decoys", "foreign")
-        if not 0 < self.lr < 1:
-            raise InputError(f"--lr must lie between 0 and 1, got {self.lr}")
-        if self.minutes is not None and not self.minutes > 0:
-            raise InputError(f"--minutes must be above 0, got {self.minutes}")
 
 
 class Trainee(nn.Module):

@@ -12,12 +12,10 @@ the command may be stopped at any moment and goes on when it is given again.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import platform
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,25 +33,21 @@ from conceptmaster.export.bundle import write_bundle
 from conceptmaster.runtime.atomic_write import replacing
 
 from ..arguments import (
-    add_device,
-    add_drawing,
-    add_options,
     check_counts,
     options_from,
-    seed_range,
     set_threads,
 )
 from ..scoring.reports import percent, write_json
 from ..scoring.score import Options, score
 from .drawn import Drawing, DrawnPool, judging_pool
+from .options import TrainOptions
 from .train import collect
-from .train_model import TrainOptions, train_model
+from .train_model import train_model
 from .train_vae import load_vae
+from .variant_list import FIELDS, VARIANTS, Variant
 
 CONCEPTS = 2
 """Concepts of every request that is scored."""
-FIELDS = ("encoder", "binding", "injection")
-"""The fields of ``ConceptConfig`` in which variants differ."""
 SCORES = {"different_nouns": False, "same_noun": True}
 """The two scores of a run, by whether the concepts of a request share their noun."""
 COLUMNS = {
@@ -70,53 +64,6 @@ SECTIONS = {2: "How concepts enter the transformer", 3: "How pictures are bound 
 
 Report = dict[str, Any]
 """The content of a run's ``score.json``."""
-
-
-@dataclass(frozen=True)
-class Variant:
-    """A row: its name in folders and arguments, its title, the paper's tables that it stands in, the DINO-I
-    that it has there, and the fields of ``ConceptConfig`` in which it may differ from ours."""
-
-    name: str
-    title: str
-    tables: tuple[int, ...]
-    dino_i: float
-    encoder: str = "qformer"
-    binding: str = "dam"
-    injection: str = "standalone"
-
-    def config(self, base: ModelConfig) -> ModelConfig:
-        """The model of this variant, all else as in a base."""
-        concept = {name: getattr(self, name) for name in FIELDS}
-        return dataclasses.replace(base, concept=dataclasses.replace(base.concept, **concept))
-
-
-OURS = Variant("ours", "standalone, with DAM", (2, 3), 0.623)
-VARIANTS = (
-    Variant("merged", "joined to the caption", (2,), 0.367, injection="merged"),
-    Variant("shared_query", "the caption's query, own keys", (2,), 0.402, injection="shared_query"),
-    Variant("no_qformer", "without Q-Former", (3,), 0.277, encoder="mlp"),
-    Variant("no_dam", "without DAM", (3,), 0.394, binding="none"),
-    Variant("concat_mlp", "joined along channels", (3,), 0.546, binding="concat_mlp"),
-    Variant("self_attention", "added, then attention within the pair", (3,), 0.581, binding="self_attention"),
-    OURS,
-)
-"""In the paper's order; ours stands last in both tables."""
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of ``variants``."""
-    names = [variant.name for variant in VARIANTS]
-    parser.add_argument("--base", required=True, type=Path, help="weights folder to start all from")
-    parser.add_argument("--output", required=True, type=Path, help="folder for checkpoints and results")
-    add_options(parser, TrainOptions, "steps", "batch_size", "lr", steps=400)
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1], help="of the trainings (0 1)")
-    parser.add_argument("--only", nargs="+", choices=names, default=names, help="which variants to run (all)")
-    parser.add_argument(
-        "--score-seeds", type=seed_range, default=range(64), metavar="A:B", help="of the requests (0:64)"
-    )
-    add_drawing(parser)
-    add_device(parser)
 
 
 def run(args: argparse.Namespace) -> int:

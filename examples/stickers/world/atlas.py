@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from conceptmaster.errors import InputError, MissingDependency
+from conceptmaster.errors import InputError, MissingDependency, how_to_install
 
 from .nouns import Noun, nouns_of
 from .sets import SETS, fetch, read
@@ -131,9 +131,7 @@ def renderer() -> Callable[[str], Image.Image]:
     try:
         import resvg_py
     except ImportError:
-        raise MissingDependency(
-            "pictures are rendered with resvg: pip install 'conceptmaster[stickers]'"
-        ) from None
+        raise MissingDependency(f"pictures are rendered with resvg: {how_to_install('stickers')}") from None
 
     def render(svg: str) -> Image.Image:
         packed = resvg_py.svg_to_bytes(

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from ....errors import InputError, MissingDependency, OutOfMemory
+from ....errors import InputError, MissingDependency, OutOfMemory, how_to_install
 from ...bundle_format.graph_list import BY_NAME, EACH_STEP, FIRST_FRAME, LATER_FRAMES, STEP_GRAPH, upstream
 from . import memory_plan
 from .options import TorchOptions
@@ -32,8 +32,7 @@ try:
     from .weights import count_weights, open_weights
 except ImportError as error:
     raise MissingDependency(
-        f"the torch backend does not load ({error}): pip install 'conceptmaster[export]', for a GPU "
-        "'conceptmaster[export,gpu]'"
+        f"the torch backend does not load ({error}): {how_to_install('export')}; for a GPU '.[export,gpu]'"
     ) from error
 
 if TYPE_CHECKING:

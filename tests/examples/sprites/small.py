@@ -8,7 +8,8 @@ import numpy as np
 
 from conceptmaster.engine.config import ModelConfig
 from conceptmaster.engine.presets import preset
-from conceptmaster.examples.sprites.training.train_model import TrainOptions, train_model
+from conceptmaster.examples.sprites.training.options import TrainOptions
+from conceptmaster.examples.sprites.training.train_model import train_model
 from conceptmaster.examples.sprites.world.scenes import PERIODS
 
 CLIPS = 12

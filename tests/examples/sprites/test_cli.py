@@ -105,7 +105,10 @@ def test_training_names_the_extra_it_needs(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 1
-    assert done.stderr == "sprites: error: `train` needs torch: pip install 'conceptmaster[train]'\n"
+    assert (
+        done.stderr
+        == "sprites: error: `train` needs torch: in the project's folder, pip install '.[train]'\n"
+    )
 
 
 def test_drawing_and_scoring_load_no_torch(tmp_path: Path) -> None:

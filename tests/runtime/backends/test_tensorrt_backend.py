@@ -299,9 +299,7 @@ def test_engines_of_other_weights_beside_the_same_graph_are_refused(folder, cuda
     with pytest.raises(
         BundleError, match="denoise.engine' was built from another denoise than this bundle's"
     ):
-        changed = dataclasses.replace(
-            bundle.manifest, graphs=bundle.manifest.graphs | {"denoise": other[0]}
-        )
+        changed = dataclasses.replace(bundle.manifest, graphs=bundle.manifest.graphs | {"denoise": other[0]})
         stored.choose(Bundle(folder, changed), "tensorrt", "11.4.0", CAPABILITY)
 
 
@@ -346,7 +344,7 @@ def test_without_a_gpu_it_is_told(folder, cuda, monkeypatch):
 
 def test_without_the_libraries_the_extra_is_named(folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorrt", None)
-    with pytest.raises(MissingDependency, match=r"pip install 'conceptmaster\[tensorrt\]'"):
+    with pytest.raises(MissingDependency, match=r"pip install '.\[tensorrt\]'"):
         open_backend(Bundle.open(folder), "tensorrt", None)
 
 

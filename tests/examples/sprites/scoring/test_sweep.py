@@ -252,5 +252,8 @@ def test_a_missing_matplotlib_is_named_before_the_sweep(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 1
-    assert done.stderr == "sprites: error: a plot needs matplotlib: pip install 'conceptmaster[dev]'\n"
+    assert (
+        done.stderr
+        == "sprites: error: a plot needs matplotlib: in the project's folder, pip install '.[dev]'\n"
+    )
     assert list(tmp_path.iterdir()) == []

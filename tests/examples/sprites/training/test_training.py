@@ -35,6 +35,7 @@ from conceptmaster.examples.sprites.training import (
     train_vae,
 )
 from conceptmaster.examples.sprites.training import train as train_stages
+from conceptmaster.examples.sprites.training.cli import add_train_arguments
 from conceptmaster.examples.sprites.world import decoys, shapes
 from conceptmaster.examples.sprites.world.scenes import (
     ACCESSORIES,
@@ -499,7 +500,7 @@ def test_a_training_goes_stage_by_stage_and_starts_from_its_own_weights_or_says_
     monkeypatch.setattr(drawn, "JUDGED", 8)
     monkeypatch.setattr(train_vae, "JUDGED", 2)
     parser = argparse.ArgumentParser()
-    train_stages.add_arguments(parser)
+    add_train_arguments(parser)
 
     def run(output, *more):
         words = ["--output", str(tmp_path / output), "--clips", "8", "--workers", "1", "--batch-size", "2"]

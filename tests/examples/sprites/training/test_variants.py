@@ -17,7 +17,8 @@ from conceptmaster.engine.presets import preset
 from conceptmaster.engine.vae.wan_decoder import build_vae
 from conceptmaster.errors import ConceptMasterError, InputError
 from conceptmaster.examples.sprites.scoring.measures import MEASURES
-from conceptmaster.examples.sprites.training import drawn, starting, train_model, variants
+from conceptmaster.examples.sprites.training import drawn, starting, train_model, variant_list, variants
+from conceptmaster.examples.sprites.training.cli import add_variants_arguments
 
 from ..small import small_config
 
@@ -51,7 +52,7 @@ def few_are_judged(monkeypatch):
 
 def arguments(base: Path, output: Path, *more: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
-    variants.add_arguments(parser)
+    add_variants_arguments(parser)
     given = [
         "--base",
         str(base),
@@ -103,14 +104,14 @@ def stubs(monkeypatch):
 
 
 def test_every_variant_differs_from_ours_in_one_field_and_can_be_built():
-    ours = variants.OURS.config(small_config()).concept
+    ours = variant_list.OURS.config(small_config()).concept
     assert (ours.encoder, ours.binding, ours.injection) == ("qformer", "dam", "standalone")
     seen = set()
     for variant in variants.VARIANTS:
         concept = variant.config(small_config()).concept
         fields = [f.name for f in dataclasses.fields(concept)]
         other = [name for name in fields if getattr(concept, name) != getattr(ours, name)]
-        assert len(other) == (variant is not variants.OURS), variant.name
+        assert len(other) == (variant is not variant_list.OURS), variant.name
         seen.add(concept)
     assert len(seen) == len({v.name for v in variants.VARIANTS}) == 7
 
@@ -231,7 +232,7 @@ def test_the_table_has_means_spreads_and_the_papers_figures():
     ("more", "words"),
     [
         (["--steps", "0"], "--steps must be at least 1"),
-        (["--threads", "0"], "--threads must be at least 1"),
+        (["--threads", "0"], "threads must be a positive integer"),
         (["--clips", "0"], "--clips must be at least 1"),
         (["--lr", "nan"], "--lr must lie between 0 and 1"),
         (["--seeds", "1", "1"], "--seeds must be different"),
