@@ -18,7 +18,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from ..errors import ConceptMasterError, InputError, MissingDependency, how_to_install
+from ..errors import ConceptMasterError, InputError, MissingDependency, how_to_install, is_out_of_memory
 from ..untrusted import printable
 from . import stop_signals, streams
 
@@ -89,17 +89,18 @@ def run_program(
             message, code = str(stop) or "interrupted", getattr(stop, "exit_code", 130)
         except ConceptMasterError as error:
             message, code = str(error), error.exit_code
-        except MemoryError:
-            message, code = "out of memory", 1
         except BrokenPipeError as error:  # its own output's, or a process's that it has started?
             closed = unwritten or streams.nobody_reads()
             message, code = ("", streams.NOBODY_READS) if closed else (_reason(error), 1)
-        except OSError as error:
-            message, code = _reason(error), 1
-        except Exception:
-            if stops.last is None:
+        except Exception as error:
+            if is_out_of_memory(error):
+                message, code = "out of memory", 1
+            elif isinstance(error, OSError):
+                message, code = _reason(error), 1
+            elif stops.last is None:
                 raise
-            message, code = "", 1  # it went through a library that makes its own error of it
+            else:  # the signal went through a library that makes its own error of it
+                message, code = "", 1
         else:
             message = ""
             if isinstance(unwritten, BrokenPipeError):
