@@ -13,7 +13,7 @@ one reference A2Pipeline fails (its mask has a latent frame too many); here it i
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -32,23 +32,22 @@ log = logging.getLogger(__name__)
 MAX_STRETCH = 1.05  # beyond this it shows
 
 
-def fitted(images: Sequence[Image], labels: Sequence[str], manifest: Manifest) -> dict[int, np.ndarray]:
-    """The known frames by number, each uint8 [height,width,3]; none unless the manifest has `conditioning`.
+def fitted(image: Image, index: int, label: str, manifest: Manifest) -> dict[int, np.ndarray]:
+    """The frames that a request's picture number `index` is, by number, each uint8 [height,width,3]; none
+    unless the manifest has `conditioning`.
 
     Warns: a log line for a picture whose shape is lost.
     """
     if manifest.conditioning is None:
         return {}
     size = (manifest.shapes.width, manifest.shapes.height)
-    frames: dict[int, np.ndarray] = {}
-    for image, label, place in zip(images, labels, manifest.conditioning.placements, strict=False):
-        ratio = (image.width * size[1]) / (image.height * size[0])
-        if place.fit == "stretched" and max(ratio, 1 / ratio) > MAX_STRETCH:
-            shape = (label, *image.size, *size)
-            log.warning("the picture of %r is %d×%d: it is stretched to the video's %d×%d", *shape)
-        frame = pictures.fit(image, size, place.fit, manifest.pictures.background)
-        frames |= dict.fromkeys(place.frames(manifest.shapes.frames), frame)
-    return frames
+    place = manifest.conditioning.placements[index]
+    ratio = (image.width * size[1]) / (image.height * size[0])
+    if place.fit == "stretched" and max(ratio, 1 / ratio) > MAX_STRETCH:
+        shape = (label, *image.size, *size)
+        log.warning("the picture of %r is %d×%d: it is stretched to the video's %d×%d", *shape)
+    frame = pictures.fit(image, size, place.fit, manifest.pictures.background)
+    return dict.fromkeys(place.frames(manifest.shapes.frames), frame)
 
 
 def leading(manifest: Manifest, count: int) -> int:

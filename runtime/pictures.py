@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import stat
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
-from ..errors import InputError
+from ..errors import InputError, OutOfMemory
+from .picture_colors import Color, to_srgb
+from .picture_metadata import TIFF, without_metadata
 
 if TYPE_CHECKING:
     from .bundle_format.schema import Pictures
@@ -21,40 +24,64 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")  # none that starts another program
-MOST_PIXELS = 64 * 2**20  # more is refused before it is decoded
+MOST_PIXELS = 64 * 2**20  # more is refused before it is decoded; no canvas is made larger
+MOST_SIDE = 2**20  # a row, a column or a resampling table of more takes gigabytes, whatever the other side
+MOST_BYTES = 2**30  # of an open file
 HUGE_PIXELS = 16 * 2**20  # more is worth a warning: so much detail is lost
 ANIMATED = ("GIF", "PNG", "WEBP", "TIFF", "AVIF")
-
-Color = tuple[int, int, int]
+TURNS = {  # EXIF's orientations
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 def load(picture: object, size: int, background: Color, what: str) -> np.ndarray:
     """Reads a reference picture and fits it, uncut, into the middle of a square.
 
-    Args: picture: a path, a PIL image, or a uint8 array [H,W], [H,W,1], [H,W,3] (RGB) or [H,W,4] (RGBA);
-        size: the square's side in pixels; background: RGB behind transparency and beside what is not square;
-        what: whose picture it is ("the picture of 'cat'"), for messages.
-    Returns: uint8 [size,size,3], RGB, upright (EXIF orientation applied), bicubic with antialiasing.
+    Args: as of `read`; size: the square's side in pixels.
+    Returns: uint8 [size,size,3], RGB, bicubic with antialiasing.
     Raises, warns: as `read`.
     """
     return fit(read(picture, background, what), (size, size), "whole", background)
 
 
 def read(picture: object, background: Color, what: str) -> Image.Image:
-    """Reads a picture, all of it: RGB, upright, transparency laid over `background`.
+    """Reads a picture, all of it: sRGB, upright (EXIF orientation applied), transparency laid over
+    `background`.
 
-    Args: as of `load`.
+    Args: picture: a path; a file's bytes; a file open for reading bytes (from where it stands, and left
+        there if it can seek); a PIL image (its current frame); or a uint8 array [H,W], [H,W,1], [H,W,3] (RGB)
+        or [H,W,4] (RGBA). background: RGB behind transparency; what: whose picture it is ("the picture of
+        'cat'"), for messages.
     Raises: InputError when it is missing, no picture, damaged, of an unreadable kind, or larger than 64
-        megapixels.
-    Warns: one log line each for an animated picture (its first frame is used) and one above 16 megapixels.
+        megapixels; OutOfMemory.
+    Warns: one log line each for an animated file (its first frame is used), a picture above 16 megapixels,
+        a colour profile that cannot be used, and metadata that cannot be read.
     """
     if isinstance(picture, (str, os.PathLike)):
-        return _read_file(picture, background, f"{what} {os.fspath(picture)!r}")
+        what = f"{what} {os.fspath(picture)!r}"
+        with _opened(picture, what) as file:
+            return _read_file(file, background, what)
+    if isinstance(picture, (bytes, bytearray, memoryview)):
+        return _read_file(io.BytesIO(picture), background, what)
+    if hasattr(picture, "read"):
+        return _read_open(picture, background, what)
     if isinstance(picture, np.ndarray):
         picture = _from_array(picture, what)
     if not isinstance(picture, Image.Image):
-        raise InputError(f"{what} must be a path, a PIL image or a uint8 array, not {type(picture).__name__}")
-    return _read_checked(picture, background, what)
+        kinds = "a path, bytes, an open file, a PIL image or a uint8 array"
+        raise InputError(f"{what} must be {kinds}, not {type(picture).__name__}")
+    try:
+        return _upright(*_decode(picture, background, what))
+    except (InputError, OutOfMemory):
+        raise
+    except Exception as error:  # decoding may happen only here
+        raise _damaged(error, what) from None
 
 
 def fit(image: Image.Image, size: tuple[int, int], how: str, background: Color) -> np.ndarray:
@@ -82,60 +109,122 @@ def normalise(pixels: np.ndarray, mean: Sequence[float], std: Sequence[float]) -
     return np.ascontiguousarray(scaled.transpose(2, 0, 1), dtype=np.float32)  # [3,px,px]
 
 
-def _read_file(path: str | os.PathLike[str], background: Color, what: str) -> Image.Image:
+def _opened(path: str | os.PathLike[str], what: str) -> IO[bytes]:
     try:
-        regular = stat.S_ISREG(os.stat(path).st_mode)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{what} cannot be read: {getattr(error, 'strerror', error)}") from None
-    if not regular:
-        raise InputError(f"{what} is not a file")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about odd metadata, and about sizes that are refused below
-            with Image.open(Path(path), formats=FORMATS) as image:
-                return _read_checked(image, background, what)
-    except UnidentifiedImageError:
-        raise InputError(f"{what} is not a picture in a known format ({', '.join(FORMATS)})") from None
-    except Image.DecompressionBombError:
-        raise InputError(f"{what} has more than {MOST_PIXELS // 2**20} megapixels") from None
+        if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would wait for ever
+            raise InputError(f"{what} is not a file")
+        return Path(path).open("rb")
     except InputError:
         raise
+    except (OSError, ValueError) as error:
+        raise InputError(f"{what} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+
+
+def _read_open(file: Any, background: Color, what: str) -> Image.Image:
+    """Reads an open file from where it stands, and puts it back there."""
+    if isinstance(file, io.TextIOBase):
+        raise InputError(f"{what} is a file opened for text: open it with 'rb'")
+    try:
+        place = file.tell() if getattr(file, "seekable", lambda: False)() else None
+        rest = file if place == 0 else _rest(file, what)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{what} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    try:
+        return _read_file(rest, background, what)
+    finally:
+        if place is not None:
+            file.seek(place)
+
+
+def _rest(file: Any, what: str) -> IO[bytes]:
+    rest, left = io.BytesIO(), MOST_BYTES + 1
+    while left > 0 and (part := file.read(min(left, 2**24))):
+        left -= rest.write(part)
+    if left <= 0:
+        raise InputError(f"{what} has more than {MOST_BYTES:,} bytes")
+    return rest
+
+
+def _read_file(file: IO[bytes], background: Color, what: str) -> Image.Image:
+    """Decodes a file that can seek; once more without its metadata where that may be what fails."""
+    try:
+        return _open(file, background, what)
+    except (InputError, OutOfMemory):
+        raise
     except Exception as error:  # a decoder may raise anything at all on a damaged file
-        raise InputError(f"{what} is damaged: {_line(error)}") from None
+        reason = error
+    file.seek(0)
+    data = file.read(MOST_BYTES)
+    for bare in (False, True):
+        try:
+            if (pixels := without_metadata(data, bare)) is not None:
+                image = _open(io.BytesIO(pixels), background, what)
+                log.warning("%s: its metadata is broken or too large, and ignored: %s", what, _line(reason))
+                return image
+        except (InputError, OutOfMemory):
+            raise
+        except Exception as error:  # the pixels are damaged, too
+            reason = error
+    if isinstance(reason, UnidentifiedImageError) and data[:4] in TIFF:  # Pillow has not all kinds
+        raise InputError(f"{what} is a TIFF of a kind that is not known: save it as PNG")
+    raise _damaged(reason, what) from None
 
 
-def _read_checked(image: Image.Image, background: Color, what: str) -> Image.Image:
+def _open(file: IO[bytes], background: Color, what: str) -> Image.Image:
+    file.seek(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about odd metadata, and about sizes that are refused
+        with Image.open(file, formats=FORMATS) as image:
+            decoded = _decode(image, background, what)
+            if (frames := _frames(image)) > 1:
+                log.warning("%s has %d frames: only the first is used", what, frames)
+    del image  # before there is a third one
+    return _upright(*decoded)
+
+
+def _decode(
+    image: Image.Image, background: Color, what: str
+) -> tuple[Image.Image, Image.Transpose | None]:
+    """The current frame, and what makes it upright."""
     width, height = image.size
     if width * height > MOST_PIXELS:
         raise InputError(f"{what} is {width}×{height}: more than {MOST_PIXELS // 2**20} megapixels")
+    if max(width, height) > MOST_SIDE:
+        raise InputError(f"{what} is {width}×{height}: a side may be {MOST_SIDE} pixels long at most")
     if width == 0 or height == 0:
         raise InputError(f"{what} is empty ({width}×{height})")
     if width * height > HUGE_PIXELS:
         log.warning("%s is %d×%d: it is scaled down, and most of it is lost", what, width, height)
     try:
-        frames = getattr(image, "n_frames", 1) if image.format in ANIMATED else 1
-        if frames > 1:
-            log.warning("%s has %d frames: only the first is used", what, frames)
-            image.seek(0)
-        return _flatten(ImageOps.exif_transpose(image), background)
+        result = to_srgb(image, background, what)
     except InputError as error:
         raise InputError(f"{what} {error}") from None
-    except Exception as error:  # see above: decoding happens here
-        raise InputError(f"{what} is damaged: {_line(error)}") from None
+    except MemoryError:
+        raise OutOfMemory(f"{what} is {width}×{height}: there is too little memory to read it") from None
+    try:
+        return result, TURNS.get(image.getexif().get(0x0112, 1))
+    except Exception as error:  # whatever is wrong with the record, the pixels are sound
+        log.warning("%s: its EXIF data are broken, and ignored: %s", what, _line(error))
+        return result, None
 
 
-def _flatten(image: Image.Image, background: Color) -> Image.Image:
-    """Any mode → RGB, transparency laid over `background`."""
-    if image.mode.startswith("I"):  # 16 bits a pixel: Pillow's own conversion would clip them
-        values = np.asarray(image).astype(np.int64)
-        return Image.fromarray(np.clip(values // 257, 0, 255).astype(np.uint8)).convert("RGB")
-    if image.mode == "F":
-        raise InputError("has floating-point pixels, whose range is not known: save it with 8 bits a channel")
-    if image.has_transparency_data:
-        layer = Image.new("RGBA", image.size, (*background, 255))
-        layer.alpha_composite(image.convert("RGBA"))
-        return layer.convert("RGB")
-    return image.convert("RGB")
+def _upright(image: Image.Image, turn: Image.Transpose | None) -> Image.Image:
+    return image if turn is None else image.transpose(turn)
+
+
+def _frames(image: Image.Image) -> int:
+    try:
+        return getattr(image, "n_frames", 1) if image.format in ANIMATED else 1
+    except Exception:  # the first frame is sound; how many follow is not known
+        return 1
+
+
+def _damaged(error: Exception, what: str) -> InputError:
+    if isinstance(error, UnidentifiedImageError):
+        return InputError(f"{what} is not a picture in a known format ({', '.join(FORMATS)})")
+    if isinstance(error, Image.DecompressionBombError):
+        return InputError(f"{what} has more than {MOST_PIXELS // 2**20} megapixels")
+    return InputError(f"{what} is damaged: {_line(error)}")
 
 
 def _whole(image: Image.Image, size: tuple[int, int], background: Color) -> Image.Image:
@@ -152,6 +241,11 @@ def _middle(image: Image.Image, size: tuple[int, int], background: Color) -> Ima
     # by the side that needs the larger factor; of the other a fraction of a pixel is left out, as CLIP does
     full, side = max(zip(size, image.size, strict=True), key=lambda pair: pair[0] / pair[1])
     width, height = (own * full // side for own in image.size)
+    if width * height > MOST_PIXELS:  # an extreme shape: its middle first
+        kept = [wanted * side / full for wanted in size]
+        start = [(own - part) / 2 for own, part in zip(image.size, kept, strict=True)]
+        box = (start[0], start[1], start[0] + kept[0], start[1] + kept[1])
+        return image.resize(size, Image.Resampling.BICUBIC, box=box)
     left, top = (width - size[0]) // 2, (height - size[1]) // 2
     image = image.resize((width, height), Image.Resampling.BICUBIC)
     return image.crop((left, top, left + size[0], top + size[1]))
@@ -165,6 +259,8 @@ def _padded(image: Image.Image, size: tuple[int, int], background: Color) -> Ima
         aside = 0
     else:
         above = 0
+    if (own_width + 2 * aside) * (own_height + 2 * above) > MOST_PIXELS:  # an extreme shape: scaled first
+        return _whole(image, size, background)
     canvas = Image.new("RGB", (own_width + 2 * aside, own_height + 2 * above), background)
     canvas.paste(image, (aside, above))
     return canvas.resize(size, Image.Resampling.BICUBIC)

@@ -34,7 +34,6 @@ from .tokenizer import Tokenizer, padded
 from .video import Video
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
 
     from .backends.pytorch.options import TorchOptions
 
@@ -216,9 +215,7 @@ class Pipeline:
         if noise is not None:
             starts = noises.from_array(noise, shapes.latent, request.samples)
         tokens = self._tokenise(request, guidance)
-        originals = self._read_pictures(request)
-        concepts = self._fit_concepts(request, originals)
-        frames = frame_conditioning.fitted(originals, [c.label for c in concepts], self.manifest)
+        concepts, frames = self._read_pictures(request)
 
         seconds: dict[str, float] = {}
         with _timed(seconds, "load"):
@@ -267,18 +264,18 @@ class Pipeline:
                 raise InputError(f"{reads}: labels must differ, they are what binds")
         return tokens
 
-    def _read_pictures(self, request: Request) -> list[Image]:
-        """The concepts' pictures as they are."""
-        background = self.manifest.pictures.background
-        return [pictures.read(c.image, background, f"the picture of {c.label!r}") for c in request.concepts]
-
-    def _fit_concepts(self, request: Request, originals: list[Image]) -> tuple[Concept, ...]:
-        """The concepts with their pictures as the picture encoder sees them, uint8 [px,px,3]."""
+    def _read_pictures(self, request: Request) -> tuple[tuple[Concept, ...], dict[int, np.ndarray]]:
+        """The concepts with their pictures as the picture encoder sees them, uint8 [px,px,3], and the frames
+        of the video that they are. One picture at a time: each may be large."""
         how, size = self.manifest.pictures, self.manifest.shapes.picture_size
-        return tuple(
-            Concept(concept.label, pictures.prepare(original, how, size))
-            for concept, original in zip(request.concepts, originals, strict=True)
-        )
+        concepts: list[Concept] = []
+        frames: dict[int, np.ndarray] = {}
+        for index, (label, picture) in enumerate((c.label, c.image) for c in request.concepts):
+            image = pictures.read(picture, how.background, f"the picture of {label!r}")
+            concepts.append(Concept(label, pictures.prepare(image, how, size)))
+            frames |= frame_conditioning.fitted(image, index, label, self.manifest)
+            del image  # before the next one is read
+        return tuple(concepts), frames
 
     def _concept_mask(self, guidance: Guidance, count: int) -> np.ndarray:
         """Which branch sees which concept, bool [K,N]."""

@@ -7,7 +7,7 @@ import numbers
 import os
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -32,13 +32,14 @@ class Concept:
     """One thing that the video must show.
 
     label: what it is, in the caption's words for it ("cat"), which tell it from the other concepts; it binds
-    picture and caption. image: its picture: a path, a PIL image, or a uint8 array [H,W], [H,W,3] or [H,W,4].
+    picture and caption. image: its picture: a path, a file's bytes, a file open for reading bytes, a PIL
+    image, or a uint8 array [H,W], [H,W,3] or [H,W,4].
     Two concepts are equal when labels and pictures are, pixel by pixel where they are arrays.
     Raises: InputError for an empty label or another type.
     """
 
     label: str
-    image: str | os.PathLike[str] | Image | np.ndarray
+    image: str | os.PathLike[str] | bytes | bytearray | IO[bytes] | Image | np.ndarray
 
     def __post_init__(self) -> None:
         _text("a concept's label", self.label)

@@ -267,7 +267,9 @@ def test_given_frames_are_the_recipe_s_condition(a2, a2_bundle, assert_close):
 
     bundle = Bundle.open(a2_bundle)
     images = [picture(3, 61, 64), picture(4, 64, 61), picture(5, 30, 90)]
-    frames = frame_conditioning.fitted(images, ["a", "b", "c"], bundle.manifest)
+    frames = {}
+    for index, image in enumerate(images):
+        frames |= frame_conditioning.fitted(image, index, "a", bundle.manifest)
     found = frame_conditioning.channels(open_backend(bundle, "cpu", 1), frames, bundle.manifest.shapes)
     assert_close(found, condition_for(a2[0], images))
 

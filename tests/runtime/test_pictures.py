@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import struct
+import subprocess
+import sys
 import zlib
 from pathlib import Path
 
@@ -12,9 +15,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageOps
 
-from conceptmaster.errors import InputError
+from conceptmaster.errors import InputError, OutOfMemory
 from conceptmaster.runtime import pictures
 
 WHITE = (255, 255, 255)
@@ -135,6 +138,13 @@ def test_a_bomb_is_refused_by_its_header(tmp_path: Path, size: tuple[int, int]) 
         load(tmp_path / "a.png")
 
 
+@pytest.mark.parametrize("size", [(2**20 + 1, 1), (1, 2**20 + 1)])
+def test_a_side_without_end_is_refused_by_the_header(tmp_path: Path, size: tuple[int, int]) -> None:
+    (tmp_path / "a.png").write_bytes(png_header(*size))
+    with pytest.raises(InputError, match="a side may be 1048576 pixels long at most"):
+        load(tmp_path / "a.png")
+
+
 def test_a_bomb_given_as_an_image_is_refused() -> None:
     with pytest.raises(InputError, match="more than 64 megapixels"):
         load(Image.new("1", (10_000, 10_000)))
@@ -202,7 +212,7 @@ def test_truncation_and_damage_never_escape(tmp_path: Path, suffix: str) -> None
         (Image.new("F", (8, 8)), "floating-point"),
         (3, "must be a path"),
         (None, "must be a path"),
-        (b"png", "must be a path"),
+        (b"png", "not a picture"),
     ],
 )
 def test_objects_that_are_no_pictures(picture: object, word: str) -> None:
@@ -213,3 +223,163 @@ def test_objects_that_are_no_pictures(picture: object, word: str) -> None:
 def test_array_kinds(pixels: np.ndarray) -> None:
     np.testing.assert_array_equal(load(pixels[..., :1]), load(pixels[..., 0]))
     np.testing.assert_array_equal(load(pixels[:, ::-1]), pixels[:, ::-1])  # not contiguous
+
+
+def read(picture: object) -> np.ndarray:
+    return np.asarray(pictures.read(picture, WHITE, "the picture of 'cat'"))
+
+
+def test_bytes_and_open_files(pixels: np.ndarray, tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    Image.fromarray(pixels).save(path)
+    data = path.read_bytes()
+    for given_ in (data, bytearray(data), memoryview(data), io.BytesIO(data)):
+        np.testing.assert_array_equal(read(given_), pixels)
+    behind = io.BytesIO(b"something else" + data + b"and more")
+    behind.seek(14)
+    with path.open("rb") as file, path.open("rb", buffering=0) as raw:
+        for _ in range(2):  # each is left where it stood: the next request finds its picture, too
+            for opened in (file, raw, behind):
+                np.testing.assert_array_equal(read(opened), pixels)
+        assert (file.tell(), raw.tell(), behind.tell()) == (0, 0, 14) and not file.closed
+        file.seek(3)
+        with pytest.raises(InputError, match="not a picture"):
+            read(file)
+        assert file.tell() == 3
+    reader, writer = os.pipe()
+    os.write(writer, data)
+    os.close(writer)
+    with os.fdopen(reader, "rb") as pipe:  # which cannot seek
+        np.testing.assert_array_equal(read(pipe), pixels)
+    with (
+        path.open("r", encoding="latin-1") as text,
+        path.open("ab") as write_only,
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        for bad, word in (
+            (text, "opened for text: open it with 'rb'"),
+            (io.StringIO("a"), "opened for text"),
+            (write_only, "cannot be read"),
+            (file, "cannot be read: .*closed"),
+            (b"", "not a picture"),
+        ):
+            with pytest.raises(InputError, match=word):
+                read(bad)
+        patch.setattr(pictures, "MOST_BYTES", 100)
+        with pytest.raises(InputError, match="more than 100 bytes"):
+            read(behind)
+
+
+@pytest.mark.parametrize("suffix", ["gif", "webp", "png", "tiff"])
+def test_an_image_keeps_its_current_frame(
+    tmp_path: Path, suffix: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    colors = [(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 0)]
+    first, *others = (Image.new("RGB", (8, 8), color) for color in colors)
+    how = {"lossless": True} if suffix == "webp" else {}
+    first.save(tmp_path / f"a.{suffix}", save_all=True, append_images=others, **how)
+    with Image.open(tmp_path / f"a.{suffix}") as image:
+        for frame in (0, 2, 3):  # Pillow cannot go back in a PNG
+            image.seek(frame)
+            assert tuple(read(image)[4, 4]) == colors[frame] and image.tell() == frame
+            assert image.convert("RGB").getpixel((4, 4)) == colors[frame]
+    assert not caplog.messages, "who gives a frame knows which"
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_every_orientation(pixels: np.ndarray, orientation: int) -> None:
+    image, exif = Image.fromarray(pixels[:5]), Image.Exif()
+    exif[0x0112] = orientation
+    file = io.BytesIO()
+    image.save(file, "PNG", exif=exif)
+    expected = ImageOps.exif_transpose(Image.open(file))
+    np.testing.assert_array_equal(read(file.getvalue()), np.asarray(expected))
+
+
+@pytest.mark.parametrize("how", ["padded", "middle", "cut", "whole", "stretched"])
+@pytest.mark.parametrize("size", [(1, 300), (300, 1), (40, 90)])
+def test_an_extreme_shape_is_fitted_as_an_ordinary_one_is(
+    how: str, size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is done where the recipe's canvas would be too large, done where it is not: nearly the same."""
+    image = Image.effect_noise((8, 8), 60).convert("RGB").resize(size, Image.Resampling.BICUBIC)
+    for target in ((24, 24), (32, 18)):
+        ordinary = pictures.fit(image, target, how, (10, 20, 30)).astype(int)
+        with monkeypatch.context() as patch:
+            patch.setattr(pictures, "MOST_PIXELS", 1)
+            extreme = pictures.fit(image, target, how, (10, 20, 30))
+        assert np.abs(ordinary - extreme).mean() < (12 if how == "padded" else 4)
+
+
+MEASURED = """
+import io, resource, sys
+from PIL import Image
+from conceptmaster.runtime import pictures
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+{}
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
+"""
+
+
+def megabytes(body: str) -> int:
+    """What a process of its own needs for it, above what it needs for its imports."""
+    done = subprocess.run([sys.executable, "-c", MEASURED.format(body)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return int(done.stdout)
+
+
+def test_extreme_shapes_cost_little_memory() -> None:
+    body = """
+for size in ((60000, 1), (1, 60000), (800, 15078), (2**20, 1), (1, 2**20)):
+    file = io.BytesIO()
+    Image.new("1", size).save(file, "PNG")
+    image = pictures.read(file.getvalue(), (255, 255, 255), "it")
+    for how in ("padded", "middle", "cut", "whole", "stretched"):
+        assert pictures.fit(image, (512, 512), how, (255, 255, 255)).shape == (512, 512, 3)
+    pictures.fit(image, (832, 480), how, (255, 255, 255))
+"""
+    assert megabytes(body) < 200
+
+
+def large_png(channels: int) -> str:
+    """Code for a PNG of 64 megapixels, 16 bits a channel."""
+    kind = {1: 0, 2: 4, 3: 2, 4: 6}[channels]
+    return f"""
+import struct, zlib
+def chunk(name, body):
+    return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+packer = zlib.compressobj(1)
+row = packer.compress(bytes(1 + 8192 * 2 * {channels}))
+rows = [row] + [packer.compress(bytes(1 + 8192 * 2 * {channels})) for _ in range(8191)] + [packer.flush()]
+head = struct.pack(">IIBBBBB", 8192, 8192, 16, {kind}, 0, 0, 0)
+data = b"\\x89PNG\\r\\n\\x1a\\n" + chunk(b"IHDR", head) + chunk(b"IDAT", b"".join(rows)) + chunk(b"IEND", b"")
+"""
+
+
+def test_a_large_picture_of_16_bits_is_held_twice_at_most() -> None:
+    body = large_png(4) + 'pictures.load(data, 64, (255, 255, 255), "it")\n'
+    assert megabytes(body) < 2 * 256 + 100  # RGBA as it is decoded, and RGB: four bytes a pixel each
+
+
+@pytest.mark.slow
+def test_four_large_pictures_stay_under_a_gigabyte(bundle: Path) -> None:
+    bodies = []
+    for channels in (1, 2, 3, 4):
+        body = large_png(channels) + f"""
+from conceptmaster import Concept, Pipeline
+pipe = Pipeline.from_bundle({str(bundle)!r}, threads=1)
+labels, most = ("ball", "cat", "dog", "red"), pipe.manifest.concepts
+for start in range(0, 4, most):
+    pipe("a ball", [Concept(label, data) for label in labels[start : start + most]], steps=1)
+"""
+        bodies.append(megabytes(body))
+    assert max(bodies) < 900
+
+
+def test_too_little_memory_is_said_as_such(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(pictures, "to_srgb", full)
+    with pytest.raises(OutOfMemory, match="too little memory"):
+        load(Image.new("RGB", (8, 8)))

@@ -69,6 +69,16 @@ def test_two_branches(pipe: Pipeline, reference, pictures, solver: str, labels: 
     assert set(video.seconds) == {"load", "encode", "condition", "denoise", "decode"}
 
 
+def test_a_picture_may_be_bytes_or_an_open_file(pipe: Pipeline, pictures) -> None:
+    frames = []
+    with pictures["cat"].open("rb") as file:
+        for picture in (pictures["cat"], pictures["cat"].read_bytes(), file, file):
+            video = pipe("a ball rolls left", [Concept("cat", picture)], steps=1)
+            assert isinstance(video, Video)
+            frames.append(video.frames)
+    assert all(np.array_equal(found, frames[0]) for found in frames)
+
+
 def test_every_text_is_tokenised_once(bundle: Path, pictures, monkeypatch: pytest.MonkeyPatch) -> None:
     pipe, seen = Pipeline.from_bundle(bundle, threads=1), list[str]()
     encode = pipe._tokenizer.encode
