@@ -12,8 +12,9 @@ import os
 import re
 import shlex
 import stat
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 LARGEST_JSON = 4 * 2**20  # bytes; a manifest, a request or a configuration is a few kilobytes
 DEEPEST_JSON = 64  # objects and lists in each other; a configuration has four
@@ -38,7 +39,7 @@ def shell_word(word: str | os.PathLike[str]) -> str:
     return shlex.quote(f"./{text}" if text.startswith("-") else text)
 
 
-def open_plain(path: str | os.PathLike[str], pipes: bool = False) -> BinaryIO:
+def open_plain(path: str | os.PathLike[str], pipes: bool = False) -> BufferedReader:
     """Opens a regular file for reading; what is something else is refused without waiting for it.
 
     pipes: take a pipe, too, as a shell's `<(…)` is one. Raises OSError; ValueError for anything else.

@@ -12,9 +12,10 @@ from ..engine.checkpoints.source import Origin, Source
 from ..engine.config import ModelConfig
 from ..engine.sampling import Sampling
 from ..errors import ExportError, InputError
+from ..hashed import sha256_file
 from ..runtime.atomic_folder import check_target, replacing_folder
 from ..runtime.bundle_format import manifest as manifests
-from ..runtime.bundle_format.hashed_file import HashedFile, sha256_file
+from ..runtime.bundle_format.hashed_file import HashedFile
 from ..runtime.bundle_format.schema import FORMAT, Defaults, GraphFile, Manifest, Shapes
 from ..runtime.bundle_format.source_record import MergedLora, SourceRecord
 from ..runtime.bundle_format.tensorrt_engines import bundle_files

@@ -176,12 +176,12 @@ def verify(bundle: Bundle, source: Source, progress: bool = False) -> list[Row]:
     shapes = manifest.shapes
     tile = None if manifest.tile is None else manifest.tile.size
     specs = checked_specs(source, shapes.branches, shapes.solver_states, tile)
-    return [
-        check_small(spec, bundle.path(spec.name))
-        if spec.external
-        else check(spec, bundle.path(spec.name), precision_of(spec.name, manifest.precision))
-        for spec in each(specs, "verify", progress)
-    ]
+    rows = []
+    for spec in each(specs, "verify", progress):
+        with bundle.reading(spec.name) as path:
+            own = precision_of(spec.name, manifest.precision)
+            rows.append(check_small(spec, path) if spec.external else check(spec, path, own))
+    return rows
 
 
 def checked_specs(

@@ -59,7 +59,8 @@ class Pipeline:
         self.manifest = bundle.manifest
         self._backend: Backend | None = backend
         self._tiles = tiles.layout(bundle.manifest)
-        self._tokenizer = Tokenizer(bundle.tokenizer)
+        with bundle.files.reading([bundle.manifest.tokenizer]) as path:
+            self._tokenizer = Tokenizer(path)
         self._text = functools.lru_cache(CACHED_TEXTS)(self._encode_text)
 
     @classmethod

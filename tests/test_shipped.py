@@ -131,7 +131,8 @@ def test_the_tolerance_has_a_margin_over_both_sides_error_from_float64():
         if spec.name not in ("text_encoder", "decode_first", "decode"):
             continue
         sample = spec.sample(0)
-        session = open_session(str(bundle.path(spec.name)), bundle.path(spec.name))
+        with bundle.reading(spec.name) as path:
+            session = open_session(str(path), path)
         feed = {tensor.name: sample[tensor.name].numpy() for tensor in session.get_inputs()}
         found = session.run([tensor.name for tensor in spec.outputs], feed)
         in_torch = spec.run(sample).values()

@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 from ... import untrusted
 from ...errors import MissingDependency, WeightsError, how_to_install
+from ...hashed import identity
 from .lazy_weights import Stored
 from .safetensors_io import PICKLES, check_file, refuse_pickle, some, unreadable
 
@@ -116,10 +117,11 @@ def read_header(path: Path) -> dict[str, Stored]:
     """The tensors of one file, where they lie. Raises WeightsError, FileNotFoundError."""
     check_file(path)
     try:
+        held = identity(path)
         with safe_open(path, framework="pt") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
             return {
-                name: Stored(path, name, torch.Size(part.get_shape()), part.get_dtype())
+                name: Stored(path, name, torch.Size(part.get_shape()), part.get_dtype(), [], held)
                 for name, part in slices.items()
             }
     except (SafetensorError, OSError) as error:

@@ -19,6 +19,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from ...errors import WeightsError
+from ...hashed import Identity, identity
 from .safetensors_io import check_strict, unreadable
 
 MIN_ELEMENTS = 2**20
@@ -34,7 +36,8 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 class Stored:
     """A tensor in a safetensors file, and what is to be changed in it whenever it is read (a LoRA's sums).
 
-    kind: its dtype in the file, as safetensors spells it.
+    kind: its dtype in the file, as safetensors spells it; file: what the file was, so that no other one is
+    read later, None for any.
     """
 
     path: Path
@@ -42,6 +45,7 @@ class Stored:
     shape: torch.Size
     kind: str
     changes: list[Callable[[Tensor], None]] = field(default_factory=list, compare=False)
+    file: Identity | None = None
 
     @property
     def dtype(self) -> torch.dtype | None:
@@ -61,6 +65,8 @@ class Stored:
             # Opened anew each time: the memory that a file is mapped to goes with the tensor, not at the end.
             with safe_open(self.path, framework="pt") as file:
                 tensor = file.get_tensor(self.name)
+            if self.file not in (None, identity(self.path)):
+                raise WeightsError(f"{self.path} was changed while it was in use: start again")
         except (SafetensorError, OSError) as error:
             raise unreadable(self.path, error) from error
         if self.changes:  # in float32, whatever the file has

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shlex
@@ -47,12 +46,6 @@ class _Comparable(Protocol):
 _Shaped = TypeVar("_Shaped", bound=_Comparable)
 _Module = TypeVar("_Module")
 _Built = TypeVar("_Built", bound=nn.Module)
-
-
-def sha256(path: str | Path) -> str:
-    """SHA-256 of a file, as 64 hexadecimal digits."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def save(path: str | Path, state: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:

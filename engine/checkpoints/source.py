@@ -23,6 +23,7 @@ import torch
 from torch import nn
 
 from ...errors import ConfigError, InputError, WeightsError, memory_errors
+from ...hashed import identities, require_same, sha256_file
 from ..checked import check_types
 from ..config import ModelConfig
 from ..model import ConceptMaster
@@ -33,7 +34,7 @@ from .adapter import check_base, load_adapter, read_adapter
 from .diffusers_folder import HUB_ID, TOKENIZER, files_of, is_folder, locate, read_json
 from .foreign import refuse_foreign
 from .lora import merge_lora
-from .safetensors_io import built, load, load_model, sha256
+from .safetensors_io import built, load, load_model
 from .wan import load_base, load_base_vae, read_config, read_sampling
 
 if TYPE_CHECKING:
@@ -182,16 +183,21 @@ def _open_trained(folder: Path, tokenizer: Path | None) -> Source:
             f"{str(folder)!r} lacks {', '.join(missing)}, and for diffusers' layout transformer/"
         )
     names = [name for name in (*FILES, DEFAULTS) if (folder / name).is_file()]
-    origin = Origin(folder.resolve().name, {name: sha256(folder / name) for name in names})
+    before = identities(folder / name for name in names)
+    origin = Origin(folder.resolve().name, {name: sha256_file(folder / name) for name in names})
     model = load_model(folder / FILES[0])
     vae = built(build_vae, model.config, load(folder / FILES[1])[0], folder / FILES[1])
     text = _read_tokenizer(folder / FILES[2], tokenizer, model.config)
-    return Source(model, vae, text, _sampling(folder / DEFAULTS), origin)
+    sampling = _sampling(folder / DEFAULTS)
+    require_same(before)
+    return Source(model, vae, text, sampling, origin)
 
 
 def _open_base(place: str | Path, choices: Choices, tokenizer: Path | None) -> Source:
     """A base, LoRAs merged, with the adapter that was chosen or a new one, which changes nothing."""
     folder = locate(place, choices.revision)
+    beside = [lora.path for lora in choices.loras] + ([] if choices.adapter is None else [choices.adapter])
+    before = identities([*(folder / file for file in files_of(folder)), *beside])
     local = Path(place).exists()
     name = folder.resolve().name or "base" if local else str(place).partition("/")[2]
     adapter = None if choices.adapter is None else read_adapter(choices.adapter)
@@ -216,12 +222,14 @@ def _open_base(place: str | Path, choices: Choices, tokenizer: Path | None) -> S
         load_adapter(model, adapter)
     origin = Origin(
         name if local else str(place),
-        {file: sha256(folder / file) for file in files_of(folder)},
+        {file: sha256_file(folder / file) for file in files_of(folder)},
         None if local else folder.name,  # of a snapshot, the commit
-        None if adapter is None else (adapter.path.name, sha256(adapter.path)),
-        tuple((path.name, sha256(path), scale) for path, scale in loras),
+        None if adapter is None else (adapter.path.name, sha256_file(adapter.path)),
+        tuple((path.name, sha256_file(path), scale) for path, scale in loras),
     )
-    return Source(model, load_base_vae(folder, config), text, sampling, origin)
+    vae = load_base_vae(folder, config)
+    require_same(before)
+    return Source(model, vae, text, sampling, origin)
 
 
 def random_source(config: ModelConfig, seed: int = 0) -> Source:

@@ -16,8 +16,9 @@ from onnxscript import ir
 
 from ...engine.checkpoints.lazy_weights import faked
 from ...errors import ExportError
+from ...hashed import sha256_file
 from ...kernels.common import kept_whole
-from ...runtime.bundle_format.hashed_file import HashedFile, sha256_file
+from ...runtime.bundle_format.hashed_file import HashedFile
 from ...runtime.bundle_format.schema import GraphFile, TensorSpec
 from ...runtime.bundle_format.shapes import DTYPES
 from ..graphs import GraphSpec

@@ -13,12 +13,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ...errors import InputError
+from ...hashed import sha256_file
 from ...runtime.atomic_folder import Files, replacing_folder
 from ...runtime.atomic_write import check_folder_of
 from ...runtime.bundle_format import tensorrt_engines as stored
 from ...runtime.bundle_format.find import Bundle
 from ...runtime.bundle_format.graph_list import STEP_GRAPH
-from ...runtime.bundle_format.hashed_file import sha256_file
 from ...runtime.bundle_format.tensorrt_engines import EngineFile, Engines
 from ...runtime.progress import each
 from . import builder
@@ -46,7 +46,8 @@ class Preparation:
         """Writes a graph of `bundle` to `target`. Raises what `prepare` raises."""
         known = self.calibration is not None and graph == STEP_GRAPH
         largest = self.calibration.largest if self.calibration is not None and known else {}
-        prepare(bundle.path(graph), target, self.precision, largest)
+        with bundle.reading(graph) as path:
+            prepare(path, target, self.precision, largest)
         spell_out(target, self.unknown_operators)
 
 

@@ -70,10 +70,11 @@ class _Watching(OnnxRuntimeBackend):
     def __init__(self, bundle: Bundle) -> None:
         super().__init__(bundle, "cpu", None)
         self.largest: dict[str, float] = {}
-        self._path, self._seen = bundle.path(STEP_GRAPH), list[tuple[dict[str, np.ndarray], np.ndarray]]()
-        model = ir.load(self._path)
-        self._names = _watch(model)
-        self._watched = open_session(ir.to_proto(model).SerializeToString(), self._path)
+        self._seen = list[tuple[dict[str, np.ndarray], np.ndarray]]()
+        with bundle.reading(STEP_GRAPH) as path:
+            model = ir.load(path)
+            self._names = _watch(model)
+            self._watched = open_session(ir.to_proto(model).SerializeToString(), path)
 
     def run(self, graph: str, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """As every backend; of STEP_GRAPH the results are NumPy arrays."""
@@ -89,9 +90,10 @@ class _Watching(OnnxRuntimeBackend):
 
     def error(self) -> float:
         """See Calibration."""
-        model = ir.load(self._path)
-        reduce(model, "fp8", self.largest, emulate=True)
-        emulated = open_session(ir.to_proto(model).SerializeToString(), self._path)
+        with self._bundle.reading(STEP_GRAPH) as path:
+            model = ir.load(path)
+            reduce(model, "fp8", self.largest, emulate=True)
+            emulated = open_session(ir.to_proto(model).SerializeToString(), path)
         worst = 0.0
         for feed, expected in self._seen:
             found = emulated.run(["next_state"], feed)[0][ESTIMATE]

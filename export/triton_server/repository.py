@@ -54,17 +54,20 @@ def write_repository(
         inner = new / NAME / "1" / "bundle"
         inner.mkdir(parents=True)
         for file in manifest.files():
-            shutil.copyfile(bundle.folder / file.file, inner / file.file)
-        shutil.copyfile(bundle.folder / manifests.FILE_NAME, inner / manifests.FILE_NAME)
+            (inner / file.file).parent.mkdir(parents=True, exist_ok=True)
+            with bundle.files.reading([file]) as path:
+                shutil.copyfile(path, inner / file.file)
+        manifests.save(manifest, inner)
         for name, graph in manifest.graphs.items():
             place = new / name / "1"
             place.mkdir(parents=True)
-            if plans is None:
+            if plans is None or engines is None:
                 link(inner / graph.file, place / "model.onnx")
                 for beside in graph.external:
                     link(inner / beside.file, place / beside.file)
             else:
-                shutil.copyfile(plans / f"{name}.engine", place / "model.plan")
+                with plans.reading([engines.engines[name].hashed]) as path:
+                    shutil.copyfile(path, place / "model.plan")
             text = graph_config(name, graph.inputs, graph.outputs, plans is not None, device)
             (new / name / "config.pbtxt").write_text(text, encoding="utf-8")
         (new / NAME / "1" / "model.py").write_text(MODEL, encoding="utf-8")

@@ -99,14 +99,17 @@ class OnnxRuntimeBackend:
             return self._sessions[graph]
 
     def _open(self, graph: str) -> Any:
-        path, signature = self._bundle.path(graph), self._bundle.manifest.graphs[graph]
-        try:
-            session = onnxruntime.InferenceSession(
-                str(path), self._options, providers=[PROVIDERS[self._device]]
-            )
-        except Exception as error:  # onnxruntime's own exception types are not public
-            reason = " ".join(str(error).split())
-            raise BundleError(f"bad bundle: {str(path)!r} does not load: {reason:.300}; {REPAIR}") from error
+        signature = self._bundle.manifest.graphs[graph]
+        with self._bundle.reading(graph) as path:
+            try:
+                session = onnxruntime.InferenceSession(
+                    str(path), self._options, providers=[PROVIDERS[self._device]]
+                )
+            except Exception as error:  # onnxruntime's own exception types are not public
+                reason = " ".join(str(error).split())
+                raise BundleError(
+                    f"bad bundle: {str(path)!r} does not load: {reason:.300}; {REPAIR}"
+                ) from error
         if PROVIDERS[self._device] not in session.get_providers():
             raise InputError(f"device {self._device!r} does not start; see onnxruntime's message above")
         session.disable_fallback()

@@ -59,7 +59,7 @@ class TensorRTBackend:
         self._bundle = bundle
         version = stored.short_version(self._trt.__version__)
         capability = gpu_capability(flavor)
-        self._folder, self._engines = stored.choose(bundle, flavor, version, capability, precision)
+        self._files, self._engines = stored.choose(bundle, flavor, version, capability, precision)
         self._rebuild = stored.rebuild_command(bundle.folder, self._engines)
         self._runtime = self._trt.Runtime(self._trt.Logger(self._trt.Logger.ERROR))
         self._stream = self._call("cudaStreamCreate")
@@ -70,7 +70,7 @@ class TensorRTBackend:
         self._seen: set[tuple[Any, ...]] = set()
         self._replays: dict[tuple[Any, ...], Any] | None = {} if cuda_graphs else None
         self._lock = threading.RLock()
-        log.info("%s %s on sm_%d, engines in %s", flavor, version, capability, self._folder)
+        log.info("%s %s on sm_%d, engines in %s", flavor, version, capability, self._files.folder)
 
     def load(self, graphs: Iterable[str]) -> None:
         """Deserialises the engines of `graphs`. Raises BundleError, InputError when memory is short."""
@@ -165,8 +165,9 @@ class TensorRTBackend:
         return self._contexts[graph][1]
 
     def _open(self, graph: str) -> tuple[Any, Any]:
-        data = (self._folder / self._engines.engines[graph].file).read_bytes()
-        self._require_memory(len(data), graph)
+        with self._files.reading([self._engines.engines[graph].hashed]) as path:
+            self._require_memory(path.stat().st_size, graph)
+            data = path.read_bytes()
         engine = self._runtime.deserialize_cuda_engine(data)
         if engine is None:
             raise BundleError(f"TensorRT does not load the engine of {graph}: {self._rebuild}")

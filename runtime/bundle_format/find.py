@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from ...errors import InputError
 from . import manifest as manifests
+from .hashed_file import CheckedFiles
 from .schema import Manifest
 
 SHIPPED = Path(__file__).parents[1] / "bundles"  # the bundles that come with the package, one folder each
@@ -15,10 +18,12 @@ SHIPPED = Path(__file__).parents[1] / "bundles"  # the bundles that come with th
 
 @dataclass(frozen=True)
 class Bundle:
-    """A verified bundle. `folder`, an absolute path, holds the files that `manifest` names."""
+    """A verified bundle. `folder`, an absolute path, holds the files that `manifest` names; `files` looks at
+    them again where they are used."""
 
     folder: Path
     manifest: Manifest
+    files: CheckedFiles = field(repr=False, compare=False)
 
     @classmethod
     def open(cls, name_or_path: str | os.PathLike[str]) -> Bundle:
@@ -29,7 +34,7 @@ class Bundle:
         Raises: InputError when there is no such bundle; BundleError when it is there but not sound.
         """
         folder = _find(name_or_path)
-        return cls(folder, manifests.load(folder))
+        return cls(folder, *manifests.load_checked(folder))
 
     def with_graphs(self) -> Bundle:
         """This bundle. Raises InputError where it was exported without graphs."""
@@ -40,14 +45,17 @@ class Bundle:
             )
         return self
 
-    def path(self, graph: str) -> Path:
-        """The ONNX file of `graph`. Raises KeyError."""
-        return self.folder / self.manifest.graphs[graph].file
+    @contextmanager
+    def reading(self, graph: str) -> Iterator[Path]:
+        """Yields the ONNX file of `graph`, to be loaded in the block: it and its weights are still what they
+        were when they were hashed, or else this ends in a BundleError. Raises KeyError."""
+        with self.files.reading(self.manifest.graphs[graph].files()) as path:
+            yield path
 
     @property
     def tokenizer(self) -> Path:
-        """The file tokenizer.json."""
-        return self.folder / self.manifest.tokenizer.file
+        """The file tokenizer.json. Raises BundleError when it has been changed."""
+        return self.files.check(self.manifest.tokenizer)
 
 
 def shipped() -> list[str]:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
+
+from ...errors import BundleError
+from ...hashed import Identity, identity, sha256_file
 
 
 @dataclass(frozen=True)
@@ -35,7 +39,57 @@ def check_file(file: str, sha256: str) -> None:
         raise ValueError(f"{sha256!r:.80} is not a SHA-256 in hex")
 
 
-def sha256_file(path: Path) -> str:
-    """SHA-256 of a file's bytes, in lower-case hex. Raises OSError."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+
+class CheckedFiles:
+    """The files of a folder, hashed when they are first asked for, and held to be the same at every use.
+
+    Args: folder: what their paths are relative to; inside: the folder that no link may leave; error: makes an
+        error of what is wrong with a file.
+    """
+
+    def __init__(self, folder: Path, inside: Path, error: Callable[[str], BundleError]) -> None:
+        self.folder = folder
+        self._inside = inside
+        self._error = error
+        self._seen: dict[HashedFile, Identity] = {}
+
+    def check(self, file: HashedFile) -> Path:
+        """The path of `file`, which has its SHA-256: it is read again if it is not the file that was read
+        before. Raises what `error` makes."""
+        path = self.folder / file.file
+        try:
+            if not path.resolve().is_relative_to(self._inside.resolve()):
+                raise self._error(f"{str(path)!r} is a link out of the bundle")
+            if not path.is_file():
+                raise self._error(f"{str(path)!r} is missing")
+            before = identity(path)
+            if self._seen.get(file) != before:
+                found = sha256_file(path)
+                if found != file.sha256:
+                    raise self._error(f"{str(path)!r} has SHA-256 {found}, expected {file.sha256}")
+                self._seen[file] = before
+                self._same(file)
+        except (OSError, ValueError) as error:
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise BundleError(f"cannot read {str(path)!r}: {reason}") from None
+        return path
+
+    @contextmanager
+    def reading(self, files: Iterable[HashedFile]) -> Iterator[Path]:
+        """Yields the path of the first of `files`; whatever the block reads of them has the SHA-256 that they
+        should have, or else it ends in an error. Raises what `error` makes."""
+        files = list(files)
+        paths = [self.check(file) for file in files]
+        yield paths[0]
+        for file in files:
+            self._same(file)
+
+    def _same(self, file: HashedFile) -> None:
+        path = self.folder / file.file
+        try:
+            same = identity(path) == self._seen[file]
+        except OSError:
+            same = False
+        if not same:
+            del self._seen[file]
+            raise self._error(f"{str(path)!r} was changed while it was read")

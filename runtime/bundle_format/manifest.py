@@ -11,8 +11,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from ...errors import BundleError
-from . import signatures, strict_json
-from .hashed_file import HashedFile, sha256_file
+from . import external_data, signatures, strict_json
+from .hashed_file import CheckedFiles
 from .schema import FORMAT, Manifest
 
 FILE_NAME = "manifest.json"
@@ -24,6 +24,11 @@ def load(folder: Path) -> Manifest:
 
     Raises: BundleError, see the module's text.
     """
+    return load_checked(folder)[0]
+
+
+def load_checked(folder: Path) -> tuple[Manifest, CheckedFiles]:
+    """As `load`; the files, as well, to be looked at again where they are used."""
     path = folder / FILE_NAME
     try:
         manifest = strict_json.load(Manifest, path, FORMAT)
@@ -31,10 +36,14 @@ def load(folder: Path) -> Manifest:
     except OSError as error:
         raise BundleError(f"cannot read {str(path)!r}: {error.strerror}") from None
     except ValueError as error:
-        raise BundleError(f"bad bundle: {str(path)!r} {error}; {REPAIR}") from None
-    for file in manifest.files():
-        _verify(folder, file)
-    return manifest
+        raise _error(f"{str(path)!r} {error}") from None
+    files = CheckedFiles(folder, folder, _error)
+    files.check(manifest.tokenizer)
+    for graph in manifest.graphs.values():
+        if graph.file:
+            with files.reading(graph.files()) as path:
+                _check_external(path, {(folder / file.file).resolve() for file in graph.external})
+    return manifest, files
 
 
 def save(manifest: Manifest, folder: Path) -> Path:
@@ -53,15 +62,17 @@ def _check(manifest: Manifest) -> None:
     signatures.check(manifest.graphs, manifest.shapes, conditioned, manifest.decoded)
 
 
-def _verify(folder: Path, file: HashedFile) -> None:
-    path = folder / file.file
-    if not path.resolve().is_relative_to(folder.resolve()):
-        raise BundleError(f"bad bundle: {str(path)!r} is a link out of the bundle; {REPAIR}")
-    if not path.is_file():
-        raise BundleError(f"bad bundle: {str(path)!r} is missing; {REPAIR}")
+def _check_external(graph: Path, listed: set[Path]) -> None:
+    """Raises BundleError where the graph names a file for its weights that is not one of `listed`."""
     try:
-        found = sha256_file(path)
-    except OSError as error:
-        raise BundleError(f"cannot read {str(path)!r}: {error.strerror}") from None
-    if found != file.sha256:
-        raise BundleError(f"bad bundle: {str(path)!r} has SHA-256 {found}, expected {file.sha256}; {REPAIR}")
+        named = external_data.locations(graph)
+    except ValueError as error:
+        raise _error(f"{str(graph)!r} {error}") from None
+    for name in sorted(named):
+        for folder in (graph.parent, graph.resolve().parent):
+            if "\0" in name or (folder / name).resolve() not in listed:
+                raise _error(f"{str(graph)!r} has weights in {name!r}, which the manifest does not list")
+
+
+def _error(what: str) -> BundleError:
+    return BundleError(f"bad bundle: {what}; {REPAIR}")

@@ -17,7 +17,7 @@ from ...errors import BundleError, InputError
 from ...untrusted import shell_word
 from . import strict_json
 from .find import Bundle
-from .hashed_file import HashedFile, sha256_file
+from .hashed_file import CheckedFiles, HashedFile
 from .manifest import FILE_NAME as MANIFEST
 from .schema import FORMAT as MANIFEST_FORMAT
 from .schema import GraphFile, Manifest
@@ -52,6 +52,11 @@ class EngineFile:
     def __post_init__(self) -> None:
         HashedFile(self.file, self.sha256)
         HashedFile(self.file, self.graph_sha256)
+
+    @property
+    def hashed(self) -> HashedFile:
+        """The file with its own SHA-256."""
+        return HashedFile(self.file, self.sha256)
 
 
 @dataclass(frozen=True)
@@ -177,8 +182,8 @@ def bundle_files(folder: Path) -> list[str]:
 
 def choose(
     bundle: Bundle, flavor: str, version: str, capability: int, precision: str | None = None
-) -> tuple[Path, Engines]:
-    """The folder of the engines for this GPU and library, every hash checked, and what its engines.json says.
+) -> tuple[CheckedFiles, Engines]:
+    """The engines for this GPU and library, every hash checked, and what their engines.json says.
 
     precision: one of PRECISIONS; None takes the only one that is there.
     Raises: InputError when there are several precisions and none is named; BundleError naming the command
@@ -206,9 +211,10 @@ def choose(
     return check(bundle, engines), engines
 
 
-def check(bundle: Bundle, engines: Engines) -> Path:
-    """The folder of these engines, every hash checked. Raises BundleError naming the command that builds them
-    again, when they were built from other graphs or for another plugin, or when a file is not what it was."""
+def check(bundle: Bundle, engines: Engines) -> CheckedFiles:
+    """The files of these engines, every hash checked. Raises BundleError naming the command that builds them
+    again, when they were built from other graphs or for another plugin, or when a file is not what it was,
+    or a link out of the bundle."""
     folder = bundle.folder / FOLDER / engines.folder_name
     build = rebuild_command(bundle.folder, engines)
     if engines.plugin_abi not in (0, PLUGIN_ABI):
@@ -216,6 +222,7 @@ def check(bundle: Bundle, engines: Engines) -> Path:
             f"the engines in {str(folder)!r} hold a plugin of ABI {engines.plugin_abi}, "
             f"this is {PLUGIN_ABI}: {build}"
         )
+    files = CheckedFiles(folder, bundle.folder, lambda what: BundleError(f"{what}: {build}"))
     for name, graph in bundle.manifest.graphs.items():
         if name not in engines.engines:
             raise BundleError(f"{str(folder)!r} has no engine for the graph {name}: {build}")
@@ -223,8 +230,5 @@ def check(bundle: Bundle, engines: Engines) -> Path:
         path = folder / engine.file
         if engine.graph_sha256 != graph_sha256(graph):
             raise BundleError(f"{str(path)!r} was built from another {name} than this bundle's: {build}")
-        if not path.is_file():
-            raise BundleError(f"{str(path)!r} is missing: {build}")
-        if sha256_file(path) != engine.sha256:
-            raise BundleError(f"{str(path)!r} was changed after it was built: {build}")
-    return folder
+        files.check(engine.hashed)
+    return files

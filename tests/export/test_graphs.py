@@ -205,7 +205,7 @@ def test_the_same_weights_give_the_same_bytes(bundle, specs, tmp_path):
 def test_many_weights_go_beside_the_file(monkeypatch, specs, tmp_path, run, assert_close):
     from conceptmaster.export.onnx_graphs import trace
     from conceptmaster.export.onnx_graphs.int8 import quantise
-    from conceptmaster.runtime.bundle_format.hashed_file import sha256_file
+    from conceptmaster.hashed import sha256_file
 
     monkeypatch.setattr(trace, "EXTERNAL_BYTES", 100)
     path, beside = tmp_path / "qformer.onnx", tmp_path / "qformer.onnx.data"

@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from conceptmaster.hashed import sha256_file
 from conceptmaster.runtime.bundle_format import manifest as manifests
-from conceptmaster.runtime.bundle_format.hashed_file import HashedFile, sha256_file
+from conceptmaster.runtime.bundle_format.hashed_file import HashedFile
 from conceptmaster.runtime.bundle_format.schema import (
     Defaults,
     GraphFile,

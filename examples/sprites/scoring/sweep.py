@@ -14,9 +14,9 @@ from typing import Any
 
 from conceptmaster import __version__
 from conceptmaster.errors import InputError
+from conceptmaster.hashed import sha256_file
 from conceptmaster.runtime.atomic_write import check_output
 from conceptmaster.runtime.bundle_format.find import Bundle
-from conceptmaster.runtime.bundle_format.hashed_file import sha256_file
 from conceptmaster.runtime.bundle_format.manifest import FILE_NAME
 from conceptmaster.runtime.cpus import usable
 from conceptmaster.runtime.request import Request

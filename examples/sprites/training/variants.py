@@ -24,12 +24,13 @@ import torch
 
 from conceptmaster import __version__
 from conceptmaster.engine.checkpoints.adapter import adapter_keys
-from conceptmaster.engine.checkpoints.safetensors_io import load, load_model, save, sha256
+from conceptmaster.engine.checkpoints.safetensors_io import load, load_model, save
 from conceptmaster.engine.checkpoints.source import open_source
 from conceptmaster.engine.config import ModelConfig
 from conceptmaster.engine.model import ConceptMaster
 from conceptmaster.errors import ConceptMasterError, InputError, WeightsError
 from conceptmaster.export.bundle import write_bundle
+from conceptmaster.hashed import sha256_file
 from conceptmaster.runtime.atomic_write import replacing
 
 from ..arguments import (
@@ -82,9 +83,9 @@ def run(args: argparse.Namespace) -> int:
         "batch_size": args.batch_size,
         "lr": args.lr,
         "score_seeds": [args.score_seeds.start, args.score_seeds.stop],
-        "base_sha256": sha256(args.base / "model.safetensors"),
+        "base_sha256": sha256_file(args.base / "model.safetensors"),
         "base_concept": {name: getattr(base.config.concept, name) for name in FIELDS},
-        "vae_sha256": sha256(args.base / "vae.safetensors"),
+        "vae_sha256": sha256_file(args.base / "vae.safetensors"),
         "clips": args.clips,
     }
     _hold(settings, args.output / "settings.json")

@@ -15,12 +15,12 @@ from pathlib import Path
 
 import torch
 
-from ....engine.checkpoints.safetensors_io import sha256
 from ....engine.checkpoints.source import PRESET, Choices, LoraFile, Source, is_base, open_source
 from ....engine.config import ModelConfig
 from ....engine.model import ConceptMaster
 from ....engine.vae.wan_decoder import build_vae
 from ....errors import ConfigError, InputError
+from ....hashed import sha256_file
 from ...bundle_format.find import SHIPPED, Bundle
 from ...bundle_format.hashed_file import HashedFile
 from ...bundle_format.source_record import MergedLora, SourceRecord
@@ -115,7 +115,7 @@ def _find(
     for piece in wanted:
         beside = [path for folder in folders if (path := folder / piece.file).is_file()]
         files = [path for path in (*left, *found, *beside) if path.is_file()]
-        right = next((path for path in files if sha256(path) == piece.sha256), None)
+        right = next((path for path in files if sha256_file(path) == piece.sha256), None)
         if right is None:
             others = f"; {', '.join(map(str, left))} is another one" if left else ""
             raise InputError(

@@ -58,7 +58,7 @@ def test_what_lies_beside_a_graph(tmp_path, streamed, wan_folder):
     from conceptmaster.engine.checkpoints.source import Choices, open_source
     from conceptmaster.export.graphs import graph_specs
     from conceptmaster.export.onnx_graphs.trace import export_graph
-    from conceptmaster.runtime.bundle_format.hashed_file import sha256_file
+    from conceptmaster.hashed import sha256_file
 
     folder = shutil.copytree(wan_folder, tmp_path / "base")
     part = folder / "text_encoder"

@@ -32,9 +32,10 @@ from conceptmaster.export.tensorrt_engines.builder import Limits  # noqa: E402
 from conceptmaster.export.tensorrt_engines.builder_process import BuilderProcess  # noqa: E402
 from conceptmaster.export.tensorrt_engines.fp8 import linears  # noqa: E402
 from conceptmaster.export.tensorrt_engines.precision import prepare  # noqa: E402
+from conceptmaster.hashed import sha256_file  # noqa: E402
 from conceptmaster.runtime.bundle_format import tensorrt_engines as stored  # noqa: E402
 from conceptmaster.runtime.bundle_format.find import SHIPPED, Bundle  # noqa: E402
-from conceptmaster.runtime.bundle_format.hashed_file import HashedFile, sha256_file  # noqa: E402
+from conceptmaster.runtime.bundle_format.hashed_file import HashedFile  # noqa: E402
 from conceptmaster.runtime.bundle_format.manifest import load, save  # noqa: E402
 from conceptmaster.runtime.bundle_format.tensorrt_engines import PRECISIONS  # noqa: E402
 
@@ -242,7 +243,8 @@ def test_the_command_writes_engines_that_are_vouched_for(bundle, tmp_path, capsy
     report = json.loads(capsys.readouterr().out)
     version = stored.short_version(trt.__version__)
     found = Bundle.open(folder)
-    place, engines = stored.choose(found, "rtx", version, 89)
+    files, engines = stored.choose(found, "rtx", version, 89)
+    place = files.folder
     assert str(place) == report["folder"] and engines.plugin_abi == 0 and engines.precision == "fp32"
     assert {line["graph"] for line in report["engines"]} == set(found.manifest.graphs)
     assert all(sha256_file(place / e.file) == e.sha256 for e in engines.engines.values())

@@ -62,7 +62,8 @@ def test_written_run_and_collected(folder, trtexec, capsys, monkeypatch):
     folder = folder.rename("-rf").absolute()  # which nobody may take for an option
     options = ["--trtexec", "--target", "sm_90", "--precision", "fp16"]
     assert main(["build", "./-rf", *options, "--quiet"]) == 0
-    place, engines = stored.choose(Bundle.open(folder), "tensorrt", "10.13.3", 90)
+    files, engines = stored.choose(Bundle.open(folder), "tensorrt", "10.13.3", 90)
+    place = files.folder
     assert engines.precision == "fp16" and engines.plugin_abi == 0
     assert {path.name for path in place.iterdir()} >= {"build.sh", "build.log", "graphs", "engines.json"}
     assert place.name in capsys.readouterr().out
@@ -77,6 +78,32 @@ def test_dry_run_then_by_hand_then_collect(folder, trtexec, capsys):
     assert main(["build", str(folder), *options, "--collect"]) == 2  # not run yet
     subprocess.run([script], check=True, stdout=subprocess.DEVNULL)
     assert main(["build", str(folder), *options, "--collect"]) == 0
+
+
+def test_engines_that_wait_are_not_thrown_away_and_notes_stop_it(folder, trtexec, capsys):
+    import subprocess
+
+    options = ["--trtexec", "--target", "sm_90"]
+    assert main(["build", str(folder), *options, "--dry-run", "--quiet"]) == 0
+    script = Path(capsys.readouterr().out.strip())
+    (script.parent / "note").touch()
+    assert main(["build", str(folder), *options, "--dry-run", "--quiet"]) == 2
+    assert "would be lost: 'note'" in capsys.readouterr().err
+    subprocess.run([script], check=True, stdout=subprocess.DEVNULL)
+    assert main(["build", str(folder), *options, "--dry-run", "--quiet"]) == 2
+    assert "holds engines that wait: --collect" in capsys.readouterr().err
+    assert main(["build", str(folder), *options, "--collect"]) == 0
+    assert [path.name for path in script.parent.iterdir()] == ["note"]
+
+
+def test_a_failed_build_leaves_nothing_in_the_bundle(folder, monkeypatch):
+    def fail(*arguments):
+        raise ExportError("no")
+
+    monkeypatch.setattr(trtexec_engines.Preparation, "write", fail)
+    before = sorted(folder.rglob("*"))
+    assert main(["build", str(folder), "--trtexec", "--target", "sm_90", "--dry-run", "--quiet"]) == 1
+    assert sorted(folder.rglob("*")) == before
 
 
 def test_an_older_trtexec_gets_graphs_that_it_knows(folder):

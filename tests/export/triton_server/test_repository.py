@@ -201,6 +201,48 @@ def test_engines_take_the_graphs_places(built, tmp_path, option):
     assert "tensorrt_plan" in (tmp_path / "models/denoise/config.pbtxt").read_text()
 
 
+@pytest.mark.parametrize("name", ["denoise.onnx", "engines/sm90-tensorrt11.4.0-fp8/denoise.engine"])
+@pytest.mark.parametrize("how", ["replaced", "linked", "replaced while it is copied"])
+def test_only_verified_bytes_are_copied(built, tmp_path, name, how, monkeypatch, capsys):
+    folder = shutil.copytree(built, tmp_path / "bundle")
+    (tmp_path / "other").write_text("of somebody else")
+    real = shutil.copyfile
+
+    def change(*_):
+        (folder / name).unlink()
+        if how == "linked":
+            shutil.copy(built / name, tmp_path / "other")
+            (folder / name).symlink_to(tmp_path / "other")
+        else:
+            (folder / name).write_bytes((tmp_path / "other").read_bytes())
+
+    def copy(source, target):
+        if source == folder / name:
+            change()
+        return real(source, target)
+
+    if how.endswith("copied"):
+        monkeypatch.setattr(shutil, "copyfile", copy)
+    else:
+        change()
+    assert main(["export-triton", str(folder), str(tmp_path / "models"), "--precision", "fp8"]) == 1
+    words = {"replaced": "has SHA-256", "linked": "is a link out of the bundle"}
+    error = capsys.readouterr().err
+    assert f"{name.rpartition('/')[2]}' {words.get(how, 'was changed while it was read')}" in error
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bundle", "other"]
+
+
+def test_a_full_disk_leaves_nothing_in_the_way(tmp_path, monkeypatch, capsys):
+    def full(source, target):
+        raise OSError(28, "No space left on device", str(target))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "copyfile", full)
+        assert main(["export-triton", "sprites", str(tmp_path / "models")]) == 1
+    assert "No space left on device" in capsys.readouterr().err and list(tmp_path.iterdir()) == []
+    assert main(["export-triton", "sprites", str(tmp_path / "models")]) == 0
+
+
 @pytest.mark.parametrize(
     ("option", "words"),
     [

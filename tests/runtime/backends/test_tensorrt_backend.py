@@ -21,10 +21,11 @@ import pytest
 
 from conceptmaster import Pipeline
 from conceptmaster.errors import BundleError, InputError, MissingDependency
+from conceptmaster.hashed import sha256_file
 from conceptmaster.runtime.backends import open_backend
 from conceptmaster.runtime.bundle_format import tensorrt_engines as stored
 from conceptmaster.runtime.bundle_format.find import SHIPPED, Bundle
-from conceptmaster.runtime.bundle_format.hashed_file import HashedFile, sha256_file
+from conceptmaster.runtime.bundle_format.hashed_file import HashedFile
 from conceptmaster.runtime.bundle_format.manifest import load
 
 VERSION, CAPABILITY = "11.4.0.106", 90
@@ -276,7 +277,7 @@ def test_precision_chooses_between_engines(tmp_path, cuda, capsys):
     with pytest.raises(InputError, match="has engines in bf16, fp8: choose one with --precision"):
         Pipeline.from_bundle(folder, device="tensorrt")
     pipeline = Pipeline.from_bundle(folder, device="tensorrt", precision="fp8")
-    assert pipeline.backend._folder.name == "sm90-tensorrt11.4.0-fp8"
+    assert pipeline.backend._files.folder.name == "sm90-tensorrt11.4.0-fp8"
     with pytest.raises(BundleError, match="no engines for sm_90 and tensorrt 11.4.0 in fp16"):
         Pipeline.from_bundle(folder, device="tensorrt", precision="fp16")
     output = tmp_path / "a.npy"
@@ -299,15 +300,16 @@ def test_engines_of_other_weights_beside_the_same_graph_are_refused(folder, cuda
     with pytest.raises(
         BundleError, match="denoise.engine' was built from another denoise than this bundle's"
     ):
-        changed = dataclasses.replace(bundle.manifest, graphs=bundle.manifest.graphs | {"denoise": other[0]})
-        stored.choose(Bundle(folder, changed), "tensorrt", "11.4.0", CAPABILITY)
+        graphs = bundle.manifest.graphs | {"denoise": other[0]}
+        changed = dataclasses.replace(bundle, manifest=dataclasses.replace(bundle.manifest, graphs=graphs))
+        stored.choose(changed, "tensorrt", "11.4.0", CAPABILITY)
 
 
 def test_a_tampered_engine_is_refused(folder, cuda):
     (path,) = folder.glob("engines/*/denoise.engine")
     path.write_bytes(path.read_bytes()[:-1] + b"x")
     with pytest.raises(
-        BundleError, match=r"denoise.engine' was changed after it was built: conceptmaster build"
+        BundleError, match=r"denoise.engine' has SHA-256 \w+, expected \w+: conceptmaster build"
     ):
         open_backend(Bundle.open(folder), "tensorrt", None)
     (index,) = folder.glob("engines/*/engines.json")

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from conceptmaster import Pipeline
 from conceptmaster.errors import BundleError, InputError
+from conceptmaster.hashed import sha256_file
 from conceptmaster.runtime.backends import open_backend
 from conceptmaster.runtime.bundle_format import find as bundles
 from conceptmaster.runtime.bundle_format import manifest
 from conceptmaster.runtime.bundle_format.find import Bundle
-from conceptmaster.runtime.bundle_format.hashed_file import sha256_file
 
 Edit = Callable[[Path, Callable[[dict], object]], None]
 CONCEPTS = ("image_encoder", "qformer", "dam")
@@ -38,7 +42,9 @@ def test_opens_and_survives_a_round_trip(own: Path) -> None:
     (own / "manifest.json").unlink()
     manifest.save(opened.manifest, own)
     assert Bundle.open(str(own)).manifest == opened.manifest
-    assert opened.tokenizer.is_file() and opened.path("denoise").is_file()
+    assert opened.tokenizer.is_file()
+    with opened.reading("denoise") as path:
+        assert path == own / "denoise.onnx"
     assert not [path for path in own.iterdir() if path.name.startswith(".")], "a temporary file was left"
 
 
@@ -295,12 +301,121 @@ def test_a_graph_that_is_not_what_the_manifest_says(own: Path, edit_manifest: Ed
         BundleError, match="inputs of .*dam.onnx' are not those in the manifest.*picture_tokens"
     ):
         open_backend(Bundle.open(own), "cpu", 1).load(["dam"])
-    (own / "dam.onnx").write_bytes(b"no graph")
-    found = sha256_file(own / "dam.onnx")
-    edit_manifest(own, lambda data: data["graphs"]["dam"].update(sha256=found))
-    with pytest.raises(BundleError, match=r"dam.onnx' does not load") as caught:
-        open_backend(Bundle.open(own), "cpu", 1).load(["dam"])
-    assert "\n" not in str(caught.value)
+    for content, words in ((b"", "dam.onnx' does not load"), (b"no graph", "dam.onnx' is not a graph")):
+        (own / "dam.onnx").write_bytes(content)
+        found = sha256_file(own / "dam.onnx")
+        edit_manifest(own, lambda data, found=found: data["graphs"]["dam"].update(sha256=found))
+        with pytest.raises(BundleError, match=words) as caught:
+            open_backend(Bundle.open(own), "cpu", 1).load(["dam"])
+        assert "\n" not in str(caught.value)
+
+
+def _weights_outside(folder: Path, edit_manifest: Edit, name: str = "dam.onnx.data") -> Path:
+    """Moves the weights of a bundle's graph `dam` to a file beside it; the manifest lists it."""
+    import onnx
+
+    path = folder / "dam.onnx"
+    model = onnx.load(str(path))
+    onnx.save_model(model, str(path), save_as_external_data=True, location=name, size_threshold=64)
+    beside = {"file": name, "sha256": sha256_file(folder / name)}
+    entry = {"sha256": sha256_file(path), "external": [beside]}
+    edit_manifest(folder, lambda data: data["graphs"]["dam"].update(entry))
+    return folder / name
+
+
+def test_weights_that_the_manifest_does_not_list_are_refused(own: Path, edit_manifest: Edit) -> None:
+    data = _weights_outside(own, edit_manifest)
+    open_backend(Bundle.open(own), "cpu", 1).load(["dam"])
+    edit_manifest(own, lambda data: data["graphs"]["dam"].update(external=[]))
+    refused(own, "dam.onnx' has weights in 'dam.onnx.data', which the manifest does not list")
+    other = {"file": "other.data", "sha256": sha256_file(data)}
+    shutil.copy(data, own / "other.data")
+    edit_manifest(own, lambda data: data["graphs"]["dam"].update(external=[other]))
+    refused(own, "which the manifest does not list")
+    data.unlink()
+    data.symlink_to("other.data")  # the same file, under both names
+    Bundle.open(own)
+
+
+@pytest.mark.parametrize("name", ["dam.onnx", "dam.onnx.data", "tokenizer.json"])
+@pytest.mark.parametrize("how", ["replaced", "linked", "linked out", "gone", "written"])
+def test_what_was_checked_is_what_is_used(
+    own: Path, tmp_path: Path, edit_manifest: Edit, name: str, how: str
+) -> None:
+    """A file that becomes another one after the bundle was opened and before it is needed."""
+    _weights_outside(own, edit_manifest)
+    opened = Bundle.open(own)
+    other = tmp_path / "other"
+    other.write_bytes((own / name).read_bytes()[:-1] + b"x")
+
+    def use() -> None:
+        if name == "tokenizer.json":
+            Pipeline(opened, open_backend(opened, "cpu", 1))
+        else:
+            open_backend(opened, "cpu", 1).load(["dam"])
+
+    use()
+    kept = (own / name).read_bytes()
+    if how == "written":
+        (own / name).write_bytes(other.read_bytes())
+    elif how == "replaced":
+        os.replace(other, own / name)
+    else:
+        (own / name).unlink()
+        place = other if how == "linked out" else own / "inside"
+        if how != "gone":
+            place.write_bytes(other.read_bytes())
+            (own / name).symlink_to(place)
+    words = {"linked out": "is a link out of the bundle", "gone": "is missing"}.get(how, "has SHA-256")
+    with pytest.raises(BundleError, match=f"{name}' {words}"):
+        use()
+    (own / name).unlink(missing_ok=True)
+    (own / name).write_bytes(kept)
+    use()  # the same bytes in another file
+
+
+@pytest.mark.parametrize("name", ["dam.onnx", "dam.onnx.data"])
+def test_a_file_that_changes_places_while_it_is_loaded(
+    own: Path, tmp_path: Path, edit_manifest: Edit, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another file lies there only for the moment in which ONNX Runtime opens it."""
+    from conceptmaster.runtime.backends import onnxruntime_backend
+
+    _weights_outside(own, edit_manifest)
+    data, before, after = (own / name).read_bytes(), own / name, tmp_path / "aside"
+    (tmp_path / "other").write_bytes(data)
+    real = onnxruntime_backend.onnxruntime.InferenceSession
+
+    def session(*given: object, **options: object) -> object:
+        os.rename(before, after)
+        os.rename(tmp_path / "other", before)
+        try:
+            return real(*given, **options)
+        finally:
+            os.rename(after, before)
+
+    opened = Bundle.open(own)
+    monkeypatch.setattr(onnxruntime_backend.onnxruntime, "InferenceSession", session)
+    with pytest.raises(BundleError, match=f"{name}' was changed while it was read"):
+        open_backend(opened, "cpu", 1).load(["dam"])
+
+
+def test_opening_holds_no_weights_in_memory(own: Path, edit_manifest: Edit) -> None:
+    size = 96 << 20
+    (own / "big.data").touch()
+    os.truncate(own / "big.data", size)
+    entry = {"file": "big.data", "sha256": sha256_file(own / "big.data")}
+    edit_manifest(own, lambda data: data["graphs"]["dam"].update(external=[entry]))
+    code = (
+        "import resource, sys; from conceptmaster.runtime.bundle_format.find import Bundle\n"
+        "most = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10\n"
+        "before = most(); Bundle.open(sys.argv[1]); print(most() - before)"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    run = subprocess.run(
+        [sys.executable, "-c", code, own], env=environment, check=True, capture_output=True, text=True
+    )
+    assert int(run.stdout) < size // 3
 
 
 def test_a_bundle_that_is_not_there(tmp_path: Path) -> None:
