@@ -6,6 +6,7 @@ import dataclasses
 import importlib.metadata
 import os
 from pathlib import Path
+from typing import Any
 
 from .. import __version__
 from ..engine.checkpoints.source import Origin, Source
@@ -16,8 +17,9 @@ from ..hashed import sha256_file
 from ..runtime.atomic_folder import check_target, replacing_folder
 from ..runtime.bundle_format import manifest as manifests
 from ..runtime.bundle_format.hashed_file import HashedFile
-from ..runtime.bundle_format.schema import FORMAT, Defaults, GraphFile, Manifest, Shapes
+from ..runtime.bundle_format.schema import FORMAT, Defaults, GraphFile, Manifest, Ranges, Shapes, Vocabulary
 from ..runtime.bundle_format.source_record import MergedLora, SourceRecord
+from ..runtime.bundle_format.strict_json import decode
 from ..runtime.bundle_format.tensorrt_engines import bundle_files
 from ..runtime.progress import each
 from .graphs import GraphSpec, graph_specs
@@ -27,6 +29,7 @@ from .onnx_graphs.weights_16bit import narrow_in_place
 from .recipes import conditioning_of, pictures_of, tile_of
 from .verify import Row, check, check_small, checked_specs
 
+TOLD = {"vocabulary": Vocabulary, "ranges": Ranges}
 WRITERS = ("torch", "onnx", "onnxscript", "onnxruntime")
 
 
@@ -52,7 +55,7 @@ def write_bundle(
     """
     folder = Path(os.path.abspath(output))
     check_target(folder, bundle_files, replace=overwrite)
-    defaults = _defaults(source.sampling, branches)
+    defaults, told = _defaults(source.sampling, branches), _told(source)
     concept = source.model.config.concept
     if not with_graphs and precision != "fp32":
         raise InputError("int8 is a precision of graphs: a bundle without graphs has none")
@@ -100,6 +103,7 @@ def write_bundle(
             conditioning=conditioning_of(source.model.config),
             tile=tiles,
             source=_record(source.origin),
+            **told,
         )
         manifests.save(manifest, temporary)
     return rows
@@ -122,6 +126,14 @@ def _record(origin: Origin) -> SourceRecord:
         None if origin.adapter is None else HashedFile(*origin.adapter),
         tuple(MergedLora(*lora) for lora in origin.loras),
     )
+
+
+def _told(source: Source) -> dict[str, Any]:
+    """What a source tells of itself, by the manifest's key. Raises InputError if no manifest can hold it."""
+    try:
+        return {kind: decode(TOLD[kind], value, f"{kind}.json") for kind, value in source.told.items()}
+    except ValueError as error:
+        raise InputError(f"{source.origin.name!r}: {error}") from error
 
 
 def _held(row: Row) -> Row:

@@ -84,6 +84,7 @@ def _describe(manifest: Manifest, sizes: dict[str, int], folder: Path) -> str:
         *([] if manifest.tile is None else [f"decoding  {_tiles(manifest)}"]),
         f"guidance  {s.branches} branch{'es' if s.branches > 1 else ''}",
         "defaults  " + ", ".join(f"{key} {value!r}" for key, value in dataclasses.asdict(d).items()),
+        *_made_for(manifest),
         *([] if manifest.source is None else [f"source    {manifest.source}"]),
         "written   " + ", ".join(f"{key} {value}" for key, value in manifest.written_by.items()),
         "",
@@ -94,6 +95,20 @@ def _describe(manifest: Manifest, sizes: dict[str, int], folder: Path) -> str:
         lines.append(f"{name:14} {sizes[name] / 2**20:7.2f} MB  {inputs} → {outputs}")
     lines.append(f"{'all':14} {sum(sizes.values()) / 2**20:7.2f} MB")
     return "\n".join(printable(line, 10**5) for line in lines)
+
+
+def _made_for(manifest: Manifest) -> list[str]:
+    """The words and the ranges of a bundle that says them."""
+    words, ranges = manifest.vocabulary, manifest.ranges
+    lines = []
+    if words is not None:
+        kinds = {"labels": words.labels, **(words.phrases or {}), "words": words.words}
+        lines += [f"{kind:9} {', '.join(entries)}" for kind, entries in kinds.items() if entries]
+        lines += ["words     any other, too"] if words.open else []
+    if ranges is not None:
+        known = {kind: pair for kind, pair in dataclasses.asdict(ranges).items() if pair is not None}
+        lines += ["made for  " + ", ".join(f"{kind} {a:g} to {b:g}" for kind, (a, b) in known.items())]
+    return lines
 
 
 def _tensors(specs: tuple[TensorSpec, ...]) -> str:

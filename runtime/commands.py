@@ -13,12 +13,20 @@ import importlib
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from ..errors import ConceptMasterError, InputError, MissingDependency, how_to_install, is_out_of_memory
+from ..errors import (
+    ConceptMasterError,
+    InputError,
+    MissingDependency,
+    RequestWarning,
+    how_to_install,
+    is_out_of_memory,
+)
 from ..untrusted import printable
 from . import stop_signals, streams
 
@@ -67,6 +75,7 @@ class _Printable(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         """The record in lines that a terminal takes as text."""
+        record.level = record.levelname.lower()
         return "\n".join(map(printable, super().format(record).splitlines()))
 
 
@@ -119,7 +128,7 @@ def run_program(
 def _run(prog: str, description: str, commands: Sequence[Command], arguments: list[str], name: str) -> int:
     """Parses the arguments and runs the command, with a log on standard error."""
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_Printable(f"{name}: %(levelname)s: %(message)s"))
+    handler.setFormatter(_Printable(f"{name}: %(level)s: %(message)s"))
     handler.handleError = lambda record: None  # type: ignore[method-assign]  # standard error is full
     log = logging.getLogger(__package__.partition(".")[0] if __package__ else None)
     level = log.level
@@ -128,7 +137,7 @@ def _run(prog: str, description: str, commands: Sequence[Command], arguments: li
         args = _parse(prog, description, commands, arguments)
         if args.verbose:
             log.setLevel(logging.INFO)
-        with _needing(args.asked):
+        with _needing(args.asked), _requests_warned_of(log):
             return args.asked.run(args)
     finally:  # the caller may be a program of its own, and call again
         log.removeHandler(handler)
@@ -146,6 +155,23 @@ def _needing(command: Command | None) -> Iterator[None]:
             raise  # a file of ours is missing, which no extra brings
         install = how_to_install(command.extra)
         raise MissingDependency(f"`{command.name}` needs {error.name}: {install}") from error
+
+
+@contextmanager
+def _requests_warned_of(log: logging.Logger) -> Iterator[None]:
+    """Each RequestWarning is one line of the log, every time; other warnings are shown as Python does."""
+    with warnings.catch_warnings():
+        show = warnings.showwarning
+
+        def shown(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+            if issubclass(category, RequestWarning):
+                log.warning("%s", message)
+            else:
+                show(message, category, *where, **more)
+
+        warnings.simplefilter("always", RequestWarning)
+        warnings.showwarning = shown
+        yield
 
 
 def _reason(error: OSError) -> str:

@@ -85,6 +85,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="P",
         help="of the engines for --device tensorrt or rtx: fp32, fp16, bf16 or fp8 (the only one there)",
     )
+    how.add_argument(
+        "--strict",
+        action="store_true",
+        help="refuse what is otherwise warned of: a label that is not in the caption, words that the bundle "
+        "does not know, numbers that it was not made for (`inspect` lists them)",
+    )
     _add_torch_options(parser.add_argument_group("with --backend torch"))
     out = parser.add_argument_group("output")
     out.add_argument(
@@ -179,7 +185,7 @@ def run(args: argparse.Namespace) -> int:
     scale = enlargement(suffix, shapes.height, shapes.width, args.scale)
     opened = time.perf_counter() - start
     progress = args.progress or (sys.stderr.isatty() and not args.quiet)
-    videos = pipeline.generate(request, noise=noise, progress=progress)
+    videos = pipeline.generate(request, noise=noise, progress=progress, strict=args.strict)
     writing = time.perf_counter()
     for video, path in zip(videos, outputs, strict=True):
         video.save(path, scale=scale, chroma=args.chroma)
@@ -203,6 +209,7 @@ def run(args: argparse.Namespace) -> int:
             "scale": scale,
             "sheets": [str(path) for path in sheets],
             "frames": None if frames is None else str(frames),
+            "warnings": list(videos[0].warnings),
             "seconds": {stage: round(value, 4) for stage, value in seconds.items()},
         }
         print(json.dumps(report))

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn, Self, overload
 import numpy as np
 
 from ..errors import Cancelled, GenerationError, InputError
-from . import frame_conditioning, pictures, tiles
+from . import frame_conditioning, pictures, tiles, vocabulary
 from . import noise as noises
 from .backends import Backend, check_choice, open_backend
 from .bundle_format.find import Bundle
@@ -30,7 +30,7 @@ from .guidance import Guidance
 from .progress import bar
 from .request import Concept, Request
 from .solver import STATES, Schedule, make_schedule
-from .tokenizer import Tokenizer, padded
+from .tokenizer import Tokenizer, padded, tokenised
 from .video import Video
 
 if TYPE_CHECKING:
@@ -215,8 +215,10 @@ class Pipeline:
         starts: Sequence[np.ndarray | None] = [None] * request.samples  # None: from its seed, in its turn
         if noise is not None:
             starts = noises.from_array(noise, shapes.latent, request.samples)
-        tokens = self._tokenise(request, guidance)
+        tokens = tokenised(request, guidance, self.manifest, self._tokenizer)
         concepts, frames = self._read_pictures(request)
+        remarks = vocabulary.remarks(request, self.manifest, self._tokenizer.read)
+        vocabulary.warn(remarks, strict)
 
         seconds: dict[str, float] = {}
         with _timed(seconds, "load"):
@@ -243,27 +245,9 @@ class Pipeline:
                     latents = self._denoise(start, known, schedule, report)  # [Cz,F,H,W]
                 with _timed(own, "decode"):
                     video = self._decode(latents, advance)[leading:]  # [frames,height,width,3]
-                videos.append(Video(video, self.manifest.fps, seed, request.prompt, concepts, own))
+                about = (seed, request.prompt, concepts, own, tuple(remarks))
+                videos.append(Video(video, self.manifest.fps, *about))
         return videos
-
-    def _tokenise(self, request: Request, guidance: Guidance) -> dict[str, tuple[int, ...]]:
-        """Every text's tokens, so that one that is too long, or of which this bundle reads nothing, or the
-        same as of another, is known before anything runs."""
-        shapes = self.manifest.shapes
-        texts = [("no text", "", shapes.text_tokens), ("the prompt", request.prompt, shapes.text_tokens)]
-        if request.negative and not all(guidance.caption):
-            texts.append(("the negative prompt", request.negative, shapes.text_tokens))
-        texts += [(f"the label {c.label!r}", c.label, shapes.label_tokens) for c in request.concepts]
-        tokens = {text: self._tokenizer.encode(text, limit, what) for what, text, limit in texts}
-        labels = [c.label for c in request.concepts] if self.manifest.reads_labels else []
-        for what, text, _ in texts:
-            if text in (request.prompt, *labels) and tokens[text] == tokens[""]:
-                raise InputError(f"{what} is empty: the bundle {self.manifest.name!r} reads no word of it")
-        for one, two in itertools.combinations(labels, 2):
-            if tokens[one] == tokens[two]:
-                reads = f"the bundle {self.manifest.name!r} reads the labels {one!r} and {two!r} alike"
-                raise InputError(f"{reads}: labels must differ, they are what binds")
-        return tokens
 
     def _read_pictures(self, request: Request) -> tuple[tuple[Concept, ...], dict[int, np.ndarray]]:
         """The concepts with their pictures as the picture encoder sees them, uint8 [px,px,3], and the frames

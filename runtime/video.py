@@ -35,7 +35,7 @@ class Video:
     frames: uint8 [F,H,W,3] RGB; fps: frames per second; seed: the noise's seed (what was asked for, if the
     caller gave the noise); prompt: the caption; concepts: the concepts as the model saw them, each image a
     uint8 array [px,px,3]; seconds: wall time by stage (load, encode, condition, denoise, decode; the first
-    three are shared by the samples of one request).
+    three are shared by the samples of one request); warnings: what was warned of, in one line each.
     Raises: InputError for frames or a rate that are none.
     """
 
@@ -45,6 +45,7 @@ class Video:
     prompt: str = ""
     concepts: tuple[Concept, ...] = ()
     seconds: Mapping[str, float] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         frames, fps = self.frames, self.fps

@@ -53,12 +53,47 @@ def test_text_alone_makes_a_video(pipeline):
     assert frames.shape == (17, 64, 64, 3) and frames.std() > 5
 
 
+FLOWER = "a flower in the middle moves down and a rocket on the left moves up, at sunset"
+
+
+@pytest.mark.parametrize(
+    ("labels", "said"),
+    [
+        (("flower", "rocket"), []),
+        (("Flower", "rocket"), ["'Flower' is not in the caption as the model reads it: it says 'flower'"]),
+        (("pink flower", "rocket"), ["it says 'flower'", "does not know 'pink'; the things it knows"]),
+        (("banana", "rocket"), ["'banana' is not in the caption", "does not know 'banana'"]),
+    ],
+)
+def test_labels_that_would_give_something_else_are_warned_of(labels, said, tmp_path, capsys):
+    from conceptmaster.cli import main
+
+    pictures = [str(REQUESTS / "first" / f"{number}.png") for number in (1, 2)]
+    command = ["generate", "--prompt", FLOWER, "--threads", "1", "--steps", "2", "--quiet", "--json"]
+    for label, picture in zip(labels, pictures, strict=True):
+        command += ["--concept", label, picture]
+    command += ["--output", str(tmp_path / "a.npy")]
+    assert main(command) == 0
+    out, err = capsys.readouterr()
+    lines = err.splitlines()
+    assert all(line.startswith("conceptmaster: warning: the ") for line in lines)
+    assert all(word in line for line, word in zip(lines, said, strict=True))
+    assert [f"conceptmaster: warning: {line}" for line in json.loads(out)["warnings"]] == lines
+    (tmp_path / "a.npy").unlink()
+    assert main([*command, "--strict"]) == (2 if said else 0)
+    if said:
+        out, err = capsys.readouterr()
+        assert err.startswith("conceptmaster: error: the ") and err.count("\n") == 1 and "strict" in err
+        assert out == "" and not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("name", ["first", "twins", "three"])
 def test_the_example_requests_generate(name, tmp_path):
     command = [sys.executable, "-m", "conceptmaster", "generate", "--json", "--threads", "1"]
     command += ["--request", REQUESTS / name / "request.json", "--output", tmp_path / "a.mp4"]
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=True)
-    assert json.loads(done.stdout.splitlines()[-1])["bundle"] == "sprites"
+    report = json.loads(done.stdout.splitlines()[-1])
+    assert report["bundle"] == "sprites" and report["warnings"] == [] and done.stderr == ""
     assert (tmp_path / "a.mp4").stat().st_size > 1000
 
 

@@ -16,7 +16,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import tokenizers
 import torch
@@ -45,6 +45,8 @@ log = logging.getLogger(__name__)
 PRESET = "preset:"
 FILES = ("model.safetensors", "vae.safetensors", "tokenizer.json")
 DEFAULTS = "defaults.json"
+TOLD = {"vocabulary": "vocabulary.json", "ranges": "ranges.json"}
+"""What a trained folder may tell of its model, by the bundle's manifest, which holds the same."""
 PAD, END = 0, 1  # token ids: the runtime pads with PAD, the tokenizer appends END
 SAMPLING = Sampling(solver="unipc", shift=3.0, steps=20, guidance=2.5)
 BASE_SIZE, BASE_FRAMES = (832, 480), 81  # what diffusers' WanPipeline makes when it is told nothing
@@ -93,13 +95,14 @@ class Origin:
 @dataclass(frozen=True)
 class Source:
     """Model and VAE in evaluation mode on the CPU, the text of tokenizer.json, how it is meant to be sampled,
-    and what it was read from."""
+    what it was read from, and what it tells of itself: of each of TOLD that is there, the parsed file."""
 
     model: ConceptMaster
     vae: VAE
     tokenizer: str
     sampling: Sampling
     origin: Origin
+    told: Mapping[str, Any] = field(default_factory=dict)
 
 
 def loras_of(paths: Iterable[str | os.PathLike[str]], scales: tuple[float, ...]) -> tuple[LoraFile, ...]:
@@ -134,8 +137,8 @@ def open_source(
     """Loads a source, see the module's text.
 
     Args: place: a folder, OWNER/NAME or the address of a model in the Hugging Face Hub, or preset:NAME; a
-        trained folder may have a defaults.json with fields of `Sampling`. choices: for a base. tokenizer: a
-        tokenizer.json that is taken where the place has none.
+        trained folder may have a defaults.json with fields of `Sampling`, and the files of TOLD. choices: for
+        a base. tokenizer: a tokenizer.json that is taken where the place has none.
     Raises: InputError, one line, for whatever is missing, does not fit, or is of a layout that is not read.
     """
     choices = choices or Choices()
@@ -182,15 +185,16 @@ def _open_trained(folder: Path, tokenizer: Path | None) -> Source:
         raise InputError(
             f"{str(folder)!r} lacks {', '.join(missing)}, and for diffusers' layout transformer/"
         )
-    names = [name for name in (*FILES, DEFAULTS) if (folder / name).is_file()]
+    names = [name for name in (*FILES, DEFAULTS, *TOLD.values()) if (folder / name).is_file()]
     before = identities(folder / name for name in names)
     origin = Origin(folder.resolve().name, {name: sha256_file(folder / name) for name in names})
     model = load_model(folder / FILES[0])
     vae = built(build_vae, model.config, load(folder / FILES[1])[0], folder / FILES[1])
     text = _read_tokenizer(folder / FILES[2], tokenizer, model.config)
     sampling = _sampling(folder / DEFAULTS)
+    told = {kind: read_json(folder / name) for kind, name in TOLD.items() if name in names}
     require_same(before)
-    return Source(model, vae, text, sampling, origin)
+    return Source(model, vae, text, sampling, origin, told)
 
 
 def _open_base(place: str | Path, choices: Choices, tokenizer: Path | None) -> Source:

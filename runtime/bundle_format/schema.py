@@ -8,6 +8,7 @@ does not have is read as absent.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ PRECISIONS = ("fp32", "int8")
 FPS = (0.01, 1000.0)
 MOST_GUIDANCE = 1e6  # far from overflow in float32
 LONGEST_TEXT = 10_000  # characters
+MOST_ENTRIES = 20_000  # of a vocabulary
 FITS = ("whole", "middle", "padded", "cut", "stretched")
 
 
@@ -145,27 +147,41 @@ class Defaults:
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What a model of a closed world knows: the words of captions, and those of them that name a concept."""
+    """What a model was taught to read.
 
-    words: tuple[str, ...]
-    labels: tuple[str, ...]
+    words: those that may stand anywhere in a caption; labels: what names a concept; phrases: whole wordings
+    by kind (places, motions, ...), whose words mean something in them alone; open: whether any other word may
+    be asked for as well, so that the rest only tells people what was taught.
+    """
+
+    words: tuple[str, ...] = ()
+    labels: tuple[str, ...] = ()
+    phrases: dict[str, tuple[str, ...]] | None = None
+    open: bool = False
 
     def __post_init__(self) -> None:
-        for kind, entries in (("words", self.words), ("labels", self.labels)):
-            require(len(set(entries)) == len(entries) > 0, f"{kind} must be there, each once")
-            require(all(e == e.strip() != "" for e in entries), f"{kind} must not begin or end with spaces")
+        kinds = {"words": self.words, "labels": self.labels, **(self.phrases or {})}
+        require(sum(map(len, kinds.values())) <= MOST_ENTRIES, f"{MOST_ENTRIES} entries at most")
+        for kind, entries in kinds.items():
+            require(len(set(entries)) == len(entries), f"{kind} must be there each once")
+            plain = (0 < len(e) <= LONGEST_NAME and e == " ".join(e.split()) for e in entries)
+            require(all(plain), f"{kind}: 1 to {LONGEST_NAME} characters, single spaces inside")
+        require(self.open or bool(self.words and self.labels), "words and labels must be there, unless open")
 
 
 @dataclass(frozen=True)
 class Ranges:
-    """What a model was made for, smallest and largest; None where nothing is known."""
+    """What a model was made for, smallest and largest; None where nothing is known. concepts: how many."""
 
     steps: tuple[int, int] | None = None
     guidance: tuple[float, float] | None = None
+    concepts: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
-        for kind, pair in (("steps", self.steps), ("guidance", self.guidance)):
-            require(pair is None or 0 <= pair[0] <= pair[1] < math.inf, f"{kind} must be smallest, largest")
+        for field in dataclasses.fields(self):
+            pair = getattr(self, field.name)
+            right = pair is None or 0 <= pair[0] <= pair[1] < math.inf
+            require(right, f"{field.name} must be smallest, largest")
 
 
 @dataclass(frozen=True)

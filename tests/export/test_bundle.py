@@ -187,6 +187,32 @@ def exported_before(bundle, monkeypatch):
     monkeypatch.setattr(bundles, "export_graph", export)
 
 
+def test_what_a_folder_of_weights_tells_of_its_model(own_weights, tmp_path, command):
+    from conceptmaster.runtime.bundle_format.manifest import load
+
+    words = {"words": ["a"], "labels": ["ball", "cat"], "phrases": {"motions": ["rolls left"]}}
+    (own_weights / "vocabulary.json").write_text(json.dumps(words))
+    (own_weights / "ranges.json").write_text('{"steps": [2, 9]}')
+    assert command("export", own_weights, "--output", tmp_path / "new", "--no-graphs")[0] == 0
+    told = load(tmp_path / "new")
+    assert told.vocabulary.labels == ("ball", "cat") and told.vocabulary.phrases["motions"] == ("rolls left",)
+    assert told.ranges.steps == (2, 9) and told.ranges.guidance is None
+    assert {"vocabulary.json", "ranges.json"} <= {file.file for file in told.source.files}
+    (own_weights / "vocabulary.json").write_text('{"open": true}')
+    assert command("export", own_weights, "--output", tmp_path / "open", "--no-graphs")[0] == 0
+    assert load(tmp_path / "open").vocabulary.open
+    for name, wrong, word in (
+        ("vocabulary", '{"words": "a"}', "vocabulary.json.words must be a list"),
+        ("vocabulary", '{"nouns": ["ball"]}', "unknown key 'nouns'"),
+        ("vocabulary", "{}", "words and labels must be there, unless open"),
+        ("vocabulary", "[]", "vocabulary.json is not a JSON object"),
+        ("ranges", '{"steps": [9, 2]}', "ranges.json: steps must be smallest, largest"),
+    ):
+        (own_weights / f"{name}.json").write_text(wrong)
+        fails(command("export", own_weights, "--output", tmp_path / "bad", "--no-graphs"), 2, word)
+        (own_weights / f"{name}.json").unlink()
+
+
 def test_int8_bundle_from_a_folder_of_weights(
     bundle, weights, own_weights, tmp_path, command, exported_before
 ):

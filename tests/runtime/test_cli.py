@@ -37,7 +37,7 @@ def run(bundle: Path, pictures: dict[str, Path], tmp_path: Path, monkeypatch, ca
     return run
 
 
-BALL = ("generate", "--bundle", "BUNDLE", "--threads", "1", "--prompt", "a ball rolls left")
+BALL = ("generate", "--bundle", "BUNDLE", "--threads", "1", "--prompt", "a ball and a cat roll left")
 CAT = ("--concept", "cat", "cat.png")
 
 
@@ -75,7 +75,7 @@ def test_generate_writes_what_the_pipeline_makes(run: Run, bundle: Path, picture
     stages = {"open", "load", "encode", "condition", "denoise", "decode", "write", "total"}
     assert set(report["seconds"]) == stages and all(value >= 0 for value in report["seconds"].values())
     expected = Pipeline.from_bundle(bundle)(
-        "a ball rolls left",
+        "a ball and a cat roll left",
         [Concept(name, pictures[name]) for name in ("cat", "ball")],
         seed=3,
         steps=5,
@@ -282,6 +282,12 @@ def test_inspect(run: Run) -> None:
     code, out, _ = run("inspect", "BUNDLE", "--json")
     report = json.loads(out)
     assert code == 0 and report["shapes"]["latent"] == [4, 3, 2, 2] and report["bytes"]["denoise"] > 0
+    code, out, _ = run("inspect", "sprites")
+    assert "labels    ball, star" in out and "places    at the top left, " in out
+    assert "made for  steps 2 to 50, guidance 1 to 2, concepts 0 to 3" in out
+    code, out, _ = run("inspect", "sprites", "--json")
+    report = json.loads(out)
+    assert "ball" in report["vocabulary"]["labels"] and report["ranges"]["guidance"] == [1, 2]
 
 
 def test_help_and_version(run: Run, capsys: pytest.CaptureFixture) -> None:
@@ -304,8 +310,8 @@ def test_warnings_are_shown_and_verbose_says_more(run: Run) -> None:
     level = logging.getLogger("conceptmaster").level
     code, _, err = run(*BALL, "--concept", "cat", "cat.gif", "--verbose")
     assert logging.getLogger("conceptmaster").level == level  # the next call says no more than before
-    assert code == 0 and "conceptmaster: WARNING: the picture of 'cat'" in err
-    assert "conceptmaster: INFO: onnxruntime" in err
+    assert code == 0 and "conceptmaster: warning: the picture of 'cat'" in err
+    assert "conceptmaster: info: onnxruntime" in err
 
 
 LEAN = """

@@ -20,7 +20,8 @@ from conceptmaster.engine.vae.block_vae import BlockVAE
 from conceptmaster.errors import InputError, WeightsError
 
 from ..arguments import check_counts, options_from, set_threads
-from ..world.vocabulary import build_tokenizer
+from ..world.scenes import MAX_CONCEPTS
+from ..world.vocabulary import KNOWN, build_tokenizer
 from .clip_arrays import draw_videos
 from .drawn import Drawing, DrawnPool, judging_pool
 from .learning import CheckpointError
@@ -36,6 +37,8 @@ DEFAULTS = {
     "concept_guidance": None,
     "negative": "",
 }
+RANGES = {"steps": [2, 50], "guidance": [1, 2], "concepts": [0, MAX_CONCEPTS]}
+"""Where the scores are as good as they get: one step and guidance 3 blur textures, guidance 4 loses looks."""
 
 
 def run(args: argparse.Namespace) -> int:
@@ -109,9 +112,11 @@ def save_rounded(trained: Path, shipped: Path) -> None:
 
 
 def collect(vae_folder: Path, model_folder: Path, output: Path) -> None:
-    """Put what ``conceptmaster export`` reads into one folder: weights, tokenizer and sampling defaults."""
+    """Put what ``conceptmaster export`` reads into one folder: weights, tokenizer, sampling defaults, words
+    and ranges that the model was made for."""
     output.mkdir(parents=True, exist_ok=True)
     save_rounded(model_folder / "model.safetensors", output / "model.safetensors")
     shutil.copyfile(vae_folder / "vae.safetensors", output / "vae.safetensors")
     build_tokenizer().save(str(output / "tokenizer.json"))
-    (output / "defaults.json").write_text(json.dumps(DEFAULTS, indent=1) + "\n")
+    for name, content in (("defaults", DEFAULTS), ("vocabulary", KNOWN), ("ranges", RANGES)):
+        (output / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")

@@ -1,16 +1,29 @@
-"""The world's tokenizer: byte-level BPE learned from its own captions, so that no word is ever unknown."""
+"""The world's words: what its captions say, and its tokenizer, byte-level BPE learned from them, so that any
+word has tokens, whether the model knows it or not."""
 
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from .scenes import random_scene
+from .scenes import BACKGROUNDS, MOTION_WORDS, NOUNS, ORDINALS, PLACES, random_scene
 
 VOCABULARY = 512
 PAD, END = "<pad>", "</s>"
+KNOWN: dict[str, Any] = {
+    "words": ["a", "an", "the", "and", *ORDINALS[:2]],  # no scene has three of a noun
+    "labels": list(NOUNS),
+    "phrases": {
+        "places": list(PLACES.values()),
+        "motions": [words for wordings in MOTION_WORDS.values() for words in wordings],
+        "backgrounds": list(BACKGROUNDS.values()),
+    },
+}
+"""What a model of this world is taught to read: the weights' vocabulary.json. No caption says "an", which
+does no harm."""
 
 
 @functools.cache

@@ -145,6 +145,8 @@ CHANGES: list[tuple[str, Callable[[dict], object], str]] = [
         "from high noise to low",
     ),
     ("vocabulary twice", lambda d: _third(d, vocabulary={"words": ["a", "a"], "labels": ["a"]}), "each once"),
+    ("vocabulary without words", lambda d: _third(d, vocabulary={"labels": ["a"]}), "unless open"),
+    ("words apart", lambda d: _third(d, vocabulary={"open": True, "labels": ["a  b"]}), "single spaces"),
     ("ranges", lambda d: _third(d, ranges={"steps": [4, 2]}), "smallest, largest"),
     ("frames", lambda d: d["shapes"].update(frames=11), "give 9 frames, the video has 11"),
     ("uneven frames", lambda d: d["shapes"].update(frames=10), "do not divide a video of 10 frames"),
@@ -206,7 +208,7 @@ def test_format_3_keeps_what_it_was_told(own: Path, edit_manifest: Edit) -> None
         "vocabulary": {"words": ["a", "ball"], "labels": ["ball"]},
         "ranges": {"steps": [8, 50], "guidance": [1, 6]},
     }
-    edit_manifest(own, lambda data: _third(data, **entries))
+    edit_manifest(own, lambda data: _third(data, **entries))  # the keys of the first files of format 3
     found = Bundle.open(own).manifest
     assert found.source is not None and found.source.name == "weights"
     assert found.vocabulary is not None and found.vocabulary.labels == ("ball",)

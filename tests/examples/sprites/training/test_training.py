@@ -510,7 +510,8 @@ def test_a_training_goes_stage_by_stage_and_starts_from_its_own_weights_or_says_
     assert run("first", "--stages", "vae") == 0 and not (tmp_path / "first" / "model").exists()
     assert run("first", "--steps", "1", "--picture-steps", "2", "--caption-steps", "1") == 0
     weights = tmp_path / "first" / "weights"
-    names = {"model.safetensors", "vae.safetensors", "tokenizer.json", "defaults.json"}
+    names = {"model.safetensors", "vae.safetensors", "tokenizer.json"}
+    names |= {"defaults.json", "vocabulary.json", "ranges.json"}
     assert {path.name for path in weights.iterdir()} == names
     assert run("on", "--start", str(weights), "--steps", "1") == 0
     log = (tmp_path / "on" / "model" / "log.jsonl").read_text().splitlines()

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from conceptmaster.examples.sprites.training.train import RANGES
 from conceptmaster.examples.sprites.world.draw import draw_clip, draw_reference, look_of, paint_along
+from conceptmaster.examples.sprites.world.requesting import concepts
 from conceptmaster.examples.sprites.world.scenes import (
     ACCESSORIES,
     BACKGROUNDS,
@@ -27,6 +31,12 @@ from conceptmaster.examples.sprites.world.scenes import (
     random_identity,
     random_scene,
 )
+from conceptmaster.examples.sprites.world.vocabulary import KNOWN
+from conceptmaster.runtime.bundle_format import strict_json
+from conceptmaster.runtime.bundle_format.find import Bundle
+from conceptmaster.runtime.request import Request
+from conceptmaster.runtime.tokenizer import Tokenizer
+from conceptmaster.runtime.vocabulary import remarks
 
 SEEDS = st.integers(0, 2**63 - 1)
 
@@ -154,3 +164,24 @@ def test_painting_is_cut_off_at_the_frame() -> None:
     assert areas[2] == 0 and areas[0] * 0.45 < areas[1] < areas[0] * 0.55
     assert (rgb <= alpha[..., None] + 1e-6).all()
     np.testing.assert_allclose(alpha[1, :, :16], alpha[0, :, 32:48], atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["sprites", "sprites-int8"])
+def test_the_shipped_bundles_know_this_world(name: str) -> None:
+    """All of it, and nothing that no caption says but "an"."""
+    weights = Path(__file__).parents[4] / "examples" / "sprites" / "weights"
+    for kind, told in (("vocabulary", KNOWN), ("ranges", RANGES)):
+        assert json.loads((weights / f"{kind}.json").read_text()) == told
+    bundle = Bundle.open(name)
+    manifest, read = bundle.manifest, Tokenizer(bundle.tokenizer).read
+    assert strict_json.encode(manifest.ranges) == RANGES
+    known = strict_json.encode(manifest.vocabulary)
+    assert known == KNOWN | {"open": False}
+    unsaid = {*known["words"], *known["labels"], *itertools.chain(*known["phrases"].values())}
+    for seed in range(300):
+        scene = random_scene(seed, held_out=seed % 2 == 0)
+        pictures = [np.zeros((1, 1), np.uint8)] * len(scene.actors)
+        request, _ = Request(scene.caption, concepts(scene, pictures)).resolve(manifest)
+        assert remarks(request, manifest, read) == [], scene.caption
+        unsaid -= {entry for entry in unsaid if f" {entry} " in f" {scene.caption.replace(',', ' ,')} "}
+    assert unsaid == {"an"}
