@@ -12,6 +12,7 @@ import os
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from pathlib import Path
 
 from ..errors import InputError
@@ -20,6 +21,21 @@ try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
+
+
+_hashes: ContextVar[dict[Path, str] | None] = ContextVar("hashes", default=None)
+
+
+@contextmanager
+def hashing() -> Iterator[dict[Path, str]]:
+    """Yields the SHA-256, in hex, of every file that this thread writes in the block with `replacing`, by the
+    path that was given: of what was written, whatever lies there by now."""
+    found: dict[Path, str] = {}
+    token = _hashes.set(found)
+    try:
+        yield found
+    finally:
+        _hashes.reset(token)
 
 
 @contextmanager
@@ -45,6 +61,9 @@ def replacing(path: Path) -> Iterator[Path]:
                     os.chown(temporary, found.st_uid, found.st_gid)
                 os.chmod(temporary, stat.S_IMODE(found.st_mode))
             sync(temporary)
+            if (hashes := _hashes.get()) is not None:
+                with temporary.open("rb") as file:
+                    hashes[path] = hashlib.file_digest(file, "sha256").hexdigest()
             os.replace(temporary, place)
             sync(place.parent)
         except OSError as error:

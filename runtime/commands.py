@@ -100,12 +100,12 @@ def run_program(
             message, code = str(error), error.exit_code
         except BrokenPipeError as error:  # its own output's, or a process's that it has started?
             closed = unwritten or streams.nobody_reads()
-            message, code = ("", streams.NOBODY_READS) if closed else (_reason(error), 1)
+            message, code = ("", streams.NOBODY_READS) if closed else (what_the_system_says(error), 1)
         except Exception as error:
             if is_out_of_memory(error):
                 message, code = "out of memory", 1
             elif isinstance(error, OSError):
-                message, code = _reason(error), 1
+                message, code = what_the_system_says(error), 1
             elif stops.last is None:
                 raise
             else:  # the signal went through a library that makes its own error of it
@@ -174,8 +174,8 @@ def _requests_warned_of(log: logging.Logger) -> Iterator[None]:
         yield
 
 
-def _reason(error: OSError) -> str:
-    """What the system says, and of which file."""
+def what_the_system_says(error: OSError) -> str:
+    """Why it refused, and of which file."""
     if error.strerror is None:
         return str(error)
     files = [os.fsdecode(name) for name in (error.filename, error.filename2) if isinstance(name, str | bytes)]

@@ -6,7 +6,6 @@ import argparse
 import dataclasses
 import json
 import logging
-import os
 import sys
 import time
 from pathlib import Path
@@ -19,6 +18,8 @@ if TYPE_CHECKING:
     import numpy as np
 
     from .backends.pytorch.options import TorchOptions
+    from .outputs import Outputs
+    from .pipeline import Pipeline
     from .request import Request
     from .video import Video
 
@@ -57,6 +58,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="all of it from a file (-: standard input, pictures are found from here), instead of the two "
         "above; the options below override it",
     )
+    what.add_argument(
+        "--requests",
+        metavar="FILE.jsonl",
+        help='a batch: such a request on every line, which may have a "name", too. --output, --sheet and '
+        "--frames then hold {name} (left out: the line's number). What an earlier run has made is not made "
+        "again",
+    )
     what.add_argument("--negative", metavar="TEXT", help="what the video should not be")
     how = parser.add_argument_group("how (left out: the bundle's defaults)")
     how.add_argument("--bundle", metavar="NAME", default="sprites", help="shipped bundle or a path (sprites)")
@@ -76,6 +84,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--samples", type=int, metavar="N", help="videos, 1 to 64, with the seeds seed, seed + 1, ... (1)"
     )
     how.add_argument("--threads", type=int, metavar="N", help="CPU threads (one per usable CPU)")
+    how.add_argument(
+        "--jobs", type=int, metavar="N", help="of a batch: requests at a time, over one pipeline (1)"
+    )
     how.add_argument("--device", metavar="NAME", default="cpu", help="cpu, cuda, tensorrt or rtx (cpu)")
     how.add_argument(
         "--backend", metavar="NAME", default="onnxruntime", help="onnxruntime or torch (onnxruntime)"
@@ -150,7 +161,7 @@ def _add_torch_options(group: argparse._ArgumentGroup) -> None:
     )
 
 
-def _torch_options(args: argparse.Namespace) -> TorchOptions | None:
+def torch_options(args: argparse.Namespace) -> TorchOptions | None:
     """The options that were given, None if none was."""
     from .backends.pytorch.options import TorchOptions
 
@@ -161,43 +172,38 @@ def _torch_options(args: argparse.Namespace) -> TorchOptions | None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Generates; returns the exit code 0. Raises what the pipeline raises."""
+    """Generates; returns the exit code 0, of a batch 1 if a request failed. Raises what the pipeline
+    raises."""
+    if args.requests is not None:
+        from . import batch
+
+        options = torch_options(args)
+        how = {name: getattr(args, name) for name in ("backend", "device", "precision", "strict")}
+        how |= {} if options is None else dataclasses.asdict(options)
+        return batch.run(args, overrides(args), how, lambda: open_pipeline(args))
+    if args.jobs is not None:
+        raise InputError("--jobs goes with --requests")
     start = time.perf_counter()
-    from .pipeline import Pipeline
     from .video_file import check_options, enlargement
 
     request = _request(args)
-    outputs, sheets, frames = _outputs(args, request)
-    suffix = outputs[0].suffix.lower()
+    outputs = _outputs(args, request)
+    suffix = outputs.videos[0].suffix.lower()
     check_options(suffix, args.scale, args.chroma)
     noise = None if args.noise is None else _load_noise(args.noise)
-    if args.backend == "torch" and not args.quiet:  # which memory it plans is worth a line
-        logging.getLogger(__name__.partition(".")[0]).setLevel(logging.INFO)  # until the command ends
-    pipeline = Pipeline.from_bundle(
-        args.bundle,
-        device=args.device,
-        threads=args.threads,
-        backend=args.backend,
-        options=_torch_options(args),
-        precision=args.precision,
-    )
+    pipeline = open_pipeline(args)
     shapes = pipeline.manifest.shapes
     scale = enlargement(suffix, shapes.height, shapes.width, args.scale)
     opened = time.perf_counter() - start
     progress = args.progress or (sys.stderr.isatty() and not args.quiet)
     videos = pipeline.generate(request, noise=noise, progress=progress, strict=args.strict)
     writing = time.perf_counter()
-    for video, path in zip(videos, outputs, strict=True):
-        video.save(path, scale=scale, chroma=args.chroma)
-    for video, path in zip(videos, sheets, strict=False):
-        video.save_sheet(path)
-    if frames is not None:
-        _save_frames(videos, frames)
+    outputs.write(videos, scale, args.chroma)
     seconds = {"open": opened, **_total(videos), "write": time.perf_counter() - writing}
     seconds["total"] = time.perf_counter() - start
     if not args.quiet:
         enlarged = f", enlarged {scale} times" if scale > 1 else ""
-        for video, path in zip(videos, outputs, strict=True):
+        for video, path in zip(videos, outputs.videos, strict=True):
             print(f"{path} (seed {video.seed}{enlarged})")
         print(", ".join(f"{stage} {value:.2f} s" for stage, value in seconds.items()))
     if args.json:
@@ -205,10 +211,10 @@ def run(args: argparse.Namespace) -> int:
             "bundle": pipeline.manifest.name,
             "seed": request.seed,
             "seeds": list(request.seeds),
-            "outputs": [str(path) for path in outputs],
+            "outputs": [str(path) for path in outputs.videos],
             "scale": scale,
-            "sheets": [str(path) for path in sheets],
-            "frames": None if frames is None else str(frames),
+            "sheets": [str(path) for path in outputs.sheets],
+            "frames": None if outputs.frames is None else str(outputs.frames),
             "warnings": list(videos[0].warnings),
             "seconds": {stage: round(value, 4) for stage, value in seconds.items()},
         }
@@ -216,11 +222,32 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def open_pipeline(args: argparse.Namespace) -> Pipeline:
+    """The pipeline that the arguments ask for. Raises what `Pipeline.from_bundle` raises."""
+    from .pipeline import Pipeline
+
+    if args.backend == "torch" and not args.quiet:  # which memory it plans is worth a line
+        logging.getLogger(__name__.partition(".")[0]).setLevel(logging.INFO)  # until the command ends
+    return Pipeline.from_bundle(
+        args.bundle,
+        device=args.device,
+        threads=args.threads,
+        backend=args.backend,
+        options=torch_options(args),
+        precision=args.precision,
+    )
+
+
+def overrides(args: argparse.Namespace) -> dict[str, Any]:
+    """The fields of a request that options were given for."""
+    names = ("negative", "steps", "guidance", "concept_guidance", "solver", "shift", "seed", "samples")
+    return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+
+
 def _request(args: argparse.Namespace) -> Request:
     from .request import Concept, Request
 
-    names = ("negative", "steps", "guidance", "concept_guidance", "solver", "shift", "seed", "samples")
-    given: dict[str, Any] = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    given = overrides(args)
     if args.request is not None:
         if args.prompt is not None or args.concept is not None:
             raise InputError("--request already says what to show: leave out --prompt and --concept")
@@ -245,37 +272,15 @@ def _from_standard_input() -> Request:
         raise InputError(f"the request on standard input: {error}") from None
 
 
-def _outputs(args: argparse.Namespace, request: Request) -> tuple[list[Path], list[Path], Path | None]:
-    """The files to write, checked: --output and --sheet once per sample, --frames."""
-    from .atomic_write import check_output
-    from .video_file import SUFFIXES
+def _outputs(args: argparse.Namespace, request: Request) -> Outputs:
+    """The files to write, checked."""
+    from .outputs import Outputs
 
-    outputs = [check_output(path, SUFFIXES) for path in _numbered(args.output, request)]
-    sheets = (
-        []
-        if args.sheet is None
-        else [check_output(path, (".png",)) for path in _numbered(args.sheet, request)]
-    )
-    frames = None if args.frames is None else check_output(Path(args.frames), (".npy",))
-    written = [*outputs, *sheets, *([] if frames is None else [frames])]
-    places = [os.path.realpath(path) for path in written]
-    for path, place in zip(written, places, strict=True):
-        if places.count(place) > 1:
-            raise InputError(f"{str(path)!r} would be written twice: give every output its own name")
+    outputs = Outputs.of(request, args.output, args.sheet, args.frames)
     read = [c.image for c in request.concepts if isinstance(c.image, (str, Path))]
-    for given in (args.request, args.noise, *read):
-        if given is not None and os.path.realpath(given) in places:
-            raise InputError(f"{str(given)!r} is an input: writing there would destroy it")
-    return outputs, sheets, frames
-
-
-def _numbered(name: str, request: Request) -> list[Path]:
-    path = Path(name)
-    if "{seed}" in path.name:
-        return [path.with_name(path.name.replace("{seed}", str(seed))) for seed in request.seeds]
-    if request.samples == 1:
-        return [path]
-    return [path.with_name(f"{path.stem}-{i}{path.suffix}") for i in range(request.samples)]
+    given = [path for path in (args.request, args.noise) if path is not None]
+    outputs.check_apart([*given, *read])
+    return outputs
 
 
 def _load_noise(name: str) -> np.ndarray:
@@ -292,16 +297,6 @@ def _load_noise(name: str) -> np.ndarray:
     if not isinstance(noise, np.ndarray):
         raise InputError(f"the noise {name!r} is not a .npy file of numbers")
     return noise
-
-
-def _save_frames(videos: list[Video], path: Path) -> None:
-    import numpy as np
-
-    from .atomic_write import replacing
-
-    frames = videos[0].frames if len(videos) == 1 else np.stack([video.frames for video in videos])
-    with replacing(path) as temporary, temporary.open("wb") as file:
-        np.save(file, frames, allow_pickle=False)
 
 
 def _total(videos: list[Video]) -> dict[str, float]:
