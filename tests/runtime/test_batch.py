@@ -174,6 +174,16 @@ def test_wrong_lines_stop_no_others_and_are_named(batch: Batch) -> None:
     assert batch(code=1)["kept"] == len(made)
 
 
+def test_warnings_are_of_a_line_and_strict_fails_it(batch: Batch) -> None:
+    requests(cat(), {"prompt": "a ball rolls left", "concepts": [{"label": "cat", "image": "cat.png"}]})
+    report = batch("--jobs", "2")
+    (warning,) = report["requests"][1]["warnings"]
+    assert report["requests"][0]["warnings"] == [] and "'cat'" in warning
+    assert report["said"] == f"conceptmaster: warning: line 2: {warning}\n"
+    report = batch("--strict", code=1)
+    assert statuses(report) == ["made", "failed"] and warning in report["requests"][1]["reason"]
+
+
 @pytest.mark.parametrize(
     ("more", "word"),
     [
