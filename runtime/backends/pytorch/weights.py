@@ -141,7 +141,7 @@ def _check_model(bundle: Bundle, source: Source, place: str | Path) -> None:
 
 
 def _difference(source: Source, record: SourceRecord) -> str | None:
-    """The first file with tensors that is not the recorded one, in words; None where all are."""
+    """What was read with tensors and is not the recorded one, in words; None where all is."""
     wanted = {file.file: file.sha256 for file in record.weights()}
     found = {file: digest for file, digest in source.origin.files.items() if file.endswith(".safetensors")}
     for name in sorted(wanted.keys() | found.keys()):
@@ -149,4 +149,8 @@ def _difference(source: Source, record: SourceRecord) -> str | None:
             return f"{name} is missing" if name in wanted else f"{name} was not part of it"
         if found[name] != wanted[name]:
             return f"{name} has SHA-256 {found[name]:.12}…, recorded is {wanted[name]:.12}…"
+    merged = [*(() if source.origin.adapter is None else (source.origin.adapter,)), *source.origin.loras]
+    recorded = [*(() if record.adapter is None else (record.adapter,)), *record.loras]
+    if [entry[1] for entry in merged] != [entry.sha256 for entry in recorded]:
+        return "the adapter or a LoRA was changed while it was read"
     return None

@@ -185,3 +185,10 @@ def test_a_lora_settles_in_full_precision(memory, disk, tmp_path):
         merge_lora(model.transformer, tmp_path / "lora.safetensors")
     settle(disk, torch.device("cpu"), torch.bfloat16)
     assert disk.transformer.blocks[1].attn1.to_q.weight.equal(weight.to(torch.bfloat16))
+
+
+def test_another_file_in_their_place_is_not_read(memory, disk, tmp_path):
+    path = tmp_path / "part" / "model.safetensors"
+    save(path, {name: tensor * 2 for name, tensor in memory.state_dict().items()})
+    with torch.inference_mode(), pytest.raises(WeightsError, match="model.safetensors was changed while it"):
+        disk.velocity(*inputs(memory.config))

@@ -50,6 +50,27 @@ def test_every_file_is_told_by_its_sha256(own):
     assert not any(file.startswith("/") for file in files)
 
 
+@pytest.mark.parametrize("name", [TRANSFORMER, "tokenizer/tokenizer.json", "extra.safetensors"])
+def test_a_file_that_is_replaced_after_it_was_read_is_noticed(own, name, monkeypatch):
+    """Its hash would be that of another file than the one that was read."""
+    from conceptmaster.engine.checkpoints import source
+
+    lora = own / "extra.safetensors"
+    save_file({"blocks.0.self_attn.q.diff": torch.zeros(24, 24)}, lora)
+    real = source.load_base_vae
+
+    def load(*given):
+        found = real(*given)
+        shutil.copy(own / name, own / "copy")
+        (own / "copy").replace(own / name)
+        return found
+
+    monkeypatch.setattr(source, "load_base_vae", load)
+    monkeypatch.setattr(source, "merge_lora", lambda *_: "merged")
+    choices = Choices((64, 64), 9, loras=(LoraFile(lora),))
+    refused(own, f"{name}' was changed while it was read", choices=choices)
+
+
 def test_a_model_of_the_hub_is_told_by_its_commit(own, monkeypatch):
     commit, asked = "0123456789abcdef" * 2, []
     snapshot = own.rename(own.parent / commit)
