@@ -60,7 +60,7 @@ class Pipeline:
         self._backend: Backend | None = backend
         self._tiles = tiles.layout(bundle.manifest)
         with bundle.files.reading([bundle.manifest.tokenizer]) as path:
-            self._tokenizer = Tokenizer(path)
+            self._tokenizer = Tokenizer(path, bundle.manifest.token_ids)
         self._text = functools.lru_cache(CACHED_TEXTS)(self._encode_text)
 
     @classmethod

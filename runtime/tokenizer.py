@@ -1,4 +1,4 @@
-"""Text to token ids. The only file that imports tokenizers."""
+"""Text to token ids."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-import tokenizers
 
 from ..errors import BundleError, InputError
+from ..tokenizer_file import encode, read_tokenizer
 from .bundle_format.manifest import REPAIR
 from .cleaning import clean
 
@@ -20,21 +20,27 @@ if TYPE_CHECKING:
     from .request import Request
 
 PAD = 0  # the id of <pad>
+LONGEST_TOKEN = 64  # characters; on the average of a text
 
 
 class Tokenizer:
     """The tokenizer of a bundle. Text is never cut: what does not fit is an error.
 
-    Raises: BundleError when `path` is not a tokenizer.json.
+    Args: path: a tokenizer.json; known: how many ids the bundle's text encoder has, None where nobody tells.
+    Raises: BundleError when it is none, or one that is not read (see tokenizer_file.py).
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, known: int | None = None) -> None:
+        self._path, self._known = path, known
         try:
-            self._rust = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # tokenizers raises plain Exception
-            raise BundleError(f"bad bundle: {str(path)!r} does not load: {error}; {REPAIR}") from error
-        self._rust.no_padding()
-        self._rust.no_truncation()
+            self._rust, _ = read_tokenizer(path, known)
+        except OSError as error:
+            raise BundleError(f"cannot read {str(path)!r}: {error.strerror}") from None
+        except ValueError as error:
+            raise self._bad(error) from error
+
+    def _bad(self, error: ValueError) -> BundleError:
+        return BundleError(f"bad bundle: {str(self._path)!r} is no tokenizer that is read: {error}; {REPAIR}")
 
     def read(self, text: str) -> str:
         """`text` as far as the model can tell it from others: cleaned, and changed (to lower case, say) as
@@ -48,9 +54,15 @@ class Tokenizer:
         """Token ids of `text`, cleaned.
 
         Args: limit: how many are allowed; what: what the text is ("the caption"), for the message.
-        Raises: InputError when it takes more.
+        Raises: InputError when it takes more; BundleError when the tokenizer fails.
         """
-        tokens = tuple(self._rust.encode(clean(text)).ids)
+        text = clean(text)
+        if len(text) > LONGEST_TOKEN * limit:  # nobody has to count
+            raise InputError(f"{what} has {len(text)} characters for {limit} tokens at most: make it shorter")
+        try:
+            tokens = encode(self._rust, text, self._known)
+        except ValueError as error:
+            raise self._bad(error) from error
         if len(tokens) > limit:
             raise InputError(f"{what} takes {len(tokens)} tokens, {limit} are allowed: make it shorter")
         return tokens

@@ -24,6 +24,7 @@ from torch import nn
 
 from ...errors import ConfigError, InputError, WeightsError, memory_errors
 from ...hashed import identities, require_same, sha256_file
+from ...tokenizer_file import encode, read_tokenizer
 from ..checked import check_types
 from ..config import ModelConfig
 from ..model import ConceptMaster
@@ -272,19 +273,15 @@ def _read_tokenizer(path: Path, instead: Path | None, config: ModelConfig) -> st
     WeightsError."""
     if instead is not None and not path.is_file():
         path = instead
-    if not path.is_file():
+    if not path.exists():
         raise WeightsError(f"{path} is missing: transformers' AutoTokenizer saves it")
+    known = config.text_encoder["vocab_size"]
     try:
-        text = path.read_text("utf-8")
-        tokenizer = tokenizers.Tokenizer.from_str(text)
-    except Exception as error:  # tokenizers raises plain Exception
-        raise WeightsError(f"{str(path)!r} is not a tokenizer: {error}") from error
-    size, known = tokenizer.get_vocab_size(), config.text_encoder["vocab_size"]
-    if size > known:
-        raise WeightsError(f"{str(path)!r} has {size} entries, the model's text encoder knows {known}")
-    tokenizer.no_padding()
-    tokenizer.no_truncation()
-    if tokenizer.encode("a").ids[-1:] != [END]:
+        tokenizer, text = read_tokenizer(path, known)
+        ids = encode(tokenizer, "a", known)
+    except (OSError, ValueError) as error:
+        raise WeightsError(f"{str(path)!r} is not a tokenizer that is read: {error}") from error
+    if ids[-1:] != (END,):
         raise WeightsError(f"{str(path)!r} must end every text with the token {END}")
     return text
 

@@ -304,6 +304,13 @@ class Manifest:
         return any(graph.input("label_text") is not None for graph in self.graphs.values())
 
     @property
+    def token_ids(self) -> int | None:
+        """How many token ids the text encoder knows, where the model's configuration says so."""
+        part = self.model.get("text_encoder")
+        size = part.get("vocab_size") if isinstance(part, dict) else None
+        return size if type(size) is int and size > 0 else None
+
+    @property
     def has_graphs(self) -> bool:
         """Whether the bundle holds ONNX files, not only what the torch backend needs."""
         return any(graph.file for graph in self.graphs.values())
