@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import io
+import logging
 import math
 import os
 import re
@@ -14,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from conceptmaster.errors import InputError, MissingDependency
 from conceptmaster.runtime import media
@@ -259,6 +260,48 @@ def test_sheet_shows_references_caption_and_frames(tmp_path: Path) -> None:
     assert large.width < 1100
     video.save_sheet(tmp_path / "s.png")
     np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "s.png")), pixels)
+
+
+def text_box(sheet: Image.Image, top: int) -> tuple[int, int, int, int]:
+    """What is written below `top` on a sheet of white frames: left, top, right, bottom."""
+    box = ImageOps.invert(sheet.convert("L")).crop((0, top, *sheet.size)).getbbox()
+    assert box is not None
+    return box
+
+
+@pytest.mark.parametrize("caption", ["w" * 500, "a " + "m" * 100 + " b", "one\n\n\ttwo\r\nthree " * 20])
+def test_captions_stay_on_the_sheet(caption: str) -> None:
+    white = Video(np.full((2, 64, 64, 3), 255, np.uint8), 8.0, prompt=caption)
+    sheet = white.sheet()
+    left, _, right, bottom = text_box(sheet, 0)
+    assert left >= 7 and right <= sheet.width - 7 and bottom < sheet.height - 128
+    spaced = Video(white.frames, 8.0, prompt=" ".join(caption.split())).sheet()
+    np.testing.assert_array_equal(np.asarray(sheet), np.asarray(spaced))
+
+
+def test_labels_stay_beside_each_other() -> None:
+    picture = np.full((8, 8, 3), 255, np.uint8)
+    labels = ["W" * 300, "two\nlines", "x" * 100_000]
+    white = Video(np.full((2, 64, 64, 3), 255, np.uint8), 8.0)
+    sheet = white.sheet([Concept(label, picture) for label in labels])
+    for i in range(3):  # each below its own picture, in one line
+        left, top, right, bottom = text_box(sheet.crop((8 + 144 * i, 0, 8 + 144 * i + 140, 170)), 0)
+        assert left < 6 and right <= 137 and 130 < top and bottom < 160
+
+
+def test_letters_that_the_font_lacks_are_replaced_and_said(caplog: pytest.LogCaptureFixture) -> None:
+    def sheet(caption: str, label: str) -> np.ndarray:
+        concept = Concept(label, np.zeros((8, 8, 3), np.uint8))
+        return np.asarray(Video(bars(1), 8.0, prompt=caption, concepts=(concept,)).sheet())
+
+    plain = sheet("a cafe - ??? \"ball\" ...", "cat ?")
+    assert not caplog.messages
+    with caplog.at_level(logging.WARNING):
+        found = sheet("a cafe\u0301 — \u6f22\U0001f600\ud83d \"ball\u200d\" ...", "cat \x1b\u0416")
+    np.testing.assert_array_equal(found, plain)
+    assert len(caplog.messages) == 1
+    for part in ("é as e", "— as -", "\u6f22 as ?", "\U0001f600 as ?", "\u0416 as ?", r"'\ud83d' as ?"):
+        assert part in caplog.text
 
 
 @pytest.mark.parametrize("scale", [0, -1, True, 1.5, "2", 1000])
