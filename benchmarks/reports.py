@@ -13,6 +13,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from conceptmaster.atomic_write import replacing
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 
@@ -62,6 +64,5 @@ def commit() -> str | None:
 def write(report: dict[str, Any], path: Path) -> None:
     """The report as JSON, in one move: a reader, or one who is stopped here, finds a whole one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(path.name + ".part")
-    unfinished.write_text(json.dumps(report, indent=1) + "\n", "utf-8")
-    os.replace(unfinished, path)
+    with replacing(path) as unfinished:
+        unfinished.write_text(json.dumps(report, indent=1) + "\n", "utf-8")

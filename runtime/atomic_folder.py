@@ -24,8 +24,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from ..atomic_write import check_folder_of, is_open, lock, sync
 from ..errors import InputError
-from .atomic_write import check_folder_of, is_open, lock, sync
 
 Files = Callable[[Path], Sequence[str]]
 """Of a folder, the files that this program wrote there: paths below it, with forward slashes, in the order in

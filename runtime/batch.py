@@ -25,6 +25,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..atomic_write import check_output, hashing
 from ..errors import (
     BundleError,
     Cancelled,
@@ -36,7 +37,6 @@ from ..errors import (
 )
 from ..untrusted import LARGEST_JSON, open_plain, parse_json
 from . import batch_record
-from .atomic_write import check_output, hashing
 from .commands import what_the_system_says
 from .outputs import Outputs
 from .progress import bar

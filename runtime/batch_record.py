@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..atomic_write import replacing
 from ..errors import InputError
 from ..untrusted import open_plain, read_json
-from .atomic_write import replacing
 from .bundle_format.manifest import FILE_NAME
 from .bundle_format.strict_json import checksum
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..atomic_write import check_output, replacing
 from ..errors import InputError
-from .atomic_write import check_output, replacing
 from .video_file import SUFFIXES
 
 if TYPE_CHECKING:

@@ -16,8 +16,8 @@ from typing import IO, TYPE_CHECKING, overload
 
 import numpy as np
 
+from ..atomic_write import check_output, replacing
 from ..errors import InputError
-from .atomic_write import check_output, replacing
 from .request import Concept
 from .video_file import SUFFIXES, check_options, enlargement
 

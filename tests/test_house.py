@@ -21,9 +21,9 @@ FOLDERS = ("kernels", "engine", "export", "runtime", "benchmarks", "examples")  
 # Who may import whom, beside itself. A name with a dot allows one module only. "root": files in the root.
 ARROWS = {
     "kernels": {"errors"},
-    "engine": {"kernels", "errors", "hashed", "untrusted", "tokenizer_file"},
-    "export": {"kernels", "engine", "runtime", "errors", "hashed", "untrusted"},
-    "runtime": {"errors", "hashed", "untrusted", "tokenizer_file"},
+    "engine": {"kernels", "atomic_write", "errors", "hashed", "untrusted", "tokenizer_file"},
+    "export": {"kernels", "engine", "runtime", "atomic_write", "errors", "hashed", "untrusted"},
+    "runtime": {"atomic_write", "errors", "hashed", "untrusted", "tokenizer_file"},
     "benchmarks": {"kernels", "engine", "export", "runtime", "examples", "root"},
     "examples": {"kernels", "engine", "export", "runtime", "benchmarks", "root"},
     "root": {"runtime"},

@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ...atomic_write import replacing
 from ...errors import ConfigError, WeightsError, is_out_of_memory
 from ...untrusted import open_plain, parse_json, shell_word
 from ..config import ModelConfig
@@ -51,10 +52,8 @@ _Built = TypeVar("_Built", bound=nn.Module)
 def save(path: str | Path, state: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Writes tensors as safetensors, whole or not at all.
 
-    A tensor that appears under two names (tied weights) is written once, under the first. Written to a
-    temporary file beside `path`, then moved over it.
+    A tensor that appears under two names (tied weights) is written once, under the first.
     """
-    path = Path(path)
     tensors: dict[str, Tensor] = {}
     seen: set[tuple[object, ...]] = set()
     for name, tensor in state.items():
@@ -63,12 +62,8 @@ def save(path: str | Path, state: Mapping[str, Tensor], metadata: Mapping[str, s
             continue
         seen.add(place)
         tensors[name] = tensor.detach().contiguous()
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
+    with replacing(Path(path)) as temporary:
         save_file(tensors, temporary, metadata=dict(metadata or {}))
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def refuse_pickle(path: Path) -> None:

@@ -81,7 +81,7 @@ def _add_score(parser: argparse.ArgumentParser) -> None:
 
 
 def _score(args: argparse.Namespace) -> int:
-    from conceptmaster.runtime.atomic_write import check_output
+    from conceptmaster.atomic_write import check_output
 
     from .scoring.reports import score_table, write_json
     from .scoring.score import Options, score

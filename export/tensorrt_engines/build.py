@@ -12,10 +12,10 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from ...atomic_write import check_folder_of
 from ...errors import InputError
 from ...hashed import sha256_file
 from ...runtime.atomic_folder import Files, replacing_folder
-from ...runtime.atomic_write import check_folder_of
 from ...runtime.bundle_format import tensorrt_engines as stored
 from ...runtime.bundle_format.find import Bundle
 from ...runtime.bundle_format.graph_list import STEP_GRAPH

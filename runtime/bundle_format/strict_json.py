@@ -10,8 +10,8 @@ import typing
 from pathlib import Path
 from typing import Any, TypeVar
 
+from ...atomic_write import replacing
 from ...untrusted import read_json
-from ..atomic_write import replacing
 
 T = TypeVar("T")
 

@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 
+from conceptmaster.atomic_write import check_output
 from conceptmaster.errors import InputError
-from conceptmaster.runtime.atomic_write import check_output
 from conceptmaster.runtime.cpus import usable
 
 from ..arguments import add_options, add_quiet, options_from, seed_range

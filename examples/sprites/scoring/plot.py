@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from conceptmaster.atomic_write import replacing
 from conceptmaster.errors import MissingDependency, how_to_install
-from conceptmaster.runtime.atomic_write import replacing
 
 from .measures import MEASURES
 from .reports import Row

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from conceptmaster.atomic_write import replacing
 from conceptmaster.errors import InputError
-from conceptmaster.runtime.atomic_write import replacing
 from conceptmaster.runtime.bundle_format import strict_json
 from conceptmaster.untrusted import read_json
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from conceptmaster.runtime.atomic_write import replacing
+from conceptmaster.atomic_write import replacing
 from conceptmaster.runtime.sheet import save_png
 
 from ..world.draw import draw_clip

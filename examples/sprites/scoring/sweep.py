@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from conceptmaster import __version__
+from conceptmaster.atomic_write import check_output
 from conceptmaster.errors import InputError
 from conceptmaster.hashed import sha256_file
-from conceptmaster.runtime.atomic_write import check_output
 from conceptmaster.runtime.bundle_format.find import Bundle
 from conceptmaster.runtime.bundle_format.manifest import FILE_NAME
 from conceptmaster.runtime.cpus import usable

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from conceptmaster.atomic_write import check_output, replacing
 from conceptmaster.errors import InputError
-from conceptmaster.runtime.atomic_write import check_output, replacing
 
 from ..scoring.plot import import_matplotlib
 

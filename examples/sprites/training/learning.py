@@ -18,8 +18,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from conceptmaster.atomic_write import replacing
 from conceptmaster.errors import ConceptMasterError
-from conceptmaster.runtime.atomic_write import replacing
 
 
 class CheckpointError(ConceptMasterError):

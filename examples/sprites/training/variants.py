@@ -23,6 +23,7 @@ import numpy as np
 import torch
 
 from conceptmaster import __version__
+from conceptmaster.atomic_write import replacing
 from conceptmaster.engine.checkpoints.adapter import adapter_keys
 from conceptmaster.engine.checkpoints.safetensors_io import load, load_model, save
 from conceptmaster.engine.checkpoints.source import open_source
@@ -31,7 +32,6 @@ from conceptmaster.engine.model import ConceptMaster
 from conceptmaster.errors import ConceptMasterError, InputError, WeightsError
 from conceptmaster.export.bundle import write_bundle
 from conceptmaster.hashed import sha256_file
-from conceptmaster.runtime.atomic_write import replacing
 
 from ..arguments import (
     check_counts,

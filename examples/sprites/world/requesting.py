@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from conceptmaster.atomic_write import replacing
 from conceptmaster.errors import InputError
-from conceptmaster.runtime.atomic_write import replacing
 from conceptmaster.runtime.request import Concept
 from conceptmaster.runtime.sheet import save_png
 from conceptmaster.runtime.video import Video

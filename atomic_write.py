@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from pathlib import Path
 
-from ..errors import InputError
+from .errors import InputError
 
 try:
     import fcntl
@@ -54,12 +54,13 @@ def replacing(path: Path) -> Iterator[Path]:
     temporary, held = _claim(place)
     try:
         try:
+            new = os.stat(temporary)
             yield temporary
             found = check_replaceable(place)
             if found is not None:
                 with suppress(OSError):  # another owner's: only root can give it back
                     os.chown(temporary, found.st_uid, found.st_gid)
-                os.chmod(temporary, stat.S_IMODE(found.st_mode))
+            os.chmod(temporary, stat.S_IMODE((found or new).st_mode))  # safetensors makes secret ones
             sync(temporary)
             if (hashes := _hashes.get()) is not None:
                 with temporary.open("rb") as file:

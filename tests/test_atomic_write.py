@@ -12,13 +12,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from conceptmaster.atomic_write import check_output, replacing
 from conceptmaster.errors import InputError
-from conceptmaster.runtime.atomic_write import check_output, replacing
 
 
 def write(path: Path, text: str = "new") -> None:
     with replacing(path) as temporary:
         temporary.write_text(text)
+
+
+def write_secret(path: Path) -> None:
+    """As libraries do that write a file of their own, which only its owner may read, and move it."""
+    with replacing(path) as temporary:
+        own = temporary.with_name("own")
+        own.touch(0o600)
+        os.replace(own, temporary)
 
 
 def mode(path: Path) -> int:
@@ -45,6 +53,10 @@ def test_permissions_stay_and_new_files_follow_the_umask(tmp_path: Path) -> None
             (tmp_path / "new").chmod(permissions)
             write(tmp_path / "new", "again")
             assert mode(tmp_path / "new") == permissions
+            write_secret(tmp_path / "new")
+            assert mode(tmp_path / "new") == permissions
+        write_secret(tmp_path / "other")
+        assert mode(tmp_path / "other") == 0o640
     finally:
         os.umask(before)
 
@@ -106,7 +118,7 @@ def test_a_failed_write_leaves_what_was_there(tmp_path: Path) -> None:
 def test_the_next_writer_sweeps_what_a_dead_one_left_and_nothing_else(tmp_path: Path) -> None:
     place = tmp_path / ("n" * 250 + ".mp4")  # as long as a name may be
     script = (
-        "import os, sys; from pathlib import Path; from conceptmaster.runtime.atomic_write import replacing\n"
+        "import os, sys; from pathlib import Path; from conceptmaster.atomic_write import replacing\n"
         "with replacing(Path(sys.argv[1])) as path: path.write_text('half'); os.kill(os.getpid(), 9)"
     )
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
