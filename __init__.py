@@ -3,8 +3,8 @@
 The public face, loaded when first asked for, so that ``import conceptmaster`` costs nothing:
 
 * ``Concept`` -- a label and a picture of it;
-* ``Pipeline`` -- a loaded bundle, called with a prompt and concepts, or with a ``Request``;
-* ``Request`` -- a prompt, its concepts and the options in one, also from a file;
+* ``Pipeline`` -- a loaded bundle, called with a prompt and concepts;
+* ``Request`` -- a prompt, its concepts and the options in one, also from a file, for ``Pipeline.generate``;
 * ``Video`` -- what a pipeline returns: ``frames`` uint8 [F, H, W, 3] and ``save``;
 * ``ConceptMasterError`` and the errors that derive from it, among them ``InputError`` and ``Cancelled``;
 * ``RequestWarning`` -- what a pipeline warns with;

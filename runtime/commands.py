@@ -159,7 +159,7 @@ def _needing(command: Command | None) -> Iterator[None]:
 
 @contextmanager
 def _requests_warned_of(log: logging.Logger) -> Iterator[None]:
-    """Each RequestWarning is one line of the log, every time; other warnings are shown as Python does."""
+    """Each RequestWarning is one line of the log, the same one once; other warnings are shown as ever."""
     with warnings.catch_warnings():
         show = warnings.showwarning
 
@@ -169,7 +169,7 @@ def _requests_warned_of(log: logging.Logger) -> Iterator[None]:
             else:
                 show(message, category, *where, **more)
 
-        warnings.simplefilter("always", RequestWarning)
+        warnings.simplefilter("default", RequestWarning)
         warnings.showwarning = shown
         yield
 

@@ -34,7 +34,6 @@ from .tokenizer import Tokenizer, padded, tokenised
 from .video import Video
 
 if TYPE_CHECKING:
-
     from .backends.pytorch.options import TorchOptions
 
 Preview = Callable[[], np.ndarray]
@@ -185,7 +184,7 @@ class Pipeline:
         """Generates one video, or a list of them if samples > 1. The arguments are the fields of `Request`
         (None: the bundle's default) and the arguments of `generate`. Raises what they raise."""
         request = Request(
-            prompt, tuple(concepts), negative, steps, guidance, concept_guidance, solver, shift, seed, samples
+            prompt, concepts, negative, steps, guidance, concept_guidance, solver, shift, seed, samples
         )
         videos = self.generate(request, noise=noise, callback=callback, progress=progress, strict=strict)
         return videos[0] if request.samples == 1 else videos

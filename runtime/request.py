@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -64,15 +65,15 @@ class Concept:
 class Request:
     """A prompt, its concepts and the options; None means the bundle's default.
 
-    negative: what the unguided branch reads; steps: model evaluations, 1..1000; guidance, concept_guidance:
-    scales, see guidance.py; solver: one of solver.SOLVERS; shift: above 1 spends more steps on noise; seed:
-    0..2**63-1; samples: videos, 1..64, sample i starting from seed + i.
+    concepts: in any order; negative: what the unguided branch reads; steps: model evaluations, 1..1000;
+    guidance, concept_guidance: scales, see guidance.py; solver: one of solver.SOLVERS; shift: above 1 spends
+    more steps on noise; seed: 0..2**63-1; samples: videos, 1..64, sample i starting from seed + i.
 
     Raises: InputError for the first field that is wrong.
     """
 
     prompt: str
-    concepts: tuple[Concept, ...] = ()
+    concepts: Sequence[Concept] = ()
     negative: str | None = None
     steps: int | None = None
     guidance: float | None = None
@@ -86,9 +87,7 @@ class Request:
         _text("the prompt", self.prompt)
         if not clean(self.prompt):
             raise InputError("the prompt is empty: say what happens in the video")
-        if not isinstance(self.concepts, (tuple, list)) or not all(
-            isinstance(c, Concept) for c in self.concepts
-        ):
+        if not isinstance(self.concepts, Sequence) or not all(isinstance(c, Concept) for c in self.concepts):
             raise InputError("concepts must be a sequence of Concept(label, image)")
         _set(self, "concepts", tuple(self.concepts))
         _check_labels(self.concepts)
@@ -197,7 +196,7 @@ def _set(request: Request, name: str, value: Any) -> None:
     object.__setattr__(request, name, value)  # the dataclass is frozen to everybody else
 
 
-def _check_labels(concepts: tuple[Concept, ...]) -> None:
+def _check_labels(concepts: Sequence[Concept]) -> None:
     seen: set[str] = set()
     for concept in concepts:
         label = clean(concept.label)

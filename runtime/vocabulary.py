@@ -108,8 +108,10 @@ class _Known:
             near = _near(word, spelled)
             lost |= near is None
             said.append(f"{word!r} (it knows {near!r})" if near else repr(word))
-        nouns = f"; the things it knows are {_listed(self._vocabulary.labels)}" if lost else ""
-        yield f"the model does not know {_listed(said)}{nouns}"
+        things = f"; the things it knows are {_listed(self._vocabulary.labels)}" if lost else ""
+        kinds = ", ".join(self._vocabulary.phrases or ["words"])
+        more = f"; `conceptmaster inspect` lists its {kinds}" if lost else ""
+        yield f"the model does not know {_listed(said)}{things}{more}"
 
     def nameless(self, labels: Mapping[str, Sequence[str]]) -> Iterable[str]:
         """A line for each label of known words that name nothing."""

@@ -11,6 +11,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -81,6 +82,26 @@ def test_every_option_that_a_document_names_is_one_of_the_command(document, caps
                 known = set(re.findall(r"--[a-z0-9-]+", capsys.readouterr().out))
                 named = {word.partition("=")[0] for word in words if word.startswith("--")}
                 assert named <= known, f"{block.place}: {' '.join(words)}"
+
+
+def test_the_python_blocks_pass_a_type_checker(tmp_path):
+    pytest.importorskip("mypy")
+    (tmp_path / "conceptmaster").symlink_to(ROOT)
+    for document in (README, ROOT / "docs" / "python.md"):
+        files = {"run": ""}
+        for number, block in enumerate(block for block in blocks_of(document) if block.language == "python"):
+            name = "run" if block.reason is None else f"program_{number}"
+            files[name] = files.get(name, "") + block.text
+        for name, text in files.items():
+            (tmp_path / f"{document.stem}_{name}.py").write_text(text, encoding="utf-8")
+    (tmp_path / "README_type.py").write_text(
+        "from README_run import video\nfrom conceptmaster import Video\none: Video = video\n"
+    )
+    command = [sys.executable, "-m", "mypy", "--strict", "--config-file=", f"--cache-dir={tmp_path}/cache"]
+    command += ["--follow-imports=silent", "--ignore-missing-imports", *map(str, tmp_path.glob("*.py"))]
+    environment = os.environ | {"MYPYPATH": str(tmp_path)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.fixture(scope="module")

@@ -41,6 +41,8 @@ def test_numpy_numbers_are_numbers() -> None:
         ({"prompt": "\udcff"}, "not valid Unicode"),
         ({"concepts": "ball"}, "sequence of Concept"),
         ({"concepts": (("ball", "x.png"),)}, "sequence of Concept"),
+        ({"concepts": Concept("ball", "x.png")}, "sequence of Concept"),
+        ({"concepts": {"ball": "x.png"}}, "sequence of Concept"),
         ({"concepts": (Concept("a cat", "x"), Concept(" A  CAT", "y"))}, "labels must differ"),
         ({"concepts": (Concept("R&D", "x"), Concept("r&amp;amp;d", "y"))}, "labelled 'r&d': labels"),
         ({"concepts": (Concept("it’s", "x"), Concept("it's", "y"))}, "labels must differ"),

@@ -112,7 +112,7 @@ def test_unknown_words_are_named_with_the_nearest_or_all_things(known: Manifest)
     text = said(known, "a Flower waits and a banana moves up", "banana")
     assert text == (
         "the model does not know 'Flower' (it knows 'flower'), 'banana'; "
-        "the things it knows are flower, rocket, cat"
+        "the things it knows are flower, rocket, cat; `conceptmaster inspect` lists its places, motions"
     )
     assert "'🎈'" in said(known, "a 🎈 waits") and "'cat-like'" in said(known, "a cat-like rocket waits")
     assert said(known, "a cat waits", "waits") == (
