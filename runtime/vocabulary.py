@@ -61,10 +61,10 @@ def warn(remarks: Sequence[str], strict: bool) -> None:
 
 def _labels_in(caption: Sequence[str], labels: Mapping[str, Sequence[str]]) -> list[str]:
     """Each label stands in the caption, and in a place of its own."""
-    said, found = [word.strip(MARKS) for word in caption], []
+    said, found = [_bare(word) for word in caption], []
     places: dict[str, list[range]] = {}
     for label, words in labels.items():
-        own = [word.strip(MARKS) for word in words]
+        own = [_bare(word) for word in words]
         places[label] = [range(at, at + len(own)) for at in _places(own, said)]
         if not places[label] and not _inside(" ".join(words), " ".join(caption)):
             spelling = _spelling(own, said)
@@ -184,6 +184,11 @@ def _near(text: str, spelled: Mapping[str, str]) -> str | None:
         return None
     alike = itertools.islice((w for w in spelled if w[:1] == slip[0] and len(w) <= LONGEST_WORD), COMPARED)
     return next((spelled[word] for word in get_close_matches(slip, alike, 1, NEAR)), None)
+
+
+def _bare(word: str) -> str:
+    """A word without the marks around it, and without the end that makes it an owner."""
+    return word.strip(MARKS).removesuffix("'s")
 
 
 def _unended(word: str) -> str:

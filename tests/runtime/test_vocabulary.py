@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import tokenizers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -18,6 +19,7 @@ from conceptmaster.runtime.bundle_format.source_record import SourceRecord
 from conceptmaster.runtime.cleaning import clean
 from conceptmaster.runtime.pipeline import Pipeline
 from conceptmaster.runtime.request import Concept, Request
+from conceptmaster.runtime.tokenizer import Tokenizer
 from conceptmaster.runtime.vocabulary import remarks
 
 WORLD = Vocabulary(
@@ -92,12 +94,24 @@ def test_a_label_is_read_as_the_model_reads_it(known: Manifest) -> None:
         ("猫が草の上を走る", "猫"),  # no spaces between words
         ("Zwei Füchse, ein Hase", "hase"),
         ("the red-haired girl's dog", "dog"),
+        ("the red-haired girl's dog", "girl"),
         ('a "robot" dances', "robot"),
     ):
         assert bool(said(anything, prompt, label)) == (label == "hase"), label
     assert "it says 'Hase'" in said(anything, "Zwei Füchse, ein Hase", "hase")
     assert "is not in the caption" in said(anything, "a football rolls", "ball")
     assert "caption's own word for a thing" in said(anything, "the car and the bus", "the dog")
+
+
+def test_a_text_is_read_as_its_tokenizer_changes_it(tmp_path: Path) -> None:
+    path, words = tmp_path / "tokenizer.json", {"<pad>": 0, "</s>": 1, "a": 2}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="a"))
+    tokenizer.save(str(path))
+    assert Tokenizer(path).read(" A&nbsp;CAT ﬁsh ") == "A CAT fish"  # ligatures are undone for all
+    change = tokenizers.normalizers
+    tokenizer.normalizer = change.Sequence([change.NFKC(), change.Lowercase(), change.Replace(" ", "▁")])
+    tokenizer.save(str(path))
+    assert Tokenizer(path).read(" A&nbsp;CAT x²") == "a cat x2"
 
 
 def test_two_labels_need_two_places(known: Manifest) -> None:
