@@ -208,6 +208,8 @@ class Pipeline:
             see vocabulary.py.
         """
         shapes, backend = self.manifest.shapes, self.backend
+        if callback is not None and not callable(callback):
+            raise InputError(f"callback must be a function or None, not {type(callback).__name__}")
         request, guidance = request.resolve(self.manifest)
         assert request.solver is not None and request.steps is not None and request.shift is not None
         schedule = make_schedule(request.solver, request.steps, request.shift)

@@ -7,6 +7,7 @@ request's give other ranges.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 from onnxscript import ir
 
+from ...errors import RequestWarning
 from ...runtime.backends.onnxruntime_backend import OnnxRuntimeBackend
 from ...runtime.bundle_format.find import Bundle
 from ...runtime.bundle_format.graph_list import STEP_GRAPH
@@ -46,7 +48,10 @@ def calibrate(bundle: Bundle, request: Request | None = None, show: bool = False
     """
     asked = replace(request or example(bundle.manifest), samples=1, steps=STEPS)
     backend = _Watching(bundle)
-    Pipeline(bundle, backend).generate(asked, progress=show)
+    with warnings.catch_warnings():
+        if request is None:  # it means nothing, and need not be in the bundle's words
+            warnings.simplefilter("ignore", RequestWarning)
+        Pipeline(bundle, backend).generate(asked, progress=show)
     return Calibration(backend.largest, backend.error())
 
 
