@@ -68,10 +68,9 @@ def replacing(path: Path) -> Iterator[Path]:
             os.replace(temporary, place)
             sync(place.parent)
         except OSError as error:
-            named = _named(error, temporary, path)
-            if named is error:
+            if (better := named(error, temporary, path)) is None:
                 raise
-            raise named from error
+            raise better from error
     finally:
         temporary.unlink(missing_ok=True)
         if held is not None:
@@ -197,18 +196,20 @@ def _sweep(temporary: Path) -> bool:
         os.close(opened)
 
 
-def _named(error: OSError, temporary: Path, path: Path) -> OSError:
-    """`error`, if it is about the temporary file, with the path that was asked for instead. Where a library
-    has lost the reason, as NumPy does on a full disk, a write of our own asks for it again."""
-    if error.filename not in (None, str(temporary)):
-        return error
+def named(error: OSError, temporary: Path, path: Path) -> OSError | None:
+    """`error` about a file at or below `temporary`, with the path that was asked for instead; None of others.
+
+    Where a library has lost the reason, as NumPy does on a full disk, a write of our own asks for it again.
+    """
+    if error.filename is not None and not Path(os.fsdecode(error.filename)).is_relative_to(temporary):
+        return None
     code = error.errno
     if code is None and type(error) is OSError:
         try:
-            with temporary.open("ab") as file:
+            with (temporary / ".probe" if temporary.is_dir() else temporary).open("ab") as file:
                 file.write(bytes(1 << 16))
         except OSError as again:
             code = again.errno
     if code is None or code not in errno.errorcode:
-        return error
+        return None
     return OSError(code, os.strerror(code), str(path))

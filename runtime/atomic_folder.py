@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from ..atomic_write import check_folder_of, is_open, lock, sync
+from ..atomic_write import check_folder_of, is_open, lock, named, sync
 from ..errors import InputError
 
 Files = Callable[[Path], Sequence[str]]
@@ -55,6 +55,10 @@ def replacing_folder(target: Path, files: Files | None = None, *, replace: bool 
                     sync(path)
             _put(new, target, files, replace)
             sync(target.parent)
+        except OSError as error:
+            if (better := named(error, new, target)) is None:
+                raise
+            raise better from error
         finally:
             _settle(work, target, files)
 

@@ -88,10 +88,17 @@ def place_of(bundle: Bundle, name: str) -> Path:
     return bundle.folder / stored.FOLDER / name
 
 
+def check_place(bundle: Bundle) -> None:
+    """Raises InputError where no engines can lie in `bundle`, before hours are spent on them."""
+    folder = bundle.folder / stored.FOLDER
+    check_folder_of(folder)
+    if folder.is_symlink():
+        raise InputError(f"{str(folder)!r} is a link: engines must lie in the bundle to be run")
+
+
 @contextmanager
 def replacing_engines(folder: Path, files: Files) -> Iterator[Path]:
     """Yields a new folder that takes the place `folder`, of a bundle's engines, see `replacing_folder`."""
-    check_folder_of(folder.parent)
     folder.parent.mkdir(exist_ok=True)
     try:
         with replacing_folder(folder, files, replace=True) as new:

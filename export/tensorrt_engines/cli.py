@@ -80,6 +80,7 @@ def run_build(args: argparse.Namespace) -> int:
     from .builder import Limits, gpu_capability
     from .older_parsers import unknown_to
 
+    build.check_place(bundle)
     limits = Limits(None if args.workspace is None else args.workspace << 20, args.level)
     if not args.trtexec:
         target = build.find_target(args.flavor, capability)

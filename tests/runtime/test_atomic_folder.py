@@ -6,12 +6,14 @@ import contextlib
 import json
 import os
 import random
+import resource
 import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from conceptmaster.errors import InputError
@@ -278,14 +280,21 @@ def test_without_locks_a_leftover_is_not_touched(tmp_path: Path, monkeypatch: py
     assert found(tmp_path / "new")["a"] == "new"
 
 
-def test_a_full_disk_leaves_what_was_there(tmp_path: Path) -> None:
+def test_a_full_disk_is_said_and_leaves_what_was_there(tmp_path: Path) -> None:
+    """The limit of a file's size is the disk that may be filled here; NumPy's error has no reason."""
     write(tmp_path / "new", "old")
 
-    def fail() -> None:
-        with replacing_folder(tmp_path / "new", files, replace=True) as new:
-            (new / "a").write_text("half")
-            raise OSError(28, "No space left on device")
+    def fail(last: bool) -> None:
+        with replacing_folder(tmp_path / "new", files, replace=True) as new, (new / "a").open("wb") as file:
+            np.zeros(100_000, np.uint8).tofile(file) if last else os.write(file.fileno(), bytes(10_001))
+            os.write(file.fileno(), b"more")
 
-    with contextlib.suppress(OSError):
-        fail()
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))
+    try:
+        for last in (False, True):
+            with pytest.raises(OSError, match=f"File too large: '{tmp_path}/new'$"):
+                fail(last)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert found(tmp_path / "new")["a"] == "old" and os.listdir(tmp_path) == ["new"]

@@ -269,7 +269,7 @@ def test_a_graph_that_tensorrt_cannot_take_names_node_and_operator(tmp_path):
         (["--flavor", "rtx"], "no --target: TensorRT for RTX builds for one of"),
         (["--target", "H100"], "'H100' is no target: write sm_"),
         (["--dry-run"], "--dry-run, --collect and --trtexec-version go with --trtexec"),
-        (["--trtexec", "--collect", "--target", "sm_90"], "run '"),
+        (["--trtexec", "--collect", "--target", "sm_90"], "build.log' is not there: run "),
         (
             ["--trtexec", "--dry-run", "--target", "sm_90", "--trtexec-version", "ten"],
             "'ten': write it as 10.13",

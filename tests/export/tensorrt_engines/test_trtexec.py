@@ -106,6 +106,12 @@ def test_a_failed_build_leaves_nothing_in_the_bundle(folder, monkeypatch):
     assert sorted(folder.rglob("*")) == before
 
 
+def test_where_engines_cannot_go(folder, tmp_path, capsys):
+    (folder / "engines").symlink_to(tmp_path)
+    assert main(["build", str(folder), "--trtexec", "--target", "sm_90", "--dry-run", "--quiet"]) == 2
+    assert "engines' is a link: engines must lie in the bundle" in capsys.readouterr().err
+
+
 def test_an_older_trtexec_gets_graphs_that_it_knows(folder):
     import onnx
 
