@@ -208,6 +208,8 @@ class Pipeline:
             see vocabulary.py.
         """
         shapes, backend = self.manifest.shapes, self.backend
+        if not isinstance(request, Request):
+            raise InputError(f"generate takes a Request, not {type(request).__name__}")
         if callback is not None and not callable(callback):
             raise InputError(f"callback must be a function or None, not {type(callback).__name__}")
         request, guidance = request.resolve(self.manifest)

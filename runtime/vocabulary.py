@@ -78,7 +78,7 @@ def _labels_in(caption: Sequence[str], labels: Mapping[str, Sequence[str]]) -> l
         elif spans:
             other = next(taken[at] for span in spans for at in span if at in taken)
             both = f"the labels {other!r} and {label!r} stand for the same words of the caption"
-            found.append(f"{both}: let it tell the two things apart")
+            found.append(f"{both}, which must name two things")
     return found
 
 
@@ -124,8 +124,8 @@ class _Known:
         """One line that names the words which mean something only in phrases, and stand outside of any."""
         words = [_unended(word) for word in caption]
         whole: set[int] = set()
-        for phrase in (phrase.split() for phrase in self._phrases):
-            for at in _places(phrase, words):
+        for phrase in map(str.split, self._phrases):
+            for at in _places(phrase, words) if phrase[0] in words else ():
                 whole.update(range(at, at + len(phrase)))
         allowed = self._free | self._nouns
         torn = dict.fromkeys(

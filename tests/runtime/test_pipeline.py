@@ -239,6 +239,8 @@ def test_all_input_is_checked_before_anything_runs(pipe: Pipeline, pictures, mon
         pipe("a ball", [*good, Concept("cat", "nowhere.png")])
     with pytest.raises(InputError, match="noise"):
         pipe("a ball", good, noise=np.zeros(3))
+    with pytest.raises(InputError, match="generate takes a Request, not str"):
+        pipe.generate("a ball")  # type: ignore[arg-type]
     with pytest.raises(InputError, match="callback must be a function or None, not int"):
         pipe("a ball", good, callback=3)  # type: ignore[call-overload]
     # this bundle's tokenizer knows neither word

@@ -117,8 +117,7 @@ def test_a_text_is_read_as_its_tokenizer_changes_it(tmp_path: Path) -> None:
 def test_two_labels_need_two_places(known: Manifest) -> None:
     text = said(known, "the first cat waits", "cat", "first cat")
     assert text == (
-        "the labels 'first cat' and 'cat' stand for the same words of the caption: "
-        "let it tell the two things apart"
+        "the labels 'first cat' and 'cat' stand for the same words of the caption, which must name two things"
     )
 
 
