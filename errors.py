@@ -116,3 +116,14 @@ def memory_errors(doing: str) -> Iterator[None]:
 def how_to_install(*extras: str) -> str:
     """The command that installs this project with these extras: no package index has it."""
     return f"in the project's folder, pip install '.[{','.join(extras)}]'"
+
+
+def not_loaded(package: str, install: str, error: Exception) -> ConceptMasterError:
+    """What to raise where importing `package` failed with `error`: something is missing, and `install` brings
+    it; or all is there and something else went wrong, which installing does not mend; or memory was short."""
+    reason = " ".join(str(error).split()) or type(error).__name__
+    if is_out_of_memory(error):
+        return OutOfMemory(f"out of memory while {package} was loaded ({reason:.200})")
+    if isinstance(error, ModuleNotFoundError) and error.name is not None:
+        return MissingDependency(f"{package} does not load, {error.name} is not installed: {install}")
+    return MissingDependency(f"{package} is installed but does not load: {reason:.300}")

@@ -14,7 +14,7 @@ from onnxscript import ir
 from ..engine.checkpoints.lazy_weights import stored_weights
 from ..engine.checkpoints.source import Source
 from ..engine.config import ModelConfig
-from ..errors import ExportError
+from ..errors import ExportError, OutOfMemory, is_out_of_memory
 from ..runtime.backends.onnxruntime_module import onnxruntime, session_options
 from ..runtime.bundle_format.find import Bundle
 from ..runtime.progress import each
@@ -130,6 +130,8 @@ def open_session(graph: str | bytes, path: Path) -> onnxruntime.InferenceSession
     try:
         return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's own exception types are not public
+        if is_out_of_memory(error):
+            raise OutOfMemory(f"out of memory while {str(path)!r} was loaded") from error
         raise ExportError(f"ONNX Runtime cannot load {str(path)!r}: {error}") from error
 
 

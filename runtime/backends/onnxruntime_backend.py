@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ...errors import BundleError, InputError
+from ...errors import BundleError, ConceptMasterError, InputError, OutOfMemory, is_out_of_memory
 from ..bundle_format.manifest import REPAIR
 from ..bundle_format.schema import TensorSpec
 from ..cpus import usable
@@ -50,13 +50,18 @@ class OnnxRuntimeBackend:
         self._device = device
         threads = usable() if threads is None else threads
         self._options = session_options(threads)
+        if device == "cpu":  # CUDA tells only there why it does not start; else what goes wrong is raised
+            self._options.log_severity_level = 4
         self._options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
+        self._quiet = onnxruntime.RunOptions()
+        self._quiet.log_severity_level = 4
         self._sessions: dict[str, Any] = {}
         self._lock = threading.Lock()
         log.info("onnxruntime %s on %s, threads: %d", onnxruntime.__version__, device, threads)
 
     def load(self, graphs: Iterable[str]) -> None:
-        """Makes the sessions of `graphs`. Raises BundleError, InputError when CUDA does not start."""
+        """Makes the sessions of `graphs`. Raises BundleError, OutOfMemory, InputError when CUDA does not
+        start."""
         for graph in graphs:
             self._session(graph)
 
@@ -64,7 +69,8 @@ class OnnxRuntimeBackend:
         """Runs `graph`. inputs: NumPy arrays or OrtValues, exact dtypes and shapes. Returns OrtValues by
         name.
 
-        Raises: KeyError for a missing input, ValueError for a wrong dtype or shape.
+        Raises: KeyError for a missing input, ValueError for a wrong dtype or shape, BundleError for a graph
+            that does not run on what it is given, OutOfMemory.
         """
         session, signature = self._session(graph), self._bundle.manifest.graphs[graph]
         binding = session.io_binding()
@@ -72,7 +78,10 @@ class OnnxRuntimeBackend:
             binding.bind_ortvalue_input(spec.name, self._to_device(inputs[spec.name], graph, spec))
         for spec in signature.outputs:
             binding.bind_output(spec.name, self._device)
-        session.run_with_iobinding(binding)
+        try:
+            session.run_with_iobinding(binding, self._quiet)
+        except Exception as error:
+            raise _failed(graph, f"the graph {graph} does not run", error) from error
         return {
             spec.name: value for spec, value in zip(signature.outputs, binding.get_outputs(), strict=True)
         }
@@ -106,10 +115,7 @@ class OnnxRuntimeBackend:
                     str(path), self._options, providers=[PROVIDERS[self._device]]
                 )
             except Exception as error:  # onnxruntime's own exception types are not public
-                reason = " ".join(str(error).split())
-                raise BundleError(
-                    f"bad bundle: {str(path)!r} does not load: {reason:.300}; {REPAIR}"
-                ) from error
+                raise _failed(graph, f"{str(path)!r} does not load", error) from error
         if PROVIDERS[self._device] not in session.get_providers():
             raise InputError(f"device {self._device!r} does not start; see onnxruntime's message above")
         session.disable_fallback()
@@ -117,16 +123,26 @@ class OnnxRuntimeBackend:
             ("inputs", signature.inputs, session.get_inputs()),
             ("outputs", signature.outputs, session.get_outputs()),
         ):
-            real = tuple(TensorSpec(t.name, DTYPES.get(t.type, t.type), tuple(t.shape)) for t in found)
-            if real != specs:
+            real = [(t.name, DTYPES.get(t.type, t.type), tuple(t.shape)) for t in found]
+            wanted = [(spec.name, spec.dtype, spec.shape) for spec in specs]
+            if real != wanted:
                 raise BundleError(
                     f"bad bundle: the {side} of {str(path)!r} are not those in the manifest: "
-                    f"{_difference(real, specs)}; {REPAIR}"
+                    f"{_difference(real, wanted)}; {REPAIR}"
                 )
         return session
 
 
-def _difference(real: tuple[TensorSpec, ...], specs: tuple[TensorSpec, ...]) -> str:
-    only = [f"{s.name} {s.dtype} {list(s.shape)} in the {place}" for place, here, there in
-            (("graph", real, specs), ("manifest", specs, real)) for s in here if s not in there]  # fmt: skip
+def _difference(real: list[tuple[Any, ...]], wanted: list[tuple[Any, ...]]) -> str:
+    only = [f"{name} {dtype} {list(shape)} in the {place}" for place, here, there in
+            (("graph", real, wanted), ("manifest", wanted, real))
+            for name, dtype, shape in here if (name, dtype, shape) not in there]  # fmt: skip
     return ", ".join(only) or "another order"
+
+
+def _failed(graph: str, what: str, error: Exception) -> ConceptMasterError:
+    """What to raise for an error of onnxruntime's."""
+    reason = " ".join(str(error).split())
+    if is_out_of_memory(error):
+        return OutOfMemory(f"out of memory in the graph {graph} ({reason:.200})")
+    return BundleError(f"bad bundle: {what}: {reason:.300}; {REPAIR}")

@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import os
 
-from ...errors import MissingDependency
+from ...errors import not_loaded
 
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 
 try:
     import onnxruntime
-except ImportError as error:
-    raise MissingDependency(f"onnxruntime does not load ({error}): pip install onnxruntime") from error
+except (ImportError, MemoryError) as error:
+    raise not_loaded("onnxruntime", "pip install onnxruntime", error) from error
 
 
 def session_options(threads: int) -> onnxruntime.SessionOptions:

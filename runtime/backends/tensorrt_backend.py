@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ...errors import BundleError, InputError, MissingDependency, how_to_install
+from ...errors import BundleError, InputError, OutOfMemory, how_to_install, not_loaded
 from ..bundle_format import tensorrt_engines as stored
 from ..bundle_format.schema import TensorSpec
 
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 DTYPES = {"FLOAT": "float32", "HALF": "float16", "INT64": "int64", "INT32": "int32", "BOOL": "bool"}
+NO_MEMORY = 2  # cudaErrorMemoryAllocation
 CUDA_GRAPHS = 16  # kept; more would mean that the buffers never come round
 
 
@@ -44,7 +45,7 @@ class TensorRTBackend:
 
     Args: flavor: "tensorrt" or "rtx"; precision: of the engines, None for the only ones that are there;
         cuda_graphs: replay instead of launching again. May be used from several threads, one after the other.
-    Raises: MissingDependency; InputError without a GPU, or with too little memory on it; BundleError when the
+    Raises: MissingDependency; InputError without a GPU, OutOfMemory; BundleError when the
         engines are missing, of another GPU, version or bundle, or damaged, naming the command that builds
         them.
     """
@@ -73,7 +74,7 @@ class TensorRTBackend:
         log.info("%s %s on sm_%d, engines in %s", flavor, version, capability, self._files.folder)
 
     def load(self, graphs: Iterable[str]) -> None:
-        """Deserialises the engines of `graphs`. Raises BundleError, InputError when memory is short."""
+        """Deserialises the engines of `graphs`. Raises BundleError, OutOfMemory."""
         with self._lock:
             for graph in graphs:
                 self._context(graph)
@@ -180,14 +181,14 @@ class TensorRTBackend:
 
     def _check_signature(self, graph: str, engine: Any) -> None:
         signature, sides = self._bundle.manifest.graphs[graph], self._trt.TensorIOMode
-        real: dict[Any, list[TensorSpec]] = {sides.INPUT: [], sides.OUTPUT: []}
+        real: dict[Any, list[tuple[Any, ...]]] = {sides.INPUT: [], sides.OUTPUT: []}
         for index in range(engine.num_io_tensors):
             name = engine.get_tensor_name(index)
             kind = engine.get_tensor_dtype(name).name
             shape = tuple(engine.get_tensor_shape(name))
-            real[engine.get_tensor_mode(name)].append(TensorSpec(name, DTYPES.get(kind, kind), shape))
+            real[engine.get_tensor_mode(name)].append((name, DTYPES.get(kind, kind), shape))
         for side, specs in ((sides.INPUT, signature.inputs), (sides.OUTPUT, signature.outputs)):
-            if sorted(real[side], key=lambda s: s.name) != sorted(specs, key=lambda s: s.name):
+            if sorted(real[side]) != sorted((spec.name, spec.dtype, spec.shape) for spec in specs):
                 raise BundleError(
                     f"the engine of {graph} has another signature than its graph: {self._rebuild}"
                 )
@@ -195,7 +196,7 @@ class TensorRTBackend:
     def _require_memory(self, size: int, graph: str) -> None:
         free, _ = self._call("cudaMemGetInfo")
         if size > free:
-            raise InputError(
+            raise OutOfMemory(
                 f"the engine of {graph} needs {_amount(size)} more of GPU memory, {_amount(free)} are free: "
                 "end other programs there, or use a larger GPU"
             )
@@ -232,10 +233,11 @@ def _cuda(flavor: str) -> Any:
 
 
 def _call(cuda: Any, name: str, *arguments: Any) -> Any:
-    """Calls a function of CUDA's runtime; its results but the status. Raises InputError."""
+    """Calls a function of CUDA's runtime; its results but the status. Raises InputError, OutOfMemory."""
     status, *results = getattr(cuda, name)(*arguments)
     if int(status):
-        raise InputError(f"CUDA: {name} says {getattr(status, 'name', status)}")
+        kind = OutOfMemory if int(status) == NO_MEMORY else InputError
+        raise kind(f"CUDA: {name} says {getattr(status, 'name', status)}")
     return results[0] if len(results) == 1 else tuple(results)
 
 
@@ -243,10 +245,7 @@ def _import(module: str, flavor: str) -> Any:
     try:
         return importlib.import_module(module)
     except Exception as error:  # a wheel that is only a stub raises what it likes
-        reason = " ".join(str(error).split())[:160]
-        raise MissingDependency(
-            f"{module} does not load ({reason}): {how_to_install(stored.EXTRAS[flavor])}"
-        ) from error
+        raise not_loaded(module, how_to_install(stored.EXTRAS[flavor]), error) from error
 
 
 def _bytes(spec: TensorSpec) -> int:

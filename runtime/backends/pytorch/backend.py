@@ -15,7 +15,14 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from ....errors import InputError, MissingDependency, OutOfMemory, how_to_install
+from ....errors import (
+    ConceptMasterError,
+    InputError,
+    OutOfMemory,
+    how_to_install,
+    is_out_of_memory,
+    not_loaded,
+)
 from ...bundle_format.graph_list import BY_NAME, EACH_STEP, FIRST_FRAME, LATER_FRAMES, STEP_GRAPH, upstream
 from . import memory_plan
 from .options import TorchOptions
@@ -30,9 +37,9 @@ try:
     from ....engine.step import DenoiseStep, graph_modules
     from .stepper import Carried, Stepper, cuda_graphs
     from .weights import count_weights, open_weights
-except ImportError as error:
-    raise MissingDependency(
-        f"the torch backend does not load ({error}): {how_to_install('export')}; for a GPU '.[export,gpu]'"
+except (ImportError, MemoryError) as error:
+    raise not_loaded(
+        "the torch backend", f"{how_to_install('export')}; for a GPU '.[export,gpu]'", error
     ) from error
 
 if TYPE_CHECKING:
@@ -201,7 +208,9 @@ class TorchBackend:
     def _out_of_memory(self) -> Iterator[None]:
         try:
             yield
-        except torch.OutOfMemoryError as error:
+        except Exception as error:  # on the CPU there is no type for it
+            if isinstance(error, ConceptMasterError) or not is_out_of_memory(error):
+                raise
             free = _free_memory(self._device) or 0
             held = torch.cuda.memory_allocated(self._device) if self._device.type == "cuda" else 0
             raise OutOfMemory(

@@ -20,7 +20,7 @@ import onnxruntime
 import pytest
 
 from conceptmaster import Pipeline
-from conceptmaster.errors import BundleError, InputError, MissingDependency
+from conceptmaster.errors import BundleError, InputError, MissingDependency, OutOfMemory
 from conceptmaster.hashed import sha256_file
 from conceptmaster.runtime.backends import open_backend
 from conceptmaster.runtime.bundle_format import tensorrt_engines as stored
@@ -333,7 +333,7 @@ def test_too_little_memory_says_how_much(folder, cuda):
     cuda.free = 3 << 19
     size = (folder / "denoise.onnx").stat().st_size / 2**20
     with pytest.raises(
-        InputError, match=rf"denoise needs {size:.1f} MiB more of GPU memory, 1\.5 MiB are free"
+        OutOfMemory, match=rf"denoise needs {size:.1f} MiB more of GPU memory, 1\.5 MiB are free"
     ):
         backend.load(["denoise"])
 
