@@ -104,6 +104,17 @@ def test_the_python_blocks_pass_a_type_checker(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+def test_the_readme_names_every_word_that_the_shipped_model_knows():
+    from conceptmaster.runtime.bundle_format.find import Bundle
+
+    vocabulary = Bundle.open("sprites").manifest.vocabulary
+    text = " ".join(README.read_text(encoding="utf-8").split())
+    assert all(noun in text for noun in vocabulary.labels)
+    assert all(ground in text for ground in vocabulary.phrases["backgrounds"])
+    words = {word for phrases in vocabulary.phrases.values() for phrase in phrases for word in phrase.split()}
+    assert words <= set(re.findall(r"\w+", text))
+
+
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory) -> Path:
     """A fresh clone of what is committed."""
