@@ -290,6 +290,7 @@ def test_what_the_bundles_are(first, first_bundle, a2, a2_bundle, command):
         d = manifest.defaults
         assert set(manifest.graphs) == graphs | {"decode_first", "decode"}
         assert (manifest.concepts, manifest.fps, manifest.format) == (most, fps, 3)
+        assert not manifest.reads_labels  # so that none is warned of
         assert (d.solver, d.shift, d.steps, d.guidance) == defaults
     assert load(first_bundle).conditioning.placements == (FramePlacement(0, 1, "stretched"),)
     places = (FramePlacement(0, 1, "padded"), FramePlacement(1, 4, "padded"), FramePlacement(5, 4, "cut"))
