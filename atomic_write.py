@@ -107,8 +107,10 @@ def check_replaceable(path: Path) -> os.stat_result | None:
     if not stat.S_ISREG(found.st_mode):
         what = "a folder" if stat.S_ISDIR(found.st_mode) else "no regular file"
         raise InputError(f"cannot write {str(path)!r}: it is {what}")
-    if not found.st_mode & 0o222 or not os.access(path, os.W_OK):
+    if not found.st_mode & 0o222:
         raise InputError(f"cannot write {str(path)!r}: it is read-only")
+    if not os.access(path, os.W_OK):
+        raise InputError(f"cannot write {str(path)!r}: there is no permission to")
     return found
 
 
@@ -201,7 +203,9 @@ def named(error: OSError, temporary: Path, path: Path) -> OSError | None:
 
     Where a library has lost the reason, as NumPy does on a full disk, a write of our own asks for it again.
     """
-    if error.filename is not None and not Path(os.fsdecode(error.filename)).is_relative_to(temporary):
+    given = (error.filename, error.filename2)
+    names = [os.fsdecode(name) for name in given if isinstance(name, str | bytes | os.PathLike)]
+    if names and not any(Path(name).is_relative_to(temporary) for name in names):
         return None
     code = error.errno
     if code is None and type(error) is OSError:

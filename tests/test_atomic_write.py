@@ -102,9 +102,12 @@ def test_what_is_no_file_or_read_only_is_refused_before_and_after_the_work(tmp_p
 
 def test_a_folder_without_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Root may write everywhere: for others, os.access says so."""
+    write(tmp_path / "old.npy")
     monkeypatch.setattr(os, "access", lambda path, kind: False)
     with pytest.raises(InputError, match="is not writable"):
         check_output(tmp_path / "new.npy", (".npy",))
+    with pytest.raises(InputError, match="old.npy': there is no permission to"):
+        check_output(tmp_path / "old.npy", (".npy",))
 
 
 def test_a_failed_write_leaves_what_was_there(tmp_path: Path) -> None:

@@ -234,12 +234,14 @@ def test_only_verified_bytes_are_copied(built, tmp_path, name, how, monkeypatch,
 
 def test_a_full_disk_leaves_nothing_in_the_way(tmp_path, monkeypatch, capsys):
     def full(source, target):
-        raise OSError(28, "No space left on device", str(target))
+        raise OSError(28, "No space left on device", str(source), None, str(target))
 
     with monkeypatch.context() as patched:
         patched.setattr(shutil, "copyfile", full)
         assert main(["export-triton", "sprites", str(tmp_path / "models")]) == 1
-    assert "No space left on device" in capsys.readouterr().err and list(tmp_path.iterdir()) == []
+    error = capsys.readouterr().err
+    assert error == f"conceptmaster: error: '{tmp_path}/models': No space left on device\n"
+    assert list(tmp_path.iterdir()) == []
     assert main(["export-triton", "sprites", str(tmp_path / "models")]) == 0
 
 
