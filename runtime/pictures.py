@@ -280,6 +280,8 @@ def _cut(image: Image.Image, size: tuple[int, int], background: Color) -> Image.
 
 
 def _stretched(image: Image.Image, size: tuple[int, int], background: Color) -> Image.Image:
+    if size[0] * image.height > MOST_PIXELS:  # an extreme shape: Pillow may widen it first
+        image = image.resize((image.width, size[1]), Image.Resampling.LANCZOS)
     return image.resize(size, Image.Resampling.LANCZOS)
 
 

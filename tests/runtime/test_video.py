@@ -101,6 +101,26 @@ def test_444_keeps_colours_of_single_pixels(tmp_path: Path) -> None:
     assert errors["444"] < 8 and errors["420"] > 40
 
 
+@pytest.mark.parametrize("suffix", ["mp4", "webm", "webp"])
+def test_enlarging_keeps_the_colours_of_a_small_video(tmp_path: Path, suffix: str) -> None:
+    """Ten decibels, where single pixels have colours of their own."""
+    colors = np.random.default_rng(0).integers(0, 256, (16, 16, 3))
+    small = np.kron(colors, np.ones((3, 3, 1))).astype(np.uint8)[None].repeat(3, 0)  # [3,48,48,3]
+
+    def noise(scale: int | None) -> float:
+        path = Video(small, 8.0).save(tmp_path / f"a.{suffix}", scale=scale)
+        if suffix == "webp":
+            with Image.open(path) as image:
+                shown = np.asarray(image.convert("RGB"))[None]
+        else:
+            shown, _ = decoded(path)
+        times = shown.shape[1] // 48
+        assert times == (scale or 6)
+        return ((shown.astype(float) - enlarged(small, times)[: len(shown)]) ** 2).mean()
+
+    assert noise(None) < noise(1) / 10
+
+
 @pytest.mark.parametrize(
     ("height", "width", "times"), [(64, 64, 4), (32, 48, 8), (255, 900, 2), (256, 256, 1), (480, 832, 1)]
 )
