@@ -157,7 +157,7 @@ def _read_file(file: IO[bytes], background: Color, what: str) -> Image.Image:
     data = file.read(MOST_BYTES)
     for bare in (False, True):
         try:
-            if (pixels := without_metadata(data, bare)) is not None:
+            if (pixels := without_metadata(data, bare)) is not None and pixels != data:
                 image = _open(io.BytesIO(pixels), background, what)
                 log.warning("%s: its metadata is broken or too large, and ignored: %s", what, _line(reason))
                 return image

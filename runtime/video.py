@@ -54,8 +54,8 @@ class Video:
             raise InputError(f"a video's frames must be a uint8 array [F,H,W,3], not {kind}")
         if not frames.size:
             raise InputError(f"a video's frames are empty: {list(frames.shape)}")
-        if not 0 < fps < math.inf:
-            raise InputError(f"a video's frames per second must be above 0, not {fps!r}")
+        if not 0.01 <= fps <= 1000:
+            raise InputError(f"a video's frames per second must be 0.01 to 1000, not {fps!r}")
 
     def __repr__(self) -> str:
         count, height, width, _ = self.frames.shape

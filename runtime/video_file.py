@@ -79,4 +79,4 @@ def enlargement(suffix: str, height: int, width: int, scale: int | None) -> int:
         where = f"a {suffix} holds frames of at most {kind.side} pixels a side and {MOST_PIXELS:,} in all"
         advice = f"scale can be at most {largest}" if largest else "write .npy"
         raise InputError(f"the video would be {made}, and {where}: {advice}")
-    return scale
+    return int(scale)  # NumPy's whole numbers are taken, too

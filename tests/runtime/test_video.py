@@ -84,6 +84,14 @@ def test_videos_keep_frames_rate_and_colours(
     assert error.mean() < 1.5 and np.median(error, axis=(0, 1, 2)).max() <= 1
 
 
+@pytest.mark.parametrize("fps", [0.01, 1 / 3, 23.976, 1000])
+def test_any_rate_can_be_written(tmp_path: Path, fps: float) -> None:
+    video = Video(bars(3), fps)
+    for suffix in (".mp4", ".webm", ".webp", ".gif"):
+        assert video.save(tmp_path / f"a{suffix}", scale=np.int64(1)).stat().st_size
+    assert np.load(video.save(tmp_path / "a.npy", scale=np.int64(2))).shape == (3, 64, 96, 3)
+
+
 def test_the_index_of_an_mp4_comes_first(tmp_path: Path) -> None:
     data = Video(bars(), 8.0).save(tmp_path / "a.mp4").read_bytes()
     assert data.find(b"moov") < data.find(b"mdat")
@@ -226,8 +234,9 @@ def test_the_repr_is_short() -> None:
         (np.zeros((8, 8, 3), np.uint8), 8.0, "uint8 array"),
         ([1], 8.0, "uint8 array"),
         (np.zeros((0, 8, 8, 3), np.uint8), 8.0, "empty"),
-        (np.zeros((2, 8, 8, 3), np.uint8), 0.0, "above 0"),
-        (np.zeros((2, 8, 8, 3), np.uint8), math.nan, "above 0"),
+        (np.zeros((2, 8, 8, 3), np.uint8), 1e9, "0.01 to 1000"),
+        (np.zeros((2, 8, 8, 3), np.uint8), 0.0, "0.01 to 1000"),
+        (np.zeros((2, 8, 8, 3), np.uint8), math.nan, "0.01 to 1000"),
     ],
 )
 def test_what_is_no_video_is_said_at_once(frames: Any, fps: float, word: str) -> None:
