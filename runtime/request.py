@@ -154,7 +154,8 @@ class Request:
         """
         path = Path(path)
         try:
-            return cls.from_data(read_json(path, pipes=True), path.parent)
+            data = read_json(path, pipes=True)
+            return cls.from_data(data, path.parent.absolute())  # found after os.chdir, too
         except OSError as error:
             raise InputError(f"cannot read the request {str(path)!r}: {error.strerror}") from None
         except ValueError as error:  # InputError is one

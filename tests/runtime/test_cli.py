@@ -18,7 +18,7 @@ import pytest
 from conceptmaster.cli import main
 from conceptmaster.runtime import video_file
 from conceptmaster.runtime.pipeline import Pipeline
-from conceptmaster.runtime.request import Concept
+from conceptmaster.runtime.request import Concept, Request
 from conceptmaster.runtime.video import Video
 
 Run = Callable[..., tuple[int, str, str]]
@@ -151,11 +151,16 @@ def test_a_request_on_standard_input(run: Run, bundle: Path, tmp_path: Path) -> 
         assert done.returncode == code and word in done.stdout + done.stderr
 
 
-def test_a_bundle_by_a_relative_path_survives_chdir(bundle: Path, tmp_path: Path, monkeypatch) -> None:
+def test_relative_paths_survive_chdir(bundle: Path, pictures, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(bundle.parent)
     pipeline = Pipeline.from_bundle(bundle.name, threads=1)
+    (tmp_path / "r.json").write_text(
+        '{"prompt": "a cat", "steps": 1, "concepts": [{"label": "cat", "image": "cat.png"}]}'
+    )
     monkeypatch.chdir(tmp_path)
-    assert isinstance(pipeline("a ball rolls left", steps=1), Video)
+    request = Request.from_json("r.json")
+    monkeypatch.chdir("/")
+    assert len(pipeline.generate(request)) == 1
 
 
 WRONG = [

@@ -64,7 +64,7 @@ class TorchBackend:
     def __init__(
         self, bundle: Bundle, device: str, threads: int | None, options: TorchOptions | None = None
     ) -> None:
-        self._options = options = options or TorchOptions()
+        self._options = options = (options or TorchOptions()).from_here()
         if device == "cuda" and not torch.cuda.is_available():
             built = "it is built without CUDA" if torch.version.cuda is None else "it sees no GPU"
             raise InputError(f"device 'cuda' is not there: this is PyTorch {torch.__version__}, and {built}")

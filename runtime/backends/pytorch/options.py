@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ....errors import InputError
 
@@ -50,6 +50,16 @@ class TorchOptions:
             number = isinstance(value, (int, float)) and not isinstance(value, bool)
             if not number or not math.isfinite(value) or not 0 <= value <= 1:
                 raise InputError(f"{name} must be a number from 0 to 1, not {value!r}")
+
+    def from_here(self) -> TorchOptions:
+        """These, with files that are found whatever the current folder will be; a model of the Hub stays."""
+        weights, adapter = self.weights, self.adapter
+        if weights is not None and os.path.exists(weights):
+            weights = os.path.join(os.getcwd(), weights)
+        if adapter is not None:
+            adapter = os.path.join(os.getcwd(), adapter)
+        lora = tuple(os.path.join(os.getcwd(), file) for file in self.lora)
+        return replace(self, weights=weights, adapter=adapter, lora=lora)
 
     @property
     def lossy(self) -> list[str]:
