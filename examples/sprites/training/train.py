@@ -38,7 +38,7 @@ DEFAULTS = {
     "negative": "",
 }
 RANGES = {"steps": [2, 50], "guidance": [1, 2], "concepts": [0, MAX_CONCEPTS]}
-"""Where the scores are as good as they get: one step and guidance 3 blur textures, guidance 4 loses looks."""
+"""Where the scores are as good as they get, see benchmarks/results/sweep-sprites-ranges.json."""
 
 
 def run(args: argparse.Namespace) -> int:
