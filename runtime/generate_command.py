@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError
-from ..untrusted import LARGEST_JSON, parse_json
+from ..untrusted import LARGEST_JSON, open_plain, parse_json
 
 if TYPE_CHECKING:
     import numpy as np
@@ -287,9 +287,9 @@ def _load_noise(name: str) -> np.ndarray:
     import numpy as np
 
     try:
-        noise = np.load(
-            name, mmap_mode="r", allow_pickle=False
-        )  # mapped: a header that lies allocates nothing
+        open_plain(name).close()  # not a pipe, which would be waited for
+        # mapped: a header that lies allocates nothing
+        noise = np.load(name, mmap_mode="r", allow_pickle=False)
     except OSError as error:
         raise InputError(f"cannot read the noise {name!r}: {error.strerror or error}") from None
     except (ValueError, EOFError) as error:

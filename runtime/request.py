@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 MAX_SEED = 2**63 - 1
 MAX_SAMPLES = 64
+LONGEST_TEXT = 100_000  # characters; no model reads as many
 MAX_GUIDANCE = 1e6  # far beyond any use, far from overflow in float32
 
 
@@ -213,6 +214,8 @@ def _text(what: str, value: object) -> None:
         value.encode()
     except UnicodeEncodeError:
         raise InputError(f"{what} is not valid Unicode text") from None
+    if len(value) > LONGEST_TEXT:
+        raise InputError(f"{what} has {len(value)} characters, {LONGEST_TEXT} are the most of any")
 
 
 def _integer(name: str, value: object, least: int, most: int) -> int:

@@ -112,13 +112,12 @@ class OnnxRuntimeBackend:
         with self._bundle.reading(graph) as path:
             try:
                 session = onnxruntime.InferenceSession(
-                    str(path), self._options, providers=[PROVIDERS[self._device]]
+                    str(path), self._options, providers=[PROVIDERS[self._device]], enable_fallback=False
                 )
             except Exception as error:  # onnxruntime's own exception types are not public
                 raise _failed(graph, f"{str(path)!r} does not load", error) from error
         if PROVIDERS[self._device] not in session.get_providers():
             raise InputError(f"device {self._device!r} does not start; see onnxruntime's message above")
-        session.disable_fallback()
         for side, specs, found in (
             ("inputs", signature.inputs, session.get_inputs()),
             ("outputs", signature.outputs, session.get_outputs()),

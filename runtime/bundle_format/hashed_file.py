@@ -10,6 +10,9 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from ...errors import BundleError
 from ...hashed import Identity, identity, sha256_file
 
+LARGEST = {".json": 32 * 2**20, ".onnx": 2**31}
+"""Bytes of a file by its suffix, so that no endless one is hashed: what reads them takes no more either."""
+
 
 @dataclass(frozen=True)
 class HashedFile:
@@ -62,6 +65,9 @@ class CheckedFiles:
                 raise self._error(f"{str(path)!r} is a link out of the bundle")
             if not path.is_file():
                 raise self._error(f"{str(path)!r} is missing")
+            size, most = path.stat().st_size, LARGEST.get(path.suffix)
+            if most is not None and size > most:
+                raise self._error(f"{str(path)!r} has {size} bytes, more than {most}")
             before = identity(path)
             if self._seen.get(file) != before:
                 found = sha256_file(path)

@@ -4,10 +4,12 @@ them by their SHA-256. Never a path of the machine that it was made on."""
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from .hashed_file import HashedFile, check_file
+from .shapes import LONGEST_NAME
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,8 @@ class SourceRecord:
 
     def __post_init__(self) -> None:
         from_hub = self.commit is not None
+        if not re.fullmatch(r"[\w.-]{1,100}", self.commit or "none") or len(self.name) > LONGEST_NAME:
+            raise ValueError("a commit is a short name, as is a source's")
         if not self.name or self.name.count("/") != from_hub or self.name in (".", ".."):
             raise ValueError(f"{self.name!r:.80} is neither a Hub id with its commit nor a folder's name")
         if len({file.file for file in self.files}) != len(self.files):

@@ -13,8 +13,7 @@ import logging
 from collections.abc import Iterable
 from pathlib import Path
 
-import torch
-
+from ....engine.checkpoints.safetensors_io import on_meta
 from ....engine.checkpoints.source import PRESET, Choices, LoraFile, Source, is_base, open_source
 from ....engine.config import ModelConfig
 from ....engine.model import ConceptMaster
@@ -62,9 +61,8 @@ def open_weights(
 
 
 def count_weights(config: ModelConfig) -> dict[str, int]:
-    """Elements by part, of a model that is not loaded yet."""
-    with torch.device("meta"):
-        model, vae = ConceptMaster(config), build_vae(config)
+    """Elements by part, of a model that is not loaded yet. Raises ConfigError where it cannot be built."""
+    model, vae = on_meta(ConceptMaster, config, config.name), on_meta(build_vae, config, config.name)
     found = {name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()}
     return found | {"vae": sum(p.numel() for p in vae.parameters())}
 

@@ -181,17 +181,17 @@ def changed(values: Any, path: tuple[Any, ...], value: Any) -> Any:
 def test_every_entry_of_a_configuration(name: str) -> None:
     """Refused, or small enough to be built; what is built is not always what was meant."""
     values = preset(name).to_dict()
+    random.seed(1)
     accepted: list[ModelConfig] = []
     for path in entries_of(values):
-        for value in HOSTILE:
+        for value in random.sample(HOSTILE, 7):
             try:
                 accepted.append(ModelConfig.from_dict(changed(values, path, value)))
             except ConfigError as error:
                 assert len(str(error)) < 500
     with pytest.raises(ConfigError):
         ModelConfig.from_dict([])  # type: ignore[arg-type]
-    random.seed(1)
-    for config in random.sample(accepted, 12):
+    for config in random.sample(accepted, 6):
         try:
             on_meta(ConceptMaster, config, "here")
         except ConfigError as error:
