@@ -33,7 +33,7 @@ help:
 video: $(VENV)/.base
 	@mkdir -p out
 	$(BIN)/conceptmaster generate --request $(REQUEST) --bundle sprites \
-		--output out/video.mp4 --sheet out/sheet.png --scale 4
+		--output out/video.mp4 --sheet out/sheet.png
 	@echo "video: $(CURDIR)/out/video.mp4"
 	@echo "sheet: $(CURDIR)/out/sheet.png"
 
