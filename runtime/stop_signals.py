@@ -34,10 +34,11 @@ class Stops:
     def __init__(self) -> None:
         self.last: Stopped | None = None
         self._when = 0.0
+        self._imports = _imports(sys._getframe())  # that the whole program is part of
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
         """The signals' handler. Raises Stopped in the main thread."""
-        if _importing(frame):  # an extension would make an ImportError of it, and the import's end swallow it
+        if _imports(frame) > self._imports:  # an extension would make an ImportError of it, and the import's end swallow it
             _later(number)
         elif self.last is None or time.monotonic() - self._when > REFLEX:
             self.last, self._when = Stopped(number), time.monotonic()
@@ -72,17 +73,16 @@ def raised(whole_process: bool) -> Iterator[Stops]:
     Does nothing outside of the main thread.
     """
     global _active
-    if _active is not None:
-        yield _active
+    if _active is not None or threading.current_thread() is not threading.main_thread():
+        yield _active or Stops()
         return
     _active = stops = Stops()
     before: dict[int, Any] = {}
     hook = sys.unraisablehook
-    if threading.current_thread() is threading.main_thread():
-        for number in (getattr(signal, name) for name in NAMES if hasattr(signal, name)):
-            if (old := signal.getsignal(number)) not in (signal.SIG_IGN, None):
-                before[number] = signal.SIG_DFL if whole_process else old
-                signal.signal(number, stops)
+    for number in (getattr(signal, name) for name in NAMES if hasattr(signal, name)):
+        if (old := signal.getsignal(number)) not in (signal.SIG_IGN, None):
+            before[number] = signal.SIG_DFL if whole_process else old
+            signal.signal(number, stops)
 
     def unraisable(found: Any) -> None:
         if isinstance(found.exc_value, Stopped):  # it came in a destructor, or in a callback
@@ -109,10 +109,10 @@ def _later(number: int) -> None:
     timer.start()
 
 
-def _importing(frame: FrameType | None) -> bool:
-    """Whether the main thread is in the middle of an import."""
+def _imports(frame: FrameType | None) -> int:
+    """How many of Python's importing functions are under way in `frame` and its callers."""
+    count = 0
     while frame is not None:
-        if frame.f_globals.get("__name__") == "importlib._bootstrap":
-            return True
+        count += frame.f_globals.get("__name__") == "importlib._bootstrap"
         frame = frame.f_back
-    return False
+    return count
