@@ -157,6 +157,7 @@ def _read(path: str, args: argparse.Namespace, given: dict[str, Any]) -> Iterato
             line.request = replace(Request.from_data(value, folder), **given)
             video, sheet, frames = (_named(n, line.name) for n in (args.output, args.sheet, args.frames))
             line.outputs = Outputs.of(line.request, str(video), sheet, frames)
+            line.outputs.check_apart(())
             line.record = check_output(batch_record.place(Path(str(video))), (".json",))
         yield line
 
@@ -185,7 +186,8 @@ def _named(template: str | None, name: str) -> str | None:
 
 def _file_name(name: object) -> str:
     """Raises ValueError for what is no part of a file's name."""
-    if not isinstance(name, str) or not name.strip() or name in (".", "..") or re.search(r"[/\\{}\0]", name):
+    shown = isinstance(name, str) and name.isprintable() and name.strip()  # no escapes for the terminal
+    if not isinstance(name, str) or not shown or name in (".", "..") or re.search(r"[/\\{}]", name):
         raise ValueError(f"a name becomes part of a file's: text without / \\ {{ }}, not {name!r:.60}")
     return name
 

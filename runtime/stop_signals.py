@@ -38,8 +38,8 @@ class Stops:
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
         """The signals' handler. Raises Stopped in the main thread."""
-        if _imports(frame) > self._imports:  # an extension would make an ImportError of it, and the import's end swallow it
-            _later(number)
+        if _imports(frame) > self._imports:
+            _later(number)  # an extension would make an ImportError of it, and the import's end swallow it
         elif self.last is None or time.monotonic() - self._when > REFLEX:
             self.last, self._when = Stopped(number), time.monotonic()
             raise self.last

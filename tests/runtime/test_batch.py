@@ -144,10 +144,11 @@ def test_wrong_lines_stop_no_others_and_are_named(batch: Batch) -> None:
         [],
         cat(dance=1),
         cat(name="last"),
+        cat(name="\x1b[31mred"),
     )
     report = batch(code=1)
     made = [line["line"] for line in report["requests"] if line["status"] == "made"]
-    assert made == [1, 13, 15, 19] and report["failed"] == 15
+    assert made == [1, 13, 15, 19] and report["failed"] == 16
     reasons = {line["line"]: line["reason"] for line in report["requests"] if line["status"] == "failed"}
     for number, word in {
         2: "is not JSON",
@@ -165,6 +166,7 @@ def test_wrong_lines_stop_no_others_and_are_named(batch: Batch) -> None:
         16: "would write 'out/a-1.npy', as line 15 does",
         17: "is not an object",
         18: "unknown key 'dance'",
+        20: "a name becomes",
     }.items():
         assert word in reasons[number], (number, reasons[number])
         assert f"line {number}" in report["said"]

@@ -364,10 +364,16 @@ def without_torch(folder: Path, *arguments: str) -> subprocess.CompletedProcess[
     )
 
 
-@pytest.mark.parametrize("command", ["export", "verify", "build", "export-triton"])
-def test_help_needs_no_torch(tmp_path: Path, command: str) -> None:
-    done = without_torch(tmp_path, "conceptmaster", command, "--help")
-    assert (done.returncode, done.stderr) == (0, "") and f"usage: conceptmaster {command}" in done.stdout
+@pytest.mark.parametrize(
+    ("program", "command"),
+    [
+        *(("conceptmaster", command) for command in ("export", "verify", "build", "export-triton")),
+        *(("conceptmaster.examples.sprites", command) for command in ("train", "variants")),
+    ],
+)
+def test_help_needs_no_torch(tmp_path: Path, program: str, command: str) -> None:
+    done = without_torch(tmp_path, program, command, "--help")
+    assert (done.returncode, done.stderr) == (0, "") and f"{program} {command} [-h]" in done.stdout
 
 
 @pytest.mark.parametrize("command", ["export", "verify", "build"])
