@@ -85,7 +85,8 @@ def unreadable(path: Path, error: Exception) -> WeightsError:
                 advice = "it is Git LFS's pointer to the file, which `git lfs pull` fetches"
     except (OSError, ValueError):
         advice = "it cannot be opened"
-    return WeightsError(f"{path} is not a readable safetensors file, {advice}: {error}")
+    reason = " ".join(str(error).split())
+    return WeightsError(f"{path} is not a readable safetensors file, {advice}: {reason:.300}")
 
 
 def check_file(path: Path) -> None:

@@ -8,6 +8,8 @@ import os
 import random
 import shutil
 import struct
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -264,3 +266,16 @@ def test_every_entry_of_a_folder(wan_folder: Path, tmp_path: Path) -> None:
                 except ConceptMasterError as error:
                     assert len(str(error)) < 1000
         path.write_text(text)
+
+
+def test_the_command_that_converts_can_be_pasted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the file is called; the command does what it says."""
+    name = "-x; touch owned $(touch owned) 'a'.pt"
+    torch.save({"a": torch.arange(3.0)}, tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(WeightsError, match="is a pickle") as caught:
+        load(name)
+    command = str(caught.value).partition("with: ")[2].replace("python -c", f"{sys.executable} -c", 1)
+    subprocess.run(["sh", "-c", command], check=True)
+    assert load(tmp_path / name.replace(".pt", ".safetensors"))[0]["a"].tolist() == [0, 1, 2]
+    assert not (tmp_path / "owned").exists()
