@@ -76,7 +76,9 @@ def add_export_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--no-graphs", action="store_true", help="manifest and tokenizer alone, for --backend torch: seconds"
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace a bundle that is there already")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace a bundle that is there, if it holds nothing else"
+    )
     defaults = parser.add_argument_group("defaults of requests")
     defaults.add_argument("--solver", choices=SOLVERS)
     defaults.add_argument("--steps", type=int, metavar="N", help="of the solver")
