@@ -99,6 +99,16 @@ def is_out_of_memory(error: BaseException) -> bool:
     return False
 
 
+def free_memory() -> int | None:
+    """Bytes that programs may still take on this machine; None where the system does not tell."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            found = [line for line in file if line.startswith("MemAvailable:")]
+        return int(found[0].split()[1]) * 1024
+    except (OSError, IndexError, ValueError):
+        return None
+
+
 @contextmanager
 def memory_errors(doing: str) -> Iterator[None]:
     """Whatever says in the block that memory is short becomes OutOfMemory; `doing`: what was tried."""

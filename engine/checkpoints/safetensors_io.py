@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ...atomic_write import replacing
-from ...errors import ConfigError, WeightsError, is_out_of_memory
+from ...errors import ConfigError, OutOfMemory, WeightsError, free_memory, is_out_of_memory
 from ...untrusted import open_plain, parse_json, shell_word
 from ..config import ModelConfig
 from ..model import ConceptMaster
@@ -206,11 +206,15 @@ def built(
     build: Callable[[ModelConfig], _Built], config: ModelConfig, state: Mapping[str, Tensor], path: Path
 ) -> _Built:
     """What `build` makes of `config`, with the weights `state` of the file `path`. There is no memory taken
-    for it before they are known to fit. Raises ConfigError, WeightsError that name `path`."""
+    for it before they are known to fit. Raises ConfigError, WeightsError, OutOfMemory that name `path`."""
+    planned = on_meta(build, config, path)
     try:
-        check_strict(on_meta(build, config, path), state)
+        check_strict(planned, state)
     except WeightsError as error:
         raise WeightsError(f"{path}: {error}") from error
+    needed, free = 4 * sum(tensor.numel() for tensor in planned.state_dict().values()), free_memory()
+    if free is not None and needed > free:  # a file with holes takes no room on a disk
+        raise OutOfMemory(f"{path} needs {needed >> 20} MiB of memory, {free >> 20} are free")
     module = build(config)
     load_strict(module, state)
     return module

@@ -26,7 +26,7 @@ def check(
     expected = graphs_of(model, shapes.latent[1])
     names = [graph.name for graph in expected]
     if set(graphs) != set(names):
-        raise ValueError(f"the graphs must be {', '.join(names)}; they are {', '.join(graphs)}")
+        raise ValueError(f"the graphs must be {', '.join(names)}; they are {', '.join(graphs):.300}")
     inputs = _inputs(shapes, decoded)
     for graph in expected:
         sources = [upstream(graph.name, graphs)]

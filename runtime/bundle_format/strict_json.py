@@ -110,7 +110,7 @@ def _decode(kind: Any, value: Any, where: str) -> Any:
             raise ValueError(f"{where} must be an object")
         if not arguments:
             return value
-        return {key: _decode(arguments[1], item, f"{where}.{key}") for key, item in value.items()}
+        return {key: _decode(arguments[1], item, f"{where}.{key:.60}") for key, item in value.items()}
     if kind is float and type(value) is int and abs(value) < 2**63:
         return float(value)
     if type(value) is not kind:

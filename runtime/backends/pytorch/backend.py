@@ -19,6 +19,7 @@ from ....errors import (
     ConceptMasterError,
     InputError,
     OutOfMemory,
+    free_memory,
     how_to_install,
     is_out_of_memory,
     not_loaded,
@@ -229,9 +230,4 @@ def _free_memory(device: torch.device) -> int | None:
     """Bytes that are free, None where nobody tells."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            found = [line for line in file if line.startswith("MemAvailable:")]
-        return int(found[0].split()[1]) * 1024
-    except (OSError, IndexError):
-        return None
+    return free_memory()

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 
+from conceptmaster.engine.checkpoints import safetensors_io
 from conceptmaster.engine.checkpoints.adapter import read_adapter, save_adapter
 from conceptmaster.engine.checkpoints.diffusers_folder import read_header, stored_tensors
 from conceptmaster.engine.checkpoints.lora import merge_lora
@@ -27,7 +28,7 @@ from conceptmaster.engine.checkpoints.wan import read_config, read_sampling
 from conceptmaster.engine.config import ModelConfig
 from conceptmaster.engine.model import ConceptMaster
 from conceptmaster.engine.presets import preset
-from conceptmaster.errors import ConceptMasterError, ConfigError, WeightsError
+from conceptmaster.errors import ConceptMasterError, ConfigError, OutOfMemory, WeightsError
 
 HOSTILE: tuple[Any, ...] = (
     *(10**9, 10**30, -1, 0, 1, 1.5, 1e300, float("nan"), float("inf"), "2", "x" * 10**5, "\x1b[2J", True),
@@ -225,6 +226,15 @@ def test_a_model_larger_than_its_file(tmp_path: Path, path: tuple[str, ...], val
     config = changed(json.loads(metadata["config"]), path, value)
     save(file, state, metadata | {"config": json.dumps(config)})
     with pytest.raises((WeightsError, ConfigError), match=word):
+        load_model(file)
+
+
+def test_a_model_larger_than_the_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file with holes is as large as it likes."""
+    file = tmp_path / "model.safetensors"
+    save_model(random_source(preset("tiny")).model, file)
+    monkeypatch.setattr(safetensors_io, "free_memory", lambda: 100 << 10)
+    with pytest.raises(OutOfMemory, match="needs 0 MiB of memory, 0 are free"):
         load_model(file)
 
 
