@@ -14,13 +14,13 @@ from ..engine.config import ModelConfig
 from ..engine.sampling import Sampling
 from ..errors import ExportError, InputError
 from ..hashed import sha256_file
-from ..runtime.atomic_folder import check_target, replacing_folder
+from ..runtime.atomic_folder import replacing_folder
 from ..runtime.bundle_format import manifest as manifests
 from ..runtime.bundle_format.hashed_file import HashedFile
+from ..runtime.bundle_format.place import bundle_files, check_place
 from ..runtime.bundle_format.schema import FORMAT, Defaults, GraphFile, Manifest, Ranges, Shapes, Vocabulary
 from ..runtime.bundle_format.source_record import MergedLora, SourceRecord
 from ..runtime.bundle_format.strict_json import decode
-from ..runtime.bundle_format.tensorrt_engines import bundle_files
 from ..runtime.progress import each
 from .graphs import GraphSpec, graph_specs
 from .onnx_graphs.int8 import precision_of, quantise
@@ -54,7 +54,7 @@ def write_bundle(
         far off; OSError.
     """
     folder = Path(os.path.abspath(output))
-    check_target(folder, bundle_files, replace=overwrite)
+    check_place(folder, overwrite)
     defaults, told = _defaults(source.sampling, branches), _told(source)
     concept = source.model.config.concept
     if not with_graphs and precision != "fp32":

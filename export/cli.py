@@ -11,10 +11,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..runtime.atomic_folder import check_target
 from ..runtime.bundle_format.find import Bundle
+from ..runtime.bundle_format.place import check_place
 from ..runtime.bundle_format.schema import SOLVERS
-from ..runtime.bundle_format.tensorrt_engines import bundle_files
 from ..runtime.progress import shown
 
 if TYPE_CHECKING:
@@ -93,7 +92,7 @@ def add_export_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_export(args: argparse.Namespace) -> int:
     """Writes a bundle; returns the exit code: 0, 1 failed, 2 wrong input."""
-    check_target(Path(os.path.abspath(args.output)), bundle_files, replace=args.overwrite)
+    check_place(Path(os.path.abspath(args.output)), args.overwrite)
     from ..engine.checkpoints.source import open_source
     from .bundle import write_bundle
 

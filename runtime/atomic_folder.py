@@ -63,6 +63,17 @@ def replacing_folder(target: Path, files: Files | None = None, *, replace: bool 
             _settle(work, target, files)
 
 
+def recover(folder: Path, files: Files) -> None:
+    """Settles what writers that are dead have left in `folder`, beside the folders that they were to replace.
+
+    Raises: InputError where one is not dead, and as `replacing_folder`.
+    """
+    for left in folder.glob(".*.part"):
+        target = left.with_name(left.name[1 : -len(".part")])
+        with _only_writer(target) as work:
+            _settle(work, target, files)
+
+
 def check_target(target: Path, files: Files | None, *, replace: bool) -> os.stat_result | None:
     """What is at `target` and may be replaced; None where nothing is there, or an empty folder.
 

@@ -18,9 +18,7 @@ from ...untrusted import shell_word
 from . import strict_json
 from .find import Bundle
 from .hashed_file import CheckedFiles, HashedFile
-from .manifest import FILE_NAME as MANIFEST
-from .schema import FORMAT as MANIFEST_FORMAT
-from .schema import GraphFile, Manifest
+from .schema import GraphFile
 
 FORMAT = 1
 FILE_NAME = "engines.json"
@@ -157,27 +155,6 @@ def built_files(graphs: Collection[str]) -> list[str]:
     """What building the engines of these graphs leaves, besides engines.json."""
     prepared = [f"{GRAPHS}/{name}.onnx{suffix}" for name in graphs for suffix in ("", ".data")]
     return [*(f"{name}.engine" for name in graphs), *prepared, CACHE, SCRIPT, LOG]
-
-
-def bundle_files(folder: Path) -> list[str]:
-    """The files of the bundle in `folder` that this program wrote, engines among them, manifest.json last.
-
-    Raises: InputError for a folder that is no bundle of this program's; BundleError for an unreadable
-        engines.json.
-    """
-    try:
-        bundle = strict_json.load(Manifest, folder / MANIFEST, MANIFEST_FORMAT)
-    except FileNotFoundError:
-        raise InputError(f"{str(folder)!r} is not empty and not a bundle: choose another place") from None
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise InputError(
-            f"{str(folder)!r} is not a bundle that can be replaced: {MANIFEST}: {reason}; choose another "
-            "place, or move it away"
-        ) from None
-    places = [path.parent for path in sorted((folder / FOLDER).glob(f"*/{FILE_NAME}"))]
-    engines = [f"{FOLDER}/{place.name}/{name}" for place in places for name in files(place)]
-    return [*(file.file for file in bundle.files()), *engines, MANIFEST]
 
 
 def choose(

@@ -386,6 +386,9 @@ def test_overwriting_removes_what_was_listed_and_nothing_else(own, tiny, tmp_pat
     for name in opened.manifest.graphs:
         (place / f"{name}.engine").write_text("engine")
     vouch(place, engines, opened)
+    killed = own / stored.FOLDER / f".{engines.folder_name}.part"
+    (killed / "half.new").mkdir(parents=True)
+    (killed / "half.new" / "dam.engine").write_text("half of it")
     (own / "dam.onnx").write_text("damaged: to write it again is the repair")
     for name in ("weights/model.safetensors", f"{place.relative_to(own)}/note", ".hidden"):
         (own / name).parent.mkdir(exist_ok=True)
@@ -425,9 +428,11 @@ def test_where_a_bundle_cannot_go(own, tmp_path, command, no_export):
     (tmp_path / "full" / "precious").touch()
     fails(command("export", "preset:tiny", "--output", tmp_path / "full", "--overwrite"), 2, "not a bundle")
     (tmp_path / "full" / "manifest.json").write_text('{"name": "my web app"}')
+    (tmp_path / "full" / "engines" / ".x.part" / "mine.new").mkdir(parents=True)
+    before = sorted(tmp_path.rglob("*"))
     result = command("export", "preset:tiny", "--output", tmp_path / "full", "--overwrite")
     fails(result, 2, "not a bundle that can be replaced", "lacks the key 'format'")
-    assert {path.name for path in (tmp_path / "full").iterdir()} == {"precious", "manifest.json"}
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_what_a_source_cannot_be(own_weights, tmp_path, command):
