@@ -87,7 +87,7 @@ def check_output(path: Path, suffixes: tuple[str, ...]) -> Path:
     if path.suffix.lower() not in suffixes:
         raise InputError(f"cannot write {str(path)!r}: the name must end in {', '.join(suffixes)}")
     check_replaceable(path)
-    check_folder_of(Path(os.path.realpath(path)))
+    check_folder_of(Path(os.path.realpath(path)) if path.is_symlink() else path)
     return path
 
 
