@@ -60,7 +60,8 @@ def guarded(name: str, whole_process: bool, program: Callable[[], int]) -> int:
         try:
             return program()
         except KeyboardInterrupt as stop:
-            print(f"{name}: error: {stop}", file=sys.stderr)
+            if sys.stderr is not None:  # closed: `print` would take standard output
+                print(f"{name}: error: {stop}", file=sys.stderr)
             return getattr(stop, "exit_code", 130)
 
 
