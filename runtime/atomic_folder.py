@@ -83,6 +83,8 @@ def check_target(target: Path, files: Files | None, *, replace: bool) -> os.stat
     """
     check_folder_of(target)
     try:
+        with suppress(FileNotFoundError):
+            os.lstat(_hidden(target))  # whose name is longer, and may be too long
         found = os.lstat(target)
     except FileNotFoundError:
         return None
@@ -121,6 +123,11 @@ def link(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
+def _hidden(target: Path) -> Path:
+    """The folder beside `target` in which a writer works."""
+    return target.with_name(f".{target.name}.part")
+
+
 def _contents(folder: Path) -> list[str]:
     """Everything below `folder` but folders: paths with forward slashes. Links are not followed."""
     found = []
@@ -144,7 +151,7 @@ def _refuse_others(folder: Path, own: Sequence[str]) -> None:
 @contextmanager
 def _only_writer(target: Path) -> Iterator[Path]:
     """The hidden folder beside `target`, of this process alone."""
-    work = target.with_name(f".{target.name}.part")
+    work = _hidden(target)
     busy = InputError(f"another process is writing {str(target)!r}: wait until it has ended")
     while True:
         made = True

@@ -265,6 +265,12 @@ def test_permissions_of_the_folder_stay(tmp_path: Path) -> None:
     assert (tmp_path / "new").stat().st_mode & 0o777 == 0o700
 
 
+def test_a_name_that_leaves_no_room_is_said_before_the_work(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="File name too long"):
+        atomic_folder.check_target(tmp_path / ("a" * 252), None, replace=False)
+    assert atomic_folder.check_target(tmp_path / ("a" * 249), None, replace=False) is None
+
+
 def test_what_is_in_the_way_is_said(tmp_path: Path) -> None:
     (tmp_path / ".new.part").symlink_to(tmp_path)
     with pytest.raises(InputError, match="'.*new.part' is in the way: move it"):
