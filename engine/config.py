@@ -222,7 +222,7 @@ class ModelConfig:
         check_entries("text_encoder", self.text_encoder)
         check_entries("image_encoder", self.image_encoder)
         check_entries("vae of Wan's" if kind == "wan" else "vae of blocks", self.vae)
-        self._entry("text_encoder", "vocab_size")
+        require(self._entry("text_encoder", "vocab_size") > 1, "vocab_size needs room for padding and end")
         concept, transformer = self.concept, self.transformer
         require(
             concept.label_tokens <= self.text_tokens,
@@ -340,6 +340,7 @@ class ModelConfig:
         return grid
 
     def _check_wan_vae(self, time: int, space: int) -> None:
+        self._entry("vae", "base_dim")
         built = 2 ** (len(self._entry("vae", "dim_mult")) - 1) * (self.vae.get("patch_size") or 1)
         require(
             space == built,

@@ -82,10 +82,11 @@ class TorchBackend:
         self._dtype: torch.dtype = getattr(torch, self._dtype_name)
         self._lock = threading.RLock()
         self._modules: dict[str, Module] = {}
+        config = ModelConfig.from_dict(self._manifest.model)
         self._demand = memory_plan.Demand(
-            self._manifest.model,
+            config.to_dict(),  # with what the manifest leaves out
             self._manifest.shapes,
-            count_weights(ModelConfig.from_dict(self._manifest.model)),
+            count_weights(config),
             self._dtype_name,
             graphs=device == "cuda",
             decoded=self._manifest.decoded,

@@ -19,12 +19,12 @@ from conceptmaster import Concept, Pipeline  # noqa: E402
 from conceptmaster.engine.checkpoints import lazy_weights  # noqa: E402
 from conceptmaster.engine.checkpoints.adapter import save_adapter  # noqa: E402
 from conceptmaster.engine.checkpoints.source import Choices, loras_of, open_source  # noqa: E402
-from conceptmaster.errors import InputError  # noqa: E402
+from conceptmaster.errors import ConfigError, InputError  # noqa: E402
 from conceptmaster.export.bundle import write_bundle  # noqa: E402
 from conceptmaster.runtime.backends import open_backend  # noqa: E402
 from conceptmaster.runtime.backends.pytorch.options import TorchOptions  # noqa: E402
 from conceptmaster.runtime.bundle_format import manifest as manifests  # noqa: E402
-from conceptmaster.runtime.bundle_format.find import Bundle  # noqa: E402
+from conceptmaster.runtime.bundle_format.find import SHIPPED, Bundle  # noqa: E402
 
 SCALES = (0.5, -1.5)
 PICTURE = np.full((16, 16, 3), (200, 30, 60), np.uint8)
@@ -206,3 +206,17 @@ def test_signatures_are_those_of_the_graphs(bundle, wan_folder, loras, tmp_path)
     for name, graph in found.graphs.items():
         assert graph.outputs == exported.graphs[name].outputs
         assert set(graph.inputs) >= set(exported.graphs[name].inputs)
+
+
+def test_a_configuration_that_leaves_defaults_out_is_planned(tmp_path, edit_manifest):
+    """What the manifest says of the model is read by the engine, which knows them, not as it stands."""
+    folder = tmp_path / "own"
+    shutil.copytree(SHIPPED / "sprites", folder)
+    full = open_backend(Bundle.open(folder), "cpu", None, "torch").plan
+    edit_manifest(folder, lambda d: [d["model"]["transformer"].pop(name) for name in ("patch_size", "eps")])
+    assert open_backend(Bundle.open(folder), "cpu", None, "torch").plan == full
+    edit_manifest(folder, lambda d: d["model"]["transformer"].pop("ffn_dim"))
+    assert open_backend(Bundle.open(folder), "cpu", None, "torch").plan["peak"] > full["peak"]
+    edit_manifest(folder, lambda d: d["model"]["transformer"].update(num_layers=10**9))
+    with pytest.raises(ConfigError, match="num_layers must be a positive whole number of at most 256"):
+        open_backend(Bundle.open(folder), "cpu", None, "torch")
