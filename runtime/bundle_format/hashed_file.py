@@ -12,6 +12,7 @@ from ...hashed import Identity, identity, sha256_file
 
 LARGEST = {".json": 32 * 2**20, ".onnx": 2**31}
 """Bytes of a file by its suffix, so that no endless one is hashed: what reads them takes no more either."""
+LONGEST_PATH = 1000  # characters
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,9 @@ def check_file(file: str, sha256: str) -> None:
         or bool(PureWindowsPath(file).drive)
     )
     if not parts or outside:
-        raise ValueError(f"the path {file!r} leaves the bundle")
+        raise ValueError(f"the path {file!r:.80} leaves the bundle")
+    if len(file) > LONGEST_PATH:
+        raise ValueError(f"the path {file!r:.80} is longer than {LONGEST_PATH} characters")
     if len(sha256) != 64 or not set(sha256) <= set("0123456789abcdef"):
         raise ValueError(f"{sha256!r:.80} is not a SHA-256 in hex")
 

@@ -78,7 +78,7 @@ class Pictures:
     padded_to: int | None = None
 
     def __post_init__(self) -> None:
-        require(self.fit in FITS, f"unknown fit {self.fit!r}")
+        require(self.fit in FITS, f"unknown fit {self.fit!r:.80}")
         padded_to = LONGEST_SIDE if self.padded_to is None else self.padded_to
         require(0 < padded_to <= LONGEST_SIDE, f"padded_to must be 1 to {LONGEST_SIDE}")
         require(all(math.isfinite(mean) for mean in self.mean), "mean must be finite")
@@ -98,7 +98,7 @@ class FramePlacement:
     def __post_init__(self) -> None:
         require(0 < self.count <= MOST_FRAMES, f"count must be 1 to {MOST_FRAMES}")
         require(abs(self.first) <= MOST_FRAMES, f"first must be {-MOST_FRAMES} to {MOST_FRAMES}")
-        require(self.fit in FITS, f"unknown fit {self.fit!r}")
+        require(self.fit in FITS, f"unknown fit {self.fit!r:.80}")
 
     def frames(self, total: int) -> range:
         """The frames' numbers in a video of `total` frames."""
@@ -137,7 +137,7 @@ class Defaults:
     negative: str = ""
 
     def __post_init__(self) -> None:
-        require(self.solver in SOLVERS, f"unknown solver {self.solver!r}")
+        require(self.solver in SOLVERS, f"unknown solver {self.solver!r:.80}")
         require(1 <= self.steps <= TRAINED_STEPS, f"steps must be 1 to {TRAINED_STEPS}")
         require(SHIFTS[0] <= self.shift <= SHIFTS[1], f"shift must be {SHIFTS[0]} to {SHIFTS[1]}")
         scales = (self.guidance, 0.0 if self.concept_guidance is None else self.concept_guidance)
@@ -206,7 +206,7 @@ class Expert:
     guidance: float | None = None
 
     def __post_init__(self) -> None:
-        require(self.name.isidentifier(), f"{self.name!r} is no expert's name")
+        require(self.name.isidentifier(), f"{self.name!r:.80} is no expert's name")
         require(0 <= self.boundary < 1, "boundary must be 0 to 1")
         require(self.guidance is None or 0 <= self.guidance < math.inf, "guidance must not be negative")
 
@@ -246,7 +246,7 @@ class Manifest:
         require(self.format in READABLE, f"format must be {', '.join(map(str, READABLE))}")
         require(0 < len(self.name) <= LONGEST_NAME, f"name must be 1 to {LONGEST_NAME} characters")
         require(FPS[0] <= self.fps <= FPS[1], f"fps must be {FPS[0]:g} to {FPS[1]:g}")
-        require(self.precision in PRECISIONS, f"unknown precision {self.precision!r}")
+        require(self.precision in PRECISIONS, f"unknown precision {self.precision!r:.80}")
         require(
             self.defaults.concept_guidance is None or self.shapes.branches == 3,
             "a default concept_guidance needs 3 guidance branches",

@@ -31,12 +31,12 @@ class TensorSpec:
     shape: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        require(self.dtype in DTYPES, f"unknown dtype {self.dtype!r}")
+        require(self.dtype in DTYPES, f"unknown dtype {self.dtype!r:.80}")
         require(len(self.name) <= LONGEST_NAME, "a tensor's name is too long")
-        require(len(self.shape) <= MOST_AXES, f"{self.name!r} has more than {MOST_AXES} axes")
+        require(len(self.shape) <= MOST_AXES, f"{self.name!r:.80} has more than {MOST_AXES} axes")
         require(
             all(0 < size < LONGEST_AXIS for size in self.shape),
-            f"the shape {list(self.shape)} of {self.name!r} is not fixed, or beyond reason",
+            f"the shape {list(self.shape)} of {self.name!r:.80} is not fixed, or beyond reason",
         )
 
     def check(self, graph: str, array: np.ndarray | TensorSpec) -> None:

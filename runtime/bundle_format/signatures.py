@@ -95,10 +95,10 @@ def _check_inputs(name: str, graph: GraphFile, offered: dict[str, Kind]) -> None
     for spec in graph.inputs:
         kind = (spec.dtype, spec.shape)
         if spec.name not in offered:
-            raise ValueError(f"the graph {name} wants {spec.name!r}, which nothing gives")
+            raise ValueError(f"the graph {name} wants {spec.name!r:.80}, which nothing gives")
         if offered[spec.name] != kind:
             found = _spelled(offered[spec.name])
-            raise ValueError(f"the graph {name} wants {spec.name!r} as {_spelled(kind)}, it gets {found}")
+            raise ValueError(f"the graph {name} wants {spec.name!r:.80} as {_spelled(kind)}, it gets {found}")
 
 
 def _check_frames(graphs: dict[str, GraphFile], s: Shapes, decoded: tuple[int, int]) -> None:

@@ -77,11 +77,11 @@ class Engines:
         if self.format != FORMAT:
             raise ValueError(f"format must be {FORMAT}")
         if self.flavor not in FLAVORS:
-            raise ValueError(f"unknown flavor {self.flavor!r}")
+            raise ValueError(f"unknown flavor {self.flavor!r:.80}")
         if not re.fullmatch(r"\w{1,9}(\.\w{1,9}){0,3}", self.version) or not 0 < self.capability < 1000:
             raise ValueError("version must be like 11.4.0 and capability like 90")
         if self.precision not in PRECISIONS:
-            raise ValueError(f"unknown precision {self.precision!r}")
+            raise ValueError(f"unknown precision {self.precision!r:.80}")
 
     @property
     def folder_name(self) -> str:
