@@ -14,14 +14,16 @@ import itertools
 import re
 from array import array
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from .untrusted import parse_json, read_plain
 
 if TYPE_CHECKING:
     import tokenizers
+
+T = TypeVar("T")
 
 LARGEST_FILE = 32 * 2**20  # bytes; that of UMT5, for 256 thousand pieces, has 17 million
 MOST_PIECES, MOST_ADDED, MOST_PARTS = 2**20, 4096, 64
@@ -55,14 +57,9 @@ def read_tokenizer(path: Path, known: int | None) -> tuple[tokenizers.Tokenizer,
 
     data = read_plain(path, LARGEST_FILE)
     check(data, known)
-    try:
-        tokenizer = tokenizers.Tokenizer.from_buffer(data)
-        tokenizer.no_padding()
-        tokenizer.no_truncation()
-    except (KeyboardInterrupt, SystemExit, MemoryError):
-        raise
-    except BaseException as error:  # the library raises plain Exception, and for a panic nothing better
-        raise ValueError(f"the library does not load it: {' '.join(str(error).split()):.200}") from error
+    tokenizer = _guarded(lambda: tokenizers.Tokenizer.from_buffer(data))
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
     size = tokenizer.get_vocab_size()
     _require(known is None or size <= known, f"it has {size} entries, the text encoder knows {known}")
     return tokenizer, data.decode("utf-8-sig")
@@ -70,15 +67,27 @@ def read_tokenizer(path: Path, known: int | None) -> tuple[tokenizers.Tokenizer,
 
 def encode(tokenizer: tokenizers.Tokenizer, text: str, known: int | None) -> tuple[int, ...]:
     """The ids of `text`. Raises ValueError where the library fails, or an id is not below `known`."""
-    try:
-        ids = tuple(tokenizer.encode(text).ids)
-    except (KeyboardInterrupt, SystemExit, MemoryError):
-        raise
-    except BaseException as error:  # see above
-        raise ValueError(f"the library fails: {' '.join(str(error).split()):.200}") from error
+    ids = _guarded(lambda: tuple(tokenizer.encode(text).ids))
     if known is not None and ids and max(ids) >= known:
         raise ValueError(f"it gives the id {max(ids)}, the text encoder knows {known}")
     return ids
+
+
+def normalised(tokenizer: tokenizers.Tokenizer, text: str) -> str:
+    """`text` as the tokenizer's normalizer changes it. Raises ValueError where the library fails."""
+    normalizer = tokenizer.normalizer
+    return text if normalizer is None else _guarded(lambda: normalizer.normalize_str(text))
+
+
+def _guarded(call: Callable[[], T]) -> T:
+    """What `call` gives. Raises ValueError for whatever the library raises: plain Exception, and for a panic
+    of Rust's what is no Exception at all."""
+    try:
+        return call()
+    except (KeyboardInterrupt, SystemExit, MemoryError):
+        raise
+    except BaseException as error:
+        raise ValueError(f"the library fails: {' '.join(str(error).split()):.200}") from error
 
 
 def check(data: bytes, known: int | None) -> None:
@@ -174,6 +183,8 @@ def _check_section(section: str, values: Any, kinds: list[str]) -> None:
                 _check_charsmap(value)
             elif isinstance(value, str):
                 _require(len(value) <= LONGEST_TEXT, f"a text in its {section} is longer than {LONGEST_TEXT}")
+        if part.get("type") == "Prepend":
+            _require(part.get("prepend") != "", "it prepends nothing, which the library fails at")
         if part.get("type") in ("Replace", "Split"):
             _check_pattern(part)
         if part.get("type") == "TemplateProcessing":
@@ -222,8 +233,8 @@ def _check_pattern(part: dict[str, Any]) -> None:
             f"the pattern {text!r:.60} is not read: one character or class, repeated or not, is",
         )
     longest = len(text) if kind == "String" else 1
-    short = isinstance(content, str) and len(content) <= longest
-    _require(short, "a replacement is longer than what it replaces")
+    short = isinstance(content, str) and 0 < len(content) <= longest or part["type"] == "Split"
+    _require(short, "a replacement is empty, which the library fails at, or longer than what it replaces")
 
 
 def _check_charsmap(value: Any) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..errors import BundleError, InputError
-from ..tokenizer_file import encode, read_tokenizer
+from ..tokenizer_file import encode, normalised, read_tokenizer
 from .bundle_format.manifest import REPAIR
 from .cleaning import clean
 
@@ -45,10 +45,10 @@ class Tokenizer:
     def read(self, text: str) -> str:
         """`text` as far as the model can tell it from others: cleaned, and changed (to lower case, say) as
         the tokenizer changes it before it looks for tokens."""
-        text, normalizer = clean(text), self._rust.normalizer
-        if normalizer is None:
-            return text
-        return " ".join(normalizer.normalize_str(text).replace("▁", " ").split())
+        try:
+            return " ".join(normalised(self._rust, clean(text)).replace("▁", " ").split())
+        except ValueError as error:
+            raise self._bad(error) from error
 
     def encode(self, text: str, limit: int, what: str) -> tuple[int, ...]:
         """Token ids of `text`, cleaned.

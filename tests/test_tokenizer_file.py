@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from conceptmaster.runtime.bundle_format.find import SHIPPED
-from conceptmaster.tokenizer_file import check, encode, read_tokenizer
+from conceptmaster.tokenizer_file import check, encode, normalised, read_tokenizer
 
 ADDED = [{"id": i, "content": text, "special": True, "single_word": False, "lstrip": False, "rstrip": False,
           "normalized": False} for i, text in enumerate(("<pad>", "</s>"))]  # fmt: skip
@@ -145,6 +145,9 @@ CHANGES: dict[str, tuple[str, Callable[[dict[str, Any]], object], str]] = {
     "a pattern as large as the memory": ("BPE", _replace({"Regex": "(a{999}){999}"}), "is not read"),
     "an empty text": ("BPE", _replace({"String": ""}), "a pattern is missing"),
     "a text that grows": ("BPE", _replace({"String": "a"}, "aa"), "longer than what it replaces"),
+    "a text that goes": ("BPE", _replace({"String": "a"}, ""), "is empty, which the library fails at"),
+    "nothing in front": (
+        "BPE", lambda d: d.update(normalizer={"type": "Prepend", "prepend": ""}), "prepends nothing"),
     "no pattern": ("BPE", _replace({}), "a pattern is missing"),
     "a pattern in a decoder": (
         "BPE", lambda d: d.update(decoder={"type": "Replace", "pattern": {"Regex": "(a|a)*"}}), "not read"),
@@ -167,6 +170,34 @@ def test_what_is_refused(model: str, change: Callable[[dict[str, Any]], object],
     values = document(model)
     change(values)
     refused(values, word)
+
+
+def test_a_panic_is_an_error() -> None:
+    """Rust's is no Exception; Ctrl-C stays what it is."""
+
+    class Panic(BaseException):
+        pass
+
+    class Broken:
+        error: BaseException = Panic("index out of bounds")
+
+        @property
+        def normalizer(self) -> Broken:
+            return self
+
+        def encode(self, _: str) -> None:
+            raise self.error
+
+        normalize_str = encode
+
+    broken: Any = Broken()
+    with pytest.raises(ValueError, match="the library fails: index out of bounds"):
+        encode(broken, "a", 7)
+    with pytest.raises(ValueError, match="the library fails: index out of bounds"):
+        normalised(broken, "a")
+    broken.error = KeyboardInterrupt()
+    with pytest.raises(KeyboardInterrupt):
+        encode(broken, "a", 7)
 
 
 def test_files_that_are_none() -> None:
