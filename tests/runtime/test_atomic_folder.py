@@ -73,9 +73,11 @@ def command(target: Path, text: str, how: str = "swap") -> list[str]:
 
 
 @pytest.fixture
-def environment() -> dict[str, str]:
-    path = os.pathsep.join(place or os.getcwd() for place in sys.path)
-    return os.environ | {"PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1"}
+def environment(tmp_path: Path) -> dict[str, str]:
+    """In which `python -S`, which starts at once, finds the package and nothing else."""
+    (tmp_path / "path").mkdir()
+    (tmp_path / "path" / "conceptmaster").symlink_to(Path(atomic_folder.__file__).parents[1])
+    return os.environ | {"PYTHONPATH": str(tmp_path / "path"), "PYTHONDONTWRITEBYTECODE": "1"}
 
 
 @pytest.fixture

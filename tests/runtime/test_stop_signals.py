@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,14 @@ from conceptmaster.runtime import stop_signals
 def unignored() -> None:
     """What a shell starts in the background ignores interrupts, and so would its children."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+@pytest.fixture(autouse=True)
+def interruptible() -> Iterator[None]:
+    """The same for this process."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def start(folder: Path, *arguments: str, code: str | None = None) -> subprocess.Popen[bytes]:

@@ -65,9 +65,9 @@ def _run(args: argparse.Namespace) -> int:
     config = preset("sprites")
     concept = {name: getattr(args, name) for name in ("encoder", "binding", "injection")}
     config = dataclasses.replace(config, concept=dataclasses.replace(config.concept, **concept))
+    started = None if args.start is None else started_vae(args.start, config)
     args.output.mkdir(parents=True, exist_ok=True)  # before minutes of drawing
     vae_folder, model_folder = args.output / "vae", args.output / "model"
-    started = None if args.start is None else started_vae(args.start, config)
     if not (vae_folder / "vae.json").exists():
         write_vae(started or _analysed_vae(config.vae, args.device), vae_folder, config.vae)
     if "vae" in args.stages:

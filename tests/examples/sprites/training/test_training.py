@@ -36,6 +36,7 @@ from conceptmaster.examples.sprites.training import (
 )
 from conceptmaster.examples.sprites.training import train as train_stages
 from conceptmaster.examples.sprites.training.cli import add_train_arguments
+from conceptmaster.examples.sprites.training.options import FROZEN
 from conceptmaster.examples.sprites.world import decoys, shapes
 from conceptmaster.examples.sprites.world.scenes import (
     ACCESSORIES,
@@ -309,7 +310,7 @@ def test_coverage_lies_where_the_concepts_are(pool):
 def test_frozen_parts_stay_as_they_are(pool, tmp_path):
     start = train(pool, tmp_path / "start", 2)
     trained = tmp_path / "start" / "model.safetensors"
-    train_small(pool, tmp_path / "on", steps=2, start=trained, freeze=train_model.FROZEN)
+    train_small(pool, tmp_path / "on", steps=2, start=trained, freeze=FROZEN)
     after = load_model(tmp_path / "on" / "model.safetensors").state_dict()
     before = start.state_dict()
     moved = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
