@@ -185,6 +185,8 @@ def _check_section(section: str, values: Any, kinds: list[str]) -> None:
                 _require(len(value) <= LONGEST_TEXT, f"a text in its {section} is longer than {LONGEST_TEXT}")
         if part.get("type") == "Prepend":
             _require(part.get("prepend") != "", "it prepends nothing, which the library fails at")
+        if part.get("type") == "Strip" and section == "normalizer":
+            _require(not part.get("strip_left"), "it strips the start, which the library fails at")
         if part.get("type") in ("Replace", "Split"):
             _check_pattern(part)
         if part.get("type") == "TemplateProcessing":

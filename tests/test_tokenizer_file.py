@@ -148,6 +148,9 @@ CHANGES: dict[str, tuple[str, Callable[[dict[str, Any]], object], str]] = {
     "a text that goes": ("BPE", _replace({"String": "a"}, ""), "is empty, which the library fails at"),
     "nothing in front": (
         "BPE", lambda d: d.update(normalizer={"type": "Prepend", "prepend": ""}), "prepends nothing"),
+    "a start that goes": (
+        "BPE", lambda d: d.update(normalizer={"type": "Strip", "strip_left": True, "strip_right": True}),
+        "strips the start"),
     "no pattern": ("BPE", _replace({}), "a pattern is missing"),
     "a pattern in a decoder": (
         "BPE", lambda d: d.update(decoder={"type": "Replace", "pattern": {"Regex": "(a|a)*"}}), "not read"),
