@@ -14,10 +14,10 @@ from conceptmaster.engine.checkpoints.safetensors_io import (  # noqa: E402
     load_strict,
     save,
     save_model,
-    sha256,
 )
 from conceptmaster.engine.model import ConceptMaster  # noqa: E402
 from conceptmaster.errors import WeightsError  # noqa: E402
+from conceptmaster.hashed import sha256_file  # noqa: E402
 
 
 def test_a_model_comes_back_as_it_was(tiny, randomise, request_for, tmp_path):
@@ -39,7 +39,7 @@ def test_tensors_and_metadata_come_back(tmp_path):
     weight = torch.randn(3, 4)
     state = {"b": torch.arange(3, dtype=torch.int64), "w": weight, "tied": weight, "view": weight.T}
     save(path, state, {"format": "test"})
-    assert sha256(path) == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert sha256_file(path) == hashlib.sha256(path.read_bytes()).hexdigest()
     tensors, metadata = load(path)
     assert metadata == {"format": "test"}
     assert set(tensors) == {"b", "w", "view"}
