@@ -165,12 +165,25 @@ def test_the_blocks_of_a_document_run(document, installed):
     run(installed, blocks_of(document), ". .venv/bin/activate && pip install -q -e '.[export,tensorrt-rtx]'")
 
 
+def places_of(minor: int) -> list[str]:
+    """Where a Python 3.minor may be: on the path, or one of pyenv's."""
+    found = shutil.which(f"python3.{minor}")
+    own = sorted(map(str, Path.home().glob(f".pyenv/versions/3.{minor}.*/bin/python")))
+    return own if found is None else [found, *own]
+
+
+def runs(python: str, minor: int) -> str | None:
+    """`python`, where it is one of this version; a shim of pyenv's may lead nowhere."""
+    check = f"import sys; sys.exit(sys.version_info[:2] != (3, {minor}))"
+    return None if subprocess.run([python, "-c", check], capture_output=True).returncode else python
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("minor", range(11, 15))
 def test_a_video_is_made_with_every_python_that_is_installed(minor, clone):
-    python = shutil.which(f"python3.{minor}")
+    python = next(filter(None, (runs(place, minor) for place in places_of(minor))), None)
     if python is None:
-        pytest.skip(f"no python3.{minor} here")
+        pytest.skip(f"no Python 3.{minor} here")
     environment = f"VENV=.venv-3.{minor} PYTHON={shlex.quote(python)}"
     run(clone, [Block(f"python3.{minor}", "sh", f"make video {environment}", None)])
     assert (clone / "out" / "video.mp4").stat().st_size > 1000
