@@ -32,6 +32,7 @@ from .learning import Average, MuonAdamW, autocast, saved_progress
 from .loop import Log, LoopOptions, log_to, random_of, train
 from .noising import DECOY_HELD, HELD_SIGMA, decoy_noise, normal, random_sigma
 from .options import TrainOptions
+from .probing import errors
 from .starting import start_from
 from .train_captions import learn_captions
 from .train_pictures import PictureHeads, PictureOptions, Sight, TraitHead, learn_pictures, trait_losses
@@ -148,35 +149,13 @@ def foreground_weight(batch: Batch) -> Tensor:
     return 1 + FOREGROUND * batch.coverage.sum(1, keepdim=True).clamp(max=1)
 
 
-@torch.no_grad()
 def probe(trainee: Trainee, pool: Pool, device: str, count: int = 96) -> dict[str, float]:
-    """Error where the concepts are at high noise (sigma 0.85), with the concepts, without, and with pictures
-    swapped.
-
-    On the same samples of ``pool`` (held-out looks). If the three are equal the pictures are ignored.
-    """
+    """What ``probing.errors`` finds on the same clips of two concepts of ``pool`` (held-out looks)."""
     rng = np.random.default_rng(0)
-    results: dict[str, list[float]] = {"with": [], "without": [], "swapped": []}
     pairs = torch.nonzero(pool.arrays["count"] == 2)[:count, 0]
-    for clips in pairs.split(32):
-        batch = pool.collate(clips, rng, KEEP_ALL)
-        noise = torch.from_numpy(rng.standard_normal(batch.latents.shape, np.float32)).to(device)
-        sigma = torch.full((len(noise),), 0.85, device=device)
-        noisy = 0.15 * batch.latents + 0.85 * noise
-        weight = batch.coverage.sum(1, keepdim=True).clamp(max=1)
-        mask, pixels = batch.concept_mask, batch.pixels
-        swapped = pixels.clone()
-        for b in range(len(pixels)):
-            filled = torch.nonzero(mask[b])[:, 0]
-            swapped[b, filled] = pixels[b, filled.roll(1)]
-        for name in results:
-            batch.concept_mask = mask & (name != "without")
-            batch.pixels = swapped if name == "swapped" else pixels
-            with cheapest_attention(device), torch.compiler.set_stance("force_eager"):
-                velocity = trainee.velocity(batch, noisy, sigma)[0]
-            error = (velocity - (noise - batch.latents)).square() * weight
-            results[name].append(float(error.mean() / weight.mean()))
-    return {f"probe_{name}": round(float(np.mean(values)), 4) for name, values in results.items()}
+    batches = (pool.collate(clips, rng, KEEP_ALL) for clips in pairs.split(32))
+    found = errors(lambda *asked: trainee.velocity(*asked)[0], batches, rng, device)
+    return {f"probe_{name}": value for name, value in found.items()}
 
 
 def _learn_parts(trainee: Trainee, pool: Pool, output: Path, log: Log, options: TrainOptions) -> None:
