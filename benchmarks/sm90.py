@@ -77,9 +77,12 @@ def _attention_launches(new: Callable[..., Any]) -> Iterator[tuple[str, Callable
     for case, (batch, tokens, text, concepts, heads, width) in shapes.items():
         q, k, c = (new((batch, count, heads, width)) for count in (tokens, text, concepts))
         mask = torch.empty((batch, concepts), dtype=torch.bool, device="meta")
-        rms = torch.empty((batch, tokens), device="meta")
+        rms, bias = (torch.empty((batch, count), device="meta") for count in (tokens, text))
         out = torch.empty_like(q)
         yield f"decoupled, {case}", functools.partial(launch, out, q, (k, k), (c, c), mask, rms)
+        biased = functools.partial(launch, out, q, (k, k), (c, c), mask, rms, bias)
+        yield f"decoupled with text bias, {case}", biased
+        yield f"text with bias, {case}", functools.partial(launch, out, q, (k, k), None, text_bias=bias)
         yield f"injection, {case}", functools.partial(launch, out, q, None, (c, c), mask, None)
         found = new((batch, tokens, heads * concepts))
         yield f"folded output, {case}", functools.partial(weigh, found, q, c, mask)

@@ -16,10 +16,16 @@ import math
 from typing import NamedTuple, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels.common import wide
-from ..kernels.cross_attention import attention, concept_injection, decoupled_cross_attention
+from ..kernels.cross_attention import (
+    attention,
+    concept_injection,
+    decoupled_cross_attention,
+    text_attention,
+)
 from ..kernels.qk_norm_rope import rotate
 from .config import ModelConfig, TransformerConfig
 from .embedders import ConditionEmbedder
@@ -31,7 +37,8 @@ MIN_SIGMA = 0.05
 
 Conditions = dict[str, Tensor]
 """text_keys, text_values [layers,K,T,A,E]; concept_keys, concept_values [layers,K,C,A,E] unless the injection
-is `merged` or `none`."""
+is `merged` or `none`. text_bias [K,T], which the caller may add, where one key stands for all padding: see
+`kernels.cross_attention.padding_bias`."""
 
 
 class Attention(nn.Module):
@@ -107,13 +114,19 @@ class Injector(nn.Module):
 class BlockConditions(NamedTuple):
     """Keys and values that one block attends to: text [K,T,A,E], concepts [K,C,A,E].
 
-    Those of the concepts are None where the injection is `merged` or `none`.
+    Those of the concepts are None where the injection is `merged` or `none`. text_bias [K,T] (`merged`:
+    [K,T+C]): None where every key counts once.
     """
 
     text_keys: Tensor
     text_values: Tensor
     concept_keys: Tensor | None
     concept_values: Tensor | None
+    text_bias: Tensor | None = None
+
+
+KEYS_VALUES = BlockConditions._fields[:4]
+"""What `ConceptDiT.condition` gives, by name."""
 
 
 class Block(nn.Module):
@@ -171,12 +184,13 @@ class Block(nn.Module):
     def _cross_attention(self, q: Tensor, kv: BlockConditions, mask: Tensor) -> Tensor:
         """[K,S,A,E] -> [K,S,A,E]: to the text, and to the concepts where these share the text's query."""
         if self.injection in ("standalone", "none"):
-            return attention(q, kv.text_keys, kv.text_values)
+            return text_attention(q, kv.text_keys, kv.text_values, kv.text_bias)
         if self.injection == "merged":
-            return attention(q, kv.text_keys, kv.text_values, mask)
+            return attention(q, kv.text_keys, kv.text_values, mask, kv.text_bias)
         assert kv.concept_keys is not None and kv.concept_values is not None
+        concepts = kv.concept_keys, kv.concept_values
         return decoupled_cross_attention(
-            q, kv.text_keys, kv.text_values, kv.concept_keys, kv.concept_values, mask
+            q, kv.text_keys, kv.text_values, *concepts, mask, text_bias=kv.text_bias
         )
 
 
@@ -248,7 +262,8 @@ class ConceptDiT(nn.Module):
     def condition(self, text: Tensor, concept_tokens: Tensor, concept_mask: Tensor) -> Conditions:
         """Every block's cross-attention keys and values; they do not depend on time or latents.
 
-        text [K,T,Dt] (zero where padded: Wan attends to all T tokens), concept_tokens [K,N,Q,Dc], or [N,Q,Dc]
+        text [K,T,Dt] (zero where padded: Wan attends to all T tokens; or T fewer of them, and then a
+        text_bias for `denoise`), concept_tokens [K,N,Q,Dc], or [N,Q,Dc]
         for the same concepts in every branch, concept_mask bool [K,N]. A masked concept's tokens are not
         read, not even when they are NaN. Keys come out normalised. For `base` the tokens are the picture
         encoder's, [K,N,P,Dp].
@@ -262,7 +277,7 @@ class ConceptDiT(nn.Module):
         blocks = [block.conditions(text, concepts) for block in cast("list[Block]", self.blocks)]
         return {
             name: torch.stack(parts)  # [layers,K,T|C,A,E]
-            for name, parts in zip(BlockConditions._fields, zip(*blocks, strict=True), strict=True)
+            for name, parts in zip(KEYS_VALUES, zip(*blocks, strict=True), strict=False)
             if parts[0] is not None
         }
 
@@ -277,8 +292,9 @@ class ConceptDiT(nn.Module):
         """The velocity (noise minus data) at these latents.
 
         latents [K,Cz,F,H,W] of any size that divides into patches, time [K] or [1] (sigma * 1000), kv from
-        `condition`, concept_mask bool [K,N] as there, conditioning [K or 1,Cg,F,H,W] (for `base`, and only
-        for it): a mask of the frames that are pictures, then their latents. Returns [K,Cz,F,H,W].
+        `condition`, perhaps with text_bias [K,T], concept_mask bool [K,N] as there, conditioning
+        [K or 1,Cg,F,H,W] (for `base`, and only for it): a mask of the frames that are pictures, then their
+        latents. Returns [K,Cz,F,H,W].
         """
         known = latents
         if conditioning is not None:
@@ -289,17 +305,16 @@ class ConceptDiT(nn.Module):
         grid, x = patches.shape[2:], patches.flatten(2).transpose(1, 2)  # x [K,S,D]
 
         embedding, modulation = self.condition_embedder.time(time)  # [K,D], [K,6,D]
-        mask = self._token_mask(concept_mask)  # [K,C]
+        mask, bias = self._token_mask(concept_mask), kv.get("text_bias")  # [K,C], [K,T]
         if self.config.concept.injection == "merged":
             text_tokens = kv["text_keys"].shape[2] - mask.shape[1]
             mask = torch.cat((mask.new_ones(mask.shape[0], text_tokens), mask), dim=1)  # [K,T+C]
+            bias = None if bias is None else F.pad(bias, (0, mask.shape[1] - text_tokens))  # [K,T+C]
 
-        conditions = [
-            kv[name].unbind(0) if name in kv else [None] * len(self.blocks)
-            for name in BlockConditions._fields
-        ]
+        conditions = [kv[name].unbind(0) if name in kv else [None] * len(self.blocks) for name in KEYS_VALUES]
         for block, *parts in zip(self.blocks, *conditions, strict=True):
-            x = block(x, modulation, rotary, BlockConditions(*parts), mask)  # [K,S,D]
+            own = BlockConditions(*parts)._replace(text_bias=bias)
+            x = block(x, modulation, rotary, own, mask)  # [K,S,D]
 
         shift, scale = (self.scale_shift_table + embedding[:, None]).chunk(2, dim=1)  # [K,1,D] each
         x = self.proj_out((self.norm_out(x) * (1 + scale) + shift).type_as(x))  # [K,S,pf*ph*pw*Cz]

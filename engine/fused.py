@@ -22,7 +22,12 @@ from ..kernels.absorbed_injection import (
     absorbing_wins,
 )
 from ..kernels.common import wide
-from ..kernels.cross_attention import attention, concept_injection, decoupled_cross_attention
+from ..kernels.cross_attention import (
+    attention,
+    concept_injection,
+    decoupled_cross_attention,
+    text_attention,
+)
 from ..kernels.fp8_linear import Fp8Linear
 from ..kernels.modulate import modulate, residual_modulate, residual_reference
 from ..kernels.qk_norm_rope import inverse_rms, qk_norm_rope
@@ -136,13 +141,15 @@ class FusedBlock(nn.Module):
         """[K,S,D] -> [K,S,A,E]: to the text, and to the concepts where these share the text's query."""
         attn: Attention = self.block.attn2
         if not self.shares_query or kv.concept_keys is None or kv.concept_values is None:
-            merged = mask if self.block.injection == "merged" else None
-            return attention(attn.queries(h), kv.text_keys, kv.text_values, merged)
+            q = attn.queries(h)  # [K,S,A,E]
+            if self.block.injection == "merged":
+                return attention(q, kv.text_keys, kv.text_values, mask, kv.text_bias)
+            return text_attention(q, kv.text_keys, kv.text_values, kv.text_bias)
         q = attn.to_q(h)  # [K,S,D]
         rms = inverse_rms(q, _eps(attn.norm_q))  # [K,S]
         heads = q.unflatten(-1, (attn.heads, -1))  # [K,S,A,E]
         return decoupled_cross_attention(
-            heads, kv.text_keys, kv.text_values, kv.concept_keys, kv.concept_values, mask, rms
+            heads, kv.text_keys, kv.text_values, kv.concept_keys, kv.concept_values, mask, rms, kv.text_bias
         )
 
     def _feed_forward(self, x: Tensor, h: Tensor, gate: Tensor) -> Tensor | DeferredResidual:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from .dit import BlockConditions, ConceptDiT
+from .dit import KEYS_VALUES, ConceptDiT
 from .model import ConceptMaster
 from .vae.wan_decoder import streaming_decoders
 from .vae.wan_encoder import streaming_encoders
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 def condition_names(injection: str) -> tuple[str, ...]:
     """The outputs of `Condition`, which `DenoiseStep` reads; `merged` has the concepts' tokens in the text's,
     and `none` has no concepts."""
-    return BlockConditions._fields[:2] if injection in ("merged", "none") else BlockConditions._fields
+    return KEYS_VALUES[:2] if injection in ("merged", "none") else KEYS_VALUES
 
 
 class Condition(nn.Module):
@@ -55,14 +55,16 @@ class DenoiseStep(nn.Module):
 
     state [M,Cz,F,H,W], time [1] (sigma * 1000), concept_mask bool [K,N], guidance [K], coefficients
     [M,M+1], for an image-to-video base its frame conditioning, called given, [1,Cg,F,H,W], then the tensors
-    of `Condition` -> next state [M,Cz,F,H,W]. State and update are float32, whatever the transformer's dtype.
+    of `Condition`, and if `biased`, where one of its keys stands for all padding, text_bias [K,T] -> next
+    state [M,Cz,F,H,W]. State and update are float32, whatever the transformer's dtype.
     """
 
-    def __init__(self, transformer: ConceptDiT) -> None:
+    def __init__(self, transformer: ConceptDiT, biased: bool = False) -> None:
         super().__init__()
         self.transformer = transformer
         frames = ["given"] if transformer.config.conditioning_channels else []
-        self.names = [*frames, *condition_names(transformer.config.concept.injection)]
+        keys_values = condition_names(transformer.config.concept.injection)
+        self.names = [*frames, *keys_values, *(["text_bias"] if biased else [])]
 
     def forward(
         self,
@@ -88,7 +90,8 @@ class DenoiseStep(nn.Module):
     ) -> Tensor:
         """sum over k of guidance_k velocity_k(state_0), float32 [1,Cz*F*H*W].
 
-        concept_mask: may be None where the injection is `none`; conditions: what `Condition` gave, by name.
+        concept_mask: may be None where the injection is `none`; conditions: what `Condition` gave, by name,
+        and perhaps text_bias.
         """
         if concept_mask is None:
             concept_mask = _no_concepts(self.transformer, guidance)

@@ -10,6 +10,9 @@ writes once. That one accumulator suffices because the concepts' softmax is norm
 added: its maxima and sums come from a first sweep over the (few) concept keys. Where all of them fit into one
 tile, as they nearly always do, there is nothing to sweep twice.
 
+A key may stand for several equal ones: with log(m) added to its logit it counts m times. So padding, whose
+tokens are all the same, is one key (`padding_bias`), and the keys behind it, at minus infinity, none.
+
 A query's RMS norm runs over all heads, but a program sees one head. What is left of the norm inside the
 kernel is one number per token: the norm's weight belongs to the keys (fold it into them once per request),
 and 1/rms scales a row of logits. So the normalised queries need never be written: `inverse_rms` reads them
@@ -29,21 +32,30 @@ from .common import INTERPRETED, TorchOp, launch, power_of_two, tl, triton
 # Reference.
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, bias: Tensor | None = None
+) -> Tensor:
     """Softmax attention, scaled by 1/sqrt(E), over the keys that the mask allows.
 
-    q [B,S,A,E], k and v [B,T,A,E], mask bool [B,T] (True: attend; None: every key). Returns [B,S,A,E] in q's
-    dtype. A batch row whose mask is all False returns exactly zero.
+    q [B,S,A,E], k and v [B,T,A,E], mask bool [B,T] (True: attend; None: every key), bias float32 [B,T]
+    (float64 of float64): added to the logits of every query and head; minus infinity takes a key away, but
+    not a row's last one. Returns [B,S,A,E] in q's dtype. A batch row whose mask is all False returns zero.
     """
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # [B,A,S|T,E]
-    if mask is None:
+    if mask is None and bias is None:
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)  # [B,S,A,E]
-    some = mask.any(dim=-1, keepdim=True)  # [B,1]
+    some = mask.any(dim=-1, keepdim=True) if mask is not None else None  # [B,1]
     # A row with no key would be 0/0: let it attend to everything, then replace what came out.
+    allowed = mask | ~some if mask is not None and some is not None else None  # [B,T]
+    if bias is not None:
+        bias = bias if allowed is None else bias.masked_fill(~allowed, -math.inf)
+        allowed = bias.to(q.dtype)  # [B,T]
+    assert allowed is not None
     # ONNX Runtime's Attention wants a mask with an entry for every query.
-    allowed = (mask | ~some)[:, None, None].expand(-1, -1, q.shape[2], -1)  # [B,1,S,T]
+    allowed = allowed[:, None, None].expand(-1, -1, q.shape[2], -1)  # [B,1,S,T]
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed)  # [B,A,S,E]
-    return torch.where(some[:, :, None, None], out, 0.0).transpose(1, 2)  # [B,S,A,E]
+    out = out if some is None else torch.where(some[:, :, None, None], out, 0.0)  # [B,A,S,E]
+    return out.transpose(1, 2)  # [B,S,A,E]
 
 
 def decoupled_cross_attention_reference(
@@ -54,11 +66,26 @@ def decoupled_cross_attention_reference(
     concept_v: Tensor,
     concept_mask: Tensor | None = None,
     inverse_rms: Tensor | None = None,
+    text_bias: Tensor | None = None,
 ) -> Tensor:
-    """`decoupled_cross_attention` in plain torch; for what inverse_rms is, see there."""
+    """`decoupled_cross_attention` in plain torch; for what inverse_rms and text_bias are, see there."""
     if inverse_rms is not None:
         q = (q * inverse_rms[:, :, None, None]).type_as(q)  # [B,S,A,E]
-    return attention(q, text_k, text_v) + attention(q, concept_k, concept_v, concept_mask)  # [B,S,A,E]
+    text = attention(q, text_k, text_v, bias=text_bias)  # [B,S,A,E]
+    return text + attention(q, concept_k, concept_v, concept_mask)  # [B,S,A,E]
+
+
+def padding_bias(counts: Tensor, kept: int, tokens: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The bias [B,kept] with which `kept` keys are `tokens` keys, of which all but the first n are equal.
+
+    counts int64 [B]: n of each row, tokens = n or n < kept. 0 for a real token, log(tokens - n) for the key
+    behind them, which stands for all padding, minus infinity behind it: these must hold anything finite.
+    """
+    place = torch.arange(kept, device=counts.device)[None]  # [1,kept]
+    n = counts[:, None]  # [B,1]
+    padding = (tokens - n).clamp(min=1).to(torch.float64).log()  # [B,1]
+    behind = torch.where(place == n, padding, -math.inf)  # [B,kept]
+    return torch.where(place < n, 0.0, behind).to(dtype)
 
 
 # Triton.
@@ -109,13 +136,13 @@ def _concept_logits(
 
 @triton.jit
 def cross_attention_kernel(
-    q, text_k, text_v, concept_k, concept_v, mask, inverse_rms, out,
+    q, text_k, text_v, concept_k, concept_v, mask, inverse_rms, text_bias, out,
     S, T, C, A, logit_scale,
     q_b, q_s, q_a, tk_b, tk_t, tk_a, tv_b, tv_t, tv_a, ck_b, ck_c, ck_a, cv_b, cv_c, cv_a,
-    mask_b, rms_b, out_b, out_s, out_a,
+    mask_b, rms_b, bias_b, out_b, out_s, out_a,
     WIDTH: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
     BLOCK_E: tl.constexpr, HAS_TEXT: tl.constexpr, HAS_MASK: tl.constexpr, HAS_RMS: tl.constexpr,
-    ONE_BLOCK: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    HAS_BIAS: tl.constexpr, ONE_BLOCK: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_S queries of one head of one batch row. `x_b`, `x_s`, … are strides in elements."""
     start = tl.program_id(0).to(tl.int64) * BLOCK_S
@@ -139,6 +166,9 @@ def cross_attention_kernel(
             kept = tokens < T
             keys = _tile(text_k, tokens, columns, tk_t, kept, WIDTH, BLOCK_E, UPCAST)
             logits = tl.dot(q, tl.trans(keys), input_precision=PRECISION) * row_scale[:, None]
+            if HAS_BIAS:  # exponentials are to base 2
+                bias = tl.load(text_bias + batch * bias_b + tokens, mask=kept, other=0.0)
+                logits += (bias * 1.4426950408889634)[None, :]
             logits = tl.where(kept[None, :], logits, -float("inf"))
             higher = tl.maximum(top, tl.max(logits, 1))
             weights = tl.exp2(logits - higher[:, None])
@@ -152,7 +182,7 @@ def cross_attention_kernel(
     concept_k += batch * ck_b + head * ck_a
     concept_v += batch * cv_b + head * cv_a
     mask += batch * mask_b
-    last = C  # behind the last concept token that is not masked: padding is not even read
+    last = C  # 0 of text alone; behind the last concept token that is not masked: padding is not even read
     if HAS_MASK:
         last = 0
         for first in range(0, C, BLOCK_C):
@@ -205,12 +235,13 @@ def cross_attention_triton(
     out: Tensor,
     q: Tensor,
     text: tuple[Tensor, Tensor] | None,
-    concepts: tuple[Tensor, Tensor],
-    mask: Tensor | None,
-    inverse_rms: Tensor | None,
+    concepts: tuple[Tensor, Tensor] | None,
+    mask: Tensor | None = None,
+    inverse_rms: Tensor | None = None,
+    text_bias: Tensor | None = None,
 ) -> Tensor:
     """Launches the kernel into `out` [B,S,A,E], contiguous, and returns it. text and concepts: (keys,
-    values).
+    values), one of them may be None.
 
     Tiles: 128 queries leave the accumulator 64 registers a thread at 8 warps; three stages of 64 keys fit
     beside them. Few queries get small tiles, to fill the GPU. In float32 a product is three products in tf32
@@ -223,23 +254,24 @@ def cross_attention_triton(
     else:
         few = tokens * batch * heads <= FEW_QUERIES
         block_s, most, warps = (64, 64, 4) if few else (128, 64, 8)
-    concept_k, concept_v = concepts
-    text_k, text_v = text if text is not None else concepts
-    masked = mask if mask is not None else q  # any tensor: the kernel does not look at it
-    rms = inverse_rms if inverse_rms is not None else q
-    block_t, block_c = (power_of_two(k.shape[1], 16, most) for k in (text_k, concept_k))
+    texts, concepts, count = text or concepts, concepts or text, concepts[0].shape[1] if concepts else 0
+    assert texts is not None and concepts is not None
+    text_k, text_v, concept_k, concept_v = *texts, *concepts
+    # any tensor: the kernel does not look at it
+    masked, rms, bias = (q if tensor is None else tensor for tensor in (mask, inverse_rms, text_bias))
+    block_t, block_c = (power_of_two(keys, 16, most) for keys in (text_k.shape[1], max(count, 1)))
     scale = math.log2(math.e) / math.sqrt(width)  # exponentials are to base 2
-    texts = (text_k, text_v)
     text_strides, concept_strides = ((*k.stride()[:3], *v.stride()[:3]) for k, v in (texts, concepts))
     launch(
         cross_attention_kernel, (-(-tokens // block_s), batch * heads),
-        q, text_k, text_v, concept_k, concept_v, masked, rms, out,
-        tokens, text_k.shape[1], concept_k.shape[1], heads, scale,
-        *q.stride()[:3], *text_strides, *concept_strides, masked.stride(0), rms.stride(0), *out.stride()[:3],
+        q, text_k, text_v, concept_k, concept_v, masked, rms, bias, out,
+        tokens, text_k.shape[1], count, heads, scale,
+        *q.stride()[:3], *text_strides, *concept_strides,
+        masked.stride(0), rms.stride(0), bias.stride(0), *out.stride()[:3],
         WIDTH=width, BLOCK_S=block_s, BLOCK_T=block_t, BLOCK_C=block_c, BLOCK_E=block_e,
         HAS_TEXT=text is not None, HAS_MASK=mask is not None, HAS_RMS=inverse_rms is not None,
-        ONE_BLOCK=concept_k.shape[1] <= block_c, PRECISION="tf32x3" if q.dtype == torch.float32 else "ieee",
-        UPCAST=INTERPRETED,
+        HAS_BIAS=text_bias is not None, ONE_BLOCK=count <= block_c,
+        PRECISION="tf32x3" if q.dtype == torch.float32 else "ieee", UPCAST=INTERPRETED,
         num_warps=warps, num_stages=3,
     )  # fmt: skip
     return out
@@ -255,7 +287,7 @@ def _alike(q: Tensor, *others: Tensor | None) -> Tensor:
 _decoupled = TorchOp(
     "decoupled_cross_attention",
     "q BSAE, text_k BTAE, text_v BTAE, concept_k BCAE, concept_v BCAE, concept_mask? bool BC, "
-    "inverse_rms? wide BS",
+    "inverse_rms? wide BS, text_bias? wide BT",
     reference=decoupled_cross_attention_reference,
     cuda=lambda q, tk, tv, ck, cv, *rest: cross_attention_triton(_alike(q), q, (tk, tv), (ck, cv), *rest),
     empty=_alike,
@@ -266,11 +298,24 @@ _injection = TorchOp(
     "concept_injection",
     "q BSAE, concept_k BCAE, concept_v BCAE, concept_mask? bool BC",
     reference=attention,
-    cuda=lambda q, k, v, mask: cross_attention_triton(_alike(q), q, None, (k, v), mask, None),
+    cuda=lambda q, k, v, mask: cross_attention_triton(_alike(q), q, None, (k, v), mask),
     empty=_alike,
     limits={"E": MAX_WIDTH},
     one_node=True,
 )
+_biased = TorchOp(
+    "biased_attention",
+    "q BSAE, k BTAE, v BTAE, bias wide BT",
+    reference=lambda q, k, v, bias: attention(q, k, v, bias=bias),
+    cuda=lambda q, k, v, bias: cross_attention_triton(_alike(q), q, (k, v), None, text_bias=bias),
+    empty=_alike,
+    limits={"E": MAX_WIDTH},
+)
+
+
+def text_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`attention` without a mask. With a bias it is the Triton kernel on CUDA, which adds it in float32."""
+    return attention(q, k, v) if bias is None else _biased(q, k, v, bias)
 
 
 def concept_injection(
@@ -293,6 +338,7 @@ def decoupled_cross_attention(
     concept_v: Tensor,
     concept_mask: Tensor | None = None,
     inverse_rms: Tensor | None = None,
+    text_bias: Tensor | None = None,
 ) -> Tensor:
     """One query, two sets of keys, each with its own softmax; outputs summed (IP-Adapter, arXiv 2308.06721).
 
@@ -302,6 +348,9 @@ def decoupled_cross_attention(
 
     inverse_rms, for queries that are not normalised yet: their `qk_norm_rope.inverse_rms`, float32 [B,S]
     (float64 of float64). The norm's weight must be in the keys already: k * weight.
+
+    text_bias, for text whose padding is one key: float32 [B,T] (float64 of float64), see `attention` and
+    `padding_bias`.
     Raises ValueError as `concept_injection`.
     """
-    return _decoupled(q, text_k, text_v, concept_k, concept_v, concept_mask, inverse_rms)
+    return _decoupled(q, text_k, text_v, concept_k, concept_v, concept_mask, inverse_rms, text_bias)

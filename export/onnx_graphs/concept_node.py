@@ -81,9 +81,11 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
         found = operator(INJECTION)(*flat, mask, heads=heads, **FOR_TENSORRT)
         return standard.Reshape(found, _sizes(q))
 
-    def decoupled(q: Any, text_k: Any, text_v: Any, k: Any, v: Any, mask: Any, inverse_rms: Any) -> Any:
-        if inverse_rms is not None:
-            raise NotImplementedError("the node has no inverse_rms")
+    def decoupled(
+        q: Any, text_k: Any, text_v: Any, k: Any, v: Any, mask: Any, inverse_rms: Any, text_bias: Any
+    ) -> Any:
+        if inverse_rms is not None or text_bias is not None:
+            raise NotImplementedError("the node has no inverse_rms, no text_bias")
         heads, flat = _flattened(standard, q, text_k, text_v, k, v)
         found = operator(DECOUPLED)(*flat, mask, heads=heads, **FOR_TENSORRT)
         return standard.Reshape(found, _sizes(q))

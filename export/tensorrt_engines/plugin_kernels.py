@@ -20,10 +20,10 @@ def injection_entry(
     """`ConceptInjection`: grid (tiles of S, B*A)."""
     D: tl.constexpr = A * WIDTH
     cross_attention_kernel(
-        q, k, v, k, v, mask, q, out, S, C, C, A, SCALE,
+        q, k, v, k, v, mask, q, q, out, S, C, C, A, SCALE,
         S * D, D, WIDTH, C * D, D, WIDTH, C * D, D, WIDTH, C * D, D, WIDTH, C * D, D, WIDTH,
-        C, 0, S * D, D, WIDTH,
-        WIDTH, BLOCK_S, BLOCK_T, BLOCK_C, BLOCK_E, False, True, False, ONE_BLOCK, PRECISION, False,
+        C, 0, 0, S * D, D, WIDTH,
+        WIDTH, BLOCK_S, BLOCK_T, BLOCK_C, BLOCK_E, False, True, False, False, ONE_BLOCK, PRECISION, False,
     )  # fmt: skip
 
 
@@ -36,8 +36,8 @@ def decoupled_entry(
     """`DecoupledCrossAttention`: grid (tiles of S, B*A)."""
     D: tl.constexpr = A * WIDTH
     cross_attention_kernel(
-        q, text_k, text_v, k, v, mask, q, out, S, T, C, A, SCALE,
+        q, text_k, text_v, k, v, mask, q, q, out, S, T, C, A, SCALE,
         S * D, D, WIDTH, T * D, D, WIDTH, T * D, D, WIDTH, C * D, D, WIDTH, C * D, D, WIDTH,
-        C, 0, S * D, D, WIDTH,
-        WIDTH, BLOCK_S, BLOCK_T, BLOCK_C, BLOCK_E, True, True, False, ONE_BLOCK, PRECISION, False,
+        C, 0, 0, S * D, D, WIDTH,
+        WIDTH, BLOCK_S, BLOCK_T, BLOCK_C, BLOCK_E, True, True, False, False, ONE_BLOCK, PRECISION, False,
     )  # fmt: skip

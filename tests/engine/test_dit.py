@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import dataclasses
 
 import pytest
@@ -12,8 +13,10 @@ from hypothesis import strategies as st  # noqa: E402
 from conceptmaster.engine.checkpoints.safetensors_io import load_strict  # noqa: E402
 from conceptmaster.engine.config import INJECTIONS  # noqa: E402
 from conceptmaster.engine.dit import ConceptDiT  # noqa: E402
+from conceptmaster.engine.fused import fuse  # noqa: E402
 from conceptmaster.engine.presets import preset  # noqa: E402
 from conceptmaster.errors import WeightsError  # noqa: E402
+from conceptmaster.kernels.cross_attention import padding_bias  # noqa: E402
 
 
 def wan_for(config):
@@ -192,6 +195,27 @@ def test_condition_then_denoise_is_forward(models, assert_close, injection):
     else:
         t, n = ((c.transformer.num_layers, 2, count, *heads) for count in (c.text_tokens, added))
         assert shapes == {"text_keys": t, "text_values": t, "concept_keys": n, "concept_values": n}
+
+
+@pytest.mark.parametrize("injection", INJECTIONS)
+@torch.no_grad()
+def test_one_key_stands_for_all_padded_text(models, injection):
+    """The fused transformer, too: full text of zeros behind n tokens, against n + 1 tokens and a bias."""
+    plain = copy.deepcopy(models[injection]).double()
+    c, counts = plain.config, torch.tensor([0, 3])
+    x, time, text, concepts, mask = (a.double() if a.is_floating_point() else a for a in arguments(c))
+    text[torch.arange(c.text_tokens) >= counts[:, None]] = 0.0
+    for model in (plain, fuse(copy.deepcopy(plain))):
+        expected = model(x, time, text, concepts, mask)
+        for kept in (4, c.text_tokens):
+            kv = model.condition(text[:, :kept], concepts, mask)
+            kv["text_bias"] = padding_bias(counts, kept, c.text_tokens, torch.float64)
+            found = model.denoise(x, time, kv, mask)
+            torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-13)
+        uncounted = kv | {"text_bias": torch.zeros_like(kv["text_bias"])[:, :4]}
+        uncounted |= {name: kv[name][:, :, :4] for name in ("text_keys", "text_values")}
+        if injection != "merged":
+            assert not torch.allclose(model.denoise(x, time, uncounted, mask), expected, atol=1e-5)
 
 
 def test_a_new_model_predicts_zero(tiny):

@@ -13,6 +13,8 @@ from conceptmaster.kernels.cross_attention import (  # noqa: E402
     attention,
     concept_injection,
     decoupled_cross_attention,
+    padding_bias,
+    text_attention,
 )
 
 SHAPES = [(1, 1, 1, 1, 2), (2, 5, 3, 2, 8), (1, 67, 33, 3, 12), (3, 16, 130, 1, 32)]  # B, S, T, A, E
@@ -124,3 +126,44 @@ def test_the_same_holds_in_onnx_runtime(opset, assert_close):
     hidden = ~mask[:, :, None, None]
     changed = run(q, tk, tv, torch.where(hidden, 1e3, ck), torch.where(hidden, -1e3, cv), mask)
     assert (changed[0] == injection).all() and (changed[1] == both).all()
+
+
+@given(
+    tokens=st.integers(1, 24),
+    counts=st.lists(st.integers(0, 24), min_size=1, max_size=3),
+    spare=st.integers(0, 5),
+    seed=st.integers(0, 1000),
+)
+@settings(max_examples=25, deadline=None)
+def test_one_key_stands_for_all_padding(tokens, counts, spare, seed):
+    """Text whose tokens behind the first n are equal, each row with an n of its own."""
+    n = torch.tensor(counts).clamp(max=tokens)
+    q, k, v, ck, cv, mask = tensors(len(n), 5, tokens, 2, 8, dtype=torch.float64, seed=seed)
+    for row, count in enumerate(n.tolist()):
+        for x in (k, v):
+            x[row, count:] = x[row, -1:].clone()
+    kept = min(int(n.max()) + 1 + spare, tokens)
+    bias = padding_bias(n, kept, tokens, torch.float64)
+    few_k, few_v = k[:, :kept], v[:, :kept]
+    close = {"rtol": 2e-14, "atol": 2e-14}
+    torch.testing.assert_close(attention(q, few_k, few_v, bias=bias), attention(q, k, v), **close)
+    for concepts in ((ck, cv, None), (ck, cv, mask)):
+        full = decoupled_cross_attention(q, k, v, *concepts)
+        few = decoupled_cross_attention(q, few_k, few_v, *concepts, text_bias=bias)
+        torch.testing.assert_close(few, full, **close)
+    # merged: concepts behind the text, in the same softmax
+    both = [torch.cat(pair, dim=1) for pair in ((k, ck), (v, cv), (torch.ones_like(mask), mask))]
+    kept_both = [torch.cat(pair, dim=1) for pair in ((few_k, ck), (few_v, cv))]
+    allowed = torch.cat((torch.ones(len(n), kept, dtype=torch.bool), mask), dim=1)
+    bias = torch.nn.functional.pad(bias, (0, mask.shape[1]))
+    torch.testing.assert_close(attention(q, *kept_both, allowed, bias), attention(q, *both), **close)
+
+
+def test_what_stands_behind_the_key_for_padding_changes_no_bit():
+    q, k, v, ck, cv, mask = tensors(2, 7, 9, 2, 8)
+    bias = padding_bias(torch.tensor([3, 6]), 9, 100)
+    behind = bias.isneginf()[:, :, None, None]
+    other = torch.where(behind, 1e3, k), torch.where(behind, -1e3, v)
+    assert torch.equal(text_attention(q, *other, bias), text_attention(q, k, v, bias))
+    full = decoupled_cross_attention(q, k, v, ck, cv, mask, text_bias=bias)
+    assert torch.equal(decoupled_cross_attention(q, *other, ck, cv, mask, text_bias=bias), full)

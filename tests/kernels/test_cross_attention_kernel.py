@@ -14,6 +14,8 @@ from conceptmaster.kernels.cross_attention import (  # noqa: E402
     cross_attention_triton,
     decoupled_cross_attention,
     decoupled_cross_attention_reference,
+    padding_bias,
+    text_attention,
 )
 
 OPS = torch.ops.conceptmaster
@@ -68,6 +70,21 @@ def test_injection_is_the_reference(concepts, assert_close):
         assert given is None or out[0].count_nonzero() == 0
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("text", [9, 70])
+def test_one_key_stands_for_all_padding(text, dtype, assert_close):
+    q, tk, tv, ck, cv, mask = tensors(2, 67, text, 5, 2, 12, dtype=dtype)
+    bias = padding_bias(torch.tensor([0, text - 1]), text, 512)
+    behind = bias.isneginf()[:, :, None, None]
+    tk, tv = torch.where(behind, 1e3, tk), torch.where(behind, 1e3, tv)
+    wide = tuple(t.double() for t in (q, tk, tv, ck, cv))
+    both = cross_attention_triton(nan_like(q), q, (tk, tv), (ck, cv), mask, text_bias=bias)
+    expected = decoupled_cross_attention_reference(*wide, mask, text_bias=bias.double())
+    assert_close(both, expected, dtype)
+    alone = cross_attention_triton(nan_like(q), q, (tk, tv), None, text_bias=bias)
+    assert_close(alone, attention(*wide[:3], bias=bias.double()), dtype)
+
+
 @pytest.mark.parametrize("concepts", [9, 40])
 def test_a_masked_key_changes_no_bit_not_even_as_nan(concepts):
     q, tk, tv, ck, cv, mask = tensors(2, 20, 7, concepts, 2, 16)
@@ -109,11 +126,14 @@ def test_the_queries_norm_is_folded_in(assert_close):
 def test_the_op_is_registered_well():
     q, tk, tv, ck, cv, mask = tensors(2, 9, 6, 3, 2, 8)
     checks = ("test_schema", "test_faketensor")
-    given = (q, tk, tv, ck, cv, mask, None)
+    bias = padding_bias(torch.tensor([2, 5]), 6, 20)
+    given = (q, tk, tv, ck, cv, mask, None, bias)
     torch.library.opcheck(OPS.decoupled_cross_attention.default, given, test_utils=checks)
     torch.library.opcheck(OPS.concept_injection.default, (q, ck, cv, mask), test_utils=checks)
-    both = decoupled_cross_attention(q, tk, tv, ck, cv, mask)
+    torch.library.opcheck(OPS.biased_attention.default, (q, tk, tv, bias), test_utils=checks)
+    both = decoupled_cross_attention(q, tk, tv, ck, cv, mask, text_bias=bias)
     assert torch.equal(OPS.decoupled_cross_attention(*given), both)
+    assert torch.equal(OPS.biased_attention(q, tk, tv, bias), text_attention(q, tk, tv, bias))
     assert torch.equal(OPS.concept_injection(q, ck, cv, None), concept_injection(q, ck, cv))
 
 
@@ -130,14 +150,16 @@ def test_the_op_is_registered_well():
         ({"q": lambda t: t.int()}, "q must be floating point"),
         ({"concept_mask": lambda t: t.float()}, "concept_mask must be bool"),
         ({"concept_mask": lambda t: t[:, :2]}, r"concept_mask must be bool \[2,3\]"),
+        ({"text_bias": lambda t: t[:, :2]}, r"text_bias must be float32 \[2,6\]"),
     ],
 )
 def test_bad_input_is_one_clear_error(change, words):
     names = ("q", "text_k", "text_v", "concept_k", "concept_v", "concept_mask")
     given = dict(zip(names, tensors(2, 9, 6, 3, 2, 8), strict=True))
+    given |= {"inverse_rms": None, "text_bias": padding_bias(torch.tensor([2, 5]), 6, 20)}
     given |= {name: edit(given[name]) for name, edit in change.items()}
     op = OPS.decoupled_cross_attention
-    for call in (decoupled_cross_attention, lambda **named: op(*named.values(), None)):
+    for call in (decoupled_cross_attention, lambda **named: op(*named.values())):
         with pytest.raises(ValueError, match=words) as caught:
             call(**given)
         assert "\n" not in str(caught.value)

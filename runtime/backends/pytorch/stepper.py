@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ....engine.dit import BlockConditions
+from ....engine.dit import KEYS_VALUES
 from ....engine.step import DenoiseStep, update
 
 Replay = Callable[[], tuple[Tensor, ...]]
@@ -120,9 +120,9 @@ class Stepper:
         """inputs: those of `DenoiseStep` by name, but for the state; step of steps, from 0."""
         if len(inputs["guidance"]) > 1 and step >= steps * (1 - self.skip_guidance):
             inputs = inputs | {"guidance": inputs["guidance"].new_ones(1)}
-            inputs |= {name: inputs[name][:, -1:] for name in BlockConditions._fields if name in inputs}
-            if "concept_mask" in inputs:
-                inputs["concept_mask"] = inputs["concept_mask"][-1:]
+            inputs |= {name: inputs[name][:, -1:] for name in KEYS_VALUES if name in inputs}
+            rows = {"concept_mask", "text_bias"} & inputs.keys()
+            inputs |= {name: inputs[name][-1:] for name in rows}
         if not self.step_cache:
             return Carried(self._run(carried.state, inputs)[0])
         memory, latents = carried.memory, carried.state[:1].flatten(1)
