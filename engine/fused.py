@@ -9,6 +9,7 @@ Letters: K guidance branches, C concept tokens, T text tokens, S video tokens, D
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import NamedTuple, cast
 
@@ -64,6 +65,26 @@ class DeferredResidual(NamedTuple):
     gate: Tensor
 
 
+class SelfAttention(nn.Module):
+    """Attention among the video's tokens, with one product for queries, keys and values.
+
+    The weights of `attn`'s three become parts of the one that is kept here: none of them is there twice.
+    """
+
+    def __init__(self, attn: Attention) -> None:
+        super().__init__()
+        self.heads = attn.heads
+        self.to_qkv = _joined(attn.to_q, attn.to_k, attn.to_v)
+        self.norm_q, self.norm_k, self.to_out = attn.norm_q, attn.norm_k, attn.to_out
+
+    def forward(self, h: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+        """h [K,S,D], rotary two [S,1,E/2] -> [K,S,D]."""
+        q, k, v = self.to_qkv(h).chunk(3, dim=-1)  # [K,S,D] each
+        q, k = qk_norm_rope(q, k, self.norm_q.weight, self.norm_k.weight, *rotary, eps=_eps(self.norm_q))
+        out = self_attention(q, k, v.unflatten(-1, (self.heads, -1)))  # [K,S,A,E]
+        return self.to_out[0](out.flatten(-2))
+
+
 class FusedBlock(nn.Module):
     """A Block with fused kernels between its products, and the same weights.
 
@@ -73,7 +94,9 @@ class FusedBlock(nn.Module):
 
     def __init__(self, block: Block, last: bool, absorb: bool) -> None:
         super().__init__()
-        self.block = block
+        self.attn1 = SelfAttention(block.attn1)
+        self.block = copy.copy(block)  # which others may go on using as it is
+        self.block.__dict__["_modules"] = {n: part for n, part in block._modules.items() if n != "attn1"}
         self.shares_query = hasattr(block.attn2, "add_k_proj")
         self.last = last
         self.absorb = absorb
@@ -111,7 +134,7 @@ class FusedBlock(nn.Module):
         else:
             x = x.contiguous()  # patches come with their channels first
             h = modulate(x, scale, shift, eps=block.norm1.eps)  # [K,S,D]
-        out = self._self_attention(h, rotary)  # [K,S,D]
+        out = self.attn1(h, rotary)  # [K,S,D]
 
         x, h = _affine(x, out, gate, block.norm2)  # [K,S,D] each
         out = block.attn2.output(self._cross_attention(h, kv, mask))  # [K,S,D]
@@ -128,14 +151,6 @@ class FusedBlock(nn.Module):
             out = injector.to_out(concept_injection(q, kv.concept_keys, kv.concept_values, mask).flatten(-2))
         x, h = residual_modulate(x, out, None, ffn_scale, ffn_shift, eps=block.norm3.eps)  # [K,S,D] each
         return self._feed_forward(x, h, ffn_gate)
-
-    def _self_attention(self, h: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-        """[K,S,D] -> [K,S,D]."""
-        attn = self.block.attn1
-        q, k = attn.to_q(h), attn.to_k(h)  # [K,S,D] each
-        q, k = qk_norm_rope(q, k, attn.norm_q.weight, attn.norm_k.weight, *rotary, eps=_eps(attn.norm_q))
-        v = attn.to_v(h).unflatten(-1, (attn.heads, -1))  # [K,S,A,E]
-        return attn.output(self_attention(q, k, v))
 
     def _cross_attention(self, h: Tensor, kv: BlockConditions, mask: Tensor) -> Tensor:
         """[K,S,D] -> [K,S,A,E]: to the text, and to the concepts where these share the text's query."""
@@ -166,10 +181,10 @@ def fuse(transformer: ConceptDiT, fusing: Fusing = Fusing()) -> ConceptDiT:  # n
     else:
         absorb &= fusing.absorb
     blocks = cast("list[Block]", list(transformer.blocks))
-    if fusing.tier == "high":
-        for block in blocks:
-            _quantise(block, absorb)
     transformer.blocks = nn.ModuleList([FusedBlock(block, block is blocks[-1], absorb) for block in blocks])
+    if fusing.tier == "high":
+        for fused in transformer.blocks:
+            _quantise(fused, absorb)
     return transformer
 
 
@@ -192,6 +207,20 @@ def _affine(x: Tensor, branch: Tensor, gate: Tensor | None, norm: nn.Module) -> 
     dtype = torch.promote_types(x.dtype, torch.float32)
     weight, bias = (vector.to(dtype)[None] for vector in (norm.weight, norm.bias))  # [1,D] each
     return residual_modulate(x, branch, gate, weight, bias, plus_one=False, eps=norm.eps)
+
+
+def _joined(*linears: nn.Linear) -> nn.Linear:
+    """One layer whose outputs are those of `linears`, side by side; their own weights become parts of its."""
+    first = linears[0]
+    rows = [linear.out_features for linear in linears]
+    found = nn.Linear(first.in_features, sum(rows), device="meta")
+    for name in ("weight", "bias"):
+        parts = [getattr(linear, name) for linear in linears]
+        whole = torch.cat([part.detach() for part in parts])  # [sum of rows, ...]
+        setattr(found, name, nn.Parameter(whole, requires_grad=False))
+        for part, view in zip(parts, whole.split(rows), strict=True):
+            part.data = view
+    return found
 
 
 def _eps(norm: nn.RMSNorm) -> float:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..kernels.common import wide
+from ..kernels.common import served, wide
 
 
 class WideLayerNorm(nn.LayerNorm):
@@ -28,7 +29,13 @@ class GeluProjection(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., width] -> [..., hidden]."""
-        return F.gelu(self.proj(x), approximate=self.approximate)
+        proj = self.proj
+        if self.approximate == "tanh" and isinstance(proj, nn.Linear) and served(x, proj.weight, proj.bias):
+            # GELU where the product ends; it is the tanh one on CUDA, and on CUDA only
+            rows = x.reshape(-1, x.shape[-1])  # [M,width]
+            out = torch._addmm_activation(proj.bias, rows, proj.weight.t(), use_gelu=True)  # [M,hidden]
+            return out.unflatten(0, x.shape[:-1])
+        return F.gelu(proj(x), approximate=self.approximate)
 
 
 class FeedForward(nn.Module):

@@ -8,6 +8,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from conceptmaster.engine import layers  # noqa: E402
 from conceptmaster.engine.dit import ConceptDiT  # noqa: E402
 from conceptmaster.engine.fused import WIDE, FusedBlock, Fusing, fuse, narrow  # noqa: E402
 from conceptmaster.kernels import (  # noqa: E402
@@ -51,6 +52,12 @@ def pair(config, randomise, fusing=None):
     fusing = fusing or Fusing()
     plain = randomise(ConceptDiT(config))
     return plain, fuse(copy.deepcopy(plain), fusing)
+
+
+def stored(tensors):
+    """Bytes that tensors take, those that several share once."""
+    storages = [tensor.untyped_storage() for tensor in tensors]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 @pytest.fixture
@@ -105,6 +112,38 @@ def test_kernels_give_the_plain_transformer(kernels, tiny, randomise, assert_clo
 
 
 @torch.no_grad()
+def test_no_weight_is_there_twice_and_plain_blocks_go_on(tiny, randomise, assert_close):
+    plain = randomise(ConceptDiT(tiny()))
+    given, (block, *_) = arguments(plain.config), plain.blocks
+    expected = plain(*given)
+    size = stored(plain.parameters())
+    fused = fuse(plain)
+    assert stored([*fused.parameters(), *block.parameters()]) == size
+    assert sum(p.numel() * p.element_size() for p in fused.parameters()) == size
+    q, k, v = block.attn1.to_q.weight, block.attn1.to_k.weight, block.attn1.to_v.weight
+    assert torch.equal(torch.cat((q, k, v)), fused.blocks[0].attn1.to_qkv.weight)
+    assert_close(fused(*given), expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("approximate", ["tanh", "none"])
+def test_on_cuda_gelu_is_in_the_product(assert_close, monkeypatch, approximate):
+    """CUDA's `_addmm_activation` is the tanh one, the CPU's is not: so it is played here."""
+    calls = []
+
+    def on_cuda(bias, rows, weight, use_gelu):
+        calls.append(tuple(rows.shape))
+        return torch.nn.functional.gelu(torch.addmm(bias, rows, weight), approximate="tanh")
+
+    layer, x = layers.GeluProjection(6, 10, approximate).double(), torch.randn(2, 5, 6).double()
+    expected = layer(x)
+    monkeypatch.setattr(layers, "served", lambda *_: True)
+    monkeypatch.setattr(torch, "_addmm_activation", on_cuda)
+    assert_close(layer(x), expected)
+    assert calls == ([(10, 6)] if approximate == "tanh" else [])
+
+
+@torch.no_grad()
 def test_of_one_concept_the_kernels_see_every_token(kernels, tiny, randomise, assert_close):
     """Its mask is one number, which stands for all of its tokens."""
     for injection in ("standalone", "shared_query"):
@@ -156,8 +195,8 @@ def test_the_high_tier_is_near_and_says_how_near(tiny, randomise):
     error = float((fused(*given) - expected).norm() / expected.norm())
     assert 1e-3 < error < 3 * RELATIVE_L2["linear8"]  # several such layers, one behind the other
     names = {name for name, module in fused.named_modules() if type(module).__name__ == "Fp8Linear"}
-    first = {name.removeprefix("blocks.0.block.") for name in names if name.startswith("blocks.0.")}
-    attn = {"attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0", "attn2.to_q", "attn2.to_out.0"}
+    first = {name.removeprefix("blocks.0.").removeprefix("block.") for name in names if "blocks.0." in name}
+    attn = {"attn1.to_qkv", "attn1.to_out.0", "attn2.to_q", "attn2.to_out.0"}
     assert first == attn | {"ffn.net.0.proj", "ffn.net.2", "injector.to_q", "injector.to_out"}
 
 
