@@ -14,6 +14,8 @@ PACKAGES = [
     "conceptmaster",
     "conceptmaster.benchmarks",
     "conceptmaster.benchmarks.gpu",
+    "conceptmaster.benchmarks.gpu.cases",
+    "conceptmaster.benchmarks.gpu.questions",
     "conceptmaster.engine",
     "conceptmaster.engine.checkpoints",
     "conceptmaster.engine.vae",

@@ -15,14 +15,15 @@ from .alternating import alternate, report
 
 torch = pytest.importorskip("torch")
 
-from .gpu.cases import Case, Shapes, cases  # noqa: E402
-from .gpu.suite import check  # noqa: E402
+from .gpu.case import Case, Shapes  # noqa: E402
+from .gpu.cases import cases  # noqa: E402
+from .gpu.check import check  # noqa: E402
 from .gpu.timing import captured  # noqa: E402
 
 ON_GPU = torch.cuda.is_available()
 DEVICE, DTYPE = ("cuda", "bfloat16") if ON_GPU else ("cpu", "float32")
 SIZES = Shapes(DEVICE, small=False, only="sprites", dtype=DTYPE)
-CASES = [case for maker in cases(SIZES) for case in maker()]
+CASES = [case for group in cases(SIZES) for case in group.make()]
 ROUNDS = 100
 
 

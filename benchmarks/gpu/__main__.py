@@ -1,7 +1,7 @@
-"""``python -m conceptmaster.benchmarks.gpu``: see suite.py."""
+"""``python -m conceptmaster.benchmarks.gpu``: see command.py."""
 
 import sys
 
-from conceptmaster.benchmarks.gpu.suite import main
+from conceptmaster.benchmarks.gpu.command import main
 
 sys.exit(main())

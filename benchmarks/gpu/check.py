@@ -15,7 +15,7 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -23,7 +23,8 @@ import torch
 
 from conceptmaster.kernels.tolerances import TOLERANCES
 
-from .cases import Case, Shapes, cases
+from .case import Case, Shapes
+from .cases import cases
 from .timing import DeviceLost, Say, failed, guarded
 
 MOST_ROWS = 1024
@@ -58,13 +59,13 @@ def results(shapes: Shapes, numbers: Iterable[int], skip: Collection[str] = ()) 
 
     A case that raises is not right, with the reason. After DeviceLost nothing further comes.
     """
-    made = groups(shapes)
+    made = list(cases(shapes))
     for number in numbers:
-        name, group = made[number]
-        yield {"at": name}
-        at, about = name, dict[str, Any]()
+        group = made[number]
+        yield {"at": group.name}
+        at, about = group.name, dict[str, Any]()
         try:
-            for case in group():
+            for case in group.make():
                 if case.name in skip:
                     continue
                 at, about = case.name, {"shape": case.shape, "dtype": case.dtype}
@@ -74,22 +75,16 @@ def results(shapes: Shapes, numbers: Iterable[int], skip: Collection[str] = ()) 
             yield {"name": at, "row": about | {"ok": False, "failed": f"GPU lost: {lost}"}}
             raise
         except Exception as error:  # there was not even memory for a group's tensors
-            yield {"name": name, "row": {"ok": False, **failed(error)}}
+            yield {"name": group.name, "row": {"ok": False, **failed(error)}}
         yield {"done": number}
 
 
 def here(shapes: Shapes, rows: dict[str, Any], say: Say) -> None:
     """Adds every case to `rows`, one after the other in this process. Raises DeviceLost."""
-    for found in results(shapes, range(len(groups(shapes))), rows):
+    for found in results(shapes, range(len(list(cases(shapes)))), rows):
         if "row" in found:
             rows[found["name"]] = found["row"]
             say(line(found["name"], found["row"]))
-
-
-def groups(shapes: Shapes) -> list[tuple[str, Callable[[], Iterator[Case]]]]:
-    """Functions that make a few cases each, under a name for all of them."""
-    made: list[functools.partial[Iterator[Case]]] = list(cases(shapes))  # type: ignore[arg-type]
-    return [(f"{some.func.__name__.strip('_')}, {some.args[1]}", some) for some in made]
 
 
 def line(name: str, row: dict[str, Any]) -> str:
@@ -100,15 +95,15 @@ def line(name: str, row: dict[str, Any]) -> str:
 
 
 def at_once(
-    device: str, small: bool, rows: dict[str, Any], say: Say, processes: int = PROCESSES, most: int = 4
+    shapes: Shapes, rows: dict[str, Any], say: Say, processes: int = PROCESSES, most: int = 4
 ) -> None:
     """Adds every case to `rows`, from several processes; those that end early are followed by others."""
-    names = [name for name, _ in groups(Shapes("cpu", small))]
+    names = [group.name for group in cases(shapes)]
     left = list(range(len(names)))
     with ThreadPoolExecutor(processes) as pool:
         for _ in range(most):
             shares = [share for n in range(processes) if (share := left[n::processes])]
-            order = {"device": device, "small": small, "skip": list(rows)}
+            order = {"device": shapes.device, "small": shapes.small, "fp8": shapes.fp8, "skip": list(rows)}
             ended = pool.map(_process, [order | {"groups": share} for share in shares])
             found = zip(shares, ended, strict=True)
             left = [n for share, (text, how) in found for n in _collect(text, share, rows, how, say)]
@@ -155,7 +150,7 @@ def _collect(text: str, share: list[int], rows: dict[str, Any], reason: str, say
 
 def _work(order: dict[str, Any]) -> None:
     """What one process does. Ends at once when the GPU is lost."""
-    shapes = Shapes(order["device"], order["small"])
+    shapes = Shapes(order["device"], order["small"], fp8=order["fp8"])
     try:
         for found in results(shapes, order["groups"], order["skip"]):
             print(json.dumps(found), flush=True)

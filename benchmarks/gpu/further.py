@@ -14,7 +14,8 @@ from torch import Tensor
 from conceptmaster.engine.config import ModelConfig
 from conceptmaster.engine.fused import fuse, narrow
 
-from .cases import COMPILE_MODE
+from .case import COMPILE_MODE
+from .job import Job
 from .model import (
     SMALL,
     Inputs,
@@ -32,7 +33,7 @@ from .model import (
     tokens_of,
     twin,
 )
-from .timing import Call, Job, failed, in_turn
+from .timing import Call, failed, in_turn
 
 TOO_FAR = 5e-2
 """Relative L2 between a model and the same one compiled."""

@@ -1,10 +1,10 @@
-"""The transformer at full size on a GPU: a forward and a step against diffusers, the ladder, and scaling.
+"""The transformer at full size on a GPU, ours and diffusers': built, called, and held to float32.
 
-Weights are random; nothing here depends on their values. What is timed has been held to float32 first, on a
-clip of HELD_FRAMES, because float32 attention over all 32,760 tokens takes many seconds (`full` does it): a
-forward may be called lossless when its relative L2 error is not above that of diffusers' own in bfloat16 (of
-the engine's plain one, where diffusers is not installed), and nothing is timed that is further off than
-RIGHT times that. At full size it has to agree with diffusers' as far.
+Weights are random; nothing here depends on their values. What is timed (forward.py, ladder.py, further.py)
+has been held to float32 first, on a clip of HELD_FRAMES, because float32 attention over all 32,760 tokens
+takes many seconds (`full` does it): a forward may be called lossless when its relative L2 error is not above
+that of diffusers' own in bfloat16 (of the engine's plain one, where diffusers is not installed), and nothing
+is timed that is further off than RIGHT times that. At full size it has to agree with diffusers' as far.
 
 Letters: K guidance branches, M solver states, C concept tokens, T text tokens, S video tokens, D width.
 """
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from conceptmaster.engine.config import ModelConfig
 from conceptmaster.engine.dit import ConceptDiT
-from conceptmaster.engine.fused import Fusing, fuse, narrow
+from conceptmaster.engine.fused import narrow
 from conceptmaster.engine.presets import preset
 from conceptmaster.engine.step import DenoiseStep
 from conceptmaster.kernels import self_attention as attending
@@ -31,8 +31,9 @@ from conceptmaster.kernels.common import in_plain_torch
 from conceptmaster.kernels.cross_attention import attention
 from conceptmaster.runtime.backends.pytorch.stepper import Stepper
 
-from .cases import fastest_first
-from .timing import Call, Job, Say, failed, in_turn
+from .case import fastest_first
+from .job import Job
+from .timing import Call, Say, failed
 
 MARGIN = 1.0
 """How much of diffusers' own error ours may be, to be called lossless."""
@@ -226,64 +227,6 @@ def diffusers_in_bfloat16(exact: ConceptDiT, job: Job) -> dict[str, Any]:
         return {}
 
 
-def forward(size: Size, job: Job, high: bool = True) -> None:
-    """The base against diffusers: held to float32, then in turn one forward, K = 1, and one step, K = 2.
-
-    diffusers computes the text's keys and values in every forward, ours once per request. All are launched
-    kernel by kernel: at this size the GPU is never waiting for that. high: whether the tier of that name is
-    there, too.
-    """
-    base, found, say = dataclasses.replace(size, concepts=0), job.found, job.say
-    config, held = base.config, held_to(base)
-    found |= {"tokens": tokens_of(config), "flops": sum(flops_of(config, 1).values())}
-    found["held_to_float32"] = {"frames": held.frames, "tokens": tokens_of(held)}
-    exact = build(config, job.device)
-    wide = Inputs.of(held, job.device, 1)
-    expected = in_float32(denoise_call(exact, wide))
-    say("forward: the reference in float32 is there")
-    models = diffusers_in_bfloat16(exact, job)
-    plain = models["plain"] = narrow(exact, torch.bfloat16)
-    models["ours"] = fuse(twin(plain))
-    if high:
-        models["ours high"] = fuse(copy.deepcopy(plain), Fusing(tier="high"))
-
-    def calls(given: Inputs, step: bool = False) -> dict[str, Call]:
-        their = _their_step if step else their_forward
-        our = functools.partial(step_call, cached=True) if step else denoise_call
-        return {n: (their if n.startswith("diffusers") else our)(model, given) for n, model in models.items()}
-
-    errors: dict[str, Any] = {}
-    found["relative_l2"] = errors
-    wrong = errors_of(calls(wide.to(torch.bfloat16)), expected, errors)
-    for name in (*wrong, *_too_far(errors)):
-        del models[name]
-    judge = found["judged_by"] = "diffusers eager" if "diffusers eager" in models else "plain"
-    ours, theirs = errors["ours"], errors[judge]
-    numbers = isinstance(ours, float) and isinstance(theirs, float)
-    found["lossless"] = numbers and ours <= MARGIN * theirs
-    verdict = "lossless" if found["lossless"] else "NOT lossless"
-    right = numbers and ours <= RIGHT * theirs
-    if not right:
-        verdict += ", so nothing of it is timed"
-    say(f"forward, relative L2: ours {ours}, {judge} {theirs}: {verdict}")
-    if not right:
-        return
-    say(f"forward, relative L2: {errors}")
-    full = calls(Inputs.of(config, job.device, 1).to(torch.bfloat16))
-    apart = found["full_size_apart"] = relative_l2(full["ours"](), full[judge]())
-    if not apart <= APART * theirs:
-        found["lossless"] = False
-        say(f"forward: at full size ours is {apart} from {judge}: wrong, so nothing of it is timed")
-        return
-    say(f"forward: at full size ours is {apart:.2e} from {judge}")
-    found["timing"] = in_turn(full, job.rounds, graphs=False, seconds=12)
-    say_timings(say, "forward", found["timing"])
-    both = calls(Inputs.of(config, job.device, 2).to(torch.bfloat16), step=True)
-    both = {name: both[name] for name in ("diffusers eager", "ours", "ours high") if name in both}
-    found["step"] = in_turn(both, min(job.rounds, 3), graphs=False, seconds=8)
-    say_timings(say, "step of the base", found["step"])
-
-
 def errors_of(calls: dict[str, Call], expected: Tensor, errors: dict[str, Any]) -> list[str]:
     """Puts relative L2 errors of what the calls give into `errors`; the names of those that fail, whose
     reason is there instead. Raises DeviceLost."""
@@ -302,7 +245,8 @@ NOTHING_ALIKE = 0.5
 """From this relative L2 error on a rung is wrong, even one in 8 bits."""
 
 
-def _too_far(errors: dict[str, Any]) -> list[str]:
+def too_far(errors: dict[str, Any]) -> list[str]:
+    """The names of those that are wrong."""
     return [n for n, error in errors.items() if isinstance(error, float) and not error < NOTHING_ALIKE]
 
 
@@ -312,8 +256,9 @@ def their_forward(model: Any, given: Inputs) -> Call:
     return fastest_first(lambda: model(given.latents, time, given.text, return_dict=False)[0])
 
 
-def _their_step(model: Any, given: Inputs) -> Call:
-    """As diffusers' pipeline does a step, with both branches in one batch: guidance, then Euler's update."""
+def their_step(model: Any, given: Inputs) -> Call:
+    """As diffusers' pipeline does a step, with both branches in one batch: guidance, then Euler's update;
+    gives the next latents [Cz,F,H,W]."""
     forward = their_forward(model, given)
 
     def step() -> Tensor:
@@ -349,62 +294,6 @@ def step_call(model: ConceptDiT, given: Inputs, cached: bool) -> Call:
     inputs |= {"guidance": guidance, "coefficients": coefficients}
     kept = _conditions(model, given) if cached else None
     return lambda: stepper._step(**inputs, **(_conditions(model, given) if kept is None else kept))
-
-
-def ladder(size: Size, job: Job, high: bool = True) -> None:
-    """A step with concepts, K = 2, from plain PyTorch up: every rung's error against float32 and its gain.
-
-    "eager" has the attention that PyTorch takes by itself. Rungs up to "CUDA graph" are launched one kernel
-    at a time, and timed so. high: whether the tier of that name is a rung.
-    """
-    config, held, found, say = size.config, held_to(size), job.found, job.say
-    found |= {"branches": 2, "concepts": size.concepts, "ok": False}
-    found["held_to_float32"] = {"frames": held.frames, "tokens": tokens_of(held)}
-    exact = build(config, job.device)
-    wide = Inputs.of(held, job.device, 2)
-    expected = in_float32(step_call(exact, wide, True))[1]
-    say("ladder: the reference in float32 is there")
-    plain = narrow(exact, torch.bfloat16)
-    fused = fuse(twin(plain))
-    eight = fuse(copy.deepcopy(plain), Fusing(tier="high")) if high else None
-
-    def rungs(given: Inputs) -> tuple[dict[str, Call], dict[str, Call]]:
-        launched = {
-            "eager": plainly(step_call(plain, given, False)),
-            "fastest attention": fastest_first(plainly(step_call(plain, given, False))),
-            "fused kernels": step_call(fused, given, False),
-            "condition cache": step_call(fused, given, True),
-        }
-        replayed = {"CUDA graph": step_call(fused, given, True)}
-        if eight is not None:
-            replayed["high: fp8 layers"] = step_call(eight, given, True)
-        return launched, replayed
-
-    errors = found["relative_l2"] = {}
-    launched, replayed = rungs(wide.to(torch.bfloat16))
-    wrong = errors_of(launched | replayed, expected, errors)
-    wrong += _too_far(errors)
-    judge = found["judged_by"] = "fastest attention" if "eager" in wrong else "eager"
-    numbers = all(isinstance(errors[name], float) for name in (judge, "fused kernels"))
-    right = numbers and errors["fused kernels"] <= RIGHT * errors[judge]
-    found["ok"] = numbers and errors["fused kernels"] <= MARGIN * errors[judge]
-    say(f"ladder, relative L2: {errors}")
-    if not right:
-        say("the ladder is wrong: nothing of it is timed")
-        return
-    launched, replayed = rungs(Inputs.of(config, job.device, 2).to(torch.bfloat16))
-    for name in wrong:
-        launched.pop(name, None)
-        replayed.pop(name, None)
-    found["timing"] = in_turn(launched, job.rounds, graphs=False, seconds=14)
-    say_timings(say, "step", found["timing"])
-    found["timing"] |= in_turn(replayed, job.rounds, seconds=8)
-    before = None
-    for entry in found["timing"].values():
-        if "p50_ms" in entry:
-            entry["gain"] = 1.0 if before is None else before / entry["p50_ms"]
-            before = entry["p50_ms"]
-    say_timings(say, "step", found["timing"])
 
 
 def say_timings(say: Say, what: str, timing: dict[str, dict[str, Any]]) -> None:

@@ -5,39 +5,22 @@ A call that fails fails alone, as long as the GPU still answers: see `failed`.
 
 from __future__ import annotations
 
-import contextlib
 import math
-import subprocess
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from conceptmaster.runtime.backends.pytorch.stepper import cuda_graphs
 
-from ..reports import machine, percentiles
+from ..reports import percentiles
 
 Call = Callable[[], Any]
 Say = Callable[[str], object]
 
 MIN_ROUNDS = 3
 """So many even where the seconds are used up."""
-PACKAGES = ("numpy", "onnxruntime", "torch", "triton", "transformers", "diffusers")
-
-
-@dataclass
-class Job:
-    """What every measurement is given. device: "cuda" or "cpu"; rounds: of what is timed; say: takes a line
-    for people; found: is filled as it goes, so that what comes before a failure is kept; left: how many
-    seconds there are still."""
-
-    device: str
-    rounds: int
-    say: Say = print
-    found: dict[str, Any] = field(default_factory=dict)
-    left: Callable[[], float] = lambda: math.inf
 
 
 class DeviceLost(RuntimeError):
@@ -129,28 +112,3 @@ def _replayable(call: Call) -> tuple[Call, dict[str, Any]]:
 def why(error: Exception) -> str:
     """An error as one short line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-
-
-def roofline(new: Callable[..., torch.Tensor], small: bool, rounds: int) -> dict[str, Any]:
-    """The card's own rates: a bfloat16 product of 8192 cubed in TFLOP/s, a copy of 1 GiB in GB/s."""
-    side = 64 if small else 8192
-    a, b = new(side, side), new(side, side)
-    source = torch.empty(2**12 if small else 2**30, dtype=torch.uint8, device=a.device)
-    target = torch.empty_like(source)
-    product = percentiles([once(lambda: a @ b) for _ in range(rounds)])["p50_ms"]
-    copy = percentiles([once(lambda: target.copy_(source)) for _ in range(rounds)])["p50_ms"]
-    return {"matrix_tflops": 2 * side**3 / product / 1e9, "copy_gb_per_s": 2 * source.numel() / copy / 1e6}
-
-
-def hardware() -> dict[str, Any]:
-    """The card and its clocks, beside what `alternating.machine` tells."""
-    found: dict[str, Any] = {"cuda": torch.version.cuda, **machine(PACKAGES)}
-    if torch.cuda.is_available():
-        properties = torch.cuda.get_device_properties(0)
-        found |= {"gpu": properties.name, "memory_gib": round(properties.total_memory / 2**30, 1)}
-        query = "clocks.sm,clocks.max.sm,clocks.mem,power.limit,driver_version"
-        with contextlib.suppress(OSError, subprocess.SubprocessError):
-            command = ["nvidia-smi", "-i", "0", f"--query-gpu={query}", "--format=csv,noheader"]
-            done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
-            found |= dict(zip(query.split(","), done.stdout.strip().split(", "), strict=False))
-    return found

@@ -19,8 +19,9 @@ import torch
 from conceptmaster.engine.config import ModelConfig
 
 from ..reports import ROOT, percentiles
+from .job import Job
 from .model import Size
-from .timing import Call, Job, failed, guarded, in_turn, why
+from .timing import Call, failed, guarded, in_turn, why
 
 REQUEST = ROOT / "examples" / "sprites" / "requests" / "first" / "request.json"
 

@@ -13,19 +13,31 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from conceptmaster.benchmarks.gpu import cases, check, plot, suite, timing, video  # noqa: E402
+from conceptmaster.benchmarks.gpu import (  # noqa: E402
+    case,
+    check,
+    forward,
+    job,
+    kernel_times,
+    plot,
+    setting,
+    suite,
+    timing,
+    video,
+)
 from conceptmaster.benchmarks.gpu import model as gpu_model  # noqa: E402
+from conceptmaster.benchmarks.reports import write  # noqa: E402
 from conceptmaster.kernels import modulate  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
 def few_rounds(monkeypatch):
-    monkeypatch.setattr(suite, "ROUNDS", 2)
+    monkeypatch.setattr(setting, "ROUNDS", 2)
 
 
 def test_every_case_is_right_and_timed():
     lines: list[str] = []
-    report = suite.run(cases.Shapes("cpu", small=True), 1e9, lines.append, ("kernels",))
+    report = suite.run(case.Shapes("cpu", small=True), 1e9, lines.append, ("kernels",))
     assert report["ok"] and report["left_out"] == [] and len(report["cases"]) == 6
     for row in report["cases"].values():
         assert (
@@ -47,7 +59,7 @@ def test_what_is_wrong_is_not_timed_and_the_rest_is(monkeypatch):
     )
     lines: list[str] = []
     parts = ("kernels", "forward", "ladder")
-    report = suite.run(cases.Shapes("cpu", small=True), 1e9, lines.append, parts)
+    report = suite.run(case.Shapes("cpu", small=True), 1e9, lines.append, parts)
     rows = report["cases"]
     assert not report["ok"] and [name for name, row in rows.items() if not row["ok"]] == [
         "residual and modulation, small"
@@ -61,9 +73,9 @@ def test_a_case_that_raises_stops_neither_the_others_nor_the_report(monkeypatch)
     def fail(*arguments, **options):
         raise RuntimeError("out of\nluck")
 
-    monkeypatch.setattr(cases.modulating, "residual_modulate", fail)
+    monkeypatch.setattr(modulate, "residual_modulate", fail)
     lines: list[str] = []
-    report = suite.run(cases.Shapes("cpu", small=True), 1e9, lines.append, ("kernels",))
+    report = suite.run(case.Shapes("cpu", small=True), 1e9, lines.append, ("kernels",))
     rows = report["cases"]
     assert len(rows) == 6 and not report["ok"]
     assert rows["residual and modulation, small"]["failed"] == "RuntimeError: out of luck"
@@ -76,15 +88,15 @@ def test_a_part_that_raises_stops_no_other_and_all_is_in_the_file(monkeypatch, t
         job.found["before"] = 1
         raise RuntimeError("out of\nluck")
 
-    monkeypatch.setattr(gpu_model, "forward", fail)
+    monkeypatch.setattr(forward, "forward", fail)
     report: dict = {}
     path, written = tmp_path / "new" / "suite.json", []
 
     def say(line):
-        suite.write(report, path)
+        write(report, path)
         written.append(json.loads(path.read_text("utf-8")))
 
-    suite.run(cases.Shapes("cpu", small=True), 1e9, say, ("forward", "profile"), report)
+    suite.run(case.Shapes("cpu", small=True), 1e9, say, ("forward", "profile"), report)
     assert report["forward"] == {"before": 1, "failed": "RuntimeError: out of luck"} and not report["ok"]
     assert report["profile"]["step"] and report["done"] == ["forward", "profile"]
     assert written[-1]["forward"] == report["forward"]
@@ -98,12 +110,12 @@ def test_a_lost_gpu_ends_the_run_and_another_goes_on_with_the_rest(monkeypatch):
     lines: list[str] = []
     parts = ("kernels", "forward", "profile")
     with monkeypatch.context() as patch:
-        patch.setattr(gpu_model, "forward", lose)
-        report = suite.run(cases.Shapes("cpu", small=True), 1e9, lines.append, parts)
+        patch.setattr(forward, "forward", lose)
+        report = suite.run(case.Shapes("cpu", small=True), 1e9, lines.append, parts)
     assert report["stopped"] == "illegal memory access" and report["at"] == "forward"
     assert "profile" not in report and not report["ok"]
     kept = json.loads(json.dumps(report))
-    again = suite.run(cases.Shapes("cpu", small=True), 1e9, lines.append, parts, kept)
+    again = suite.run(case.Shapes("cpu", small=True), 1e9, lines.append, parts, kept)
     assert "stopped" not in again and again["profile"]["step"] and "lost" in again["forward"]["failed"]
     assert again["cases"] == report["cases"] and not again["ok"]
 
@@ -112,7 +124,7 @@ def test_a_lost_gpu_ends_the_run_and_another_goes_on_with_the_rest(monkeypatch):
 def test_several_processes_check_as_one_does(monkeypatch):
     rows: dict = {"concept injection, small": {"ok": True, "relative_l2": 0.0}}
     lines: list[str] = []
-    check.at_once("cpu", True, rows, lines.append, processes=2)
+    check.at_once(case.Shapes("cpu", small=True), rows, lines.append, processes=2)
     assert len(rows) == 6 and all(row["ok"] for row in rows.values()) and len(lines) == 5
 
 
@@ -141,8 +153,8 @@ def test_a_process_that_dies_names_its_case_and_another_does_the_rest():
 
 
 def test_a_case_without_time_is_named():
-    report = suite.run(cases.Shapes("cpu", small=True), 0.0, lambda line: None)
-    assert report["left_out"] == [*report["cases"], *suite.PARTS[1:]]
+    report = suite.run(case.Shapes("cpu", small=True), 0.0, lambda line: None)
+    assert report["left_out"] == list(suite.PARTS) and not report["cases"]
 
 
 # The whole model: the tiny preset takes the place of Wan2.1's.
@@ -154,10 +166,10 @@ def model():
     pytest.importorskip("diffusers")
     lines: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(suite, "ROUNDS", 2)
+        patch.setattr(setting, "ROUNDS", 2)
         patch.setattr(gpu_model, "MARGIN", 1.5)  # of a model so small rounding is a matter of luck
         parts = ("forward", "ladder", "concepts", "compiled", "full", "stages", "scaling", "profile")
-        report = suite.run(cases.Shapes("cpu", small=True), 1e9, lines.append, parts)
+        report = suite.run(case.Shapes("cpu", small=True), 1e9, lines.append, parts)
     return report, lines
 
 
@@ -236,7 +248,7 @@ def test_a_forward_that_is_wrong_is_not_timed(monkeypatch):
     monkeypatch.setattr(gpu_model, "MARGIN", 0.0)
     monkeypatch.setattr(gpu_model, "RIGHT", 0.0)
     lines: list[str] = []
-    report = suite.run(cases.Shapes("cpu", small=True), 1e9, lines.append, ("forward",))
+    report = suite.run(case.Shapes("cpu", small=True), 1e9, lines.append, ("forward",))
     assert not report["ok"] and "timing" not in report["forward"] and "step" not in report["forward"]
     assert "NOT lossless" in lines[-1]
 
@@ -245,21 +257,21 @@ def test_a_rival_that_fails_is_named_and_the_others_are_timed():
     def fail():
         raise RuntimeError("out of\nluck")
 
-    found = suite.in_turn({"good": lambda: None, "bad": fail}, 2)
+    found = timing.in_turn({"good": lambda: None, "bad": fail}, 2)
     assert found["bad"] == {"failed": "RuntimeError: out of luck"} and "p50_ms" in found["good"]
 
 
 def test_rounds_end_with_their_time():
-    found = suite.in_turn({"slow": lambda: time.sleep(0.02)}, 1000, seconds=0.1)
+    found = timing.in_turn({"slow": lambda: time.sleep(0.02)}, 1000, seconds=0.1)
     assert timing.MIN_ROUNDS <= found["slow"]["rounds"] < 20
-    assert suite.in_turn({"slow": lambda: None}, 1000, seconds=0.0)["slow"]["rounds"] == 3
+    assert timing.in_turn({"slow": lambda: None}, 1000, seconds=0.0)["slow"]["rounds"] == 3
 
 
 @pytest.mark.slow
 def test_the_shipped_model_end_to_end():
-    job = timing.Job("cpu", 2)
-    video.shipped(job, steps=2)
-    found = job.found
+    given = job.Job("cpu", 2)
+    video.shipped(given, steps=2)
+    found = given.found
     for entry in found.values():
         assert {"load", "encode", "condition", "denoise", "decode", "total"} <= entry["warm"].keys()
         assert isinstance(entry["cold_s"]["encode_mp4"], float)
@@ -277,11 +289,11 @@ def test_a_report_is_drawn(model, tmp_path):
 
 
 def test_an_unwritten_element_is_wrong():
-    case = next(suite._each(cases.Shapes("cpu", small=True)))
-    out = case.ours()
-    out[0, -1, 0, 0] = float("nan")
-    broken = cases.Case(**{**vars(case), "ours": lambda: out})
-    assert suite.check(case)["ok"] and not suite.check(broken)["ok"]
+    first = next(kernel_times.each(case.Shapes("cpu", small=True)))
+    out = first.ours()
+    out.view(out.shape[0], out.shape[1], -1)[0, -1, 0] = float("nan")
+    broken = case.Case(**{**vars(first), "ours": lambda: out})
+    assert check.check(first)["ok"] and not check.check(broken)["ok"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -1,0 +1,87 @@
+"""Self-attention: by whom, in which layout, at which length.
+
+Letters: S video tokens, A heads, E head width.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from conceptmaster.kernels import self_attention as attending
+from conceptmaster.kernels.cross_attention import attention
+
+from ..job import Job
+from ..model import relative_l2
+from ..timing import Call
+from .question import Missing, Question
+
+ALLOWED = 1e-2
+"""What bfloat16 may be off; it is some 2e-3."""
+ROWS = 64
+
+
+def questions(job: Job) -> Iterator[Question]:
+    """Of 1.3B at 480p: 32,760 tokens, and 32,768, which tiles of 128 divide."""
+    for tokens in (24, 32) if job.small else (32760, 32768):
+        yield _question(job, tokens, *((2, 16) if job.small else (12, 128)))
+
+
+def _question(job: Job, tokens: int, heads: int, width: int) -> Question:
+    g = torch.Generator(device=job.device).manual_seed(3)
+    new = functools.partial(torch.randn, generator=g, device=job.device, dtype=torch.bfloat16)
+    q, k, v = (new(1, tokens, heads, width) for _ in range(3))  # [1,S,A,E]
+    rows = torch.arange(0, tokens, max(1, tokens // ROWS), device=job.device)
+
+    def error(out: Tensor) -> float:
+        return relative_l2(out[:, rows], attention(q[:, rows].double(), k.double(), v.double()))
+
+    def pytorch(backend: SDPBackend, heads_first: bool) -> Callable[[], Call]:
+        def build() -> Call:
+            turned = [x.transpose(1, 2) for x in (q, k, v)]  # [1,A,S,E]
+            a, b, c = [x.contiguous() for x in turned] if heads_first else turned
+            return lambda: F.scaled_dot_product_attention(a, b, c).transpose(1, 2)
+
+        return lambda: _by(backend, job.device, build())
+
+    def flash_attention_3() -> Call:
+        function = attending.flash_attention_3()
+        if function is None:
+            raise Missing("flash_attn_interface is not installed")
+
+        def call() -> Tensor:
+            out = function(q, k, v)
+            return out[0] if isinstance(out, tuple) else out  # type: ignore[return-value]
+
+        return call
+
+    return Question(
+        f"self-attention, {tokens} tokens",
+        {"B": 1, "S": tokens, "A": heads, "E": width},
+        {
+            "cuDNN, tokens before heads": pytorch(SDPBackend.CUDNN_ATTENTION, False),
+            "cuDNN, heads before tokens": pytorch(SDPBackend.CUDNN_ATTENTION, True),
+            "PyTorch's flash attention": pytorch(SDPBackend.FLASH_ATTENTION, False),
+            "FlashAttention-3": flash_attention_3,
+            "as the engine takes it": lambda: lambda: attending.self_attention(q, k, v),
+        },
+        error,
+        ALLOWED,
+        flops=4.0 * tokens * tokens * heads * width,
+    )
+
+
+def _by(backend: SDPBackend, device: str, call: Call) -> Call:
+    """The call with this backend alone; on a CPU, which lacks most, with PyTorch's choice."""
+
+    def run() -> Tensor:
+        with sdpa_kernel(backend) if device == "cuda" else contextlib.nullcontext():
+            return call()
+
+    return run
