@@ -21,8 +21,11 @@ from conceptmaster.examples.sprites.arguments import (
     set_threads,
 )
 from conceptmaster.runtime.commands import Command, run_program
+from conceptmaster.runtime.cpus import usable
 
 ATLAS = Path("stickers-atlas.npz")
+OPEN = ("batch_size", "lr", "captions", "log_every", "workers", "seeing", "reading")
+"""Options whose defaults depend on others."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -59,7 +62,7 @@ def _fetch(args: argparse.Namespace) -> int:
 
 
 def _add_train(parser: argparse.ArgumentParser) -> None:
-    from .training.train import Options
+    from .training.options import Options
 
     parser.description = "Trains the model; goes on exactly where the same command was interrupted."
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="the training's folder")
@@ -70,22 +73,29 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="a checkpoint of this world to begin from, with a fresh optimizer (the sprites' weights)",
     )
-    add_options(parser, Options)
+    add_options(parser, Options, **dict.fromkeys(OPEN))
     add_device(parser)
 
 
 def _train(args: argparse.Namespace) -> int:
-    from .training.train import Options, train
+    from .training.options import ON_GPU, Options
+    from .training.train import train
     from .world import atlas
 
-    options = options_from(Options, args)
+    usual = ON_GPU | {"workers": usable()} if args.device.startswith("cuda") else {}
+    if args.start is not None:
+        usual |= {"seeing": 0, "reading": 0}
+    for name in OPEN:
+        if getattr(args, name) is None:
+            delattr(args, name)
+    options = options_from(Options, argparse.Namespace(**(usual | vars(args))))
     set_threads(args)
     train(atlas.load(args.atlas), args.output, options, args.start)
     return 0
 
 
 def _add_decoder(parser: argparse.ArgumentParser) -> None:
-    from .training.decoder import DecoderOptions
+    from .training.options import DecoderOptions
 
     parser.description = "Trains the network of the VAE's decoder in the folder of a training; resumes."
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="the training's folder")
@@ -95,7 +105,8 @@ def _add_decoder(parser: argparse.ArgumentParser) -> None:
 
 
 def _decoder(args: argparse.Namespace) -> int:
-    from .training.decoder import DecoderOptions, train_decoder
+    from .training.decoder import train_decoder
+    from .training.options import DecoderOptions
     from .world import atlas
 
     options = options_from(DecoderOptions, args)
@@ -119,7 +130,7 @@ def _pack(args: argparse.Namespace) -> int:
 
 
 def _add_score(parser: argparse.ArgumentParser) -> None:
-    from .scoring.score import Options
+    from .scoring.options import Options
 
     parser.description = "Generates a video for every seed, with pictures that were never trained on."
     add_options(parser, Options)
@@ -139,7 +150,8 @@ def _add_score(parser: argparse.ArgumentParser) -> None:
 
 
 def _score(args: argparse.Namespace) -> int:
-    from .scoring.score import Options, asked, score
+    from .scoring.options import Options
+    from .scoring.score import asked, score
 
     if args.shuffled and not args.truth:
         raise InputError("--shuffled needs --truth")

@@ -16,18 +16,7 @@ from ..world.paint_many import draw_references
 from ..world.scenes import MAX_CONCEPTS, NOUNS, Actor, random_identity
 from ..world.vocabulary import build_tokenizer, tokenise
 from .clip_arrays import cast_of, in_parts, targets_of
-
-
-@dataclass(frozen=True)
-class Dropped:
-    """How often training leaves out the concepts (pictures with their labels), the caption, and both; and how
-    often a picture is ``foreign`` (see ``decoys.py``), so that only its label says what it shows."""
-
-    concepts: float = 0.10
-    caption: float = 0.06
-    both: float = 0.06
-    foreign: float = 0.0
-
+from .options import Dropped
 
 KEEP_ALL = Dropped(0, 0, 0)
 

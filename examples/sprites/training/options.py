@@ -17,6 +17,17 @@ FROZEN = ("text_encoder", "image_encoder", "qformer")
 
 
 @dataclass(frozen=True)
+class Dropped:
+    """How often training leaves out the concepts (pictures with their labels), the caption, and both; and how
+    often a picture is ``foreign`` (see ``decoys.py``), so that only its label says what it shows."""
+
+    concepts: float = 0.10
+    caption: float = 0.06
+    both: float = 0.06
+    foreign: float = 0.0
+
+
+@dataclass(frozen=True)
 class TrainOptions:
     """How the model is trained. start: a ``model.safetensors`` to go on from, with fresh heads and optimizer;
     lr: Muon's, for matrices; freeze: of ``FROZEN``, as the paper freezes T5 and CLIP. Raises InputError."""

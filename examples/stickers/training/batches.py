@@ -14,7 +14,7 @@ from torch import Tensor
 from conceptmaster.engine.config import ModelConfig
 from conceptmaster.engine.encoders import CLIP_MEAN, CLIP_STD
 from conceptmaster.engine.vae.block_vae import BlockVAE
-from conceptmaster.examples.sprites.training.batches import Dropped, Tensors
+from conceptmaster.examples.sprites.training.batches import Tensors
 
 from ..world import drawing, grounds
 from ..world.atlas import Atlas
@@ -22,6 +22,7 @@ from ..world.captions import tell
 from ..world.looks import Look, random_look
 from ..world.scenes import MAX_CONCEPTS, Actor, Scene, Wish, generator, random_scene
 from ..world.tokens import fits, tokenise
+from .options import Dropped, Supply
 
 CHUNK = 16
 """Clips that are drawn together."""
@@ -221,16 +222,6 @@ def _by_latent_frame(visible: Tensor) -> Tensor:
     """[B,N,F,8,8] of every video frame in 0..1 -> uint8 [B,N,1+(F-1)/4,8,8]."""
     rest = visible[:, :, 1:].unflatten(2, (-1, 4)).mean(3)
     return (torch.cat([visible[:, :, :1], rest], 2) * 255).round().to(torch.uint8)
-
-
-@dataclass(frozen=True)
-class Supply:
-    """How much is drawn: ``blocks`` of ``size`` clips are there at a time, and the oldest is drawn anew every
-    ``every`` steps."""
-
-    blocks: int = 8
-    size: int = 192
-    every: int = 15
 
 
 class Pool:

@@ -7,7 +7,6 @@ it. Its clips are drawn as it goes.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +15,6 @@ from torch import Tensor
 
 from conceptmaster.engine.vae.block_vae import BlockVAE
 from conceptmaster.errors import InputError
-from conceptmaster.examples.sprites.arguments import check_counts, option
 from conceptmaster.examples.sprites.training.learning import Average, MuonAdamW
 from conceptmaster.examples.sprites.training.loop import LoopOptions, log_to, random_of
 from conceptmaster.examples.sprites.training.loop import train as run_loop
@@ -34,37 +32,10 @@ from conceptmaster.examples.sprites.training.train_vae import (
 from ..world import drawing, grounds
 from ..world.atlas import Atlas
 from ..world.scenes import Scene, Wish, random_scene
+from .options import DecoderOptions, Shown
 
 SHOWN_FIRST, JUDGED_FIRST = 1 << 46, 1 << 47
 """First seeds of the clips that are learned from, and of those that are judged."""
-
-
-@dataclass(frozen=True)
-class Shown:
-    """Clips that there are at a time; of which so many are drawn anew after so many steps; and clips of
-    held-out nouns that PSNR is told of."""
-
-    clips: int = 160
-    fresh: int = 16
-    every: int = 20
-    judged: int = 24
-
-
-@dataclass(frozen=True)
-class DecoderOptions:
-    """How the decoder's network is trained. decay: of the averaged weights. Raises InputError."""
-
-    steps: int = option(2000, "train to this step", metavar="N")
-    batch_size: int = option(8, "latent frames in a step", metavar="B")
-    seed: int = option(0, "of batches")
-    device: str = "cpu"
-    lr: float = option(0.006, "Muon's learning rate, AdamW takes a tenth of it")
-    decay: float = 0.995
-    log_every: int = option(50, "steps between lines of the log, each with a checkpoint")
-    shown: Shown = field(default_factory=Shown)
-
-    def __post_init__(self) -> None:
-        check_counts(self, "steps", "batch_size", "log_every")
 
 
 def train_decoder(atlas: Atlas, output: Path, options: DecoderOptions) -> None:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from conceptmaster.examples.sprites.training.batches import Dropped
 from conceptmaster.examples.sprites.training.probing import errors
 
 from .batches import Pool
+from .options import Dropped
 from .trainee import Trainee
 
 

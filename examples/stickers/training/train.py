@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -20,10 +19,7 @@ from conceptmaster.engine.checkpoints.safetensors_io import save, save_model
 from conceptmaster.engine.config import ModelConfig
 from conceptmaster.engine.presets import preset
 from conceptmaster.engine.vae.block_vae import BlockVAE
-from conceptmaster.errors import InputError
-from conceptmaster.examples.sprites.arguments import check_counts, check_shares, option
 from conceptmaster.examples.sprites.training.attention import cheapest_attention
-from conceptmaster.examples.sprites.training.batches import Dropped
 from conceptmaster.examples.sprites.training.learning import Average, MuonAdamW, autocast, save_checkpoint
 from conceptmaster.examples.sprites.training.loop import LoopOptions, log_to, random_of
 from conceptmaster.examples.sprites.training.loop import train as run_loop
@@ -40,8 +36,9 @@ from conceptmaster.examples.sprites.training.train_vae import load_vae, write_va
 from ..world.atlas import Atlas
 from ..world.scenes import Wish
 from ..world.tokens import build_tokenizer
-from .batches import Artist, Pool, Supply
+from .batches import Artist, Pool
 from .components import add_components, doubled, halved
+from .options import Options, Supply
 from .packing import HEADS, state_of
 from .probing import probe
 from .reading import learn_to_read
@@ -60,37 +57,6 @@ WINDOW, MORE = 2, 2
 WARM, FLAT, FINAL = 0.02, 0.6, 0.04
 """Shares of a training up to which its learning rates rise, and stay; what they have come down to in the
 end."""
-
-
-@dataclass(frozen=True)
-class Options:
-    """How to train. minutes or steps: of this and former runs of the folder together, the learning rate
-    following them; lr: Muon's, for matrices; captions: sentences read beside every batch, and in each of the
-    ``reading`` steps before the first, and those of ``seeing`` before them. Raises InputError."""
-
-    minutes: float | None = option(None, "train for so long, all runs of the folder together", metavar="M")
-    steps: int = option(2000, "train to this step, where no minutes are given", metavar="N")
-    batch_size: int = option(32, "whole clips in a step", metavar="B")
-    lr: float = option(0.008, "Muon's learning rate, AdamW takes an eighth of it")
-    windows: float = option(0.7, "share of the steps of more clips, but only two latent frames of each")
-    decoys: float = option(0.5, "share of the noisy clips that go on from one with other pictures")
-    captions: int = option(48, "captions read beside every batch")
-    seeing: int = option(300, "steps on pictures alone, first")
-    reading: int = option(300, "steps on captions alone, second")
-    seed: int = option(0, "of weights and batches")
-    device: str = "cpu"
-    log_every: int = option(10, "steps between lines of the log, of which every fifth brings a checkpoint")
-    dropped: Dropped = field(default_factory=Dropped)
-    supply: Supply = field(default_factory=Supply)
-
-    def __post_init__(self) -> None:
-        check_counts(self, "steps", "batch_size", "captions", "log_every")
-        check_counts(self, "seeing", "reading", least=0)
-        check_shares(self, "decoys", "windows")
-        if not 0 < self.lr < 1:
-            raise InputError(f"--lr must lie between 0 and 1, got {self.lr}")
-        if self.minutes is not None and not self.minutes > 0:
-            raise InputError(f"--minutes must be above 0, got {self.minutes}")
 
 
 def rate(done: float) -> float:

@@ -1,3 +1,6 @@
+import subprocess
+import sys
+
 import pytest
 
 from conceptmaster.errors import InputError
@@ -12,6 +15,22 @@ def test_every_command_explains_itself(command, capsys):
     with pytest.raises(SystemExit) as caught:
         cli.main([command, "--help"])
     assert caught.value.code == 0 and "--atlas FILE" in capsys.readouterr().out
+
+
+def test_no_help_needs_pytorch():
+    code = """
+import sys
+sys.modules["torch"] = None
+from conceptmaster.examples.stickers import cli
+for command in sys.argv[1:]:
+    try:
+        cli.main([command, "--help"])
+    except SystemExit as ended:
+        assert ended.code == 0, command
+"""
+    commands = [command.name for command in cli.COMMANDS]
+    done = subprocess.run([sys.executable, "-c", code, *commands], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.count("usage:") == len(commands), done.stderr
 
 
 def test_fetched_pictures_are_counted(tmp_path, monkeypatch, capsys):

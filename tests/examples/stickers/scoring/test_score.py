@@ -7,7 +7,8 @@ from conceptmaster.errors import InputError
 from conceptmaster.examples.stickers.cli import main
 from conceptmaster.examples.stickers.scoring import score as scoring
 from conceptmaster.examples.stickers.scoring.measures import Judge
-from conceptmaster.examples.stickers.scoring.score import Options, check_bundle, score
+from conceptmaster.examples.stickers.scoring.options import Options
+from conceptmaster.examples.stickers.scoring.score import check_bundle, score
 from conceptmaster.examples.stickers.world.captions import tell
 from conceptmaster.examples.stickers.world.requesting import references, true_video
 from conceptmaster.examples.stickers.world.scenes import FPS

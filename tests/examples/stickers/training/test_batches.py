@@ -2,10 +2,10 @@ import numpy as np
 import pytest
 import torch
 
-from conceptmaster.examples.sprites.training.batches import Dropped
 from conceptmaster.examples.stickers.training import train
-from conceptmaster.examples.stickers.training.batches import Artist, Pool, Supply, disc
+from conceptmaster.examples.stickers.training.batches import Artist, Pool, disc
 from conceptmaster.examples.stickers.training.components import doubled, halved
+from conceptmaster.examples.stickers.training.options import Dropped, Supply
 from conceptmaster.examples.stickers.world.captions import tell
 from conceptmaster.examples.stickers.world.scenes import Wish
 from conceptmaster.examples.stickers.world.tokens import END_ID, build_tokenizer

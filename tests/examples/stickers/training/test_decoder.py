@@ -8,7 +8,8 @@ from conceptmaster.errors import InputError
 from conceptmaster.examples.sprites.training.train_vae import write_vae
 from conceptmaster.examples.stickers.training import train
 from conceptmaster.examples.stickers.training.components import doubled
-from conceptmaster.examples.stickers.training.decoder import DecoderOptions, Shown, train_decoder
+from conceptmaster.examples.stickers.training.decoder import train_decoder
+from conceptmaster.examples.stickers.training.options import DecoderOptions, Shown
 from conceptmaster.examples.stickers.world import grounds
 
 from ..small import atlas, small_config

@@ -8,10 +8,9 @@ from conceptmaster.engine.checkpoints.safetensors_io import load, load_model
 from conceptmaster.errors import InputError
 from conceptmaster.examples.sprites.training.learning import CheckpointError
 from conceptmaster.examples.stickers.training import seeing, train
-from conceptmaster.examples.stickers.training.batches import Supply
 from conceptmaster.examples.stickers.training.components import doubled
+from conceptmaster.examples.stickers.training.options import Options, Supply
 from conceptmaster.examples.stickers.training.packing import pack_folder
-from conceptmaster.examples.stickers.training.train import Options
 from conceptmaster.examples.stickers.world import grounds
 from conceptmaster.examples.stickers.world.tokens import build_tokenizer
 

@@ -1,0 +1,102 @@
+"""How the model and its decoder are trained, as options. Known without PyTorch: the commands' help is made of
+them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from conceptmaster.errors import InputError
+from conceptmaster.examples.sprites.arguments import check_counts, check_shares, option
+from conceptmaster.examples.sprites.training.options import Dropped
+
+
+@dataclass(frozen=True)
+class Supply:
+    """How much is drawn: ``blocks`` of ``size`` are there at a time, and the oldest is drawn anew every
+    ``every`` steps."""
+
+    blocks: int = 8
+    size: int = 192
+    every: int = 15
+
+
+ON_GPU: dict[str, Any] = {
+    "batch_size": 1024,
+    "lr": 0.012,
+    "captions": 512,
+    "log_every": 20,
+    "supply": Supply(blocks=16, size=2048, every=10),
+    "told": Supply(blocks=8, size=2048, every=10),
+}
+"""What a GPU takes where nothing else is asked. Clips are seen about eight times each, 12 GB of them."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to train. minutes or steps: of this and former runs of the folder together, the learning rate
+    following them; lr: Muon's, for matrices; captions: sentences read beside every batch, and in each of the
+    ``reading`` steps before the first, and those of ``seeing`` before them; eager: nothing is compiled, as
+    on a CPU; told: captions that are there to be read, None for others in every step; workers: processes
+    that make scenes ahead of time, 0 for none. Raises InputError."""
+
+    minutes: float | None = option(
+        None, "train for so long, all runs of the folder together, until all is written", metavar="M"
+    )
+    steps: int = option(2000, "train to this step, where no minutes are given", metavar="N")
+    batch_size: int = option(32, f"whole clips in a step (32; {ON_GPU['batch_size']} on a GPU)", metavar="B")
+    lr: float = option(0.008, f"Muon's learning rate, AdamW takes an eighth (0.008; {ON_GPU['lr']} on a GPU)")
+    windows: float = option(0.7, "share of the steps of more clips, but only two latent frames of each")
+    decoys: float = option(0.5, "share of the noisy clips that go on from one with other pictures")
+    captions: int = option(48, f"captions read beside every batch (48; {ON_GPU['captions']} on a GPU)")
+    seeing: int = option(300, "steps on pictures alone, first (300; with --start 0)")
+    reading: int = option(300, "steps on captions alone, second (300; with --start 0)")
+    seed: int = option(0, "of weights and batches")
+    device: str = "cpu"
+    eager: bool = option(False, "do not compile the steps (on a CPU they never are)")
+    log_every: int = option(
+        10,
+        "steps between lines of the log, of which every fifth brings a checkpoint, or one a minute "
+        f"(10; {ON_GPU['log_every']} on a GPU)",
+    )
+    workers: int = option(0, "processes that make scenes (none; on a GPU as many as cores)", metavar="W")
+    dropped: Dropped = field(default_factory=Dropped)
+    supply: Supply = field(default_factory=Supply)
+    told: Supply | None = None
+
+    def __post_init__(self) -> None:
+        check_counts(self, "steps", "batch_size", "captions", "log_every")
+        check_counts(self, "seeing", "reading", "workers", least=0)
+        check_shares(self, "decoys", "windows")
+        if not 0 < self.lr < 1:
+            raise InputError(f"--lr must lie between 0 and 1, got {self.lr}")
+        if self.minutes is not None and not self.minutes > 0:
+            raise InputError(f"--minutes must be above 0, got {self.minutes}")
+
+
+@dataclass(frozen=True)
+class Shown:
+    """Clips that there are at a time; of which so many are drawn anew after so many steps; and clips of
+    held-out nouns that PSNR is told of."""
+
+    clips: int = 160
+    fresh: int = 16
+    every: int = 20
+    judged: int = 24
+
+
+@dataclass(frozen=True)
+class DecoderOptions:
+    """How the decoder's network is trained. decay: of the averaged weights. Raises InputError."""
+
+    steps: int = option(2000, "train to this step", metavar="N")
+    batch_size: int = option(8, "latent frames in a step", metavar="B")
+    seed: int = option(0, "of batches")
+    device: str = "cpu"
+    lr: float = option(0.006, "Muon's learning rate, AdamW takes a tenth of it")
+    decay: float = 0.995
+    log_every: int = option(50, "steps between lines of the log, each with a checkpoint")
+    shown: Shown = field(default_factory=Shown)
+
+    def __post_init__(self) -> None:
+        check_counts(self, "steps", "batch_size", "log_every")
