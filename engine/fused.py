@@ -32,7 +32,7 @@ from ..kernels.cross_attention import (
 from ..kernels.fp8_linear import Fp8Linear
 from ..kernels.modulate import modulate, residual_modulate, residual_reference
 from ..kernels.qk_norm_rope import inverse_rms, qk_norm_rope
-from ..kernels.self_attention import self_attention
+from ..kernels.self_attention import WAYS, self_attention
 from .dit import Attention, Block, BlockConditions, ConceptDiT
 
 TIERS = ("lossless", "high")
@@ -46,15 +46,20 @@ class Fusing:
 
     tier: one of TIERS; "high" is linear layers in fp8 (lossy; their error is RELATIVE_L2 in
     kernels/tolerances.py). absorb: whether an injector's output projection is folded into its values once per
-    request; None where that costs fewer multiplications. Raises ValueError for another tier.
+    request; None where that costs fewer multiplications. attention: how self-attention in 16 bits is computed
+    on CUDA, one of WAYS in kernels/self_attention.py; None takes the fastest. Raises ValueError for another
+    tier or way.
     """
 
     tier: str = "lossless"
     absorb: bool | None = None
+    attention: str | None = None
 
     def __post_init__(self) -> None:
         if self.tier not in TIERS:
             raise ValueError(f"unknown tier {self.tier!r}: choose one of {', '.join(TIERS)}")
+        if self.attention not in (None, *WAYS):
+            raise ValueError(f"unknown attention {self.attention!r}: choose one of {', '.join(WAYS)}")
 
 
 class DeferredResidual(NamedTuple):
@@ -68,12 +73,13 @@ class DeferredResidual(NamedTuple):
 class SelfAttention(nn.Module):
     """Attention among the video's tokens, with one product for queries, keys and values.
 
-    The weights of `attn`'s three become parts of the one that is kept here: none of them is there twice.
+    The weights of `attn`'s three become parts of the one that is kept here: none of them is there twice. way:
+    see `Fusing.attention`.
     """
 
-    def __init__(self, attn: Attention) -> None:
+    def __init__(self, attn: Attention, way: str | None) -> None:
         super().__init__()
-        self.heads = attn.heads
+        self.heads, self.way = attn.heads, way
         self.to_qkv = _joined(attn.to_q, attn.to_k, attn.to_v)
         self.norm_q, self.norm_k, self.to_out = attn.norm_q, attn.norm_k, attn.to_out
 
@@ -81,7 +87,7 @@ class SelfAttention(nn.Module):
         """h [K,S,D], rotary two [S,1,E/2] -> [K,S,D]."""
         q, k, v = self.to_qkv(h).chunk(3, dim=-1)  # [K,S,D] each
         q, k = qk_norm_rope(q, k, self.norm_q.weight, self.norm_k.weight, *rotary, eps=_eps(self.norm_q))
-        out = self_attention(q, k, v.unflatten(-1, (self.heads, -1)))  # [K,S,A,E]
+        out = self_attention(q, k, v.unflatten(-1, (self.heads, -1)), self.way)  # [K,S,A,E]
         return self.to_out[0](out.flatten(-2))
 
 
@@ -92,9 +98,9 @@ class FusedBlock(nn.Module):
     absorbed, its values [K,C,A,E] are [K,A*C,D]; and between blocks x is a `DeferredResidual`.
     """
 
-    def __init__(self, block: Block, last: bool, absorb: bool) -> None:
+    def __init__(self, block: Block, last: bool, absorb: bool, way: str | None = None) -> None:
         super().__init__()
-        self.attn1 = SelfAttention(block.attn1)
+        self.attn1 = SelfAttention(block.attn1, way)
         self.block = copy.copy(block)  # which others may go on using as it is
         self.block.__dict__["_modules"] = {n: part for n, part in block._modules.items() if n != "attn1"}
         self.shares_query = hasattr(block.attn2, "add_k_proj")
@@ -181,7 +187,9 @@ def fuse(transformer: ConceptDiT, fusing: Fusing = Fusing()) -> ConceptDiT:  # n
     else:
         absorb &= fusing.absorb
     blocks = cast("list[Block]", list(transformer.blocks))
-    transformer.blocks = nn.ModuleList([FusedBlock(block, block is blocks[-1], absorb) for block in blocks])
+    transformer.blocks = nn.ModuleList(
+        [FusedBlock(b, b is blocks[-1], absorb, fusing.attention) for b in blocks]
+    )
     if fusing.tier == "high":
         for fused in transformer.blocks:
             _quantise(fused, absorb)

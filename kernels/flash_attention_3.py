@@ -1,9 +1,10 @@
-"""FlashAttention-3 (Shah et al., arXiv 2407.08608) for Hopper: its own package, or what flash3/build.sh built.
+"""FlashAttention-3 (Shah et al., arXiv 2407.08608) for Hopper: its own package, or what flash3/build.sh
+built.
 
 Letters: B batch, S video tokens, A heads, E head width.
 
-No binary of it is part of this project. Its package is `flash_attn_interface`; where that is not installed, the
-forward pass alone may lie as a library beside the script that compiles it: bfloat16, heads of 128.
+No binary of it is part of this project. Its package is `flash_attn_interface`; where that is not installed,
+the forward pass alone may lie as a library beside the script that compiles it: bfloat16, heads of 128.
 """
 
 from __future__ import annotations

@@ -2,10 +2,10 @@
 
 Letters: B batch, S video tokens, A heads, E head width.
 
-On CUDA there are several ways: PyTorch's own in the order cuDNN, flash, memory-efficient, plain, on tensors as
-they are or with the heads first; and FlashAttention-3 where there is one. The first call of a shape on a device
-times those that agree with the first, says in one line of the log which it takes, and keeps to that. Elsewhere,
-and where a gradient is wanted, it is plain PyTorch.
+On CUDA there are several ways: PyTorch's own in the order cuDNN, flash, memory-efficient, plain, on tensors
+as they are or with the heads first; and FlashAttention-3 where there is one. The first call of a shape on a
+device times those that agree with the first, says in one line of the log which it takes, and keeps to that.
+Elsewhere, and where a gradient is wanted, it is plain PyTorch.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ PYTORCH, HEADS_FIRST, FLASH_3 = WAYS = ("pytorch", "pytorch-heads-first", "flash
 FEW_TOKENS = 2048
 """With fewer there is nothing to be gained by measuring."""
 GAIN = 0.98
-"""Another way than the default takes at most so much of its time: what is no faster must not be a coin's toss."""
+"""Another way than the default must take at most so much of its time: a near tie would be tossed anew by
+every process."""
 ROUNDS = 5
 
 OPERANDS = operands("q BSAE, k BSAE, v BSAE")
@@ -70,7 +71,11 @@ def ways(q: Tensor) -> dict[str, Attend]:
 
 
 def choose(
-    rivals: Mapping[str, Attend], q: Tensor, k: Tensor, v: Tensor, time: Callable[[Callable[[], object]], float]
+    rivals: Mapping[str, Attend],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    time: Callable[[Callable[[], object]], float],
 ) -> tuple[str, dict[str, float | str]]:
     """The fastest of `rivals` for these tensors, the first where none gains; and what was found of each:
     milliseconds, the median of rounds in which they took turns, or why it is out.

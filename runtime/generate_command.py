@@ -149,6 +149,8 @@ def _add_torch_options(group: argparse._ArgumentGroup) -> None:
     scale = group.add_argument("--lora-scale", metavar="S", action="append", type=float)
     scale.help = "what each LoRA is multiplied with (as recorded, or 1)"
     group.add_argument("--dtype", metavar="D", help="float32 or bfloat16 (cpu: float32, cuda: bfloat16)")
+    way = group.add_argument("--attention", metavar="WAY")
+    way.help = "on cuda: pytorch, pytorch-heads-first or flash-attention-3 (the fastest, by measuring)"
     group.add_argument("--tier", metavar="T", help="lossless, or high: 8 bits, lossy (lossless)")
     group.add_argument(
         "--skip-guidance",

@@ -169,7 +169,7 @@ def attention_that_is_right(say: Say, tokens: int = 32760) -> dict[str, Any]:
     while True:
         first = attending.FASTEST[0].name
         try:
-            error = relative_l2(attending.self_attention(q, k, v)[:, rows], exact)
+            error = relative_l2(attending.self_attention(q, k, v, attending.PYTORCH)[:, rows], exact)
         except Exception as raised:  # of cuDNN, which says so when it is too late to take another
             error = failed(raised)["failed"]
         found["relative_l2"][first] = error

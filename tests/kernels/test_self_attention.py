@@ -132,7 +132,9 @@ def test_nothing_is_measured_in_a_capture_nor_where_it_is_said(on_cuda, monkeypa
     self_attention(*tensors())
     self_attention(*tensors(), way="pytorch-heads-first")
     assert on_cuda == ["pytorch", "pytorch-heads-first"] and not attending._chosen
-    with pytest.raises(ValueError, match=r"self_attention: there is no 'fast' here: choose one of pytorch, p"):
+    with pytest.raises(
+        ValueError, match=r"self_attention: there is no 'fast' here: choose one of pytorch, p"
+    ):
         self_attention(*tensors(), way="fast")
 
 

@@ -51,15 +51,10 @@ def _question(job: Job, tokens: int, heads: int, width: int) -> Question:
         return lambda: _by(backend, job.device, build())
 
     def flash_attention_3() -> Call:
-        function = attending.flash_attention_3()
+        function = attending.flash_attention_3(q)
         if function is None:
-            raise Missing("flash_attn_interface is not installed")
-
-        def call() -> Tensor:
-            out = function(q, k, v)
-            return out[0] if isinstance(out, tuple) else out  # type: ignore[return-value]
-
-        return call
+            raise Missing("it is for Hopper: install flash_attn_interface, or run kernels/flash3/build.sh")
+        return functools.partial(function, q, k, v)
 
     return Question(
         f"self-attention, {tokens} tokens",
@@ -67,6 +62,7 @@ def _question(job: Job, tokens: int, heads: int, width: int) -> Question:
         {
             "cuDNN, tokens before heads": pytorch(SDPBackend.CUDNN_ATTENTION, False),
             "cuDNN, heads before tokens": pytorch(SDPBackend.CUDNN_ATTENTION, True),
+            "the same, with the copies": lambda: lambda: attending.heads_first_attention(q, k, v),
             "PyTorch's flash attention": pytorch(SDPBackend.FLASH_ATTENTION, False),
             "FlashAttention-3": flash_attention_3,
             "as the engine takes it": lambda: lambda: attending.self_attention(q, k, v),

@@ -155,7 +155,7 @@ class TorchBackend:
                 settle(narrow(source.model.transformer, self._dtype), self._device)
             else:
                 settle(module, self._device, self._dtype)
-        fuse(source.model.transformer, Fusing(tier=options.tier))
+        fuse(source.model.transformer, Fusing(tier=options.tier, attention=options.attention))
         modules, found = graph_modules(source.model, source.vae), dict[str, Module]()
         for name in self._manifest.graphs:
             module = modules[name].to(self._device)

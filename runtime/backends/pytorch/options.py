@@ -10,6 +10,8 @@ from ....errors import InputError
 
 DTYPES = ("float32", "bfloat16")
 TIERS = ("lossless", "high")
+ATTENTIONS = ("pytorch", "pytorch-heads-first", "flash-attention-3")
+"""Ways to compute self-attention on CUDA: WAYS of kernels/self_attention.py."""
 
 
 @dataclass(frozen=True)
@@ -20,6 +22,8 @@ class TorchOptions:
     (see weights.py). adapter, lora: for a base, trained concept modules and the LoRAs that are merged, where
     the bundle does not find what it records; lora_scale: of each LoRA, in their order, () where they are
     recorded or 1. dtype: of transformer and encoders; None is float32 on the CPU, bfloat16 on CUDA.
+    attention: how self-attention is computed on CUDA, one of ATTENTIONS; None measures, and takes the
+    fastest.
 
     Lossy, with measured errors in docs/performance.md: tier "high" (linear layers in 8 bits, on GPUs that
     have fp8), skip_guidance (so large a part of the steps, at the end, is not guided), step_cache (steps
@@ -33,12 +37,14 @@ class TorchOptions:
     lora: tuple[str | os.PathLike[str], ...] = ()
     lora_scale: tuple[float, ...] = ()
     dtype: str | None = None
+    attention: str | None = None
     tier: str = "lossless"
     skip_guidance: float = 0.0
     step_cache: float = 0.0
 
     def __post_init__(self) -> None:
-        for name, known in (("dtype", (*DTYPES, None)), ("tier", TIERS)):
+        choices_of = {"dtype": (*DTYPES, None), "attention": (*ATTENTIONS, None), "tier": TIERS}
+        for name, known in choices_of.items():
             value = getattr(self, name)
             if value not in known:
                 choices = ", ".join(choice for choice in known if choice)

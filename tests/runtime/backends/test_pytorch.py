@@ -420,6 +420,7 @@ def test_a_wrong_shape_is_named(sprites):
     [
         ({"dtype": "float8"}, "unknown dtype 'float8': choose one of float32, bfloat16"),
         ({"tier": "fast"}, "unknown tier 'fast': choose one of lossless, high"),
+        ({"attention": "fast"}, "unknown attention 'fast': choose one of pytorch, "),
         ({"skip_guidance": 1.5}, "skip_guidance must be a number from 0 to 1, not 1.5"),
         ({"step_cache": float("nan")}, "step_cache must be a number from 0 to 1, not nan"),
         ({"lora": "a.safetensors"}, "lora and lora_scale must be tuples"),
@@ -429,6 +430,14 @@ def test_a_wrong_shape_is_named(sprites):
 def test_wrong_options_are_one_clear_error(given, words):
     with pytest.raises(InputError, match=words):
         TorchOptions(**given)
+
+
+def test_options_name_what_the_engine_has():
+    from conceptmaster.engine.fused import TIERS
+    from conceptmaster.kernels.self_attention import WAYS
+    from conceptmaster.runtime.backends.pytorch import options
+
+    assert tuple(TIERS) == options.TIERS and WAYS == options.ATTENTIONS
 
 
 def test_the_plan_and_lossy_options_are_said(sprites, caplog):
