@@ -19,6 +19,8 @@ measure            the concept wins when, in its told place,                    
 
 from __future__ import annotations
 
+from itertools import product
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -42,7 +44,12 @@ REACH = 1.3
 """How far from its middle a picture may reach, in radii, whatever its turn and stretch."""
 SIZES = (7.5, 8.5, 9.5, 10.25, 11.0, 11.75, 12.5, 13.5, 15.0)
 """Radii at which a picture is looked for anywhere."""
-LEAST_CHANGE = 0.03
+COARSE, CLOSER = 2, ((1.0, 0.05), (0.5, 0.03), (0.25, 0.02))
+"""Pixels between the places where it is looked for; how far, and by which share of its size, it is then
+moved about the best of them."""
+LEAST_INSIDE = 0.6
+"""Least share of a picture that lies in the frame where it is looked for."""
+LEAST_CHANGE = 0.015
 """Squared difference to a background below which what a picture changes is little evidence."""
 
 
@@ -121,23 +128,67 @@ class Judge:
 
     def _shown(self, frames: Tensor, picture: int) -> float:
         """How much of what a picture changes about its background (the mean around it) is found in frames
-        [n,3,s,s], where most is: 1 where the picture is there, about 0 where nothing is."""
-        best = -float("inf")
+        [n,3,s,s], where most is: 1 where the picture is there, about 0 where nothing is.
+
+        It is looked for at every second pixel and some sizes, then about the best of these, ever closer.
+        """
+        margin = int(np.ceil(REACH * max(SIZES)))
+        known = F.pad(torch.cat([frames, torch.ones_like(frames[:, :1])], 1), (margin,) * 4)
+        best, frame, where = -float("inf"), 0, [0.0, 0.0, SIZES[0]]  # x, y, radius, in padded pixels
         for radius in SIZES:
             side = 2 * int(np.ceil(REACH * radius)) + 1
-            track = torch.tensor([[SIDE / 2, SIDE / 2, radius * SIDE / side, 0.0]])
-            drawn = place(self.pictures[picture][None], track, self.stretch[picture][None], side)[0]
-            alpha, around = drawn[3], (drawn[3] < 0.02).float()  # [side,side]
-            count = alpha.sum()
-            kernels = torch.stack([alpha, around / around.sum()])[:, None]
-            channels = frames.flatten(0, 1)[:, None]  # [n*3,1,s,s]
-            total, ground = F.conv2d(channels, kernels).unflatten(0, (-1, 3)).unbind(2)  # [n,3,h,w]
-            squares = F.conv2d(frames.square(), alpha.expand(1, 3, -1, -1))[:, 0]  # [n,h,w]
-            match = F.conv2d(frames, drawn[None, :3])[:, 0]
-            own = squares - 2 * match + (drawn[:3].square() / alpha.clamp(min=1e-4)).sum()
-            empty = squares + (count * ground.square() - 2 * ground * total).sum(1)
-            best = max(best, float(((empty - own) / (empty + LEAST_CHANGE * count)).max()))
+            drawn = self._alone(picture, side, [[side / 2, side / 2, radius]])[0]
+            shown = _explained(known, drawn, COARSE)  # [n,h,w]
+            top = np.unravel_index(int(shown.argmax()), shown.shape)
+            if shown[top] > best:
+                best, frame = float(shown[top]), int(top[0])
+                where = [COARSE * int(top[2]) + side / 2, COARSE * int(top[1]) + side / 2, radius]
+        for pixels, scale in CLOSER:
+            near = [
+                [where[0] + dx * pixels, where[1] + dy * pixels, where[2] * (1 + dr * scale)]
+                for dx, dy, dr in product((-1, 0, 1), repeat=3)
+            ]
+            drawn = self._alone(picture, known.shape[-1], near)
+            found = [float(_explained(known[frame : frame + 1], each)) for each in drawn]
+            best = max(best, *found)
+            where = near[int(np.argmax(found))]
         return best
+
+    def _alone(self, picture: int, side: int, tracks: list[list[float]]) -> Tensor:
+        """A picture alone, at tracks (x, y, radius) in pixels of a square of ``side``: [n,4,side,side]."""
+        told = F.pad(torch.tensor(tracks) * (SIDE / side), (0, 1))
+        own = self.pictures[picture].expand(len(told), -1, -1, -1)
+        return place(own, told, self.stretch[picture].expand(len(told)), side)
+
+
+def _explained(known: Tensor, drawn: Tensor, stride: int = 1) -> Tensor:
+    """How much of what a picture changes about the mean around it is in frames, at places ``stride`` apart,
+    [n,h,w].
+
+    known [n,4,S,S]: colours, and 1 where the frame is; drawn [4,T,T]: colour times alpha, alpha. Minus
+    infinity where less than ``LEAST_INSIDE`` of the picture lies in the frame.
+    """
+    x, inside = known[:, :3], known[:, 3:]
+    d, alpha = drawn[:3], drawn[3]  # a frame is d + (1 - alpha) ground where the picture is
+    region = (alpha > 0.02).float()  # [T,T]
+    clear = region * (1 - alpha)
+
+    def sums(of: Tensor, kernels: Tensor) -> Tensor:
+        """Of each channel [n,c,S,S] with each of [k,T,T]: [n,c,k,h,w]."""
+        found = F.conv2d(of.flatten(0, 1)[:, None], kernels[:, None], stride=stride)
+        return found.unflatten(0, (len(of), -1))
+
+    total, seen, outside = sums(x, torch.stack([region, clear, 1 - region])).unbind(2)  # [n,3,h,w] each
+    kernels = torch.stack([region, 1 - region, clear.square(), alpha, d.square().sum(0), *(d * clear)])
+    count, free, clears, shown, squares, *mixed = sums(inside, kernels)[:, 0].unbind(1)  # [n,h,w] each
+    ground = outside / free.clamp(min=1)[:, None]
+    energy = F.conv2d(x.square(), region.expand(1, 3, -1, -1), stride=stride)[:, 0]
+    match = F.conv2d(x, d[None], stride=stride)[:, 0]
+    empty = energy + (count[:, None] * ground.square() - 2 * ground * total).sum(1)
+    behind = (ground.square() * clears[:, None] + 2 * ground * (torch.stack(mixed, 1) - seen)).sum(1)
+    own = energy - 2 * match + squares + behind
+    found = (empty - own) / (empty + LEAST_CHANGE * shown)
+    return found.masked_fill(shown < LEAST_INSIDE * alpha.sum(), -torch.inf)
 
 
 def contest(video: Tensor, painted: Tensor, behind: Tensor, counted: Tensor) -> Tensor:
