@@ -41,9 +41,18 @@ def _add_atlas(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_fetch(parser: argparse.ArgumentParser) -> None:
-    parser.description = "Fetches the picture sets from the npm registry and renders them into one atlas."
+    parser.description = (
+        "Fetches the picture sets from the npm registry and Debian, and renders them into one atlas."
+    )
     parser.add_argument(
         "--cache", type=Path, required=True, metavar="DIR", help="where the archives are kept"
+    )
+    parser.add_argument(
+        "--without",
+        nargs="+",
+        default=[],
+        metavar="SET",
+        help="sets to leave out, where they cannot be fetched or are not wanted",
     )
     _add_atlas(parser)
 
@@ -51,7 +60,7 @@ def _add_fetch(parser: argparse.ArgumentParser) -> None:
 def _fetch(args: argparse.Namespace) -> int:
     from .world import atlas
 
-    built = atlas.build(args.cache)
+    built = atlas.build(args.cache, args.without)
     built.save(args.atlas)
     found = {split: built.of(split) for split in atlas.SPLITS}
     told = (

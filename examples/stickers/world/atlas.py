@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from conceptmaster.errors import InputError, MissingDependency, how_to_install
 
+from . import openclipart, own
 from .nouns import Noun, nouns_of
 from .sets import SETS, fetch, read
 
@@ -27,6 +28,8 @@ RENDERED = 160
 """Side in pixels at which a picture is rendered before it is cut and scaled down."""
 LEAST_SHOWN = 0.04
 """Least share of a tile that a picture covers: of thinner ones nothing is to be recognised."""
+COLOURFUL = 0.08
+"""Least colourfulness of a picture of a set that has drawings in black and white, too."""
 SPLITS = ("train", "nouns", "sets", "all")
 """What may be asked for: what is trained on, nouns that never are, sets that never are, and all there is."""
 
@@ -111,18 +114,39 @@ def splits(atlas: Atlas) -> dict[str, dict[str, list[int]]]:
     return {split: found for split, found in atlas._splits.items() if found}
 
 
-def build(cache: Path) -> Atlas:
-    """Fetch the sets into ``cache`` and render them. Raises InputError where they cannot be fetched."""
-    sources = {each.name: read(path) for each, path in zip(SETS, fetch(cache), strict=True)}
-    found, _ = nouns_of(sources)
+def build(cache: Path, without: Collection[str] = ()) -> Atlas:
+    """Fetch the sets into ``cache``, render them, and draw what this project draws itself.
+
+    ``without``: names of sets that are left out. Raises InputError for a name that no set has, and where a
+    set cannot be fetched.
+    """
+    names = (*(each.name for each in SETS), openclipart.NAME, own.SPRITES, own.CUT_OUTS)
+    if unknown := sorted(set(without) - set(names)):
+        raise InputError(f"there is no picture set {unknown[0]!r}: {', '.join(names)}")
+    wanted = [each for each in SETS if each.name not in without]
+    drawn = None if openclipart.NAME in without else openclipart.fetch(cache)
+    sources = {each.name: read(path) for each, path in zip(wanted, fetch(cache, wanted), strict=True)}
+    found, nouns = nouns_of(sources)
     render = renderer()
     tiles, entries = [], []
-    for (title, name), noun in tqdm(found.items(), desc="render", disable=None):
-        picture = sources[title].pictures[name]
-        tile = cut_out(render(picture) if isinstance(picture, str) else _opened(picture))
-        if tile is not None:
+
+    def add(picture: Image.Image, noun: Noun, title: str, colourful: float = 0.0) -> None:
+        tile = cut_out(picture)
+        if tile is not None and colourfulness(tile) >= colourful:
             tiles.append(tile)
             entries.append(Entry(noun.name, noun.synonyms, title))
+
+    for (title, name), noun in tqdm(found.items(), desc="render", disable=None):
+        packed = sources[title].pictures[name]
+        add(render(packed) if isinstance(packed, str) else _opened(packed), noun, title)
+    by_phrase = {phrase: noun for noun in nouns for phrase in (*noun.synonyms, noun.name)}
+    if drawn is not None:
+        known = {phrase: noun.name for phrase, noun in by_phrase.items()}
+        for name, packed in openclipart.drawings(drawn, known):
+            add(_opened(packed), by_phrase[name], openclipart.NAME, COLOURFUL)
+    for title, pictures in ((own.SPRITES, own.sprites()), (own.CUT_OUTS, own.cut_outs())):
+        for name, picture in () if title in without else pictures:
+            add(picture, by_phrase.get(name, Noun(name, ())), title)
     return Atlas(np.stack(tiles), tuple(entries))
 
 
@@ -167,6 +191,12 @@ def main_colour(tile: np.ndarray) -> np.ndarray:
     return ((rgb * mine[:, None]).sum(0) / max(mine.sum(), 1e-6) / 255).astype(np.float32)
 
 
+def colourfulness(tile: np.ndarray) -> float:
+    """The mean difference of a tile's strongest and weakest channel where it shows, 0 (grey) to 1."""
+    rgb, alpha = tile[..., :3].astype(np.float32) / 255, tile[..., 3] / 255.0
+    return float(((rgb.max(-1) - rgb.min(-1)) * alpha).sum() / max(alpha.sum(), 1e-6))
+
+
 def from_pictures(pictures: Iterable[tuple[str, Image.Image]], title: str) -> Atlas:
     """An atlas of pictures with alpha by label, as one set. Raises InputError where nothing of one shows."""
     tiles, entries = [], []
@@ -199,7 +229,10 @@ def of_folder(folder: Path) -> Atlas:
 
 
 def _opened(packed: bytes) -> Image.Image:
-    return Image.open(io.BytesIO(packed)).convert("RGBA")
+    """A picture file; no larger than it needs to be, whatever its size."""
+    picture = Image.open(io.BytesIO(packed))
+    picture.thumbnail((2 * RENDERED, 2 * RENDERED), reducing_gap=2.0)
+    return picture.convert("RGBA")
 
 
 def _webp(tile: np.ndarray) -> bytes:

@@ -11,6 +11,7 @@ import json
 import shutil
 import subprocess
 import tarfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -106,13 +107,13 @@ SETS = (
 )
 
 
-def fetch(cache: Path) -> list[Path]:
-    """Bring the archives of all sets into ``cache``, those that are not there yet; returns their paths.
+def fetch(cache: Path, wanted: Sequence[PictureSet] = SETS) -> list[Path]:
+    """Bring the archives of sets into ``cache``, those that are not there yet; returns their paths.
 
     Raises InputError where npm is missing or reaches no registry, and for an archive with another hash.
     """
     cache.mkdir(parents=True, exist_ok=True)
-    return [_fetched(each, cache) for each in SETS]
+    return [_fetched(each, cache) for each in wanted]
 
 
 def _fetched(wanted: PictureSet, cache: Path) -> Path:
@@ -127,8 +128,8 @@ def _fetched(wanted: PictureSet, cache: Path) -> Path:
         done = subprocess.run(["npm", "pack", "--silent", package], cwd=cache, capture_output=True, text=True)
         if done.returncode or not path.exists():
             raise InputError(
-                f"the picture set {package} cannot be fetched (is the npm registry within reach?); the "
-                f"shipped model works without it, and training takes an atlas that is there (--atlas FILE)"
+                f"the picture set {package} cannot be fetched (is the npm registry within reach?): go on "
+                f"without it (--without {wanted.name}), or train with an atlas that is there (--atlas FILE)"
             )
     found = hashlib.sha256(path.read_bytes()).hexdigest()
     if found != wanted.sha256:

@@ -34,7 +34,7 @@ for command in sys.argv[1:]:
 
 
 def test_fetched_pictures_are_counted(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(making, "build", lambda cache: atlas())
+    monkeypatch.setattr(making, "build", lambda cache, without: atlas())
     path = tmp_path / "atlas.npz"
     assert cli.main(["fetch", "--cache", str(tmp_path), "--atlas", str(path)]) == 0
     assert "train: 18 of 9 nouns, nouns: 6 of 3 nouns, sets: 12 of 12 nouns" in capsys.readouterr().out
@@ -42,13 +42,20 @@ def test_fetched_pictures_are_counted(tmp_path, monkeypatch, capsys):
 
 
 def test_a_set_out_of_reach_is_one_line_and_no_traceback(tmp_path, monkeypatch, capsys):
-    def fail(cache):
+    def fail(cache, without):
         raise InputError("the picture set cannot be fetched")
 
     monkeypatch.setattr(making, "build", fail)
     assert cli.main(["fetch", "--cache", str(tmp_path)]) == 2
     told = capsys.readouterr().err
     assert told.count("\n") == 1 and "error: the picture set cannot be fetched" in told
+
+
+def test_a_set_that_nobody_knows_is_refused_before_anything_is_fetched(tmp_path, capsys):
+    cache = tmp_path / "cache"
+    assert cli.main(["fetch", "--cache", str(cache), "--without", "notto"]) == 2
+    assert "there is no picture set 'notto': noto, " in capsys.readouterr().err
+    assert not cache.exists()
 
 
 def test_training_without_an_atlas_or_with_wrong_options_is_refused(tmp_path, capsys):
