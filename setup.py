@@ -16,6 +16,7 @@ PACKAGES = [
     "conceptmaster.benchmarks.gpu",
     "conceptmaster.benchmarks.gpu.cases",
     "conceptmaster.benchmarks.gpu.questions",
+    "conceptmaster.benchmarks.gpu.whole",
     "conceptmaster.engine",
     "conceptmaster.engine.checkpoints",
     "conceptmaster.engine.vae",

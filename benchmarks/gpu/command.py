@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -28,9 +29,11 @@ from . import setting
 from .card import no_fp8
 from .case import COMPILE_MODE, Shapes
 from .suite import PARTS, run
+from .summary import summary
 
 REPORT = RESULTS / "gpu.json"
 REHEARSAL = ROOT / "out" / "gpu" / "rehearsal.json"
+SCRATCH = ROOT / "out" / "gpu" / "scratch"
 LEAST_MINUTES = 3.0
 
 
@@ -54,15 +57,19 @@ def main() -> int:
         write(report, output)
 
     seconds = 60 * arguments.minutes
-    shapes = Shapes("cuda", small=False, mode=arguments.compile_mode, fp8=no_fp8() is None)
+    device = "cpu" if arguments.rehearse else "cuda"
+    shapes = Shapes(device, arguments.rehearse, mode=arguments.compile_mode, fp8=no_fp8() is None)
     if arguments.rehearse:
         setting.ROUNDS = 2
-        shapes = Shapes("cpu", small=True, mode=arguments.compile_mode)
-    run(shapes, seconds, say, tuple(arguments.only), report)
+    scratch: Path = arguments.scratch or SCRATCH
+    scratch.mkdir(parents=True, exist_ok=True)
+    run(shapes, seconds, say, tuple(arguments.only), report, scratch)
     write(report, output)
     if "stopped" in report and not report.get("resumed", 0) > 2:
         _in_a_new_process(arguments, output, report, seconds - (time.monotonic() - start))
-    print(f"report: {output}", flush=True)
+    if arguments.scratch is None:
+        shutil.rmtree(scratch, ignore_errors=True)
+    print("\n".join([*summary(report), f"report: {output}"]), flush=True)
     return not report["ok"]
 
 
@@ -81,6 +88,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--compile-mode", default=COMPILE_MODE, metavar="MODE", help="of torch.compile, e.g. "
         "max-autotune-no-cudagraphs, which takes minutes; default: %(default)s",
+    )  # fmt: skip
+    parser.add_argument(
+        "--scratch", type=Path, metavar="DIR", help="for a base of some 10 GB, which stays there and is "
+        "found again (out/gpu/scratch, and it is removed)",
     )  # fmt: skip
     parser.add_argument("--commit", help="of a copy that has no history beside it")
     parser.add_argument("--resume", action="store_true", help="go on with FILE, of a run that ended early")
@@ -111,5 +122,6 @@ def _in_a_new_process(
     write(report, output)
     command = [sys.executable, "-m", "conceptmaster.benchmarks.gpu", "--resume"]
     command += ["--output", str(output), "--minutes", str(seconds / 60)]
+    command += [] if arguments.scratch is None else ["--scratch", str(arguments.scratch)]
     command += ["--compile-mode", arguments.compile_mode, "--only", *arguments.only]
     os.execv(sys.executable, command)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from .card import Watch
@@ -18,12 +19,14 @@ MODEL_ROUNDS = 4
 
 @dataclass
 class Setting:
-    """report: is filled as parts go on; left: how many seconds there are still."""
+    """report: is filled as parts go on; left: how many seconds there are still; scratch: a folder for
+    gigabytes that nobody keeps."""
 
     shapes: Shapes
     report: dict[str, Any]
     left: Callable[[], float]
     say: Say
+    scratch: Path
     watch: Watch = field(default_factory=Watch)
 
     @property

@@ -9,20 +9,24 @@ from __future__ import annotations
 import dataclasses
 import gc
 import json
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..reports import commit
-from . import forward, further, kernel_times, ladder, model, questions, setting, video
+from . import forward, further, kernel_times, ladder, model, questions, setting, stages
 from .card import Watch, hardware, no_fp8, roofline
 from .case import Shapes
 from .kernel_times import USES, USES_CONCEPTS, USES_HIGH
 from .setting import Setting
 from .timing import DeviceLost, Say, failed, guarded
+from .whole import videos
+from .whole.base import Base
 
 SLACK = 1.0
 """Seconds within which no kernel is begun."""
@@ -70,24 +74,18 @@ def _high(s: Setting) -> bool:
     return s.shapes.fp8 and not s.red(USES_HIGH)
 
 
-def _steps(s: Setting) -> int | None:
-    return 2 if s.shapes.small else None
-
-
 PARTS = {
-    "kernels": Part(_kernels, 0.0),
+    "sprites": Part(lambda s: videos.sprites(s.job("sprites"), s.scratch), 30.0, USES_CONCEPTS, "sprites"),
+    "whole": Part(lambda s: videos.whole(s.job("whole"), Base(s.scratch, s.size)), 90.0, USES_CONCEPTS),
+    "kernels": Part(_kernels, 10.0),
     "forward": Part(lambda s: forward.forward(s.size, s.job("forward"), _high(s)), 30.0, USES),
     "ladder": Part(lambda s: ladder.ladder(s.size, s.job("ladder", 3), _high(s)), 40.0, USES_CONCEPTS),
-    "video": Part(
-        lambda s: video.shipped(s.job("video", 10), ["torch"], _steps(s)), 30.0, USES_CONCEPTS, "sprites"
-    ),
     "questions": Part(lambda s: questions.questions(s.job("questions", setting.ROUNDS)), 10.0),
     "concepts": Part(lambda s: _sizes(s, True), 12.0, USES_CONCEPTS),
     "compiled": Part(_compiled, 30.0, USES),
     "full": Part(lambda s: further.full(s.size, s.job("full")), 25.0, USES),
-    "stages": Part(lambda s: video.stages(s.size, s.job("stages")), 12.0),
+    "stages": Part(lambda s: stages.stages(s.size, s.job("stages")), 12.0),
     "scaling": Part(lambda s: _sizes(s, False), 12.0, USES_CONCEPTS),
-    "cpu": Part(lambda s: video.shipped(s.job("video", 2), ["onnxruntime"], _steps(s)), 20.0),
     "profile": Part(lambda s: further.profiled(s.size, s.job("profile")), 10.0, USES_CONCEPTS),
 }
 """By name, in their order."""
@@ -99,11 +97,13 @@ def run(
     say: Say = print,
     parts: tuple[str, ...] = tuple(PARTS),
     report: dict[str, Any] | None = None,
+    scratch: Path | None = None,
 ) -> dict[str, Any]:
-    """Checks, then measurements of what is right; the report. Begins nothing that `seconds` are too few for.
+    """Goes through the parts; the report. Begins nothing that `seconds` are too few for.
 
-    report: one to go on with, of a run that ended early; it is filled as this goes on. With "stopped" in it
-    the GPU was lost on the way.
+    scratch: a folder for a base of some 10 GB, which a run that goes on finds again; None for a temporary
+    one. report: one to go on with, of a run that ended early; it is filled as this goes on. With "stopped" in
+    it the GPU was lost on the way.
     """
     start = time.perf_counter()
 
@@ -116,8 +116,8 @@ def run(
         report.setdefault(name, empty)
     report["parts"] = list(parts)
     try:
-        with torch.no_grad(), Watch() as watch:
-            _run(Setting(shapes, report, left, say, watch), parts)
+        with torch.no_grad(), Watch() as watch, tempfile.TemporaryDirectory() as temporary:
+            _run(Setting(shapes, report, left, say, scratch or Path(temporary), watch), parts)
     except DeviceLost as lost:
         report["stopped"] = str(lost)
         report["ok"] = False
@@ -167,6 +167,8 @@ def _begin(name: str, part: Part, s: Setting) -> None:
         report.setdefault(name, {})["failed"] = f"not run, a kernel of it is red: {', '.join(red)}"
         say(f"{name}: {report[name]['failed']}")
         return
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()  # for processes of their own
     try:
         part.run(s)
     except DeviceLost as lost:
@@ -179,9 +181,11 @@ def _begin(name: str, part: Part, s: Setting) -> None:
     if name not in report["done"]:
         report["done"].append(name)
     gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
     _conclude(report)
+
+
+def _entries(found: dict[str, Any]) -> list[dict[str, Any]]:
+    return [entry for entry in found.values() if isinstance(entry, dict)]
 
 
 def _conclude(report: dict[str, Any]) -> None:
@@ -189,6 +193,8 @@ def _conclude(report: dict[str, Any]) -> None:
     if forward.get("lossless") is False or report.get("ladder", {}).get("ok") is False:
         report["ok"] = False
     if any("failed" in report.get(name, {}) for name in PARTS):
+        report["ok"] = False
+    if any("wrong" in entry for name in ("sprites", "whole") for entry in _entries(report.get(name, {}))):
         report["ok"] = False
     ours = forward.get("timing", {}).get("ours", {}).get("p50_ms")
     if ours and "matrix_tflops" in roof:

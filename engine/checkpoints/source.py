@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from ...errors import ConfigError, InputError, WeightsError, memory_errors
-from ...hashed import identities, require_same, sha256_file
+from ...hashed import identities, require_same, sha256_file, sha256_files
 from ...tokenizer_file import encode, read_tokenizer
 from ..checked import check_types
 from ..config import ModelConfig
@@ -188,7 +188,7 @@ def _open_trained(folder: Path, tokenizer: Path | None) -> Source:
         )
     names = [name for name in (*FILES, DEFAULTS, *TOLD.values()) if (folder / name).is_file()]
     before = identities(folder / name for name in names)
-    origin = Origin(folder.resolve().name, {name: sha256_file(folder / name) for name in names})
+    origin = Origin(folder.resolve().name, sha256_files(folder, names))
     model = load_model(folder / FILES[0])
     vae = built(build_vae, model.config, load(folder / FILES[1])[0], folder / FILES[1])
     text = _read_tokenizer(folder / FILES[2], tokenizer, model.config)
@@ -227,7 +227,7 @@ def _open_base(place: str | Path, choices: Choices, tokenizer: Path | None) -> S
         load_adapter(model, adapter)
     origin = Origin(
         name if local else str(place),
-        {file: sha256_file(folder / file) for file in files_of(folder)},
+        sha256_files(folder, files_of(folder)),
         None if local else folder.name,  # of a snapshot, the commit
         None if adapter is None else (adapter.path.name, sha256_file(adapter.path)),
         tuple((path.name, sha256_file(path), scale) for path, scale in loras),

@@ -17,13 +17,11 @@ from conceptmaster.benchmarks.gpu import (  # noqa: E402
     case,
     check,
     forward,
-    job,
     kernel_times,
     plot,
     setting,
     suite,
     timing,
-    video,
 )
 from conceptmaster.benchmarks.gpu import model as gpu_model  # noqa: E402
 from conceptmaster.benchmarks.reports import write  # noqa: E402
@@ -265,17 +263,6 @@ def test_rounds_end_with_their_time():
     found = timing.in_turn({"slow": lambda: time.sleep(0.02)}, 1000, seconds=0.1)
     assert timing.MIN_ROUNDS <= found["slow"]["rounds"] < 20
     assert timing.in_turn({"slow": lambda: None}, 1000, seconds=0.0)["slow"]["rounds"] == 3
-
-
-@pytest.mark.slow
-def test_the_shipped_model_end_to_end():
-    given = job.Job("cpu", 2)
-    video.shipped(given, steps=2)
-    found = given.found
-    for entry in found.values():
-        assert {"load", "encode", "condition", "denoise", "decode", "total"} <= entry["warm"].keys()
-        assert isinstance(entry["cold_s"]["encode_mp4"], float)
-    assert found["torch on cpu"]["planned_bytes"]["peak"] > 0
 
 
 @pytest.mark.slow

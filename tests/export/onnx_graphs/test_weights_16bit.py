@@ -179,10 +179,10 @@ def test_int8_is_for_models_in_memory(tmp_path, streamed, wan_folder, capsys):
 @pytest.mark.slow
 def test_memory_stays_far_below_the_weights(tmp_path):
     """A base of 0.9 GB in float32 on disk: the memory that no file stands behind grows by far less."""
+    from conceptmaster.benchmarks.random_base import write_base
     from conceptmaster.engine.presets import preset
 
     from ...full_size.export_cost import measure
-    from ...full_size.random_base import write_base
 
     config = preset("wan2.1-1.3b")
     replace = dataclasses.replace

@@ -49,7 +49,7 @@ EVERYTHING = [
 QUICK = [(g, p, TARGETS[i % 3]) for g in GRAPHS for i, p in enumerate(PRECISIONS[:3])]
 QUICK.append(("denoise", "fp8", 89))
 
-from ...full_size.random_base import VIT_H, like_a2  # noqa: E402
+from conceptmaster.benchmarks.random_base import VIT_H, like_a2  # noqa: E402
 
 
 def build(source, tmp_path, precision, capability):

@@ -1,93 +1,22 @@
-"""From request to mp4 by stage: the shipped model through the pipeline, and Wan2.1's stages one by one.
-
-The first is cold (weights loaded, kernels compiled, the step captured) and then warm. The second has random
-weights and no bundle: each stage alone, in the dtype that the torch backend runs it in. What lacks a package
-is named, not left out in silence.
-"""
+"""Wan2.1's stages beside the steps, one by one, with random weights, each in the dtype that the torch backend
+runs it in."""
 
 from __future__ import annotations
 
 import functools
-import time
-from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
-from tempfile import TemporaryDirectory
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
 from conceptmaster.engine.config import ModelConfig
 
-from ..reports import ROOT, percentiles
 from .job import Job
 from .model import Size
-from .timing import Call, failed, guarded, in_turn, why
+from .timing import Call, guarded, in_turn
 
-REQUEST = ROOT / "examples" / "sprites" / "requests" / "first" / "request.json"
-
-
-def shipped(job: Job, backends: Iterable[str] = ("torch", "onnxruntime"), steps: int | None = None) -> None:
-    """The shipped bundle's videos by stage: torch on the job's device, ONNX Runtime on the CPU beside it."""
-    for backend in backends:
-        place = job.device if backend == "torch" else "cpu"
-        name = f"{backend} on {place}"
-        found = job.found[name] = {}
-        try:
-            _videos(backend, place, job.rounds, steps, found)
-            words = f"cold {found['cold_s']['total']:.1f} s, warm {found['warm']['total']['p50_ms']:.1f} ms"
-        except Exception as error:  # a package that this machine lacks, each with an error of its own
-            found |= failed(error)
-            words = found["failed"]
-        job.say(f"video, {name}: {words}")
-
-
-def _videos(backend: str, device: str, rounds: int, steps: int | None, report: dict[str, Any]) -> None:
-    import dataclasses
-
-    from conceptmaster import Pipeline
-    from conceptmaster.runtime.request import Request
-
-    request = dataclasses.replace(Request.from_json(REQUEST), steps=steps)
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    start = time.perf_counter()
-    pipeline = Pipeline.from_bundle("sprites", device=device, backend=backend)
-    video = pipeline.generate(request)[0]
-    report["cold_s"] = {"total": time.perf_counter() - start, **video.seconds, "encode_mp4": _encode(video)}
-    stages: dict[str, list[float]] = {}
-    begin = time.perf_counter()
-    for done in range(rounds):
-        if done >= 2 and time.perf_counter() - begin > VIDEO_SECONDS:
-            break
-        pipeline._text.cache_clear()  # a caption is encoded once per request
-        start = time.perf_counter()
-        video = pipeline.generate(request)[0]
-        seconds = {"total": time.perf_counter() - start, **video.seconds}
-        for stage, value in seconds.items():
-            stages.setdefault(stage, []).append(1e3 * value)
-    report["warm"] = {stage: percentiles(values) for stage, values in stages.items()}
-    if device == "cuda":
-        report["peak_bytes"] = torch.cuda.max_memory_allocated()
-    plan = getattr(pipeline.backend, "plan", None)
-    if plan is not None:
-        report["planned_bytes"] = plan
-
-
-VIDEO_SECONDS = 6.0
-"""What warm videos may take, beside two that are always made."""
 STAGE_SECONDS = 8.0
 """Without so many no stage is begun."""
-
-
-def _encode(video: Any) -> float | str:
-    """Seconds that the mp4 takes, or why there is none."""
-    with TemporaryDirectory() as folder:
-        start = time.perf_counter()
-        try:
-            video.save(Path(folder) / "a.mp4")
-        except Exception as error:  # without av, or with another one than this was written for
-            return why(error)
-        return time.perf_counter() - start
 
 
 def stages(size: Size, job: Job) -> None:

@@ -1,0 +1,142 @@
+"""The parts `sprites` and `whole`: the shipped model, and a Wan2.1 base of 1.3B with random weights, from the
+files of weights to the file of the video.
+
+Each is made as a user makes it: `conceptmaster export --no-graphs` writes a bundle, `conceptmaster generate
+--backend torch` runs it. Then it is made without this project's kernels: a video whose latents are further
+from that than rounding takes them is wrong, and so is one of the sprites that is not what a CPU makes.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ...reports import ROOT
+from ..job import Job
+from .base import Base
+from .command_line import CommandFailed, conceptmaster
+from .making import Ordered, make
+
+SPRITES = ROOT / "examples" / "sprites"
+REQUEST = SPRITES / "requests" / "first" / "request.json"
+LEAST_DB = 40.0
+"""PSNR of the sprites' frames, bfloat16 on a GPU to float32 on a CPU; on a CPU bfloat16 has 49
+(benchmarks/results/lossy.json)."""
+MOST_APART = 5e-2
+"""Relative L2 of the latents of two ways to compute the same in bfloat16, after four steps. A forward of
+either is 0.011 from float32."""
+NEEDS = 60.0, 110.0
+"""Seconds that the first video of few and of many steps takes on an H100, roughly, with its bundle."""
+SPARE = 120.0
+"""Seconds that a second video of many steps leaves to the parts that follow."""
+PROMPT = "a ball and a cat move from left to right over a green meadow while a drum and a kite stand still"
+PICTURES = {
+    "ball": ROOT / "examples" / "pictures" / "ball.png",
+    "cat": ROOT / "examples" / "pictures" / "cat.png",
+    "drum": SPRITES / "requests" / "first" / "1.png",
+    "kite": SPRITES / "requests" / "first" / "2.png",
+}
+
+
+def sprites(job: Job, folder: Path) -> None:
+    """The shipped model end to end on the job's device by the torch backend, then by ONNX Runtime: with its
+    CUDA provider and on the CPU, where these are there."""
+    bundle = folder / "sprites"
+    if not bundle.exists():
+        seconds = conceptmaster(_export(SPRITES / "weights", bundle), max(30.0, job.left()))
+        job.found["export_s"] = seconds
+    common = ["--request", str(REQUEST), "--bundle", str(bundle), "--weights", str(SPRITES / "weights")]
+    common += ["--backend", "torch"]
+    steps = ("--steps", "2") if job.small else ()
+    frames, exact = folder / "sprites.npy", folder / "sprites-exact.npy"
+    ours = [
+        Ordered("cold", (*_out(folder, "sprites"), "--frames", str(frames), *steps)),
+        *(Ordered(f"warm {n}", (*_out(folder, "sprites"), *steps)) for n in (1, 2, 3)),
+    ]
+    title = f"torch on {job.device}"
+    make(title, [*common, "--device", job.device], ours, job)
+    reference = Ordered("cold", ("--output", str(exact), *steps))
+    make("torch on cpu, float32", [*common, "--device", "cpu", "--dtype", "float32"], [reference], job)
+    found = job.found[title]
+    if not (frames.exists() and exact.exists()):
+        return  # no time was left
+    found["psnr_db"] = decibels = psnr(np.load(frames), np.load(exact))
+    job.say(f"sprites: {decibels:.1f} dB from what the CPU makes in float32, {LEAST_DB:.0f} are the least")
+    if not decibels >= LEAST_DB:
+        found["wrong"] = f"{decibels:.1f} dB from what the CPU makes"
+    _onnxruntime(job, folder, steps)
+
+
+def _onnxruntime(job: Job, folder: Path, steps: tuple[str, ...]) -> None:
+    common = ["--request", str(REQUEST), "--bundle", "sprites", "--backend", "onnxruntime"]
+    videos = [Ordered(name, (*_out(folder, "sprites"), *steps)) for name in ("cold", "warm 1", "warm 2")]
+    for device in ("cuda", "cpu"):
+        title = f"onnxruntime on {device}"
+        try:
+            make(title, [*common, "--device", device], videos, job)
+        except CommandFailed as error:  # without the wheel or the bundle's graphs, which are not needed here
+            job.found[title] = {"missing": str(error)}
+            job.say(f"{title}: missing: {error}")
+
+
+def whole(job: Job, base: Base) -> None:
+    """The base end to end: 4 steps without guidance, which is also made without our kernels, then 50 guided
+    ones. Both cold and warm, as far as there is time."""
+    base.write(job)
+    few, many = ("2", "3") if job.small else ("4", "50")
+    unguided = ["--solver", "euler", "--steps", few, "--guidance", "1"]
+    guided = ["--solver", "unipc", "--steps", many, "--guidance", "5"]
+    found = _made(f"{few} steps", unguided, job, base, needs=NEEDS[0], plain=True)
+    apart = found["videos"].get("plain", {}).get("latents_from_first")
+    if apart is not None and not apart <= MOST_APART:
+        found["wrong"] = f"latents {apart:.1e} from those without our kernels, {MOST_APART:.0e} is allowed"
+        job.say(f"whole: WRONG, {found['wrong']}")
+    _made(f"{many} steps, guided", guided, job, base, needs=NEEDS[1], plain=False)
+
+
+def _made(title: str, defaults: list[str], job: Job, base: Base, needs: float, plain: bool) -> dict[str, Any]:
+    """A bundle of the base with these defaults, and its videos. Leaves it out where time is too short."""
+    found: dict[str, Any] = job.found.setdefault(title, {})
+    needs = 0.0 if job.small else needs
+    if job.left() < needs:
+        found["left_out"] = f"no time was left: {job.left():.0f} s, {needs:.0f} are needed"
+        job.say(f"{title}: {found['left_out']}")
+        return {"videos": {}}
+    bundle = base.folder / ("bundle-" + title.replace(" ", "-").replace(",", ""))
+    if not bundle.exists():
+        arguments = _export(base.weights, bundle, "--adapter", str(base.adapter), *base.size, *defaults)
+        found["export_s"] = conceptmaster(arguments, max(60.0, job.left()))
+        job.say(f"{title}: export --no-graphs took {found['export_s']:.1f} s")
+    request = base.folder / "request.json"
+    concepts = [{"label": label, "image": str(path)} for label, path in PICTURES.items()]
+    concepts = concepts[: base.config.concept.max_concepts]
+    request.write_text(json.dumps({"prompt": PROMPT, "concepts": concepts, "seed": 7}), "utf-8")
+    arguments = ["--request", str(request), "--bundle", str(bundle), "--weights", str(base.weights)]
+    arguments += ["--adapter", str(base.adapter), "--backend", "torch", "--device", job.device]
+    own = tuple(_out(base.folder, "video"))
+    videos = [Ordered("cold", own, needs), Ordered("warm", own, spare=0.0 if plain else SPARE)]
+    if plain:
+        videos.append(Ordered("plain", own, plain=True))
+    make(title, arguments, videos, job)
+    return found
+
+
+def _export(weights: Path, bundle: Path, *more: str) -> list[str]:
+    return ["export", str(weights), "--output", str(bundle), "--no-graphs", "--quiet", *more]
+
+
+def _out(folder: Path, name: str) -> list[str]:
+    """As an mp4 where av is installed, else as the frames alone."""
+    suffix = "mp4" if importlib.util.find_spec("av") else "npy"
+    return ["--output", str(folder / f"{name}.{suffix}")]
+
+
+def psnr(found: np.ndarray, exact: np.ndarray) -> float:
+    """Peak signal-to-noise ratio in dB of frames, uint8 both; infinite where they are the same."""
+    square = float(((found.astype(np.float64) - exact) ** 2).mean())
+    return 10 * math.log10(255**2 / square) if square else math.inf
