@@ -182,13 +182,15 @@ def cross_attention_kernel(
     concept_k += batch * ck_b + head * ck_a
     concept_v += batch * cv_b + head * cv_a
     mask += batch * mask_b
-    last = C  # 0 of text alone; behind the last concept token that is not masked: padding is not even read
+    last = C  # behind the last concept token that is not masked: padding is not even read
     if HAS_MASK:
         last = 0
         for first in range(0, C, BLOCK_C):
             kept = _kept_concepts(mask, first, C, BLOCK_C, HAS_MASK)
             last = tl.maximum(last, tl.max(tl.where(kept, first + tl.arange(0, BLOCK_C) + 1, 0), 0))
-    if ONE_BLOCK:
+    if BLOCK_C == 0:  # text alone
+        pass
+    elif ONE_BLOCK:
         if last > 0:
             kept = _kept_concepts(mask, 0, C, BLOCK_C, HAS_MASK)
             logits = _concept_logits(
@@ -259,7 +261,8 @@ def cross_attention_triton(
     text_k, text_v, concept_k, concept_v = *texts, *concepts
     # any tensor: the kernel does not look at it
     masked, rms, bias = (q if tensor is None else tensor for tensor in (mask, inverse_rms, text_bias))
-    block_t, block_c = (power_of_two(keys, 16, most) for keys in (text_k.shape[1], max(count, 1)))
+    block_t = power_of_two(text_k.shape[1], 16, most)
+    block_c = power_of_two(count, 16, most) if count else 0
     scale = math.log2(math.e) / math.sqrt(width)  # exponentials are to base 2
     text_strides, concept_strides = ((*k.stride()[:3], *v.stride()[:3]) for k, v in (texts, concepts))
     launch(
