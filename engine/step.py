@@ -115,13 +115,13 @@ def update(state: Tensor, velocity: Tensor, coefficients: Tensor) -> Tensor:
     return (coefficients @ seen).unflatten(1, state.shape[1:])  # [M,Cz,F,H,W]
 
 
-def graph_modules(model: ConceptMaster, vae: VAE) -> dict[str, nn.Module]:
+def graph_modules(model: ConceptMaster, vae: VAE, biased: bool = False) -> dict[str, nn.Module]:
     """The module of every graph by its name: its inputs are the graph's, in their order, and so its outputs.
 
-    Modules share their weights with `model` and `vae`.
+    biased: of `DenoiseStep`. Modules share their weights with `model` and `vae`.
     """
     modules = {name: child for name, child in model.named_children() if name != "transformer"}
-    modules |= {"condition": Condition(model.transformer), "denoise": DenoiseStep(model.transformer)}
+    modules |= {"condition": Condition(model.transformer), "denoise": DenoiseStep(model.transformer, biased)}
     modules |= zip(("decode_first", "decode"), streaming_decoders(vae), strict=True)
     if model.config.conditioning_channels:  # so it is Wan's VAE
         pair = streaming_encoders(cast("Any", vae))

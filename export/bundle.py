@@ -22,11 +22,12 @@ from ..runtime.bundle_format.schema import FORMAT, Defaults, GraphFile, Manifest
 from ..runtime.bundle_format.source_record import MergedLora, SourceRecord
 from ..runtime.bundle_format.strict_json import decode
 from ..runtime.progress import each
+from ..runtime.tokenizer import Tokenizer
 from .graphs import GraphSpec, graph_specs
 from .onnx_graphs.int8 import precision_of, quantise
 from .onnx_graphs.trace import describe, export_graph
 from .onnx_graphs.weights_16bit import narrow_in_place
-from .recipes import conditioning_of, pictures_of, tile_of
+from .recipes import conditioning_of, pictures_of, text_of, tile_of
 from .verify import Row, check, check_small, checked_specs
 
 TOLD = {"vocabulary": Vocabulary, "ranges": Ranges}
@@ -40,6 +41,7 @@ def write_bundle(
     precision: str = "fp32",
     branches: int = 2,
     tile: tuple[int, int] | None = None,
+    text_tokens: int | None = None,
     with_graphs: bool = True,
     overwrite: bool = False,
     progress: bool = False,
@@ -48,9 +50,12 @@ def write_bundle(
 
     Args: precision: "fp32" or "int8"; branches: guidance branches K, 1 to 3; tile: width and height, in
         pixels, of the parts that the decoder takes one after the other, None for the whole picture at once;
+        text_tokens: how many tokens of text the graphs take, where prompts are shorter than the model's text:
+        one of them stands for all padding, and the same frames come out; None for all;
         with_graphs: False writes their signatures alone, for the torch backend; overwrite: replace a bundle
         that is there already, if it holds nothing else.
-    Raises: InputError when `output` is taken and for a tile that cannot be; ExportError when a graph is too
+    Raises: InputError when `output` is taken, for a tile or a number of tokens that cannot be, and for a
+        default negative prompt that needs more; ExportError when a graph is too
         far off; OSError.
     """
     folder = Path(os.path.abspath(output))
@@ -61,17 +66,26 @@ def write_bundle(
         raise InputError("int8 is a precision of graphs: a bundle without graphs has none")
     if branches == 3 and concept.injection == "base":
         raise InputError("an image-to-video model's guidance is of captions alone: --branches 1 or 2")
-    tiles = tile_of(source.model.config, tile)
+    config, whole = text_of(source.model.config, text_tokens)
+    tiles = tile_of(config, tile)
     size = None if tiles is None else tiles.size
-    specs = graph_specs(source.model, source.vae, branches=branches, tile=size)
+    how: dict[str, Any] = {"branches": branches, "tile": size}
+    specs = graph_specs(source.model, source.vae, config=config, whole_text=whole, **how)
     if precision != "fp32" and specs[0].external:
         raise InputError("int8 is for models whose weights fit the memory: this base's stay on disk")
     graphs: dict[str, GraphFile] = {}
     if not with_graphs:
         graphs, specs = {spec.name: _signature(spec, concept.takes_pictures) for spec in specs}, []
-    small = checked_specs(source, branches, tile=size) if specs and specs[0].external else specs
+    outside = specs and specs[0].external
+    small = checked_specs(source, text_tokens=text_tokens, **how) if outside else specs
     with replacing_folder(folder, bundle_files, replace=overwrite) as temporary:
         rows: list[Row] = []
+        tokenizer = temporary / "tokenizer.json"
+        tokenizer.write_text(source.tokenizer, encoding="utf-8")
+        if whole is not None and defaults.negative:
+            why = f", or --text-tokens larger than {config.text_tokens}"
+            reader = Tokenizer(tokenizer, config.text_encoder["vocab_size"])
+            reader.encode(defaults.negative, config.text_tokens - 1, "the default negative prompt", why)
         for spec, checked in zip(each(specs, "export", progress), small, strict=True):
             path = temporary / f"{spec.name}.onnx"
             graphs[spec.name] = export_graph(spec, path, progress)
@@ -85,15 +99,13 @@ def write_bundle(
             if narrow_in_place(path) or own != "fp32":
                 graphs[spec.name] = describe(path, spec)
             rows.append(_held(check(spec, path, own)))
-        tokenizer = temporary / "tokenizer.json"
-        tokenizer.write_text(source.tokenizer, encoding="utf-8")
         manifest = Manifest(
-            format=FORMAT,
+            format=FORMAT if whole is not None else FORMAT - 1,
             name=source.model.config.name,
             written_by={"conceptmaster": __version__}
             | {name: importlib.metadata.version(name) for name in WRITERS},
             model=source.model.config.to_dict(),
-            shapes=_shapes(source.model.config, branches, graphs),
+            shapes=_shapes(config, branches, graphs),
             fps=source.model.config.fps,
             precision=precision,
             pictures=pictures_of(source.model.config),
@@ -103,6 +115,7 @@ def write_bundle(
             conditioning=conditioning_of(source.model.config),
             tile=tiles,
             source=_record(source.origin),
+            whole_text=whole,
             **told,
         )
         manifests.save(manifest, temporary)

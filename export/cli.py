@@ -73,6 +73,13 @@ def add_export_arguments(parser: argparse.ArgumentParser) -> None:
         "same frames to the last bit",
     )
     parser.add_argument(
+        "--text-tokens",
+        type=int,
+        metavar="T",
+        help="graphs for prompts of fewer than T tokens, which take less time for the same video (as many as "
+        "the model reads, padding and all: 512 for Wan)",
+    )
+    parser.add_argument(
         "--no-graphs", action="store_true", help="manifest and tokenizer alone, for --backend torch: seconds"
     )
     parser.add_argument(
@@ -104,6 +111,7 @@ def run_export(args: argparse.Namespace) -> int:
         precision="int8" if args.int8 else "fp32",
         branches=args.branches or (1 if source.sampling.guidance == 1.0 else 2),
         tile=args.tile,
+        text_tokens=args.text_tokens,
         with_graphs=not args.no_graphs,
         overwrite=args.overwrite,
         progress=shown(args.quiet),

@@ -23,6 +23,7 @@ from ..engine.concepts import VisualOnly
 from ..engine.config import ModelConfig
 from ..engine.model import ConceptMaster
 from ..engine.step import condition_names, graph_modules
+from ..kernels.cross_attention import padding_bias
 from ..runtime.bundle_format.graph_list import (
     BASE,
     CONCEPTS,
@@ -71,16 +72,21 @@ def graph_specs(
     solver_states: int = 4,
     config: ModelConfig | None = None,
     tile: tuple[int, int] | None = None,
+    whole_text: int | None = None,
 ) -> list[GraphSpec]:
     """Every graph of `model` and `vae`, in the order in which a request runs them.
 
     branches: K, 1 to 3; solver_states: M; config: the model's for another video or fewer text tokens;
-    tile: height and width, in latents, of what the decoder takes at once, None for all of a frame. Both
+    tile: height and width, in latents, of what the decoder takes at once, None for all of a frame;
+    whole_text: None, or the model's own number of text tokens, which those of `config` stand for: then one of
+    them stands for all padding. Both
     modules must be in evaluation mode and float32. Of an image-to-video base the picture tokens are the
     concept tokens. Where weights are on disk all are external.
     """
     config = config or model.config
-    shapes, samples = (_Samples(model, vae, config, branches, solver_states, tile) for _ in range(2))
+    shapes, samples = (
+        _Samples(model, vae, config, branches, solver_states, tile, whole_text) for _ in range(2)
+    )
     external = bool(stored_weights(model))
     if external:  # a model that is not in memory is too large to be run for its shapes
         with faked(model) as mode, mode:
@@ -122,17 +128,20 @@ class _Samples:
         branches: int,
         solver_states: int,
         tile: tuple[int, int] | None,
+        whole_text: int | None,
     ) -> None:
         self.model, self.config = model, config
         self.decoded = tile or config.latent_shape[2:]
         self.branches, self.solver_states = branches, solver_states
-        self.modules = graph_modules(model, vae)
+        self.whole_text = whole_text
+        self.longest = config.text_tokens - (whole_text is not None)  # of a text, in tokens
+        self.modules = graph_modules(model, vae, biased=whole_text is not None)
         self.upstream = functools.lru_cache(4)(self._upstream)
 
     def text_encoder(self, seed: int) -> Sample:
         """One string of any length that fits."""
         g = torch.Generator().manual_seed(seed)
-        length = torch.randint(1, self.config.text_tokens + 1, (1,), generator=g)
+        length = torch.randint(1, self.longest + 1, (1,), generator=g)
         ids, mask = self._tokens(length, self.config.text_tokens, g)
         return {"token_ids": ids, "token_mask": mask}
 
@@ -176,6 +185,7 @@ class _Samples:
             "coefficients": coefficients,
             **({"given": self.conditioned(seed)} if self.config.conditioning_channels else {}),
             **self._kept(seed, *condition_names(self.config.concept.injection)),
+            **({} if self.whole_text is None else self._kept(seed, "text_bias")),
         }
 
     def encode_first(self, seed: int) -> Sample:
@@ -271,8 +281,10 @@ class _Samples:
         """The outputs of every module before the denoiser, for `seed`."""
         g = torch.Generator().manual_seed(seed)
         c, present = self.config.concept, self._present(seed)
-        lengths = torch.randint(1, self.config.text_tokens + 1, (self.branches,), generator=g)
+        lengths = torch.randint(1, self.longest + 1, (self.branches,), generator=g)
         text = self.model.text_encoder(*self._tokens(lengths, self.config.text_tokens, g))  # [K,T,Dt]
+        whole = self.whole_text or self.config.text_tokens
+        bias = padding_bias(lengths, self.config.text_tokens, whole)  # [K,T]
         seen = torch.zeros(self.branches, c.max_concepts, dtype=torch.bool)
         seen[0 if c.injection == "base" else -1 :] = present  # [K,N]; a base's guidance is of captions only
         if not c.takes_pictures:
@@ -280,7 +292,7 @@ class _Samples:
         else:
             known = self._concepts(seed, present, g)
         conditions = self.model.transformer.condition(text, known["concept_tokens"], seen)
-        return {"text": text, "concept_mask": seen, **known, **conditions}
+        return {"text": text, "text_bias": bias, "concept_mask": seen, **known, **conditions}
 
     def _concepts(self, seed: int, present: Tensor, g: torch.Generator) -> Sample:
         """The outputs of the modules that make concept tokens, for the concepts that are there, bool [N]."""

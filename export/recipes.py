@@ -1,5 +1,5 @@
-"""How a model's pictures are prepared, where an image-to-video model's stand in the video, and how a large
-video is decoded in tiles.
+"""How a model's pictures are prepared, where an image-to-video model's stand in the video, how a large video
+is decoded in tiles, and how much text the graphs take.
 
 Read in diffusers' WanImageToVideoPipeline, and for SkyReels-A2 in its infer.py and A2Pipeline: the first
 reference is one frame, the others fill a latent frame each; two are padded with white, the third, a
@@ -7,6 +7,8 @@ background, is cut to shape; and so many frames as three latent frames stand for
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 from ..engine.config import ModelConfig
 from ..engine.encoders import CLIP_MEAN, CLIP_STD
@@ -64,3 +66,23 @@ def tile_of(config: ModelConfig, size: tuple[int, int] | None) -> Tile | None:
     if (height, width) == whole:
         return None
     return Tile((height, width), (max(1, height // 4), max(1, width // 4)))
+
+
+def text_of(config: ModelConfig, tokens: int | None) -> tuple[ModelConfig, int | None]:
+    """`config` with the text that the graphs take, and how many tokens text has for the model itself, where
+    that is more: then one of `tokens` stands for all padding. None: as many as for the model.
+
+    Raises InputError for a number of tokens that cannot be.
+    """
+    whole, concept = config.text_tokens, config.concept
+    if tokens is None or tokens == whole:
+        return config, None
+    least = max(2, concept.label_tokens) if concept.has_modules else 2
+    if not least <= tokens <= whole:
+        raise InputError(
+            f"--text-tokens {tokens}: choose {least} to {whole}, which is what this model reads; "
+            "one of them stands for all padding"
+        )
+    if not concept.has_modules:  # which reads no labels
+        config = replace(config, concept=replace(concept, label_tokens=min(concept.label_tokens, tokens)))
+    return replace(config, text_tokens=tokens), whole

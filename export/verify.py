@@ -22,6 +22,7 @@ from .graphs import GraphSpec, graph_specs
 from .onnx_graphs.int8 import precision_of
 from .onnx_graphs.trace import trace
 from .onnx_graphs.weights_16bit import STORED, data_file, place, read_layout, weight_readers
+from .recipes import text_of
 
 TOLERANCES = {"fp32": 6e-5, "int8": 1e-1}
 """Largest relative error of a graph, see `relative_error`.
@@ -177,7 +178,8 @@ def verify(bundle: Bundle, source: Source, progress: bool = False) -> list[Row]:
     manifest = bundle.manifest
     shapes = manifest.shapes
     tile = None if manifest.tile is None else manifest.tile.size
-    specs = checked_specs(source, shapes.branches, shapes.solver_states, tile)
+    text = None if manifest.whole_text is None else shapes.text_tokens
+    specs = checked_specs(source, shapes.branches, shapes.solver_states, tile, text)
     rows = []
     for spec in each(specs, "verify", progress):
         with bundle.reading(spec.name) as path:
@@ -187,19 +189,29 @@ def verify(bundle: Bundle, source: Source, progress: bool = False) -> list[Row]:
 
 
 def checked_specs(
-    source: Source, branches: int, solver_states: int = 4, tile: tuple[int, int] | None = None
+    source: Source,
+    branches: int,
+    solver_states: int = 4,
+    tile: tuple[int, int] | None = None,
+    text_tokens: int | None = None,
 ) -> list[GraphSpec]:
     """The graphs of `source` as they are compared with PyTorch: external ones for a small video.
 
-    tile: as for `graph_specs`.
+    tile: as for `graph_specs`; text_tokens: as for `text_of`.
     """
-    config = None
+    config, whole = text_of(source.model.config, text_tokens)
     if stored_weights(source.model):
-        config = small_video(source.model.config)
+        config = small_video(config)
         height, width = config.latent_shape[2:]
         tile = tile and (min(tile[0], height), min(tile[1], width))
     return graph_specs(
-        source.model, source.vae, branches=branches, solver_states=solver_states, config=config, tile=tile
+        source.model,
+        source.vae,
+        branches=branches,
+        solver_states=solver_states,
+        config=config,
+        tile=tile,
+        whole_text=whole,
     )
 
 

@@ -79,7 +79,7 @@ def _describe(manifest: Manifest, sizes: dict[str, int], folder: Path) -> str:
         if manifest.concepts
         else "concepts  none: a base alone",
         *([] if manifest.conditioning is None else [f"pictures  {_placements(manifest.conditioning)}"]),
-        f"text      {s.text_tokens} tokens, labels {s.label_tokens}",
+        f"text      {manifest.prompt_tokens} tokens, labels {s.label_tokens}",
         f"latents   {' × '.join(map(str, s.latent))} (channels, frames, height, width)",
         *([] if manifest.tile is None else [f"decoding  {_tiles(manifest)}"]),
         f"guidance  {s.branches} branch{'es' if s.branches > 1 else ''}",

@@ -30,7 +30,7 @@ from .guidance import Guidance
 from .progress import bar
 from .request import Concept, Request
 from .solver import STATES, Schedule, make_schedule
-from .tokenizer import Tokenizer, padded, tokenised
+from .tokenizer import Tokenizer, padded, padding_bias, tokenised
 from .video import Video
 
 if TYPE_CHECKING:
@@ -228,7 +228,7 @@ class Pipeline:
             skipped = () if concepts else CONCEPT_GRAPHS
             backend.load(graph for graph in self.manifest.graphs if graph not in skipped)
         with _timed(seconds, "encode"):
-            known: dict[str, Any] = {"text": self._branch_texts(request, guidance, tokens)}  # [K,T,Dt]
+            known: dict[str, Any] = self._branch_texts(request, guidance, tokens)
             known["concept_tokens"] = self._concept_tokens(concepts, tokens)  # [N,Q,Dc]
             if self.manifest.conditioning is not None:
                 known["given"] = frame_conditioning.channels(self.backend, frames, shapes)  # [1,t+Cz,F,H,W]
@@ -281,9 +281,15 @@ class Pipeline:
 
     def _branch_texts(
         self, request: Request, guidance: Guidance, tokens: dict[str, tuple[int, ...]]
-    ) -> np.ndarray:
+    ) -> dict[str, np.ndarray]:
+        """text [K,T,Dt], and text_bias [K,T], for what lets one key stand for all padding."""
         texts = [request.prompt if caption else request.negative or "" for caption in guidance.caption]
-        return np.concatenate([self._text(tokens[text])[0] for text in texts])  # [K,T,Dt]
+        length = self.manifest.shapes.text_tokens
+        whole = self.manifest.whole_text or length
+        return {
+            "text": np.concatenate([self._text(tokens[text])[0] for text in texts]),
+            "text_bias": padding_bias([len(tokens[text]) for text in texts], length, whole),
+        }
 
     def _concept_tokens(self, concepts: tuple[Concept, ...], tokens: dict[str, tuple[int, ...]]) -> Any:
         """Pictures and labels → concept tokens [N,Q,Dc] on the device; places without a concept hold anything

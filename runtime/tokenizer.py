@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -50,21 +51,24 @@ class Tokenizer:
         except ValueError as error:
             raise self._bad(error) from error
 
-    def encode(self, text: str, limit: int, what: str) -> tuple[int, ...]:
+    def encode(self, text: str, limit: int, what: str, why: str = "") -> tuple[int, ...]:
         """Token ids of `text`, cleaned.
 
-        Args: limit: how many are allowed; what: what the text is ("the caption"), for the message.
+        Args: limit: how many are allowed; what: what the text is ("the caption"), why: what else there is to
+            say of the limit, both for the message.
         Raises: InputError when it takes more; BundleError when the tokenizer fails.
         """
         text = clean(text)
         if len(text) > LONGEST_TOKEN * limit:  # nobody has to count
-            raise InputError(f"{what} has {len(text)} characters for {limit} tokens at most: make it shorter")
+            raise InputError(
+                f"{what} has {len(text)} characters for {limit} tokens at most: make it shorter{why}"
+            )
         try:
             tokens = encode(self._rust, text, self._known)
         except ValueError as error:
             raise self._bad(error) from error
         if len(tokens) > limit:
-            raise InputError(f"{what} takes {len(tokens)} tokens, {limit} are allowed: make it shorter")
+            raise InputError(f"{what} takes {len(tokens)} tokens, {limit} are allowed: make it shorter{why}")
         return tokens
 
 
@@ -77,13 +81,17 @@ def tokenised(
         and for two labels that it reads alike.
     """
     shapes, bundle = manifest.shapes, f"the bundle {manifest.name!r}"
-    texts = [("no text", "", shapes.text_tokens), ("the prompt", request.prompt, shapes.text_tokens)]
+    texts = [("no text", ""), ("the prompt", request.prompt)]
     if request.negative and not all(guidance.caption):
-        texts.append(("the negative prompt", request.negative, shapes.text_tokens))
-    texts += [(f"the label {c.label!r}", c.label, shapes.label_tokens) for c in request.concepts]
-    tokens = {text: tokenizer.encode(text, limit, what) for what, text, limit in texts}
+        texts.append(("the negative prompt", request.negative))
+    tokens = {
+        text: tokenizer.encode(text, manifest.prompt_tokens, what, manifest.cut) for what, text in texts
+    }
+    named = [(f"the label {c.label!r}", c.label) for c in request.concepts]
+    tokens |= {label: tokenizer.encode(label, shapes.label_tokens, what) for what, label in named}
+    texts += named
     labels = [c.label for c in request.concepts] if manifest.reads_labels else []
-    for what, text, _ in texts:
+    for what, text in texts:
         if text in (request.prompt, *labels) and tokens[text] == tokens[""]:
             raise InputError(f"{what} is empty: {bundle} reads no word of it")
     for one, two in itertools.combinations(labels, 2):
@@ -98,3 +106,18 @@ def padded(tokens: Sequence[int], length: int) -> tuple[np.ndarray, np.ndarray]:
     ids = np.full((1, length), PAD, np.int64)
     ids[0, : len(tokens)] = tokens
     return ids, np.arange(length)[None] < len(tokens)
+
+
+def padding_bias(counts: Sequence[int], length: int, whole: int) -> np.ndarray:
+    """What makes `length` keys of a text those of `whole` tokens: a bias of their logits, float32 [K,length].
+
+    counts: real tokens of each branch's text. 0 for these, log(whole - count) for the next key, which stands
+    for all padding, minus infinity behind it. Padded tokens are all the same, and so are their keys and
+    values: their weights add up to that of the one.
+    """
+    bias = np.full((len(counts), length), -np.inf, np.float32)
+    for row, count in zip(bias, counts, strict=True):
+        row[:count] = 0.0
+        if count < length:
+            row[count] = math.log(whole - count)
+    return bias

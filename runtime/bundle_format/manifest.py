@@ -59,7 +59,8 @@ def _check(manifest: Manifest) -> None:
     if unknown:
         raise ValueError(f"has {', '.join(unknown)}, which this conceptmaster cannot honour: upgrade it")
     conditioned = manifest.conditioning is not None
-    signatures.check(manifest.graphs, manifest.shapes, conditioned, manifest.decoded)
+    collapsed = manifest.whole_text is not None
+    signatures.check(manifest.graphs, manifest.shapes, conditioned, manifest.decoded, collapsed)
 
 
 def _check_external(graph: Path, listed: set[Path]) -> None:

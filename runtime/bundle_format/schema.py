@@ -1,9 +1,10 @@
-"""What manifest.json says: a bundle's graphs, their shapes, and what a request gets by default. Format 3.
+"""What manifest.json says: a bundle's graphs, their shapes, and what a request gets by default.
 
-Each dataclass is one JSON object and refuses values that cannot be. Format 3 adds what the bundle was made
-from (source_record.py) and the keys `vocabulary`, `ranges`, `boxes` and `experts`. Format 2 had none of them;
-format 1 neither conditioning frames, nor tiles, nor a choice of how pictures are fitted. A key that a format
-does not have is read as absent.
+Each dataclass is one JSON object and refuses values that cannot be. Format 4 adds the key `whole_text`;
+without that key a bundle is written in format 3, which adds what the bundle was made from (source_record.py)
+and the keys `vocabulary`, `ranges`, `boxes` and `experts`. Format 2 had none of them; format 1 neither
+conditioning frames, nor tiles, nor a choice of how pictures are fitted. A key that a format does not have is
+read as absent.
 """
 
 from __future__ import annotations
@@ -15,12 +16,22 @@ from dataclasses import dataclass
 
 from ..solver import SHIFTS, SOLVERS, TRAINED_STEPS
 from .hashed_file import HashedFile, check_file
-from .shapes import LONGEST_NAME, LONGEST_SIDE, MOST_FRAMES, MOST_TILES, Shapes, TensorSpec, Tile, require
+from .shapes import (
+    LONGEST_NAME,
+    LONGEST_SIDE,
+    MOST_FRAMES,
+    MOST_TILES,
+    MOST_TOKENS,
+    Shapes,
+    TensorSpec,
+    Tile,
+    require,
+)
 from .source_record import SourceRecord
 from .strict_json import stored_as
 
-FORMAT = 3
-READABLE = (1, 2, 3)
+FORMAT = 4
+READABLE = (1, 2, 3, 4)
 PRECISIONS = ("fp32", "int8")
 FPS = (0.01, 1000.0)
 MOST_GUIDANCE = 1e6  # far from overflow in float32
@@ -220,7 +231,8 @@ class Manifest:
     graphs; conditioning: of an image-to-video model alone; tile: None where the decoder takes the whole
     picture; source: what the bundle was made from, None in formats 1 and 2. vocabulary: None where any word
     may be asked for; boxes: None where a request cannot have any; experts: from the one of the highest noise
-    to that of the lowest, empty for one transformer alone.
+    to that of the lowest, empty for one transformer alone. whole_text: None, or how many tokens text has for
+    the model, of which the graphs take shapes.text_tokens: one of these stands for all padding.
     """
 
     format: int
@@ -241,6 +253,7 @@ class Manifest:
     ranges: Ranges | None = None
     boxes: Boxes | None = None
     experts: tuple[Expert, ...] | None = None
+    whole_text: int | None = None
 
     def __post_init__(self) -> None:
         require(self.format in READABLE, f"format must be {', '.join(map(str, READABLE))}")
@@ -258,6 +271,9 @@ class Manifest:
             require(inside and self.format > 1, "a tile must not be larger than the video")
             require(self.tile.count(self.shapes.latent[2:]) <= MOST_TILES, "tiles that small are too many")
         self._check_format_3()
+        if self.whole_text is not None:
+            right = 1 < self.shapes.text_tokens < self.whole_text <= MOST_TOKENS
+            require(right and self.format > 3, "whole_text must be more than text_tokens, and of format 4")
 
     def _check_format_3(self) -> None:
         added = (self.source, self.vocabulary, self.ranges, self.boxes, self.experts)
@@ -287,6 +303,21 @@ class Manifest:
         require(inside and apart and free, "given frames must differ and leave some free")
         dropped = conditioning.dropped_frames * len(placements)
         require(dropped < shapes.frames, "given frames leave nothing of the video")
+
+    @property
+    def prompt_tokens(self) -> int:
+        """How many tokens a prompt may have."""
+        return self.shapes.text_tokens - (self.whole_text is not None)
+
+    @property
+    def cut(self) -> str:
+        """What to add where a prompt is too long for the graphs, though not for the model."""
+        if self.whole_text is None:
+            return ""
+        return (
+            f", or export the bundle without --text-tokens {self.shapes.text_tokens} "
+            f"(one of them stands for padding; the model reads {self.whole_text})"
+        )
 
     @property
     def decoded(self) -> tuple[int, int]:
@@ -320,4 +351,3 @@ class Manifest:
         yield self.tokenizer
         for graph in self.graphs.values():
             yield from graph.files()
-

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from .graph_list import BASE, CONCEPT_GRAPHS, CONCEPTS, IMAGE_TO_VIDEO, LATER_FRAMES, graphs_of, upstream
+from .graph_list import (
+    BASE,
+    CONCEPT_GRAPHS,
+    CONCEPTS,
+    IMAGE_TO_VIDEO,
+    LATER_FRAMES,
+    STEP_GRAPH,
+    graphs_of,
+    upstream,
+)
 
 if TYPE_CHECKING:
     from .schema import GraphFile, Shapes
@@ -13,12 +22,17 @@ Kind = tuple[str, tuple[int, ...]]  # dtype, shape
 
 
 def check(
-    graphs: dict[str, GraphFile], shapes: Shapes, conditioned: bool, decoded: tuple[int, int]
+    graphs: dict[str, GraphFile],
+    shapes: Shapes,
+    conditioned: bool,
+    decoded: tuple[int, int],
+    collapsed: bool = False,
 ) -> None:
     """Every input must be something that the pipeline has, in its dtype and shape; the outputs that the
     pipeline reads must be there; the frames must add up. A graph need not use all that it is offered.
     conditioned: whether the bundle's pictures are frames, too; decoded: height and width, in latents, of what
-    the decoder takes at once.
+    the decoder takes at once; collapsed: whether one key stands for all padding of a text, which then must
+    come with a bias.
 
     Raises: ValueError for the first difference.
     """
@@ -41,6 +55,8 @@ def check(
         found = graphs[name].output(output)
         if found is None or (found.dtype, found.shape) != kind:
             raise ValueError(f"the graph {name} must give {output!r}, {_spelled(kind)}")
+    if collapsed != (graphs[STEP_GRAPH].input("text_bias") is not None):
+        raise ValueError("the graph denoise must take 'text_bias' where there is whole_text, and only there")
     _check_frames(graphs, shapes, decoded)
 
 
@@ -66,6 +82,7 @@ def _inputs(s: Shapes, decoded: tuple[int, int]) -> dict[str, dict[str, Kind]]:
             "concept_mask": mask,
             "guidance": ("float32", (branches,)),
             "coefficients": ("float32", (s.solver_states, s.solver_states + 1)),
+            "text_bias": ("float32", (branches, s.text_tokens)),
             "given": ("float32", (1, following + latent[0], *latent[1:])),
         },
         "encode_first": {"frames": ("float32", (1, s.height, s.width, 3))},

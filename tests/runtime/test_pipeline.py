@@ -83,9 +83,9 @@ def test_every_text_is_tokenised_once(bundle: Path, pictures, monkeypatch: pytes
     pipe, seen = Pipeline.from_bundle(bundle, threads=1), list[str]()
     encode = pipe._tokenizer.encode
 
-    def counted(text: str, limit: int, what: str) -> tuple[int, ...]:
+    def counted(text: str, *limits: object) -> tuple[int, ...]:
         seen.append(text)
-        return encode(text, limit, what)
+        return encode(text, *limits)
 
     monkeypatch.setattr(pipe._tokenizer, "encode", counted)
     pipe("a ball rolls left", concepts(pictures, "ball", "cat"), negative="bad", samples=2, steps=1)
@@ -247,7 +247,7 @@ def test_all_input_is_checked_before_anything_runs(pipe: Pipeline, pictures, mon
     with pytest.raises(InputError, match="reads the labels 'zebra' and 'okapi' alike"):
         pipe("a ball", [Concept("zebra", pictures["ball"]), Concept("okapi", pictures["cat"])])
     encode = pipe._tokenizer.encode  # as a tokenizer does that drops what cannot be seen
-    dropping = lambda text, limit, what: encode(text.replace("\u200b", ""), limit, what)  # noqa: E731
+    dropping = lambda text, *rest: encode(text.replace("\u200b", ""), *rest)  # noqa: E731
     monkeypatch.setattr(pipe._tokenizer, "encode", dropping)
     for prompt, label, what in (("\u200b", "cat", "prompt"), ("a", "\u200b", "label '.u200b'")):
         with pytest.raises(InputError, match=f"the {what} is empty: the bundle 'fake' reads no word of it"):

@@ -6,6 +6,7 @@ modules, so running these on the bundle's weights gives the same videos. Which w
 
 from __future__ import annotations
 
+import functools
 import logging
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -24,7 +25,15 @@ from ....errors import (
     is_out_of_memory,
     not_loaded,
 )
-from ...bundle_format.graph_list import BY_NAME, EACH_STEP, FIRST_FRAME, LATER_FRAMES, STEP_GRAPH, upstream
+from ...bundle_format.graph_list import (
+    BY_NAME,
+    EACH_STEP,
+    EACH_TEXT,
+    FIRST_FRAME,
+    LATER_FRAMES,
+    STEP_GRAPH,
+    upstream,
+)
 from . import memory_plan
 from .options import TorchOptions
 
@@ -48,6 +57,9 @@ if TYPE_CHECKING:
     from ...bundle_format.schema import TensorSpec
 
 log = logging.getLogger(__name__)
+
+TEXT_BUCKET = 32
+"""A text's tokens are so many, or a multiple."""
 
 Module = Callable[[dict[str, Any]], Mapping[str, Any]]
 
@@ -80,6 +92,7 @@ class TorchBackend:
         self._device = torch.device(device)
         self._dtype_name = options.dtype or ("bfloat16" if device == "cuda" else "float32")
         self._dtype: torch.dtype = getattr(torch, self._dtype_name)
+        self._condition = upstream(STEP_GRAPH, self._manifest.graphs)
         self._lock = threading.RLock()
         self._modules: dict[str, Module] = {}
         config = ModelConfig.from_dict(self._manifest.model)
@@ -122,6 +135,10 @@ class TorchBackend:
             tensors = {s.name: self._to_device(inputs[s.name], graph, s) for s in signature.inputs}
             if graph == STEP_GRAPH and "step" in inputs:
                 tensors["step"] = inputs["step"]
+            if isinstance(bias := inputs.get("text_bias"), np.ndarray) and graph == self._condition:
+                tensors["text_bias"] = torch.from_numpy(bias).to(self._device)
+            elif isinstance(bias, torch.Tensor) and graph == STEP_GRAPH:
+                tensors["text_bias"] = bias
             return dict(self._modules[graph](tensors))
 
     def to_host(self, array: Any) -> np.ndarray:
@@ -164,8 +181,12 @@ class TorchBackend:
                 found[name] = self._denoise
             elif BY_NAME[name].runs in (FIRST_FRAME, LATER_FRAMES):
                 found[name] = self._called(name, module, torch.float32)
-            elif name == upstream(STEP_GRAPH, modules):  # of the transformer, whose weights have their dtypes
-                found[name] = self._called(name, module, self._dtype, for_the_step=True)
+            elif name == self._condition:  # of the transformer, whose weights have their dtypes
+                called = self._called(name, module, self._dtype, for_the_step=True)
+                found[name] = functools.partial(_without_padding, called)
+            elif BY_NAME[name].runs == EACH_TEXT:
+                short = _ShortText(module.to(self._dtype))
+                found[name] = self._called(name, short, self._dtype)
             else:
                 found[name] = self._called(name, module.to(self._dtype), self._dtype)
         return found
@@ -220,6 +241,35 @@ class TorchBackend:
                 f"({memory_plan.size_of(self.plan['peak'])} were planned); "
                 f"{memory_plan.what_fits(self._demand, free + held)}"
             ) from error
+
+
+class _ShortText(torch.nn.Module):
+    """A text encoder that reads no padding: what it makes of real tokens does not depend on that."""
+
+    def __init__(self, encoder: torch.nn.Module) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """ids int64 [B,T], mask bool [B,T], real tokens first -> text [B,T,Dt], exactly zero where masked."""
+        kept = _bucket(int(mask.sum(1).max()), ids.shape[1])
+        text = self.encoder(ids[:, :kept], mask[:, :kept])  # [B,kept,Dt]
+        return torch.nn.functional.pad(text, (0, 0, 0, ids.shape[1] - kept))  # [B,T,Dt]
+
+
+def _without_padding(condition: Module, tensors: dict[str, Any]) -> Mapping[str, Any]:
+    """`condition` of the tokens that text_bias [K,T] leaves, if it is there, and the bias of these for the
+    step: their number, rounded up, so that few shapes are captured."""
+    bias = tensors.pop("text_bias", None)
+    if bias is None:
+        return condition(tensors)
+    kept = _bucket(int(bias.isfinite().sum(1).max()), bias.shape[1])
+    short = condition(tensors | {"text": tensors["text"][:, :kept]})
+    return {**short, "text_bias": bias[:, :kept].contiguous()}
+
+
+def _bucket(count: int, most: int) -> int:
+    return min(most, -(-count // TEXT_BUCKET) * TEXT_BUCKET)
 
 
 def _floating(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
