@@ -2,12 +2,13 @@
 
     conceptmaster::ConceptInjection(q, k, v, mask) -> out
     conceptmaster::DecoupledCrossAttention(q, text_k, text_v, k, v, mask) -> out
+    conceptmaster::BiasedCrossAttention(q, text_k, text_v, k, v, mask, text_bias) -> out
 
 q and out are [B,S,D], keys and values [B,T,D] of the text and [B,C,D] of the concepts, mask is bool [B,C]
-(True: attend); the attribute `heads` is A, D = A*E. ONNX Runtime, which knows no such operator, runs the
-body, made of standard operators; TensorRT, which looks for a plugin of that name first, takes the Triton
-kernel (see plugin.py), for which the node says two things that nobody else reads: `plugin_namespace` and
-`aot`.
+(True: attend), text_bias float32 [B,T] whatever the others are; the attribute `heads` is A, D = A*E. ONNX
+Runtime, which knows no such operator, runs the body, made of standard operators; TensorRT, which looks for a
+plugin of that name first, takes the Triton kernel (see plugin.py), for which the node says two things that
+nobody else reads: `plugin_namespace` and `aot`.
 
 Letters: B batch, S video tokens, T text tokens, C concept tokens, A heads, E head width, D = A*E.
 """
@@ -28,6 +29,9 @@ DOMAIN = "conceptmaster"
 VERSION = 1
 INJECTION = "ConceptInjection"
 DECOUPLED = "DecoupledCrossAttention"
+BIASED = "BiasedCrossAttention"
+OWN_TYPES = {"mask": "tensor(bool)", "text_bias": "tensor(float)"}
+"""Of inputs that are not of the queries' type."""
 FOR_TENSORRT: dict[str, str | int] = {"plugin_namespace": DOMAIN, "aot": 1}
 """Attributes with which TensorRT's parser finds a plugin that was compiled ahead of time."""
 
@@ -61,12 +65,21 @@ _BODIES = {
     text = Attention<q_num_heads: int = @heads, kv_num_heads: int = @heads>(q, text_k, text_v)
     out = Add(text, concepts)""",
     ),
+    BIASED: (
+        "q, text_k, text_v, k, v, mask, text_bias",
+        f"""{_MASKED}
+    bias_alike = CastLike(text_bias, q)
+    bias_by_head = Unsqueeze(bias_alike, middle)
+    bias_by_query = Expand(bias_by_head, sizes)
+    text = Attention<q_num_heads: int = @heads, kv_num_heads: int = @heads>(q, text_k, text_v, bias_by_query)
+    out = Add(text, concepts)""",
+    ),
 }
 
 
 @functools.cache
 def function_text(name: str, opset: int) -> str:
-    """The body of one of the two nodes in ONNX's text form, in this opset (23 at least)."""
+    """The body of one of the nodes in ONNX's text form, in this opset (23 at least)."""
     inputs, body = _BODIES[name]
     header = f'<domain: "{DOMAIN}", opset_import: ["": {opset}]>'
     return f"{header}\n{name}<heads>({inputs}) => (out)\n{{{body}\n}}"
@@ -84,10 +97,11 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     def decoupled(
         q: Any, text_k: Any, text_v: Any, k: Any, v: Any, mask: Any, inverse_rms: Any, text_bias: Any
     ) -> Any:
-        if inverse_rms is not None or text_bias is not None:
-            raise NotImplementedError("the node has no inverse_rms, no text_bias")
+        if inverse_rms is not None:
+            raise NotImplementedError("the node has no inverse_rms")
         heads, flat = _flattened(standard, q, text_k, text_v, k, v)
-        found = operator(DECOUPLED)(*flat, mask, heads=heads, **FOR_TENSORRT)
+        name, bias = (DECOUPLED, []) if text_bias is None else (BIASED, [text_bias])
+        found = operator(name)(*flat, mask, *bias, heads=heads, **FOR_TENSORRT)
         return standard.Reshape(found, _sizes(q))
 
     ops = torch.ops.conceptmaster
@@ -124,7 +138,7 @@ def _drop_reshape(node: ir.Node) -> None:
 
 @functools.cache
 def operator(name: str) -> Any:
-    """One of the two nodes as onnxscript calls it.
+    """One of the nodes as onnxscript calls it.
 
     Its schema is not registered with onnx: who finds one there does not look into the function body, and
     shape inference would end at the first node.
@@ -133,7 +147,7 @@ def operator(name: str) -> Any:
     from onnxscript.values import Op, Opset
 
     parameters = [
-        defs.OpSchema.FormalParameter(x, "tensor(bool)" if x == "mask" else "T")
+        defs.OpSchema.FormalParameter(x, OWN_TYPES.get(x, "T"))
         for x in _BODIES[name][0].split(", ")
     ]
     kinds = {"heads": "INT", "plugin_namespace": "STRING", "aot": "INT"}

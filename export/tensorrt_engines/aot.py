@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...errors import ExportError, InputError, MissingDependency, how_to_install
-from ..onnx_graphs.concept_node import DECOUPLED, INJECTION
+from ..onnx_graphs.concept_node import BIASED, DECOUPLED, INJECTION
 
 POINTERS = {"float32": "*fp32", "float16": "*fp16", "bfloat16": "*bf16"}
-TENSORS = {INJECTION: ("q", "k", "v", "mask"), DECOUPLED: ("q", "text_k", "text_v", "k", "v", "mask")}
-SIZES = {INJECTION: ("S", "C"), DECOUPLED: ("S", "T", "C")}
+OWN_POINTERS = {"mask": "*i1", "text_bias": "*fp32"}
+_BOTH = ("q", "text_k", "text_v", "k", "v", "mask")
+TENSORS = {INJECTION: ("q", "k", "v", "mask"), DECOUPLED: _BOTH, BIASED: (*_BOTH, "text_bias")}
+SIZES = {INJECTION: ("S", "C"), DECOUPLED: ("S", "T", "C"), BIASED: ("S", "T", "C")}
 MAX_WIDTH = 128  # the widest head that the kernel takes
 
 
@@ -56,7 +58,7 @@ def compile_node(
 ) -> Compiled:
     """Compiles a node's kernel for sm_`capability`.
 
-    Args: node: INJECTION or DECOUPLED; dtype: float32, float16 or bfloat16; width: E; concepts: C.
+    Args: node: INJECTION, DECOUPLED or BIASED; dtype: float32, float16 or bfloat16; width: E; concepts: C.
     Raises: MissingDependency without Triton, InputError where it is interpreted and for heads that are too
     wide, ExportError for a kernel that TensorRT cannot launch.
     """
@@ -74,9 +76,13 @@ def compile_node(
 
     from . import plugin_kernels
 
-    entry = plugin_kernels.injection_entry if node == INJECTION else plugin_kernels.decoupled_entry
+    entry = {
+        INJECTION: plugin_kernels.injection_entry,
+        DECOUPLED: plugin_kernels.decoupled_entry,
+        BIASED: plugin_kernels.biased_entry,
+    }[node]
     pointer = POINTERS[dtype]
-    signature = {name: "*i1" if name == "mask" else pointer for name in TENSORS[node]}
+    signature = {name: OWN_POINTERS.get(name, pointer) for name in TENSORS[node]}
     signature |= dict.fromkeys(SIZES[node], "i32") | {"out": pointer}
     block_c = power_of_two(concepts, 16, tiles.keys)
     constants: dict[str, Any] = {

@@ -13,7 +13,7 @@ import inspect
 from typing import Any
 
 from ...errors import MissingDependency, how_to_install
-from ..onnx_graphs.concept_node import DECOUPLED, DOMAIN, INJECTION
+from ..onnx_graphs.concept_node import DOMAIN
 from .aot import SIZES, TENSORS, compile_node, tactics
 from .builder import gpu_capability
 
@@ -21,8 +21,11 @@ NAMES = {"FLOAT": ("FP32", "float32"), "HALF": ("FP16", "float16"), "BF16": ("BF
 """TensorRT's name of a dtype -> its name in a type combination, and here."""
 
 
+OWN_KINDS = {"mask": "BOOL", "text_bias": "FP32"}
+
+
 def register(trt: Any, capability: int | None = None) -> None:
-    """Registers both plugins with the full library, for sm_`capability` (None: the GPU that is there).
+    """Registers the plugins with the full library, for sm_`capability` (None: the GPU that is there).
 
     Registering twice does nothing. Raises MissingDependency without Triton or without tensorrt.plugin.
     """
@@ -35,7 +38,7 @@ def register(trt: Any, capability: int | None = None) -> None:
     except ImportError as error:
         raise MissingDependency(f"this TensorRT has no plugins in Python ({error})") from error
     target = gpu_capability() if capability is None else capability
-    for node in (INJECTION, DECOUPLED):
+    for node in TENSORS:
         if not hasattr(getattr(plugins.op, DOMAIN, None), node):
             _register(trt, plugins, node, target)
 
@@ -48,7 +51,7 @@ def _register(trt: Any, plugins: Any, node: str, capability: int) -> None:
 
     def autotune(*given: Any) -> Any:
         name, dtype = NAMES[given[0].dtype.name]
-        kinds = ["BOOL" if tensor == "mask" else name for tensor in TENSORS[node]] + [name]
+        kinds = [OWN_KINDS.get(tensor, name) for tensor in TENSORS[node]] + [name]
         numbers = list(range(1, len(tactics(dtype)) + 1))
         return [plugins.AutoTuneCombination(", ".join(kinds), "LINEAR", numbers)]
 
@@ -67,7 +70,7 @@ def _register(trt: Any, plugins: Any, node: str, capability: int) -> None:
         launch.block_x = kernel.threads
         launch.shared_mem = kernel.shared
         sizes = {"S": shapes["q"][1], "C": shapes["k"][1]}
-        if node == DECOUPLED:
+        if "text_k" in shapes:
             sizes["T"] = shapes["text_k"][1]
         extra = plugins.SymIntExprs(len(SIZES[node]))
         for index, letter in enumerate(SIZES[node]):

@@ -2,7 +2,7 @@
 
 A plugin that was compiled ahead of time gets its input pointers, then whole numbers, then its output
 pointers. The tensors are those of concept_node.py, contiguous: q and out [B,S,D], keys and values [B,T|C,D],
-mask bool [B,C].
+mask bool [B,C], text_bias float32 [B,T].
 """
 
 from __future__ import annotations
@@ -40,4 +40,20 @@ def decoupled_entry(
         S * D, D, WIDTH, T * D, D, WIDTH, T * D, D, WIDTH, C * D, D, WIDTH, C * D, D, WIDTH,
         C, 0, 0, S * D, D, WIDTH,
         WIDTH, BLOCK_S, BLOCK_T, BLOCK_C, BLOCK_E, True, True, False, False, ONE_BLOCK, PRECISION, False,
+    )  # fmt: skip
+
+
+@triton.jit
+def biased_entry(
+    q, text_k, text_v, k, v, mask, text_bias, S, T, C, out,
+    A: tl.constexpr, WIDTH: tl.constexpr, SCALE: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_T: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_E: tl.constexpr, ONE_BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """`BiasedCrossAttention`: grid (tiles of S, B*A)."""
+    D: tl.constexpr = A * WIDTH
+    cross_attention_kernel(
+        q, text_k, text_v, k, v, mask, q, text_bias, out, S, T, C, A, SCALE,
+        S * D, D, WIDTH, T * D, D, WIDTH, T * D, D, WIDTH, C * D, D, WIDTH, C * D, D, WIDTH,
+        C, 0, T, S * D, D, WIDTH,
+        WIDTH, BLOCK_S, BLOCK_T, BLOCK_C, BLOCK_E, True, True, False, True, ONE_BLOCK, PRECISION, False,
     )  # fmt: skip

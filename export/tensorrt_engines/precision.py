@@ -35,6 +35,10 @@ PRODUCTS = ("MatMul", "Gemm", "Conv", "Attention")
 """Operators, besides this project's own nodes, that compute in 16 bits where the precision says so."""
 
 
+TEXT_BIAS = 6
+"""Which input of this project's own nodes that is: the others have fewer."""
+
+
 def prepare(source: Path, target: Path, precision: str, largest: Mapping[str, float] | None = None) -> None:
     """Writes the graph `source` to `target` in `precision`, one of PRECISIONS, for TensorRT's parser.
 
@@ -76,6 +80,8 @@ def narrow(model: ir.Model, precision: str, *, emulate: bool) -> None:
             for index, value in enumerate(node.inputs):
                 if value is not None and value.dtype is None:
                     raise _unknown(node)
+                if own and index == TEXT_BIAS:  # float32 for the plugin; the body casts it
+                    continue
                 if value is not None and value.dtype == ir.DataType.FLOAT:
                     node.replace_input_with(index, cast.narrowed(value))
             cast.widen(node)

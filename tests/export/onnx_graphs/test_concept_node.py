@@ -16,9 +16,11 @@ from conceptmaster.export.onnx_graphs import concept_node  # noqa: E402
 from conceptmaster.kernels.cross_attention import (  # noqa: E402
     concept_injection,
     decoupled_cross_attention,
+    padding_bias,
 )
 
-NAMES = (concept_node.INJECTION, concept_node.DECOUPLED)
+NAMES = (concept_node.INJECTION, concept_node.DECOUPLED, concept_node.BIASED)
+OWN = {"mask": onnx.TensorProto.BOOL, "text_bias": onnx.TensorProto.FLOAT}
 B, S, T, C, A, E = 2, 5, 4, 6, 3, 8
 
 
@@ -26,10 +28,11 @@ def one_node(name, dtype=None, **attributes):
     """A model of one node, with its body, as the exporter would write it."""
     dtype = dtype or onnx.TensorProto.FLOAT
     function = onnx.parser.parse_function(concept_node.function_text(name, 23))
-    sizes = {"mask": [B, C], "q": [B, S, A * E]} | {n: [B, T, A * E] for n in ("text_k", "text_v")}
+    sizes = {"mask": [B, C], "text_bias": [B, T], "q": [B, S, A * E]}
+    sizes |= {n: [B, T, A * E] for n in ("text_k", "text_v")}
     info = onnx.helper.make_tensor_value_info
     inputs = [
-        info(n, onnx.TensorProto.BOOL if n == "mask" else dtype, sizes.get(n, [B, C, A * E]))
+        info(n, OWN.get(n, dtype), sizes.get(n, [B, C, A * E]))
         for n in function.input
     ]
     node = onnx.helper.make_node(
@@ -50,19 +53,21 @@ def feed(seed=0):
     g = torch.Generator().manual_seed(seed)
     sizes = {"q": S, "text_k": T, "text_v": T, "k": C, "v": C}
     made = {name: torch.randn(B, size, A, E, generator=g) for name, size in sizes.items()}
+    made["text_bias"] = padding_bias(torch.tensor([1, 3]), T, 20)
     return made | {"mask": torch.tensor([[False] * C, [True, False, True, True, False, False]])}
 
 
 def expected(name, x):
     if name == concept_node.INJECTION:
         return concept_injection(x["q"], x["k"], x["v"], x["mask"])
-    return decoupled_cross_attention(x["q"], x["text_k"], x["text_v"], x["k"], x["v"], x["mask"])
+    bias = {"text_bias": x["text_bias"]} if name == concept_node.BIASED else {}
+    return decoupled_cross_attention(*(x[n] for n in ("q", "text_k", "text_v", "k", "v", "mask")), **bias)
 
 
 def run(model, x):
     session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     names = [i.name for i in session.get_inputs()]
-    flat = {n: (x[n] if n == "mask" else x[n].flatten(2)).numpy() for n in names}
+    flat = {n: (x[n] if n in OWN else x[n].flatten(2)).numpy() for n in names}
     return session.run(None, flat)[0].reshape(B, S, A, E)
 
 
@@ -77,7 +82,7 @@ def test_the_body_is_the_torch_op(name, assert_close):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_body_runs_in_half_precision(name, assert_close):
-    x = {n: v if n == "mask" else v.half() for n, v in feed().items()}
+    x = {n: v if n in OWN else v.half() for n, v in feed().items()}
     wide = {n: v if n == "mask" else v.double() for n, v in x.items()}
     assert_close(run(one_node(name, onnx.TensorProto.FLOAT16), x), expected(name, wide), "float16")
 
@@ -128,14 +133,21 @@ def test_shapes_are_inferred_through_it_by_whoever_has_made_it(name):
 
 
 @pytest.mark.parametrize(
-    ("injection", "name"), [("standalone", concept_node.INJECTION), ("shared_query", concept_node.DECOUPLED)]
+    ("injection", "whole_text", "name"),
+    [
+        ("standalone", None, concept_node.INJECTION),
+        ("standalone", 500, concept_node.INJECTION),
+        ("shared_query", None, concept_node.DECOUPLED),
+        ("shared_query", 500, concept_node.BIASED),
+    ],
 )
-def test_every_block_has_one(source_for, tmp_path, run, assert_close, injection, name):
+def test_every_block_has_one(source_for, tmp_path, run, assert_close, injection, whole_text, name):
     from conceptmaster.export.graphs import graph_specs
     from conceptmaster.export.onnx_graphs.trace import export_graph
 
     source = source_for(injection=injection)
-    (spec,) = (s for s in graph_specs(source.model, source.vae) if s.name == "denoise")
+    specs = graph_specs(source.model, source.vae, whole_text=whole_text)
+    (spec,) = (s for s in specs if s.name == "denoise")
     path = tmp_path / "denoise.onnx"
     export_graph(spec, path)
     model = onnx.load(str(path))

@@ -18,10 +18,11 @@ pytest.importorskip("onnxscript")
 
 from conceptmaster.errors import ExportError, MissingDependency  # noqa: E402
 from conceptmaster.export.tensorrt_engines import aot, plugin, plugin_kernels  # noqa: E402
-from conceptmaster.export.tensorrt_engines.aot import DECOUPLED, INJECTION, only_parameters  # noqa: E402
+from conceptmaster.export.tensorrt_engines.aot import BIASED, DECOUPLED, INJECTION, only_parameters  # noqa: E402
 from conceptmaster.kernels.cross_attention import (  # noqa: E402
     concept_injection,
     decoupled_cross_attention,
+    padding_bias,
 )
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -47,6 +48,10 @@ def test_the_entries_pass_everything_on_in_the_right_place(concepts, assert_clos
     out = torch.full_like(flat[0], float("nan"))
     plugin_kernels.decoupled_entry[grid](*flat, mask, tokens, text, concepts, out, **constants)
     assert_close(out.unflatten(2, (heads, width)), decoupled_cross_attention(q, tk, tv, k, v, mask))
+    out, bias = torch.full_like(flat[0], float("nan")), padding_bias(torch.tensor([2, 7]), text, 90)
+    plugin_kernels.biased_entry[grid](*flat, mask, bias, tokens, text, concepts, out, **constants)
+    expected = decoupled_cross_attention(q, tk, tv, k, v, mask, text_bias=bias)
+    assert_close(out.unflatten(2, (heads, width)), expected)
 
 
 PTX = """
@@ -105,7 +110,7 @@ def compile_for_hopper(cases):
 
 
 def test_a_kernel_compiles_for_hopper_and_takes_what_tensorrt_passes():
-    compile_for_hopper([(INJECTION, "bfloat16", 2)])
+    compile_for_hopper([(INJECTION, "bfloat16", 2), (BIASED, "bfloat16", 0)])
 
 
 @pytest.mark.slow
@@ -113,7 +118,7 @@ def test_every_tactic_compiles_without_a_spill():
     compile_for_hopper(
         [
             (node, dtype, number)
-            for node in (INJECTION, DECOUPLED)
+            for node in (INJECTION, DECOUPLED, BIASED)
             for dtype in ("bfloat16", "float16", "float32")
             for number in range(len(aot.tactics(dtype)))
         ]
@@ -164,14 +169,15 @@ def registered(monkeypatch):
     return found
 
 
-@pytest.mark.parametrize("node", [INJECTION, DECOUPLED])
+@pytest.mark.parametrize("node", [INJECTION, DECOUPLED, BIASED])
 def test_tensorrt_is_told_shapes_types_tactics_and_launch(registered, node, monkeypatch):
     import inspect
 
     identity = f"conceptmaster::{node}"
-    shapes = {"q": (2, 1000, 384), "mask": (2, 48)}
-    descs = [Desc(shapes.get(n, (2, 77 if "text" in n else 48, 384)), "BOOL" if n == "mask" else "BF16")
-             for n in aot.TENSORS[node]]  # fmt: skip
+    shapes = {"q": (2, 1000, 384), "mask": (2, 48), "text_bias": (2, 77)}
+    own = [{"mask": "BOOL", "text_bias": "FP32"}.get(n, "BF16") for n in aot.TENSORS[node]]
+    descs = [Desc(shapes.get(n, (2, 77 if "text" in n else 48, 384)), kind)
+             for n, kind in zip(aot.TENSORS[node], own, strict=True)]  # fmt: skip
     out = registered["register", identity](*descs, 12)
     assert out.shape_expr == [2, 1000, 384] and out.dtype.name == "BF16"
     signature = inspect.signature(registered["register", identity])
@@ -179,7 +185,7 @@ def test_tensorrt_is_told_shapes_types_tactics_and_launch(registered, node, monk
 
     (combination,) = registered["autotune", identity](*descs, 12, (out,))
     kinds, layout, numbers = combination.given
-    assert kinds == ", ".join(["BF16"] * (len(descs) - 1) + ["BOOL", "BF16"]) and layout == "LINEAR"
+    assert kinds == ", ".join([*own, "BF16"]) and layout == "LINEAR"
     assert numbers == [1, 2, 3]
 
     asked = []

@@ -26,7 +26,12 @@ from onnxscript import ir  # noqa: E402
 from conceptmaster.cli import main  # noqa: E402
 from conceptmaster.engine.presets import preset  # noqa: E402
 from conceptmaster.errors import ExportError  # noqa: E402
-from conceptmaster.export.onnx_graphs.concept_node import DECOUPLED, DOMAIN, function_text  # noqa: E402
+from conceptmaster.export.onnx_graphs.concept_node import (  # noqa: E402
+    BIASED,
+    DECOUPLED,
+    DOMAIN,
+    function_text,
+)
 from conceptmaster.export.tensorrt_engines import builder  # noqa: E402
 from conceptmaster.export.tensorrt_engines.builder import Limits  # noqa: E402
 from conceptmaster.export.tensorrt_engines.builder_process import BuilderProcess  # noqa: E402
@@ -102,16 +107,19 @@ def test_the_node_builds(bundle, precision, tmp_path):
     assert attention(build(bundle / "denoise.onnx", tmp_path, precision, 89)) == (0, 6)
 
 
+@pytest.mark.parametrize("node", [DECOUPLED, BIASED])
 @pytest.mark.parametrize("precision", PRECISIONS[:3])
-def test_two_attentions_of_the_same_queries_build(precision, tmp_path):
+def test_two_attentions_of_the_same_queries_build(precision, node, tmp_path):
     """What the builder dies of: in a process of its own, where that would be an error."""
     names = {name: 32 if name == "q" else 5 for name in ("q", "text_k", "text_v", "k", "v")}
     sizes = ", ".join(f"float[2,{tokens},256] {name}" for name, tokens in names.items())
+    bias = (", float[2,5] text_bias", ", text_bias") if node == BIASED else ("", "")
     proto = onnx.parser.parse_model(
-        f'<ir_version: 10, opset_import: ["": 23, "{DOMAIN}": 1]> g ({sizes}, bool[2,5] mask) => '
-        f"(float[2,32,256] out) {{ out = {DOMAIN}.{DECOUPLED}<heads: int = 2>({', '.join(names)}, mask) }}"
+        f'<ir_version: 10, opset_import: ["": 23, "{DOMAIN}": 1]> g ({sizes}, bool[2,5] mask{bias[0]}) => '
+        f"(float[2,32,256] out) "
+        f"{{ out = {DOMAIN}.{node}<heads: int = 2>({', '.join(names)}, mask{bias[1]}) }}"
     )
-    proto.functions.append(onnx.parser.parse_function(function_text(DECOUPLED, 23)))
+    proto.functions.append(onnx.parser.parse_function(function_text(node, 23)))
     onnx.save(proto, tmp_path / "node.onnx")
     built = build_apart(tmp_path / "node.onnx", tmp_path, precision)
     assert (built.whole_attention, built.decomposed_attention) == ((0, 2) if precision == "fp32" else (2, 0))
