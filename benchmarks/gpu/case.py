@@ -64,11 +64,12 @@ COMPILE_MODE = "default"
 
 
 def compiled(mode: str, function: Callable[..., Any], *arguments: Any) -> Call:
-    """Compiles when it is first called."""
+    """Compiles when it is first called; in a rehearsal on a CPU it is only traced."""
+    options: dict[str, Any] = {"mode": mode} if torch.cuda.is_available() else {"backend": "eager"}
 
     @functools.cache
     def made() -> Callable[..., Any]:
-        return torch.compile(function, dynamic=False, mode=mode)
+        return torch.compile(function, dynamic=False, **options)
 
     return lambda: made()(*arguments)
 

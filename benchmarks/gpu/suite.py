@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 
+from conceptmaster.errors import MissingDependency
+
 from ..reports import commit
 from . import forward, further, kernel_times, ladder, model, questions, setting, stages
 from .card import Watch, hardware, no_fp8, roofline
@@ -75,8 +77,8 @@ def _high(s: Setting) -> bool:
 
 
 PARTS = {
-    "sprites": Part(lambda s: videos.sprites(s.job("sprites"), s.scratch), 30.0, USES_CONCEPTS, "sprites"),
     "whole": Part(lambda s: videos.whole(s.job("whole"), Base(s.scratch, s.size)), 90.0, USES_CONCEPTS),
+    "sprites": Part(lambda s: videos.sprites(s.job("sprites"), s.scratch), 30.0, USES_CONCEPTS, "sprites"),
     "kernels": Part(_kernels, 10.0),
     "forward": Part(lambda s: forward.forward(s.size, s.job("forward"), _high(s)), 30.0, USES),
     "ladder": Part(lambda s: ladder.ladder(s.size, s.job("ladder", 3), _high(s)), 40.0, USES_CONCEPTS),
@@ -175,6 +177,9 @@ def _begin(name: str, part: Part, s: Setting) -> None:
         if name != "kernels":
             report.setdefault(name, {})["failed"] = f"the GPU was lost: {lost}"
         raise
+    except MissingDependency as error:  # nothing is wrong
+        report.setdefault(name, {})["missing"] = str(error)
+        say(f"{name}: missing: {error}")
     except Exception as error:  # whatever it is, the other parts are not to suffer from it
         report.setdefault(name, {})["failed"] = reason = failed(error)["failed"]
         say(f"{name} FAILED: {reason}")

@@ -60,7 +60,9 @@ def _model(report: dict[str, Any]) -> Iterator[str]:
 def _answers(report: dict[str, Any]) -> Iterator[str]:
     for name, found in report.get("questions", {}).items():
         timing = found.get("timing", {}) if isinstance(found, dict) else {}
-        words = [f"{n} {e['p50_ms']:.3f}" for n, e in timing.items() if "p50_ms" in e]
+        words = [
+            f"{n} {e['p50_ms']:.3f}" if "p50_ms" in e else f"{n} {next(iter(e))}" for n, e in timing.items()
+        ]
         if words:
             yield f"{name}, ms: {', '.join(words)}"
 
@@ -69,6 +71,8 @@ def _not(report: dict[str, Any]) -> Iterator[str]:
     for part, found in report.items():
         if isinstance(found, dict) and "failed" in found:
             yield f"FAILED: {part}: {found['failed']}"
+        if isinstance(found, dict) and "missing" in found:
+            yield f"missing: {part}: {found['missing']}"
     if report.get("left_out"):
         yield f"no time was left for: {', '.join(report['left_out'])}"
     yield "all is right" if report["ok"] else "NOT ALL IS RIGHT"

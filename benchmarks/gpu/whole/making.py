@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -40,12 +41,18 @@ def make(title: str, arguments: Sequence[str], videos: Sequence[Ordered], job: J
     """
     found: dict[str, Any] = job.found.setdefault(title, {}).setdefault("videos", {})
     left = [video for video in videos if "seconds" not in found.get(video.name, {})]
-    now = time.time()
-    order = {"started": now, "until": now + min(job.left(), 3600.0), "arguments": list(arguments)}
-    order["videos"] = [vars(video) for video in left]
+    seconds, now = min(job.left(), 3600.0), time.time()
+    order = {
+        "started": now,
+        "until": now + seconds,
+        "arguments": list(arguments),
+        "videos": [vars(video) for video in left],
+    }
     command = [sys.executable, "-m", f"{__package__}.worker", json.dumps(order)]
     with tempfile.TemporaryFile() as errors:
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True) as process:
+            late = threading.Timer(seconds + PATIENCE, process.kill)
+            late.start()
             try:
                 assert process.stdout is not None
                 for line in process.stdout:
@@ -55,6 +62,7 @@ def make(title: str, arguments: Sequence[str], videos: Sequence[Ordered], job: J
                     job.say(f"{title}, {name}: {in_words(told)}")
                 process.wait(PATIENCE)
             finally:
+                late.cancel()
                 process.kill()
         errors.seek(0)
         written = errors.read()
