@@ -112,7 +112,8 @@ class Injector(nn.Module):
 
 
 class BlockConditions(NamedTuple):
-    """Keys and values that one block attends to: text [K,T,A,E], concepts [K,C,A,E].
+    """Keys and values that one block attends to: text [K,T,A,E], concepts [K,C,A,E], or [R,C,A,E] where only
+    the last R branches see any (standalone).
 
     Those of the concepts are None where the injection is `merged` or `none`. text_bias [K,T] (`merged`:
     [K,T+C]): None where every key counts once.
@@ -163,7 +164,10 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, modulation: Tensor, rotary: tuple[Tensor, Tensor], kv: BlockConditions, mask: Tensor
     ) -> Tensor:
-        """x [K,S,D], modulation [K or 1,6,D], rotary two [S,1,E/2], mask bool [K,C] (merged: T+C) -> x."""
+        """x [K,S,D], modulation [K or 1,6,D], rotary two [S,1,E/2], mask bool [K,C] (merged: T+C) -> x.
+
+        x may be [1,S,D], as long as the branches differ in nothing: their text and concepts part them.
+        """
         table = wide(self.scale_shift_table) + wide(modulation)  # [K,6,D]
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = table.chunk(6, dim=1)  # [K,1,D] each
 
@@ -172,14 +176,23 @@ class Block(nn.Module):
         out = self.attn1.output(attention(rotate(self.attn1.queries(h), *rotary), rotate(k, *rotary), v))
         x = (wide(x) + out * gate).type_as(x)  # [K,S,D]
 
-        q = self.attn2.queries(self.norm2(x).type_as(x))  # [K,S,A,E]
+        q = self.attn2.queries(self.norm2(x).type_as(x))  # [K or 1,S,A,E]
+        if len(q) < len(kv.text_keys):
+            q = q.expand(len(kv.text_keys), -1, -1, -1)  # [K,S,A,E]
         x = x + self.attn2.output(self._cross_attention(q, kv, mask))  # [K,S,D]
         if self.injection == "standalone":
             assert kv.concept_keys is not None and kv.concept_values is not None
-            x = x + self.injector(x, kv.concept_keys, kv.concept_values, mask)  # [K,S,D]
+            x = self._inject(x, kv.concept_keys, kv.concept_values, mask)  # [K,S,D]
 
         h = (self.norm3(x) * (1 + ffn_scale) + ffn_shift).type_as(x)
         return (wide(x) + wide(self.ffn(h)) * ffn_gate).type_as(x)  # [K,S,D]
+
+    def _inject(self, x: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
+        """x [K,S,D], keys and values [K or R,C,A,E], mask bool [K,C] -> x and the concepts, [K,S,D]."""
+        if len(keys) == len(x):
+            return x + self.injector(x, keys, values, mask)
+        blind, seeing = x.split([len(x) - len(keys), len(keys)])  # the first would get exactly zero
+        return torch.cat((blind, seeing + self.injector(seeing, keys, values, mask[-len(keys) :])))
 
     def _cross_attention(self, q: Tensor, kv: BlockConditions, mask: Tensor) -> Tensor:
         """[K,S,A,E] -> [K,S,A,E]: to the text, and to the concepts where these share the text's query."""
@@ -288,13 +301,18 @@ class ConceptDiT(nn.Module):
         kv: Conditions,
         concept_mask: Tensor,
         conditioning: Tensor | None = None,
+        guidance: Tensor | None = None,
     ) -> Tensor:
         """The velocity (noise minus data) at these latents.
 
-        latents [K,Cz,F,H,W] of any size that divides into patches, time [K] or [1] (sigma * 1000), kv from
-        `condition`, perhaps with text_bias [K,T], concept_mask bool [K,N] as there, conditioning
-        [K or 1,Cg,F,H,W] (for `base`, and only for it): a mask of the frames that are pictures, then their
-        latents. Returns [K,Cz,F,H,W].
+        latents [K,Cz,F,H,W] of any size that divides into patches, or [1,Cz,F,H,W] for all branches, whose
+        first self-attention is then one; time [K] or [1] (sigma * 1000), kv from `condition`, perhaps with
+        text_bias [K,T], concept_mask bool [K,N] as there, conditioning [K or 1,Cg,F,H,W] (for `base`, and
+        only for it): a mask of the frames that are pictures, then their latents. Returns [K,Cz,F,H,W].
+
+        guidance [K], whose sum is one: latents and time are those of all branches, and what returns is
+        sum over k of guidance_k velocity_k, [1,Cz,F,H,W]. What follows the last norm is linear, so it is
+        done once.
         """
         known = latents
         if conditioning is not None:
@@ -317,8 +335,10 @@ class ConceptDiT(nn.Module):
             x = block(x, modulation, rotary, own, mask)  # [K,S,D]
 
         shift, scale = (self.scale_shift_table + embedding[:, None]).chunk(2, dim=1)  # [K,1,D] each
-        x = self.proj_out((self.norm_out(x) * (1 + scale) + shift).type_as(x))  # [K,S,pf*ph*pw*Cz]
-        output = self._unpatch(x, grid)  # [K,Cz,F,H,W]
+        last = self.norm_out(x) * (1 + scale) + shift  # [K,S,D]
+        if guidance is not None:
+            last = (guidance.type_as(last)[None] @ last.flatten(1)).unflatten(1, last.shape[1:])  # [1,S,D]
+        output = self._unpatch(self.proj_out(last.type_as(x)), grid)  # [K or 1,Cz,F,H,W]
         if self.config.transformer.prediction == "velocity":
             return output
         sigma = (time / 1000.0).clamp(min=MIN_SIGMA)[:, None, None, None, None]  # [K,1,1,1,1]

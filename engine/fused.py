@@ -142,7 +142,9 @@ class FusedBlock(nn.Module):
             h = modulate(x, scale, shift, eps=block.norm1.eps)  # [K,S,D]
         out = self.attn1(h, rotary)  # [K,S,D]
 
-        x, h = _affine(x, out, gate, block.norm2)  # [K,S,D] each
+        x, h = _affine(x, out, gate, block.norm2)  # [K or 1,S,D] each
+        if len(x) < len(kv.text_keys):  # the branches part here
+            x, h = (part.expand(len(kv.text_keys), -1, -1).contiguous() for part in (x, h))  # [K,S,D] each
         out = block.attn2.output(self._cross_attention(h, kv, mask))  # [K,S,D]
 
         if block.injection == "standalone":

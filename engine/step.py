@@ -31,22 +31,25 @@ def condition_names(injection: str) -> tuple[str, ...]:
 class Condition(nn.Module):
     """(text [K,T,Dt], concept_tokens [N,Q,Dc], concept_mask bool [K,N]) -> every block's keys and values.
 
-    The last two may be None where the injection is `none`.
+    The last two may be None where the injection is `none`. seeing: R, how many branches, the last ones, see
+    concepts at all: only theirs are computed. None: all K.
     """
 
-    def __init__(self, transformer: ConceptDiT) -> None:
+    def __init__(self, transformer: ConceptDiT, seeing: int | None = None) -> None:
         super().__init__()
-        self.transformer = transformer
+        self.transformer, self.seeing = transformer, seeing
 
     def forward(
         self, text: Tensor, concept_tokens: Tensor | None = None, concept_mask: Tensor | None = None
     ) -> tuple[Tensor, ...]:
         """In the order of `condition_names`: two tensors [layers,K,T|T+C,A,E], then (unless the injection is
-        `merged`) two [layers,K,C,A,E]."""
+        `merged`) two [layers,K|R,C,A,E]."""
         c = self.transformer.config.concept
         if concept_tokens is None or concept_mask is None:
             concept_tokens = text.new_zeros(c.max_concepts, c.tokens_per_concept, c.width)
             concept_mask = _no_concepts(self.transformer, text)
+        if self.seeing is not None:
+            concept_mask = concept_mask[-self.seeing :]  # [R,N]
         return tuple(self.transformer.condition(text, concept_tokens, concept_mask).values())
 
 
@@ -88,7 +91,7 @@ class DenoiseStep(nn.Module):
         given: Tensor | None = None,
         **conditions: Tensor,
     ) -> Tensor:
-        """sum over k of guidance_k velocity_k(state_0), float32 [1,Cz*F*H*W].
+        """sum over k of guidance_k velocity_k(state_0), float32 [1,Cz*F*H*W]; the guidance's sum is one.
 
         concept_mask: may be None where the injection is `none`; conditions: what `Condition` gave, by name,
         and perhaps text_bias.
@@ -96,10 +99,10 @@ class DenoiseStep(nn.Module):
         if concept_mask is None:
             concept_mask = _no_concepts(self.transformer, guidance)
         dtype = self.transformer.patch_embedding.weight.dtype
-        latents = state[:1].to(dtype).expand(len(guidance), -1, -1, -1, -1)  # [K,Cz,F,H,W]
         frames = None if given is None else given.to(dtype)
-        velocities = self.transformer.denoise(latents, time, conditions, concept_mask, frames)  # [K,Cz,F,H,W]
-        return (guidance[:, None] * velocities.flatten(1).float()).sum(dim=0, keepdim=True)
+        latents = state[:1].to(dtype)  # [1,Cz,F,H,W]
+        found = self.transformer.denoise(latents, time, conditions, concept_mask, frames, guidance)
+        return found.flatten(1).float()
 
 
 def _no_concepts(transformer: ConceptDiT, branches: Tensor) -> Tensor:
@@ -115,13 +118,16 @@ def update(state: Tensor, velocity: Tensor, coefficients: Tensor) -> Tensor:
     return (coefficients @ seen).unflatten(1, state.shape[1:])  # [M,Cz,F,H,W]
 
 
-def graph_modules(model: ConceptMaster, vae: VAE, biased: bool = False) -> dict[str, nn.Module]:
+def graph_modules(
+    model: ConceptMaster, vae: VAE, biased: bool = False, seeing: int | None = None
+) -> dict[str, nn.Module]:
     """The module of every graph by its name: its inputs are the graph's, in their order, and so its outputs.
 
-    biased: of `DenoiseStep`. Modules share their weights with `model` and `vae`.
+    biased: of `DenoiseStep`; seeing: of `Condition`. Modules share their weights with `model` and `vae`.
     """
     modules = {name: child for name, child in model.named_children() if name != "transformer"}
-    modules |= {"condition": Condition(model.transformer), "denoise": DenoiseStep(model.transformer, biased)}
+    modules["condition"] = Condition(model.transformer, seeing)
+    modules["denoise"] = DenoiseStep(model.transformer, biased)
     modules |= zip(("decode_first", "decode"), streaming_decoders(vae), strict=True)
     if model.config.conditioning_channels:  # so it is Wan's VAE
         pair = streaming_encoders(cast("Any", vae))

@@ -135,7 +135,8 @@ class _Samples:
         self.branches, self.solver_states = branches, solver_states
         self.whole_text = whole_text
         self.longest = config.text_tokens - (whole_text is not None)  # of a text, in tokens
-        self.modules = graph_modules(model, vae, biased=whole_text is not None)
+        seeing = 1 if self.config.concept.injection == "standalone" else None  # guidance.py: the last alone
+        self.modules = graph_modules(model, vae, whole_text is not None, seeing)
         self.upstream = functools.lru_cache(4)(self._upstream)
 
     def text_encoder(self, seed: int) -> Sample:
@@ -291,7 +292,8 @@ class _Samples:
             known = {"concept_tokens": torch.zeros(c.max_concepts, c.tokens_per_concept, c.width)}
         else:
             known = self._concepts(seed, present, g)
-        conditions = self.model.transformer.condition(text, known["concept_tokens"], seen)
+        keys_values = self.modules["condition"](text, known["concept_tokens"], seen)
+        conditions = dict(zip(condition_names(c.injection), keys_values, strict=True))
         return {"text": text, "text_bias": bias, "concept_mask": seen, **known, **conditions}
 
     def _concepts(self, seed: int, present: Tensor, g: torch.Generator) -> Sample:

@@ -218,6 +218,29 @@ def test_one_key_stands_for_all_padded_text(models, injection):
             assert not torch.allclose(model.denoise(x, time, uncounted, mask), expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("injection", INJECTIONS)
+@torch.no_grad()
+def test_what_branches_share_is_computed_once(models, injection):
+    """Latents of all branches, guidance before the last product, concepts for the branch that sees them:
+    against every branch on its own."""
+    plain = copy.deepcopy(models[injection]).double()
+    x, time, text, concepts, mask = (
+        a.double() if a.is_floating_point() else a for a in arguments(plain.config)
+    )
+    mask[0] = False
+    guidance = torch.tensor([-0.5, 1.5])
+    both = plain.condition(text, concepts[0], mask)
+    velocities = plain.denoise(x[:1].expand(2, -1, -1, -1, -1), time[:1].expand(2), both, mask)
+    expected = 1.5 * velocities[1:] - 0.5 * velocities[:1]
+    assert not torch.allclose(velocities[:1], velocities[1:], atol=1e-3)
+    ways = [(plain, mask), (fuse(copy.deepcopy(plain)), mask)]
+    ways += [(plain, mask[1:])] if injection == "standalone" else []
+    for model, seen in ways:
+        kv = model.condition(text, concepts[0], seen)
+        found = model.denoise(x[:1], time[:1], kv, mask, guidance=guidance)
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-13)
+
+
 def test_a_new_model_predicts_zero(tiny):
     model = ConceptDiT(tiny())
     assert model(*arguments(model.config)).count_nonzero() == 0

@@ -132,9 +132,8 @@ def test_the_padded_places_hold_nothing_that_matters(bundle, specs, run, int8):
     assert all((before[name] == after[name]).all() for name in before)
 
     sample = specs["denoise"].sample(3)
-    hidden = ~sample["concept_mask"].repeat_interleave(
-        sample["concept_keys"].shape[2] // len(seen), 1
-    )  # [K,C]
+    seeing, tokens = sample["concept_keys"].shape[1:3]
+    hidden = ~sample["concept_mask"][-seeing:].repeat_interleave(tokens // len(seen), 1)  # [R,C]
     assert hidden.any(1).all()
     other = dict(sample)
     for name in ("concept_keys", "concept_values"):
@@ -157,7 +156,8 @@ def test_the_step_is_guidance_and_the_solver_around_the_velocity(tiny, specs, bu
     with torch.inference_mode():
         velocity = 0
         for k, weight in enumerate(sample["guidance"]):
-            own = {name: value[:, k : k + 1] for name, value in kv.items()}
+            # one that sees no concepts has no keys of them: the mask lets it look at nobody else's
+            own = {name: value[:, min(k, value.shape[1] - 1)][:, None] for name, value in kv.items()}
             mask = sample["concept_mask"][k : k + 1]
             velocity = velocity + weight * tiny.model.transformer.denoise(
                 sample["state"][:1], sample["time"], own, mask

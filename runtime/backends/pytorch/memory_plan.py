@@ -86,7 +86,7 @@ def plan(demand: Demand) -> dict[str, int]:
         "feed-forward": (2 * width + 2 * model["ffn_dim"]) * size,
         "last sum": width * (3 * size + 3 * wide),
     }
-    step = rows * max(moments.values()) + 6 * state
+    step = rows * max(moments.values()) + 4 * state
     decode = _decoding(demand)
     found = {
         "weights": weights,
