@@ -34,7 +34,7 @@ DTYPES = ("bfloat16", "float16", "float32")
 
 
 def sources() -> dict[str, str]:
-    """File of kernels/ -> SHA-256 of its functions under `@triton.jit` and of its launchers."""
+    """File of kernels/ -> SHA-256 of its functions under `@triton.jit` or `@gluon.jit`, and its launchers."""
     found = {}
     for path in sorted((ROOT / "kernels").glob("*.py")):
         text = path.read_text("utf-8")
@@ -43,7 +43,8 @@ def sources() -> dict[str, str]:
             for node in ast.parse(text).body
             if isinstance(node, ast.FunctionDef)
             and (
-                node.name.endswith("_triton") or "triton.jit" in {ast.unparse(d) for d in node.decorator_list}
+                node.name.endswith("_triton")
+                or any(".jit" in ast.unparse(decorator) for decorator in node.decorator_list)
             )
         ]
         if parts:
@@ -57,7 +58,7 @@ def launches() -> Iterator[tuple[str, Callable[[], object]]]:
 
     for name in DTYPES:
         new = functools.partial(torch.empty, dtype=getattr(torch, name), device="meta")
-        for family in (_attention_launches, _row_launches, _eight_bit_launches):
+        for family in (_attention_launches, _hopper_launches, _row_launches, _eight_bit_launches):
             yield from ((f"{case}, {name}", call) for case, call in family(new))
 
 
@@ -65,7 +66,7 @@ def _attention_launches(new: Callable[..., Any]) -> Iterator[tuple[str, Callable
     import torch
 
     from conceptmaster.kernels.absorbed_injection import concept_weights_triton as weigh
-    from conceptmaster.kernels.cross_attention import cross_attention_triton as launch
+    from conceptmaster.kernels.cross_attention_plain import cross_attention_triton as launch
 
     shapes = {
         "1.3B 480p": (2, 32760, 512, 64, 12, 128),
@@ -86,6 +87,33 @@ def _attention_launches(new: Callable[..., Any]) -> Iterator[tuple[str, Callable
         yield f"injection, {case}", functools.partial(launch, out, q, None, (c, c), mask, None)
         found = new((batch, tokens, heads * concepts))
         yield f"folded output, {case}", functools.partial(weigh, found, q, c, mask)
+
+
+def _hopper_launches(new: Callable[..., Any]) -> Iterator[tuple[str, Callable[[], object]]]:
+    import torch
+
+    from conceptmaster.kernels.cross_attention_hopper import hopper_attention_triton as launch
+
+    if new(1).dtype == torch.float32:
+        return
+    cases = {  # text tokens, concept tokens, head width; mask, inverse rms, bias
+        "decoupled": (512, 64, 128, True, True, False),
+        "decoupled, nothing masked": (512, 64, 128, False, False, False),
+        "decoupled, padding one key": (96, 64, 128, True, True, True),
+        "decoupled, 64 wide": (77, 64, 64, False, True, False),
+        "text alone, padding one key": (96, 0, 128, False, False, True),
+        "injection": (0, 64, 128, True, False, False),
+        "injection, many concept tokens": (0, 256, 128, True, False, False),
+    }
+    batch, tokens, heads = 2, 32760, 12
+    for case, (text, concepts, width, masked, scaled, biased) in cases.items():
+        q, k, c = (new((batch, count, heads, width)) for count in (tokens, text, concepts))
+        mask = torch.empty((batch, concepts), dtype=torch.bool, device="meta") if masked else None
+        rms = torch.empty((batch, tokens), device="meta") if scaled else None
+        bias = torch.empty((batch, text), device="meta") if biased else None
+        sets = ((k, k) if text else None, (c, c) if concepts else None)
+        out = torch.empty_like(q)
+        yield f"Hopper, {case}", functools.partial(launch, out, q, *sets, mask, rms, bias)
 
 
 def _eight_bit_launches(new: Callable[..., Any]) -> Iterator[tuple[str, Callable[[], object]]]:
@@ -164,6 +192,7 @@ def compile_row(
         "shared_bytes": compiled.metadata.shared,
         "spill_bytes": int(spills[1]) + int(spills[2]),
         "wgmma": compiled.asm["ptx"].count("wgmma.mma_async"),
+        "tma": compiled.asm["ptx"].count("cp.async.bulk.tensor"),
         "serialised": "serialized" in done.stderr,  # ptxas waits after each wgmma: correct, but slow
     }
 
@@ -205,7 +234,8 @@ def report(wanted: str = "") -> dict[str, Any]:
 def _line(row: dict[str, Any]) -> str:
     return (
         f"{row['case']:56} {row['kernel']:28} {row['warps']:2} warps  {row['registers']:3} registers  "
-        f"{row['shared_bytes']:7,} B shared  {row['spill_bytes']:5} B spilled  {row['wgmma']:3} wgmma"
+        f"{row['shared_bytes']:7,} B shared  {row['spill_bytes']:5} B spilled  {row['wgmma']:3} wgmma  "
+        f"{row['tma']:2} tma"
         f"{', serialised' if row['serialised'] else ''}"
     )
 

@@ -279,7 +279,7 @@ def power_of_two(count: int, least: int, most: int) -> int:
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
-    """Runs a Triton kernel on the device of its first argument, a tensor; options: constexprs, num_warps, ….
+    """Runs a Triton kernel on the device of its first tensor; options: constexprs, num_warps, ….
 
     Raises RuntimeError without Triton.
     """
@@ -287,7 +287,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) 
         return _launch(kernel, grid, *arguments, **options)
     if not INSTALLED:
         raise RuntimeError(f"Triton is not installed: {how_to_install('gpu')}")
-    device = arguments[0].device
+    device = next(argument.device for argument in arguments if isinstance(argument, Tensor))
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         kernel[grid](*arguments, **options)
 

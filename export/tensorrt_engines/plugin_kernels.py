@@ -1,14 +1,16 @@
 """The concept attention's Triton kernel with the arguments in the order in which TensorRT passes them.
 
 A plugin that was compiled ahead of time gets its input pointers, then whole numbers, then its output
-pointers. The tensors are those of concept_node.py, contiguous: q and out [B,S,D], keys and values [B,T|C,D],
-mask bool [B,C], text_bias float32 [B,T].
+pointers. It is the plain kernel: Hopper's (kernels/cross_attention_hopper.py) takes tensor maps, which the
+host must encode, or the GPU into scratch memory, and such a plugin gets neither. The tensors are those of
+concept_node.py, contiguous: q and out [B,S,D], keys and values [B,T|C,D], mask bool [B,C], text_bias float32
+[B,T].
 """
 
 from __future__ import annotations
 
 from ...kernels.common import tl, triton
-from ...kernels.cross_attention import cross_attention_kernel
+from ...kernels.cross_attention_plain import cross_attention_kernel
 
 
 @triton.jit

@@ -7,16 +7,16 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("triton")
 
-from conceptmaster.kernels import cross_attention  # noqa: E402
+from conceptmaster.kernels import cross_attention_plain  # noqa: E402
 from conceptmaster.kernels.cross_attention import (  # noqa: E402
     attention,
     concept_injection,
-    cross_attention_triton,
     decoupled_cross_attention,
     decoupled_cross_attention_reference,
     padding_bias,
     text_attention,
 )
+from conceptmaster.kernels.cross_attention_plain import cross_attention_triton  # noqa: E402
 
 OPS = torch.ops.conceptmaster
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -55,7 +55,7 @@ def test_decoupled_is_the_reference(shape, dtype, assert_close):
 
 def test_many_queries_take_the_large_tiles(monkeypatch, assert_close):
     q, tk, tv, ck, cv, mask = tensors(2, 200, 5, 3, 1, 16, dtype=torch.float16)
-    monkeypatch.setattr(cross_attention, "FEW_QUERIES", 0)
+    monkeypatch.setattr(cross_attention_plain, "FEW_QUERIES", 0)
     out = cross_attention_triton(nan_like(q), q, (tk, tv), (ck, cv), mask, None)
     wide = (t.double() for t in (q, tk, tv, ck, cv))
     assert_close(out, decoupled_cross_attention_reference(*wide, mask), "float16")

@@ -48,6 +48,12 @@ def test_the_tensor_cores_are_used(report):
     assert rows and all(row["wgmma"] for row in rows)
 
 
+def test_hoppers_kernel_multiplies_and_copies_as_hopper_can(report):
+    rows = [row for row in report["kernels"] if row["kernel"] == "hopper_attention_kernel"]
+    assert {row["case"].split(", ")[-1] for row in rows} == {"bfloat16", "float16"}
+    assert all(row["wgmma"] and row["tma"] and row["registers"] == 168 for row in rows)
+
+
 def test_a_row_that_spills_or_does_not_fit_is_told(report):
     row = report["kernels"][0]
     assert sm90.bad([row | {"spill_bytes": 8}]) and sm90.bad([row | {"shared_bytes": 232_449}])

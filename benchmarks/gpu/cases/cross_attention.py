@@ -1,17 +1,25 @@
-"""Text and concepts, and the concepts alone, with and without the projection folded in."""
+"""Text and concepts, and the concepts alone, with and without the projection folded in.
+
+The ops choose their kernel (kernels/cross_attention_choice.py): where they cannot have
+Hopper's, the log says so, and they are as fast as the plain one, which is a rival here.
+"""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
+from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from conceptmaster.kernels import absorbed_injection as folded
 from conceptmaster.kernels import cross_attention as crossing
+from conceptmaster.kernels.cross_attention_plain import cross_attention_triton
 
 from ..case import Case, Group, Shapes, compiled, fastest_first, wide
+from ..timing import Call
 
 FAMILY = "cross-attention"
 
@@ -54,6 +62,7 @@ def _cases(
         {
             "two SDPA calls and a sum": fastest_first(two_calls, q, tk, tv, ck, cv),
             "eager, with the mask": functools.partial(both, q, tk, tv, ck, cv, mask),
+            **_plain(q, (tk, tv), (ck, cv), mask),
         },
         flops=4.0 * batch * tokens * heads * width * (text + kept), moved_bytes=2 * size,
         compiled={"torch.compile": compiled(shapes.mode, two_calls, q, tk, tv, ck, cv)},
@@ -65,9 +74,12 @@ def _cases(
         {
             "SDPA": fastest_first(alone, q, ck[:, :kept], cv[:, :kept]),
             "eager, with the mask": functools.partial(alone, q, ck, cv, mask),
+            **_plain(q, None, (ck, cv), mask),
         },
         flops=4.0 * batch * tokens * heads * width * kept, moved_bytes=2 * size,
     )  # fmt: skip
+
+    yield from _with_padding_as_one_key(shapes, name, shape, q, tk, tv, ck, cv, mask)
 
     total = heads * width
     x, weight = shapes.new(batch, tokens, total), shapes.new(total, total) * total**-0.5
@@ -86,4 +98,58 @@ def _cases(
         projected_exactly,
         {"injection, projection, sum": functools.partial(projected, x, q, ck, cv, mask)},
         flops=2.0 * batch * tokens * total * concepts * (1 + heads), moved_bytes=3 * size,
+    )  # fmt: skip
+
+
+def _plain(q: Tensor, *given: Any) -> dict[str, Call]:
+    """The plain kernel as a rival, where there is a GPU."""
+    return (
+        {"the plain kernel": lambda: cross_attention_triton(torch.empty_like(q), q, *given)}
+        if q.is_cuda
+        else {}
+    )
+
+
+def _with_padding_as_one_key(
+    shapes: Shapes,
+    name: str,
+    shape: dict[str, int],
+    q: Tensor,
+    tk: Tensor,
+    tv: Tensor,
+    ck: Tensor,
+    cv: Tensor,
+    mask: Tensor,
+) -> Iterator[Case]:
+    """Text of some 77 tokens and padding, whose keys are all one; the rivals have every key of it."""
+    real, all_of_it, tokens = min(77, shape["T"] // 2), shape["T"], shape["S"]
+    kept = min(-(-(real + 1) // 32) * 32, all_of_it)
+    padding = (x[:, real : real + 1].expand(-1, all_of_it - real, -1, -1) for x in (tk, tv))
+    tk, tv = (torch.cat((x[:, :real], same), dim=1) for x, same in zip((tk, tv), padding, strict=True))
+    short_k, short_v = tk[:, :kept].contiguous(), tv[:, :kept].contiguous()
+    bias = crossing.padding_bias(torch.full((shape["B"],), real, device=q.device), kept, all_of_it)
+    alone, both = crossing.attention, crossing.decoupled_cross_attention_reference
+    work = 4.0 * shape["B"] * tokens * shape["A"] * shape["E"]
+    shape = shape | {"T": all_of_it, "keys": real + 1}
+
+    def two_calls(q: Tensor, tk: Tensor, tv: Tensor, ck: Tensor, cv: Tensor) -> Tensor:
+        return alone(q, tk, tv) + alone(q, ck[:, : shape["kept"]], cv[:, : shape["kept"]])
+
+    yield Case(
+        f"decoupled, padding as one key, {name}", shape, shapes.dtype, tokens,
+        functools.partial(
+            crossing.decoupled_cross_attention, q, short_k, short_v, ck, cv, mask, text_bias=bias
+        ),
+        lambda rows: both(*wide(q[:, rows], tk, tv, ck, cv, mask)),
+        {"two SDPA calls and a sum, all text": fastest_first(two_calls, q, tk, tv, ck, cv)}
+        | _plain(q, (short_k, short_v), (ck, cv), mask, None, bias),
+        flops=work * (real + 1 + shape["kept"]), moved_bytes=2 * q.nbytes,
+    )  # fmt: skip
+    yield Case(
+        f"text, padding as one key, {name}", shape, shapes.dtype, tokens,
+        functools.partial(crossing.text_attention, q, short_k, short_v, bias),
+        lambda rows: alone(*wide(q[:, rows], tk, tv)),
+        {"SDPA, all text": fastest_first(alone, q, tk, tv)}
+        | _plain(q, (short_k, short_v), None, None, None, bias),
+        flops=work * (real + 1), moved_bytes=2 * q.nbytes,
     )  # fmt: skip
