@@ -10,6 +10,7 @@ pytest.importorskip("transformers")
 from conceptmaster.engine.config import BINDINGS, ENCODERS, INJECTIONS  # noqa: E402
 from conceptmaster.engine.encoders import ImageEncoder, TextEncoder  # noqa: E402
 from conceptmaster.engine.model import ConceptMaster  # noqa: E402
+from conceptmaster.engine.presets import preset  # noqa: E402
 
 
 @pytest.mark.parametrize(
@@ -85,3 +86,20 @@ def test_picture_tokens_are_projected_patches(tiny, randomise, assert_close):
     assert tokens.shape == (2, config.concept.picture_tokens, config.concept.picture_dim)
     assert_close(everything[:, 0], whole.image_embeds)  # CLIP's own arithmetic, for the class token
     assert_close(tokens, everything[:, 1:])
+
+@pytest.mark.parametrize(("name", "whole"), [("sprites", 48), ("tiny", 512)])
+@torch.no_grad()
+def test_what_the_text_encoder_makes_of_a_text_does_not_depend_on_padding(name, whole):
+    """The shipped model's encoder and, at Wan's length, another of the same kind, in float64."""
+    torch.manual_seed(0)
+    encoder = TextEncoder(preset(name).text_encoder).double().eval()
+    for parameter in encoder.parameters():  # positions and all far from nothing
+        torch.nn.init.normal_(parameter, std=0.3)
+    for count in (1, 7, 30):
+        ids = torch.cat((torch.randint(2, 100, (1, count)), torch.zeros(1, whole - count).long()), dim=1)
+        mask = torch.arange(whole)[None] < count
+        expected = encoder(ids, mask)
+        assert not expected[:, count:].any() and expected[:, :count].all()
+        for kept in {count, min(whole, count + 9)}:
+            found = encoder(ids[:, :kept], mask[:, :kept])
+            torch.testing.assert_close(found, expected[:, :kept], rtol=1e-12, atol=1e-12)

@@ -136,7 +136,6 @@ def test_shapes_are_inferred_through_it_by_whoever_has_made_it(name):
     ("injection", "whole_text", "name"),
     [
         ("standalone", None, concept_node.INJECTION),
-        ("standalone", 500, concept_node.INJECTION),
         ("shared_query", None, concept_node.DECOUPLED),
         ("shared_query", 500, concept_node.BIASED),
     ],

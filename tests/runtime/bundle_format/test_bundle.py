@@ -82,11 +82,11 @@ def test_missing_and_truncated_files(own: Path, name: str) -> None:
 
 def _third(data: dict, **entries: object) -> None:
     """Makes a manifest one of format 3, with these entries."""
-    data.update(format=3, source={"name": "weights", "files": []}, **entries)
+    data.update({"format": 3, "source": {"name": "weights", "files": []}} | entries)
 
 
 CHANGES: list[tuple[str, Callable[[dict], object], str]] = [
-    ("newer format", lambda d: d.update(format=4, more=1), "has format 4.*upgrade"),
+    ("newer format", lambda d: d.update(format=5, more=1), "has format 5.*upgrade"),
     ("older format", lambda d: d.update(format=0), "format must be 1, 2, 3"),
     ("format is text", lambda d: d.update(format="1"), "manifest.format must be an integer"),
     ("unknown key", lambda d: d.update(more=1), "unknown key 'more'"),
@@ -135,6 +135,9 @@ CHANGES: list[tuple[str, Callable[[dict], object], str]] = [
         "wants 'x', which nothing gives",
     ),
     ("source in format 1", lambda d: d.update(source={"name": "w", "files": []}), "format 1 does not have"),
+    ("a whole text in format 3", lambda d: _third(d, whole_text=20), "of format 4"),
+    ("a whole text that is none", lambda d: _third(d, format=4, whole_text=12), "more than text_tokens"),
+    ("a whole text, no bias", lambda d: _third(d, format=4, whole_text=20), "must take 'text_bias'"),
     ("format 3 without a source", lambda d: d.update(format=3), "says what the bundle was made from"),
     ("path as source", lambda d: d.update(format=3, source={"name": "/w", "files": []}), "neither a Hub id"),
     ("a graph without a file", lambda d: d["graphs"]["dam"].update(file="", sha256=""), "all graphs have"),
