@@ -16,7 +16,6 @@ import math
 from typing import NamedTuple, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels.common import wide
@@ -116,7 +115,7 @@ class BlockConditions(NamedTuple):
     the last R branches see any (standalone).
 
     Those of the concepts are None where the injection is `merged` or `none`. text_bias [K,T] (`merged`:
-    [K,T+C]): None where every key counts once.
+    [K,T+C], with the mask in it): None where every key counts once.
     """
 
     text_keys: Tensor
@@ -196,10 +195,10 @@ class Block(nn.Module):
 
     def _cross_attention(self, q: Tensor, kv: BlockConditions, mask: Tensor) -> Tensor:
         """[K,S,A,E] -> [K,S,A,E]: to the text, and to the concepts where these share the text's query."""
-        if self.injection in ("standalone", "none"):
+        if self.injection == "merged" and kv.text_bias is None:
+            return attention(q, kv.text_keys, kv.text_values, mask)
+        if self.injection in ("standalone", "none", "merged"):
             return text_attention(q, kv.text_keys, kv.text_values, kv.text_bias)
-        if self.injection == "merged":
-            return attention(q, kv.text_keys, kv.text_values, mask, kv.text_bias)
         assert kv.concept_keys is not None and kv.concept_values is not None
         concepts = kv.concept_keys, kv.concept_values
         return decoupled_cross_attention(
@@ -325,9 +324,11 @@ class ConceptDiT(nn.Module):
         embedding, modulation = self.condition_embedder.time(time)  # [K,D], [K,6,D]
         mask, bias = self._token_mask(concept_mask), kv.get("text_bias")  # [K,C], [K,T]
         if self.config.concept.injection == "merged":
+            if bias is not None:  # has the mask in it
+                concepts = torch.zeros_like(mask, dtype=bias.dtype).masked_fill(~mask, -math.inf)  # [K,C]
+                bias = torch.cat((bias, concepts), dim=1)  # [K,T+C]
             text_tokens = kv["text_keys"].shape[2] - mask.shape[1]
             mask = torch.cat((mask.new_ones(mask.shape[0], text_tokens), mask), dim=1)  # [K,T+C]
-            bias = None if bias is None else F.pad(bias, (0, mask.shape[1] - text_tokens))  # [K,T+C]
 
         conditions = [kv[name].unbind(0) if name in kv else [None] * len(self.blocks) for name in KEYS_VALUES]
         for block, *parts in zip(self.blocks, *conditions, strict=True):

@@ -165,8 +165,8 @@ class FusedBlock(nn.Module):
         attn: Attention = self.block.attn2
         if not self.shares_query or kv.concept_keys is None or kv.concept_values is None:
             q = attn.queries(h)  # [K,S,A,E]
-            if self.block.injection == "merged":
-                return attention(q, kv.text_keys, kv.text_values, mask, kv.text_bias)
+            if self.block.injection == "merged" and kv.text_bias is None:
+                return attention(q, kv.text_keys, kv.text_values, mask)
             return text_attention(q, kv.text_keys, kv.text_values, kv.text_bias)
         q = attn.to_q(h)  # [K,S,D]
         rms = inverse_rms(q, _eps(attn.norm_q))  # [K,S]
