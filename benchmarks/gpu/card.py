@@ -18,7 +18,7 @@ from .timing import once
 PACKAGES = ("numpy", "onnxruntime", "torch", "triton", "transformers", "diffusers", "nvidia-cudnn-frontend")
 FP8 = (8, 9)
 """The compute capability from which on a card multiplies in fp8."""
-PERIOD = 0.2
+PERIOD = 0.4
 """Seconds between two readings of the clocks."""
 CLOCKS = ("clocks.sm", "clocks.mem", "power.draw", "temperature.gpu")
 REASONS = "clocks_event_reasons.active"
@@ -66,13 +66,15 @@ def hardware() -> dict[str, Any]:
 
 
 class Watch:
-    """Reads the card's clocks and watts with nvidia-smi, in a thread, from entering to leaving it.
+    """Reads the card's clocks and watts with nvidia-smi, in a thread, between entering and leaving it.
 
-    missing: why there are none, in one line; None where there are.
+    always: all that time; else only `during` something, so that nothing else is disturbed. missing: why there
+    are none, in one line; None where there are.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, always: bool = False) -> None:
         self.missing: str | None = None
+        self._wanted = int(always)
         self._names: tuple[str, ...] = (*CLOCKS, REASONS)
         self._readings: list[tuple[float, list[float | None]]] = []
         self._end = threading.Event()
@@ -102,9 +104,11 @@ class Watch:
     def during(self, found: dict[str, Any], name: str = "clocks") -> Iterator[None]:
         """Puts what is read while the block runs into `found`, also where the block fails."""
         start = time.perf_counter()
+        self._wanted += 1
         try:
             yield
         finally:
+            self._wanted -= 1
             found[name] = self.between(start, time.perf_counter())
 
     def between(self, start: float, end: float) -> dict[str, Any]:
@@ -129,6 +133,8 @@ class Watch:
 
     def _read(self) -> None:
         while not self._end.wait(PERIOD):
+            if not self._wanted:
+                continue
             with contextlib.suppress(OSError, subprocess.SubprocessError):
                 values = [_number(value) for value in _query(self._names)]
                 self._readings.append((time.perf_counter(), values))

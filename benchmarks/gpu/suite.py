@@ -47,8 +47,10 @@ class Part:
 
 
 def _kernels(s: Setting) -> None:
-    s.report["at"] = "the checks of the kernels"
-    kernel_times.check_all(s)
+    if not s.report.get("checked"):
+        s.report["at"] = "the checks of the kernels"
+        kernel_times.check_all(s)
+        s.report["checked"] = True
     share = kernel_times.SHARE if len(s.report["parts"]) > 1 else 1.0
     until = s.left() * (1 - share) + SLACK
     s.report["left_out"] += kernel_times.time_all(s, lambda: s.left() < until)
@@ -76,6 +78,13 @@ def _high(s: Setting) -> bool:
     return s.shapes.fp8 and not s.red(USES_HIGH)
 
 
+def _whole_in_8_bits(s: Setting) -> None:
+    if _high(s):
+        videos.high(s.job("high"), Base(s.scratch, s.size))
+    else:
+        s.report["high"] = {"missing": no_fp8() or "a kernel of it is red"}
+
+
 PARTS = {
     "whole": Part(lambda s: videos.whole(s.job("whole"), Base(s.scratch, s.size)), 90.0, USES_CONCEPTS),
     "sprites": Part(lambda s: videos.sprites(s.job("sprites"), s.scratch), 30.0, USES_CONCEPTS, "sprites"),
@@ -83,6 +92,7 @@ PARTS = {
     "forward": Part(lambda s: forward.forward(s.size, s.job("forward"), _high(s)), 30.0, USES),
     "ladder": Part(lambda s: ladder.ladder(s.size, s.job("ladder", 3), _high(s)), 40.0, USES_CONCEPTS),
     "questions": Part(lambda s: questions.questions(s.job("questions", setting.ROUNDS)), 10.0),
+    "high": Part(_whole_in_8_bits, 60.0, USES_CONCEPTS),
     "concepts": Part(lambda s: _sizes(s, True), 12.0, USES_CONCEPTS),
     "compiled": Part(_compiled, 30.0, USES),
     "full": Part(lambda s: further.full(s.size, s.job("full")), 25.0, USES),
@@ -114,9 +124,9 @@ def run(
 
     report = {} if report is None else report
     report.pop("stopped", None)
-    for name, empty in {"ok": True, "done": [], "cases": {}, "left_out": []}.items():
+    for name, empty in {"ok": True, "done": [], "cases": {}}.items():
         report.setdefault(name, empty)
-    report["parts"] = list(parts)
+    report |= {"parts": list(parts), "left_out": []}
     try:
         with torch.no_grad(), Watch() as watch, tempfile.TemporaryDirectory() as temporary:
             _run(Setting(shapes, report, left, say, scratch or Path(temporary), watch), parts)
@@ -162,20 +172,20 @@ def _begin(name: str, part: Part, s: Setting) -> None:
         report["left_out"].append(name)
         return
     report["at"] = name
-    if name != "kernels":  # which goes on case by case
-        report["done"].append(name)
     say(f"part {name}, {s.left():.0f} s are left")
     if red := s.red(part.uses, part.size):
         report.setdefault(name, {})["failed"] = f"not run, a kernel of it is red: {', '.join(red)}"
         say(f"{name}: {report[name]['failed']}")
+        report["done"].append(name)
         return
     if torch.cuda.is_available():
         torch.cuda.empty_cache()  # for processes of their own
     try:
         part.run(s)
     except DeviceLost as lost:
-        if name != "kernels":
+        if name != "kernels":  # which goes on with the next case
             report.setdefault(name, {})["failed"] = f"the GPU was lost: {lost}"
+            report["done"].append(name)
         raise
     except MissingDependency as error:  # nothing is wrong
         report.setdefault(name, {})["missing"] = str(error)
@@ -183,7 +193,7 @@ def _begin(name: str, part: Part, s: Setting) -> None:
     except Exception as error:  # whatever it is, the other parts are not to suffer from it
         report.setdefault(name, {})["failed"] = reason = failed(error)["failed"]
         say(f"{name} FAILED: {reason}")
-    if name not in report["done"]:
+    if name != "kernels" or not report["left_out"]:
         report["done"].append(name)
     gc.collect()
     _conclude(report)
@@ -199,7 +209,9 @@ def _conclude(report: dict[str, Any]) -> None:
         report["ok"] = False
     if any("failed" in report.get(name, {}) for name in PARTS):
         report["ok"] = False
-    if any("wrong" in entry for name in ("sprites", "whole") for entry in _entries(report.get(name, {}))):
+    if any(
+        "wrong" in entry for name in ("sprites", "whole", "high") for entry in _entries(report.get(name, {}))
+    ):
         report["ok"] = False
     ours = forward.get("timing", {}).get("ours", {}).get("p50_ms")
     if ours and "matrix_tflops" in roof:

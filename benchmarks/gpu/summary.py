@@ -14,13 +14,16 @@ def summary(report: dict[str, Any]) -> list[str]:
 
 
 def _videos(report: dict[str, Any]) -> Iterator[str]:
-    for part in ("sprites", "whole"):
+    for part in ("sprites", "whole", "high"):
         for title, entry in report.get(part, {}).items():
-            videos = entry.get("videos", {}) if isinstance(entry, dict) else {}
-            if "wrong" in entry if isinstance(entry, dict) else False:
+            if not isinstance(entry, dict):
+                continue
+            if "wrong" in entry:
                 yield f"{part}, {title}: WRONG, {entry['wrong']}"
                 continue
-            for name, told in videos.items():
+            if "unchecked" in entry:
+                yield f"{part}, {title}: not checked, {entry['unchecked']}"
+            for name, told in entry.get("videos", {}).items():
                 if "seconds" in told:
                     yield f"{part}, {title}, {name}: {in_words(told)}"
 
@@ -68,11 +71,10 @@ def _answers(report: dict[str, Any]) -> Iterator[str]:
 
 
 def _not(report: dict[str, Any]) -> Iterator[str]:
-    for part, found in report.items():
-        if isinstance(found, dict) and "failed" in found:
-            yield f"FAILED: {part}: {found['failed']}"
-        if isinstance(found, dict) and "missing" in found:
-            yield f"missing: {part}: {found['missing']}"
+    for part in report.get("parts", ()):
+        for kind in ("failed", "missing"):
+            if kind in (found := report.get(part, {})):
+                yield f"{kind}: {part}: {found[kind]}"
     if report.get("left_out"):
         yield f"no time was left for: {', '.join(report['left_out'])}"
     yield "all is right" if report["ok"] else "NOT ALL IS RIGHT"

@@ -157,6 +157,7 @@ def made(**told):
 def test_the_summary_has_no_time_of_what_is_wrong():
     report = {
         "ok": False,
+        "parts": ["whole", "forward"],
         "whole": {
             "4 steps": {"videos": {"cold": made()}, "wrong": "latents 1.0e+00 from those without"},
             "50 steps": {"videos": {"cold": made(), "warm": {"left_out": "no time was left"}}},
@@ -174,7 +175,7 @@ def test_the_summary_has_no_time_of_what_is_wrong():
     (line,) = (line for line in lines if line.startswith("whole, 50 steps"))
     assert "4 steps 3.00, one 700.0 ms" in line and "decode 50.0" in line
     assert "kernels: 1 of 2 are right; RED: a" in lines and "  loses: b: r 0.50×" in lines
-    assert lines[-3:] == ["FAILED: forward: no luck", "no time was left for: profile", "NOT ALL IS RIGHT"]
+    assert lines[-3:] == ["failed: forward: no luck", "no time was left for: profile", "NOT ALL IS RIGHT"]
 
 
 def test_a_video_that_there_is_no_time_for_is_left_out(monkeypatch, capsys):

@@ -40,13 +40,15 @@ def make(title: str, arguments: Sequence[str], videos: Sequence[Ordered], job: J
     none is made.
     """
     found: dict[str, Any] = job.found.setdefault(title, {}).setdefault("videos", {})
-    left = [video for video in videos if "seconds" not in found.get(video.name, {})]
+    if all("seconds" in found.get(video.name, {}) for video in videos):
+        return found  # by an earlier run, that ended in another one of them
+    found.clear()
     seconds, now = min(job.left(), 3600.0), time.time()
     order = {
         "started": now,
         "until": now + seconds,
         "arguments": list(arguments),
-        "videos": [vars(video) for video in left],
+        "videos": [vars(video) for video in videos],
     }
     command = [sys.executable, "-m", f"{__package__}.worker", json.dumps(order)]
     with tempfile.TemporaryFile() as errors:
@@ -66,11 +68,9 @@ def make(title: str, arguments: Sequence[str], videos: Sequence[Ordered], job: J
                 process.kill()
         errors.seek(0)
         written = errors.read()
-    made = [video.name for video in left if "seconds" in found.get(video.name, {})]
-    if left and not made and not any("left_out" in found.get(video.name, {}) for video in left):
-        reasons = [told["failed"] for told in found.values() if "failed" in told]
-        reason = reasons[0] if reasons else last_line(written)
-        raise CommandFailed(reason or f"its process ended with {process.returncode}")
+    if not any("seconds" in told or "left_out" in told for told in found.values()):
+        reasons = [told["failed"] for told in found.values()] or [last_line(written)]
+        raise CommandFailed(reasons[0] or f"its process ended with {process.returncode}")
     return found
 
 

@@ -26,6 +26,7 @@ import torch
 from conceptmaster.cli import main as command
 from conceptmaster.kernels.common import in_plain_torch
 from conceptmaster.runtime import generate_command
+from conceptmaster.runtime.backends.pytorch.stepper import cuda_graphs
 
 from ..card import Watch
 from ..timing import why
@@ -138,13 +139,19 @@ class Session:
     @contextlib.contextmanager
     def _in_plain_torch(self) -> Iterator[None]:
         """Without any kernel of this project, captured anew; afterwards with them, captured anew."""
-        programs = self.pipeline.backend.stepper.programs
-        programs.clear()
+        self._forget()
         try:
             with in_plain_torch():
                 yield
         finally:
-            programs.clear()
+            self._forget()
+
+    def _forget(self) -> None:
+        """Lets captured steps go, with their memory."""
+        stepper = self.pipeline.backend.stepper
+        stepper.programs.clear()
+        if stepper.capture is not None:
+            stepper.capture = cuda_graphs()
 
 
 def _generate(arguments: list[str]) -> dict[str, Any]:
@@ -164,7 +171,7 @@ def main(order: dict[str, Any]) -> None:
     A video takes as long as the last one with the same arguments did; of a first one its "needs" tells.
     """
     took: dict[str, float] = {}
-    with Watch() as watch:
+    with Watch(always=True) as watch:
         session = Session(order, watch)
         for video in order["videos"]:
             kind = json.dumps(video["arguments"])
