@@ -18,7 +18,7 @@ CASE_SECONDS = 1.5
 SHARE = 0.3
 """Of the time: what timing kernels may use up before the model's turn."""
 MAIN = "1.3B 480p"
-USES = ("residual and modulation", "norm and rotation", between_products.FAMILY)
+USES = ("residual and modulation", "norm and rotation", "text, padding", between_products.FAMILY)
 USES_CONCEPTS = (*USES, "concept injection", "injection with its projection", cross_attention.FAMILY)
 USES_HIGH = ("fp8 linear", eight_bit.FAMILY)
 """Kernels of the model, by the beginning of a case's name, or of what stands for cases that there are not."""

@@ -83,15 +83,18 @@ def tokens_of(config: ModelConfig) -> int:
 
 
 def flops_of(config: ModelConfig, branches: int) -> dict[str, float]:
-    """What a forward computes, keys and values of text and concepts being there: by kind."""
+    """What a forward of branches with the same latents, the last of which sees the concepts, computes, keys
+    and values of text and concepts being there: by kind. The first block's self-attention and all before the
+    text are one branch's."""
     t, tokens = config.transformer, tokens_of(config)
-    rows = 2.0 * t.num_layers * branches * tokens  # a multiplication and an addition each
+    row = 2.0 * tokens  # a multiplication and an addition for each token
+    rows, shared = t.num_layers * branches * row, (branches - 1) * row
     concepts = config.concept.concept_tokens if config.concept.injection != "none" else 0
     return {
-        "self-attention": rows * 2 * tokens * t.width,
-        "linear": rows * (6 * t.width**2 + 2 * t.width * t.ffn_dim),
+        "self-attention": (rows - shared) * 2 * tokens * t.width,
+        "linear": rows * (6 * t.width**2 + 2 * t.width * t.ffn_dim) - shared * 5 * t.width**2,
         "text": rows * 2 * config.text_tokens * t.width,
-        "concepts": rows * (2 * t.width**2 + 2 * concepts * t.width) if concepts else 0.0,
+        "concepts": t.num_layers * row * (2 * t.width**2 + 2 * concepts * t.width) if concepts else 0.0,
     }
 
 

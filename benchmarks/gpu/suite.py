@@ -85,6 +85,8 @@ def _whole_in_8_bits(s: Setting) -> None:
         s.report["high"] = {"missing": no_fp8() or "a kernel of it is red"}
 
 
+VIDEOS = ("whole", "sprites", "high")
+"""Parts that make whole videos."""
 PARTS = {
     "whole": Part(lambda s: videos.whole(s.job("whole"), Base(s.scratch, s.size)), 90.0, USES_CONCEPTS),
     "sprites": Part(lambda s: videos.sprites(s.job("sprites"), s.scratch), 30.0, USES_CONCEPTS, "sprites"),
@@ -199,19 +201,14 @@ def _begin(name: str, part: Part, s: Setting) -> None:
     _conclude(report)
 
 
-def _entries(found: dict[str, Any]) -> list[dict[str, Any]]:
-    return [entry for entry in found.values() if isinstance(entry, dict)]
-
-
 def _conclude(report: dict[str, Any]) -> None:
     forward, roof = report.get("forward", {}), report["roofline"]
     if forward.get("lossless") is False or report.get("ladder", {}).get("ok") is False:
         report["ok"] = False
     if any("failed" in report.get(name, {}) for name in PARTS):
         report["ok"] = False
-    if any(
-        "wrong" in entry for name in ("sprites", "whole", "high") for entry in _entries(report.get(name, {}))
-    ):
+    made = [entry for name in VIDEOS for entry in report.get(name, {}).values() if isinstance(entry, dict)]
+    if any("wrong" in entry for entry in made):
         report["ok"] = False
     ours = forward.get("timing", {}).get("ours", {}).get("p50_ms")
     if ours and "matrix_tflops" in roof:

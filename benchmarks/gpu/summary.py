@@ -14,7 +14,7 @@ def summary(report: dict[str, Any]) -> list[str]:
 
 
 def _videos(report: dict[str, Any]) -> Iterator[str]:
-    for part in ("sprites", "whole", "high"):
+    for part in ("whole", "sprites", "high"):
         for title, entry in report.get(part, {}).items():
             if not isinstance(entry, dict):
                 continue

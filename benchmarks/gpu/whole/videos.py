@@ -1,5 +1,5 @@
-"""The parts `sprites`, `whole` and `high`: the shipped model, and a Wan2.1 base of 1.3B with random weights, from the
-files of weights to the file of the video.
+"""The parts `sprites`, `whole` and `high`: the shipped model, and a Wan2.1 base of 1.3B with random weights,
+from the files of weights to the file of the video.
 
 Each is made as a user makes it: `conceptmaster export --no-graphs` writes a bundle, `conceptmaster generate
 --backend torch` runs it. Then it is made without this project's kernels: a video whose latents are further
