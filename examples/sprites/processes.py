@@ -6,17 +6,23 @@ import multiprocessing
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from typing import TypeVar
+from typing import Any, TypeVar
 
 Job = TypeVar("Job")
 Done = TypeVar("Done")
 
 
-def new_pool(workers: int) -> ProcessPoolExecutor:
-    """Processes that leave an interrupt to this one."""
+def new_pool(workers: int, begin: Callable[..., None] | None = None, *about: Any) -> ProcessPoolExecutor:
+    """Processes that leave an interrupt to this one; each runs ``begin(*about)`` first."""
     # spawned, because neither ONNX Runtime's threads nor PyTorch's survive a fork, nor does CUDA
     context = multiprocessing.get_context("spawn")
-    return ProcessPoolExecutor(workers, context, signal.signal, (signal.SIGINT, signal.SIG_IGN))
+    return ProcessPoolExecutor(workers, context, _begin, (begin, *about))
+
+
+def _begin(begin: Callable[..., None] | None, *about: Any) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if begin is not None:
+        begin(*about)
 
 
 def in_processes(function: Callable[[Job], Done], jobs: Sequence[Job], workers: int) -> Iterator[Done]:

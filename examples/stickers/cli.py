@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -87,6 +88,7 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
 
 
 def _train(args: argparse.Namespace) -> int:
+    began = time.perf_counter()
     from .training.options import ON_GPU, Options
     from .training.train import train
     from .world import atlas
@@ -99,7 +101,7 @@ def _train(args: argparse.Namespace) -> int:
             delattr(args, name)
     options = options_from(Options, argparse.Namespace(**(usual | vars(args))))
     set_threads(args)
-    train(atlas.load(args.atlas), args.output, options, args.start)
+    train(atlas.load(args.atlas), args.output, options, args.start, began)
     return 0
 
 

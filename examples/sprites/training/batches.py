@@ -85,6 +85,14 @@ def generator(rng: np.random.Generator, device: str) -> torch.Generator:
     return torch.Generator(device).manual_seed(int(rng.integers(2**62)))
 
 
+def sent(array: np.ndarray, device: str | torch.device) -> Tensor:
+    """A copy of an array on a device, which nobody waits for."""
+    tensor = torch.from_numpy(array)
+    if torch.device(device).type == "cpu":
+        return tensor
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
 class Pool:
     """Clips with all that training asks of them, kept on ``device``. The same state of a generator gives the
     same batch.

@@ -39,6 +39,14 @@ class StoryHead(nn.Module):
         return self.net(scores.masked_fill(~mask[:, None], -torch.inf).softmax(-1) @ text)
 
 
-def coverage_loss(logits: Tensor, target: Tensor) -> Tensor:
-    """Mean binary cross-entropy, zero where a batch has nothing to ask for."""
-    return F.binary_cross_entropy_with_logits(logits, target, reduction="sum") / max(1, target.numel())
+def coverage_loss(logits: Tensor, target: Tensor, counted: Tensor) -> Tensor:
+    """Mean binary cross-entropy of the rows of logits [...,S] that are ``counted``, bool [...]; zero where a
+    batch has nothing to ask for. No shape depends on which rows these are."""
+    losses = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
+    return masked_mean(losses, counted[..., None])
+
+
+def masked_mean(values: Tensor, counted: Tensor) -> Tensor:
+    """The mean of those values that are counted, bool of as many axes; zero where none is."""
+    counted = counted.expand_as(values)
+    return torch.where(counted, values, 0.0).sum() / counted.sum().clamp(min=1)

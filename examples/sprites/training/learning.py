@@ -45,8 +45,8 @@ def autocast(device: str) -> torch.autocast:
 
 
 def orthogonalised(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
-    """The nearest semi-orthogonal matrices, roughly: [..., r, c] -> [..., r, c] with singular values near 1;
-    computed in ``fast_dtype``."""
+    """The nearest semi-orthogonal matrices, roughly: [n, r, c] -> [n, r, c] with singular values near 1;
+    computed in ``fast_dtype``, in three calls a step."""
     a, b, c = NEWTON_SCHULZ
     x = matrices / (matrices.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     x = x.to(fast_dtype(str(matrices.device)))
@@ -54,7 +54,7 @@ def orthogonalised(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
     x = x.mT if tall else x
     for _ in range(steps):
         gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return (x.mT if tall else x).to(matrices.dtype)
 
 
@@ -106,14 +106,15 @@ class MuonAdamW(torch.optim.Optimizer):
 
     def _muon(self, parameters: list[torch.Tensor], lr: float) -> None:
         """Matrices of one shape are orthogonalised together: small ones cost most of their time in calls."""
-        shapes: dict[tuple[int, ...], list[torch.Tensor]] = {}
-        for p in parameters:
-            shapes.setdefault(tuple(p.shape), []).append(p)
-        for alike in shapes.values():
-            momenta, grads = self._state(alike, "momentum"), _gradients(alike)
-            torch._foreach_lerp_(momenta, grads, 0.05)
-            updates = torch._foreach_lerp(grads, momenta, 0.95)
-            stacked = orthogonalised(torch.stack([update.flatten(1) for update in updates]))
+        momenta, grads = self._state(parameters, "momentum"), _gradients(parameters)
+        torch._foreach_lerp_(momenta, grads, 0.05)
+        updates = torch._foreach_lerp(grads, momenta, 0.95)
+        shapes: dict[tuple[int, ...], list[int]] = {}
+        for k, p in enumerate(parameters):
+            shapes.setdefault(tuple(p.shape), []).append(k)
+        for places in shapes.values():
+            alike = [parameters[k] for k in places]
+            stacked = orthogonalised(torch.stack([updates[k].flatten(1) for k in places]))
             gain = max(1.0, stacked.shape[1] / stacked.shape[2]) ** 0.5
             steps = [update.view_as(p) for p, update in zip(alike, stacked, strict=True)]
             torch._foreach_add_(alike, steps, alpha=-lr * gain)
@@ -185,15 +186,17 @@ class Average:
         module.load_state_dict(trained)
 
 
-def gradient_norm(parameters: Iterable[torch.nn.Parameter], limit: float) -> float:
-    """Clip the gradients' norm to ``limit``; returns the norm before. Raises CheckpointError where it is
-    not finite."""
-    norm = float(torch.nn.utils.clip_grad_norm_(list(parameters), limit))
+def gradient_norm(parameters: Iterable[torch.nn.Parameter], limit: float) -> torch.Tensor:
+    """Clip the gradients' norm to ``limit``; returns the norm before, on their device: see ``check_norm``."""
+    return torch.nn.utils.clip_grad_norm_(list(parameters), limit)
+
+
+def check_norm(norm: torch.Tensor) -> None:
+    """Waits for the device. Raises CheckpointError for a norm that is not finite."""
     if not math.isfinite(norm):
         raise CheckpointError(
             "the gradient is not finite; resume from the last checkpoint with a lower learning rate"
         )
-    return norm
 
 
 def save_checkpoint(

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .batches import Batch, generator
+from .batches import Batch, generator, sent
 
 HELD_SIGMA = 0.2
 """Where nothing else is said, the level below which the loss counts the data's error."""
@@ -29,15 +29,13 @@ def decoy_noise(
     """The noise, with the decoy's difference to the clip in that of a ``share`` of the clips that have
     concepts and a level ``sigma`` [B] in ``DECOY_SIGMAS``; and which these are, bool [B]. Noised by it they
     are their decoys, noised, and what has to be told is still the clip."""
-    chosen = torch.from_numpy(rng.random(len(sigma), np.float32) < share).to(sigma.device)
+    chosen = sent(rng.random(len(sigma), np.float32) < share, sigma.device)
     chosen &= batch.concept_mask.any(-1) & (sigma >= DECOY_SIGMAS[0]) & (sigma <= DECOY_SIGMAS[1])
-    if not chosen.any():
-        return noise, chosen
     s = torch.where(chosen, sigma, 1.0)[:, None, None, None, None]
     return noise + (1 - s) / s * (batch.decoys - batch.latents), chosen
 
 
-def random_sigma(rng: np.random.Generator, size: int) -> Tensor:
-    """Noise levels float32 [size], more often high: 1 - sigmoid(1.2 n - 0.7)."""
+def random_sigma(rng: np.random.Generator, size: int, device: str = "cpu") -> Tensor:
+    """Noise levels float32 [size] on a device, more often high: 1 - sigmoid(1.2 n - 0.7)."""
     levels = 1 / (1 + np.exp(1.2 * rng.standard_normal(size, np.float32) - 0.7))
-    return torch.from_numpy(levels.astype(np.float32))
+    return sent(levels.astype(np.float32), device)

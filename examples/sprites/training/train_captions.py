@@ -60,7 +60,7 @@ def learn_captions(
         concepts[filled] = tokens
         target = F.avg_pool3d(batch.coverage.flatten(0, 1)[:, None], patch).flatten(1)
         logits = story(concepts, text, batch.token_mask).flatten(0, 1)
-        return {"total": coverage_loss(logits[filled.flatten()], target[filled.flatten()])}
+        return {"total": coverage_loss(logits, target, filled.flatten())}
 
     losses: list[float] = []
     how = LoopOptions("captions", steps, rate=lambda part: min(1.0, (1 - part) / 0.3), log_every=25)

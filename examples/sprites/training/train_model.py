@@ -120,10 +120,10 @@ class Trainee(nn.Module):
         target = F.avg_pool3d(batch.coverage.flatten(0, 1)[:, None], patch).flatten(1)  # [B*N,S]
         logits = self.layout(hidden.float(), concepts.float()).flatten(0, 1)
         shown = batch.concept_mask.flatten()
-        layout = coverage_loss(logits[shown], target[shown])
+        layout = coverage_loss(logits, target, shown)
         told = shown & (batch.token_mask.sum(1) > 1).repeat_interleave(batch.concept_mask.shape[1])
         logits = self.story(concepts.float(), text.float(), batch.token_mask).flatten(0, 1)
-        story = coverage_loss(logits[told], target[told])
+        story = coverage_loss(logits, target, told)
         filled = batch.label_mask.any(-1)
         look = self._look_losses(batch, hidden, target.view(*batch.concept_mask.shape, -1))
         shows = ~batch.foreign[filled]  # what the picture alone says is asked where it shows the noun
@@ -215,7 +215,7 @@ def train_model(
         rng = random_of(options.seed, step)
         batch = pool.batch(rng, options.batch_size, Dropped(foreign=options.foreign))
         noise = normal(rng, tuple(batch.latents.shape), device)
-        sigma = random_sigma(rng, len(noise)).to(device)
+        sigma = random_sigma(rng, len(noise), device)
         noise, astray = decoy_noise(batch, noise, sigma, rng, options.decoys)
         held = torch.where(astray, DECOY_HELD, HELD_SIGMA)
         with cheapest_attention(device), autocast(device):

@@ -1,47 +1,44 @@
-"""Training batches of the open world, drawn as they are needed, block by block, from seeds alone."""
+"""Training batches of the open world, out of clips that are there at a step.
+
+What is left to chance is drawn on the CPU, which knows how many concepts every clip has: so nothing here asks
+the device, and on a GPU nobody waits.
+"""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from tokenizers import Tokenizer
 from torch import Tensor
 
 from conceptmaster.engine.config import ModelConfig
 from conceptmaster.engine.encoders import CLIP_MEAN, CLIP_STD
-from conceptmaster.engine.vae.block_vae import BlockVAE
-from conceptmaster.examples.sprites.training.batches import Tensors
+from conceptmaster.examples.sprites.training.batches import Tensors, sent
 
-from ..world import drawing, grounds
-from ..world.atlas import Atlas
-from ..world.captions import tell
-from ..world.looks import Look, random_look
-from ..world.scenes import MAX_CONCEPTS, Actor, Scene, Wish, generator, random_scene
-from ..world.tokens import fits, tokenise
+from ..world.scenes import MAX_CONCEPTS
+from ..world.tokens import END_ID
 from .options import Dropped, Supply
 
-CHUNK = 16
-"""Clips that are drawn together."""
 REFERENCES = 2
 """Reference pictures of every concept of a clip, of which a batch takes one."""
 FEW = 2
 """Concepts of a clip that has few."""
-TRIES = 1 << 40
-"""Distance between the seeds that are tried for one clip, where a caption is too long for the model."""
+SHARES = 0.22, 0.48, 0.22, 0.08
+"""Of the clips of one, two, three and four concepts, as ``scenes.random_scene`` makes them."""
 
 
 @dataclass
 class Batch(Tensors):
-    """One training batch; N slots, as many as its fullest clip fills, of which ``concept_mask`` tells the
-    filled ones.
+    """One training batch; N slots, ``FEW`` or all, of which the first of every clip are filled.
 
     latents and decoys [B,Cz,F,H,W], token_ids/token_mask [B,T], pixels [B,N,3,px,px] (CLIP-normalised),
-    label_ids/label_mask [B,N,L], concept_mask [B,N], coverage [B,N,F,H,W] in 0..1, portraits [B,N,3,32,32]
-    in -1..1. A decoy is the same clip with other pictures.
+    label_ids/label_mask [B,N,L], concept_mask [B,N]: what is filled and not left out, filled int64 [M]: the
+    filled ones of all B*N slots, coverage [B,N,F,H,W] in 0..1, portraits [B,N,3,32,32] in -1..1. A decoy is
+    the same clip with other pictures.
     """
 
     latents: Tensor
@@ -52,6 +49,7 @@ class Batch(Tensors):
     label_ids: Tensor
     label_mask: Tensor
     concept_mask: Tensor
+    filled: Tensor
     coverage: Tensor
     portraits: Tensor
 
@@ -64,244 +62,146 @@ class Captions(Tensors):
     token_mask: Tensor
     label_ids: Tensor
     label_mask: Tensor
+    filled: Tensor
     coverage: Tensor
 
+    @classmethod
+    def of(cls, told: dict[str, Tensor]) -> Self:
+        """All of what ``Writer.told`` tells."""
+        names = ("token_ids", "token_mask", "label_ids", "label_mask")
+        filled = torch.from_numpy(filled_slots(told["count"].numpy(), MAX_CONCEPTS))
+        return cls(*(told[name] for name in names), filled, told["coverage"])
 
-class Artist:
-    """Makes blocks of clips from seeds: scenes, words, pixels, latents.
 
-    ``small`` is the VAE for clips of half the size (``components.halved``), of which the latents are those of
-    the clips themselves.
-    """
+def filled_slots(counts: np.ndarray, slots: int) -> np.ndarray:
+    """The numbers of those slots of all clips, ``slots`` of each, that so many concepts [B] fill: int64
+    [M]."""
+    return np.flatnonzero(np.arange(slots) < counts[:, None])
 
-    def __init__(
-        self, atlas: Atlas, tokenizer: Tokenizer, config: ModelConfig, small: BlockVAE, device: str = "cpu"
-    ) -> None:
-        self.atlas, self.tokenizer, self.config, self.device = atlas, tokenizer, config, device
-        self.small = small.to(device)
-        self.tiles = torch.from_numpy(atlas.tiles).to(device)
-        self.paintings = torch.from_numpy(grounds.banks(0, config.height // 2)).to(device)
 
-    def scenes(self, seeds: range, wish: Wish) -> list[Scene]:
-        """A scene for every seed, whose words fit into the model."""
-        return [self._scene(seed, wish) for seed in seeds]
-
-    def _scene(self, seed: int, wish: Wish) -> Scene:
-        while True:
-            scene = random_scene(seed, self.atlas, wish)
-            labels = [actor.label for actor in scene.actors]
-            if fits(self.tokenizer, [tell(scene)], self.config.text_tokens) and fits(
-                self.tokenizer, labels, self.config.concept.label_tokens
-            ):
-                return scene
-            seed += TRIES
-
-    def words(self, scenes: list[Scene]) -> dict[str, Tensor]:
-        """Token ids and masks of captions and labels, as ``Batch`` has them, on the CPU."""
-        ids, mask = tokenise(self.tokenizer, [tell(scene) for scene in scenes], self.config.text_tokens)
-        length = self.config.concept.label_tokens
-        label_ids = np.zeros((len(scenes), MAX_CONCEPTS, length), np.int64)
-        label_mask = np.zeros(label_ids.shape, bool)
-        for row, scene in enumerate(scenes):
-            count = len(scene.actors)
-            found = tokenise(self.tokenizer, [actor.label for actor in scene.actors], length)
-            label_ids[row, :count], label_mask[row, :count] = found
-        arrays = {"token_ids": ids, "token_mask": mask, "label_ids": label_ids, "label_mask": label_mask}
-        return {name: torch.from_numpy(value) for name, value in arrays.items()}
-
-    @torch.no_grad()
-    def draw(self, scenes: list[Scene], seed: int, decoys: bool = True) -> dict[str, Tensor]:
-        """What a batch has of every scene, with ``REFERENCES`` reference pictures of each concept.
-
-        Latents are float16, not normalised; pictures and portraits uint8. ``seed``: of what is not told by
-        the scenes.
-        """
-        parts = [
-            self._draw(scenes[k : k + CHUNK], seed * 4096 + k, decoys) for k in range(0, len(scenes), CHUNK)
-        ]
-        found = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-        return found | {name: value.to(self.device) for name, value in self.words(scenes).items()}
-
-    def _draw(self, scenes: list[Scene], seed: int, decoys: bool) -> dict[str, Tensor]:
-        stage = drawing.Stage.of(scenes, self.paintings.shape[1]).to(self.device)
-        cast = drawing.cast_of(scenes).to(self.device)
-        dressed = drawing.dress(self.tiles, cast)
-        latents, visible = self._latents(dressed, cast.stretch, stage)
-        found = {"latents": latents, "coverage": _by_latent_frame(visible)}
-        found["decoys"] = latents
-        if decoys:
-            others = drawing.Cast.of(*self._others(scenes, seed)).to(self.device)
-            found["decoys"] = self._latents(drawing.dress(self.tiles, others), others.stretch, stage)[0]
-        g = torch.Generator(self.device).manual_seed(seed)
-        pictures = [drawing.references(dressed, cast.stretch, g) for _ in range(REFERENCES)]
-        for name, value in (
-            ("references", torch.stack(pictures, 1)),
-            ("portraits", drawing.upright(dressed, cast.stretch)),
-        ):
-            slots = value.new_full((len(scenes), MAX_CONCEPTS, *value.shape[1:]), 128)
-            slots[stage.row, stage.slot] = value
-            found[name] = slots
-        return found
-
-    @torch.no_grad()
-    def pixels(self, scenes: list[Scene]) -> Tensor:
-        """The clips of scenes at half the size, float [n,3,F,H/2,W/2] in -1..1."""
-        return torch.cat([self._small(scenes[k : k + CHUNK]) for k in range(0, len(scenes), CHUNK)])
-
-    def _small(self, scenes: list[Scene]) -> Tensor:
-        stage = drawing.Stage.of(scenes, self.paintings.shape[1]).to(self.device)
-        cast = drawing.cast_of(scenes).to(self.device)
-        return self._clips(drawing.dress(self.tiles, cast), cast.stretch, stage)[0]
-
-    def _clips(self, dressed: Tensor, stretch: Tensor, stage: drawing.Stage) -> tuple[Tensor, Tensor]:
-        """Clips at half the size, from tiles of half the size, in -1..1, and what shows of their concepts."""
-        fine = F.avg_pool2d(dressed, 2)
-        clips, visible = drawing.clips(fine, stretch, stage, self.paintings, self.config.height // 2)
-        return 2 * clips - 1, visible
-
-    def _latents(self, dressed: Tensor, stretch: Tensor, stage: drawing.Stage) -> tuple[Tensor, Tensor]:
-        clips, visible = self._clips(dressed, stretch, stage)
-        return self.small.encode(clips).half(), visible
-
-    def _others(self, scenes: list[Scene], seed: int) -> tuple[list[int], list[Look]]:
-        """Other pictures, or other looks of the same, for the decoys of scenes."""
-        rng = generator(seed, 103)
-        by_noun = self.atlas.of(scenes[0].wish.split)
-        names = list(by_noun)
-        pictures, looks = [], []
-        for actor in (actor for scene in scenes for actor in scene.actors):
-            noun = actor.noun if rng.random() < 0.65 else names[int(rng.integers(len(names)))]
-            alike = by_noun[noun]
-            own = noun == actor.noun and rng.random() < 0.5
-            pictures.append(actor.picture if own else alike[int(rng.integers(len(alike)))])
-            looks.append(random_look(rng))
-        return pictures, looks
-
-    @torch.no_grad()
-    def pictures(self, seed: int, size: int) -> tuple[Tensor, Tensor]:
-        """Pictures that are trained on, in looks of their own: references [size,3,px,px] (CLIP-normalised)
-        and what they show upright, [size,3,32,32] in -1..1."""
-        rng = generator(seed, 105)
-        by_noun = list(self.atlas.of("train").values())
-        some = [by_noun[int(rng.integers(len(by_noun)))] for _ in range(size)]
-        chosen = [alike[int(rng.integers(len(alike)))] for alike in some]
-        cast = drawing.Cast.of(chosen, [random_look(rng) for _ in chosen]).to(self.device)
-        dressed = drawing.dress(self.tiles, cast)
-        g = torch.Generator(self.device).manual_seed(seed)
-        seen = drawing.references(dressed, cast.stretch, g)
-        return for_clip(seen), drawing.upright(dressed, cast.stretch).float() / 127.5 - 1
-
-    def captions(self, seeds: range, wish: Wish) -> Captions:
-        """Sentences of scenes that are not drawn: what they tell is laid out as discs."""
-        scenes = self.scenes(seeds, wish)
-        told = np.zeros((len(scenes), MAX_CONCEPTS, *self.config.latent_shape[1:]), np.float32)
-        for row, scene in enumerate(scenes):
-            for slot, actor in enumerate(scene.actors):
-                told[row, slot] = disc(actor, self.config.latent_shape[2])
-        return Captions(**self.words(scenes), coverage=torch.from_numpy(told)).to(self.device)
+@functools.cache
+def _clip_scale(device: torch.device) -> tuple[Tensor, Tensor]:
+    mean, std = (torch.tensor(each, device=device)[:, None, None] for each in (CLIP_MEAN, CLIP_STD))
+    return mean, std
 
 
 def for_clip(pictures: Tensor) -> Tensor:
     """uint8 [...,3,px,px], normalised as CLIP wants it."""
-    mean, std = (torch.tensor(each, device=pictures.device)[:, None, None] for each in (CLIP_MEAN, CLIP_STD))
+    mean, std = _clip_scale(pictures.device)
     return (pictures.float() / 255 - mean) / std
 
 
-def disc(actor: Actor, side: int) -> np.ndarray:
-    """Roughly how much of every latent cell a disc in an actor's place covers, float32 [F,side,side]."""
-    cell = 64.0 / side
-    track = actor.track()
-    axis = (np.arange(side, dtype=np.float32) + 0.5) * cell
-    dx, dy = axis[None, None, :] - track[:, 0, None, None], axis[None, :, None] - track[:, 1, None, None]
-    inside = 0.5 + (0.85 * track[:, 2, None, None] - np.hypot(dx, dy)) / cell
-    covered = inside.clip(0, 1)
-    return np.concatenate([covered[:1], covered[1:].reshape(-1, 4, side, side).mean(1)])
+class Ring:
+    """What is there at a step, which follows from its number alone: ``draw(number)`` gives a block of tensors
+    of ``supply.size`` rows, among them ``count`` on the CPU, the numbers of concepts."""
 
-
-def _by_latent_frame(visible: Tensor) -> Tensor:
-    """[B,N,F,8,8] of every video frame in 0..1 -> uint8 [B,N,1+(F-1)/4,8,8]."""
-    rest = visible[:, :, 1:].unflatten(2, (-1, 4)).mean(3)
-    return (torch.cat([visible[:, :, :1], rest], 2) * 255).round().to(torch.uint8)
-
-
-class Pool:
-    """The clips that are there at a step, which follow from a seed and the step alone.
-
-    ``draw(number)`` gives what ``Artist.draw`` gives of one block.
-    """
-
-    def __init__(self, draw: Callable[[int], dict[str, Tensor]], config: ModelConfig, supply: Supply) -> None:
+    def __init__(self, draw: Callable[[int], dict[str, Tensor]], supply: Supply) -> None:
         self.supply = supply
         self._draw, self._have = draw, -1
-        self._held: dict[str, Tensor] = {}
-        self.mean, self.deviation = (
-            torch.tensor(config.vae[name])[:, None, None, None] for name in ("latents_mean", "latents_std")
-        )
+        self.held: dict[str, Tensor] = {}
 
     def at(self, step: int) -> None:
-        """Have the clips of a step: draw what is not there yet."""
+        """Have what is there at a step: draw what is missing."""
         newest = self.supply.blocks - 1 + step // self.supply.every
         for number in range(max(self._have + 1, newest - self.supply.blocks + 1), newest + 1):
             block, place = self._draw(number), number % self.supply.blocks
             for name, value in block.items():
-                if name not in self._held:
+                if name not in self.held:
                     shape = self.supply.blocks * self.supply.size, *value.shape[1:]
-                    self._held[name] = torch.empty(shape, dtype=value.dtype, device=value.device)
-                self._held[name][place * self.supply.size : (place + 1) * self.supply.size] = value
+                    self.held[name] = torch.empty(shape, dtype=value.dtype, device=value.device)
+                self.held[name][place * self.supply.size : (place + 1) * self.supply.size] = value
         self._have = newest
 
-    def batch(self, rng: np.random.Generator, size: int, dropped: Dropped) -> Batch:
-        """A random batch, slots in random order, some captions and concepts left out.
+    @property
+    def counts(self) -> np.ndarray:
+        """The number of concepts of every row."""
+        return self.held["count"].numpy()
 
-        Clips of up to ``FEW`` concepts and of more have batches of their own, in proportion: slots that
-        nobody fills cost as much as the others.
+    def some(self, rng: np.random.Generator, size: int, numbers: range) -> np.ndarray:
+        """Random rows [size] of ``numbers`` concepts, as many of each as their share is: so always as many
+        concepts. Where a ring lacks one of the numbers the others take its place."""
+        kinds = [np.flatnonzero(self.counts == number) for number in numbers]
+        shares = [SHARES[n - 1] * (len(kind) > 0) for n, kind in zip(numbers, kinds, strict=True)]
+        ends = [0, *np.round(np.cumsum(shares) / sum(shares) * size).astype(int)]
+        many = np.diff(ends)
+        parts = [kind[rng.integers(len(kind), size=n)] for kind, n in zip(kinds, many, strict=True) if n]
+        return np.concatenate(parts)
+
+
+class Told(Ring):
+    """Captions that are there at a step."""
+
+    def captions(self, rng: np.random.Generator, size: int) -> Captions:
+        """So many of them; all where there are no more."""
+        whole = size == len(self.counts)
+        rows = np.arange(size) if whole else self.some(rng, size, range(1, MAX_CONCEPTS + 1))
+        device = self.held["token_ids"].device
+        where = sent(rows, device)
+        told = {name: value[where] for name, value in self.held.items() if name != "count"}
+        return Captions(**told, filled=sent(filled_slots(self.counts[rows], MAX_CONCEPTS), device))
+
+
+class Pool(Ring):
+    """The clips that are there at a step; ``draw`` gives what ``Artist.paint`` gives of one block."""
+
+    def __init__(self, draw: Callable[[int], dict[str, Tensor]], config: ModelConfig, supply: Supply) -> None:
+        super().__init__(draw, supply)
+        self.scale = [
+            torch.tensor(config.vae[name])[:, None, None, None] for name in ("latents_mean", "latents_std")
+        ]
+
+    def batch(
+        self,
+        rng: np.random.Generator,
+        size: int,
+        dropped: Dropped,
+        frames: slice | None = None,
+        apart: bool = True,
+    ) -> Batch:
+        """A random batch, slots in random order, some captions and concepts left out; ``frames``: these
+        latent frames alone, None for all.
+
+        ``apart``: clips of up to ``FEW`` concepts and of more have batches of their own, in proportion, as
+        slots that nobody fills cost nearly as much as the others; else all batches have one shape.
         """
-        few = self._held["label_mask"].any(-1).sum(1).cpu().numpy() <= FEW
-        clips = np.flatnonzero(few if rng.random() < few.mean() else ~few)
-        return self.of(clips[rng.integers(len(clips), size=size)], rng, dropped)
+        kinds = [range(1, FEW + 1), range(FEW + 1, MAX_CONCEPTS + 1)]
+        kinds = [kind for kind in kinds if np.isin(self.counts, kind).any()] if apart else []
+        few = rng.random() < sum(SHARES[:FEW])
+        numbers = kinds[0 if few else -1] if kinds else range(1, MAX_CONCEPTS + 1)
+        return self.of(self.some(rng, size, numbers), rng, dropped, frames)
 
-    def of(self, clips: np.ndarray, rng: np.random.Generator, dropped: Dropped) -> Batch:
+    def of(
+        self, clips: np.ndarray, rng: np.random.Generator, dropped: Dropped, frames: slice | None = None
+    ) -> Batch:
         """The batch of the clips of these numbers [B]."""
-        return collate(self._held, clips, rng, dropped, (self.mean, self.deviation))
-
-
-def collate(
-    held: dict[str, Tensor],
-    clips: np.ndarray,
-    rng: np.random.Generator,
-    dropped: Dropped,
-    scale: tuple[Tensor, Tensor],
-) -> Batch:
-    """The batch of the clips of these numbers [B]; ``scale``: mean and deviation that latents are brought to
-    0 and 1 from."""
-    size = len(clips)
-    device = held["latents"].device
-    rows = torch.from_numpy(clips).to(device)
-    filled = held["label_mask"][rows].any(-1)  # [B,N]
-    slots = int(filled.sum(1).max())
-    lots = torch.from_numpy(rng.random((size, MAX_CONCEPTS))).to(device) + 2.0 * ~filled
-    order = lots.argsort(1)[:, :slots]  # the filled ones in any order, as many slots as are needed
-    which = torch.from_numpy(rng.integers(REFERENCES, size=(size, slots))).to(device)
-    chance = torch.from_numpy(rng.random(size)).to(device)
-    both = chance < dropped.both
-    no_concepts = both | ((chance >= dropped.both) & (chance < dropped.both + dropped.concepts))
-    edge = dropped.both + dropped.concepts
-    no_caption = both | ((chance >= edge) & (chance < edge + dropped.caption))
-    spread = rows[:, None]
-    label_mask = held["label_mask"][spread, order]
-    token_ids, token_mask = held["token_ids"][rows].clone(), held["token_mask"][rows].clone()
-    token_ids[no_caption], token_mask[no_caption] = 0, False
-    token_ids[no_caption, 0], token_mask[no_caption, 0] = 1, True  # the end of an empty sentence
-    mean, deviation = (each.to(device) for each in scale)
-    return Batch(
-        (held["latents"][rows].float() - mean) / deviation,
-        (held["decoys"][rows].float() - mean) / deviation,
-        token_ids,
-        token_mask,
-        for_clip(held["references"][spread, order, which]),
-        held["label_ids"][spread, order],
-        label_mask,
-        label_mask.any(-1) & ~no_concepts[:, None],
-        held["coverage"][spread, order].float() / 255,
-        held["portraits"][spread, order].float() / 127.5 - 1,
-    )
+        held, size, counts = self.held, len(clips), self.counts[clips]
+        device = held["latents"].device
+        self.scale = mean, deviation = [each.to(device) for each in self.scale]
+        slots = FEW if counts.max() <= FEW else MAX_CONCEPTS
+        chance = rng.random(size)
+        edge = dropped.both + dropped.concepts
+        no_concepts, no_caption = chance < edge, (chance >= edge) & (chance < edge + dropped.caption)
+        no_caption |= chance < dropped.both
+        # The filled slots in any order, and the others behind them.
+        lots = rng.random((size, MAX_CONCEPTS)) + 2 * (np.arange(MAX_CONCEPTS) >= counts[:, None])
+        order = sent(lots.argsort(1)[:, :slots].copy(), device)
+        which = sent(rng.integers(REFERENCES, size=(size, MAX_CONCEPTS))[:, :slots].copy(), device)
+        rows, silent = sent(clips, device), sent(no_caption[:, None], device)
+        shown = sent((np.arange(slots) < counts[:, None]) & ~no_concepts[:, None], device)
+        spread = rows[:, None]
+        frames = frames or slice(None)
+        token_ids = held["token_ids"][rows]
+        end = torch.arange(token_ids.shape[1], device=device) == 0  # of an empty sentence, its only token
+        return Batch(
+            (held["latents"][:, :, frames][rows].float() - mean) / deviation,
+            (held["decoys"][:, :, frames][rows].float() - mean) / deviation,
+            torch.where(silent, end * END_ID, token_ids),
+            torch.where(silent, end, held["token_mask"][rows]),
+            for_clip(held["references"][spread, order, which]),
+            held["label_ids"][spread, order],
+            held["label_mask"][spread, order],
+            shown,
+            sent(filled_slots(counts, slots), device),
+            held["coverage"][:, :, frames][spread, order].float() / 255,
+            held["portraits"][spread, order].float() / 127.5 - 1,
+        )

@@ -22,14 +22,20 @@ class Supply:
 
 
 ON_GPU: dict[str, Any] = {
-    "batch_size": 1024,
+    "batch_size": 1500,
+    "more": 1,
+    "apart": False,
     "lr": 0.012,
-    "captions": 512,
-    "log_every": 20,
-    "supply": Supply(blocks=16, size=2048, every=10),
-    "told": Supply(blocks=8, size=2048, every=10),
+    "captions": 500,
+    "log_every": 25,
+    "supply": Supply(blocks=16, size=2048, every=20),
+    "told": Supply(blocks=8, size=2048, every=20),
 }
-"""What a GPU takes where nothing else is asked. Clips are seen about eight times each, 12 GB of them."""
+"""What a GPU takes where nothing else is asked.
+
+Batches have two shapes, whole and cut, as each is compiled anew, and are so large that a step takes longer
+than telling what to do in it. Clips are seen fifteen times on average; those that are there take 12 GB.
+"""
 
 
 @dataclass(frozen=True)
@@ -37,8 +43,10 @@ class Options:
     """How to train. minutes or steps: of this and former runs of the folder together, the learning rate
     following them; lr: Muon's, for matrices; captions: sentences read beside every batch, and in each of the
     ``reading`` steps before the first, and those of ``seeing`` before them; eager: nothing is compiled, as
-    on a CPU; told: captions that are there to be read, None for others in every step; workers: processes
-    that make scenes ahead of time, 0 for none. Raises InputError."""
+    on a CPU; workers: processes that make scenes ahead of time, 0 for none; more: how many times as many
+    clips there are in steps of some frames alone; apart: clips of few concepts, and of more, have batches of
+    their own; told: captions that are there to be read, None for others in every step. Raises
+    InputError."""
 
     minutes: float | None = option(
         None, "train for so long, all runs of the folder together, until all is written", metavar="M"
@@ -46,7 +54,7 @@ class Options:
     steps: int = option(2000, "train to this step, where no minutes are given", metavar="N")
     batch_size: int = option(32, f"whole clips in a step (32; {ON_GPU['batch_size']} on a GPU)", metavar="B")
     lr: float = option(0.008, f"Muon's learning rate, AdamW takes an eighth (0.008; {ON_GPU['lr']} on a GPU)")
-    windows: float = option(0.7, "share of the steps of more clips, but only two latent frames of each")
+    windows: float = option(0.7, "share of the steps with only two latent frames of every clip")
     decoys: float = option(0.5, "share of the noisy clips that go on from one with other pictures")
     captions: int = option(48, f"captions read beside every batch (48; {ON_GPU['captions']} on a GPU)")
     seeing: int = option(300, "steps on pictures alone, first (300; with --start 0)")
@@ -63,6 +71,8 @@ class Options:
     dropped: Dropped = field(default_factory=Dropped)
     supply: Supply = field(default_factory=Supply)
     told: Supply | None = None
+    more: int = 2
+    apart: bool = True
 
     def __post_init__(self) -> None:
         check_counts(self, "steps", "batch_size", "captions", "log_every")
@@ -72,6 +82,11 @@ class Options:
             raise InputError(f"--lr must lie between 0 and 1, got {self.lr}")
         if self.minutes is not None and not self.minutes > 0:
             raise InputError(f"--minutes must be above 0, got {self.minutes}")
+
+    @property
+    def told_supply(self) -> Supply:
+        """Of the captions that are read."""
+        return self.told or Supply(1, self.captions, 1)
 
 
 @dataclass(frozen=True)

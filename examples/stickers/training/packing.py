@@ -17,6 +17,7 @@ from torch import Tensor
 
 from conceptmaster.engine.checkpoints.safetensors_io import load, save
 from conceptmaster.errors import InputError
+from conceptmaster.runtime.atomic_folder import replacing_folder
 
 HEADS = "heads.safetensors"
 """The file of the heads that only training needs."""
@@ -41,17 +42,26 @@ def state_of(folder: Path) -> dict[str, Tensor]:
 
 
 def pack_folder(folder: Path, output: Path) -> list[Path]:
-    """Write a packed checkpoint of a training's averaged weights; returns the paths of all its files.
+    """Write a packed checkpoint of a training's averaged weights, whole or not at all; returns the paths of
+    all its files, none of more than 16 MiB.
 
-    Its VAE is bfloat16. Raises InputError where there is nothing to pack.
+    It takes the place of an older one. Its VAE is bfloat16. Raises InputError where there is nothing to pack,
+    and where the folder ``output`` holds anything else.
     """
-    paths = pack(state_of(folder), output)
-    for name in ("vae.json", "tokenizer.json"):
-        shutil.copyfile(folder / name, output / name)
-        paths.append(output / name)
+    state = state_of(folder)
     vae = {name: value.to(torch.bfloat16) for name, value in load(folder / "vae.safetensors")[0].items()}
-    save(output / "vae.safetensors", vae)
-    return [*paths, output / "vae.safetensors"]
+    with replacing_folder(output, _packed_files, replace=True) as new:
+        pack(state, new)
+        for name in ("vae.json", "tokenizer.json"):
+            shutil.copyfile(folder / name, new / name)
+        save(new / "vae.safetensors", vae)
+    return [output / name for name in _packed_files(output)]
+
+
+def _packed_files(folder: Path) -> list[str]:
+    """Of a packed checkpoint's."""
+    weights = sorted(path.name for path in folder.glob("weights-*.safetensors"))
+    return [*("vae.json", "tokenizer.json", "vae.safetensors"), *weights]
 
 
 def pack(state: dict[str, Tensor], folder: Path) -> list[Path]:

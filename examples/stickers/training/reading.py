@@ -13,12 +13,17 @@ from tqdm import tqdm
 
 from conceptmaster.engine.encoders import TextEncoder
 from conceptmaster.examples.sprites.training.attention import cheapest_attention
-from conceptmaster.examples.sprites.training.learning import MuonAdamW, autocast, gradient_norm
+from conceptmaster.examples.sprites.training.learning import (
+    MuonAdamW,
+    autocast,
+    check_norm,
+    gradient_norm,
+)
 from conceptmaster.examples.sprites.training.train_captions import FAST_NAMES
 from conceptmaster.examples.sprites.training.train_model import ADAM_NAMES
 
 from ..world.scenes import Wish
-from .batches import Artist
+from .artist import Artist
 from .trainee import Trainee
 
 READ = 1 << 45
@@ -66,7 +71,7 @@ def learn_to_read(trainee: Trainee, artist: Artist, steps: int, size: int, devic
             loss = trainee.reading(captions)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        gradient_norm(parts.parameters(), 2.0)
+        check_norm(gradient_norm(parts.parameters(), 2.0))
         optimizer.step()
         losses.append(float(loss.detach()))
     return [round(sum(part) / len(part), 4) for k in range(0, steps, 25) if (part := losses[k : k + 25])]

@@ -10,10 +10,15 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from conceptmaster.examples.sprites.training.attention import cheapest_attention
-from conceptmaster.examples.sprites.training.learning import MuonAdamW, autocast, gradient_norm
+from conceptmaster.examples.sprites.training.learning import (
+    MuonAdamW,
+    autocast,
+    check_norm,
+    gradient_norm,
+)
 from conceptmaster.examples.sprites.training.train_model import ADAM_NAMES
 
-from .batches import Artist
+from .artist import Artist
 from .trainee import Trainee
 
 SEEN = 1 << 43
@@ -46,7 +51,7 @@ def learn_to_see(trainee: Trainee, artist: Artist, steps: int, device: str) -> l
             loss = portrait_loss(trainee, pixels, portraits)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        gradient_norm(parts.parameters(), 2.0)
+        check_norm(gradient_norm(parts.parameters(), 2.0))
         optimizer.step()
         losses.append(float(loss.detach()))
     return [round(sum(part) / len(part), 4) for k in range(0, steps, 25) if (part := losses[k : k + 25])]

@@ -7,6 +7,9 @@ each for its own square of the upright picture.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -15,7 +18,7 @@ from torch import Tensor, nn
 from conceptmaster.engine.config import ModelConfig
 from conceptmaster.engine.dit import MIN_SIGMA
 from conceptmaster.engine.model import ConceptMaster
-from conceptmaster.examples.sprites.training.heads import LayoutHead, coverage_loss
+from conceptmaster.examples.sprites.training.heads import LayoutHead, coverage_loss, masked_mean
 from conceptmaster.examples.sprites.training.train_pictures import UprightHead
 
 from ..world.tokens import END_ID
@@ -58,48 +61,74 @@ class StoryHead(nn.Module):
 
 
 class Trainee(nn.Module):
-    """``forward`` gives the losses of one batch, and of captions alone that are learned beside it."""
+    """``forward`` gives the losses of one batch, and of captions alone that are learned beside it.
+
+    Its shapes follow from a batch's alone, never from what is in it.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.model = ConceptMaster(config)
         concept = config.concept
-        grid = [n // p for n, p in zip(config.latent_shape[1:], config.transformer.patch_size, strict=True)]
         self.layout = LayoutHead(config.transformer.width, concept.width)
+        grid = [n // p for n, p in zip(config.latent_shape[1:], config.transformer.patch_size, strict=True)]
         self.story = StoryHead(config.transformer.text_dim, int(np.prod(grid)))
         self.portrait = UprightHead(concept.width)
         width = config.transformer.width
         self.look = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 3 * THUMBNAIL**2))
         self.middle = config.transformer.num_layers // 2 - 1
 
-    def concepts(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Concept tokens [B,N,Q,Dc] of the filled slots (zero elsewhere), their visual queries [M,Q,Dc]."""
-        model, filled = self.model, batch.label_mask.any(-1)  # [B,N]
-        visual = model.qformer(model.image_encoder(batch.pixels[filled]))  # [M,Q,Dc]
-        mask = batch.label_mask[filled]
-        tokens = model.dam(visual, model.text_encoder(batch.label_ids[filled], mask), mask)
-        out = tokens.new_zeros((*filled.shape, *tokens.shape[1:]))
-        out[filled] = tokens
-        return out, visual
-
     @property
     def heads(self) -> dict[str, Tensor]:
         """The heads' weights, by name."""
         return {name: value for name, value in self.state_dict().items() if not name.startswith("model.")}
 
+    def compile_parts(self, backend: str = "inductor") -> None:
+        """Compile a step by parts, each without a break: a block and its keys and values once for all blocks,
+        what reads, what sees, and what is asked of it all."""
+
+        def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+            return torch.compile(function, backend=backend, fullgraph=True, dynamic=False)
+
+        for block in self.model.transformer.blocks:
+            block.forward = compiled(block.forward)  # not the block: it keeps its hooks
+            block.conditions = compiled(block.conditions)
+        for name in ("read", "see", "asked"):
+            setattr(self, name, compiled(getattr(self, name)))
+
+    def read(self, token_ids: Tensor, token_mask: Tensor) -> Tensor:
+        """Tokens [B,T] of captions, or of labels, as text [B,T,Dt]."""
+        return self.model.text_encoder(token_ids, token_mask)
+
+    def see(self, pixels: Tensor, label: Tensor, label_mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Concept tokens [M,Q,Dc] and visual queries [M,Q,Dc] of pictures [M,3,px,px] with their labels' text
+        [M,L,Dt]."""
+        visual = self.model.qformer(self.model.image_encoder(pixels))  # [M,Q,Dc]
+        return self.model.dam(visual, label, label_mask), visual
+
     def velocity(
         self, batch: Batch, noisy: Tensor, sigma: Tensor
     ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
-        """Velocity [B,Cz,F,H,W], the middle block's tokens, and what ``concepts`` gives."""
-        text = self.model.text_encoder(batch.token_ids, batch.token_mask)
-        told = self.concepts(batch)
+        """Velocity [B,Cz,F,H,W], the middle block's tokens, concept tokens [B,N,Q,Dc] of the filled slots
+        (zero elsewhere) and their visual queries [M,Q,Dc]."""
+        text = self.read(batch.token_ids, batch.token_mask)
+        return self._velocity(batch, noisy, sigma, text, self.read(*_labels(batch)))
+
+    def _velocity(
+        self, batch: Batch, noisy: Tensor, sigma: Tensor, text: Tensor, label: Tensor
+    ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+        slots = batch.concept_mask.shape  # [B,N]
+        pixels = batch.pixels.flatten(0, 1)[batch.filled]
+        tokens, visual = self.see(pixels, label, _labels(batch)[1])
+        concepts = tokens.new_zeros(slots.numel(), *tokens.shape[1:]).index_copy(0, batch.filled, tokens)
+        concepts = concepts.unflatten(0, slots)  # [B,N,Q,Dc]
         kept: list[Tensor] = []
         handle = self.model.transformer.blocks[self.middle].register_forward_hook(
             lambda *a: kept.append(a[2])
         )
-        velocity = self.model.transformer(noisy, sigma * 1000.0, text, told[0], batch.concept_mask)
+        velocity = self.model.transformer(noisy, sigma * 1000.0, text, concepts, batch.concept_mask)
         handle.remove()
-        return velocity, kept[0], told
+        return velocity, kept[0], (concepts, visual)
 
     def forward(
         self,
@@ -118,20 +147,40 @@ class Trainee(nn.Module):
         """
         s = sigma[:, None, None, None, None]
         noisy = (1 - s) * batch.latents + s * noise
+        both = (torch.cat(pair) for pair in zip(_captions(batch), _captions(captions), strict=True))
+        text, beside = self.read(*both).split([len(sigma), len(captions.token_ids)])
+        both = (torch.cat(pair) for pair in zip(_labels(batch), _labels(captions), strict=True))
+        label, named = self.read(*both).split([len(batch.filled), len(captions.filled)])
         with only(self.model.transformer, frames):
-            velocity, hidden, (concepts, visual) = self.velocity(batch, noisy, sigma)
+            velocity, hidden, told = self._velocity(batch, noisy, sigma, text, label)
+        return self.asked(batch, noise, s, held, velocity, hidden, *told, captions, named, beside)
+
+    def asked(
+        self,
+        batch: Batch,
+        noise: Tensor,
+        s: Tensor,
+        held: Tensor,
+        velocity: Tensor,
+        hidden: Tensor,
+        concepts: Tensor,
+        visual: Tensor,
+        captions: Captions,
+        named: Tensor,
+        beside: Tensor,
+    ) -> dict[str, Tensor]:
+        """The losses of what came out, see ``forward``; ``beside`` and ``named``: the text of captions alone
+        and of their labels."""
         weight = 1 + FOREGROUND * batch.coverage.sum(1, keepdim=True).clamp(max=1)  # [B,1,F,H,W]
         counted = s.clamp(min=MIN_SIGMA) / torch.maximum(s, held[:, None, None, None, None])
         error = (velocity.float() - (noise - batch.latents)).square() * weight * counted.square()
         flow = error.mean() / weight.mean()
-        target = self._tokens_covered(batch.coverage)
-        logits = self.layout(hidden.float(), concepts.float()).flatten(0, 1)
-        shown = batch.concept_mask.flatten()
-        layout = coverage_loss(logits[shown], target[shown])
-        story = self.reading(captions)
-        difference = self.portrait(visual.float()) - batch.portraits[batch.label_mask.any(-1)]
+        target = self._tokens_covered(batch.coverage)  # [B,N,S]
+        layout = coverage_loss(self.layout(hidden.float(), concepts.float()), target, batch.concept_mask)
+        story = self._story(captions, named, beside)
+        difference = self.portrait(visual.float()) - batch.portraits.flatten(0, 1)[batch.filled]
         portrait = difference.abs().mean() + difference.square().mean()
-        look = self._looks(batch, hidden, target.unflatten(0, batch.concept_mask.shape))
+        look = self._looks(batch, hidden, target)
         total = flow + LAYOUT_WEIGHT * layout + STORY_WEIGHT * story
         total = total + PORTRAIT_WEIGHT * portrait + LOOK_WEIGHT * look
         losses = {"flow": flow, "layout": layout, "story": story, "portrait": portrait, "look": look}
@@ -141,28 +190,37 @@ class Trainee(nn.Module):
         """The error of what the middle block's tokens [B,S,D] tell of the look of the concept that covers
         most of them, coverage [B,N,S]; zero where no concept is shown."""
         most, which = (coverage * batch.concept_mask[..., None]).max(1)  # [B,S]
-        rows, columns = torch.nonzero(most > LOOK_COVERAGE, as_tuple=True)
-        if len(rows) == 0:
-            return hidden.new_zeros(())
         faces = F.avg_pool2d(batch.portraits.flatten(0, 1), batch.portraits.shape[-1] // THUMBNAIL)
-        wanted = faces.unflatten(0, batch.concept_mask.shape)[rows, which[rows, columns]].flatten(1)
-        return (self.look(hidden[rows, columns].float()) - wanted).square().mean()
+        faces = faces.flatten(1).unflatten(0, batch.concept_mask.shape)  # [B,N,3*8*8]
+        wanted = faces.gather(1, which[..., None].expand(-1, -1, faces.shape[-1]))  # [B,S,3*8*8]
+        error = (self.look(hidden.float()) - wanted).square()
+        return masked_mean(error, (most > LOOK_COVERAGE)[..., None])
 
     def reading(self, captions: Captions) -> Tensor:
         """The story head's loss on captions alone."""
-        model, filled = self.model, captions.label_mask.any(-1)  # [B,N]
-        ids, mask = captions.label_ids[filled], captions.label_mask[filled]  # [M,L]
-        label = model.text_encoder(ids, mask)  # [M,L,Dt]
+        return self._story(captions, self.read(*_labels(captions)), self.read(*_captions(captions)))
+
+    def _story(self, captions: Captions, label: Tensor, text: Tensor) -> Tensor:
+        """Of captions as text [B,T,Dt] with that of their labels, [M,L,Dt]."""
+        ids, mask = _labels(captions)  # [M,L]
         words = mask & (ids != END_ID)
         named = (label * words[..., None]).sum(1) / words.sum(1, keepdim=True)  # [M,Dt]
-        asked = named.new_zeros((*filled.shape, named.shape[-1]))
-        asked[filled] = named
-        text = model.text_encoder(captions.token_ids, captions.token_mask)
-        target = self._tokens_covered(captions.coverage)
-        logits = self.story(asked.float(), text.float(), captions.token_mask).flatten(0, 1)
-        return coverage_loss(logits[filled.flatten()], target[filled.flatten()])
+        slots = captions.label_mask.shape[:2]  # [B,N]
+        asked = named.new_zeros(slots.numel(), named.shape[-1]).index_copy(0, captions.filled, named)
+        logits = self.story(asked.unflatten(0, slots).float(), text.float(), captions.token_mask)
+        return coverage_loss(logits, self._tokens_covered(captions.coverage), captions.label_mask.any(-1))
 
     def _tokens_covered(self, coverage: Tensor) -> Tensor:
-        """How much of every video token concepts cover: [B,N,F,H,W] -> [B*N,S]."""
+        """How much of every video token concepts cover: [B,N,F,H,W] -> [B,N,S]."""
         patch = self.model.config.transformer.patch_size
-        return F.avg_pool3d(coverage.flatten(0, 1)[:, None], patch).flatten(1)
+        return F.avg_pool3d(coverage, patch).flatten(2)
+
+
+def _captions(batch: Batch | Captions) -> tuple[Tensor, Tensor]:
+    return batch.token_ids, batch.token_mask
+
+
+def _labels(batch: Batch | Captions) -> tuple[Tensor, Tensor]:
+    """Token ids and masks [M,L] of the labels that there are."""
+    ids, mask = batch.label_ids.flatten(0, 1), batch.label_mask.flatten(0, 1)
+    return ids[batch.filled], mask[batch.filled]

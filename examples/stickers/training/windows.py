@@ -6,15 +6,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from conceptmaster.engine.dit import ConceptDiT
 from conceptmaster.engine.positions import Positions
-
-from .batches import Batch
 
 
 class _Window(nn.Module):
@@ -26,12 +24,11 @@ class _Window(nn.Module):
 
     def forward(self, latents: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """As of ``Positions``, for latents of these frames alone."""
-        count = self.whole.config.latent_shape[1]
-        whole = latents.new_zeros(*latents.shape[:2], count, *latents.shape[3:])
-        whole[:, :, self.frames] = latents
-        placed, rotary = self.whole(whole)
-        cos, sin = (table.unflatten(0, (count, -1))[self.frames].flatten(0, 1) for table in rotary)
-        return placed[:, :, self.frames], (cos, sin)
+        whole, frames = self.whole, self.frames
+        planes = whole.planes[:, :, frames].to(latents.dtype).expand(len(latents), -1, -1, -1, -1)
+        count = whole.planes.shape[2]
+        cos, sin = (table.unflatten(0, (count, -1))[frames].flatten(0, 1) for table in (whole.cos, whole.sin))
+        return torch.cat([latents, planes], dim=1), (cos, sin)
 
 
 @contextmanager
@@ -44,18 +41,6 @@ def only(transformer: ConceptDiT, frames: slice | None) -> Iterator[None]:
         yield
     finally:
         transformer.positions = kept
-
-
-def cut(batch: Batch, frames: slice | None) -> Batch:
-    """A batch with some of its latent frames; None: as it is."""
-    if frames is None:
-        return batch
-    return replace(
-        batch,
-        latents=batch.latents[:, :, frames],
-        decoys=batch.decoys[:, :, frames],
-        coverage=batch.coverage[:, :, frames],
-    )
 
 
 def random_window(rng: np.random.Generator, frames: int, share: float, length: int) -> slice | None:

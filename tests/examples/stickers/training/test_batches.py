@@ -3,9 +3,11 @@ import pytest
 import torch
 
 from conceptmaster.examples.stickers.training import train
-from conceptmaster.examples.stickers.training.batches import Artist, Pool, disc
+from conceptmaster.examples.stickers.training.artist import Artist
+from conceptmaster.examples.stickers.training.batches import Pool
 from conceptmaster.examples.stickers.training.components import doubled, halved
 from conceptmaster.examples.stickers.training.options import Dropped, Supply
+from conceptmaster.examples.stickers.training.scenery import disc
 from conceptmaster.examples.stickers.world.captions import tell
 from conceptmaster.examples.stickers.world.scenes import Wish
 from conceptmaster.examples.stickers.world.tokens import END_ID, build_tokenizer
@@ -86,7 +88,7 @@ def test_captions_alone_tell_where_their_concepts_are(artist):
 
 
 def test_a_caption_too_long_for_the_model_is_drawn_again(artist, monkeypatch):
-    from conceptmaster.examples.stickers.training import batches
+    from conceptmaster.examples.stickers.training import scenery
 
     refused = []
 
@@ -94,6 +96,6 @@ def test_a_caption_too_long_for_the_model_is_drawn_again(artist, monkeypatch):
         refused.append(texts)
         return len(refused) > 2
 
-    monkeypatch.setattr(batches, "fits", fits)
+    monkeypatch.setattr(scenery, "fits", fits)
     (scene,) = artist.scenes(range(5, 6), Wish())
     assert tell(scene) != refused[0][0]

@@ -53,8 +53,8 @@ def test_interrupted_training_goes_on_exactly(tmp_path, monkeypatch, words):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        losses = train._losses
-        patched.setattr(train, "_losses", lambda *a: stop() if a[-1] == 6 else losses(*a))
+        drawn = train.Drawn.of
+        patched.setattr(train.Drawn, "of", lambda *a: stop() if a[-1] == 6 else drawn(*a))
         run(tmp_path / "parts", 7, made=words)
     assert (tmp_path / "parts" / "model.safetensors").exists()  # written after the fifth step
     parts = run(tmp_path / "parts", 7)

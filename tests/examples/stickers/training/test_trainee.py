@@ -1,0 +1,188 @@
+"""A step: what it computes, and that nothing in it depends on what a batch holds, nor asks the device."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from conceptmaster.engine.dit import MIN_SIGMA
+from conceptmaster.examples.sprites.training.attention import cheapest_attention
+from conceptmaster.examples.sprites.training.learning import MuonAdamW, gradient_norm
+from conceptmaster.examples.sprites.training.noising import decoy_noise, normal, random_sigma
+from conceptmaster.examples.sprites.training.train_model import ADAM_NAMES
+from conceptmaster.examples.stickers.training import train, trainee
+from conceptmaster.examples.stickers.training.artist import Artist
+from conceptmaster.examples.stickers.training.batches import Pool, Told
+from conceptmaster.examples.stickers.training.components import doubled, halved
+from conceptmaster.examples.stickers.training.options import Dropped, Options, Supply
+from conceptmaster.examples.stickers.training.studio import Studio
+from conceptmaster.examples.stickers.world import grounds
+from conceptmaster.examples.stickers.world.tokens import END_ID, build_tokenizer
+
+from ..small import atlas, small_config
+
+OPTIONS = Options(supply=Supply(1, 32, 1), told=Supply(1, 8, 1))
+WINDOW = slice(1, 3)
+SOME_DROPPED = Dropped(0.3, 0.2, 0.1)
+
+
+@pytest.fixture(scope="module")
+def artist():
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(grounds, "EACH", 2)
+        config = small_config()
+        vae = doubled(config.vae, train.SPRITES / "vae.safetensors")
+        yield Artist(atlas(), build_tokenizer(atlas(), captions=300), config, halved(vae))
+
+
+@pytest.fixture(scope="module")
+def rings(artist):
+    studio = Studio(artist, OPTIONS)
+    pool, told = Pool(studio.clips, artist.config, OPTIONS.supply), Told(studio.told, OPTIONS.told_supply)
+    pool.at(0)
+    told.at(0)
+    return pool, told
+
+
+def learner():
+    """A trainee in which nothing starts at zero."""
+    torch.manual_seed(3)
+    made = trainee.Trainee(small_config())
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.add_(0.03 * torch.randn_like(parameter))
+    return made
+
+
+def asked(rings, window=None, seed=0, dropped=SOME_DROPPED):
+    """The arguments of a step."""
+    pool, told = rings
+    rng = np.random.default_rng(seed)
+    batch, captions = pool.batch(rng, 8, dropped, window, apart=False), told.captions(rng, 4)
+    noise, sigma = normal(rng, tuple(batch.latents.shape), "cpu"), random_sigma(rng, 8)
+    noise, astray = decoy_noise(batch, noise, sigma, rng, 0.5)
+    return batch, captions, noise, sigma, torch.where(astray, 0.6, 0.2), window
+
+
+def of_filled_slots(own, batch, captions, noise, sigma, held, window):
+    """The losses, from rows that are picked by what the batch holds."""
+    model, filled = own.model, batch.label_mask.any(-1)
+    s = sigma[:, None, None, None, None]
+    noisy = (1 - s) * batch.latents + s * noise
+    mask = batch.label_mask[filled]
+    visual = model.qformer(model.image_encoder(batch.pixels[filled]))
+    tokens = model.dam(visual, model.text_encoder(batch.label_ids[filled], mask), mask)
+    concepts = tokens.new_zeros((*filled.shape, *tokens.shape[1:]))
+    concepts[filled] = tokens
+    text = model.text_encoder(batch.token_ids, batch.token_mask)
+    kept = []
+    handle = model.transformer.blocks[own.middle].register_forward_hook(lambda *a: kept.append(a[2]))
+    with trainee.only(model.transformer, window):
+        velocity = model.transformer(noisy, sigma * 1000, text, concepts, batch.concept_mask)
+    handle.remove()
+    weight = 1 + 3 * batch.coverage.sum(1, keepdim=True).clamp(max=1)
+    counted = s.clamp(min=MIN_SIGMA) / torch.maximum(s, held[:, None, None, None, None])
+    error = (velocity - (noise - batch.latents)).square() * weight * counted.square()
+    target = F.avg_pool3d(batch.coverage.flatten(0, 1)[:, None], (1, 2, 2)).flatten(1)  # [B*N,S]
+    shown = batch.concept_mask.flatten()
+    logits = own.layout(kept[0], concepts).flatten(0, 1)
+    difference = own.portrait(visual) - batch.portraits[filled]
+    most, which = (target.unflatten(0, filled.shape) * batch.concept_mask[..., None]).max(1)
+    rows, columns = torch.nonzero(most > 0.4, as_tuple=True)
+    faces = F.avg_pool2d(batch.portraits.flatten(0, 1), 4).unflatten(0, filled.shape)
+    wanted = faces[rows, which[rows, columns]].flatten(1)
+    return {
+        "flow": error.mean() / weight.mean(),
+        "layout": F.binary_cross_entropy_with_logits(logits[shown], target[shown]),
+        "story": of_captions(own, captions),
+        "portrait": difference.abs().mean() + difference.square().mean(),
+        "look": (own.look(kept[0][rows, columns]) - wanted).square().mean(),
+    }
+
+
+def of_captions(own, captions):
+    filled = captions.label_mask.any(-1)
+    ids, mask = captions.label_ids[filled], captions.label_mask[filled]
+    words = mask & (ids != END_ID)
+    named = (own.model.text_encoder(ids, mask) * words[..., None]).sum(1) / words.sum(1, keepdim=True)
+    looked_for = named.new_zeros((*filled.shape, named.shape[-1]))
+    looked_for[filled] = named
+    text = own.model.text_encoder(captions.token_ids, captions.token_mask)
+    logits = own.story(looked_for, text, captions.token_mask)[filled]
+    target = F.avg_pool3d(captions.coverage.flatten(0, 1)[:, None], (1, 2, 2)).flatten(1)
+    return F.binary_cross_entropy_with_logits(logits, target[filled.flatten()])
+
+
+def gradients(own, losses):
+    weights = {"flow": 1.0, "layout": 4.0, "story": 0.5, "portrait": 2.0, "look": 3.0}
+    own.zero_grad()
+    sum(weights[name] * losses[name] for name in weights).backward()
+    return {name: p.grad.clone() for name, p in own.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("window", [None, WINDOW])
+def test_a_step_is_what_the_filled_slots_alone_give(window, rings, assert_close):
+    own, arguments = learner(), asked(rings, window)
+    losses = own(*arguments)
+    wanted = of_filled_slots(own, *arguments)
+    got, expected = gradients(own, losses), gradients(own, wanted)
+    assert losses.keys() - wanted.keys() == {"total"}
+    for name in wanted:
+        assert_close(losses[name], wanted[name])
+    assert got.keys() == expected.keys()
+    for name in got:  # the largest are of order one
+        assert_close(got[name], expected[name])
+
+
+def test_a_batch_in_which_nothing_is_shown_asks_for_nothing(rings):
+    own, arguments = learner(), asked(rings, dropped=Dropped(1, 0, 0))
+    losses = own(*arguments)
+    assert losses["layout"] == losses["look"] == 0 and losses["flow"] > 0
+    losses["total"].backward()
+    assert all(p.grad.isfinite().all() for p in own.parameters() if p.grad is not None)
+
+
+def compiled(backend):
+    torch.compiler.reset()
+    own = learner()
+    own.compile_parts(backend)
+    return own
+
+
+def test_the_parts_compile_whole_and_once_for_batches_of_one_kind(rings, assert_close):
+    own, plain = compiled("aot_eager"), learner()
+    for seed, limit in ((0, False), (1, True)):
+        arguments = asked(rings, WINDOW, seed)
+        with torch._dynamo.config.patch(error_on_recompile=limit), cheapest_attention("cuda"):
+            losses = own(*arguments)
+            got = gradients(own, losses)
+        expected = gradients(plain, plain(*arguments))
+        assert all(torch.allclose(got[name], expected[name], atol=1e-4) for name in expected)
+
+
+class NoQuestions(TorchDispatchMode):
+    """Refuses what a GPU would be waited for."""
+
+    ASKING = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "unique")
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert not any(name in str(func) for name in self.ASKING), f"{func} asks the device"
+        if "aten.index." in str(func) or "index_put" in str(func):
+            assert all(i is None or i.dtype != torch.bool for i in args[1]), "a mask picks rows"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("window", [None, WINDOW])
+def test_nothing_in_a_step_asks_the_device(window, rings, monkeypatch):
+    """Neither a batch, nor losses and gradients, nor the optimizer."""
+    from transformers import masking_utils
+
+    own = learner()
+    # Where nothing is compiled transformers looks whether anything is masked.
+    monkeypatch.setattr(masking_utils, "is_tracing", lambda *a: True)
+    optimizer = MuonAdamW(own.named_parameters(), 0.01, 0.001, adam_names=ADAM_NAMES)
+    with NoQuestions():
+        own(*asked(rings, window))["total"].backward()
+        gradient_norm(own.parameters(), 2.0)
+        optimizer.step()
