@@ -68,9 +68,8 @@ class Captions(Tensors):
     @classmethod
     def of(cls, told: dict[str, Tensor]) -> Self:
         """All of what ``Writer.told`` tells."""
-        names = ("token_ids", "token_mask", "label_ids", "label_mask")
         filled = torch.from_numpy(filled_slots(told["count"].numpy(), MAX_CONCEPTS))
-        return cls(*(told[name] for name in names), filled, told["coverage"])
+        return cls(**{name: value for name, value in told.items() if name != "count"}, filled=filled)
 
 
 def filled_slots(counts: np.ndarray, slots: int) -> np.ndarray:

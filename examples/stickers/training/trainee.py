@@ -8,7 +8,7 @@ each for its own square of the upright picture.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -85,12 +85,13 @@ class Trainee(nn.Module):
 
     def compile_parts(self, backend: str = "inductor") -> None:
         """Compile a step by parts, each without a break: a block and its keys and values once for all blocks,
-        what reads, what sees, and what is asked of it all."""
+        what reads, what sees, and what is asked of it all. Batches of another shape are compiled anew."""
+        torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
 
         def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
             return torch.compile(function, backend=backend, fullgraph=True, dynamic=False)
 
-        for block in self.model.transformer.blocks:
+        for block in cast("list[Any]", self.model.transformer.blocks):
             block.forward = compiled(block.forward)  # not the block: it keeps its hooks
             block.conditions = compiled(block.conditions)
         for name in ("read", "see", "asked"):

@@ -1,16 +1,18 @@
 import json
 import shutil
+import signal
 
 import pytest
 import torch
 
 from conceptmaster.engine.checkpoints.safetensors_io import load, load_model
 from conceptmaster.errors import InputError
-from conceptmaster.examples.sprites.training.learning import CheckpointError
+from conceptmaster.examples.sprites.training.learning import CheckpointError, saved_progress
+from conceptmaster.examples.sprites.training.loop import LoopOptions
 from conceptmaster.examples.stickers.training import seeing, train
 from conceptmaster.examples.stickers.training.components import doubled
 from conceptmaster.examples.stickers.training.options import Options, Supply
-from conceptmaster.examples.stickers.training.packing import pack_folder
+from conceptmaster.examples.stickers.training.packing import pack_folder, state_of
 from conceptmaster.examples.stickers.world import grounds
 from conceptmaster.examples.stickers.world.tokens import build_tokenizer
 
@@ -60,6 +62,43 @@ def test_interrupted_training_goes_on_exactly(tmp_path, monkeypatch, words):
     parts = run(tmp_path / "parts", 7)
     assert parts.keys() == whole.keys()
     assert all(torch.equal(parts[name], whole[name]) for name in whole)
+
+
+def test_a_signal_is_followed_after_the_step_and_its_checkpoint(tmp_path, monkeypatch, words):
+    drawn = train.Drawn.of
+
+    def signalled(*args):
+        if args[-1] == 1:
+            signal.raise_signal(signal.SIGINT)
+        return drawn(*args)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(train.Drawn, "of", signalled)
+        run(tmp_path, 9, made=words)
+    assert saved_progress(tmp_path / "training.safetensors")["step"] == 2
+    last = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])
+    assert last["step"] == 2 and last["share"] > 0 and last["tflop"] > 0
+    packed, whole = state_of(tmp_path / train.PACKED), state_of(tmp_path)
+    assert packed.keys() == whole.keys()
+    assert all((packed[name] - whole[name]).abs().max() <= 0.01 * whole[name].abs().max() for name in whole)
+
+
+def test_other_options_and_a_training_that_is_over_are_told_in_a_line(tmp_path, caplog, words):
+    run(tmp_path, 1, made=words)
+    caplog.clear()
+    train.train(atlas(), tmp_path, Options(steps=1, **SMALL))
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert line == f"{tmp_path} has had its 1 steps, at step 1: ask for more"
+    caplog.clear()
+    train.train(atlas(), tmp_path, Options(steps=2, **SMALL | {"lr": 0.01}))
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert line == f"{tmp_path} goes on with other options, not as it would have: lr 0.01 (so far 0.008)"
+
+
+def test_the_time_for_the_last_checkpoint_is_kept_free():
+    how = LoopOptions("train", 1, minutes=2.0)
+    assert how.part({"step": 5.0, "seconds": 60.0}) == 0.5
+    assert how.part({"step": 5.0, "seconds": 60.0, "saving": 40.0}) == 1.0
 
 
 def test_training_logs_probes_and_goes_on_from_a_checkpoint_with_a_fresh_optimizer(tmp_path):

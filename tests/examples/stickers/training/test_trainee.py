@@ -150,6 +150,7 @@ def compiled(backend):
     return own
 
 
+@pytest.mark.slow
 def test_the_parts_compile_whole_and_once_for_batches_of_one_kind(rings, assert_close):
     own, plain = compiled("aot_eager"), learner()
     for seed, limit in ((0, False), (1, True)):
