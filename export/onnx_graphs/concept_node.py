@@ -57,6 +57,29 @@ _MASKED = """
     zero_alike = CastLike(zero, found)
     concepts = Where(row, found, zero_alike)
 """
+# A mask of one row, as the one branch has that sees concepts, picks the keys out: time goes into those that
+# are there. Without any the first stands in and is replaced by zeros.
+_PICKED = """
+    every = Constant<value_ints: ints = [-1]>()
+    flags = Reshape(mask, every)
+    number = Cast<to: int = 6>(flags)
+    largest = ReduceMax<keepdims: int = 1>(number)
+    some = Cast<to: int = 9>(largest)
+    none = Not(some)
+    count = Size(flags)
+    nought = Constant<value_int: int = 0>()
+    step = Constant<value_int: int = 1>()
+    places = Range(nought, count, step)
+    first = Equal(places, nought)
+    stand_in = And(first, none)
+    kept = Or(flags, stand_in)
+    keys = Compress<axis: int = 1>(k, kept)
+    values = Compress<axis: int = 1>(v, kept)
+    found = Attention<q_num_heads: int = @heads, kv_num_heads: int = @heads>(q, keys, values)
+    zero = Constant<value_float: float = 0.0>()
+    zero_alike = CastLike(zero, found)
+    out = Where(some, found, zero_alike)
+"""
 _BODIES = {
     INJECTION: ("q, k, v, mask", f"{_MASKED} out = Identity(concepts)"),
     DECOUPLED: (
@@ -78,9 +101,15 @@ _BODIES = {
 
 
 @functools.cache
-def function_text(name: str, opset: int) -> str:
-    """The body of one of the nodes in ONNX's text form, in this opset (23 at least)."""
+def function_text(name: str, opset: int, one_row: bool = False) -> str:
+    """The body of one of the nodes in ONNX's text form, in this opset (23 at least).
+
+    one_row: for a ConceptInjection whose mask has one row. It is faster, and has sizes that are known only
+    when it runs.
+    """
     inputs, body = _BODIES[name]
+    if one_row and name == INJECTION:
+        body = _PICKED
     header = f'<domain: "{DOMAIN}", opset_import: ["": {opset}]>'
     return f"{header}\n{name}<heads>({inputs}) => (out)\n{{{body}\n}}"
 
@@ -120,9 +149,21 @@ def add_functions(model: ir.Model) -> None:
         _drop_reshape(node)
     opset = model.opset_imports[""]
     model.opset_imports[DOMAIN] = VERSION
+    one_row = all(node.inputs[3].shape[0] == 1 for node in nodes if node.op_type == INJECTION)
     for name in sorted({node.op_type for node in nodes}):
-        function = ir.from_proto(onnx.parser.parse_function(function_text(name, opset)))
-        model.functions[function.identifier()] = function
+        _put(model, name, function_text(name, opset, one_row))
+
+
+def fix_sizes(model: ir.Model) -> None:
+    """Gives the nodes bodies whose sizes are known beforehand, as TensorRT wants them."""
+    for domain, name, _ in list(model.functions):
+        if domain == DOMAIN:
+            _put(model, name, function_text(name, model.opset_imports[""]))
+
+
+def _put(model: ir.Model, name: str, text: str) -> None:
+    function = ir.from_proto(onnx.parser.parse_function(text))
+    model.functions[function.identifier()] = function
 
 
 def _drop_reshape(node: ir.Node) -> None:

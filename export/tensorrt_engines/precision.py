@@ -20,7 +20,7 @@ from onnxscript.ir.passes.common import RemoveUnusedNodesPass, ShapeInferencePas
 from ...errors import ExportError, InputError
 from ...runtime.bundle_format.tensorrt_engines import PRECISIONS
 from ..onnx_graphs import initializers
-from ..onnx_graphs.concept_node import DOMAIN
+from ..onnx_graphs.concept_node import DOMAIN, fix_sizes
 from ..onnx_graphs.initializers import constant
 from ..onnx_graphs.trace import save
 from .builder import FUSED_WIDTHS
@@ -50,6 +50,7 @@ def prepare(source: Path, target: Path, precision: str, largest: Mapping[str, fl
         raise InputError(f"unknown precision {precision!r}: choose one of {', '.join(PRECISIONS)}")
     model = ir.load(source)
     _refuse_int8(model, source)
+    fix_sizes(model)
     lower_ranks(model)
     separate_queries(model)
     reduce(model, precision, largest or {}, emulate=False)

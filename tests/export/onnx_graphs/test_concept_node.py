@@ -24,15 +24,16 @@ OWN = {"mask": onnx.TensorProto.BOOL, "text_bias": onnx.TensorProto.FLOAT}
 B, S, T, C, A, E = 2, 5, 4, 6, 3, 8
 
 
-def one_node(name, dtype=None, **attributes):
+def one_node(name, dtype=None, one_row=False, **attributes):
     """A model of one node, with its body, as the exporter would write it."""
     dtype = dtype or onnx.TensorProto.FLOAT
-    function = onnx.parser.parse_function(concept_node.function_text(name, 23))
-    sizes = {"mask": [B, C], "text_bias": [B, T], "q": [B, S, A * E]}
-    sizes |= {n: [B, T, A * E] for n in ("text_k", "text_v")}
+    function = onnx.parser.parse_function(concept_node.function_text(name, 23, one_row))
+    rows = 1 if one_row else B
+    sizes = {"mask": [rows, C], "text_bias": [rows, T], "q": [rows, S, A * E]}
+    sizes |= {n: [rows, T, A * E] for n in ("text_k", "text_v")}
     info = onnx.helper.make_tensor_value_info
     inputs = [
-        info(n, OWN.get(n, dtype), sizes.get(n, [B, C, A * E]))
+        info(n, OWN.get(n, dtype), sizes.get(n, [rows, C, A * E]))
         for n in function.input
     ]
     node = onnx.helper.make_node(
@@ -43,7 +44,7 @@ def one_node(name, dtype=None, **attributes):
         heads=A,
         **(concept_node.FOR_TENSORRT | attributes),
     )
-    graph = onnx.helper.make_graph([node], "one", inputs, [info("out", dtype, [B, S, A * E])])
+    graph = onnx.helper.make_graph([node], "one", inputs, [info("out", dtype, [rows, S, A * E])])
     versions = {"": 23, concept_node.DOMAIN: concept_node.VERSION}
     opsets = [onnx.helper.make_opsetid(domain, version) for domain, version in versions.items()]
     return onnx.helper.make_model(graph, opset_imports=opsets, functions=[function], ir_version=10)
@@ -68,7 +69,7 @@ def run(model, x):
     session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     names = [i.name for i in session.get_inputs()]
     flat = {n: (x[n] if n in OWN else x[n].flatten(2)).numpy() for n in names}
-    return session.run(None, flat)[0].reshape(B, S, A, E)
+    return session.run(None, flat)[0].reshape(-1, S, A, E)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -78,6 +79,21 @@ def test_the_body_is_the_torch_op(name, assert_close):
     assert_close(out, expected(name, x))
     if name == concept_node.INJECTION:
         assert not out[0].any()  # every concept masked: exactly nothing
+
+
+@pytest.mark.parametrize("seen", [[], [0], [5], [1, 3], range(C)])
+def test_of_a_mask_of_one_row_the_keys_are_picked_out(seen, assert_close):
+    """The others may hold anything, not a number, too; where there is none, exactly nothing comes out."""
+    x = {name: value[:1] for name, value in feed().items()}
+    x["mask"] = torch.isin(torch.arange(C), torch.tensor(list(seen), dtype=torch.int64))[None]
+    model = one_node(concept_node.INJECTION, one_row=True)
+    onnx.checker.check_model(model, full_check=True)
+    out = run(model, x)
+    assert_close(out, concept_injection(x["q"], x["k"], x["v"], x["mask"]))
+    assert out.any() == bool(seen)
+    if seen:
+        x |= {n: torch.where(x["mask"][:, :, None, None], x[n], torch.nan) for n in "kv"}
+        assert (run(model, x) == out).all()
 
 
 @pytest.mark.parametrize("name", NAMES)
