@@ -33,7 +33,6 @@ from conceptmaster.engine.presets import PRESETS, preset
 from conceptmaster.engine.vae.wan_decoder import build_vae
 
 SHARD = 1_000_000_000  # bytes after which a new file begins
-WRITERS = 4  # files that are written side by side where a GPU draws them
 # The picture encoder of Wan2.1's image-to-video models and of SkyReels-A2: CLIP's ViT-H/14.
 VIT_H = {
     "hidden_size": 1280,
@@ -109,18 +108,21 @@ def parts_of(config: ModelConfig) -> list[Part]:
     return found
 
 
-def write_base(config: ModelConfig, folder: Path, seed: int = 0, device: str = "cpu") -> None:
+def write_base(
+    config: ModelConfig, folder: Path, seed: int = 0, device: str = "cpu", writers: int = 1
+) -> None:
     """Writes a base of `config`'s sizes to `folder`, which must not exist; without a CLIP where its injection
     is `none`.
 
     The weights are drawn so that activations neither vanish nor grow: with the standard deviation of one over
-    the root of a row's length. device: that draws them; another one draws others. Raises OSError.
+    the root of a row's length. device: that draws them; another one draws others. writers: files of SHARD
+    bytes that are written side by side, each in memory twice. Raises OSError.
     """
     folder.mkdir(parents=True)
     g = torch.Generator(device).manual_seed(seed)
     for part in parts_of(config):
         _json(folder / part.name / "config.json", part.values)
-        _write(folder / part.name, part, g)
+        _write(folder / part.name, part, g, writers)
     _json(folder / "scheduler" / "scheduler_config.json", SCHEDULER)
     (folder / "tokenizer").mkdir()
     tokenizer = byte_tokenizer(config.text_encoder["vocab_size"])
@@ -160,11 +162,11 @@ def _shapes(module: nn.Module) -> dict[str, torch.Size]:
     return {name: value.shape for name, value in module.named_parameters()}
 
 
-def _write(folder: Path, part: Part, g: torch.Generator) -> None:
+def _write(folder: Path, part: Part, g: torch.Generator, writers: int) -> None:
     """Draws the tensors and writes them into files and an index."""
     shard: dict[str, Tensor] = {}
     files: dict[str, str] = {}
-    with ThreadPoolExecutor(1 if g.device.type == "cpu" else WRITERS) as pool:
+    with ThreadPoolExecutor(writers) as pool:
         writing: list[Future[None]] = []
         final = list(part.shapes)[-1]
         for name, shape in part.shapes.items():
@@ -172,8 +174,8 @@ def _write(folder: Path, part: Part, g: torch.Generator) -> None:
             if name == final or sum(tensor.nbytes for tensor in shard.values()) >= SHARD:
                 file = f"model-{len(set(files.values())):05}.safetensors"
                 files |= dict.fromkeys(shard, file)
-                if g.device.type == "cpu" and writing:
-                    writing[-1].result()  # at most two files are in memory
+                if len(writing) >= writers:
+                    writing[-writers].result()  # so that no more files are in memory
                 writing.append(pool.submit(save_file, shard, folder / file))
                 shard = {}
         for file_written in writing:

@@ -94,3 +94,7 @@ def forward(size: Size, job: Job, high: bool = True) -> None:
     both = {name: both[name] for name in ("diffusers eager", "ours", "ours high") if name in both}
     found["step"] = in_turn(both, min(job.rounds, 3), graphs=False, seconds=8)
     say_timings(say, "step of the base", found["step"])
+    if "p50_ms" in found["step"].get("ours", {}):
+        with job.watch.during(found, "step_clocks"):
+            in_turn({"ours": both["ours"]}, 3, graphs=False)
+        say(f"step of the base, ours alone: {clocks_in_words(found['step_clocks'])}")

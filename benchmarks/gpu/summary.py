@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from .card import clocks_in_words
 from .whole.making import in_words
 
 
@@ -53,6 +54,9 @@ def _model(report: dict[str, Any]) -> Iterator[str]:
             words = [f"{n} {e['p50_ms']:.1f}" for n, e in timing.items() if "p50_ms" in e]
             if words:
                 yield f"{part}{', step' if kind == 'step' else ''}, ms: {', '.join(words)}"
+    for key in ("clocks", "step_clocks"):
+        if "sm_mhz" in (clocks := report.get("forward", {}).get(key, {})):
+            yield f"forward, {key.replace('_', ' ')}: {clocks_in_words(clocks)}"
     if "lossless" in (forward := report.get("forward", {})):
         yield f"forward: {'lossless' if forward['lossless'] else 'NOT lossless'}, {forward['relative_l2']}"
     words = [f"{n} {e['p50_ms']:.1f}" for n, e in report.get("stages", {}).items() if "p50_ms" in e]

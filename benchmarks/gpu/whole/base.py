@@ -13,12 +13,13 @@ from conceptmaster.engine.config import ModelConfig
 from conceptmaster.errors import InputError, free_memory
 from conceptmaster.runtime.backends.pytorch import memory_plan
 
-from ...random_base import SHARD, WRITERS, adapter_shapes, parts_of, write_adapter, write_base
+from ...random_base import SHARD, Part, adapter_shapes, parts_of, write_adapter, write_base
 from ..job import Job
 from ..model import Size
 
 TEXT_LAYERS = 2
 """Of the text encoder, which runs once a video and whose 24 layers would be 11 GB to write and hash."""
+WRITERS = 4
 BUNDLES = 1 << 28
 """Bytes of what is made beside the weights: bundles without graphs, videos."""
 STAMP = "complete"
@@ -65,17 +66,18 @@ class Base:
         parts = parts_of(self.config)
         adapter = 4 * sum(shape.numel() for shape in adapter_shapes(self.config).values())
         total = adapter + sum(part.size for part in parts)
-        self._check_room(total)
+        writers = self._writers(total, parts)
         shutil.rmtree(self.weights, ignore_errors=True)
         start = time.perf_counter()
-        write_base(self.config, self.weights, device=job.device)
+        write_base(self.config, self.weights, device=job.device, writers=writers)
         write_adapter(self.config, self.adapter, device=job.device)
         stamp.touch()
         seconds = time.perf_counter() - start
         job.found["base"] = {"bytes": total, "seconds": seconds}
         job.say(f"a random base of {memory_plan.size_of(total)} is written, in {seconds:.1f} s")
 
-    def _check_room(self, total: int) -> None:
+    def _writers(self, total: int, parts: list[Part]) -> int:
+        """How many files there is memory to write side by side. Raises InputError."""
         self.folder.mkdir(parents=True, exist_ok=True)
         need, free = total + BUNDLES, shutil.disk_usage(self.folder).free
         if free < need:
@@ -83,9 +85,11 @@ class Base:
                 f"a random base takes {memory_plan.size_of(need)} of disk, in {str(self.folder)!r} "
                 f"{memory_plan.size_of(free)} are free: --scratch DIR says where else"
             )
-        need, memory = min(total, 3 * WRITERS * SHARD), free_memory()  # a file is copied as it is written
+        tensors = (shape.numel() * part.dtype.itemsize for part in parts for shape in part.shapes.values())
+        need, memory = 2 * max(tensors), free_memory()  # a file is copied as it is written
         if memory is not None and memory < need:
             raise InputError(
                 f"to write a random base takes {memory_plan.size_of(need)} of memory, "
                 f"{memory_plan.size_of(memory)} are free"
             )
+        return 1 if memory is None else min(WRITERS, max(1, memory // (3 * SHARD)))

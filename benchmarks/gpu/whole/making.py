@@ -16,6 +16,8 @@ from ..card import clocks_in_words
 from ..job import Job
 from .command_line import CommandFailed, last_line
 
+TELLS = '{"video": '
+"""How a line of the worker's begins."""
 PATIENCE = 60.0
 """Seconds that a process may take beyond the time it was given."""
 
@@ -58,6 +60,8 @@ def make(title: str, arguments: Sequence[str], videos: Sequence[Ordered], job: J
             try:
                 assert process.stdout is not None
                 for line in process.stdout:
+                    if not line.startswith(TELLS):
+                        continue  # of a library
                     told = json.loads(line)
                     name = told.pop("video")
                     found[name] = told
