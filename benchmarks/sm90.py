@@ -83,7 +83,8 @@ def _attention_launches(new: Callable[..., Any]) -> Iterator[tuple[str, Callable
         yield f"decoupled, {case}", functools.partial(launch, out, q, (k, k), (c, c), mask, rms)
         biased = functools.partial(launch, out, q, (k, k), (c, c), mask, rms, bias)
         yield f"decoupled with text bias, {case}", biased
-        yield f"text with bias, {case}", functools.partial(launch, out, q, (k, k), None, text_bias=bias)
+        alone = functools.partial(launch, out, q, (k, k), None, None, rms, bias)
+        yield f"text with bias, {case}", alone
         yield f"injection, {case}", functools.partial(launch, out, q, None, (c, c), mask, None)
         found = new((batch, tokens, heads * concepts))
         yield f"folded output, {case}", functools.partial(weigh, found, q, c, mask)
@@ -141,7 +142,7 @@ def _row_launches(new: Callable[..., Any]) -> Iterator[tuple[str, Callable[[], o
         table, rms = torch.empty((2048, 1, width // 2), device="meta"), torch.empty((2, 2048), device="meta")
         yield (
             f"residual and modulation, {case}",
-            functools.partial(modulate_triton, x, x, x, x, gate, scale, shift, True, 1e-6),
+            functools.partial(modulate_triton, x, x, x, x, gate, scale, shift, True, 1e-6, weight),
         )
         yield (
             f"modulation, {case}",

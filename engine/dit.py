@@ -16,6 +16,7 @@ import math
 from typing import NamedTuple, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels.common import wide
@@ -25,6 +26,7 @@ from ..kernels.cross_attention import (
     decoupled_cross_attention,
     text_attention,
 )
+from ..kernels.modulate import residual_modulate
 from ..kernels.qk_norm_rope import rotate
 from .config import ModelConfig, TransformerConfig
 from .embedders import ConditionEmbedder
@@ -104,8 +106,8 @@ class Injector(nn.Module):
         heads = (self.heads, -1)
         return self.norm_k(self.to_k(concepts)).unflatten(-1, heads), self.to_v(concepts).unflatten(-1, heads)
 
-    def forward(self, x: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
-        """x [B,S,D], keys and values [B,C,A,E], mask bool [B,C] -> what to add to x, [B,S,D]."""
+    def forward(self, x: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+        """x [B,S,D], keys and values [B,C,A,E], mask bool [B,C] or None -> what to add to x, [B,S,D]."""
         q = self.norm_q(self.to_q(self.norm(x).type_as(x))).unflatten(-1, (self.heads, -1))  # [B,S,A,E]
         return self.to_out(concept_injection(q, keys, values, mask).flatten(-2))  # [B,S,D]
 
@@ -127,6 +129,15 @@ class BlockConditions(NamedTuple):
 
 KEYS_VALUES = BlockConditions._fields[:4]
 """What `ConceptDiT.condition` gives, by name."""
+
+
+class DeferredResidual(NamedTuple):
+    """What a fused block gives: x + branch * gate, not yet added up, which the first kernel behind it does.
+    [K,S,D], [K,S,D], [K,D]."""
+
+    x: Tensor
+    branch: Tensor
+    gate: Tensor
 
 
 class Block(nn.Module):
@@ -161,9 +172,15 @@ class Block(nn.Module):
         return BlockConditions(*self.attn2.keys_values(text), None, None)
 
     def forward(
-        self, x: Tensor, modulation: Tensor, rotary: tuple[Tensor, Tensor], kv: BlockConditions, mask: Tensor
+        self,
+        x: Tensor,
+        modulation: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        kv: BlockConditions,
+        mask: Tensor | None,
     ) -> Tensor:
-        """x [K,S,D], modulation [K or 1,6,D], rotary two [S,1,E/2], mask bool [K,C] (merged: T+C) -> x.
+        """x [K,S,D], modulation [K or 1,6,D], rotary two [S,1,E/2], mask bool [K,C] (merged: T+C) or None for
+        all True -> x.
 
         x may be [1,S,D], as long as the branches differ in nothing: their text and concepts part them.
         """
@@ -186,14 +203,15 @@ class Block(nn.Module):
         h = (self.norm3(x) * (1 + ffn_scale) + ffn_shift).type_as(x)
         return (wide(x) + wide(self.ffn(h)) * ffn_gate).type_as(x)  # [K,S,D]
 
-    def _inject(self, x: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
+    def _inject(self, x: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
         """x [K,S,D], keys and values [K or R,C,A,E], mask bool [K,C] -> x and the concepts, [K,S,D]."""
         if len(keys) == len(x):
             return x + self.injector(x, keys, values, mask)
         blind, seeing = x.split([len(x) - len(keys), len(keys)])  # the first would get exactly zero
-        return torch.cat((blind, seeing + self.injector(seeing, keys, values, mask[-len(keys) :])))
+        mask = None if mask is None else mask[-len(keys) :]  # [R,C]
+        return torch.cat((blind, seeing + self.injector(seeing, keys, values, mask)))
 
-    def _cross_attention(self, q: Tensor, kv: BlockConditions, mask: Tensor) -> Tensor:
+    def _cross_attention(self, q: Tensor, kv: BlockConditions, mask: Tensor | None) -> Tensor:
         """[K,S,A,E] -> [K,S,A,E]: to the text, and to the concepts where these share the text's query."""
         if self.injection == "merged" and kv.text_bias is None:
             return attention(q, kv.text_keys, kv.text_values, mask)
@@ -298,7 +316,7 @@ class ConceptDiT(nn.Module):
         latents: Tensor,
         time: Tensor,
         kv: Conditions,
-        concept_mask: Tensor,
+        concept_mask: Tensor | None,
         conditioning: Tensor | None = None,
         guidance: Tensor | None = None,
     ) -> Tensor:
@@ -306,8 +324,9 @@ class ConceptDiT(nn.Module):
 
         latents [K,Cz,F,H,W] of any size that divides into patches, or [1,Cz,F,H,W] for all branches, whose
         first self-attention is then one; time [K] or [1] (sigma * 1000), kv from `condition`, perhaps with
-        text_bias [K,T], concept_mask bool [K,N] as there, conditioning [K or 1,Cg,F,H,W] (for `base`, and
-        only for it): a mask of the frames that are pictures, then their latents. Returns [K,Cz,F,H,W].
+        text_bias [K,T], concept_mask bool [K or R,N] as there (None: every concept is seen), conditioning
+        [K or 1,Cg,F,H,W] (for `base`, and only for it): a mask of the frames that are pictures, then their
+        latents. Returns [K,Cz,F,H,W].
 
         guidance [K], whose sum is one: latents and time are those of all branches, and what returns is
         sum over k of guidance_k velocity_k, [1,Cz,F,H,W]. What follows the last norm is linear, so it is
@@ -322,13 +341,17 @@ class ConceptDiT(nn.Module):
         grid, x = patches.shape[2:], patches.flatten(2).transpose(1, 2)  # x [K,S,D]
 
         embedding, modulation = self.condition_embedder.time(time)  # [K,D], [K,6,D]
-        mask, bias = self._token_mask(concept_mask), kv.get("text_bias")  # [K,C], [K,T]
+        mask = None if concept_mask is None else self._token_mask(concept_mask)  # [K,C]
+        bias = kv.get("text_bias")  # [K,T]
         if self.config.concept.injection == "merged":
-            if bias is not None:  # has the mask in it
-                concepts = torch.zeros_like(mask, dtype=bias.dtype).masked_fill(~mask, -math.inf)  # [K,C]
-                bias = torch.cat((bias, concepts), dim=1)  # [K,T+C]
-            text_tokens = kv["text_keys"].shape[2] - mask.shape[1]
-            mask = torch.cat((mask.new_ones(mask.shape[0], text_tokens), mask), dim=1)  # [K,T+C]
+            keys = kv["text_keys"].shape[2]  # T+C
+            if mask is None:
+                bias = None if bias is None else F.pad(bias, (0, keys - bias.shape[1]))  # [K,T+C]
+            else:
+                if bias is not None:  # has the mask in it
+                    concepts = torch.zeros_like(mask, dtype=bias.dtype).masked_fill(~mask, -math.inf)  # [K,C]
+                    bias = torch.cat((bias, concepts), dim=1)  # [K,T+C]
+                mask = torch.cat((mask.new_ones(mask.shape[0], keys - mask.shape[1]), mask), dim=1)  # [K,T+C]
 
         conditions = [kv[name].unbind(0) if name in kv else [None] * len(self.blocks) for name in KEYS_VALUES]
         for block, *parts in zip(self.blocks, *conditions, strict=True):
@@ -336,10 +359,15 @@ class ConceptDiT(nn.Module):
             x = block(x, modulation, rotary, own, mask)  # [K,S,D]
 
         shift, scale = (self.scale_shift_table + embedding[:, None]).chunk(2, dim=1)  # [K,1,D] each
-        last = self.norm_out(x) * (1 + scale) + shift  # [K,S,D]
+        if isinstance(x, DeferredResidual):
+            _, last = residual_modulate(*x, scale[:, 0], shift[:, 0], eps=self.norm_out.eps)  # [K,S,D]
+        else:
+            last = self.norm_out(x) * (1 + scale) + shift  # [K,S,D]
         if guidance is not None:
+            last = wide(last)
             last = (guidance.type_as(last)[None] @ last.flatten(1)).unflatten(1, last.shape[1:])  # [1,S,D]
-        output = self._unpatch(self.proj_out(last.type_as(x)), grid)  # [K or 1,Cz,F,H,W]
+        last = last.to(self.proj_out.weight.dtype)
+        output = self._unpatch(self.proj_out(last), grid)  # [K or 1,Cz,F,H,W]
         if self.config.transformer.prediction == "velocity":
             return output
         sigma = (time / 1000.0).clamp(min=MIN_SIGMA)[:, None, None, None, None]  # [K,1,1,1,1]

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from typing import NamedTuple, cast
+from typing import cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels.absorbed_injection import (
@@ -33,7 +34,7 @@ from ..kernels.fp8_linear import Fp8Linear
 from ..kernels.modulate import modulate, residual_modulate, residual_reference
 from ..kernels.qk_norm_rope import inverse_rms, qk_norm_rope
 from ..kernels.self_attention import WAYS, self_attention
-from .dit import Attention, Block, BlockConditions, ConceptDiT
+from .dit import Attention, Block, BlockConditions, ConceptDiT, DeferredResidual
 
 TIERS = ("lossless", "high")
 WIDE = ("time_embedder.", "scale_shift_table", "norm1.", "norm2.", "norm3.", "injector.norm.")
@@ -62,14 +63,6 @@ class Fusing:
             raise ValueError(f"unknown attention {self.attention!r}: choose one of {', '.join(WAYS)}")
 
 
-class DeferredResidual(NamedTuple):
-    """x + branch * gate, not yet added up: the next block's first kernel does it. [K,S,D], [K,S,D], [K,D]."""
-
-    x: Tensor
-    branch: Tensor
-    gate: Tensor
-
-
 class SelfAttention(nn.Module):
     """Attention among the video's tokens, with one product for queries, keys and values.
 
@@ -94,8 +87,9 @@ class SelfAttention(nn.Module):
 class FusedBlock(nn.Module):
     """A Block with fused kernels between its products, and the same weights.
 
-    Takes and gives what Block does, with two differences that only fused blocks see: where the injector is
-    absorbed, its values [K,C,A,E] are [K,A*C,D]; and between blocks x is a `DeferredResidual`.
+    Takes what Block does, with three differences: it gives a `DeferredResidual`; of the concepts it may take
+    keys and values of those branches alone that see any; and where the injector is absorbed, its values
+    [K,C,A,E] are [K,A*C,D].
     """
 
     def __init__(self, block: Block, last: bool, absorb: bool, way: str | None = None) -> None:
@@ -104,22 +98,23 @@ class FusedBlock(nn.Module):
         self.block = copy.copy(block)  # which others may go on using as it is
         self.block.__dict__["_modules"] = {n: part for n, part in block._modules.items() if n != "attn1"}
         self.shares_query = hasattr(block.attn2, "add_k_proj")
-        self.last = last
         self.absorb = absorb
 
     def conditions(self, text: Tensor, concepts: Tensor) -> BlockConditions:
-        """The block's keys and values, once per request, with whatever can be folded into them.
+        """The block's keys and values, once per request, with whatever can be folded into them: the weight of
+        the text queries' norm, and the injector's output projection.
 
-        text [K,T,D], concepts [K,C,Dc].
+        text [K,T,D], concepts [R,C,Dc].
         """
         kv, block = self.block.conditions(text, concepts), self.block
+        weight = block.attn2.norm_q.weight.unflatten(0, (block.attn2.heads, -1))  # [A,E]
+        kv = kv._replace(text_keys=kv.text_keys * weight)
+        if self.shares_query and kv.concept_keys is not None:
+            return kv._replace(concept_keys=kv.concept_keys * weight)
         if self.absorb:
             assert kv.concept_values is not None
-            folded = absorbed_values(kv.concept_values, block.injector.to_out.weight)  # [K,A*C,D]
+            folded = absorbed_values(kv.concept_values, block.injector.to_out.weight)  # [R,A*C,D]
             return kv._replace(concept_values=folded)
-        if self.shares_query and kv.concept_keys is not None:
-            weight = block.attn2.norm_q.weight.unflatten(0, (block.attn2.heads, -1))  # [A,E]
-            return kv._replace(text_keys=kv.text_keys * weight, concept_keys=kv.concept_keys * weight)
         return kv
 
     def forward(
@@ -128,9 +123,13 @@ class FusedBlock(nn.Module):
         modulation: Tensor,
         rotary: tuple[Tensor, Tensor],
         kv: BlockConditions,
-        mask: Tensor,
-    ) -> Tensor | DeferredResidual:
-        """As `Block.forward`; x [K,S,D] or, behind another fused block, DeferredResidual."""
+        mask: Tensor | None,
+    ) -> DeferredResidual:
+        """As `Block.forward`, but for the last sum; x [K,S,D] or what another fused block gave.
+
+        The concepts' keys and values may be of the last R of K branches alone, and mask [R,C]: the others
+        see no concept, and nothing of the injector is computed for them.
+        """
         block = self.block
         table = wide(block.scale_shift_table) + wide(modulation)  # [K,6,D]
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = table.unbind(1)  # [K,D] each
@@ -142,42 +141,61 @@ class FusedBlock(nn.Module):
             h = modulate(x, scale, shift, eps=block.norm1.eps)  # [K,S,D]
         out = self.attn1(h, rotary)  # [K,S,D]
 
-        x, h = _affine(x, out, gate, block.norm2)  # [K or 1,S,D] each
+        to_out = block.attn2.to_out[0]
+        later = to_out.bias if isinstance(to_out, nn.Linear) else None
+        x, h = _affine(x, out, gate, block.norm2, later)  # [K or 1,S,D] each, and x is nobody else's
         if len(x) < len(kv.text_keys):  # the branches part here
             x, h = (part.expand(len(kv.text_keys), -1, -1).contiguous() for part in (x, h))  # [K,S,D] each
-        out = block.attn2.output(self._cross_attention(h, kv, mask))  # [K,S,D]
+        parts = self._cross_attention(h, kv, mask)
+        injected = kv.concept_keys if block.injection == "standalone" else None  # [R,C,A,E]
+        seeing = 0 if injected is None else len(injected)
+        if later is None and len(parts) == 1 and not seeing:  # one in 8 bits cannot add to x
+            out = to_out(parts[0])  # [K,S,D]
+            x, h = residual_modulate(x, out, None, ffn_scale, ffn_shift, eps=block.norm3.eps)  # [K,S,D] each
+            return DeferredResidual(x, block.ffn(h), ffn_gate)
+        for part, rows in zip(parts, x.split([len(part) for part in parts]), strict=True):
+            _add_product(rows, part, to_out)
+        if seeing:
+            self._inject(x[-seeing:], kv, mask)
+        h = modulate(x, ffn_scale, ffn_shift, eps=block.norm3.eps)  # [K,S,D]
+        return DeferredResidual(x, block.ffn(h), ffn_gate)
 
-        if block.injection == "standalone":
-            assert kv.concept_keys is not None and kv.concept_values is not None
-            injector = block.injector
-            x, h = _affine(x, out, None, injector.norm)  # [K,S,D] each
-            q = injector.norm_q(injector.to_q(h)).unflatten(-1, (injector.heads, -1))  # [K,S,A,E]
-            if self.absorb:
-                x = absorbed_injection(x, q, kv.concept_keys, kv.concept_values, mask)  # [K,S,D]
-                h = modulate(x, ffn_scale, ffn_shift, eps=block.norm3.eps)  # [K,S,D]
-                return self._feed_forward(x, h, ffn_gate)
-            out = injector.to_out(concept_injection(q, kv.concept_keys, kv.concept_values, mask).flatten(-2))
-        x, h = residual_modulate(x, out, None, ffn_scale, ffn_shift, eps=block.norm3.eps)  # [K,S,D] each
-        return self._feed_forward(x, h, ffn_gate)
-
-    def _cross_attention(self, h: Tensor, kv: BlockConditions, mask: Tensor) -> Tensor:
-        """[K,S,D] -> [K,S,A,E]: to the text, and to the concepts where these share the text's query."""
+    def _cross_attention(self, h: Tensor, kv: BlockConditions, mask: Tensor | None) -> list[Tensor]:
+        """[K,S,D] -> [K,S,D]: to the text, and to the concepts where these share the text's query; in two
+        parts, [K-R,S,D] and [R,S,D], where only some branches see any."""
         attn: Attention = self.block.attn2
-        if not self.shares_query or kv.concept_keys is None or kv.concept_values is None:
-            q = attn.queries(h)  # [K,S,A,E]
-            if self.block.injection == "merged" and kv.text_bias is None:
-                return attention(q, kv.text_keys, kv.text_values, mask)
-            return text_attention(q, kv.text_keys, kv.text_values, kv.text_bias)
-        q = attn.to_q(h)  # [K,S,D]
-        rms = inverse_rms(q, _eps(attn.norm_q))  # [K,S]
-        heads = q.unflatten(-1, (attn.heads, -1))  # [K,S,A,E]
-        return decoupled_cross_attention(
-            heads, kv.text_keys, kv.text_values, kv.concept_keys, kv.concept_values, mask, rms, kv.text_bias
-        )
+        q, eps, heads = attn.to_q(h), _eps(attn.norm_q), (attn.heads, -1)  # [K,S,D]
+        text = kv.text_keys, kv.text_values
+        if not self.shares_query and kv.text_bias is None:
+            # PyTorch's attention, the fastest where keys are many: it knows no norm
+            q = F.rms_norm(q, q.shape[-1:], eps=eps).unflatten(-1, heads)  # [K,S,A,E]
+            return [attention(q, *text, mask if self.block.injection == "merged" else None).flatten(-2)]
+        rms, q = inverse_rms(q, eps), q.unflatten(-1, heads)  # [K,S], [K,S,A,E]
+        if not self.shares_query:
+            return [text_attention(q, *text, kv.text_bias, rms).flatten(-2)]
+        assert kv.concept_keys is not None and kv.concept_values is not None
+        alone, found = len(q) - len(kv.concept_keys), []
+        first, last = slice(None, alone), slice(alone, None)  # branches without concepts, and with
+        if alone:
+            bias = None if kv.text_bias is None else kv.text_bias[first]
+            found.append(text_attention(q[first], text[0][first], text[1][first], bias, rms[first]))
+        if alone < len(q):
+            bias = None if kv.text_bias is None else kv.text_bias[last]
+            own, concepts = (text[0][last], text[1][last]), (kv.concept_keys, kv.concept_values)
+            found.append(decoupled_cross_attention(q[last], *own, *concepts, mask, rms[last], bias))
+        return [part.flatten(-2) for part in found]
 
-    def _feed_forward(self, x: Tensor, h: Tensor, gate: Tensor) -> Tensor | DeferredResidual:
-        branch = self.block.ffn(h)  # [K,S,D]
-        return residual_reference(x, branch, gate) if self.last else DeferredResidual(x, branch, gate)
+    def _inject(self, x: Tensor, kv: BlockConditions, mask: Tensor | None) -> None:
+        """Adds to x [R,S,D], in place, what the injector brings from the concepts."""
+        assert kv.concept_keys is not None and kv.concept_values is not None
+        injector = self.block.injector
+        h = modulate(x, *_vectors(injector.norm, x), plus_one=False, eps=injector.norm.eps)  # [R,S,D]
+        q = injector.norm_q(injector.to_q(h)).unflatten(-1, (injector.heads, -1))  # [R,S,A,E]
+        if self.absorb:
+            absorbed_injection(x, q, kv.concept_keys, kv.concept_values, mask)
+        else:
+            out = concept_injection(q, kv.concept_keys, kv.concept_values, mask)  # [R,S,A,E]
+            _add_product(x, out.flatten(-2), injector.to_out)
 
 
 def fuse(transformer: ConceptDiT, fusing: Fusing = Fusing()) -> ConceptDiT:  # noqa: B008  (frozen)
@@ -209,14 +227,31 @@ def narrow(transformer: ConceptDiT, dtype: torch.dtype) -> ConceptDiT:
     return transformer
 
 
-def _affine(x: Tensor, branch: Tensor, gate: Tensor | None, norm: nn.Module) -> tuple[Tensor, Tensor]:
-    """(x + branch * gate, its affine LayerNorm), [K,S,D] each; twice the sum where `norm` is no LayerNorm."""
+def _affine(
+    x: Tensor, branch: Tensor, gate: Tensor | None, norm: nn.Module, later: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """(x + branch * gate + later, the affine LayerNorm of x + branch * gate), [K,S,D] each; where `norm` is
+    no LayerNorm, twice the sum. later: [D]."""
     if not isinstance(norm, nn.LayerNorm):
         x = residual_reference(x, branch, gate)  # [K,S,D]
-        return x, x
+        return (x if later is None else x + later), x
+    scale, shift = _vectors(norm, x)
+    return residual_modulate(x, branch, gate, scale, shift, later, plus_one=False, eps=norm.eps)
+
+
+def _vectors(norm: nn.LayerNorm, x: Tensor) -> list[Tensor]:
+    """Weight and bias of an affine norm as `modulate` takes them, [1,D] each."""
     dtype = torch.promote_types(x.dtype, torch.float32)
-    weight, bias = (vector.to(dtype)[None] for vector in (norm.weight, norm.bias))  # [1,D] each
-    return residual_modulate(x, branch, gate, weight, bias, plus_one=False, eps=norm.eps)
+    return [vector.to(dtype)[None] for vector in (norm.weight, norm.bias)]
+
+
+def _add_product(x: Tensor, rows: Tensor, linear: nn.Module) -> None:
+    """Adds what a linear layer makes of rows [K,S,D] to x [K,S,D], contiguous, in place; but for its bias,
+    which is there already, unless the layer is one in 8 bits."""
+    if isinstance(linear, nn.Linear):
+        x.view(-1, x.shape[-1]).addmm_(rows.flatten(0, 1), linear.weight.t())
+    else:
+        x.add_(linear(rows))
 
 
 def _joined(*linears: nn.Linear) -> nn.Linear:

@@ -47,7 +47,7 @@ class Condition(nn.Module):
         c = self.transformer.config.concept
         if concept_tokens is None or concept_mask is None:
             concept_tokens = text.new_zeros(c.max_concepts, c.tokens_per_concept, c.width)
-            concept_mask = _no_concepts(self.transformer, text)
+            concept_mask = torch.zeros(len(text), c.max_concepts, dtype=torch.bool, device=text.device)
         if self.seeing is not None:
             concept_mask = concept_mask[-self.seeing :]  # [R,N]
         return tuple(self.transformer.condition(text, concept_tokens, concept_mask).values())
@@ -93,22 +93,14 @@ class DenoiseStep(nn.Module):
     ) -> Tensor:
         """sum over k of guidance_k velocity_k(state_0), float32 [1,Cz*F*H*W]; the guidance's sum is one.
 
-        concept_mask: may be None where the injection is `none`; conditions: what `Condition` gave, by name,
-        and perhaps text_bias.
+        concept_mask: None where every concept of `conditions` is seen, and for `none`; conditions: what
+        `Condition` gave, by name, and perhaps text_bias.
         """
-        if concept_mask is None:
-            concept_mask = _no_concepts(self.transformer, guidance)
         dtype = self.transformer.patch_embedding.weight.dtype
         frames = None if given is None else given.to(dtype)
         latents = state[:1].to(dtype)  # [1,Cz,F,H,W]
         found = self.transformer.denoise(latents, time, conditions, concept_mask, frames, guidance)
         return found.flatten(1).float()
-
-
-def _no_concepts(transformer: ConceptDiT, branches: Tensor) -> Tensor:
-    """bool [K,N], all False, for a tensor [K,…]."""
-    shape = len(branches), transformer.config.concept.max_concepts
-    return torch.zeros(shape, dtype=torch.bool, device=branches.device)
 
 
 def update(state: Tensor, velocity: Tensor, coefficients: Tensor) -> Tensor:

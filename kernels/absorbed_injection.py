@@ -12,7 +12,7 @@ and 16 tokens for each of 4 concepts it halves a projection. The queries' projec
 behind it stands a norm over all of its output.
 
 The kernel holds a head's logits in registers through its softmax, so only probabilities [S,A*C] are written;
-the second thin product is `torch.baddbmm`, which adds the residual as it ends.
+the second thin product is `baddbmm_`, which adds itself to the residual where it lies.
 """
 
 from __future__ import annotations
@@ -137,9 +137,9 @@ def concept_weights(q: Tensor, k: Tensor, mask: Tensor | None = None) -> Tensor:
 
 
 def absorbed_injection(x: Tensor, q: Tensor, k: Tensor, values: Tensor, mask: Tensor | None = None) -> Tensor:
-    """x + W_O attention(q, k, v), W_O in the values already.
+    """Adds W_O attention(q, k, v) to x, in place, and returns it; W_O is in the values already.
 
     x [B,S,D], q normalised [B,S,A,E], k [B,C,A,E], values [B,A*C,D] from `absorbed_values`, mask bool [B,C].
-    Returns [B,S,D]; exactly x for a batch row whose concepts are all masked.
+    A batch row whose concepts are all masked stays exactly as it is.
     """
-    return torch.baddbmm(x, concept_weights(q, k, mask), values)  # [B,S,D]
+    return x.baddbmm_(concept_weights(q, k, mask), values)  # [B,S,D]

@@ -57,6 +57,11 @@ def attention(
     return out.transpose(1, 2)  # [B,S,A,E]
 
 
+def _normalised(q: Tensor, inverse_rms: Tensor | None) -> Tensor:
+    """Queries times their [B,S] numbers, in their dtype."""
+    return q if inverse_rms is None else (q * inverse_rms[:, :, None, None]).type_as(q)  # [B,S,A,E]
+
+
 def decoupled_cross_attention_reference(
     q: Tensor,
     text_k: Tensor,
@@ -68,8 +73,7 @@ def decoupled_cross_attention_reference(
     text_bias: Tensor | None = None,
 ) -> Tensor:
     """`decoupled_cross_attention` in plain torch; for what inverse_rms and text_bias are, see there."""
-    if inverse_rms is not None:
-        q = (q * inverse_rms[:, :, None, None]).type_as(q)  # [B,S,A,E]
+    q = _normalised(q, inverse_rms)  # [B,S,A,E]
     text = attention(q, text_k, text_v, bias=text_bias)  # [B,S,A,E]
     return text + attention(q, concept_k, concept_v, concept_mask)  # [B,S,A,E]
 
@@ -115,17 +119,24 @@ _injection = TorchOp(
 )
 _biased = TorchOp(
     "biased_attention",
-    "q BSAE, k BTAE, v BTAE, bias wide BT",
-    reference=lambda q, k, v, bias: attention(q, k, v, bias=bias),
-    cuda=lambda q, k, v, bias: cross_attention_cuda(q, (k, v), None, text_bias=bias),
+    "q BSAE, k BTAE, v BTAE, bias wide BT, inverse_rms? wide BS",
+    reference=lambda q, k, v, bias, rms: attention(_normalised(q, rms), k, v, bias=bias),
+    cuda=lambda q, k, v, bias, rms: cross_attention_cuda(q, (k, v), None, None, rms, bias),
     empty=_alike,
     limits={"E": MAX_WIDTH},
 )
 
 
-def text_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`attention` without a mask. With a bias it is the Triton kernel on CUDA, which adds it in float32."""
-    return attention(q, k, v) if bias is None else _biased(q, k, v, bias)
+def text_attention(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, inverse_rms: Tensor | None = None
+) -> Tensor:
+    """`attention` without a mask. With a bias it is the Triton kernel on CUDA, which adds it in float32.
+
+    inverse_rms: as for `decoupled_cross_attention`; without a bias, queries are scaled by it beforehand.
+    """
+    if bias is None:
+        return attention(_normalised(q, inverse_rms), k, v)
+    return _biased(q, k, v, bias, inverse_rms)
 
 
 def concept_injection(

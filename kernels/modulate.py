@@ -4,6 +4,9 @@ Letters: B batch, S tokens, D width.
 
 A row is read once and stays in registers. Mean and variance are those of the row as it is written (rounded to
 x's dtype), as if the two steps were separate, so that fusing changes nothing but the order of sums.
+
+A product can add its result to what is carried on (`addmm`), but then not a bias, too. That bias may be added
+beforehand, `later`: to the sum that is carried on, not to what is normalised.
 """
 
 from __future__ import annotations
@@ -32,11 +35,19 @@ def norm_reference(x: Tensor, scale: Tensor, shift: Tensor | None, plus_one: boo
 
 
 def residual_modulate_reference(
-    x: Tensor, branch: Tensor, gate: Tensor | None, *norm: Any
+    x: Tensor,
+    branch: Tensor,
+    gate: Tensor | None,
+    scale: Tensor,
+    shift: Tensor | None,
+    later: Tensor | None,
+    plus_one: bool,
+    eps: float,
 ) -> tuple[Tensor, Tensor]:
-    """`residual_modulate` in plain torch; norm: the other arguments of `norm_reference`."""
+    """`residual_modulate` in plain torch."""
     summed = residual_reference(x, branch, gate)  # [B,S,D]
-    return summed, norm_reference(summed, *norm)
+    normed = norm_reference(summed, scale, shift, plus_one, eps)  # [B,S,D]
+    return summed if later is None else summed + later, normed
 
 
 # Triton.
@@ -47,11 +58,11 @@ MAX_WIDTH = 16384
 
 @triton.jit
 def modulate_kernel(
-    x, branch, gate, scale, shift, summed, out,
+    x, branch, gate, scale, shift, later, summed, out,
     S, eps,
     x_b, x_s, branch_b, branch_s, gate_b, scale_b, shift_b,
     D: tl.constexpr, BLOCK: tl.constexpr, HAS_BRANCH: tl.constexpr, HAS_GATE: tl.constexpr,
-    HAS_SHIFT: tl.constexpr, PLUS_ONE: tl.constexpr,
+    HAS_SHIFT: tl.constexpr, HAS_LATER: tl.constexpr, PLUS_ONE: tl.constexpr,
 ):  # fmt: skip
     """One program: one token. `summed` and `out` are contiguous; `x_b`, … are strides in elements."""
     row = tl.program_id(0).to(tl.int64)
@@ -64,9 +75,12 @@ def modulate_kernel(
         added = added.to(tl.float32)
         if HAS_GATE:
             added *= tl.load(gate + batch * gate_b + columns, mask=inside, other=0.0)
-        value = (value + added).to(summed.dtype.element_ty)
-        tl.store(summed + row * D + columns, value, mask=inside)
-        value = value.to(tl.float32)
+        value += added
+        carried = value
+        if HAS_LATER:
+            carried += tl.load(later + columns, mask=inside, other=0.0).to(tl.float32)
+        tl.store(summed + row * D + columns, carried.to(summed.dtype.element_ty), mask=inside)
+        value = value.to(summed.dtype.element_ty).to(tl.float32)
     mean = tl.sum(value, 0) / D
     centred = tl.where(inside, value - mean, 0.0)
     normed = centred * tl.rsqrt(tl.sum(centred * centred, 0) / D + eps)
@@ -89,6 +103,7 @@ def modulate_triton(
     shift: Tensor | None,
     plus_one: bool,
     eps: float,
+    later: Tensor | None = None,
 ) -> None:
     """Launches the kernel into `out` and, with a branch, `summed`: [B,S,D], contiguous.
 
@@ -99,11 +114,12 @@ def modulate_triton(
     vectors = [x if vector is None else vector for vector in (gate, scale, shift)]  # x: is not looked at
     steps = [0 if vector.shape[0] == 1 else vector.stride(0) for vector in vectors]
     added, target = (x if branch is None else branch), (out if summed is None else summed)
+    vectors.append(x if later is None else later)
     launch(
         modulate_kernel, (batch * tokens,),
         x, added, *vectors, target, out, tokens, eps, *x.stride()[:2], *added.stride()[:2], *steps,
         D=width, BLOCK=block, HAS_BRANCH=branch is not None, HAS_GATE=gate is not None,
-        HAS_SHIFT=shift is not None, PLUS_ONE=plus_one,
+        HAS_SHIFT=shift is not None, HAS_LATER=later is not None, PLUS_ONE=plus_one,
         num_warps=4 if block <= 2048 else 8, num_stages=1,
     )  # fmt: skip
 
@@ -111,10 +127,24 @@ def modulate_triton(
 # The torch op.
 
 
-def _cuda(x: Tensor, branch: Tensor | None, *others: Any) -> tuple[Tensor, Tensor]:
+def _cuda(
+    x: Tensor,
+    branch: Tensor,
+    gate: Tensor | None,
+    scale: Tensor,
+    shift: Tensor | None,
+    later: Tensor | None,
+    plus_one: bool,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
     summed, out = x.new_empty(x.shape), x.new_empty(x.shape)
-    modulate_triton(out, None if branch is None else summed, x, branch, *others)
+    modulate_triton(out, summed, x, branch, gate, scale, shift, plus_one, eps, later)
     return summed, out  # [B,S,D] each
+
+
+def _cuda_alone(x: Tensor, *norm: Any) -> Tensor:
+    modulate_triton(out := x.new_empty(x.shape), None, x, None, None, *norm)
+    return out  # [B,S,D]
 
 
 _modulate = TorchOp(
@@ -122,13 +152,13 @@ _modulate = TorchOp(
     "x BSD, scale wide bD, shift? wide bD",
     scalars="bool plus_one, float eps",
     reference=norm_reference,
-    cuda=lambda x, *rest: _cuda(x, None, None, *rest)[1],
+    cuda=_cuda_alone,
     empty=lambda x, *_: x.new_empty(x.shape),
     limits={"D": MAX_WIDTH},
 )
 _residual_modulate = TorchOp(
     "residual_modulate",
-    "x BSD, branch BSD, gate? wide bD, scale wide bD, shift? wide bD",
+    "x BSD, branch BSD, gate? wide bD, scale wide bD, shift? wide bD, later? D",
     scalars="bool plus_one, float eps",
     outputs=2,
     reference=residual_modulate_reference,
@@ -155,13 +185,15 @@ def residual_modulate(
     gate: Tensor | None,
     scale: Tensor,
     shift: Tensor | None = None,
+    later: Tensor | None = None,
     *,
     plus_one: bool = True,
     eps: float = 1e-6,
 ) -> tuple[Tensor, Tensor]:
-    """(x + branch * gate, and `modulate` of that), each [B,S,D]: what is carried on, and what the next part
-    reads.
+    """(x + branch * gate + later, and `modulate` of x + branch * gate), each [B,S,D]: what is carried on, and
+    what the next part reads.
 
-    branch [B,S,D], gate float32 [B,D] or [1,D], None for one; the rest as for `modulate`.
+    branch [B,S,D], gate float32 [B,D] or [1,D], None for one; later [D] in x's dtype: a bias of what will be
+    added next; the rest as for `modulate`.
     """
-    return _residual_modulate(x, branch, gate, scale, shift, plus_one, eps)
+    return _residual_modulate(x, branch, gate, scale, shift, later, plus_one, eps)

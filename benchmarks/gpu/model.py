@@ -15,6 +15,7 @@ import copy
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,8 +24,9 @@ from torch import Tensor, nn
 
 from conceptmaster.engine.config import ModelConfig
 from conceptmaster.engine.dit import ConceptDiT
-from conceptmaster.engine.fused import narrow
+from conceptmaster.engine.fused import FusedBlock, narrow
 from conceptmaster.engine.presets import preset
+from conceptmaster.engine.seen import Seen
 from conceptmaster.engine.step import DenoiseStep
 from conceptmaster.kernels import self_attention as attending
 from conceptmaster.kernels.common import in_plain_torch
@@ -271,14 +273,22 @@ def their_step(model: Any, given: Inputs) -> Call:
     return step
 
 
-def _conditions(model: ConceptDiT, given: Inputs) -> dict[str, Tensor]:
-    return model.condition(given.text, given.concepts, given.mask)
+def _conditions(
+    model: ConceptDiT, given: Inputs
+) -> Callable[[], tuple[dict[str, Tensor], dict[str, Tensor]]]:
+    """Keys and values, and {"concept_mask": …} where there must be one. As the torch backend does it: fused
+    blocks are given nothing of the concepts that nobody sees."""
+    mask, concepts, partly = given.mask, given.concepts, True
+    if isinstance(model.blocks[0], FusedBlock):
+        seen = Seen.of(mask.cpu(), model.config)
+        mask, concepts, partly = seen.mask.to(mask.device), seen.tokens(concepts), seen.partly
+    return lambda: (model.condition(given.text, concepts, mask), {"concept_mask": mask} if partly else {})
 
 
 def denoise_call(model: ConceptDiT, given: Inputs) -> Call:
     """Our forward, with keys and values that are there already."""
-    kv = _conditions(model, given)
-    return lambda: model.denoise(given.latents, given.time, kv, given.mask)
+    kv, masked = _conditions(model, given)()
+    return lambda: model.denoise(given.latents, given.time, kv, masked.get("concept_mask"))
 
 
 def step_call(model: ConceptDiT, given: Inputs, cached: bool) -> Call:
@@ -293,10 +303,15 @@ def step_call(model: ConceptDiT, given: Inputs, cached: bool) -> Call:
     coefficients[0, -1] = -0.02
     guidance = torch.tensor([-1.5, 2.5] if branches == 2 else [1.0], device=device)
     stepper = Stepper(DenoiseStep(model))
-    inputs = {"state": state, "time": given.time, "concept_mask": given.mask}
-    inputs |= {"guidance": guidance, "coefficients": coefficients}
-    kept = _conditions(model, given) if cached else None
-    return lambda: stepper._step(**inputs, **(_conditions(model, given) if kept is None else kept))
+    inputs = {"state": state, "time": given.time, "guidance": guidance, "coefficients": coefficients}
+    conditions = _conditions(model, given)
+    kept = conditions() if cached else None
+
+    def step() -> tuple[Tensor, Tensor]:
+        kv, masked = conditions() if kept is None else kept
+        return stepper._step(**inputs, **masked, **kv)
+
+    return step
 
 
 def say_timings(say: Say, what: str, timing: dict[str, dict[str, Any]]) -> None:

@@ -130,10 +130,10 @@ def test_the_op_is_registered_well():
     given = (q, tk, tv, ck, cv, mask, None, bias)
     torch.library.opcheck(OPS.decoupled_cross_attention.default, given, test_utils=checks)
     torch.library.opcheck(OPS.concept_injection.default, (q, ck, cv, mask), test_utils=checks)
-    torch.library.opcheck(OPS.biased_attention.default, (q, tk, tv, bias), test_utils=checks)
+    torch.library.opcheck(OPS.biased_attention.default, (q, tk, tv, bias, None), test_utils=checks)
     both = decoupled_cross_attention(q, tk, tv, ck, cv, mask, text_bias=bias)
     assert torch.equal(OPS.decoupled_cross_attention(*given), both)
-    assert torch.equal(OPS.biased_attention(q, tk, tv, bias), text_attention(q, tk, tv, bias))
+    assert torch.equal(OPS.biased_attention(q, tk, tv, bias, None), text_attention(q, tk, tv, bias))
     assert torch.equal(OPS.concept_injection(q, ck, cv, None), concept_injection(q, ck, cv))
 
 

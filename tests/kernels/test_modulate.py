@@ -45,6 +45,24 @@ def test_without_branch_gate_or_shift(assert_close):
     assert_close(out, modulate(x.double() + branch.double(), scale.double()))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_added_later_is_not_normalised(dtype, assert_close):
+    x, branch, gate, scale, shift = tensors(2, 5, 40, dtype)
+    later = torch.randn(40, generator=torch.Generator().manual_seed(1)).to(dtype)
+    results = []
+    for added in (None, later):
+        out, summed = torch.full_like(x, float("nan")), torch.full_like(x, float("nan"))
+        modulate_triton(out, summed, x, branch, gate, scale, shift, True, 1e-6, added)
+        results.append((summed, out))
+    assert torch.equal(results[0][1], results[1][1])
+    expected = x.double() + branch.double() * gate.double()[:, None] + later.double()
+    assert_close(results[1][0], expected, str(dtype).removeprefix("torch."))
+    wide = [t.double() for t in (x, branch, gate, scale, shift, later)]
+    (carried, h), plain = residual_modulate(*wide), residual_modulate(*wide[:5])
+    assert_close(carried, expected, "float64")
+    assert torch.equal(h, plain[1])
+
+
 def test_strides_are_followed():
     x, branch, gate, scale, shift = tensors(2, 5, 16)
     apart = torch.stack((x, branch), dim=2).unbind(2)
@@ -83,7 +101,7 @@ def test_the_ops_are_registered_well():
     x, branch, gate, scale, shift = tensors(2, 5, 16)
     checks = ("test_schema", "test_faketensor")
     torch.library.opcheck(OPS.modulate.default, (x, scale, shift, True, 1e-6), test_utils=checks)
-    given = (x, branch, gate, scale, None, False, 1e-6)
+    given = (x, branch, gate, scale, None, branch[0, 0], False, 1e-6)
     torch.library.opcheck(OPS.residual_modulate.default, given, test_utils=checks)
 
 
@@ -102,6 +120,6 @@ def test_the_ops_are_registered_well():
 def test_bad_input_is_one_clear_error(change, words):
     given = dict(zip(("x", "branch", "gate", "scale", "shift"), tensors(2, 5, 16), strict=True))
     given |= {name: edit(given[name]) for name, edit in change.items()}
-    for call in (residual_modulate, lambda **named: OPS.residual_modulate(*named.values(), True, 1e-6)):
+    for call in (residual_modulate, lambda **named: OPS.residual_modulate(*named.values(), None, True, 1e-6)):
         with pytest.raises(ValueError, match=words):
             call(**given)

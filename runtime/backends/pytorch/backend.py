@@ -44,6 +44,7 @@ try:
     from ....engine.checkpoints.source import Choices, loras_of
     from ....engine.config import ModelConfig
     from ....engine.fused import Fusing, fuse, narrow
+    from ....engine.seen import Seen
     from ....engine.step import DenoiseStep, graph_modules
     from .stepper import Carried, Stepper, cuda_graphs
     from .weights import count_weights, open_weights
@@ -95,7 +96,7 @@ class TorchBackend:
         self._condition = upstream(STEP_GRAPH, self._manifest.graphs)
         self._lock = threading.RLock()
         self._modules: dict[str, Module] = {}
-        config = ModelConfig.from_dict(self._manifest.model)
+        self._config = config = ModelConfig.from_dict(self._manifest.model)
         self._demand = memory_plan.Demand(
             config.to_dict(),  # with what the manifest leaves out
             self._manifest.shapes,
@@ -133,6 +134,8 @@ class TorchBackend:
         with self._lock, torch.inference_mode(), self._out_of_memory():
             signature = self._manifest.graphs[graph]
             tensors = {s.name: self._to_device(inputs[s.name], graph, s) for s in signature.inputs}
+            if "concept_mask" in tensors:
+                self._cut(tensors, Seen.of(torch.as_tensor(inputs["concept_mask"]), self._config))
             if graph == STEP_GRAPH and "step" in inputs:
                 tensors["step"] = inputs["step"]
             if isinstance(bias := inputs.get("text_bias"), np.ndarray) and graph == self._condition:
@@ -159,6 +162,14 @@ class TorchBackend:
             return array
         spec.check(graph, array)
         return torch.from_numpy(np.ascontiguousarray(array)).to(self._device)
+
+    def _cut(self, tensors: dict[str, Any], seen: Seen) -> None:
+        """Leaves nothing of the concepts but what is seen; no mask, for a step, where none is needed."""
+        tensors["concept_mask"] = seen.mask.to(self._device)
+        if "concept_tokens" in tensors:
+            tensors["concept_tokens"] = seen.tokens(tensors["concept_tokens"])
+        elif not seen.partly:
+            del tensors["concept_mask"]
 
     def _build(self) -> dict[str, Module]:
         options = self._options

@@ -84,7 +84,7 @@ def plan(demand: Demand) -> dict[str, int]:
         "attention": 8 * width * size,  # x, its norm, q, k, v, both rotated, what comes out
         "cross-attention": (5 * width + heads * concepts) * size,
         "feed-forward": (2 * width + 2 * model["ffn_dim"]) * size,
-        "last sum": width * (3 * size + 3 * wide),
+        "sums": width * (3 * size + 3 * wide),  # in plain torch
     }
     step = rows * max(moments.values()) + 4 * state
     decode = _decoding(demand)

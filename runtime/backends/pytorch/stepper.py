@@ -1,7 +1,9 @@
 """The denoising step, replayed as a CUDA graph, and ways to compute less of it.
 
 Everything between two steps stays on the device. On CUDA the whole step is captured once per shape and
-replayed: one launch instead of thousands. Two ways to do less are off unless asked for, and change the video:
+replayed: one launch instead of thousands. Which branches see how many concepts is in the shapes (seen.py of
+the engine), so a graph never serves a request that it was not captured for. Two ways to do less are off
+unless asked for, and change the video:
 
 * without guidance towards the end: only the branch that reads the caption and sees the concepts is computed,
   as if the scale were 1 (after Kynkäänniemi et al., arXiv 2404.07724: guidance in a limited interval);
@@ -27,6 +29,10 @@ from ....engine.step import DenoiseStep, update
 Replay = Callable[[], tuple[Tensor, ...]]
 Capture = Callable[[Replay], Replay]
 """Takes a call on fixed tensors; gives one that does the same again, into the same outputs."""
+
+
+MOST_PROGRAMS = 32
+"""So many are kept: with each number of concepts and each length of text a step has other shapes."""
 
 
 def cuda_graphs() -> Capture:
@@ -56,26 +62,39 @@ def cuda_graphs() -> Capture:
     return capture
 
 
-class Captured:
-    """A function of named tensors at fixed shapes, captured with inputs of its own.
+class Place:
+    """Memory that stays where it is, for tensors of one name and at most so many elements as the first."""
 
-    Inputs are copied in when they are other tensors than at the call before: what a request computes once is
-    copied once. Outputs are the caller's.
-    """
+    def __init__(self, tensor: Tensor) -> None:
+        self.memory = tensor.new_empty(tensor.numel())
+        self.last: Tensor | None = None
+
+    def put(self, tensor: Tensor) -> Tensor:
+        """The place, of the tensor's shape and with its values; they are copied when it is another tensor
+        than the last one: what a request computes once is copied once."""
+        held = self.memory[: tensor.numel()].view(tensor.shape)
+        if tensor is not self.last:
+            held.copy_(tensor)
+            self.last = tensor  # which also keeps it from being freed, and another from looking the same
+        return held
+
+
+class Captured:
+    """A function of named tensors at fixed shapes, captured with inputs of its own, in `places`: what never
+    runs at the same time may share them. Outputs are the caller's."""
 
     def __init__(
-        self, function: Callable[..., tuple[Tensor, ...]], inputs: Mapping[str, Tensor], capture: Capture
-    ) -> None:
-        self.held = {name: tensor.clone() for name, tensor in inputs.items()}
-        self.last = dict(inputs)
-        self.replay = capture(lambda: function(**self.held))
+        self, function: Callable[..., tuple[Tensor, ...]], places: Mapping[str, Place],
+        inputs: Mapping[str, Tensor], capture: Capture,
+    ) -> None:  # fmt: skip
+        self.places = {name: places[name] for name in inputs}
+        held = {name: self.places[name].put(tensor) for name, tensor in inputs.items()}
+        self.replay = capture(lambda: function(**held))
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
         """The function of these inputs."""
         for name, tensor in inputs.items():
-            if tensor is not self.last[name]:
-                self.held[name].copy_(tensor)
-        self.last = dict(inputs)  # which also keeps them from being freed, and another from looking the same
+            self.places[name].put(tensor)
         return tuple(output.clone() for output in self.replay())
 
 
@@ -113,6 +132,7 @@ class Stepper:
         self.denoise, self.capture = denoise, capture
         self.skip_guidance, self.step_cache = skip_guidance, step_cache
         self.programs: dict[tuple[Any, ...], Captured] = {}
+        self.places: dict[str, Place] = {}
         self.evaluations = 0
         """Branches computed so far, over all steps: what a lossy option saves shows here."""
 
@@ -140,11 +160,23 @@ class Stepper:
         inputs = {"state": state, **inputs}
         if self.capture is None:
             return self._step(**inputs)
-        shape = tuple((name, tuple(tensor.shape)) for name, tensor in inputs.items())
-        program = self.programs.get(shape)
+        shapes = tuple((name, tuple(tensor.shape)) for name, tensor in inputs.items())
+        program = self.programs.get(shapes)
         if program is None:
-            program = self.programs[shape] = Captured(self._step, inputs, self.capture)
+            self._make_room(inputs)
+            program = self.programs[shapes] = Captured(self._step, self.places, inputs, self.capture)
         return program(inputs)
+
+    def _make_room(self, inputs: Mapping[str, Tensor]) -> None:
+        """For one more program. Inputs are held once for all of them: those that know a place which is too
+        small are captured anew when they are needed."""
+        for name, tensor in inputs.items():
+            place = self.places.get(name)
+            if place is None or place.memory.numel() < tensor.numel():
+                self.programs = {k: p for k, p in self.programs.items() if name not in p.places}
+                self.places[name] = Place(tensor)
+        while len(self.programs) >= MOST_PROGRAMS:
+            del self.programs[next(iter(self.programs))]
 
     def _step(self, state: Tensor, coefficients: Tensor, **inputs: Tensor) -> tuple[Tensor, Tensor]:
         velocity = self.denoise.velocity(state, **inputs)

@@ -165,7 +165,8 @@ def pretend(captures):
 
 def test_captured_inputs_are_copied_when_they_are_others():
     captures, given = [], {"a": torch.ones(2), "b": torch.ones(2)}
-    call = stepping.Captured(lambda a, b: (a + 10 * b,), given, pretend(captures))
+    places = {name: stepping.Place(tensor) for name, tensor in given.items()}
+    call = stepping.Captured(lambda a, b: (a + 10 * b,), places, given, pretend(captures))
     assert call(given)[0].tolist() == [11, 11]
     first = call({"a": torch.full((2,), 5.0), "b": given["b"]})[0]
     given["b"].fill_(7)  # the same tensor: what a request computes once is copied once
@@ -179,12 +180,58 @@ def test_replayed_steps_give_the_same_video(sprites, frames, request_4, monkeypa
     monkeypatch.setattr(sprites.backend.stepper, "capture", pretend(captures))
     monkeypatch.setattr(sprites.backend.stepper, "programs", {})
     assert np.array_equal(sprites.generate(request_4)[0].frames, frames)
-    other = dataclasses.replace(request_4, seed=99, prompt="a cat on the left jumps")
+    ((shapes, _),) = sprites.backend.stepper.programs.items()
+    keys = dict(shapes)["concept_keys"]  # of the branch that sees the concepts, and of those that are given
+    assert keys[1:3] == (1, len(request_4.concepts) * sprites.manifest.shapes.queries)
+    assert "concept_mask" not in dict(shapes)
+    prompt, concepts = "a cat on the left jumps", request_4.concepts[:1]
+    other = dataclasses.replace(request_4, seed=99, prompt=prompt, concepts=concepts)
     replayed = sprites.generate(other)[0].frames
     assert np.array_equal(sprites.generate(request_4)[0].frames, frames)  # and nothing is left of the other
-    assert len(captures) == 1
+    assert len(captures) == 2
     monkeypatch.setattr(sprites.backend.stepper, "capture", None)
     assert np.array_equal(sprites.generate(other)[0].frames, replayed)
+
+
+@torch.inference_mode()
+def test_masks_that_change_never_meet_another_ones_graph():
+    """Of a random model of three branches and three concepts; also where guidance is skipped."""
+    from conceptmaster.engine.dit import ConceptDiT
+    from conceptmaster.engine.fused import fuse
+    from conceptmaster.engine.presets import preset
+    from conceptmaster.engine.seen import Seen
+
+    config = preset("tiny")
+    config = dataclasses.replace(config, concept=dataclasses.replace(config.concept, max_concepts=3))
+    torch.manual_seed(0)
+    model = ConceptDiT(config)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    step, captures = DenoiseStep(fuse(model)), []
+    replayed, plain = (
+        stepping.Stepper(step, capture, skip_guidance=0.5) for capture in (pretend(captures), None)
+    )
+    text = torch.randn(3, config.text_tokens, config.transformer.text_dim)
+    tokens = torch.randn(3, config.concept.tokens_per_concept, config.concept.width)
+    given = {
+        "time": torch.full((1,), 500.0), "guidance": torch.tensor([-1.0, 0.5, 1.5]),
+        "coefficients": torch.tensor([[1.0, 0.0, -0.1], [0.0, 1.0, 0.0]]),
+    }  # fmt: skip
+    lone, pair, all_three = [[0] * 3, [0] * 3, [0, 0, 1]], [[0] * 3, [0] * 3, [1, 0, 1]], [[1] * 3] * 3
+    masks = [lone, [[0] * 3] * 3, all_three, pair, lone, [[0] * 3, [0, 1, 0], [0, 1, 1]], [[0] * 3] * 3]
+    for mask in masks:
+        seen = Seen.of(torch.tensor(mask).bool(), config)
+        inputs = given | model.condition(text, seen.tokens(tokens), seen.mask)
+        if seen.partly:
+            inputs["concept_mask"] = seen.mask
+        start = stepping.Carried(torch.randn(2, *config.latent_shape))
+        for index in range(2):
+            found, expected = (stepper(start, inputs, index, 2) for stepper in (replayed, plain))
+            torch.testing.assert_close(found.state, expected.state, rtol=0, atol=0)
+    assert len(captures) >= 5 * 2 and replayed.evaluations == plain.evaluations == len(masks) * 4
+    held = {name: place.memory.numel() for name, place in replayed.places.items()}
+    whole = model.condition(text, tokens, torch.ones(3, 3, dtype=torch.bool))
+    assert {name: tensor.numel() for name, tensor in whole.items()}.items() <= held.items()
 
 
 # Lossy options.

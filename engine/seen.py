@@ -1,0 +1,50 @@
+"""What of the concepts a request's branches see, as the host knows it: the rest is cut away once per request.
+
+A branch without concepts gets exactly nothing from them, and so does every branch from one that is masked. A
+mask on the device tells nobody without waiting for it; that of a request is made on the host. So there the
+tensors are cut: then no kernel meets a key that does not count, attention needs no mask, and a step's shapes,
+by which captured graphs are told apart, say which branches see anything at all.
+
+Letters: K guidance branches, N concepts; R and N' of them are left. Q tokens per concept, Dc concept width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from .config import ModelConfig
+
+
+@dataclass(frozen=True)
+class Seen:
+    """mask: bool [R,N'] on the host, the last R of the branches; concepts: the N' that are left, of all."""
+
+    mask: Tensor
+    concepts: list[int]
+
+    @classmethod
+    def of(cls, mask: Tensor, config: ModelConfig) -> Seen:
+        """Of a mask bool [K,N] on the host. What is left are the branches from the first one on that sees any
+        concept, and the concepts that any of them sees.
+
+        Branches stay where the concepts' tokens are among the text's (`merged`), concepts where their place
+        among them counts (a base with embedded positions).
+        """
+        branches, concepts = (mask.any(dim=axis).nonzero().flatten().tolist() for axis in (1, 0))
+        first = branches[0] if branches else len(mask)
+        if config.concept.injection == "merged":
+            first = 0
+        if config.transformer.pos_embed_seq_len is not None and branches:
+            concepts = list(range(mask.shape[1]))
+        return cls(mask[first:, concepts], concepts)
+
+    @property
+    def partly(self) -> bool:
+        """Whether a mask is still needed: not every branch that is left sees every concept that is left."""
+        return not bool(self.mask.all())
+
+    def tokens(self, concept_tokens: Tensor) -> Tensor:
+        """Those that are left, [N,Q,Dc] -> [N',Q,Dc]; as they are where all are."""
+        return concept_tokens if len(self.concepts) == len(concept_tokens) else concept_tokens[self.concepts]
