@@ -43,6 +43,10 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from .common import launch, power_of_two
 
+# Triton 3.9 has given TMA's copies these names.
+async_load = getattr(tma, "async_load", tma.async_copy_global_to_shared)
+async_store = getattr(tma, "async_store", tma.async_copy_shared_to_global)
+
 ROWS = gl.constexpr(64)
 """Queries of a warpgroup's tile, and keys of a block."""
 
@@ -88,7 +92,7 @@ def _blocks(table, count, layout: gl.constexpr, KIND: gl.constexpr):
 def _put(desc, full, smem, batch, row, column, E: gl.constexpr):
     """Copies rows row … row + 63 of a head to shared memory; `full` tells when they are there."""
     mbarrier.expect(full, ROWS * E * 2)
-    tma.async_copy_global_to_shared(desc, [batch, row, column], full, smem)
+    async_load(desc, [batch, row, column], full, smem)
 
 
 @gluon.jit
@@ -291,7 +295,7 @@ def _consume(
                 place += first_blocks + second_blocks
             q.store(acc.to(slots.dtype))
             fence_async_shared()
-            tma.async_copy_shared_to_global(out, [batch, start, item // tiles * E], slots.index(slot))
+            async_store(out, [batch, start, item // tiles * E], slots.index(slot))
             turn += 1
     tma.store_wait(0)
 
