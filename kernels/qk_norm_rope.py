@@ -52,8 +52,9 @@ MAX_WIDTH = 16384
 
 
 @triton.jit
-def _norm_rotate(x, weight, cos, sin, out, D, E, eps, BLOCK: tl.constexpr):
-    """One row of D channels, from x to out; cos and sin are this token's, of E // 2 pairs."""
+def normed_rotated(x, weight, cos, sin, D, E, eps, BLOCK: tl.constexpr):
+    """One row of D channels at x, float32 [BLOCK], 0 behind D; cos and sin are this token's, of E // 2
+    pairs."""
     columns = tl.arange(0, BLOCK)
     inside = columns < D
     value = tl.load(x + columns, mask=inside, other=0.0).to(tl.float32)
@@ -63,8 +64,7 @@ def _norm_rotate(x, weight, cos, sin, out, D, E, eps, BLOCK: tl.constexpr):
     c = tl.load(cos + pairs % (E // 2), mask=pairs < D // 2, other=0.0)
     s = tl.load(sin + pairs % (E // 2), mask=pairs < D // 2, other=0.0)
     first, second = tl.split(tl.reshape(value, (BLOCK // 2, 2)))
-    turned = tl.reshape(tl.join(first * c - second * s, first * s + second * c), (BLOCK,))
-    tl.store(out + columns, turned.to(out.dtype.element_ty), mask=inside)
+    return tl.reshape(tl.join(first * c - second * s, first * s + second * c), (BLOCK,))
 
 
 @triton.jit
@@ -78,10 +78,13 @@ def qk_norm_rope_kernel(
     batch, token = row // S, row % S
     cos += token * (E // 2)
     sin += token * (E // 2)
+    columns = tl.arange(0, BLOCK)
     if tl.program_id(1) == 0:
-        _norm_rotate(q + batch * q_b + token * q_s, q_weight, cos, sin, q_out + row * D, D, E, eps, BLOCK)
+        turned = normed_rotated(q + batch * q_b + token * q_s, q_weight, cos, sin, D, E, eps, BLOCK)
+        tl.store(q_out + row * D + columns, turned.to(q_out.dtype.element_ty), mask=columns < D)
     else:
-        _norm_rotate(k + batch * k_b + token * k_s, k_weight, cos, sin, k_out + row * D, D, E, eps, BLOCK)
+        turned = normed_rotated(k + batch * k_b + token * k_s, k_weight, cos, sin, D, E, eps, BLOCK)
+        tl.store(k_out + row * D + columns, turned.to(k_out.dtype.element_ty), mask=columns < D)
 
 
 @triton.jit

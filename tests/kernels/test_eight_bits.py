@@ -9,6 +9,7 @@ pytest.importorskip("triton")
 
 from conceptmaster.kernels.fp8_linear import (  # noqa: E402
     Fp8Linear,
+    Quantised,
     fp8_linear,
     quantise_rows,
     quantise_rows_triton,
@@ -48,9 +49,38 @@ def test_a_linear_layer_in_8_bits_is_as_near_as_the_table_says(dtype):
     assert out.dtype == dtype and l2(out, expected) < RELATIVE_L2["linear8"]
 
 
+def test_gelu_and_quantising_in_one(assert_close):
+    x = 4 * torch.randn(5, 200, generator=torch.Generator().manual_seed(0))[:, :100]
+    out = torch.empty(5, 100, dtype=torch.float8_e4m3fn), torch.full((5, 1), float("nan"))
+    found, scale = quantise_rows_triton(*out, x, gelu=True)
+    right = torch.nn.functional.gelu(x.double(), approximate="tanh")
+    assert_close(scale[:, 0], right.abs().amax(-1) / 448)
+    assert l2(found.float() * scale, right) < RELATIVE_L2["linear8"]
+    assert l2(quantise_rows(x, gelu=True).values.float() * scale, right) < RELATIVE_L2["linear8"]
+
+
+def test_a_layer_behind_a_gelu_and_one_of_what_is_quantised():
+    torch.manual_seed(0)
+    linear, x = torch.nn.Linear(96, 64), torch.randn(2, 7, 96)
+    with torch.no_grad():
+        right = linear(torch.nn.functional.gelu(x, approximate="tanh"))
+        assert l2(Fp8Linear(linear, gelu=True)(x), right) < RELATIVE_L2["linear8"]
+        layer = Fp8Linear(linear)
+        assert torch.equal(layer.product(quantise_rows(x), x.dtype), layer(x))
+        eighth = torch.tensor([0.125])
+        found = layer.product(Quantised((x / eighth).to(torch.float8_e4m3fn), eighth), x.dtype)
+        assert l2(found, linear(x)) < RELATIVE_L2["linear8"]
+
+
 def test_the_op_is_registered_well():
     weight = quantise_rows(torch.randn(6, 8))
-    given = (torch.randn(3, 8), *weight, None)  # "test_schema" multiplies its inputs, which fp8 cannot do
+    given = (
+        torch.randn(3, 8),
+        *weight,
+        None,
+        True,
+        False,
+    )  # "test_schema" multiplies its inputs, which fp8 cannot do
     torch.library.opcheck(OPS.fp8_linear.default, given, test_utils="test_faketensor")
 
 
