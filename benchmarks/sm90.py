@@ -120,13 +120,24 @@ def _hopper_launches(new: Callable[..., Any]) -> Iterator[tuple[str, Callable[[]
 def _eight_bit_launches(new: Callable[..., Any]) -> Iterator[tuple[str, Callable[[], object]]]:
     import torch
 
+    from conceptmaster.kernels.fp8_attention import qkv_to_fp8_triton
     from conceptmaster.kernels.fp8_linear import quantise_rows_triton
 
     for width in (1536, 8960, 13824):
         x8 = torch.empty((4096, width), dtype=torch.float8_e4m3fn, device="meta")
         scale = torch.empty((4096, 1), device="meta")
-        call = functools.partial(quantise_rows_triton, x8, scale, new((4096, width)))
-        yield f"fp8 rows of {width}", call
+        for gelu in (False, True):
+            call = functools.partial(quantise_rows_triton, x8, scale, new((4096, width)), gelu)
+            yield f"fp8 rows of {width}{', GELU' if gelu else ''}", call
+    for case, (heads, width) in {"14B": (40, 128), "1.3B": (12, 128)}.items():
+        total = heads * width
+        eight = torch.empty((2, 2048, heads, width), dtype=torch.float8_e4m3fn, device="meta")
+        steps, pair = torch.empty(4, device="meta"), torch.empty(2, device="meta")
+        x = new((2, 2048, 3 * total))[..., :total]
+        table = torch.empty((2048, 1, width // 2), device="meta")
+        weights = [new((total,))] * 2
+        given = [*[x] * 3, *weights, *[table] * 2, pair, 1e-6]
+        yield f"fp8 q, k, v, {case}", functools.partial(qkv_to_fp8_triton, *[eight] * 3, steps, *given)
 
 
 def _row_launches(new: Callable[..., Any]) -> Iterator[tuple[str, Callable[[], object]]]:

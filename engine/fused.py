@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -30,13 +30,14 @@ from ..kernels.cross_attention import (
     decoupled_cross_attention,
     text_attention,
 )
-from ..kernels.fp8_linear import Fp8Linear
+from ..kernels.fp8_attention import cudnn_attends, fp8_attention, qkv_to_fp8, query_key_steps
+from ..kernels.fp8_linear import Fp8Linear, Quantised, why_no_fp8
 from ..kernels.modulate import modulate, residual_modulate, residual_reference
 from ..kernels.qk_norm_rope import inverse_rms, qk_norm_rope
-from ..kernels.self_attention import WAYS, self_attention
+from ..kernels.self_attention import WAYS, self_attention, ways
 from .dit import Attention, Block, BlockConditions, ConceptDiT, DeferredResidual
+from .tiers import TIERS, EightBits, quantise
 
-TIERS = ("lossless", "high")
 WIDE = ("time_embedder.", "scale_shift_table", "norm1.", "norm2.", "norm3.", "injector.norm.")
 """Parts of names that keep float32 in a model of fewer bits, as in diffusers' WanTransformer3DModel."""
 
@@ -45,14 +46,15 @@ WIDE = ("time_embedder.", "scale_shift_table", "norm1.", "norm2.", "norm3.", "in
 class Fusing:
     """How blocks are fused.
 
-    tier: one of TIERS; "high" is linear layers in fp8 (lossy; their error is RELATIVE_L2 in
-    kernels/tolerances.py). absorb: whether an injector's output projection is folded into its values once per
+    tier: one of TIERS (tiers.py); all but "lossless" are lossy. eight: what is in 8 bits, in the place of the
+    tier's own table. absorb: whether an injector's output projection is folded into its values once per
     request; None where that costs fewer multiplications. attention: how self-attention in 16 bits is computed
     on CUDA, one of WAYS in kernels/self_attention.py; None takes the fastest. Raises ValueError for another
     tier or way.
     """
 
     tier: str = "lossless"
+    eight: EightBits | None = None
     absorb: bool | None = None
     attention: str | None = None
 
@@ -62,6 +64,11 @@ class Fusing:
         if self.attention not in (None, *WAYS):
             raise ValueError(f"unknown attention {self.attention!r}: choose one of {', '.join(WAYS)}")
 
+    @property
+    def bits(self) -> EightBits | None:
+        """What is in 8 bits, None if nothing."""
+        return self.eight or TIERS[self.tier]
+
 
 class SelfAttention(nn.Module):
     """Attention among the video's tokens, with one product for queries, keys and values.
@@ -70,18 +77,38 @@ class SelfAttention(nn.Module):
     see `Fusing.attention`.
     """
 
+    qk_steps: Tensor | None
+
     def __init__(self, attn: Attention, way: str | None) -> None:
         super().__init__()
         self.heads, self.way = attn.heads, way
         self.to_qkv = _joined(attn.to_q, attn.to_k, attn.to_v)
         self.norm_q, self.norm_k, self.to_out = attn.norm_q, attn.norm_k, attn.to_out
+        self.register_buffer("qk_steps", None)  # there where attention is in fp8
+
+    def attend_in_fp8(self) -> None:
+        """From now on attention is in fp8, where it can be (kernels/fp8_attention.py)."""
+        self.qk_steps = query_key_steps(self.norm_q.weight.detach(), self.norm_k.weight.detach())
 
     def forward(self, h: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
         """h [K,S,D], rotary two [S,1,E/2] -> [K,S,D]."""
         q, k, v = self.to_qkv(h).chunk(3, dim=-1)  # [K,S,D] each
+        shape = (*h.shape[:2], self.heads, h.shape[-1] // self.heads)
+        if self.qk_steps is not None and cudnn_attends(h.device, shape):
+            weights = self.norm_q.weight, self.norm_k.weight
+            given = qkv_to_fp8(q, k, v, *weights, *rotary, self.qk_steps, _eps(self.norm_q))
+            out8, scale = fp8_attention(*given)  # [K,S,A,E], [1]
+            return self._output(Quantised(out8.flatten(-2), scale), h.dtype)
         q, k = qk_norm_rope(q, k, self.norm_q.weight, self.norm_k.weight, *rotary, eps=_eps(self.norm_q))
         out = self_attention(q, k, v.unflatten(-1, (self.heads, -1)), self.way)  # [K,S,A,E]
         return self.to_out[0](out.flatten(-2))
+
+    def _output(self, out: Quantised, dtype: torch.dtype) -> Tensor:
+        """[K,S,D] -> [K,S,D], by the last layer: in fp8 as it is, where that takes it so."""
+        last = self.to_out[0]
+        if isinstance(last, Fp8Linear):
+            return last.product(out, dtype)
+        return last((out.values.float() * out.scale).to(dtype))
 
 
 class FusedBlock(nn.Module):
@@ -92,7 +119,7 @@ class FusedBlock(nn.Module):
     [K,C,A,E] are [K,A*C,D].
     """
 
-    def __init__(self, block: Block, last: bool, absorb: bool, way: str | None = None) -> None:
+    def __init__(self, block: Block, absorb: bool, way: str | None = None) -> None:
         super().__init__()
         self.attn1 = SelfAttention(block.attn1, way)
         self.block = copy.copy(block)  # which others may go on using as it is
@@ -198,6 +225,29 @@ class FusedBlock(nn.Module):
             _add_product(x, out.flatten(-2), injector.to_out)
 
 
+class TieredBlock(nn.Module):
+    """A block in 16 bits and the same in 8, of which `compute_exactly` says which it is now."""
+
+    def __init__(self, exact: FusedBlock, eight: nn.Module) -> None:
+        super().__init__()
+        self.exact, self.eight, self.exactly = exact, eight, False
+
+    def conditions(self, text: Tensor, concepts: Tensor) -> BlockConditions:
+        """As `FusedBlock.conditions`."""
+        return self.exact.conditions(text, concepts)
+
+    def forward(self, *arguments: Any) -> Any:
+        """As `FusedBlock.forward`."""
+        return self.exact(*arguments) if self.exactly else self.eight(*arguments)
+
+
+def compute_exactly(transformer: nn.Module, exactly: bool) -> None:
+    """Lets blocks that are there in both compute in 16 bits, or in 8, from now on."""
+    for module in transformer.modules():
+        if isinstance(module, TieredBlock):
+            module.exactly = exactly
+
+
 def fuse(transformer: ConceptDiT, fusing: Fusing = Fusing()) -> ConceptDiT:  # noqa: B008  (frozen)
     """Replaces every block of `transformer` by a FusedBlock, in place, and returns it. For inference only."""
     c, concept = transformer.config.transformer, transformer.config.concept
@@ -206,14 +256,33 @@ def fuse(transformer: ConceptDiT, fusing: Fusing = Fusing()) -> ConceptDiT:  # n
         absorb &= absorbing_wins(concept.concept_tokens, c.num_attention_heads, c.attention_head_dim)
     else:
         absorb &= fusing.absorb
-    blocks = cast("list[Block]", list(transformer.blocks))
-    transformer.blocks = nn.ModuleList(
-        [FusedBlock(b, b is blocks[-1], absorb, fusing.attention) for b in blocks]
-    )
-    if fusing.tier == "high":
-        for fused in transformer.blocks:
-            _quantise(fused, absorb)
+    blocks, bits = cast("list[Block]", list(transformer.blocks)), fusing.bits
+    for index, block in enumerate(blocks):
+        fused: nn.Module = FusedBlock(block, absorb, fusing.attention)
+        if bits is not None and bits.layer(index, len(blocks)):
+            both = bits.first_steps or bits.last_steps
+            exact = FusedBlock(block, absorb, fusing.attention) if both else None
+            quantise(fused, bits, absorb)
+            fused = fused if exact is None else TieredBlock(exact, fused)
+        transformer.blocks[index] = fused
     return transformer
+
+
+def why_not(fusing: Fusing, device: torch.device, dtype: torch.dtype, head_width: int) -> str | None:
+    """Why this device cannot compute as `fusing` says, one line; None where it can, as every CPU can."""
+    if device.type != "cuda":
+        return None
+    if fusing.bits is not None:
+        if dtype != torch.bfloat16:
+            return (
+                f"the tier {fusing.tier!r} is for bfloat16 on a GPU, not {str(dtype).removeprefix('torch.')}"
+            )
+        if (reason := why_no_fp8(device)) is not None:
+            return f"the tier {fusing.tier!r} is not for this GPU: {reason}"
+    there = ways(torch.empty((1, 1, 1, head_width), device=device, dtype=dtype))
+    if fusing.attention not in (None, *there):
+        return f"the attention {fusing.attention!r} is not there: choose one of {', '.join(there)}"
+    return None
 
 
 def narrow(transformer: ConceptDiT, dtype: torch.dtype) -> ConceptDiT:
@@ -271,33 +340,3 @@ def _joined(*linears: nn.Linear) -> nn.Linear:
 def _eps(norm: nn.RMSNorm) -> float:
     assert norm.eps is not None
     return norm.eps
-
-
-def _quantise(module: nn.Module, absorb: bool) -> None:
-    """Linear layers of a block in fp8, where a GPU can: both widths divide by 16.
-
-    What runs once per request stays as it is: what makes keys and values, and what is folded into them.
-    """
-    once: tuple[str, ...] = (
-        "attn2.to_k",
-        "attn2.to_v",
-        "add_k_proj",
-        "add_v_proj",
-        "injector.to_k",
-        "injector.to_v",
-    )
-    once += ("injector.to_out",) if absorb else ()
-    found = {
-        name: child
-        for name, child in module.named_modules()
-        if isinstance(child, nn.Linear)
-        and not name.endswith(once)
-        and not (child.in_features % 16 or child.out_features % 16)
-    }
-    for name, child in found.items():
-        parent, _, own = name.rpartition(".")
-        owner = module.get_submodule(parent)
-        if isinstance(owner, (nn.ModuleList, nn.Sequential)):
-            owner[int(own)] = Fp8Linear(child)
-        else:
-            setattr(owner, own, Fp8Linear(child))

@@ -66,6 +66,7 @@ IMPORT_NAMES = {
     "pytest-benchmark": {"pytest_benchmark"},
     "onnxruntime-gpu": {"onnxruntime"},
     "cuda-python": {"cuda"},
+    "nvidia-cudnn-frontend": {"cudnn"},
 }
 
 # Imported without being declared, with the reason.

@@ -10,7 +10,16 @@ torch = pytest.importorskip("torch")
 
 from conceptmaster.engine import layers  # noqa: E402
 from conceptmaster.engine.dit import ConceptDiT  # noqa: E402
-from conceptmaster.engine.fused import WIDE, FusedBlock, Fusing, fuse, narrow  # noqa: E402
+from conceptmaster.engine.fused import (  # noqa: E402
+    WIDE,
+    FusedBlock,
+    Fusing,
+    compute_exactly,
+    fuse,
+    narrow,
+    why_not,
+)
+from conceptmaster.engine.tiers import PARTS, EightBits  # noqa: E402
 from conceptmaster.kernels import (  # noqa: E402
     absorbed_injection,
     common,
@@ -197,7 +206,88 @@ def test_the_high_tier_is_near_and_says_how_near(tiny, randomise):
     names = {name for name, module in fused.named_modules() if type(module).__name__ == "Fp8Linear"}
     first = {name.removeprefix("blocks.0.").removeprefix("block.") for name in names if "blocks.0." in name}
     attn = {"attn1.to_qkv", "attn1.to_out.0", "attn2.to_q", "attn2.to_out.0"}
-    assert first == attn | {"ffn.net.0.proj", "ffn.net.2", "injector.to_q", "injector.to_out"}
+    assert first == attn | {"ffn.net.0", "ffn.net.2", "injector.to_q", "injector.to_out"}
+
+
+BITS = {
+    "first layer": EightBits(first_layers=1),
+    "last layer": EightBits(last_layers=1),
+    "attention alone": EightBits(parts=("attention",)),
+    "up alone": EightBits(parts=("up",)),
+    "down alone": EightBits(parts=("down",), fast=("down",)),
+}
+
+
+@pytest.mark.parametrize("bits", BITS.values(), ids=BITS)
+@torch.no_grad()
+def test_a_table_says_what_is_in_8_bits(bits, tiny, randomise):
+    config = tiny(num_attention_heads=2, attention_head_dim=16, ffn_dim=64)
+    plain, fused = pair(config, randomise, Fusing(eight=bits, absorb=False))
+    expected, found = (model(*arguments(config)) for model in (plain, fused))
+    assert 1e-4 < float((found - expected).norm() / expected.norm()) < 3 * RELATIVE_L2["linear8"]
+    assert not any(type(module).__name__ == "Fp8Linear" for module in plain.modules())
+    for index, block in enumerate(fused.blocks):
+        layers = [name for name, module in block.named_modules() if type(module).__name__ == "Fp8Linear"]
+        here = bits.layer(index, len(fused.blocks))
+        assert (block.attn1.qk_steps is not None) == (here and "attention" in bits.parts)
+        wanted = {name for part in bits.parts for name in PARTS[part]} if here else set()
+        assert set(layers) in (wanted, wanted - {"block.ffn.net.0.proj"} | {"block.ffn.net.0"})
+
+
+@torch.no_grad()
+def test_steps_may_stay_in_16_bits(tiny, randomise):
+    config = tiny(num_attention_heads=2, attention_head_dim=16, ffn_dim=64)
+    _, lossless = pair(config, randomise)
+    _, high = pair(config, randomise, Fusing(tier="high"))
+    _, both = pair(config, randomise, Fusing(eight=EightBits(first_steps=1)))
+    given = arguments(config)
+    assert torch.equal(both(*given), high(*given))
+    compute_exactly(both, True)
+    assert torch.equal(both(*given), lossless(*given))
+    compute_exactly(both, False)
+    assert torch.equal(both(*given), high(*given))
+    bits = EightBits(first_steps=1, last_steps=2)
+    assert [bits.step(step, 5) for step in range(5)] == [False, True, True, False, False]
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"parts": ("ffn",)}, "unknown part 'ffn': choose of qkv, attention, out, cross, injector, up, down"),
+        ({"fast": ("ffn",)}, "unknown part 'ffn'"),
+        ({"last_steps": -1}, "last_steps must be 0 or more, not -1"),
+    ],
+)
+def test_a_wrong_table_is_one_clear_error(given, words):
+    with pytest.raises(ValueError, match=words):
+        EightBits(**given)
+
+
+@pytest.mark.parametrize(
+    ("fusing", "dtype", "capability", "words"),
+    [
+        (
+            Fusing(tier="high"),
+            torch.bfloat16,
+            (8, 0),
+            "the tier 'high' is not for this GPU: fp8 needs compute",
+        ),
+        (Fusing(tier="high"), torch.float32, (9, 0), "the tier 'high' is for bfloat16 on a GPU, not float32"),
+        (
+            Fusing(attention="flash-attention-3"),
+            torch.float32,
+            (9, 0),
+            "the attention 'flash-attention-3' is not",
+        ),
+    ],
+)
+def test_a_card_that_cannot_is_named(fusing, dtype, capability, words, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *shape, device=None, **options: empty(*shape, **options))
+    found = why_not(fusing, torch.device("cuda", 0), dtype, 128)
+    assert found is not None and found.startswith(words) and "\n" not in found
+    assert why_not(fusing, torch.device("cpu"), dtype, 128) is None
 
 
 def test_another_tier_is_one_clear_error():

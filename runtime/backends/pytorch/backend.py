@@ -43,7 +43,7 @@ try:
     from ....engine.checkpoints.lazy_weights import settle
     from ....engine.checkpoints.source import Choices, loras_of
     from ....engine.config import ModelConfig
-    from ....engine.fused import Fusing, fuse, narrow
+    from ....engine.fused import Fusing, fuse, narrow, why_not
     from ....engine.seen import Seen
     from ....engine.step import DenoiseStep, graph_modules
     from .stepper import Carried, Stepper, cuda_graphs
@@ -97,6 +97,10 @@ class TorchBackend:
         self._lock = threading.RLock()
         self._modules: dict[str, Module] = {}
         self._config = config = ModelConfig.from_dict(self._manifest.model)
+        self._fusing = Fusing(tier=options.tier, attention=options.attention)
+        head_width = config.transformer.attention_head_dim
+        if (reason := why_not(self._fusing, self._device, self._dtype, head_width)) is not None:
+            raise InputError(reason)
         self._demand = memory_plan.Demand(
             config.to_dict(),  # with what the manifest leaves out
             self._manifest.shapes,
@@ -183,7 +187,7 @@ class TorchBackend:
                 settle(narrow(source.model.transformer, self._dtype), self._device)
             else:
                 settle(module, self._device, self._dtype)
-        fuse(source.model.transformer, Fusing(tier=options.tier, attention=options.attention))
+        fuse(source.model.transformer, self._fusing)
         modules, found = graph_modules(source.model, source.vae), dict[str, Module]()
         for name in self._manifest.graphs:
             module = modules[name].to(self._device)
@@ -204,7 +208,8 @@ class TorchBackend:
 
     def _stepper(self, denoise: DenoiseStep) -> Stepper:
         capture = cuda_graphs() if self._device.type == "cuda" else None
-        return Stepper(denoise, capture, self._options.skip_guidance, self._options.step_cache)
+        lossy = self._options.skip_guidance, self._options.step_cache
+        return Stepper(denoise, capture, *lossy, self._fusing.bits)
 
     def _called(
         self, graph: str, module: torch.nn.Module, dtype: torch.dtype, for_the_step: bool = False

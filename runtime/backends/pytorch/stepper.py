@@ -24,7 +24,9 @@ import torch
 from torch import Tensor
 
 from ....engine.dit import KEYS_VALUES
+from ....engine.fused import compute_exactly
 from ....engine.step import DenoiseStep, update
+from ....engine.tiers import EightBits
 
 Replay = Callable[[], tuple[Tensor, ...]]
 Capture = Callable[[Replay], Replay]
@@ -120,7 +122,8 @@ class Carried:
 
 
 class Stepper:
-    """Runs steps of `denoise`; capture: how a step is made replayable, None to run it as it is."""
+    """Runs steps of `denoise`; capture: how a step is made replayable, None to run it as it is; bits: which
+    steps are in 8 bits, if any."""
 
     def __init__(
         self,
@@ -128,9 +131,11 @@ class Stepper:
         capture: Capture | None = None,
         skip_guidance: float = 0.0,
         step_cache: float = 0.0,
+        bits: EightBits | None = None,
     ) -> None:
         self.denoise, self.capture = denoise, capture
         self.skip_guidance, self.step_cache = skip_guidance, step_cache
+        self.bits, self.exactly = bits, False
         self.programs: dict[tuple[Any, ...], Captured] = {}
         self.places: dict[str, Place] = {}
         self.evaluations = 0
@@ -138,6 +143,9 @@ class Stepper:
 
     def __call__(self, carried: Carried, inputs: dict[str, Tensor], step: int, steps: int) -> Carried:
         """inputs: those of `DenoiseStep` by name, but for the state; step of steps, from 0."""
+        if self.bits is not None:
+            self.exactly = not self.bits.step(step, steps)
+            compute_exactly(self.denoise, self.exactly)
         if len(inputs["guidance"]) > 1 and step >= steps * (1 - self.skip_guidance):
             inputs = inputs | {"guidance": inputs["guidance"].new_ones(1)}
             inputs |= {name: inputs[name][:, -1:] for name in KEYS_VALUES if name in inputs}
@@ -160,7 +168,7 @@ class Stepper:
         inputs = {"state": state, **inputs}
         if self.capture is None:
             return self._step(**inputs)
-        shapes = tuple((name, tuple(tensor.shape)) for name, tensor in inputs.items())
+        shapes = (self.exactly, *((name, tuple(tensor.shape)) for name, tensor in inputs.items()))
         program = self.programs.get(shapes)
         if program is None:
             self._make_room(inputs)
