@@ -135,9 +135,26 @@ def _eight_bit_launches(new: Callable[..., Any]) -> Iterator[tuple[str, Callable
         steps, pair = torch.empty(4, device="meta"), torch.empty(2, device="meta")
         x = new((2, 2048, 3 * total))[..., :total]
         table = torch.empty((2048, 1, width // 2), device="meta")
-        weights = [new((total,))] * 2
-        given = [*[x] * 3, *weights, *[table] * 2, pair, 1e-6]
-        yield f"fp8 q, k, v, {case}", functools.partial(qkv_to_fp8_triton, *[eight] * 3, steps, *given)
+        weight = new((total,))
+        yield (
+            f"fp8 q, k, v, {case}",
+            functools.partial(
+                qkv_to_fp8_triton,
+                eight,
+                eight,
+                eight,
+                steps,
+                x,
+                x,
+                x,
+                weight,
+                weight,
+                table,
+                table,
+                pair,
+                1e-6,
+            ),
+        )
 
 
 def _row_launches(new: Callable[..., Any]) -> Iterator[tuple[str, Callable[[], object]]]:

@@ -1,6 +1,6 @@
 """Tiers: how much of the transformer is computed in 8 bits, as a table, and the layers that it puts in place.
 
-What stands in TIERS was chosen by `python -m conceptmaster.benchmarks.lossy --sweep` with the identity gate
+What stands in TIERS was chosen by `python -m conceptmaster.benchmarks.tiers` with the identity gate
 on the shipped model; docs/performance.md has the errors of every rung.
 """
 
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from typing import Any, cast
 
 from torch import nn
 
@@ -40,7 +41,7 @@ class EightBits:
     last_layers: int = 0
     first_steps: int = 0
     last_steps: int = 0
-    fast: tuple[str, ...] = ()
+    fast: tuple[str, ...] = ("qkv", "out", "cross", "injector", "up")
 
     def __post_init__(self) -> None:
         for part in (*self.parts, *self.fast):
@@ -75,7 +76,7 @@ def quantise(fused: nn.Module, bits: EightBits, absorb: bool) -> None:
     if {"up", "down"} <= set(bits.parts):
         _gelu_with_down(fused)
     if "attention" in bits.parts:
-        fused.attn1.attend_in_fp8()
+        cast("Any", fused.attn1).attend_in_fp8()
 
 
 def _replace(fused: nn.Module, name: str, fast: bool) -> None:

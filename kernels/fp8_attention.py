@@ -58,7 +58,8 @@ def qkv_to_fp8_reference(
     qk_steps: Tensor, eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """`qkv_to_fp8` in plain torch."""
-    q, k = qk_norm_rope_reference(*map(wide, (q, k, q_weight, k_weight)), cos, sin, eps)  # [B,S,A,E] each
+    q, k, q_weight, k_weight = (wide(x) for x in (q, k, q_weight, k_weight))
+    q, k = qk_norm_rope_reference(q, k, q_weight, k_weight, cos, sin, eps)  # [B,S,A,E] each
     k = k - k.mean(dim=1, keepdim=True)
     heads = wide(v).unflatten(-1, q.shape[2:])  # [B,S,A,E]
     v_step = heads.float().abs().amax().clamp(min=1e-8) / V_MAX
@@ -352,8 +353,8 @@ class _Graph:
     def __call__(self, q8: Tensor, k8: Tensor, v8: Tensor, steps: Tensor) -> Tensor:
         out = torch.empty_like(q8)
         numbers = [*steps.split(1), *self._fixed.split(1)]
-        names = ("descale_q", "descale_k", "descale_v", "scale_o")
-        names += ("scale_s", "descale_s", "largest_s", "largest_o")
+        names = ["descale_q", "descale_k", "descale_v", "scale_o"]
+        names += ["scale_s", "descale_s", "largest_s", "largest_o"]
         given = dict(zip(names, numbers, strict=True)) | {"q": q8, "k": k8, "v": v8, "out": out}
         with torch.cuda.device(q8.device):
             self._module.set_stream(self._handle, torch.cuda.current_stream().cuda_stream)

@@ -12,7 +12,7 @@ GELU before a feed-forward's second layer where that is wanted. Part of the opt-
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -128,12 +128,14 @@ def _check(
         require(op, sixteen, f"on CUDA both widths must divide by 16, not {shape}: keep nn.Linear")
 
 
-def _cuda(x: Tensor, *others: Any) -> Tensor:
-    *weights, gelu, fast = others
+def _cuda(
+    x: Tensor, weight8: Tensor, weight_scale: Tensor, bias: Tensor | None, gelu: bool, fast: bool
+) -> Tensor:
     rows = x.reshape(-1, x.shape[-1])  # [M,I]
     x8 = rows.new_empty(rows.shape, dtype=torch.float8_e4m3fn)
     scale = rows.new_empty((len(rows), 1), dtype=torch.float32)
-    out = fp8_product(quantise_rows_triton(x8, scale, rows, gelu), *weights, fast, x.dtype)  # [M,O]
+    quantised = quantise_rows_triton(x8, scale, rows, gelu)
+    out = fp8_product(quantised, weight8, weight_scale, bias, fast, x.dtype)  # [M,O]
     return out.reshape(*x.shape[:-1], -1)  # [...,O]
 
 
