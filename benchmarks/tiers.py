@@ -77,7 +77,7 @@ def sweep(seeds: int) -> Iterator[dict[str, Any]]:
         finally:
             TIERS["high"] = before
         measures = [dataclasses.asdict(line) for line in compare(exact, scores, 1.0)]
-        row = {"rung": name, "bits": dataclasses.asdict(bits), **difference(frames, right)}
+        row: dict[str, Any] = {"rung": name, "bits": dataclasses.asdict(bits), **difference(frames, right)}
         row |= {"measures": measures}
         print(_line(row), file=sys.stderr, flush=True)
         yield row
