@@ -29,7 +29,7 @@ def wan_like() -> Any:
 
     config, tiny = preset("wan2.1-1.3b"), preset("tiny")
     text = {"d_model": 512, "d_kv": 64, "d_ff": 1024, "num_layers": 4, "num_heads": 8}
-    small = {"num_layers": 4, "num_attention_heads": 4, "ffn_dim": 2048, "text_dim": 512}
+    small: dict[str, Any] = {"num_layers": 4, "num_attention_heads": 4, "ffn_dim": 2048, "text_dim": 512}
     return replace(
         config,
         transformer=replace(config.transformer, **small),
