@@ -179,6 +179,7 @@ def _run(
     matrices = matrix_rate(options.device, MEASURED if gpu else MEASURED / 10)
     pace, taken = Pace(matrices), dict[tuple[int, int], int]()
     log({"phase": "speed", "matrix_tflops": round(matrices / 1e12, 3)})
+    torch.backends.cudnn.benchmark = gpu  # shapes are few, and stay
     if gpu and not options.eager:
         trainee.compile_parts()
 
