@@ -115,6 +115,7 @@ def twin(model: ConceptDiT) -> ConceptDiT:
     """The same weights in another module, whose blocks can be replaced."""
     found = copy.copy(model)
     found.__dict__["_modules"] = dict(model._modules)
+    found.blocks = nn.ModuleList(model.blocks)
     return found
 
 

@@ -84,6 +84,7 @@ def _cases(
     total = heads * width
     x, weight = shapes.new(batch, tokens, total), shapes.new(total, total) * total**-0.5
     values = folded.absorbed_values(cv, weight)
+    summed = x.clone()  # in place: right the first time, which is when it is checked
 
     def projected(x: Tensor, q: Tensor, ck: Tensor, cv: Tensor, mask: Tensor | None) -> Tensor:
         return x + F.linear(crossing.concept_injection(q, ck, cv, mask).flatten(2), weight)
@@ -94,7 +95,7 @@ def _cases(
 
     yield Case(
         f"injection with its projection folded in, {name}", shape, dtype, tokens,
-        functools.partial(folded.absorbed_injection, x, q, ck, values, mask),
+        functools.partial(folded.absorbed_injection, summed, q, ck, values, mask),
         projected_exactly,
         {"injection, projection, sum": functools.partial(projected, x, q, ck, cv, mask)},
         flops=2.0 * batch * tokens * total * concepts * (1 + heads), moved_bytes=3 * size,
