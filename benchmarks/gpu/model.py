@@ -23,8 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from conceptmaster.engine.config import ModelConfig
-from conceptmaster.engine.dit import ConceptDiT
-from conceptmaster.engine.fused import FusedBlock, narrow
+from conceptmaster.engine.dit import Block, ConceptDiT
+from conceptmaster.engine.fused import narrow
 from conceptmaster.engine.presets import preset
 from conceptmaster.engine.seen import Seen
 from conceptmaster.engine.step import DenoiseStep
@@ -280,7 +280,7 @@ def _conditions(
     """Keys and values, and {"concept_mask": …} where there must be one. As the torch backend does it: fused
     blocks are given nothing of the concepts that nobody sees."""
     mask, concepts, partly = given.mask, given.concepts, True
-    if isinstance(model.blocks[0], FusedBlock):
+    if not isinstance(model.blocks[0], Block):
         seen = Seen.of(mask.cpu(), model.config)
         mask, concepts, partly = seen.mask.to(mask.device), seen.tokens(concepts), seen.partly
     return lambda: (model.condition(given.text, concepts, mask), {"concept_mask": mask} if partly else {})

@@ -90,8 +90,8 @@ class Captured:
         inputs: Mapping[str, Tensor], capture: Capture,
     ) -> None:  # fmt: skip
         self.places = {name: places[name] for name in inputs}
-        held = {name: self.places[name].put(tensor) for name, tensor in inputs.items()}
-        self.replay = capture(lambda: function(**held))
+        self.held = {name: self.places[name].put(tensor) for name, tensor in inputs.items()}
+        self.replay = capture(lambda: function(**self.held))
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
         """The function of these inputs."""

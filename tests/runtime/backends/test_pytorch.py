@@ -180,10 +180,10 @@ def test_replayed_steps_give_the_same_video(sprites, frames, request_4, monkeypa
     monkeypatch.setattr(sprites.backend.stepper, "capture", pretend(captures))
     monkeypatch.setattr(sprites.backend.stepper, "programs", {})
     assert np.array_equal(sprites.generate(request_4)[0].frames, frames)
-    ((shapes, _),) = sprites.backend.stepper.programs.items()
-    keys = dict(shapes)["concept_keys"]  # of the branch that sees the concepts, and of those that are given
-    assert keys[1:3] == (1, len(request_4.concepts) * sprites.manifest.shapes.queries)
-    assert "concept_mask" not in dict(shapes)
+    (program,) = sprites.backend.stepper.programs.values()
+    keys = program.held["concept_keys"]  # of the branch that sees the concepts, and of those that are given
+    assert keys.shape[1:3] == (1, len(request_4.concepts) * sprites.manifest.shapes.queries)
+    assert "concept_mask" not in program.held
     prompt, concepts = "a cat on the left jumps", request_4.concepts[:1]
     other = dataclasses.replace(request_4, seed=99, prompt=prompt, concepts=concepts)
     replayed = sprites.generate(other)[0].frames
