@@ -58,7 +58,8 @@ def launches() -> Iterator[tuple[str, Callable[[], object]]]:
 
     for name in DTYPES:
         new = functools.partial(torch.empty, dtype=getattr(torch, name), device="meta")
-        for family in (_attention_launches, _hopper_launches, _row_launches, _eight_bit_launches):
+        attention = (_attention_launches, _hopper_launches)
+        for family in (*attention, _row_launches, _eight_bit_launches, _video_launches):
             yield from ((f"{case}, {name}", call) for case, call in family(new))
 
 
@@ -181,6 +182,22 @@ def _row_launches(new: Callable[..., Any]) -> Iterator[tuple[str, Callable[[], o
             functools.partial(qk_norm_rope_triton, out, out, x, x, weight, weight, table, table, 1e-6),
         )
         yield f"inverse rms, {case}", functools.partial(inverse_rms_triton, rms, x, 1e-6)
+
+
+def _video_launches(new: Callable[..., Any]) -> Iterator[tuple[str, Callable[[], object]]]:
+    from conceptmaster.kernels.causal_norm import causal_norm_triton as launch
+
+    # (frames, positions, channels) of four latent frames at 832x480, and odd ones
+    for frames, positions, channels in ((16, 399360, 96), (8, 24960, 384), (3, 35, 20)):
+        case = f"{frames} frames, {positions} positions, {channels} channels"
+        x, before, following, ahead = (new((n, positions, channels)) for n in (frames, 2, 2, frames + 2))
+        vector = new((channels,))
+        for name, rest in {
+            "sum, norm and cache": (x, ahead, following, x, before, vector, vector, x),
+            "norm and cache": (None, ahead, following, x, before, vector, vector, None),
+            "cache": (None, ahead, following, x, before, None, None, None),
+        }.items():
+            yield f"{name}, {case}", functools.partial(launch, *rest)
 
 
 def aim_at_hopper() -> None:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from . import pictures
-from .causal import run_causal
+from .causal import run_causal, spans
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -57,8 +57,9 @@ def leading(manifest: Manifest, count: int) -> int:
 
 def channels(backend: Backend, frames: dict[int, np.ndarray], shapes: Shapes) -> np.ndarray:
     """What `fitted` gave → the mask and the latents, float32 [1,t+Cz,F,H,W]."""
-    chunks = ({"frames": chunk} for chunk in _chunks(frames, shapes))
-    latents = np.concatenate(list(run_causal(backend, "encode", chunks, "latents")), axis=2)  # [1,Cz,F,H,W]
+    chunks = ({"frames": chunk} for chunk in _chunks(frames, shapes, backend.latent_frames))
+    parts = [backend.to_host(part) for part in run_causal(backend, "encode", chunks, "latents")]
+    latents = np.concatenate(parts, axis=2)  # [1,Cz,F,H,W]
     return np.concatenate((mask(frames, shapes), latents), axis=1)
 
 
@@ -72,10 +73,11 @@ def mask(frames: dict[int, np.ndarray], shapes: Shapes) -> np.ndarray:
     return np.broadcast_to(planes, (1, times, latent_frames, height, width))
 
 
-def _chunks(frames: dict[int, np.ndarray], shapes: Shapes) -> Iterator[np.ndarray]:
-    """The whole video, the frames of one latent frame at a time: float32 [1 or t,height,width,3], -1..1."""
-    starts = [0, *range(1, shapes.frames, shapes.frames_per_latent)]
-    for start, end in zip(starts, [*starts[1:], shapes.frames], strict=True):
+def _chunks(frames: dict[int, np.ndarray], shapes: Shapes, at_once: int) -> Iterator[np.ndarray]:
+    """The whole video, the frames of one latent frame, then of `at_once`: float32 [n*t,height,width,3],
+    -1..1."""
+    for span in spans(shapes.latent[1], at_once):
+        start, end = (max(0, 1 + (i - 1) * shapes.frames_per_latent) for i in (span.start, span.stop))
         chunk = np.zeros((end - start, shapes.height, shapes.width, 3), np.float32)
         for number in range(start, end):
             if number in frames:

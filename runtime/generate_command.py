@@ -151,6 +151,11 @@ def _add_torch_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--dtype", metavar="D", help="float32 or bfloat16 (cpu: float32, cuda: bfloat16)")
     way = group.add_argument("--attention", metavar="WAY")
     way.help = "on cuda: pytorch, pytorch-heads-first or flash-attention-3 (the fastest, by measuring)"
+    group.add_argument(
+        "--vae-dtype",
+        metavar="D",
+        help="of Wan's video autoencoder: float32; lossy: bfloat16, float16 (float32)",
+    )
     group.add_argument("--tier", metavar="T", help="lossless, or high: 8 bits, lossy (lossless)")
     group.add_argument(
         "--skip-guidance",

@@ -25,8 +25,9 @@ from . import noise as noises
 from .backends import Backend, check_choice, open_backend
 from .bundle_format.find import Bundle
 from .bundle_format.graph_list import CONCEPT_GRAPHS, STEP_GRAPH
-from .causal import run_causal
+from .causal import run_causal, spans
 from .guidance import Guidance
+from .pixels import to_uint8
 from .progress import bar
 from .request import Concept, Request
 from .solver import STATES, Schedule, make_schedule
@@ -361,31 +362,24 @@ class Pipeline:
         return self._decode(latents[:, first : first + 1], lambda: None)[0]
 
     def _decode(self, latents: np.ndarray, advance: Callable[[], object]) -> np.ndarray:
-        """Latents [Cz,F,H,W] → uint8 [frames,height,width,3], one latent frame at a time."""
+        """Latents [Cz,F,H,W] → uint8 [frames,height,width,3], some latent frames at a time."""
+        pixels, host = self.backend.to_pixels, self.backend.to_host
         if len(self._tiles) == 1:
-            return np.concatenate([_to_uint8(frames) for frames in self._stream(latents, advance)])
-        stream = functools.partial(self._stream, advance=advance)
-        video = tiles.decode(latents, stream, self.manifest, self._tiles)  # [frames,height,width,3]
-        return np.stack([_to_uint8(frame) for frame in video])
+            return np.concatenate([pixels(frames) for frames in self._stream(latents, advance)])
+        video = tiles.decode(
+            latents, lambda part: map(host, self._stream(part, advance)), self.manifest, self._tiles
+        )  # [frames,height,width,3]
+        return np.stack([to_uint8(frame) for frame in video])
 
-    def _stream(self, latents: np.ndarray, advance: Callable[[], object]) -> Iterator[np.ndarray]:
-        """Latents [Cz,F,H,W], of all of the picture or of a tile → each latent frame's frames, float32
+    def _stream(self, latents: np.ndarray, advance: Callable[[], object]) -> Iterator[Any]:
+        """Latents [Cz,F,H,W], of all of the picture or of a tile → their frames by the call, arrays
         [f,height,width,3]; the decoder's state stays on the device."""
-        parts = ({"latents": _latent_frame(latents, index)} for index in range(latents.shape[1]))
-        for frames in run_causal(self.backend, "decode", parts, "frames"):
-            advance()
+        calls = spans(latents.shape[1], self.backend.latent_frames)
+        parts = ({"latents": np.ascontiguousarray(latents[None, :, s.start : s.stop])} for s in calls)
+        for call, frames in zip(calls, run_causal(self.backend, "decode", parts, "frames"), strict=True):
+            for _ in call:
+                advance()
             yield frames
-
-
-def _latent_frame(latents: np.ndarray, index: int) -> np.ndarray:
-    return np.ascontiguousarray(latents[None, :, index : index + 1])  # [1,Cz,1,H,W]
-
-
-def _to_uint8(frames: np.ndarray) -> np.ndarray:
-    """float32 0..1 → uint8, rounded. Raises GenerationError when it is not finite."""
-    if not np.isfinite(frames).all():
-        raise GenerationError("the decoded frames are not finite")
-    return np.rint(np.clip(frames, 0.0, 1.0) * 255.0).astype(np.uint8)
 
 
 @contextmanager

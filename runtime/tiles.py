@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from .bundle_format.schema import Manifest
 
 Stream = Callable[[np.ndarray], Iterator[np.ndarray]]
-"""Latents [Cz,F,H,W] of any region of a tile's size → its frames, float32 [f,height,width,3] in 0..1 for each
-latent frame."""
+"""Latents [Cz,F,H,W] of any region of a tile's size → its frames in order, some at a time, float32
+[f,height,width,3] in 0..1."""
 
 
 @dataclass(frozen=True)

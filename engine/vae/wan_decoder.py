@@ -64,7 +64,8 @@ def decode(vae: VAE, latents: Tensor) -> Tensor:
 def streaming_decoders(vae: VAE) -> tuple[nn.Module, nn.Module]:
     """The two halves of the streaming decoder, in evaluation mode: for the first latent frame, for the rest.
 
-    (latents [1,Cz,1,H,W], *states) -> (frames [f,height,width,3] in 0..1, *states); the first takes no state.
+    (latents [1,Cz,n,H,W], *states) -> (frames [f,height,width,3] in 0..1, *states); the first takes no state
+    and n = 1, the rest any n: all is causal, so several latent frames in one call give what each would.
     """
     if isinstance(vae, BlockVAE):
         return DecodeBlocksFirst(vae).eval(), DecodeBlocksNext(vae).eval()
@@ -93,9 +94,9 @@ class _Decode(nn.Module):
         self.register_buffer("std", std, persistent=False)
 
     def _decode(self, latents: Tensor, cache: list[Any], first: bool) -> tuple[Tensor, list[Any]]:
-        """Latent frame [1,Cz,1,H,W] -> frames [f,height,width,3] in 0..1, and the caches in use."""
+        """Latents [1,Cz,n,H,W] -> frames [f,height,width,3] in 0..1, and the caches in use."""
         used = [0]
-        x = self.post_quant_conv(latents * self.std + self.mean)  # [1,Cz,1,H,W]
+        x = self.post_quant_conv(latents * self.std + self.mean)  # [1,Cz,n,H,W]
         x = self.decoder(x, feat_cache=cache, feat_idx=used, first_chunk=first)  # [1,3*patch*patch,f,h,w]
         if self.patch > 1:
             x = _unpatch(x, self.patch)  # [1,3,f,height,width]
@@ -126,7 +127,7 @@ class DecodeFirst(_Decode):
 
 
 class DecodeNext(_Decode):
-    """A later latent frame: (latents [1,Cz,1,H,W], *states) -> (frames [f,height,width,3], *next states)."""
+    """Later latent frames: (latents [1,Cz,n,H,W], *states) -> (frames [f,height,width,3], *next states)."""
 
     def forward(self, latents: Tensor, *states: Tensor) -> tuple[Tensor, ...]:
         """latents: normalised; states: as they came out of the frame before, same order and shapes."""
@@ -148,10 +149,11 @@ class _DecodeBlocks(nn.Module):
         self.register_buffer("std", std, persistent=False)
 
     def _raw(self, latents: Tensor) -> Tensor:
-        return (latents * self.std + self.mean)[:, :, 0]  # [1,Cz,H,W]
+        return (latents * self.std + self.mean)[0].transpose(0, 1)  # [n,Cz,H,W]
 
     def _frames(self, now: Tensor, before: Tensor) -> Tensor:
-        return (self.vae.decode_frame(now, before)[0].clamp(-1.0, 1.0) + 1.0) * 0.5  # [t,height,width,3]
+        frames = self.vae.decode_frame(now, before).flatten(0, 1)  # [t*n,height,width,3]
+        return (frames.clamp(-1.0, 1.0) + 1.0) * 0.5
 
 
 class DecodeBlocksFirst(_DecodeBlocks):
@@ -164,9 +166,10 @@ class DecodeBlocksFirst(_DecodeBlocks):
 
 
 class DecodeBlocksNext(_DecodeBlocks):
-    """A later latent frame: (latents [1,Cz,1,H,W], state) -> (frames [t,height,width,3], next state)."""
+    """Later latent frames: (latents [1,Cz,n,H,W], state) -> (frames [t*n,height,width,3], next state)."""
 
     def forward(self, latents: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         """latents: normalised; state: as it came out of the frame before."""
         now = self._raw(latents)
-        return self._frames(now, state), now
+        before = state if len(now) == 1 else torch.cat((state, now[:-1]))
+        return self._frames(now, before), now[-1:]

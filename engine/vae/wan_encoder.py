@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 
 def streaming_encoders(vae: AutoencoderKLWan) -> tuple[nn.Module, nn.Module]:
-    """The two halves, in evaluation mode: for a video's first frame, for the t that each later latent frame
-    stands for. (frames [f,height,width,3] in -1..1, *states) -> (latents [1,Cz,1,H,W], *states)."""
+    """The two halves, in evaluation mode: for a video's first frame, for the t that each of n later latent
+    frames stands for. (frames [f,height,width,3] in -1..1, *states) -> (latents [1,Cz,n,H,W], *states)."""
     return EncodeFirst(vae).eval(), EncodeNext(vae).eval()
 
 
@@ -41,10 +41,10 @@ class _Encode(nn.Module):
         self.register_buffer("std", std, persistent=False)
 
     def _encode(self, frames: Tensor, cache: list[Any]) -> tuple[Tensor, list[Any]]:
-        """Frames [f,height,width,3] -> normalised mean of the latents [1,Cz,1,H,W], and the caches in use."""
+        """Frames [f,height,width,3] -> normalised mean of the latents [1,Cz,n,H,W], and the caches in use."""
         used = [0]
         x = _patched(frames.permute(3, 0, 1, 2)[None], self.patch)  # [1,3*patch*patch,f,h,w]
-        x = self.quant_conv(self.encoder(x, feat_cache=cache, feat_idx=used))  # [1,2*Cz,1,H,W]
+        x = self.quant_conv(self.encoder(x, feat_cache=cache, feat_idx=used))  # [1,2*Cz,n,H,W]
         return (x.chunk(2, dim=1)[0] - self.mean) / self.std, cache[: used[0]]
 
 
@@ -80,7 +80,7 @@ class EncodeFirst(_Encode):
 
 
 class EncodeNext(_Encode):
-    """The frames of a later latent frame: (frames [t,height,width,3], *states) -> (latents, *next states)."""
+    """Those of n later latent frames: (frames [n*t,height,width,3], *states) -> (latents, *next states)."""
 
     def forward(self, frames: Tensor, *states: Tensor) -> tuple[Tensor, ...]:
         """frames: RGB in -1..1; states: as they came out of the call before, same order and shapes."""

@@ -23,6 +23,11 @@ class Backend(Protocol):
     inside.
     """
 
+    @property
+    def latent_frames(self) -> int:
+        """How many latent frames `decode` and `encode` take a call, at most."""
+        ...
+
     def load(self, graphs: Iterable[str]) -> None:
         """Makes these graphs ready, so that a later `run` does not pay for it. Raises BundleError."""
         ...
@@ -33,6 +38,10 @@ class Backend(Protocol):
 
     def to_host(self, array: Any) -> np.ndarray:
         """An array as NumPy; waits until it is computed."""
+        ...
+
+    def to_pixels(self, frames: Any) -> np.ndarray:
+        """Frames in 0..1 as uint8, rounded, as NumPy. Raises GenerationError when they are not finite."""
         ...
 
     def close(self) -> None:

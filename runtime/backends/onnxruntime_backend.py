@@ -13,6 +13,7 @@ from ...errors import BundleError, ConceptMasterError, InputError, OutOfMemory, 
 from ..bundle_format.manifest import REPAIR
 from ..bundle_format.schema import TensorSpec
 from ..cpus import usable
+from .graph_backend import GraphBackend
 from .onnxruntime_module import onnxruntime, session_options
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ DTYPES = {
 }
 
 
-class OnnxRuntimeBackend:
+class OnnxRuntimeBackend(GraphBackend):
     """Runs graphs with ONNX Runtime; arrays are OrtValues on `device`.
 
     A graph's session is made when it is first needed and its real signature is held to the manifest's. May be

@@ -21,6 +21,7 @@ import numpy as np
 from ...errors import BundleError, InputError, OutOfMemory, how_to_install, not_loaded
 from ..bundle_format import tensorrt_engines as stored
 from ..bundle_format.schema import TensorSpec
+from .graph_backend import GraphBackend
 
 if TYPE_CHECKING:
     from ..bundle_format.find import Bundle
@@ -40,7 +41,7 @@ class DeviceArray:
         self.spec = spec
 
 
-class TensorRTBackend:
+class TensorRTBackend(GraphBackend):
     """Runs a bundle's engines for the GPU that is there; arrays are `DeviceArray`s.
 
     Args: flavor: "tensorrt" or "rtx"; precision: of the engines, None for the only ones that are there;

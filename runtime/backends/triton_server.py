@@ -18,13 +18,14 @@ from ...errors import ConceptMasterError, GenerationError, InputError
 from ..bundle_format.find import Bundle
 from ..pipeline import Pipeline
 from ..request import Concept, Request
+from .graph_backend import GraphBackend
 
 log = logging.getLogger(__name__)
 
 OPTIONS = {"SEED": "seed", "STEPS": "steps", "GUIDANCE": "guidance"}
 
 
-class ServerBackend:
+class ServerBackend(GraphBackend):
     """Runs graphs as the server's models of the same names; arrays are the server's tensors."""
 
     def __init__(self, bundle: Bundle) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ import numpy as np
 
 from ....errors import (
     ConceptMasterError,
+    GenerationError,
     InputError,
     OutOfMemory,
     free_memory,
@@ -46,7 +48,10 @@ try:
     from ....engine.fused import Fusing, fuse, narrow, why_not
     from ....engine.seen import Seen
     from ....engine.step import DenoiseStep, graph_modules
-    from .stepper import Carried, Stepper, cuda_graphs
+    from ....engine.vae.block_vae import BlockVAE
+    from ....engine.vae.wan_fused import fused_modules
+    from .causal import causal_half, of_any_length
+    from .stepper import Capture, Carried, Stepper, cuda_graphs
     from .weights import count_weights, open_weights
 except (ImportError, MemoryError) as error:
     raise not_loaded(
@@ -101,6 +106,7 @@ class TorchBackend:
         head_width = config.transformer.attention_head_dim
         if (reason := why_not(self._fusing, self._device, self._dtype, head_width)) is not None:
             raise InputError(reason)
+        _, *states = self._manifest.graphs["decode_first"].outputs  # behind the frames
         self._demand = memory_plan.Demand(
             config.to_dict(),  # with what the manifest leaves out
             self._manifest.shapes,
@@ -108,7 +114,9 @@ class TorchBackend:
             self._dtype_name,
             graphs=device == "cuda",
             decoded=self._manifest.decoded,
-        )
+            vae_dtype=options.vae_dtype if config.vae.get("kind") != "blocks" else "float32",
+            states=sum(math.prod(spec.shape) for spec in states),
+        ).fastest(_free_memory(self._device))
         self.stepper: Stepper | None = None
         """What runs the steps, once weights are loaded."""
         log.info("torch %s on %s, %s", torch.__version__, device, self._dtype_name)
@@ -121,6 +129,11 @@ class TorchBackend:
     def plan(self) -> dict[str, int]:
         """The planned memory, see memory_plan.py."""
         return memory_plan.plan(self._demand)
+
+    @property
+    def latent_frames(self) -> int:
+        """How many latent frames `decode` and `encode` take a call: as many as there is memory for."""
+        return self._demand.latent_frames
 
     def load(self, graphs: Iterable[str]) -> None:
         """Loads the weights, all at once. Raises as the class, and BundleError for damaged weights."""
@@ -156,6 +169,17 @@ class TorchBackend:
         wide = tensor.float() if tensor.dtype == torch.bfloat16 else tensor
         return wide.cpu().numpy()
 
+    def to_pixels(self, frames: Any) -> np.ndarray:
+        """Frames in 0..1 as uint8, rounded on the device. Raises GenerationError when they are not finite."""
+        with self._lock, torch.inference_mode():
+            found = frames.clamp(0.0, 1.0).mul(255.0).round().to(torch.uint8).cpu().numpy()
+            if torch.isfinite(frames).all():
+                return cast("np.ndarray", found)
+        narrow = "; --vae-dtype bfloat16 or float32 has room for larger values"
+        raise GenerationError(
+            f"the decoded frames are not finite{narrow if self._demand.vae_dtype == 'float16' else ''}"
+        )
+
     def close(self) -> None:
         """Lets the weights go."""
         with self._lock:
@@ -164,6 +188,8 @@ class TorchBackend:
     def _to_device(self, array: Any, graph: str, spec: TensorSpec) -> Any:
         if not isinstance(array, np.ndarray):
             return array
+        if BY_NAME[graph].runs == LATER_FRAMES:
+            spec = of_any_length(spec, array.shape)
         spec.check(graph, array)
         return torch.from_numpy(np.ascontiguousarray(array)).to(self._device)
 
@@ -189,13 +215,18 @@ class TorchBackend:
                 settle(module, self._device, self._dtype)
         fuse(source.model.transformer, self._fusing)
         modules, found = graph_modules(source.model, source.vae), dict[str, Module]()
+        if not isinstance(source.vae, BlockVAE):
+            dtype = getattr(torch, self._demand.vae_dtype)
+            modules |= fused_modules(source.vae, set(modules), dtype)
+        capture = cuda_graphs() if self._device.type == "cuda" else None  # one pool of memory for all
         for name in self._manifest.graphs:
             module = modules[name].to(self._device)
             if BY_NAME[name].runs == EACH_STEP:
-                self.stepper = self._stepper(cast("DenoiseStep", module))
+                self.stepper = self._stepper(cast("DenoiseStep", module), capture)
                 found[name] = self._denoise
             elif BY_NAME[name].runs in (FIRST_FRAME, LATER_FRAMES):
-                found[name] = self._called(name, module, torch.float32)
+                replayed = capture if self._demand.captured and BY_NAME[name].runs == LATER_FRAMES else None
+                found[name] = causal_half(self._manifest.graphs[name], module, replayed)
             elif name == self._condition:  # of the transformer, whose weights have their dtypes
                 called = self._called(name, module, self._dtype, for_the_step=True)
                 found[name] = functools.partial(_without_padding, called)
@@ -206,8 +237,7 @@ class TorchBackend:
                 found[name] = self._called(name, module.to(self._dtype), self._dtype)
         return found
 
-    def _stepper(self, denoise: DenoiseStep) -> Stepper:
-        capture = cuda_graphs() if self._device.type == "cuda" else None
+    def _stepper(self, denoise: DenoiseStep, capture: Capture | None) -> Stepper:
         lossy = self._options.skip_guidance, self._options.step_cache
         return Stepper(denoise, capture, *lossy, self._fusing.bits)
 

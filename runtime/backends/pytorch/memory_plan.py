@@ -18,10 +18,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ...bundle_format.schema import Shapes
 
-BYTES = {"float32": 4, "bfloat16": 2}
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 SLACK = 1.1
 VAE = "vae"
-"""The part whose weights stay in float32, whatever the dtype."""
+"""The part whose weights have a dtype of their own."""
+WIDEST = {False: 5, True: 8}
+"""Tensors as wide as a Wan decoder's last layers that are there at a time, in Wan2.2 with its shortcuts; a
+test holds it to what is so."""
+AT_ONCE = (4, 2, 1)
+"""How many latent frames a decoder may take a call, the fastest first."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +35,8 @@ class Demand:
 
     model: the manifest's `model`; elements: of the weights by part, the video autoencoder's under "vae";
     graphs: whether steps are replayed as CUDA graphs, whose inputs are held twice; decoded: height and width
-    in latents of what the decoder takes at once, None for a whole frame.
+    in latents of what the decoder takes at once, None for a whole frame; vae_dtype: of the video autoencoder;
+    states: elements of the decoder's causal state; latent_frames: how many the decoder takes a call.
     """
 
     model: Mapping[str, Any]
@@ -39,6 +45,19 @@ class Demand:
     dtype: str
     graphs: bool
     decoded: tuple[int, int] | None = None
+    vae_dtype: str = "float32"
+    states: int = 0
+    latent_frames: int = 1
+
+    @property
+    def captured(self) -> bool:
+        """Whether decoding is replayed, too: not where its memory is scarce."""
+        return self.graphs and self.latent_frames > 1
+
+    def fastest(self, available: int | None) -> Demand:
+        """With as many latent frames a call as fit into `available` bytes, all that help where it is None."""
+        calls = [dataclasses.replace(self, latent_frames=count) for count in AT_ONCE]
+        return next((d for d in calls if available is None or plan(d)["peak"] <= available), calls[-1])
 
     def at(self, frames: int, scale: float) -> Demand:
         """For a video of so many latent frames, its sides scaled, in the steps that patches allow."""
@@ -50,8 +69,10 @@ class Demand:
         )
         latent = (channels, max(patch[0], frames // patch[0] * patch[0]), *sides)
         space = self.shapes.space
+        whole = math.prod(self.shapes.latent[2:])
         return dataclasses.replace(
             self,
+            states=self.states * latent[2] * latent[3] // whole if self.decoded is None else self.states,
             shapes=dataclasses.replace(
                 self.shapes,
                 latent=latent,
@@ -72,7 +93,8 @@ def plan(demand: Demand) -> dict[str, int]:
     concepts = shapes.concepts * shapes.queries
     rows = shapes.branches * tokens  # K*S
 
-    weights = sum(n * (4 if part == VAE else size) for part, n in demand.elements.items())
+    sizes = {VAE: BYTES[demand.vae_dtype]}
+    weights = sum(n * sizes.get(part, size) for part, n in demand.elements.items())
     # the concepts' values may be folded: A*C rows of D instead of C (kernels/absorbed_injection.py)
     folded = heads * concepts if heads * concepts < width + concepts else concepts
     keys = model["num_layers"] * shapes.branches * width * size
@@ -87,27 +109,37 @@ def plan(demand: Demand) -> dict[str, int]:
         "sums": width * (3 * size + 3 * wide),  # in plain torch
     }
     step = rows * max(moments.values()) + 4 * state
-    decode = _decoding(demand)
+    decode, kept = _decoding(demand)
     found = {
         "weights": weights,
         "keys and values": keys * (2 if demand.graphs else 1),
         "step": step,
-        "decode": decode,
+        "decode": decode + kept,
     }
-    found["peak"] = int(SLACK * (weights + found["keys and values"] + state + max(step, decode)))
+    found["peak"] = int(SLACK * (weights + found["keys and values"] + state + kept + max(step, decode)))
     return found
 
 
-def _decoding(demand: Demand) -> int:
-    """Of one latent frame, in float32: some six times its widest layer, and the causal states."""
+def _decoding(demand: Demand) -> tuple[int, int]:
+    """While a call of the decoder runs, and for good where it is replayed; an image-to-video base's encoder,
+    which runs before the steps, takes about the same.
+
+    Frames in float32, twice; the causal states before and after; WIDEST times what the last layers hold of
+    the call's frames, or, of one of blocks, six times its network's width.
+    """
     vae, shapes = demand.model["vae"], demand.shapes
     space, whole = shapes.space, shapes.latent[2:]
     area = space**2 * math.prod(min(a, b) for a, b in zip(demand.decoded or whole, whole, strict=True))
-    pixels = max(1, shapes.frames_per_latent) * area
+    pixels = demand.latent_frames * max(1, shapes.frames_per_latent) * area
+    frames = 4 * pixels * 3 * 2
+    size = BYTES[demand.vae_dtype]
+    states = 2 * size * demand.states
     if vae.get("kind") == "blocks":
-        return 4 * (pixels * 3 * 4 + 6 * vae["width"] * area // 4)
-    pixels //= (vae.get("patch_size") or 1) ** 2
-    return 4 * 6 * pixels * 2 * vae["base_dim"]
+        return frames + states + 4 * (pixels * 3 * 2 + 6 * vae["width"] * demand.latent_frames * area // 4), 0
+    places = pixels // (vae.get("patch_size") or 1) ** 2
+    width = vae.get("decoder_base_dim") or vae["base_dim"]
+    widest = size * WIDEST[bool(vae.get("is_residual"))] * places * width
+    return frames + states + widest, states if demand.captured else 0
 
 
 def table(found: Mapping[str, int]) -> str:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from ....errors import InputError
 
 DTYPES = ("float32", "bfloat16")
+VAE_DTYPES = (*DTYPES, "float16")
 TIERS = ("lossless", "high")
 ATTENTIONS = ("pytorch", "pytorch-heads-first", "flash-attention-3")
 """Ways to compute self-attention on CUDA: WAYS of kernels/self_attention.py."""
@@ -25,7 +26,8 @@ class TorchOptions:
     attention: how self-attention is computed on CUDA, one of ATTENTIONS; None measures, and takes the
     fastest.
 
-    Lossy, with measured errors in docs/performance.md: tier "high" (linear layers in 8 bits, on GPUs that
+    Lossy, with measured errors in docs/performance.md: vae_dtype (of Wan's video autoencoder; in float16 a
+    value beyond 65,504 ends the request with an error), tier "high" (linear layers in 8 bits, on GPUs that
     have fp8), skip_guidance (so large a part of the steps, at the end, is not guided), step_cache (steps
     whose predicted change stays below it, in parts of the velocity, are not computed, see stepper.py).
 
@@ -38,12 +40,18 @@ class TorchOptions:
     lora_scale: tuple[float, ...] = ()
     dtype: str | None = None
     attention: str | None = None
+    vae_dtype: str = "float32"
     tier: str = "lossless"
     skip_guidance: float = 0.0
     step_cache: float = 0.0
 
     def __post_init__(self) -> None:
-        choices_of = {"dtype": (*DTYPES, None), "attention": (*ATTENTIONS, None), "tier": TIERS}
+        choices_of: dict[str, tuple[str | None, ...]] = {
+            "dtype": (*DTYPES, None),
+            "vae_dtype": VAE_DTYPES,
+            "attention": (*ATTENTIONS, None),
+            "tier": TIERS,
+        }
         for name, known in choices_of.items():
             value = getattr(self, name)
             if value not in known:
@@ -70,7 +78,8 @@ class TorchOptions:
     @property
     def lossy(self) -> list[str]:
         """The lossy options that are on, as they are written on the command line."""
-        found = [f"--tier {self.tier}"] if self.tier != "lossless" else []
+        found = [f"--vae-dtype {self.vae_dtype}"] if self.vae_dtype != "float32" else []
+        found += [f"--tier {self.tier}"] if self.tier != "lossless" else []
         if not isinstance(self.lora, tuple) or not isinstance(self.lora_scale, tuple):
             raise InputError("lora and lora_scale must be tuples: an entry for each LoRA, in their order")
         for name in ("skip_guidance", "step_cache"):

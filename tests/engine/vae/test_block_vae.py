@@ -43,6 +43,21 @@ def test_streaming_equals_decoding_at_once(vae, assert_close):
 
 
 @torch.no_grad()
+def test_several_latent_frames_a_call_give_what_each_would(vae, assert_close):
+    latents = torch.randn(1, vae.config.z_dim, 4, 3, 2, generator=torch.Generator().manual_seed(0)).double()
+    first, later = (half.double() for half in streaming_decoders(vae))
+    _, start = first(latents[:, :, :1])
+    parts, state = [], start
+    for latent in latents[:, :, 1:].split(1, dim=2):
+        frames, state = later(latent, state)
+        parts.append(frames)
+    together, last = later(latents[:, :, 1:], start)
+    vae.float()
+    assert_close(together, torch.cat(parts), "float64")
+    assert torch.equal(last, state)
+
+
+@torch.no_grad()
 def test_encoding_and_decoding_are_causal(vae, assert_close):
     long, short = video(13), video(13)[:, :, :9]
     latents = encode(vae, long)

@@ -8,7 +8,6 @@ import logging
 import shutil
 import subprocess
 import sys
-import weakref
 from pathlib import Path
 
 import numpy as np
@@ -148,22 +147,7 @@ def test_every_graph_of_another_injection_is_that_of_onnx_runtime(tmp_path, inje
 # Capturing, on the CPU: a replay calls the function again, into the outputs of the first time.
 
 
-def pretend(captures):
-    def capture(call):
-        kept = tuple(output.clone() for output in call())
-        captures.append(call)
-
-        def replay():
-            for output, found in zip(kept, call(), strict=True):
-                output.copy_(found)
-            return kept
-
-        return replay
-
-    return capture
-
-
-def test_captured_inputs_are_copied_when_they_are_others():
+def test_captured_inputs_are_copied_when_they_are_others(pretend):
     captures, given = [], {"a": torch.ones(2), "b": torch.ones(2)}
     places = {name: stepping.Place(tensor) for name, tensor in given.items()}
     call = stepping.Captured(lambda a, b: (a + 10 * b,), places, given, pretend(captures))
@@ -175,7 +159,7 @@ def test_captured_inputs_are_copied_when_they_are_others():
     assert len(captures) == 1
 
 
-def test_replayed_steps_give_the_same_video(sprites, frames, request_4, monkeypatch):
+def test_replayed_steps_give_the_same_video(sprites, frames, request_4, monkeypatch, pretend):
     captures = []
     monkeypatch.setattr(sprites.backend.stepper, "capture", pretend(captures))
     monkeypatch.setattr(sprites.backend.stepper, "programs", {})
@@ -194,7 +178,7 @@ def test_replayed_steps_give_the_same_video(sprites, frames, request_4, monkeypa
 
 
 @torch.inference_mode()
-def test_masks_that_change_never_meet_another_ones_graph():
+def test_masks_that_change_never_meet_another_ones_graph(pretend):
     """Of a random model of three branches and three concepts; also where guidance is skipped."""
     from conceptmaster.engine.dit import ConceptDiT
     from conceptmaster.engine.fused import fuse
@@ -321,42 +305,14 @@ def test_bfloat16_is_near(frames, request_4):
 # Memory.
 
 
-class Peak(torch.utils._python_dispatch.TorchDispatchMode):
-    """The most bytes that tensors made inside it keep alive at a time."""
-
-    def __init__(self, known):
-        super().__init__()
-        self.now = self.most = 0
-        self.seen = {tensor.untyped_storage()._cdata for tensor in known}
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        found = func(*args, **(kwargs or {}))
-        for tensor in torch.utils._pytree.tree_leaves(found):
-            if isinstance(tensor, torch.Tensor):
-                self._made(tensor.untyped_storage())
-        return found
-
-    def _made(self, storage):
-        if storage._cdata in self.seen:
-            return
-        self.seen.add(storage._cdata)
-        self.now += storage.nbytes()
-        self.most = max(self.most, self.now)
-        weakref.finalize(storage, self._gone, storage._cdata, storage.nbytes())
-
-    def _gone(self, place, size):
-        self.seen.discard(place)
-        self.now -= size
-
-
-def test_the_plan_holds_what_a_step_keeps_alive(sprites, request_4):
+def test_the_plan_holds_what_a_step_keeps_alive(sprites, request_4, peak_memory):
     backend, peaks = sprites.backend, []
     real = backend.stepper._step
     model = backend.stepper.denoise.transformer
     weights = [*model.parameters(), *model.buffers()]
 
     def watched(**given):
-        with Peak([*weights, *given.values()]) as mode:
+        with peak_memory([*weights, *given.values()]) as mode:
             found = real(**given)
         peaks.append(mode.most)
         return found
@@ -383,8 +339,9 @@ def test_a_larger_video_plans_more_and_bfloat16_less(sprites):
 
 
 def test_too_little_memory_is_said_before_loading_with_what_would_fit(sprites, monkeypatch):
-    peak = sprites.backend.plan["peak"]
-    narrow = memory_plan.plan(dataclasses.replace(sprites.backend._demand, dtype="bfloat16"))["peak"]
+    demand = dataclasses.replace(sprites.backend._demand, latent_frames=1)  # what little memory leaves
+    peak = memory_plan.plan(demand)["peak"]
+    narrow = memory_plan.plan(dataclasses.replace(demand, dtype="bfloat16"))["peak"]
     for free, words in (
         (peak - 1, "--dtype bfloat16 would fit, with"),
         (narrow - 1, "a bundle of .* frames of .* with --dtype bfloat16 would fit"),
@@ -466,6 +423,7 @@ def test_a_wrong_shape_is_named(sprites):
     ("given", "words"),
     [
         ({"dtype": "float8"}, "unknown dtype 'float8': choose one of float32, bfloat16"),
+        ({"vae_dtype": "int8"}, "unknown vae_dtype 'int8': choose one of float32, bfloat16, float16"),
         ({"tier": "fast"}, "unknown tier 'fast': choose one of lossless, high"),
         ({"attention": "fast"}, "unknown attention 'fast': choose one of pytorch, "),
         ({"skip_guidance": 1.5}, "skip_guidance must be a number from 0 to 1, not 1.5"),
