@@ -168,7 +168,8 @@ class Stepper:
         inputs = {"state": state, **inputs}
         if self.capture is None:
             return self._step(**inputs)
-        shapes = (self.exactly, *((name, tuple(tensor.shape)) for name, tensor in inputs.items()))
+        shapes = tuple((name, tuple(tensor.shape)) for name, tensor in inputs.items())
+        shapes += (("exactly", (self.exactly,)),)
         program = self.programs.get(shapes)
         if program is None:
             self._make_room(inputs)
