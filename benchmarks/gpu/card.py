@@ -12,12 +12,12 @@ from typing import Any, Self
 
 import torch
 
+from conceptmaster.kernels.fp8_linear import why_no_fp8
+
 from ..reports import machine, percentiles
 from .timing import once
 
 PACKAGES = ("numpy", "onnxruntime", "torch", "triton", "transformers", "diffusers", "nvidia-cudnn-frontend")
-FP8 = (8, 9)
-"""The compute capability from which on a card multiplies in fp8."""
 PERIOD = 0.4
 """Seconds between two readings of the clocks."""
 CLOCKS = ("clocks.sm", "clocks.mem", "power.draw", "temperature.gpu")
@@ -34,11 +34,9 @@ HELD_BACK = {
 
 
 def no_fp8() -> str | None:
-    """Why this card does not compute in fp8, in one line; None where it does, and on a CPU."""
-    if not torch.cuda.is_available() or torch.cuda.get_device_capability() >= FP8:
-        return None
-    have, need = (".".join(map(str, pair)) for pair in (torch.cuda.get_device_capability(), FP8))
-    return f"this card's compute capability is {have}, fp8 needs {need}: what is in 8 bits is left out"
+    """Why what is in 8 bits is left out on this card, in one line; None where it is not, and on a CPU."""
+    reason = why_no_fp8(torch.device("cuda", 0)) if torch.cuda.is_available() else None
+    return None if reason is None else f"what is in 8 bits is left out: {reason}"
 
 
 def roofline(new: Callable[..., torch.Tensor], small: bool, rounds: int) -> dict[str, Any]:

@@ -13,6 +13,8 @@ from conceptmaster.kernels.tolerances import RELATIVE_L2
 from ..case import Case, Group, Shapes, wide
 
 FAMILY = "8 bits"
+FEED_FORWARD = {1536: 8960, 5120: 13824}
+"""By a model's width, Wan2.1's two, how wide its feed-forward is inside."""
 
 
 def groups(shapes: Shapes) -> Iterator[Group]:
@@ -35,4 +37,17 @@ def _cases(shapes: Shapes, name: str, batch: int, tokens: int, heads: int, width
         lambda rows: F.linear(*wide(x[:, rows], weight, bias)),
         {"bfloat16": functools.partial(F.linear, x, weight, bias)},
         flops=8.0 * batch * tokens * total**2, l2=RELATIVE_L2["linear8"],
+    )  # fmt: skip
+    hidden = FEED_FORWARD.get(total, 2 * total)
+    x, weight = shapes.new(batch, tokens, hidden), shapes.new(total, hidden) * hidden**-0.5
+    bias = shapes.new(total)
+    narrow8, narrow_scale = linear.quantise_rows(weight)
+    gelu = functools.partial(F.gelu, approximate="tanh")
+    yield Case(
+        f"fp8 linear behind a GELU, {name}", {"M": batch * tokens, "I": hidden, "O": total}, "bfloat16",
+        tokens,
+        functools.partial(linear.fp8_linear, x, narrow8, narrow_scale, bias, gelu=True),
+        lambda rows: F.linear(gelu(x[:, rows].double()), *wide(weight, bias)),
+        {"bfloat16": lambda: F.linear(gelu(x), weight, bias)},
+        flops=2.0 * batch * tokens * hidden * total, l2=RELATIVE_L2["linear8"],
     )  # fmt: skip
