@@ -85,6 +85,12 @@ def test_what_such_a_bundle_is(source, full, few, command):
     assert "text      23 tokens" in command("inspect", few)[1]
 
 
+def test_the_server_of_triton_is_told_of_the_bias(few, tmp_path, command):
+    assert command("export-triton", few, tmp_path / "models")[0] == 0
+    config = (tmp_path / "models" / "denoise" / "config.pbtxt").read_text()
+    assert f'input [ {{ name: "text_bias" data_type: TYPE_FP32 dims: [2, {FEW}] }} ]' in config
+
+
 def test_verify_holds_it_to_its_weights(source, few):
     from conceptmaster.export.verify import verify
     from conceptmaster.runtime.bundle_format.find import Bundle

@@ -107,6 +107,20 @@ def test_the_node_builds(bundle, precision, tmp_path):
     assert attention(build(bundle / "denoise.onnx", tmp_path, precision, 89)) == (0, 6)
 
 
+@pytest.mark.parametrize("injection", ["standalone", "shared_query"])
+def test_a_bias_of_the_text_builds(source_for, tmp_path, injection):
+    """What `export --text-tokens` writes, in fp32, fp16 and bf16."""
+    from conceptmaster.export.graphs import graph_specs
+    from conceptmaster.export.onnx_graphs.trace import export_graph
+
+    source = source_for(injection=injection)
+    specs = graph_specs(source.model, source.vae, whole_text=512)
+    export_graph(next(s for s in specs if s.name == "denoise"), tmp_path / "denoise.onnx")
+    for precision in PRECISIONS[:3]:
+        built = build_apart(tmp_path / "denoise.onnx", tmp_path, precision)
+        assert (built.whole_attention, built.decomposed_attention) == (0, 6)
+
+
 @pytest.mark.parametrize("node", [DECOUPLED, BIASED])
 @pytest.mark.parametrize("precision", PRECISIONS[:3])
 def test_two_attentions_of_the_same_queries_build(precision, node, tmp_path):
