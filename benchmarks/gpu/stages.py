@@ -13,6 +13,7 @@ from conceptmaster.engine.config import ModelConfig
 
 from .job import Job
 from .model import Size
+from .questions.decode import LATER, fused
 from .timing import Call, guarded, in_turn
 
 STAGE_SECONDS = 8.0
@@ -46,8 +47,9 @@ def _makers(config: ModelConfig, device: str) -> Iterator[tuple[str, Callable[[]
         yield "image encoder", functools.partial(_image, config, device, dtype)
         yield "Q-Former and DAM", functools.partial(_concepts, config, device, dtype)
     yield "condition", functools.partial(_condition, config, device)
-    yield "decode, first latent frame", functools.partial(_decode, config, device, 0)
-    yield "decode, each other", functools.partial(_decode, config, device, 1)
+    yield "decode, first latent frame", functools.partial(_decode, config, device, "float32", 0)
+    for name in ("float32", "float16"):
+        yield f"decode, four others, {name}", functools.partial(_decode, config, device, name, LATER)
 
 
 def _placed(build: Callable[[], torch.nn.Module], device: str, dtype: torch.dtype) -> torch.nn.Module:
@@ -101,13 +103,13 @@ def _condition(config: ModelConfig, device: str) -> Call:
     return lambda: model.condition(given.text, given.concepts, given.mask)
 
 
-def _decode(config: ModelConfig, device: str, which: int) -> Call:
-    from conceptmaster.engine.vae.wan_decoder import build_vae, streaming_decoders
-
-    first, following = (part.to(device) for part in streaming_decoders(build_vae(config)))
+def _decode(config: ModelConfig, device: str, name: str, later: int) -> Call:
+    """The first latent frame, or so many later ones in one call."""
+    dtype = getattr(torch, name)
+    first, following = fused(config, dtype, device)
     channels, _, height, width = config.latent_shape
-    latents = torch.randn(1, channels, 1, height, width, device=device)
-    if which == 0:
+    latents = torch.randn(1, channels, 1 + later, height, width, device=device, dtype=dtype)
+    if not later:
         return lambda: first(latents)
-    _, *states = first(latents)
-    return lambda: following(latents, *states)
+    _, *states = first(latents[:, :, :1])
+    return lambda: following(latents[:, :, 1:], *states)

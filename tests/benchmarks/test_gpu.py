@@ -223,7 +223,8 @@ def test_every_stage_is_timed(model):
         "Q-Former and DAM",
         "condition",
         "decode, first latent frame",
-        "decode, each other",
+        "decode, four others, float32",
+        "decode, four others, float16",
     ]
 
 

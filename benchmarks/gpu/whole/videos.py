@@ -115,9 +115,9 @@ def whole(job: Job, base: Base) -> None:
 
 
 def high(job: Job, base: Base) -> None:
-    """The same in the tier `high`."""
+    """The same in the tier `high`, decoded in 16 bits."""
     for way in _ways(job.small):
-        tier = ("--tier", "high")
+        tier = ("--tier", "high", "--vae-dtype", "float16")
         _make(replace(way, name=f"{way.name}, high", options=tier, plain=False, spare=60.0), job, base)
 
 
