@@ -13,4 +13,6 @@ TOLERANCES = {
 # What computes in 8 bits is lossy by intent, and its single values say little: the relative L2 error of the
 # whole result. Measured on normal inputs in Triton's interpreter, both sides in fp8, widths 96 to 8960:
 # 3.6e-2 to 3.7e-2.
-RELATIVE_L2 = {"linear8": 4e-2, "attention8": 8e-2}
+# Attention with queries, keys, values, probabilities and output in fp8, normal inputs, 80 to 32,760 tokens,
+# by its reference: 4.4e-2 to 6.3e-2.
+RELATIVE_L2 = {"linear8": 4e-2, "attention8": 7e-2}
