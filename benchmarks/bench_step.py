@@ -1,9 +1,11 @@
-"""One denoise step of the `sprites` preset: the runtime's graph in fp32 and int8 against PyTorch, one thread
-each. Weights are random; nothing here depends on their values."""
+"""One denoise step of the `sprites` preset, one thread: the runtime's graph in fp32 and int8 against PyTorch,
+and against OpenVINO where that is installed. Weights are random; nothing here depends on their values."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import importlib.util
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -40,20 +42,25 @@ def spec(one_thread: None) -> Any:
     return next(spec for spec in graph_specs(source.model, source.vae) if spec.name == "denoise")
 
 
-def backend(spec: Any, path: Path) -> Any:
-    """The runtime's own backend on one graph file, with one thread."""
+def backends(spec: Any, path: Path, name: str) -> dict[str, Any]:
+    """One graph file, with one thread, in the runtime's own backend and in OpenVINO."""
     from conceptmaster.export.onnx_graphs.trace import describe
     from conceptmaster.runtime.backends.onnxruntime_backend import OnnxRuntimeBackend
 
-    graphs = {spec.name: describe(path, spec)}
-    bundle: Any = SimpleNamespace(manifest=SimpleNamespace(graphs=graphs), path=lambda graph: path)
-    opened = OnnxRuntimeBackend(bundle, "cpu", 1)
-    opened.load([spec.name])
+    manifest = SimpleNamespace(graphs={spec.name: describe(path, spec)})
+    bundle: Any = SimpleNamespace(manifest=manifest, reading=lambda graph: contextlib.nullcontext(path))
+    opened: dict[str, Any] = {f"onnxruntime {name}": OnnxRuntimeBackend(bundle, "cpu", 1)}
+    if importlib.util.find_spec("openvino"):
+        from .openvino_backend import OpenVinoBackend
+
+        opened[f"openvino {name}"] = OpenVinoBackend(bundle, 1)
+    for runtime in opened.values():
+        runtime.load([spec.name])
     return opened
 
 
 def test_denoise_step(benchmark: Any, spec: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """PyTorch eager, ONNX Runtime fp32, ONNX Runtime int8; each gets NumPy arrays in and gives one back."""
+    """PyTorch eager, ONNX Runtime and OpenVINO in fp32 and int8; NumPy arrays in, one out."""
     from conceptmaster.export.onnx_graphs.int8 import quantise
     from conceptmaster.export.onnx_graphs.trace import export_graph
 
@@ -63,7 +70,7 @@ def test_denoise_step(benchmark: Any, spec: Any, tmp_path: Path, capsys: pytest.
     quantise(int8)
     sample = spec.sample(0)
     arrays = {name: value.numpy() for name, value in sample.items()}
-    runtimes = {"onnxruntime fp32": backend(spec, fp32), "onnxruntime int8": backend(spec, int8)}
+    runtimes = backends(spec, fp32, "fp32") | backends(spec, int8, "int8")
 
     def run(runtime: Any) -> object:
         return runtime.to_host(runtime.run("denoise", arrays)["next_state"])
@@ -76,3 +83,5 @@ def test_denoise_step(benchmark: Any, spec: Any, tmp_path: Path, capsys: pytest.
     )
     with capsys.disabled():
         print(report(measured, "denoise step, sprites, 1 thread"))
+        if importlib.util.find_spec("openvino") is None:
+            print("  without OpenVINO, which is not installed: pip install openvino")

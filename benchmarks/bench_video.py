@@ -1,9 +1,14 @@
-"""A whole video from the shipped bundles: the first example request, default steps, one thread."""
+"""A whole video from the shipped bundles: the first example request, default steps, one thread.
+
+Beside them the same graphs in OpenVINO, where that is installed, and in PyTorch. BEFORE=FOLDER names one more
+bundle, of an earlier export, that takes its turn first: what the others are compared with.
+"""
 
 from __future__ import annotations
 
 import functools
 import importlib.util
+import os
 from typing import Any
 
 import pytest
@@ -17,6 +22,7 @@ ROUNDS = 10
 REQUEST = ROOT / "examples/sprites/requests/first/request.json"
 NAMES = ("sprites", "sprites-int8")
 TORCH = "sprites, torch backend"
+BEFORE = "BEFORE"
 
 
 def test_video(benchmark: Any, capsys: pytest.CaptureFixture[str]) -> None:
@@ -28,7 +34,15 @@ def test_video(benchmark: Any, capsys: pytest.CaptureFixture[str]) -> None:
     if not names or not REQUEST.is_file():
         pytest.skip("no bundle is shipped with this checkout, or no example request")
     request = Request.from_json(REQUEST)
-    pipelines = {name: Pipeline.from_bundle(name, threads=1) for name in names}
+    earlier = {BEFORE: os.environ[BEFORE]} if os.environ.get(BEFORE) else {}
+    bundles_by_name = earlier | {name: name for name in names}
+    pipelines = {name: Pipeline.from_bundle(b, threads=1) for name, b in bundles_by_name.items()}
+    if importlib.util.find_spec("openvino"):
+        from .openvino_backend import OpenVinoBackend
+
+        for name, bundle in bundles_by_name.items():
+            opened = bundles.Bundle.open(bundle)
+            pipelines[f"{name}, openvino"] = Pipeline(opened, OpenVinoBackend(opened, 1))
     if "sprites" in names and all(importlib.util.find_spec(name) for name in ("torch", "diffusers")):
         import torch
 
@@ -47,4 +61,4 @@ def test_video(benchmark: Any, capsys: pytest.CaptureFixture[str]) -> None:
     with capsys.disabled():
         print(report(measured, "whole video, default steps, 1 thread"))
         for name, seconds in stages.items():
-            print(f"  {name:24} " + ", ".join(f"{stage} {s * 1e3:.1f} ms" for stage, s in seconds.items()))
+            print(f"  {name:34} " + ", ".join(f"{stage} {s * 1e3:.1f} ms" for stage, s in seconds.items()))

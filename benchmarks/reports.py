@@ -27,7 +27,7 @@ def percentiles(values: list[float]) -> dict[str, float]:
     return {"p20_ms": fifths[0], "p50_ms": statistics.median(values), "p80_ms": fifths[-1]}
 
 
-def machine(packages: Iterable[str] = ("numpy", "onnxruntime", "torch")) -> dict[str, Any]:
+def machine(packages: Iterable[str] = ("numpy", "onnxruntime", "openvino", "torch")) -> dict[str, Any]:
     """Processor, cores, load and the versions of Python and of those packages that are there."""
     versions = {}
     for name in packages:
