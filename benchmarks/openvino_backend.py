@@ -13,13 +13,15 @@ import onnx
 import onnx.inliner
 import openvino
 
+from conceptmaster.runtime.backends.graph_backend import GraphBackend
+
 if TYPE_CHECKING:
     from pathlib import Path
 
     from conceptmaster.runtime.bundle_format.find import Bundle
 
 
-class OpenVinoBackend:
+class OpenVinoBackend(GraphBackend):
     """threads: None for OpenVINO's own choice. Nothing is computed in fewer bits than the graph says."""
 
     def __init__(self, bundle: Bundle, threads: int | None = None) -> None:

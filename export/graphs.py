@@ -73,19 +73,21 @@ def graph_specs(
     config: ModelConfig | None = None,
     tile: tuple[int, int] | None = None,
     whole_text: int | None = None,
+    seeing: int = 1,
 ) -> list[GraphSpec]:
     """Every graph of `model` and `vae`, in the order in which a request runs them.
 
     branches: K, 1 to 3; solver_states: M; config: the model's for another video or fewer text tokens;
     tile: height and width, in latents, of what the decoder takes at once, None for all of a frame;
     whole_text: None, or the model's own number of text tokens, which those of `config` stand for: then one of
-    them stands for all padding. Both
-    modules must be in evaluation mode and float32. Of an image-to-video base the picture tokens are the
-    concept tokens. Where weights are on disk all are external.
+    them stands for all padding; seeing: how many branches, the last ones, have an injector: the last alone
+    sees concepts (runtime/guidance.py), but older bundles have it in all. Both modules must be in evaluation
+    mode and float32. Of an image-to-video base the picture tokens are the concept tokens. Where weights are
+    on disk all are external.
     """
     config = config or model.config
     shapes, samples = (
-        _Samples(model, vae, config, branches, solver_states, tile, whole_text) for _ in range(2)
+        _Samples(model, vae, config, branches, solver_states, tile, whole_text, seeing) for _ in range(2)
     )
     external = bool(stored_weights(model))
     if external:  # a model that is not in memory is too large to be run for its shapes
@@ -129,14 +131,15 @@ class _Samples:
         solver_states: int,
         tile: tuple[int, int] | None,
         whole_text: int | None,
+        seeing: int,
     ) -> None:
         self.model, self.config = model, config
         self.decoded = tile or config.latent_shape[2:]
         self.branches, self.solver_states = branches, solver_states
         self.whole_text = whole_text
         self.longest = config.text_tokens - (whole_text is not None)  # of a text, in tokens
-        seeing = 1 if self.config.concept.injection == "standalone" else None  # guidance.py: the last alone
-        self.modules = graph_modules(model, vae, whole_text is not None, seeing)
+        injected = seeing if config.concept.injection == "standalone" else None
+        self.modules = graph_modules(model, vae, whole_text is not None, injected)
         self.upstream = functools.lru_cache(4)(self._upstream)
 
     def text_encoder(self, seed: int) -> Sample:

@@ -179,7 +179,9 @@ def verify(bundle: Bundle, source: Source, progress: bool = False) -> list[Row]:
     shapes = manifest.shapes
     tile = None if manifest.tile is None else manifest.tile.size
     text = None if manifest.whole_text is None else shapes.text_tokens
-    specs = checked_specs(source, shapes.branches, shapes.solver_states, tile, text)
+    keys = manifest.graphs["denoise"].input("concept_keys")  # [layers,R,C,A,E]
+    seeing = shapes.branches if keys is None else keys.shape[1]
+    specs = checked_specs(source, shapes.branches, shapes.solver_states, tile, text, seeing)
     rows = []
     for spec in each(specs, "verify", progress):
         with bundle.reading(spec.name) as path:
@@ -194,10 +196,11 @@ def checked_specs(
     solver_states: int = 4,
     tile: tuple[int, int] | None = None,
     text_tokens: int | None = None,
+    seeing: int = 1,
 ) -> list[GraphSpec]:
     """The graphs of `source` as they are compared with PyTorch: external ones for a small video.
 
-    tile: as for `graph_specs`; text_tokens: as for `text_of`.
+    tile, seeing: as for `graph_specs`; text_tokens: as for `text_of`.
     """
     config, whole = text_of(source.model.config, text_tokens)
     if stored_weights(source.model):
@@ -212,6 +215,7 @@ def checked_specs(
         config=config,
         tile=tile,
         whole_text=whole,
+        seeing=seeing,
     )
 
 
