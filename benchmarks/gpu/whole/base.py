@@ -61,7 +61,7 @@ class Base:
         """
         stamp = self.folder / STAMP
         if stamp.exists():
-            job.found["base"] = {"kept": "an earlier run wrote it"}
+            job.found.setdefault("base", {"kept": "it was there"})
             return
         parts = parts_of(self.config)
         adapter = 4 * sum(shape.numel() for shape in adapter_shapes(self.config).values())
