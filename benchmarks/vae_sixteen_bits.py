@@ -49,7 +49,7 @@ def main() -> None:
         "seeds": {str(seed): errors(seed) for seed in (0, 1)},
     }
     print(json.dumps(report["seeds"], indent=1))
-    if parser.parse_args().write:
+    if arguments.write:
         write(report, RESULTS / "vae-sixteen-bits.json")
 
 
