@@ -1,5 +1,5 @@
 """Graphs that decode one, two or four latent frames a call: ONNX Runtime on one thread, in turn, over the
-same four latent frames. The shipped model's decoder, and one of Wan2.1's form, narrow and with random weights.
+same four latent frames. The shipped model's decoder, and one of Wan2.1's form, narrow, with random weights.
 """
 
 from __future__ import annotations

@@ -36,10 +36,9 @@ SCALES = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
 
 def main() -> None:
     """The command."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description="How far Wan's decoder in 16 bits is from float32.")
     parser.add_argument("--write", action="store_true", help="write the report")
+    arguments = parser.parse_args()
     report = {
         "what": f"Wan2.1's decoder, width {WIDTH}, random weights, {SIDE}x{SIDE}, {1 + 4 * (LATENTS - 1)} "
         "frames of white noise; against float32",
