@@ -75,10 +75,10 @@ def test_decode(
             made = later(given, *states)
         inputs = {"latents": given, **{f"state_{i:02}": state for i, state in enumerate(states)}}
         outputs = {"frames": made[0], **{f"next_state_{i:02}": state for i, state in enumerate(made[1:])}}
-        taken, given_out = (tuple(_tensor_spec(*item) for item in named.items()) for named in (inputs, outputs))
+        taken, told = (tuple(_tensor_spec(*item) for item in named.items()) for named in (inputs, outputs))
         sample: Callable[[int], Any] = functools.partial(_same, inputs)
         path = tmp_path / f"{count}.onnx"
-        export_graph(GraphSpec("decode", later.eval(), taken, given_out, sample), path)
+        export_graph(GraphSpec("decode", later.eval(), taken, told, sample), path)
         session = open_session(str(path), path)
         rivals[f"{count} a call"] = functools.partial(
             _decode, session, latents[:, :, 1:].numpy(), states, count
