@@ -18,7 +18,8 @@ from conceptmaster.runtime.cpus import usable
 from ..arguments import add_options, add_quiet, options_from, seed_range
 from ..world.requesting import make_folder
 from ..world.scenes import Scene
-from .score import ASKED, Generate, Options, Result, check_bundle, score
+from .judging import ASKED, Generate, Result
+from .score import Options, check_bundle, score
 from .sheet import save_sheet, scored_row
 
 SHEETS = {

@@ -23,9 +23,10 @@ from conceptmaster.errors import InputError
 from conceptmaster.runtime.cpus import usable
 
 from ..arguments import add_options, add_quiet, options_from, seed_range
+from .judging import ASKED, Generate
 from .measures import MEASURES
 from .reports import percent, read_record, write_json
-from .score import ASKED, Generate, Options, score
+from .score import Options, score
 
 BASELINE = Path(__file__).parents[1] / "baseline.json"
 FORMAT = 1

@@ -12,8 +12,8 @@ from conceptmaster.errors import InputError
 from conceptmaster.runtime.bundle_format import strict_json
 from conceptmaster.untrusted import read_json
 
+from .judging import ASKED, NO_CONCEPTS, SWAPPED
 from .measures import MEASURES
-from .score import ASKED, NO_CONCEPTS, SWAPPED
 
 Record = TypeVar("Record")
 

@@ -15,7 +15,7 @@ from conceptmaster.runtime.sheet import save_png
 from ..world.draw import draw_clip
 from ..world.requesting import references
 from ..world.scenes import Scene
-from .score import ASKED, NO_CONCEPTS, SWAPPED, Result
+from .judging import ASKED, NO_CONCEPTS, SWAPPED, Result
 
 TILE = 96
 """Side of a picture or frame on the sheet, in pixels."""

@@ -23,10 +23,11 @@ from conceptmaster.runtime.request import Request
 from conceptmaster.runtime.solver import SOLVERS
 
 from ..arguments import add_options, add_quiet, options_from
+from .judging import Generate
 from .measures import MEASURES
 from .plot import import_matplotlib, plot_sweep
 from .reports import Row, percent, read_record, write_json
-from .score import Generate, Options, check_bundle, score, summary
+from .score import Options, check_bundle, score, summary
 
 CONCEPTS = 2
 STEPS = (50, 20, 10, 6, 4)

@@ -9,7 +9,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from conceptmaster.examples.sprites.scoring.score import Generate, judged_scene
+from conceptmaster.examples.sprites.scoring.judging import Generate
+from conceptmaster.examples.sprites.scoring.score import judged_scene
 from conceptmaster.examples.sprites.training import clip_arrays, drawn, train_vae
 from conceptmaster.examples.sprites.world.draw import draw_clip
 from conceptmaster.examples.sprites.world.scenes import FPS, FRAMES, SIZE

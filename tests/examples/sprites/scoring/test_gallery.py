@@ -12,8 +12,9 @@ from conceptmaster.errors import InputError
 from conceptmaster.examples.sprites.cli import main
 from conceptmaster.examples.sprites.scoring import gallery as showing
 from conceptmaster.examples.sprites.scoring.gallery import gallery, worst
+from conceptmaster.examples.sprites.scoring.judging import Generate, Result
 from conceptmaster.examples.sprites.scoring.measures import MEASURES
-from conceptmaster.examples.sprites.scoring.score import Generate, Options, Result, judged_scene
+from conceptmaster.examples.sprites.scoring.score import Options, judged_scene
 from conceptmaster.examples.sprites.scoring.sheet import LINE, Row, draw_sheet
 from conceptmaster.examples.sprites.world.draw import draw_clip
 from conceptmaster.runtime.request import Request

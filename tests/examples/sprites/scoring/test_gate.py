@@ -25,9 +25,10 @@ from conceptmaster.examples.sprites.scoring.gate import (
     measure_bundle,
     verdict,
 )
+from conceptmaster.examples.sprites.scoring.judging import Generate
 from conceptmaster.examples.sprites.scoring.measures import MEASURES
 from conceptmaster.examples.sprites.scoring.reports import write_json
-from conceptmaster.examples.sprites.scoring.score import Generate, Options, judged_scene, score
+from conceptmaster.examples.sprites.scoring.score import Options, judged_scene, score
 from conceptmaster.runtime.request import Request
 from conceptmaster.runtime.video import Video
 

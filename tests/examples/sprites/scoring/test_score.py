@@ -11,15 +11,9 @@ import pytest
 from PIL import Image
 
 from conceptmaster.errors import InputError
+from conceptmaster.examples.sprites.scoring.judging import Result
 from conceptmaster.examples.sprites.scoring.measures import MEASURES
-from conceptmaster.examples.sprites.scoring.score import (
-    Options,
-    Result,
-    check_bundle,
-    judged_scene,
-    score,
-    summary,
-)
+from conceptmaster.examples.sprites.scoring.score import Options, check_bundle, judged_scene, score, summary
 from conceptmaster.examples.sprites.scoring.sheet import GAP, TILE, Row, draw_sheet, save_sheet
 from conceptmaster.examples.sprites.world.draw import draw_clip
 from conceptmaster.examples.sprites.world.requesting import references

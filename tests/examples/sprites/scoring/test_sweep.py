@@ -17,9 +17,10 @@ from PIL import Image
 from conceptmaster.errors import InputError
 from conceptmaster.examples.sprites.cli import main
 from conceptmaster.examples.sprites.scoring import sweep as sweeping
+from conceptmaster.examples.sprites.scoring.judging import Generate
 from conceptmaster.examples.sprites.scoring.measures import MEASURES
 from conceptmaster.examples.sprites.scoring.plot import plot_sweep
-from conceptmaster.examples.sprites.scoring.score import Generate, Options
+from conceptmaster.examples.sprites.scoring.score import Options
 from conceptmaster.examples.sprites.scoring.sweep import Row, cheapest, make_ways, sweep
 from conceptmaster.runtime.request import Request
 from conceptmaster.runtime.video import Video
