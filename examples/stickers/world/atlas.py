@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Callable, Collection, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -102,7 +103,8 @@ def load(path: Path) -> Atlas:
         with np.load(path, allow_pickle=False) as file:
             pictures, ends, words = file["pictures"].tobytes(), file["ends"], file["words"].tobytes()
         starts = [0, *ends[:-1]]
-        tiles = [_tile(pictures[a:b]) for a, b in zip(starts, ends, strict=True)]
+        with ThreadPoolExecutor() as pool:
+            tiles = list(pool.map(_tile, [pictures[a:b] for a, b in zip(starts, ends, strict=True)]))
         entries = [Entry(noun, tuple(synonyms), title) for noun, synonyms, title in json.loads(words)]
     except (KeyError, OSError, ValueError) as error:
         raise InputError(f"{path} is no atlas of pictures: {error}") from None
@@ -237,7 +239,7 @@ def _opened(packed: bytes) -> Image.Image:
 
 def _webp(tile: np.ndarray) -> bytes:
     packed = io.BytesIO()
-    Image.fromarray(tile).save(packed, "WEBP", quality=88, alpha_quality=95, method=4)
+    Image.fromarray(tile).save(packed, "WEBP", quality=84, alpha_quality=90, method=4)
     return packed.getvalue()
 
 
