@@ -66,6 +66,8 @@ log = logging.getLogger(__name__)
 
 TEXT_BUCKET = 32
 """A text's tokens are so many, or a multiple."""
+CONDITION_INPUTS = ("text", "concept_tokens", "concept_mask")
+"""Of `engine.step.Condition`, in its order; a bundle may have fewer of them."""
 
 Module = Callable[[dict[str, Any]], Mapping[str, Any]]
 
@@ -152,7 +154,7 @@ class TorchBackend:
             signature = self._manifest.graphs[graph]
             tensors = {s.name: self._to_device(inputs[s.name], graph, s) for s in signature.inputs}
             if "concept_mask" in tensors:
-                self._cut(tensors, Seen.of(torch.as_tensor(inputs["concept_mask"]), self._config))
+                self._cut(graph, tensors, Seen.of(torch.as_tensor(inputs["concept_mask"]), self._config))
             if graph == STEP_GRAPH and "step" in inputs:
                 tensors["step"] = inputs["step"]
             if isinstance(bias := inputs.get("text_bias"), np.ndarray) and graph == self._condition:
@@ -193,11 +195,18 @@ class TorchBackend:
         spec.check(graph, array)
         return torch.from_numpy(np.ascontiguousarray(array)).to(self._device)
 
-    def _cut(self, tensors: dict[str, Any], seen: Seen) -> None:
-        """Leaves nothing of the concepts but what is seen; no mask, for a step, where none is needed."""
+    def _cut(self, graph: str, tensors: dict[str, Any], seen: Seen) -> None:
+        """Leaves nothing of the concepts but what is seen; no mask, for a step, where none is needed.
+
+        A bundle that takes no concepts has a mask, if its injector is there, but no tokens: then none are.
+        """
         tensors["concept_mask"] = seen.mask.to(self._device)
+        concept = self._config.concept
         if "concept_tokens" in tensors:
             tensors["concept_tokens"] = seen.tokens(tensors["concept_tokens"])
+        elif graph == self._condition:
+            none = torch.zeros(len(seen.concepts), concept.tokens_per_concept, concept.width)
+            tensors["concept_tokens"] = none.to(self._device)
         elif not seen.partly:
             del tensors["concept_mask"]
 
@@ -249,7 +258,8 @@ class TorchBackend:
 
         def call(tensors: dict[str, Any]) -> Mapping[str, Any]:
             signature = self._manifest.graphs[graph]
-            outputs = module(*(_floating(tensors[spec.name], dtype) for spec in signature.inputs))
+            taken = CONDITION_INPUTS if graph == self._condition else [spec.name for spec in signature.inputs]
+            outputs = module(*(_floating(tensors[name], dtype) for name in taken if name in tensors))
             found = (outputs,) if isinstance(outputs, torch.Tensor) else outputs
             return {
                 spec.name: value if for_the_step else _floating(value, getattr(torch, spec.dtype))

@@ -171,8 +171,12 @@ def test_a_base_without_concepts_runs_without_graphs(wan_folder, tmp_path):
     own = shutil.copytree(wan_folder, tmp_path / "base")
     shutil.rmtree(own / "image_encoder")
     write_bundle(open_source(own, Choices((64, 64), 9)), tmp_path / "new", with_graphs=False)
-    assert manifests.load(tmp_path / "new").concepts == 0
-    assert frames(tmp_path / "new", backend="torch", options=TorchOptions(weights=own)).std() > 5
+    write_bundle(open_source(wan_folder, Choices((64, 64), 9)), tmp_path / "other", with_graphs=False)
+    assert (manifests.load(tmp_path / "new").concepts, manifests.load(tmp_path / "other").concepts) == (0, 4)
+    found = frames(tmp_path / "new", backend="torch", options=TorchOptions(weights=own))
+    assert found.std() > 5
+    alike = frames(tmp_path / "other", backend="torch", options=TorchOptions(weights=wan_folder))
+    assert np.array_equal(found, alike)  # the same weights, and no concept is given
 
 
 def test_inspect_tells_the_source(bundle, without_graphs, capsys):

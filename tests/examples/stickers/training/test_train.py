@@ -72,9 +72,13 @@ def test_a_signal_is_followed_after_the_step_and_its_checkpoint(tmp_path, monkey
             signal.raise_signal(signal.SIGINT)
         return drawn(*args)
 
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(train.Drawn, "of", signalled)
-        run(tmp_path, 9, made=words)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it
+    try:
+        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+            patched.setattr(train.Drawn, "of", signalled)
+            run(tmp_path, 9, made=words)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert saved_progress(tmp_path / "training.safetensors")["step"] == 2
     last = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])
     assert last["step"] == 2 and last["share"] > 0 and last["tflop"] > 0
