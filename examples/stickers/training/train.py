@@ -239,7 +239,7 @@ class Drawn:
         batch = pool.batch(rng, -(-size // shrunk), options.dropped, window, options.apart)
         captions = told.captions(rng, -(-options.captions // shrunk))
         noise = normal(rng, tuple(batch.latents.shape), device)
-        sigma = random_sigma(rng, len(noise), device)
+        sigma = random_sigma(rng, len(noise), device, options.high)
         # The sprites' function asks of a batch what this one has, too.
         noise, astray = decoy_noise(batch, noise, sigma, rng, options.decoys)  # type: ignore[arg-type]
         held = torch.where(astray, DECOY_HELD, HELD_SIGMA)

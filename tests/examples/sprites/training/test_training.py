@@ -535,3 +535,12 @@ def test_processes_give_results_in_the_order_of_their_jobs(workers):
     assert list(processes.in_processes(math.sqrt, [9.0, 4.0, 1.0], workers)) == [3.0, 2.0, 1.0]
     with pytest.raises(ValueError, match="math domain|nonnegative"):
         list(processes.in_processes(math.sqrt, [1.0, -1.0], workers))
+
+
+@pytest.mark.parametrize(("high", "expected"), [(0.0, 0.106), (0.4, 0.464)])
+def test_a_share_of_the_noise_levels_is_high(high, expected):
+    rng = np.random.default_rng(3)
+    sigma = noising.random_sigma(rng, 200_000, high=high)
+    assert 0 < sigma.min() and sigma.max() <= 1 and sigma.dtype == torch.float32
+    # sigmoid(0.7 - 1.2 n) > 0.9 where n < -1.248: 10.6 % of a normal's values
+    assert float((sigma > 0.9).float().mean()) == pytest.approx(expected, abs=0.005)
