@@ -1,7 +1,8 @@
 """A whole video from the shipped bundles: the first example request, default steps, one thread.
 
-Beside them the same graphs in OpenVINO, where that is installed, and in PyTorch. BEFORE=FOLDER names one more
-bundle, of an earlier export, that takes its turn first: what the others are compared with.
+Beside them the same graphs in OpenVINO, where that is installed, with NNCF also in OpenVINO's own 8 bits,
+and in PyTorch. BEFORE=FOLDER names one more bundle, of an earlier export, that takes its turn first: what
+the others are compared with.
 """
 
 from __future__ import annotations
@@ -43,6 +44,10 @@ def test_video(benchmark: Any, capsys: pytest.CaptureFixture[str]) -> None:
         for name, bundle in bundles_by_name.items():
             opened = bundles.Bundle.open(bundle)
             pipelines[f"{name}, openvino"] = Pipeline(opened, OpenVinoBackend(opened, 1))
+        if importlib.util.find_spec("nncf") and "sprites" in names:
+            opened = bundles.Bundle.open("sprites")
+            eight = OpenVinoBackend(opened, 1, compressed=("denoise",))
+            pipelines["sprites, openvino int8 (NNCF)"] = Pipeline(opened, eight)
     if "sprites" in names and all(importlib.util.find_spec(name) for name in ("torch", "diffusers")):
         import torch
 
