@@ -32,7 +32,7 @@ class Tiles:
 # shared memory, which every launcher grants unasked.
 TACTICS = {
     2: (Tiles(128, 64, 8, 3), Tiles(64, 64, 4, 3), Tiles(64, 32, 4, 1)),
-    4: (Tiles(64, 16, 4, 2), Tiles(16, 32, 8, 3), Tiles(16, 16, 4, 1)),
+    4: (Tiles(16, 32, 4, 2), Tiles(16, 32, 8, 3), Tiles(16, 16, 4, 1)),
 }
 """By bytes of a number: 16 bits, float32."""
 
