@@ -12,7 +12,7 @@ from .checked import MOST, WIDEST, check_choice, check_entries, check_positive, 
 ENCODERS = ("qformer", "mlp")
 BINDINGS = ("dam", "none", "concat_mlp", "self_attention")
 INJECTIONS = ("standalone", "shared_query", "merged")
-FRAME_CONDITIONINGS = ("none", "first", "first_last", "references")
+FRAME_CONDITIONINGS = ("none", "first", "first_last", "references", "clean")
 PREDICTIONS = ("velocity", "sample")
 VAES = ("wan", "blocks")
 
@@ -116,9 +116,11 @@ class ConceptConfig:
     takes no concepts and has none of the modules above) or `base` (an image-to-video base alone: pictures
     through its own keys and values beside the text's; labels say nothing to it).
 
-    given: for `base`, its frame conditioning, how pictures are also frames of the video: `first` (the one
-    picture is the first frame), `first_last` (two, at both ends), `references` (each leads the video in a
-    latent frame of its own, which is then left out, as in SkyReels-A2). `none` for every other injection.
+    given: a base's frame conditioning, how pictures are also frames of the video. For `base`: `first` (the
+    one picture is the first frame), `first_last` (two, at both ends), `references` (each leads the video in a
+    latent frame of its own, which is then left out, as in SkyReels-A2). For `none`: `clean` (the one picture,
+    which a request may leave out, is the first latent frame, at time 0 while the others have the step's:
+    Wan2.2's TI2V-5B, diffusers' `expand_timesteps`), or `none`, as for every other injection.
     """
 
     max_concepts: int = 4
@@ -146,12 +148,13 @@ class ConceptConfig:
         check_choice(self, "binding", BINDINGS)
         check_choice(self, "injection", (*INJECTIONS, "none", "base"))
         check_choice(self, "given", FRAME_CONDITIONINGS)
+        kinds = {"base": FRAME_CONDITIONINGS[1:4], "none": ("none", "clean")}.get(self.injection, ("none",))
         require(
-            (self.injection == "base") == (self.given != "none"),
-            f"ConceptConfig.given must be 'none' unless the injection is 'base', and then not, got "
-            f"{self.given!r} with {self.injection!r}",
+            self.given in kinds,
+            f"ConceptConfig.given must be {' or '.join(map(repr, kinds))} where the injection is "
+            f"{self.injection!r}, got {self.given!r}",
         )
-        places = {"first": 1, "first_last": 2}.get(self.given, self.max_concepts)
+        places = {"first": 1, "first_last": 2, "clean": 1}.get(self.given, self.max_concepts)
         require(
             self.max_concepts == places,
             f"ConceptConfig.max_concepts must be {places} for {self.given!r}, got {self.max_concepts}",
@@ -240,6 +243,8 @@ class ModelConfig:
             self._check_base()
         else:
             self._match("vae", "z_dim", transformer.in_channels, "transformer.in_channels")
+        if concept.given == "clean":
+            self._check_clean()
         self._match("vae", "z_dim", transformer.out_channels, "transformer.out_channels")
         z = self._entry("vae", "z_dim")
         for name in ("latents_mean", "latents_std"):
@@ -256,11 +261,12 @@ class ModelConfig:
 
     @property
     def conditioning_channels(self) -> int:
-        """Channels behind the latents that hold the conditioned frames: a mask for each video frame of
-        a latent one, then latents. 0 unless the injection is `base`."""
-        if self.concept.injection != "base":
+        """Channels that hold the conditioned frames: a mask for each video frame of a latent one (`clean`:
+        for a latent one), then latents. 0 where no pictures are frames."""
+        if self.concept.given == "none":
             return 0
-        return int(self._entry("vae", "scale_factor_temporal") + self._entry("vae", "z_dim"))
+        masks = 1 if self.concept.given == "clean" else self._entry("vae", "scale_factor_temporal")
+        return int(masks + self._entry("vae", "z_dim"))
 
     def _check_pictures(self) -> None:
         """The picture encoder gives what the concept part reads."""
@@ -303,6 +309,12 @@ class ModelConfig:
             self.frames >= least,
             f"frames must be at least {least}, of which the pictures give some, got {self.frames}",
         )
+
+    def _check_clean(self) -> None:
+        """A picture can be the first latent frame, and leaves others to be made."""
+        require(self.vae.get("kind", "wan") == "wan", "a given picture needs Wan's VAE")
+        require(self.transformer.patch_size[0] == 1, "a given picture needs patches of one latent frame")
+        require(self.frames > 1, f"frames must be more than the given one, got {self.frames}")
 
     def _entry(self, part: str, name: str) -> Any:
         values = getattr(self, part)

@@ -1,4 +1,4 @@
-"""Named configurations: `tiny` for tests, `stickers` and `sprites`, and the two sizes of Wan2.1."""
+"""Named configurations: `tiny` for tests, `stickers` and `sprites`, Wan2.1's two sizes and Wan2.2's 5B."""
 
 from __future__ import annotations
 
@@ -185,12 +185,56 @@ def _wan(name: str, heads: int, layers: int, ffn_dim: int) -> ModelConfig:
     )
 
 
+# Statistics of Wan2.2's VAE of 48 channels, as Wan2.2's own vae2_2.py has them.
+_WAN22_MEAN = [-0.2289, -0.0052, -0.1323, -0.2339, -0.2799, 0.0174, 0.1838, 0.1557]
+_WAN22_MEAN += [-0.1382, 0.0542, 0.2813, 0.0891, 0.1570, -0.0098, 0.0375, -0.1825]
+_WAN22_MEAN += [-0.2246, -0.1207, -0.0698, 0.5109, 0.2665, -0.2108, -0.2158, 0.2502]
+_WAN22_MEAN += [-0.2055, -0.0322, 0.1109, 0.1567, -0.0729, 0.0899, -0.2799, -0.1230]
+_WAN22_MEAN += [-0.0313, -0.1649, 0.0117, 0.0723, -0.2839, -0.2083, -0.0520, 0.3748]
+_WAN22_MEAN += [0.0152, 0.1957, 0.1433, -0.2944, 0.3573, -0.0548, -0.1681, -0.0667]
+_WAN22_STD = [0.4765, 1.0364, 0.4514, 1.1677, 0.5313, 0.4990, 0.4818, 0.5013]
+_WAN22_STD += [0.8158, 1.0344, 0.5894, 1.0901, 0.6885, 0.6165, 0.8454, 0.4978]
+_WAN22_STD += [0.5759, 0.3523, 0.7135, 0.6804, 0.5833, 1.4146, 0.8986, 0.5659]
+_WAN22_STD += [0.7069, 0.5338, 0.4889, 0.4917, 0.4069, 0.4999, 0.6866, 0.4093]
+_WAN22_STD += [0.5709, 0.6065, 0.6415, 0.4944, 0.5726, 1.2042, 0.5458, 1.6887]
+_WAN22_STD += [0.3971, 1.0600, 0.3943, 0.5537, 0.5444, 0.4089, 0.7468, 0.7744]
+
+
+def _wan22_5b() -> ModelConfig:
+    """Wan2.2's TI2V-5B, alone: text, and perhaps a first picture."""
+    base = _wan("wan2.2-ti2v-5b", heads=24, layers=30, ffn_dim=14336)
+    vae = {
+        "base_dim": 160,
+        "decoder_base_dim": 256,
+        "z_dim": 48,
+        "is_residual": True,
+        "in_channels": 12,
+        "out_channels": 12,
+        "patch_size": 2,
+        "scale_factor_spatial": 16,
+        "latents_mean": list(_WAN22_MEAN),
+        "latents_std": list(_WAN22_STD),
+    }
+    return replace(
+        base,
+        transformer=replace(base.transformer, in_channels=48, out_channels=48),
+        concept=ConceptConfig(max_concepts=1, injection="none", given="clean"),
+        image_encoder={},
+        vae=base.vae | vae,
+        frames=121,
+        height=704,
+        width=1280,
+        fps=24.0,
+    )
+
+
 _BUILDERS = {
     "tiny": _tiny,
     "sprites": _sprites,
     "stickers": _stickers,
     "wan2.1-1.3b": lambda: _wan("wan2.1-1.3b", heads=12, layers=30, ffn_dim=8960),
     "wan2.1-14b": lambda: _wan("wan2.1-14b", heads=40, layers=40, ffn_dim=13824),
+    "wan2.2-ti2v-5b": _wan22_5b,
 }
 
 PRESETS = tuple(_BUILDERS)

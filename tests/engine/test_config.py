@@ -21,7 +21,8 @@ def test_presets_survive_json(name):
 
 @pytest.mark.parametrize(
     ("name", "shape"),
-    [("tiny", (4, 2, 4, 4)), ("sprites", (128, 5, 8, 8)), ("wan2.1-1.3b", (16, 21, 60, 104))],
+    [("tiny", (4, 2, 4, 4)), ("sprites", (128, 5, 8, 8)), ("wan2.1-1.3b", (16, 21, 60, 104))]
+    + [("wan2.2-ti2v-5b", (48, 31, 44, 80))],
 )
 def test_latent_shape(name, shape):
     assert preset(name).latent_shape == shape

@@ -166,7 +166,7 @@ def test_pictures_are_read_before_clip_s_last_layer(tiny_base, randomise, assert
         ("transformer", {"pos_embed_seq_len": 514}, "\\(514\\) must equal the pictures' tokens \\(15\\)"),
         ("transformer", {"pos_embed_seq_len": 0}, "pos_embed_seq_len must be a positive"),
         ("concept", {"injection": "shared_query", "given": "none"}, "injection must be 'base' where"),
-        ("concept", {"given": "none"}, "given must be 'none' unless the injection is 'base'"),
+        ("concept", {"given": "none"}, "given must be 'first' or .* where the injection is 'base'"),
         ("concept", {"given": "first"}, "max_concepts must be 1 for 'first', got 3"),
         ("concept", {"given": "last"}, "given must be one of none, first, first_last, references"),
         ("concept", {"picture_tokens": 4}, "picture_tokens must be 5"),
