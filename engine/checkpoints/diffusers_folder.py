@@ -15,24 +15,20 @@ from safetensors import SafetensorError, safe_open
 
 from ... import untrusted
 from ...errors import MissingDependency, WeightsError, how_to_install
-from ...hashed import identity
+from ...hashed import identities, identity
+from .base import PARTS, Base, Part
 from .lazy_weights import Stored
 from .safetensors_io import PICKLES, check_file, refuse_pickle, some, unreadable
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[\w.-]{1,96}")
 LARGEST_INDEX = 16 * 2**20  # bytes
 MOST_SHARDS = 1000
-WEIGHTED = ("transformer", "vae", "text_encoder", "image_encoder")
-"""The parts that have tensors; the last is optional."""
-TOKENIZER = "tokenizer/tokenizer.json"
-BESIDE = (
-    "model_index.json",
-    "scheduler/scheduler_config.json",
-    "image_processor/preprocessor_config.json",
-    TOKENIZER,
-)
+LAYOUT = "diffusers' layout"
+INDEX, TOKENIZER = "model_index.json", "tokenizer/tokenizer.json"
+SCHEDULER, PROCESSOR = "scheduler/scheduler_config.json", "image_processor/preprocessor_config.json"
+BESIDE = (INDEX, SCHEDULER, PROCESSOR, TOKENIZER)
 """Files that are read beside the parts."""
-WANTED = ["*.json", "*/*.json", "tokenizer/*", *(f"{part}/*.safetensors" for part in WEIGHTED)]
+WANTED = ["*.json", "*/*.json", "tokenizer/*", *(f"{part}/*.safetensors" for part in PARTS)]
 
 
 def is_folder(path: Path) -> bool:
@@ -45,9 +41,30 @@ def is_folder(path: Path) -> bool:
 
 def files_of(folder: Path) -> list[str]:
     """The files that a base is read from, by their paths below its folder. Raises WeightsError."""
-    parts = [part for part in WEIGHTED if (folder / part).is_dir()]
+    parts = [part for part in PARTS if (folder / part).is_dir()]
     found = [name for name in BESIDE if (folder / name).is_file()]
     return found + [f"{part}/{file}" for part in parts for file in ("config.json", *_shards(folder / part))]
+
+
+def open_folder(folder: Path) -> Base:
+    """The base in `folder`: its JSON and the tensors' headers are read, no values. Raises WeightsError."""
+    files = {name: folder / name for name in files_of(folder)}
+    held = identities(files.values())
+    parts = {
+        name: Part(
+            read_json(folder / name / "config.json"),
+            stored_tensors(folder / name),
+            folder / name,
+            folder / name / "config.json",
+        )
+        for name in PARTS
+        if (folder / name).is_dir()
+    }
+    index, scheduler, processor = (
+        read_json(folder / name) if name in files else None for name in (INDEX, SCHEDULER, PROCESSOR)
+    )
+    tokenizer = folder / TOKENIZER
+    return Base(folder, LAYOUT, parts, index or {}, scheduler, processor, tokenizer, files, held)
 
 
 def locate(place: str | Path, revision: str | None = None) -> Path:

@@ -29,43 +29,8 @@ from ...untrusted import parse_json, read_json
 from ..checked import is_number
 from .lazy_weights import stored_weights
 from .safetensors_io import load, some
+from .wan_names import wan_name
 
-# Module names, diffusers' to Wan2.1's; what is not listed has the same name in both. diffusers swapped norm2
-# and norm3; only the one before the cross-attention has weights, so both spellings are unambiguous.
-_OUTSIDE = {
-    "condition_embedder.time_embedder.linear_1": "time_embedding.0",
-    "condition_embedder.time_embedder.linear_2": "time_embedding.2",
-    "condition_embedder.text_embedder.linear_1": "text_embedding.0",
-    "condition_embedder.text_embedder.linear_2": "text_embedding.2",
-    "condition_embedder.time_proj": "time_projection.1",
-    "proj_out": "head.head",
-    "scale_shift_table": "head.modulation",
-    "condition_embedder.image_embedder.norm1": "img_emb.proj.0",
-    "condition_embedder.image_embedder.ff.net.0.proj": "img_emb.proj.1",
-    "condition_embedder.image_embedder.ff.net.2": "img_emb.proj.3",
-    "condition_embedder.image_embedder.norm2": "img_emb.proj.4",
-    "condition_embedder.image_embedder.pos_embed": "img_emb.emb_pos",
-}
-_IN_BLOCK = {
-    f"{ours}.{layer}": f"{theirs}.{name}"
-    for ours, theirs in (("attn1", "self_attn"), ("attn2", "cross_attn"))
-    for layer, name in (
-        ("to_q", "q"),
-        ("to_k", "k"),
-        ("to_v", "v"),
-        ("to_out.0", "o"),
-        ("norm_q", "norm_q"),
-        ("norm_k", "norm_k"),
-    )
-} | {
-    "attn2.add_k_proj": "cross_attn.k_img",
-    "attn2.add_v_proj": "cross_attn.v_img",
-    "attn2.norm_added_k": "cross_attn.norm_k_img",
-    "norm2": "norm3",
-    "ffn.net.0.proj": "ffn.0",
-    "ffn.net.2": "ffn.2",
-    "scale_shift_table": "modulation",
-}
 # Parts of names that in Wan2.1 mean an image-to-video model. Over a text-to-video base a ConceptDiT may have
 # add_k_proj, add_v_proj and norm_added_k too, for its concepts: an image-to-video LoRA must not land there.
 _IMAGE = ("add_k_proj", "add_v_proj", "norm_added_k", "image_embedder", "k_img", "v_img", "img_emb")
@@ -208,14 +173,6 @@ def merge_lora(transformer: nn.Module, path: str | Path, scale: float = 1.0) -> 
     names = sorted({delta.target for delta in deltas})
     ranks = sorted({delta.down.tensor.shape[0] for delta in deltas if delta.down is not None})
     return LoraReport(str(path), scale, tuple(names), tuple(ranks))
-
-
-def wan_name(module: str) -> str:
-    """Wan2.1's own name of a module, or of a parameter that stands alone, from diffusers' name."""
-    block = re.fullmatch(r"(blocks\.\d+)\.(.+)", module)
-    if block is None:
-        return _OUTSIDE.get(module, module)
-    return f"{block[1]}.{_IN_BLOCK.get(block[2], block[2])}"
 
 
 def _modules(state: Mapping[str, Tensor]) -> dict[str, str]:

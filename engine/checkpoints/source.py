@@ -32,7 +32,7 @@ from ..presets import preset
 from ..sampling import Sampling
 from ..vae.wan_decoder import build_vae
 from .adapter import check_base, load_adapter, read_adapter
-from .diffusers_folder import HUB_ID, TOKENIZER, files_of, is_folder, locate, read_json
+from .diffusers_folder import HUB_ID, is_folder, locate, open_folder, read_json
 from .foreign import refuse_foreign
 from .lora import merge_lora
 from .safetensors_io import built, load, load_model
@@ -132,9 +132,7 @@ def is_base(place: str | Path) -> bool:
     return is_folder(path) or (HUB_ID.fullmatch(str(place)) is not None and not path.exists())
 
 
-def open_source(
-    place: str | Path, choices: Choices | None = None, tokenizer: Path | None = None
-) -> Source:
+def open_source(place: str | Path, choices: Choices | None = None, tokenizer: Path | None = None) -> Source:
     """Loads a source, see the module's text.
 
     Args: place: a folder, OWNER/NAME or the address of a model in the Hugging Face Hub, or preset:NAME; a
@@ -202,12 +200,13 @@ def _open_base(place: str | Path, choices: Choices, tokenizer: Path | None) -> S
     """A base, LoRAs merged, with the adapter that was chosen or a new one, which changes nothing."""
     folder = locate(place, choices.revision)
     beside = [lora.path for lora in choices.loras] + ([] if choices.adapter is None else [choices.adapter])
-    before = identities([*(folder / file for file in files_of(folder)), *beside])
+    base = open_folder(folder)
+    before = {**identities(beside), **base.held}
     local = Path(place).exists()
     name = folder.resolve().name or "base" if local else str(place).partition("/")[2]
     adapter = None if choices.adapter is None else read_adapter(choices.adapter)
     config = read_config(
-        folder,
+        base,
         name,
         choices.size or BASE_SIZE,
         BASE_FRAMES if choices.frames is None else choices.frames,
@@ -215,11 +214,12 @@ def _open_base(place: str | Path, choices: Choices, tokenizer: Path | None) -> S
     )
     if adapter:
         check_base(adapter, config)  # before gigabytes are read
-    sampling = read_sampling(folder)
-    text = _read_tokenizer(folder / TOKENIZER, tokenizer, config)
+    sampling = read_sampling(base)
+    assert base.tokenizer is not None
+    text = _read_tokenizer(base.tokenizer, tokenizer, config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # a new adapter is the same each time, so that a bundle can be made again
-        model = load_base(folder, config)
+        model = load_base(base, config)
     loras = [(lora.path, 1.0 if lora.scale is None else lora.scale) for lora in choices.loras]
     for path, scale in loras:
         log.info("%s", merge_lora(model.transformer, path, scale))
@@ -227,12 +227,12 @@ def _open_base(place: str | Path, choices: Choices, tokenizer: Path | None) -> S
         load_adapter(model, adapter)
     origin = Origin(
         name if local else str(place),
-        sha256_files(folder, files_of(folder)),
+        sha256_files(folder, base.files),
         None if local else folder.name,  # of a snapshot, the commit
         None if adapter is None else (adapter.path.name, sha256_file(adapter.path)),
         tuple((path.name, sha256_file(path), scale) for path, scale in loras),
     )
-    vae = load_base_vae(folder, config)
+    vae = load_base_vae(base, config)
     require_same(before)
     return Source(model, vae, text, sampling, origin)
 

@@ -1,4 +1,4 @@
-"""A Wan2.1 base from a folder in diffusers' layout: its config.json files as a ModelConfig, then its weights.
+"""A Wan2.1 base: its parts' configurations as a ModelConfig, then its weights, whatever its layout (base.py).
 
 Text-to-video and image-to-video; how the latter takes pictures is wan_image_to_video.py's.
 
@@ -24,7 +24,8 @@ from ..model import ConceptMaster
 from ..presets import preset
 from ..sampling import Sampling
 from ..vae.wan_decoder import build_vae
-from .diffusers_folder import read_json, stored_tensors
+from .base import Base, Part
+from .diffusers_folder import INDEX, SCHEDULER
 from .foreign import refuse_wan_names
 from .lazy_weights import settle, stream
 from .safetensors_io import on_meta
@@ -103,15 +104,16 @@ SCHEDULERS: dict[str, tuple[str, str, dict[str, Any]]] = {
 }
 
 
-def read_sampling(folder: Path) -> Sampling:
+def read_sampling(base: Base) -> Sampling:
     """What scheduler/scheduler_config.json asks for. Raises ConfigError where no solver gives that.
 
     SkyReels-A2's programs put a scheduler of their own into its place, which this gives.
     """
-    if is_a2(folder):
+    if is_a2(base):
         return Sampling("unipc", 8.0)
-    path = folder / "scheduler" / "scheduler_config.json"
-    values = read_json(path)
+    path = base.where / SCHEDULER
+    if (values := base.scheduler) is None:
+        raise WeightsError(f"{path} is missing")
     kind = values.get("_class_name")
     if kind not in tuple(SCHEDULERS):  # a dictionary would want to hash it
         raise ConfigError(f"{path}: the scheduler must be {' or '.join(SCHEDULERS)}, got {kind!r:.80}")
@@ -128,32 +130,34 @@ def read_sampling(folder: Path) -> Sampling:
 
 
 def read_config(
-    folder: Path, name: str, size: tuple[int, int], frames: int, concept: ConceptConfig | None = None
+    base: Base, name: str, size: tuple[int, int], frames: int, concept: ConceptConfig | None = None
 ) -> ModelConfig:
-    """The configuration of the base in `folder`, for videos of one shape.
+    """The configuration of `base`, for videos of one shape.
 
     Args: name: the model's; size: width and height in pixels; frames: of the video; concept: the adapter's.
-        Without it a base that has an image_encoder/ gets a new adapter as wide as its picture tokens, and one
+        Without it a base that has an image_encoder gets a new adapter as wide as its picture tokens, and one
         that has none takes no concepts.
     Raises: ConfigError for what the engine cannot honour, and for a video that the base cannot make: that one
         names the nearest that it can; WeightsError for files that are missing or broken.
     """
-    _check_pipeline(folder)
-    transformer = _transformer(folder)
-    vae = _vae(folder)
-    text_encoder = _encoder(folder, "text_encoder", "umt5", TEXT_SIZES, TEXT_OPTIONS) | {"dropout_rate": 0.0}
+    _check_pipeline(base)
+    transformer = _transformer(base.part("transformer"))
+    vae = _vae(base.part("vae"))
+    text_encoder = _encoder(base.part("text_encoder"), "umt5", TEXT_SIZES, TEXT_OPTIONS) | {
+        "dropout_rate": 0.0
+    }
     image_encoder: dict[str, Any] = {}
-    if (folder / "image_encoder").is_dir():
-        image_encoder = _encoder(folder, "image_encoder", "clip_vision_model", IMAGE_SIZES, IMAGE_OPTIONS)
+    if "image_encoder" in base.parts:
+        image_encoder = _encoder(base.part("image_encoder"), "clip_vision_model", IMAGE_SIZES, IMAGE_OPTIONS)
     if transformer.image_dim is not None:
-        concept = _own_concept(folder, transformer, image_encoder, concept)
-    elif is_a2(folder):
-        raise ConfigError(f"{folder}: the transformer of SkyReels-A2 has an image_dim, this one has none")
+        concept = _own_concept(base, transformer, image_encoder, concept)
+    elif is_a2(base):
+        raise ConfigError(f"{base.where}: the transformer of SkyReels-A2 has an image_dim, this one has none")
     elif image_encoder:
         concept = concept or _new_concept(image_encoder)
     elif concept is not None and concept.injection != "none":
         raise ConfigError(
-            f"{folder} has no image_encoder/: put there the CLIP that the adapter was trained with"
+            f"{base.where} has no image_encoder/: put there the CLIP that the adapter was trained with"
         )
     concept = concept or ConceptConfig(injection="none")
     patch_frames = transformer.patch_size[0]
@@ -175,66 +179,64 @@ def read_config(
     return dataclasses.replace(config, width=size[0], height=size[1], frames=frames)
 
 
-def load_base(folder: Path, config: ModelConfig) -> ConceptMaster:
-    """The model of `config` with the weights of `folder`, in evaluation mode and float32 on the CPU.
+def load_base(base: Base, config: ModelConfig) -> ConceptMaster:
+    """The model of `config` with the weights of `base`, in evaluation mode and float32 on the CPU.
 
-    Large ones stay on disk and are read when they are used (lazy_weights.py): the folder must stay as it is.
+    Large ones stay on disk and are read when they are used (lazy_weights.py): no file may change.
     Its concept part, if it has one, is new: it changes nothing in the video. Raises WeightsError that names
     the part and lists every tensor that is missing, unexpected or mis-shaped.
     """
-    model = on_meta(ConceptMaster, config, folder)
-    _load(folder / "transformer", model.transformer)
-    _load(folder / "text_encoder", model.text_encoder.model)
+    model = on_meta(ConceptMaster, config, base.where)
+    _load(base, "transformer", model.transformer)
+    _load(base, "text_encoder", model.text_encoder.model)
     if config.concept.takes_pictures:
-        _load(folder / "image_encoder", model.image_encoder.model)
+        _load(base, "image_encoder", model.image_encoder.model)
     if config.concept.has_modules:
         model.qformer, model.dam = concept_encoder(config), concept_binder(config)
         model.transformer.initialise_concepts()
     return model.eval()
 
 
-def load_base_vae(folder: Path, config: ModelConfig) -> VAE:
-    """The VAE of `folder`, in evaluation mode and float32 on the CPU. Raises as `load_base`."""
-    vae = on_meta(build_vae, config, folder)
-    _load(folder / "vae", vae)
+def load_base_vae(base: Base, config: ModelConfig) -> VAE:
+    """The VAE of `base`, in evaluation mode and float32 on the CPU. Raises as `load_base`."""
+    vae = on_meta(build_vae, config, base.where)
+    _load(base, "vae", vae)
     return vae
 
 
-def _load(part: Path, module: torch.nn.Module) -> None:
+def _load(base: Base, name: str, module: torch.nn.Module) -> None:
+    part = base.part(name)
     # transformers once saved this buffer, which its models make themselves
-    stored = {k: v for k, v in stored_tensors(part).items() if not k.endswith("embeddings.position_ids")}
-    if part.name == "transformer":
-        refuse_wan_names(part, stored)
+    stored = {k: v for k, v in part.tensors.items() if not k.endswith("embeddings.position_ids")}
+    if name == "transformer":
+        refuse_wan_names(part.where, stored)
         # nothing reads them, but every published image-to-video model has them; diffusers ignores them, too
         stored = {k: v for k, v in stored.items() if not UNUSED.fullmatch(k)}
-    if part.name == "image_encoder" and not hasattr(module, "visual_projection"):
+    if name == "image_encoder" and not hasattr(module, "visual_projection"):
         # the tower alone: with or without the prefix that its file has as a part of a larger model
         tower = {k.removeprefix("vision_model."): v for k, v in stored.items()}
         stored = {k: v for k, v in tower.items() if k != "visual_projection.weight"}
     try:
         stream(module, stored, module.concept_keys() if isinstance(module, ConceptDiT) else frozenset())
-        if part.name == "vae":  # small, and asked for its device, which on disk it does not have
+        if name == "vae":  # small, and asked for its device, which on disk it does not have
             settle(module, torch.device("cpu"))
     except WeightsError as error:
-        raise WeightsError(f"{part}: {error}") from error
+        raise WeightsError(f"{part.where}: {error}") from error
 
 
-def _check_pipeline(folder: Path) -> None:
+def _check_pipeline(base: Base) -> None:
     """Refuses what only model_index.json tells: two transformers, or a time for each token, as in Wan2.2."""
-    values = read_json(folder / "model_index.json") if (folder / "model_index.json").is_file() else {}
-    second = values.get("transformer_2")
-    if (folder / "transformer_2").is_dir() or (isinstance(second, list) and any(second)):
-        raise ConfigError(f"{folder} has a transformer_2: bases of two transformers cannot be honoured")
+    second = base.index.get("transformer_2")
+    if "transformer_2" in base.parts or (isinstance(second, list) and any(second)):
+        raise ConfigError(f"{base.where} has a transformer_2: bases of two transformers cannot be honoured")
     for name in ("boundary_ratio", "expand_timesteps"):
-        if values.get(name):
-            raise ConfigError(
-                f"{folder}/model_index.json: {name} is {values[name]!r:.80}, which cannot be honoured"
-            )
+        if value := base.index.get(name):
+            raise ConfigError(f"{base.where}/{INDEX}: {name} is {value!r:.80}, which cannot be honoured")
 
 
-def _own(path: Path, kinds: tuple[str, ...], known: set[str]) -> dict[str, Any]:
-    """The entries of a config.json of one of the classes `kinds`, all of which must be known or empty."""
-    values = read_json(path)
+def _own(part: Part, kinds: tuple[str, ...], known: set[str]) -> dict[str, Any]:
+    """The configuration of a part of one of the classes `kinds`, all of which must be known or empty."""
+    path, values = part.told, part.config
     if (found := values.get("_class_name", kinds[0])) not in kinds:
         raise ConfigError(f"{path}: the model must be a {' or '.join(kinds)}, got {found!r:.80}")
     values = {name: value for name, value in values.items() if not name.startswith("_")}
@@ -244,11 +246,11 @@ def _own(path: Path, kinds: tuple[str, ...], known: set[str]) -> dict[str, Any]:
     return {name: value for name, value in values.items() if name in known}
 
 
-def _transformer(folder: Path) -> TransformerConfig:
-    path = folder / "transformer" / "config.json"
+def _transformer(part: Part) -> TransformerConfig:
+    path = part.told
     own = {"position_channels", "prediction"}  # this project's own
     known = {field.name for field in dataclasses.fields(TransformerConfig)} - own
-    values = TRANSFORMER | _own(path, ("WanTransformer3DModel", A2_TRANSFORMER), known)
+    values = TRANSFORMER | _own(part, ("WanTransformer3DModel", A2_TRANSFORMER), known)
     if values.get("out_channels", 0) is None:
         values["out_channels"] = values.get("in_channels", 16)
     if "cross_attn_norm" in values and not isinstance(values["cross_attn_norm"], bool):
@@ -259,9 +261,9 @@ def _transformer(folder: Path) -> TransformerConfig:
         raise ConfigError(f"{path}: {error}") from error
 
 
-def _vae(folder: Path) -> dict[str, Any]:
-    path = folder / "vae" / "config.json"
-    values = VAE_DEFAULTS | _own(path, ("AutoencoderKLWan",), {*VAE_DEFAULTS, *VAE_ONLY})
+def _vae(part: Part) -> dict[str, Any]:
+    path = part.told
+    values = VAE_DEFAULTS | _own(part, ("AutoencoderKLWan",), {*VAE_DEFAULTS, *VAE_ONLY})
     for name in ("dim_mult", "temperal_downsample", "latents_mean", "latents_std", "attn_scales"):
         if not isinstance(values[name], list):
             raise ConfigError(f"{path}: {name} must be a list, got {values[name]!r:.80}")
@@ -270,11 +272,8 @@ def _vae(folder: Path) -> dict[str, Any]:
     return values
 
 
-def _encoder(
-    folder: Path, part: str, kind: str, sizes: tuple[str, ...], options: tuple[str, ...]
-) -> dict[str, Any]:
-    path = folder / part / "config.json"
-    values = read_json(path)
+def _encoder(part: Part, kind: str, sizes: tuple[str, ...], options: tuple[str, ...]) -> dict[str, Any]:
+    path, values = part.told, part.config
     if values.get("model_type") != kind:
         raise ConfigError(f"{path}: model_type must be {kind!r}, got {values.get('model_type')!r:.80}")
     for name in sizes:
@@ -289,16 +288,16 @@ def _require_size(path: Path, name: str, value: Any) -> None:
 
 
 def _own_concept(
-    folder: Path, transformer: TransformerConfig, image_encoder: dict[str, Any], adapter: ConceptConfig | None
+    base: Base, transformer: TransformerConfig, image_encoder: dict[str, Any], adapter: ConceptConfig | None
 ) -> ConceptConfig:
     """How an image-to-video base takes pictures, which no adapter can change."""
     if adapter is not None:
-        raise ConfigError(f"{folder} is an image-to-video model, which takes pictures itself: no adapter")
+        raise ConfigError(f"{base.where} is an image-to-video model, which takes pictures itself: no adapter")
     if not image_encoder:
         raise ConfigError(
-            f"{folder} has no image_encoder/, which an image-to-video model reads pictures with"
+            f"{base.where} has no image_encoder/, which an image-to-video model reads pictures with"
         )
-    return read_concept(folder, transformer, image_encoder, TEXT_TOKENS)
+    return read_concept(base, transformer, image_encoder, TEXT_TOKENS)
 
 
 def _new_concept(image_encoder: dict[str, Any]) -> ConceptConfig:

@@ -1,4 +1,4 @@
-"""Which image-to-video model a folder in diffusers' layout holds, and what it does with pictures.
+"""Which image-to-video model a base is, and what it does with pictures.
 
 Three are known: Wan2.1's of a first frame, Wan2.1's of a first and a last one (which tells the two apart by a
 table of positions), and SkyReels-A2, whose own classes have other names.
@@ -7,7 +7,7 @@ table of positions), and SkyReels-A2, whose own classes have other names.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,8 @@ from ...errors import ConfigError
 from ..checked import is_number
 from ..config import ConceptConfig, TransformerConfig
 from ..encoders import CLIP_MEAN, CLIP_STD
-from .diffusers_folder import read_json
+from .base import Base
+from .diffusers_folder import PROCESSOR
 
 A2_TRANSFORMER = "A2Model"
 A2_PIPELINES = ("A2Pipeline", "WanA2Pipeline")
@@ -27,20 +28,20 @@ BICUBIC = 3  # Pillow's number
 
 
 def read_concept(
-    folder: Path, transformer: TransformerConfig, image_encoder: dict[str, Any], text_tokens: int
+    base: Base, transformer: TransformerConfig, image_encoder: dict[str, Any], text_tokens: int
 ) -> ConceptConfig:
-    """How the image-to-video model in `folder` takes its pictures.
+    """How the image-to-video model `base` takes its pictures.
 
     Args: transformer: its configuration, with an image_dim; image_encoder: the sizes of its CLIP;
         text_tokens: of a caption, and as many for a label, which nothing reads.
-    Raises: ConfigError for what the engine cannot honour; WeightsError for files that are broken.
+    Raises: ConfigError for what the engine cannot honour.
     """
     size = image_encoder["image_size"]
-    _check_processor(folder / "image_processor" / "preprocessor_config.json", size)
-    if is_a2(folder):
+    _check_processor(base.where / PROCESSOR, base.processor, size)
+    if is_a2(base):
         given, pictures = "references", A2_REFERENCES
         if transformer.pos_embed_seq_len is not None:
-            raise ConfigError(f"{folder}: SkyReels-A2 has no pos_embed_seq_len")
+            raise ConfigError(f"{base.where}: SkyReels-A2 has no pos_embed_seq_len")
     else:
         given, pictures = ("first", 1) if transformer.pos_embed_seq_len is None else ("first_last", 2)
     width = image_encoder["hidden_size"]
@@ -57,22 +58,18 @@ def read_concept(
     )
 
 
-def is_a2(folder: Path) -> bool:
+def is_a2(base: Base) -> bool:
     """Whether a class of SkyReels-A2's is named in the transformer's config.json or in model_index.json."""
-    own = read_json(folder / "transformer" / "config.json").get("_class_name")
-    path = folder / "model_index.json"
-    index = read_json(path) if path.is_file() else {}
-    entry = index.get("transformer")
+    own = base.part("transformer").config.get("_class_name")
+    entry = base.index.get("transformer")
     listed = isinstance(entry, list) and A2_TRANSFORMER in entry
-    return own == A2_TRANSFORMER or listed or index.get("_class_name") in A2_PIPELINES
+    return own == A2_TRANSFORMER or listed or base.index.get("_class_name") in A2_PIPELINES
 
 
-def _check_processor(path: Path, size: int) -> None:
-    """Refuses a preparation of CLIP's pictures that the runtime does not do. The file may be missing: it is
-    CLIP's own then."""
-    if not path.is_file():
+def _check_processor(path: Path, values: Mapping[str, Any] | None, size: int) -> None:
+    """Refuses a preparation of pictures that the runtime does not do; without values it is CLIP's own."""
+    if values is None:
         return
-    values = read_json(path)
     wanted: dict[str, Any] = {
         "do_resize": True,
         "do_center_crop": True,

@@ -384,15 +384,16 @@ def test_folders_that_cannot_be_honoured(first, a2, command, tmp_path):
 
 
 def test_what_marks_skyreels_a2(first, tmp_path):
+    from conceptmaster.engine.checkpoints.diffusers_folder import open_folder
     from conceptmaster.engine.checkpoints.wan import Sampling, read_config, read_sampling
 
     own = shutil.copytree(first[1], tmp_path / "own")
 
     def kind():
-        concept = read_config(own, "a", (SIDE, SIDE), FRAMES).concept
+        concept = read_config(open_folder(own), "a", (SIDE, SIDE), FRAMES).concept
         return concept.given, concept.max_concepts
 
-    assert kind() == ("first", 1) and read_sampling(own) == Sampling("unipc", 3.0)
+    assert kind() == ("first", 1) and read_sampling(open_folder(own)) == Sampling("unipc", 3.0)
     index = (own / "model_index.json").read_text()
     for changes in (
         {"_class_name": "A2Pipeline"},
@@ -400,7 +401,7 @@ def test_what_marks_skyreels_a2(first, tmp_path):
         {"transformer": ["transformer_a2", "A2Model"]},
     ):
         change(own / "model_index.json", **changes)
-        assert kind() == ("references", 3) and read_sampling(own) == Sampling("unipc", 8.0)
+        assert kind() == ("references", 3) and read_sampling(open_folder(own)) == Sampling("unipc", 8.0)
         (own / "model_index.json").write_text(index)
     (own / "model_index.json").unlink()
     (own / "image_processor" / "preprocessor_config.json").unlink()
@@ -411,6 +412,7 @@ def test_what_marks_skyreels_a2(first, tmp_path):
 
 def test_picture_encoders_with_a_prefix_and_a_projection(first, tmp_path):
     """As a CLIPVisionModelWithProjection saves it, and transformers once saved any."""
+    from conceptmaster.engine.checkpoints.diffusers_folder import open_folder
     from conceptmaster.engine.checkpoints.safetensors_io import load, save
     from conceptmaster.engine.checkpoints.wan import load_base, read_config
 
@@ -418,13 +420,13 @@ def test_picture_encoders_with_a_prefix_and_a_projection(first, tmp_path):
     path = own / "image_encoder" / "model.safetensors"
     state = load(path)[0]
     assert not any(name.startswith("vision_model.") for name in state)
-    config = read_config(own, "a", (SIDE, SIDE), FRAMES)
+    config = read_config(open_folder(own), "a", (SIDE, SIDE), FRAMES)
     prefixed = {f"vision_model.{name}": value for name, value in state.items()}
     save(path, prefixed | {"visual_projection.weight": torch.zeros(8, 16)})
-    found = load_base(own, config).image_encoder.model.state_dict()
+    found = load_base(open_folder(own), config).image_encoder.model.state_dict()
     assert all(value.equal(found[name]) for name, value in state.items())
     del prefixed["vision_model.pre_layrnorm.bias"]
     save(path, prefixed | {"more": torch.zeros(1)})
     with pytest.raises(WeightsError) as error:
-        load_base(own, config)
+        load_base(open_folder(own), config)
     assert "1 missing: pre_layrnorm.bias" in str(error.value) and "1 unexpected: more" in str(error.value)

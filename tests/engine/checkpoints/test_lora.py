@@ -8,8 +8,9 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from conceptmaster.engine.checkpoints.lora import merge_lora, wan_name  # noqa: E402
+from conceptmaster.engine.checkpoints.lora import merge_lora  # noqa: E402
 from conceptmaster.engine.checkpoints.safetensors_io import save  # noqa: E402
+from conceptmaster.engine.checkpoints.wan_names import wan_name  # noqa: E402
 from conceptmaster.engine.dit import ConceptDiT  # noqa: E402
 from conceptmaster.errors import WeightsError  # noqa: E402
 

@@ -14,8 +14,8 @@ pytest.importorskip("diffusers")
 from safetensors.torch import load_file, save_file  # noqa: E402
 
 from conceptmaster.engine.checkpoints import diffusers_folder  # noqa: E402
-from conceptmaster.engine.checkpoints.lora import wan_name  # noqa: E402
 from conceptmaster.engine.checkpoints.source import Choices, LoraFile, loras_of, open_source  # noqa: E402
+from conceptmaster.engine.checkpoints.wan_names import wan_name  # noqa: E402
 from conceptmaster.errors import InputError  # noqa: E402
 
 TRANSFORMER = "transformer/diffusion_pytorch_model.safetensors"

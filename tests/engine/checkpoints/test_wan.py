@@ -9,6 +9,7 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("diffusers")
 
+from conceptmaster.engine.checkpoints.diffusers_folder import open_folder  # noqa: E402
 from conceptmaster.engine.checkpoints.wan import (  # noqa: E402
     Sampling,
     load_base,
@@ -33,14 +34,15 @@ def change(path, **changes):
 
 
 def config_of(folder, size=SIZE, frames=FRAMES):
-    return read_config(folder, "tiny-wan", size, frames)
+    return read_config(open_folder(folder), "tiny-wan", size, frames)
 
 
 @torch.no_grad()
 def test_a_folder_becomes_the_model_it_was(wan_folder, wan_parts, assert_close):
     config = config_of(wan_folder)
     assert config.latent_shape == (4, 3, 4, 8) and config.name == "tiny-wan"
-    model, vae, parts = load_base(wan_folder, config), load_base_vae(wan_folder, config), wan_parts()
+    base, parts = open_folder(wan_folder), wan_parts()
+    model, vae = load_base(base, config), load_base_vae(base, config)
     everything = [*model.named_parameters(), *model.named_buffers(), *vae.named_parameters()]
     assert {tensor.device.type for _, tensor in everything} == {"cpu"}
     assert not model.training and not vae.training
@@ -75,7 +77,7 @@ def test_what_is_not_in_any_file_has_its_values(wan_folder, assert_close):
     from conceptmaster.engine.model import ConceptMaster
 
     config = config_of(wan_folder)
-    model, built = load_base(wan_folder, config), ConceptMaster(config)
+    model, built = load_base(open_folder(wan_folder), config), ConceptMaster(config)
     assert dict(model.named_buffers()).keys() == dict(built.named_buffers()).keys()
     for name, buffer in model.named_buffers():
         assert torch.equal(buffer, dict(built.named_buffers())[name]), name
@@ -96,7 +98,7 @@ def test_without_a_picture_encoder_it_is_the_base_alone(own, wan_parts, assert_c
     shutil.rmtree(own / "image_encoder")
     config = config_of(own)
     assert config.concept.injection == "none" and config.image_encoder == {}
-    model = load_base(own, config)
+    model = load_base(open_folder(own), config)
     assert {name.partition(".")[0] for name in model.state_dict()} == {"text_encoder", "transformer"}
     assert model.transformer.concept_keys() == set()
     g = torch.Generator().manual_seed(0)
@@ -107,7 +109,7 @@ def test_without_a_picture_encoder_it_is_the_base_alone(own, wan_parts, assert_c
     assert_close(model.transformer(x, time, text, concepts, mask), expected)
     concept = dataclasses.replace(config.concept, injection="standalone")
     with pytest.raises(ConfigError, match="no image_encoder/: put there the CLIP that the adapter"):
-        read_config(own, "a", SIZE, FRAMES, concept)
+        read_config(open_folder(own), "a", SIZE, FRAMES, concept)
 
 
 def test_shards_and_other_dtypes(own, wan_folder):
@@ -117,7 +119,7 @@ def test_shards_and_other_dtypes(own, wan_folder):
     shutil.rmtree(own / "transformer")
     wan.save_pretrained(own / "transformer", max_shard_size="10KB")
     assert len(list((own / "transformer").glob("*.safetensors"))) > 1
-    model = load_base(own, config_of(own))
+    model = load_base(open_folder(own), config_of(own))
     for name, value in wan.state_dict().items():
         assert torch.equal(model.transformer.state_dict()[name], value.float()), name
 
@@ -130,7 +132,7 @@ def test_one_error_lists_all_tensors_that_do_not_fit(own):
     del state["proj_out.bias"], state["blocks.0.attn1.to_q.weight"]
     save(path, state | {"more": torch.zeros(1), "proj_out.weight": torch.zeros(2)})
     with pytest.raises(WeightsError) as error:
-        load_base(own, config_of(own))
+        load_base(open_folder(own), config_of(own))
     for part in (
         "2 missing: blocks.0.attn1.to_q.weight; proj_out.bias",
         "1 unexpected: more",
@@ -150,13 +152,13 @@ def test_the_text_encoder_s_table_may_have_either_name(own, name):
         state.pop(key) for key in list(state) if key in ("shared.weight", "encoder.embed_tokens.weight")
     )
     save(path, state | {name: table})
-    model = load_base(own, config_of(own)).text_encoder.model
+    model = load_base(open_folder(own), config_of(own)).text_encoder.model
     assert (
         torch.equal(model.shared.weight, table) and model.shared.weight is model.encoder.embed_tokens.weight
     )
     save(path, state | {"shared.weight": table, "encoder.embed_tokens.weight": table + 1})
     with pytest.raises(WeightsError, match="not the same though the model has one tensor for both"):
-        load_base(own, config_of(own))
+        load_base(open_folder(own), config_of(own))
 
 
 @pytest.mark.parametrize(
@@ -226,9 +228,9 @@ def test_sampling(own):
     from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 
     path = own / "scheduler" / "scheduler_config.json"
-    assert read_sampling(own) == Sampling("unipc", 3.0)
+    assert read_sampling(open_folder(own)) == Sampling("unipc", 3.0)
     FlowMatchEulerDiscreteScheduler(shift=5.0).save_pretrained(own / "scheduler")
-    assert read_sampling(own) == Sampling("euler", 5.0)
+    assert read_sampling(open_folder(own)) == Sampling("euler", 5.0)
     for changes, message in (
         ({"use_dynamic_shifting": True}, "use_dynamic_shifting must be False"),
         ({"shift": "many"}, "shift must be a positive number"),
@@ -237,11 +239,11 @@ def test_sampling(own):
         before = path.read_text()
         change(path, **changes)
         with pytest.raises(ConfigError, match=message):
-            read_sampling(own)
+            read_sampling(open_folder(own))
         path.write_text(before)
     UniPCMultistepScheduler().save_pretrained(own / "scheduler")
     with pytest.raises(ConfigError, match="prediction_type must be 'flow_prediction'"):
-        read_sampling(own)
+        read_sampling(open_folder(own))
     path.unlink()
     with pytest.raises(WeightsError, match="is missing"):
-        read_sampling(own)
+        read_sampling(open_folder(own))
