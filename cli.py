@@ -30,6 +30,7 @@ def _exporting() -> list[Command]:
     commands = (
         ("export", "turn weights into a bundle", "cli"),
         ("verify", "hold a bundle's graphs to the model they came from", "cli"),
+        ("convert", "turn a pickled checkpoint into safetensors", "convert"),
         ("build", "build TensorRT engines from a bundle", "tensorrt_engines.cli"),
         ("export-triton", "write a model repository for NVIDIA's Triton server", "triton_server.cli"),
     )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shlex
 from collections.abc import Callable, Iterable, Mapping, Set
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -26,11 +25,6 @@ LARGEST_HEADER = 16 * 2**20  # bytes; of the largest models it is one
 MOST_AXES = 8
 KINDS = "F64 F32 F16 BF16 F8_E4M3 F8_E5M2 I64 I32 I16 I8 U64 U32 U16 U8 BOOL".split()
 """The dtypes that are read, as safetensors spells them."""
-CONVERT = (
-    "import sys, torch, safetensors.torch as s; s.save_file({name: tensor.clone().contiguous() for name, "
-    "tensor in torch.load(sys.argv[1], weights_only=True).items()}, sys.argv[2])"
-)
-"""Python that turns a pickled state dict into safetensors; cloned, since no file may hold a tensor twice."""
 
 
 class _Comparable(Protocol):
@@ -71,7 +65,7 @@ def refuse_pickle(path: Path) -> None:
     if path.suffix.lower() in PICKLES:
         raise WeightsError(
             f"{path} is a pickle, which can run code when it is loaded: only safetensors are read. Convert "
-            f"it, where you trust it, with: python -c {shlex.quote(CONVERT)} {shell_word(path)} "
+            f"it, which runs nothing, with: conceptmaster convert {shell_word(path)} "
             f"{shell_word(path.with_suffix('.safetensors'))}"
         )
 

@@ -231,7 +231,7 @@ def test_what_a_base_cannot_be(own, command, tmp_path, wan_folder):
     (own / "text_encoder" / "config.json").write_text(json.dumps(values | {"feed_forward_proj": "magic-b-c"}))
     fails(command("export", own, *output), "its configuration cannot be built")
     torch.save({}, tmp_path / "wan.pth")
-    fails(command("export", tmp_path / "wan.pth", "--output", tmp_path / "new"), "is a pickle", "python -c")
+    fails(command("export", tmp_path / "wan.pth", "--output", tmp_path / "new"), "conceptmaster convert")
     assert not (tmp_path / "new").exists()
 
 

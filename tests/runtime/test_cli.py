@@ -367,7 +367,10 @@ def without_torch(folder: Path, *arguments: str) -> subprocess.CompletedProcess[
 @pytest.mark.parametrize(
     ("program", "command"),
     [
-        *(("conceptmaster", command) for command in ("export", "verify", "build", "export-triton")),
+        *(
+            ("conceptmaster", command)
+            for command in ("export", "verify", "convert", "build", "export-triton")
+        ),
         *(("conceptmaster.examples.sprites", command) for command in ("train", "variants")),
     ],
 )

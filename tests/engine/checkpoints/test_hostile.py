@@ -287,7 +287,8 @@ def test_the_command_that_converts_can_be_pasted(tmp_path: Path, monkeypatch: py
     monkeypatch.chdir(tmp_path)
     with pytest.raises(WeightsError, match="is a pickle") as caught:
         load(name)
-    command = str(caught.value).partition("with: ")[2].replace("python -c", f"{sys.executable} -c", 1)
+    program = f"{sys.executable} -m conceptmaster"
+    command = str(caught.value).partition("with: ")[2].replace("conceptmaster", program, 1)
     subprocess.run(["sh", "-c", command], check=True)
     assert load(tmp_path / name.replace(".pt", ".safetensors"))[0]["a"].tolist() == [0, 1, 2]
     assert not (tmp_path / "owned").exists()
