@@ -7,8 +7,8 @@ from collections.abc import Collection
 from pathlib import Path
 
 from ...errors import WeightsError
-from .diffusers_folder import read_header
 from .safetensors_io import refuse_pickle
+from .weight_files import read_header
 
 WAN_NAMES = re.compile(r"((model\.)?(diffusion_model\.)?)blocks\.\d+\.(self|cross)_attn\.[qkvo]\..*")
 """Tensors of a transformer as Wan's own code, and ComfyUI, name them."""

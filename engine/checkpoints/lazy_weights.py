@@ -8,9 +8,10 @@ one after the other. `faked` is for tracing: no values at all.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -32,20 +33,28 @@ _Module = TypeVar("_Module", bound=nn.Module)
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Stored:
-    """A tensor in a safetensors file, and what is to be changed in it whenever it is read (a LoRA's sums).
+    """A tensor on disk, and what is to be changed in it whenever it is read (a LoRA's sums).
 
-    kind: its dtype in the file, as safetensors spells it; file: what the file was, so that no other one is
-    read later, None for any.
+    load: reads it, as it is kept; shape: of what `load` gives; kind: its dtype, as safetensors spells it.
     """
 
-    path: Path
-    name: str
+    load: Callable[[], Tensor]
     shape: torch.Size
     kind: str
-    changes: list[Callable[[Tensor], None]] = field(default_factory=list, compare=False)
-    file: Identity | None = None
+    changes: list[Callable[[Tensor], None]] = field(default_factory=list)
+
+    @classmethod
+    def in_file(cls, path: Path, name: str, shape: torch.Size, kind: str, held: Identity) -> Stored:
+        """A tensor of a safetensors file; held: what the file was, so that no other one is read later."""
+        return cls(partial(_from_file, path, name, held), shape, kind)
+
+    def then(
+        self, change: Callable[[Tensor], Tensor], shape: Sequence[int], kind: str | None = None
+    ) -> Stored:
+        """What `change` makes of this tensor, of another shape or kind, whenever it is read."""
+        return Stored(lambda: change(self.load()), torch.Size(shape), kind or self.kind)
 
     @property
     def dtype(self) -> torch.dtype | None:
@@ -61,14 +70,7 @@ class Stored:
 
         copied: it never is the file itself, mapped to memory.
         """
-        try:
-            # Opened anew each time: the memory that a file is mapped to goes with the tensor, not at the end.
-            with safe_open(self.path, framework="pt") as file:
-                tensor = file.get_tensor(self.name)
-            if self.file not in (None, identity(self.path)):
-                raise WeightsError(f"{self.path} was changed while it was in use: start again")
-        except (SafetensorError, OSError) as error:
-            raise unreadable(self.path, error) from error
+        tensor = self.load()
         if self.changes:  # in float32, whatever the file has
             tensor = tensor.to(torch.float32, copy=True)
             for change in self.changes:
@@ -79,6 +81,19 @@ class Stored:
     def equal(self, other: Stored) -> bool:
         """Whether both hold the same values."""
         return self.read().equal(other.read())
+
+
+def _from_file(path: Path, name: str, held: Identity) -> Tensor:
+    """A tensor of a safetensors file that is what it was."""
+    try:
+        # Opened anew each time: the memory that a file is mapped to goes with the tensor, not at the end.
+        with safe_open(path, framework="pt") as file:
+            tensor = file.get_tensor(name)
+        if held != identity(path):
+            raise WeightsError(f"{path} was changed while it was in use: start again")
+    except (SafetensorError, OSError) as error:
+        raise unreadable(path, error) from error
+    return tensor
 
 
 def stream(module: nn.Module, stored: Mapping[str, Stored], absent: Set[str] = frozenset()) -> None:

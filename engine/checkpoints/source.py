@@ -32,11 +32,12 @@ from ..presets import preset
 from ..sampling import Sampling
 from ..vae.wan_decoder import build_vae
 from .adapter import check_base, load_adapter, read_adapter
-from .diffusers_folder import HUB_ID, is_folder, locate, open_folder, read_json
+from .diffusers_folder import HUB_ID, is_folder, locate, open_folder
 from .foreign import refuse_foreign
 from .lora import merge_lora
 from .safetensors_io import built, load, load_model
 from .wan import load_base, load_base_vae, read_config, read_sampling
+from .weight_files import read_json
 
 if TYPE_CHECKING:
     from ..vae.wan_decoder import VAE

@@ -7,8 +7,9 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from conceptmaster.engine.checkpoints.diffusers_folder import is_folder, locate, read_json, stored_tensors  # noqa: E402
+from conceptmaster.engine.checkpoints.diffusers_folder import is_folder, locate  # noqa: E402
 from conceptmaster.engine.checkpoints.safetensors_io import save  # noqa: E402
+from conceptmaster.engine.checkpoints.weight_files import read_json, stored_tensors  # noqa: E402
 from conceptmaster.errors import WeightsError  # noqa: E402
 
 INDEX = "model.safetensors.index.json"

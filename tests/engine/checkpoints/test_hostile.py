@@ -20,11 +20,12 @@ import torch
 
 from conceptmaster.engine.checkpoints import safetensors_io
 from conceptmaster.engine.checkpoints.adapter import read_adapter, save_adapter
-from conceptmaster.engine.checkpoints.diffusers_folder import open_folder, read_header, stored_tensors
+from conceptmaster.engine.checkpoints.diffusers_folder import open_folder
 from conceptmaster.engine.checkpoints.lora import merge_lora
 from conceptmaster.engine.checkpoints.safetensors_io import load, load_model, on_meta, save, save_model
 from conceptmaster.engine.checkpoints.source import random_source
 from conceptmaster.engine.checkpoints.wan import read_config, read_sampling
+from conceptmaster.engine.checkpoints.weight_files import read_header, stored_tensors
 from conceptmaster.engine.config import ModelConfig
 from conceptmaster.engine.model import ConceptMaster
 from conceptmaster.engine.presets import preset

@@ -10,10 +10,10 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 from conceptmaster.engine.checkpoints import lazy_weights  # noqa: E402
-from conceptmaster.engine.checkpoints.diffusers_folder import stored_tensors  # noqa: E402
 from conceptmaster.engine.checkpoints.lazy_weights import faked, settle, stored_weights, stream  # noqa: E402
 from conceptmaster.engine.checkpoints.lora import merge_lora  # noqa: E402
 from conceptmaster.engine.checkpoints.safetensors_io import save  # noqa: E402
+from conceptmaster.engine.checkpoints.weight_files import stored_tensors  # noqa: E402
 from conceptmaster.engine.model import ConceptMaster  # noqa: E402
 from conceptmaster.errors import WeightsError  # noqa: E402
 

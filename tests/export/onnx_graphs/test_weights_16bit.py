@@ -54,8 +54,8 @@ def test_what_lies_beside_a_graph(tmp_path, streamed, wan_folder):
     """Aligned, in 16 bits where these hold the values, the table of words cast behind its Gather."""
     import onnx
 
-    from conceptmaster.engine.checkpoints.diffusers_folder import stored_tensors
     from conceptmaster.engine.checkpoints.source import Choices, open_source
+    from conceptmaster.engine.checkpoints.weight_files import stored_tensors
     from conceptmaster.export.graphs import graph_specs
     from conceptmaster.export.onnx_graphs.trace import export_graph
     from conceptmaster.hashed import sha256_file
