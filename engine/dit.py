@@ -6,8 +6,8 @@ and `norm_added_k` in `attn2` (shared_query), `concept_proj` (merged). An image-
 the same three as shared_query, but they are its own: its concept tokens are picture tokens (base).
 
 Letters: B batch, K guidance branches (also a batch), N concepts, Q tokens per concept, C = N*Q, T text
-tokens, F H W latent frames, height, width, S video tokens, D width, A heads, E head width, Dc concept width,
-Dt text width, Cg channels of the conditioned frames.
+tokens, F H W latent frames (f of patches), height, width, S video tokens, D width, A heads, E head width, Dc
+concept width, Dt text width, Cg channels of the conditioned frames.
 """
 
 from __future__ import annotations
@@ -133,11 +133,20 @@ KEYS_VALUES = BlockConditions._fields[:4]
 
 class DeferredResidual(NamedTuple):
     """What a fused block gives: x + branch * gate, not yet added up, which the first kernel behind it does.
-    [K,S,D], [K,S,D], [K,D]."""
+    [K,S,D], [K,S,D], [K,D] or [K,f,D]."""
 
     x: Tensor
     branch: Tensor
     gate: Tensor
+
+
+def scaled(x: Tensor, factor: Tensor, offset: Tensor | None = None) -> Tensor:
+    """x [K,S,D] * factor + offset, each [K or 1,1,D], or [K or 1,f,1,D] where each of f latent frames has its
+    own."""
+    if factor.dim() == x.dim():
+        return x * factor if offset is None else x * factor + offset
+    frames = x.unflatten(1, (factor.shape[1], -1))  # [K,f,S/f,D]
+    return (frames * factor if offset is None else frames * factor + offset).flatten(1, 2)
 
 
 class Block(nn.Module):
@@ -179,18 +188,18 @@ class Block(nn.Module):
         kv: BlockConditions,
         mask: Tensor | None,
     ) -> Tensor:
-        """x [K,S,D], modulation [K or 1,6,D], rotary two [S,1,E/2], mask bool [K,C] (merged: T+C) or None for
-        all True -> x.
+        """x [K,S,D], modulation [K or 1,6,D] (or of each latent frame, [K or 1,f,6,D]), rotary two [S,1,E/2],
+        mask bool [K,C] (merged: T+C) or None for all True -> x.
 
         x may be [1,S,D], as long as the branches differ in nothing: their text and concepts part them.
         """
-        table = wide(self.scale_shift_table) + wide(modulation)  # [K,6,D]
-        shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = table.chunk(6, dim=1)  # [K,1,D] each
+        table = wide(self.scale_shift_table) + wide(modulation)  # [K,6,D], or [K,f,6,D]
+        shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = table.chunk(6, dim=-2)  # [K,1,D] or [K,f,1,D]
 
-        h = (self.norm1(x) * (1 + scale) + shift).type_as(x)
+        h = scaled(self.norm1(x), 1 + scale, shift).type_as(x)
         k, v = self.attn1.keys_values(h)
         out = self.attn1.output(attention(rotate(self.attn1.queries(h), *rotary), rotate(k, *rotary), v))
-        x = (wide(x) + out * gate).type_as(x)  # [K,S,D]
+        x = (wide(x) + scaled(out, gate)).type_as(x)  # [K,S,D]
 
         q = self.attn2.queries(self.norm2(x).type_as(x))  # [K or 1,S,A,E]
         if len(q) < len(kv.text_keys):
@@ -200,8 +209,8 @@ class Block(nn.Module):
             assert kv.concept_keys is not None and kv.concept_values is not None
             x = self._inject(x, kv.concept_keys, kv.concept_values, mask)  # [K,S,D]
 
-        h = (self.norm3(x) * (1 + ffn_scale) + ffn_shift).type_as(x)
-        return (wide(x) + wide(self.ffn(h)) * ffn_gate).type_as(x)  # [K,S,D]
+        h = scaled(self.norm3(x), 1 + ffn_scale, ffn_shift).type_as(x)
+        return (wide(x) + scaled(wide(self.ffn(h)), ffn_gate)).type_as(x)  # [K,S,D]
 
     def _inject(self, x: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
         """x [K,S,D], keys and values [K or R,C,A,E], mask bool [K,C] -> x and the concepts, [K,S,D]."""
@@ -222,6 +231,21 @@ class Block(nn.Module):
         return decoupled_cross_attention(
             q, kv.text_keys, kv.text_values, *concepts, mask, text_bias=kv.text_bias
         )
+
+
+def with_clean(latents: Tensor, time: Tensor, picture: Tensor) -> tuple[Tensor, Tensor]:
+    """The latents with a picture as their first frame, and each frame's time: 0 of that one, as diffusers'
+    pipelines do it where they expand time steps. The mask is one where there is a picture, or zero
+    everywhere: then all is as it was.
+
+    latents [K,Cz,F,H,W], time [K], picture [K or 1,1+Cz,1,H,W] (mask, latents) -> [K,Cz,F,H,W], [K,F].
+    """
+    mask, clean = picture.split([1, latents.shape[1]], dim=1)
+    first, rest = latents.split([1, latents.shape[2] - 1], dim=2)
+    known = torch.cat((mask * clean + (1 - mask) * first, rest), dim=2)  # [K,Cz,F,H,W]
+    noisy = 1 - mask[:, 0, 0, 0, :1].type_as(time)  # [K or 1,1]
+    times = time[:, None].expand(-1, rest.shape[2])  # [K,F-1]
+    return known, torch.cat((times[:, :1] * noisy, times), dim=1)  # [K,F]
 
 
 def _initialise(modules: dict[str, nn.Module]) -> None:
@@ -325,22 +349,25 @@ class ConceptDiT(nn.Module):
         latents [K,Cz,F,H,W] of any size that divides into patches, or [1,Cz,F,H,W] for all branches, whose
         first self-attention is then one; time [K] or [1] (sigma * 1000), kv from `condition`, perhaps with
         text_bias [K,T], concept_mask bool [K or R,N] as there (None: every concept is seen), conditioning
-        [K or 1,Cg,F,H,W] (for `base`, and only for it): a mask of the frames that are pictures, then their
-        latents. Returns [K,Cz,F,H,W].
+        [K or 1,Cg,F,H,W] (where pictures are frames): a mask of the frames that are pictures, then their
+        latents; where they are `clean` of the first latent frame alone, [K or 1,Cg,1,H,W], and None for no
+        picture. Returns [K,Cz,F,H,W].
 
         guidance [K], whose sum is one: latents and time are those of all branches, and what returns is
         sum over k of guidance_k velocity_k, [1,Cz,F,H,W]. What follows the last norm is linear, so it is
         done once.
         """
-        known = latents
-        if conditioning is not None:
+        known, frame_time = latents, time
+        if conditioning is not None and self.config.concept.given == "clean":
+            known, frame_time = with_clean(latents, time, conditioning)  # [K,Cz,F,H,W], [K,F]
+        elif conditioning is not None:
             shared = conditioning.expand(latents.shape[0], -1, -1, -1, -1)  # [K,Cg,F,H,W]
             known = torch.cat((latents, shared), dim=1)  # [K,Cz+Cg,F,H,W]
         placed, rotary = self.positions(known)  # [K,Cz+Cg+p,F,H,W]
         patches = self.patch_embedding(placed)  # [K,D,f,h,w]
         grid, x = patches.shape[2:], patches.flatten(2).transpose(1, 2)  # x [K,S,D]
 
-        embedding, modulation = self.condition_embedder.time(time)  # [K,D], [K,6,D]
+        embedding, modulation = self.condition_embedder.time(frame_time)  # [K,D], [K,6,D], or [K,F,…]
         mask = None if concept_mask is None else self._token_mask(concept_mask)  # [K,C]
         bias = kv.get("text_bias")  # [K,T]
         if self.config.concept.injection == "merged":
@@ -358,11 +385,12 @@ class ConceptDiT(nn.Module):
             own = BlockConditions(*parts)._replace(text_bias=bias)
             x = block(x, modulation, rotary, own, mask)  # [K,S,D]
 
-        shift, scale = (self.scale_shift_table + embedding[:, None]).chunk(2, dim=1)  # [K,1,D] each
+        shift, scale = (self.scale_shift_table + embedding.unsqueeze(-2)).chunk(2, dim=-2)  # [K,1,D] each
         if isinstance(x, DeferredResidual):
-            _, last = residual_modulate(*x, scale[:, 0], shift[:, 0], eps=self.norm_out.eps)  # [K,S,D]
+            vectors = scale.squeeze(-2), shift.squeeze(-2)  # [K,D] each, or [K,F,D]
+            _, last = residual_modulate(*x, *vectors, eps=self.norm_out.eps)  # [K,S,D]
         else:
-            last = self.norm_out(x) * (1 + scale) + shift  # [K,S,D]
+            last = scaled(self.norm_out(x), 1 + scale, shift)  # [K,S,D]
         if guidance is not None:
             last = wide(last)
             last = (guidance.type_as(last)[None] @ last.flatten(1)).unflatten(1, last.shape[1:])  # [1,S,D]

@@ -43,8 +43,8 @@ class TimeWaves(Constants):
         super().__init__(frequencies=torch.exp(-math.log(10000.0) * steps / (width // 2)))
 
     def forward(self, time: Tensor) -> Tensor:
-        """time [B] -> float32 [B,width]."""
-        angle = time[:, None].float() * self.frequencies[None]  # [B,width/2]
+        """time [B] -> float32 [B,width], or of any shape."""
+        angle = time.unsqueeze(-1).float() * self.frequencies  # [B,width/2]
         return torch.cat((angle.cos(), angle.sin()), dim=-1)  # [B,width]
 
 
@@ -85,8 +85,9 @@ class ConditionEmbedder(nn.Module):
             self.image_embedder = PictureEmbedder(config.image_dim, config.width, config.pos_embed_seq_len)
 
     def time(self, time: Tensor) -> tuple[Tensor, Tensor]:
-        """time [B] in 0..1000 -> embedding [B,D], and the blocks' modulation [B,6,D]."""
+        """time [B] in 0..1000 -> embedding [B,D], and the blocks' modulation [B,6,D]; of [B,F] times, one for
+        each latent frame, [B,F,D] and [B,F,6,D]."""
         waves = self.time_waves(time).to(self.time_embedder.linear_1.weight.dtype)  # [B,freq_dim]
         embedding = self.time_embedder(waves)  # [B,D]
         hidden = F.silu(embedding).to(self.time_proj.weight.dtype)
-        return embedding, self.time_proj(hidden).unflatten(1, (6, -1))  # [B,D], [B,6,D]
+        return embedding, self.time_proj(hidden).unflatten(-1, (6, -1))  # [B,D], [B,6,D]

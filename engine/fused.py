@@ -32,7 +32,7 @@ from ..kernels.cross_attention import (
 )
 from ..kernels.fp8_attention import cudnn_attends, fp8_attention, qkv_to_fp8, query_key_steps
 from ..kernels.fp8_linear import Fp8Linear, Quantised, why_no_fp8
-from ..kernels.modulate import modulate, residual_modulate, residual_reference
+from ..kernels.modulate import modulate, residual, residual_modulate
 from ..kernels.qk_norm_rope import inverse_rms, qk_norm_rope
 from ..kernels.self_attention import WAYS, self_attention, ways
 from .dit import Attention, Block, BlockConditions, ConceptDiT, DeferredResidual
@@ -158,8 +158,8 @@ class FusedBlock(nn.Module):
         see no concept, and nothing of the injector is computed for them.
         """
         block = self.block
-        table = wide(block.scale_shift_table) + wide(modulation)  # [K,6,D]
-        shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = table.unbind(1)  # [K,D] each
+        table = wide(block.scale_shift_table) + wide(modulation)  # [K,6,D], or of each frame, [K,f,6,D]
+        shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = table.unbind(-2)  # [K,D] or [K,f,D] each
 
         if isinstance(x, DeferredResidual):
             x, h = residual_modulate(*x, scale, shift, eps=block.norm1.eps)  # [K,S,D] each
@@ -302,7 +302,7 @@ def _affine(
     """(x + branch * gate + later, the affine LayerNorm of x + branch * gate), [K,S,D] each; where `norm` is
     no LayerNorm, twice the sum. later: [D]."""
     if not isinstance(norm, nn.LayerNorm):
-        x = residual_reference(x, branch, gate)  # [K,S,D]
+        x = residual(x, branch, gate)  # [K,S,D]
         return (x if later is None else x + later), x
     scale, shift = _vectors(norm, x)
     return residual_modulate(x, branch, gate, scale, shift, later, plus_one=False, eps=norm.eps)

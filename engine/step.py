@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .dit import KEYS_VALUES, ConceptDiT
 from .model import ConceptMaster
 from .vae.wan_decoder import streaming_decoders
-from .vae.wan_encoder import streaming_encoders
+from .vae.wan_encoder import EncodePicture, streaming_encoders
 
 if TYPE_CHECKING:
     from .vae.wan_decoder import VAE
@@ -121,7 +121,9 @@ def graph_modules(
     modules["condition"] = Condition(model.transformer, seeing)
     modules["denoise"] = DenoiseStep(model.transformer, biased)
     modules |= zip(("decode_first", "decode"), streaming_decoders(vae), strict=True)
-    if model.config.conditioning_channels:  # so it is Wan's VAE
+    if model.config.concept.given == "clean":  # so it is Wan's VAE
+        modules["encode_first"] = EncodePicture(cast("Any", vae)).eval()
+    elif model.config.conditioning_channels:
         pair = streaming_encoders(cast("Any", vae))
         modules |= zip(("encode_first", "encode"), pair, strict=True)
     return modules

@@ -18,7 +18,7 @@ from ..runtime.atomic_folder import replacing_folder
 from ..runtime.bundle_format import manifest as manifests
 from ..runtime.bundle_format.hashed_file import HashedFile
 from ..runtime.bundle_format.place import bundle_files, check_place
-from ..runtime.bundle_format.schema import FORMAT, Defaults, GraphFile, Manifest, Ranges, Shapes, Vocabulary
+from ..runtime.bundle_format.schema import Defaults, GraphFile, Manifest, Ranges, Shapes, Vocabulary
 from ..runtime.bundle_format.source_record import MergedLora, SourceRecord
 from ..runtime.bundle_format.strict_json import decode
 from ..runtime.progress import each
@@ -64,7 +64,7 @@ def write_bundle(
     concept = source.model.config.concept
     if not with_graphs and precision != "fp32":
         raise InputError("int8 is a precision of graphs: a bundle without graphs has none")
-    if branches == 3 and concept.injection == "base":
+    if branches == 3 and concept.given != "none":
         raise InputError("an image-to-video model's guidance is of captions alone: --branches 1 or 2")
     config, whole = text_of(source.model.config, text_tokens)
     tiles = tile_of(config, tile)
@@ -100,7 +100,7 @@ def write_bundle(
                 graphs[spec.name] = describe(path, spec)
             rows.append(_held(check(spec, path, own)))
         manifest = Manifest(
-            format=FORMAT if whole is not None else FORMAT - 1,
+            format=5 if concept.given == "clean" else 4 if whole is not None else 3,
             name=source.model.config.name,
             written_by={"conceptmaster": __version__}
             | {name: importlib.metadata.version(name) for name in WRITERS},

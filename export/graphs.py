@@ -30,6 +30,7 @@ from ..runtime.bundle_format.graph_list import (
     FIRST_FRAME,
     IMAGE_TO_VIDEO,
     LATER_FRAMES,
+    TEXT_OR_IMAGE,
     Graph,
     graphs_of,
 )
@@ -101,7 +102,9 @@ def graph_specs(
 def _specs(samples: _Samples) -> list[GraphSpec]:
     """The specs by what `samples` gives; each graph's sample is the method of its name."""
     concept = samples.model.config.concept
-    kind = CONCEPTS if concept.has_modules else IMAGE_TO_VIDEO if concept.takes_pictures else BASE
+    kind = TEXT_OR_IMAGE if concept.given == "clean" else BASE
+    if concept.takes_pictures:
+        kind = CONCEPTS if concept.has_modules else IMAGE_TO_VIDEO
     specs = []
     for graph in graphs_of(kind, samples.config.latent_shape[1]):
         sample = getattr(samples, graph.name)
@@ -203,8 +206,12 @@ class _Samples:
         return {"frames": self._frames(seed + 1, 1).expand(count, -1, -1, -1), **state}
 
     def conditioned(self, seed: int) -> Tensor:
-        """A picture for the first frame and none for the others, [1,Cg,F,H,W]."""
+        """A picture for the first frame and none for the others, [1,Cg,F,H,W]; where it is `clean`, of every
+        other seed, [1,Cg,1,H,W]."""
         channels, frames, height, width = self.config.latent_shape
+        if self.config.concept.given == "clean":
+            clean = self._first("encode_first", seed)[0]
+            return torch.cat((torch.ones_like(clean[:, :1]), clean), dim=1) * float(seed % 2 == 0)
         mask = torch.zeros(1, self.config.conditioning_channels - channels, frames, height, width)
         mask[:, :, 0] = 1.0
         latents = torch.zeros(1, channels, frames, height, width)

@@ -37,6 +37,8 @@ def conditioning_of(config: ModelConfig) -> FrameConditioning | None:
         return None
     if kind == "first":
         return FrameConditioning((first,), required=1, dropped_frames=0)
+    if kind == "clean":
+        return FrameConditioning((first,), required=0, dropped_frames=0)
     if kind == "first_last":
         return FrameConditioning((first, FramePlacement(-1, 1, "stretched")), required=2, dropped_frames=0)
     places = [FramePlacement(0, 1, "padded")]

@@ -7,6 +7,9 @@ x's dtype), as if the two steps were separate, so that fusing changes nothing bu
 
 A product can add its result to what is carried on (`addmm`), but then not a bias, too. That bias may be added
 beforehand, `later`: to the sum that is carried on, not to what is normalised.
+
+Vectors are a batch row's, [B,D] or [1,D], or those of its tokens' F equal runs, one after the other, as where
+each latent frame has a time of its own: [B,F,D] or [1,F,D].
 """
 
 from __future__ import annotations
@@ -48,6 +51,23 @@ def residual_modulate_reference(
     summed = residual_reference(x, branch, gate)  # [B,S,D]
     normed = norm_reference(summed, scale, shift, plus_one, eps)  # [B,S,D]
     return summed if later is None else summed + later, normed
+
+
+def _by_run(x: Tensor, *vectors: Tensor | None) -> tuple[Tensor, list[Tensor | None], int]:
+    """x and the vectors such that every batch row is a run of its own, and how many runs a row had."""
+    runs = next((v.shape[1] for v in vectors if v is not None and v.dim() == 3), 1)
+    if runs == 1 and all(v is None or v.dim() == 2 for v in vectors):
+        return x, list(vectors), 1
+    rows = [
+        v if v is None or v.dim() == 2 else v.expand(len(x), -1, -1).flatten(0, 1)  # [B*F,D]
+        for v in vectors
+    ]
+    return _in_runs(x, runs), rows, runs
+
+
+def _in_runs(x: Tensor, runs: int) -> Tensor:
+    """[B,S,D] -> [B*runs,S/runs,D]."""
+    return x if runs == 1 else x.unflatten(1, (runs, -1)).flatten(0, 1)
 
 
 # Triton.
@@ -168,15 +188,22 @@ _residual_modulate = TorchOp(
 )
 
 
+def residual(x: Tensor, branch: Tensor, gate: Tensor | None) -> Tensor:
+    """x + branch * gate in plain torch, [B,S,D], where no norm follows; of what `residual_modulate` takes."""
+    rows, (gate,), runs = _by_run(x, gate)
+    return residual_reference(rows, _in_runs(branch, runs), gate).view_as(x)
+
+
 def modulate(
     x: Tensor, scale: Tensor, shift: Tensor | None = None, *, plus_one: bool = True, eps: float = 1e-6
 ) -> Tensor:
     """LayerNorm(x) * (1 + scale) + shift: adaLN; with plus_one=False, scale and shift are an affine norm's.
 
-    x [B,S,D]; scale and shift float32 (float64 of float64), [B,D] or [1,D]. Returns [B,S,D] in x's dtype.
-    Raises ValueError for other shapes, dtypes or devices.
+    x [B,S,D]; scale and shift float32 (float64 of float64), [B,D], [1,D], [B,F,D] or [1,F,D]. Returns [B,S,D]
+    in x's dtype. Raises ValueError for other shapes, dtypes or devices.
     """
-    return _modulate(x, scale, shift, plus_one, eps)
+    rows, (scale_, shift_), _ = _by_run(x, scale, shift)
+    return _modulate(rows, scale_, shift_, plus_one, eps).view_as(x)
 
 
 def residual_modulate(
@@ -193,7 +220,9 @@ def residual_modulate(
     """(x + branch * gate + later, and `modulate` of x + branch * gate), each [B,S,D]: what is carried on, and
     what the next part reads.
 
-    branch [B,S,D], gate float32 [B,D] or [1,D], None for one; later [D] in x's dtype: a bias of what will be
+    branch [B,S,D], gate float32 as scale, None for one; later [D] in x's dtype: a bias of what will be
     added next; the rest as for `modulate`.
     """
-    return _residual_modulate(x, branch, gate, scale, shift, later, plus_one, eps)
+    rows, vectors, runs = _by_run(x, gate, scale, shift)
+    found = _residual_modulate(rows, _in_runs(branch, runs), *vectors, later, plus_one, eps)
+    return found[0].view_as(x), found[1].view_as(x)

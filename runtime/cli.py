@@ -55,7 +55,8 @@ def _placements(conditioning: FrameConditioning) -> str:
     placements, dropped = conditioning.placements, conditioning.dropped_frames
     where = ", ".join(f"frame {placement.first} (× {placement.count})" for placement in placements)
     left_out = f"; {dropped} frames are left out for each" if dropped else ""
-    return f"{conditioning.required} to {len(placements)}, as {where}{left_out}"
+    alone = "" if conditioning.required else "; without one a video of text alone"
+    return f"{conditioning.required} to {len(placements)}, as {where}{left_out}{alone}"
 
 
 def _tiles(manifest: Manifest) -> str:
@@ -76,7 +77,7 @@ def _describe(manifest: Manifest, sizes: dict[str, int], folder: Path) -> str:
         f"folder    {folder}",
         f"video     {s.frames} frames of {s.width}×{s.height} at {manifest.fps:g} a second",
         f"concepts  up to {s.concepts}, pictures {s.picture_size}×{s.picture_size}, {s.queries} tokens each"
-        if manifest.concepts
+        if "image_encoder" in manifest.graphs
         else "concepts  none: a base alone",
         *([] if manifest.conditioning is None else [f"pictures  {_placements(manifest.conditioning)}"]),
         f"text      {manifest.prompt_tokens} tokens, labels {s.label_tokens}",

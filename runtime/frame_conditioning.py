@@ -6,6 +6,10 @@ latent frame, which stands for one, has it in all channels. So diffusers' WanIma
 one picture or two, and SkyReels-A2's A2Pipeline with references that lead the video, at three for three, and
 are left out of it afterwards.
 
+Of a model whose picture may be left out, the one picture is the first latent frame itself: clean at every
+step, with a mask that says so, and put there once more behind the last step, as diffusers' pipelines do it
+where they expand time steps. Without a picture the mask is zero, and the video is of text alone.
+
 A2Pipeline draws its latents from the encoder's distribution; here they are its mean, as in diffusers. With
 one reference A2Pipeline fails (its mask has a latent frame too many); here it is as one would expect.
 """
@@ -55,12 +59,33 @@ def leading(manifest: Manifest, count: int) -> int:
     return 0 if manifest.conditioning is None else manifest.conditioning.dropped_frames * count
 
 
-def channels(backend: Backend, frames: dict[int, np.ndarray], shapes: Shapes) -> np.ndarray:
-    """What `fitted` gave → the mask and the latents, float32 [1,t+Cz,F,H,W]."""
+def previewed(manifest: Manifest, count: int) -> int:
+    """The latent frame to preview of a video from `count` pictures: the first one that is made."""
+    return count if leading(manifest, count) or manifest.begins_clean else 0
+
+
+def channels(backend: Backend, frames: dict[int, np.ndarray], manifest: Manifest) -> np.ndarray:
+    """What `fitted` gave → the mask and the latents, float32 [1,t+Cz,F,H,W]; of a picture that may be left
+    out [1,1+Cz,1,H,W]."""
+    shapes = manifest.shapes
+    if manifest.begins_clean:
+        if not frames:
+            return np.zeros((1, 1 + shapes.latent[0], 1, *shapes.latent[2:]), np.float32)
+        encoded = backend.run("encode_first", {"frames": _unit(frames[0])[None]})["latents"]
+        clean = backend.to_host(encoded)  # [1,Cz,1,H,W]
+        return np.concatenate((np.ones_like(clean[:, :1]), clean), axis=1)
     chunks = ({"frames": chunk} for chunk in _chunks(frames, shapes, backend.latent_frames))
     parts = [backend.to_host(part) for part in run_causal(backend, "encode", chunks, "latents")]
     latents = np.concatenate(parts, axis=2)  # [1,Cz,F,H,W]
     return np.concatenate((mask(frames, shapes), latents), axis=1)
+
+
+def kept(latents: np.ndarray, given: np.ndarray | None, manifest: Manifest) -> np.ndarray:
+    """The latents [Cz,F,H,W] behind the last step with the picture of `channels`, where that is the first."""
+    if given is None or not manifest.begins_clean:
+        return latents
+    known, clean = given[0, :1], given[0, 1:]  # [1,1,H,W], [Cz,1,H,W]
+    return np.concatenate((known * clean + (1 - known) * latents[:, :1], latents[:, 1:]), axis=1)
 
 
 def mask(frames: dict[int, np.ndarray], shapes: Shapes) -> np.ndarray:
@@ -81,5 +106,10 @@ def _chunks(frames: dict[int, np.ndarray], shapes: Shapes, at_once: int) -> Iter
         chunk = np.zeros((end - start, shapes.height, shapes.width, 3), np.float32)
         for number in range(start, end):
             if number in frames:
-                chunk[number - start] = frames[number].astype(np.float32) / 255.0 * 2.0 - 1.0
+                chunk[number - start] = _unit(frames[number])
         yield chunk
+
+
+def _unit(frame: np.ndarray) -> np.ndarray:
+    """uint8 -> float32 in -1..1."""
+    return frame.astype(np.float32) / 255.0 * 2.0 - 1.0

@@ -24,7 +24,7 @@ from . import frame_conditioning, pictures, tiles, vocabulary
 from . import noise as noises
 from .backends import Backend, check_choice, open_backend
 from .bundle_format.find import Bundle
-from .bundle_format.graph_list import CONCEPT_GRAPHS, STEP_GRAPH
+from .bundle_format.graph_list import CONCEPT_GRAPHS, FRAME_GRAPHS, STEP_GRAPH
 from .causal import run_causal, spans
 from .guidance import Guidance
 from .pixels import to_uint8
@@ -226,13 +226,15 @@ class Pipeline:
 
         seconds: dict[str, float] = {}
         with _timed(seconds, "load"):
-            skipped = () if concepts else CONCEPT_GRAPHS
+            skipped = () if concepts else (*CONCEPT_GRAPHS, *FRAME_GRAPHS)
             backend.load(graph for graph in self.manifest.graphs if graph not in skipped)
         with _timed(seconds, "encode"):
             known: dict[str, Any] = self._branch_texts(request, guidance, tokens)
             known["concept_tokens"] = self._concept_tokens(concepts, tokens)  # [N,Q,Dc]
+            given = None
             if self.manifest.conditioning is not None:
-                known["given"] = frame_conditioning.channels(self.backend, frames, shapes)  # [1,t+Cz,F,H,W]
+                given = frame_conditioning.channels(self.backend, frames, self.manifest)  # [1,t+Cz,F,H,W]
+                known["given"] = given
         with _timed(seconds, "condition"):
             known["concept_mask"] = self._concept_mask(guidance, len(concepts))  # [K,N]
             known |= self.backend.run("condition", known) | {"guidance": guidance.weights}
@@ -241,12 +243,14 @@ class Pipeline:
         steps = request.samples * request.steps
         decodes = request.samples * shapes.latent[1] * len(self._tiles)
         with bar(steps + decodes, "steps and frames", progress) as advance:
-            report = self._reporter(callback, steps, advance, 0 if leading == 0 else len(concepts))
+            shown = frame_conditioning.previewed(self.manifest, len(concepts))
+            report = self._reporter(callback, steps, advance, shown)
             for seed, start in zip(request.seeds, starts, strict=True):
                 own = dict(seconds)
                 with _timed(own, "denoise"):
                     start = noises.from_seed(seed, shapes.latent) if start is None else start  # [Cz,F,H,W]
                     latents = self._denoise(start, known, schedule, report)  # [Cz,F,H,W]
+                latents = frame_conditioning.kept(latents, given, self.manifest)
                 with _timed(own, "decode"):
                     video = self._decode(latents, advance)[leading:]  # [frames,height,width,3]
                 about = (seed, request.prompt, concepts, own, tuple(remarks))
@@ -297,7 +301,7 @@ class Pipeline:
         finite.
         """
         shapes, images = self.manifest.shapes, self.manifest.pictures
-        if not concepts:
+        if not concepts or "image_encoder" not in self.manifest.graphs:
             return np.zeros((shapes.concepts, shapes.queries, shapes.concept_width), np.float32)
         pixels = np.zeros((shapes.concepts, 3, shapes.picture_size, shapes.picture_size), np.float32)
         for i, concept in enumerate(concepts):

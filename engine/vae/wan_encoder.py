@@ -40,12 +40,13 @@ class _Encode(nn.Module):
         self.register_buffer("mean", mean, persistent=False)
         self.register_buffer("std", std, persistent=False)
 
-    def _encode(self, frames: Tensor, cache: list[Any]) -> tuple[Tensor, list[Any]]:
-        """Frames [f,height,width,3] -> normalised mean of the latents [1,Cz,n,H,W], and the caches in use."""
+    def _encode(self, frames: Tensor, cache: list[Any] | None) -> tuple[Tensor, list[Any]]:
+        """Frames [f,height,width,3] -> normalised mean of the latents [1,Cz,n,H,W], and the caches in use;
+        cache: None for a single frame that nothing follows."""
         used = [0]
         x = _patched(frames.permute(3, 0, 1, 2)[None], self.patch)  # [1,3*patch*patch,f,h,w]
         x = self.quant_conv(self.encoder(x, feat_cache=cache, feat_idx=used))  # [1,2*Cz,n,H,W]
-        return (x.chunk(2, dim=1)[0] - self.mean) / self.std, cache[: used[0]]
+        return (x.chunk(2, dim=1)[0] - self.mean) / self.std, (cache or [])[: used[0]]
 
 
 class EncodeFirst(_Encode):
@@ -86,6 +87,14 @@ class EncodeNext(_Encode):
         """frames: RGB in -1..1; states: as they came out of the call before, same order and shapes."""
         latents, cache = self._encode(frames, list(states))
         return latents, *cache
+
+
+class EncodePicture(_Encode):
+    """Encodes the frame that a video begins with, alone: frames [1,height,width,3] -> latents [1,Cz,1,H,W]."""
+
+    def forward(self, frames: Tensor) -> tuple[Tensor]:
+        """frames: RGB in -1..1. Latents are normalised; a tuple of them, as where states follow."""
+        return (self._encode(frames, None)[0],)
 
 
 def _patched(video: Tensor, patch: int) -> Tensor:

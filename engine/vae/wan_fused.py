@@ -269,11 +269,13 @@ class FusedEncoder(_Fused):
     """(frames [f,height,width,3] in -1..1, *states) -> (latents [1,Cz,n,H,W], *next states).
 
     Without states a video's first frame; else the frames of any n later latent frames. Latents are normalised
-    and float32 (float64 of such); states are those of `EncodeNext`, in the weights' dtype.
+    and float32 (float64 of such); states are those of `EncodeNext`, in the weights' dtype, and are left out
+    unless it `streams`.
     """
 
-    def __init__(self, vae: AutoencoderKLWan) -> None:
+    def __init__(self, vae: AutoencoderKLWan, streams: bool = True) -> None:
         super().__init__(vae, vae.encoder, vae.quant_conv)
+        self.streams = streams
 
     def forward(self, frames: Tensor, *kept: Tensor) -> tuple[Tensor, ...]:
         """See the class."""
@@ -291,7 +293,8 @@ class FusedEncoder(_Fused):
             flow.put(flow.made(), None, shortcut)
         self._middle(coder.mid_block, flow)
         raw = _linear(self.point, self._end(flow)).chunk(2, dim=-1)[0]  # [n,H,W,Cz]
-        return _channels_first((wide(raw) - self.mean) / self.std), *flow.following
+        latents = _channels_first((wide(raw) - self.mean) / self.std)
+        return latents, *(flow.following if self.streams else ())
 
     def _smaller(self, layer: Any, flow: _Flow) -> None:
         """One layer on the way down."""
@@ -321,9 +324,10 @@ def fused_modules(vae: AutoencoderKLWan, names: Iterable[str], dtype: torch.dtyp
     The VAE's weights change their layout and dtype; it is to be used no more.
     """
     found: dict[str, nn.Module] = {}
-    for kind, make in (("decode", FusedDecoder), ("encode", FusedEncoder)):
+    for kind in ("decode", "encode"):
         if kinds := {f"{kind}_first", kind} & set(names):
-            module = make(vae).eval()
+            made = FusedDecoder(vae) if kind == "decode" else FusedEncoder(vae, streams="encode" in kinds)
+            module = made.eval()
             module.narrow(dtype)
             found |= dict.fromkeys(kinds, module)
     return found

@@ -18,6 +18,7 @@ LATER_FRAMES = "for each later latent frame"
 BASE = "a base alone"
 CONCEPTS = "a model with concept modules"
 IMAGE_TO_VIDEO = "an image-to-video base"
+TEXT_OR_IMAGE = "a base that takes a first picture, or none"
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Graph:
     name: str
     runs: str
     follows: str | None = None
-    models: tuple[str, ...] = (BASE, CONCEPTS, IMAGE_TO_VIDEO)
+    models: tuple[str, ...] = (BASE, CONCEPTS, IMAGE_TO_VIDEO, TEXT_OR_IMAGE)
 
 
 GRAPHS = (
@@ -40,7 +41,7 @@ GRAPHS = (
     Graph("qformer", ONCE, "image_encoder", (CONCEPTS,)),
     Graph("dam", ONCE, "qformer", (CONCEPTS,)),
     Graph("condition", ONCE, "dam"),
-    Graph("encode_first", FIRST_FRAME, models=(IMAGE_TO_VIDEO,)),
+    Graph("encode_first", FIRST_FRAME, models=(IMAGE_TO_VIDEO, TEXT_OR_IMAGE)),
     Graph("encode", LATER_FRAMES, "encode_first", (IMAGE_TO_VIDEO,)),
     Graph("denoise", EACH_STEP, "condition"),
     Graph("decode_first", FIRST_FRAME),
@@ -52,11 +53,14 @@ CONCEPT_GRAPHS = tuple(graph.name for graph in GRAPHS if graph.runs == ONCE and 
 """From pictures and labels to concept tokens: not needed for a request without concepts. Of an image-to-video
 base, whose picture tokens are the concept tokens, there is the first alone."""
 
+FRAME_GRAPHS = ("encode_first", "encode")
+"""From pictures to latents of the video's frames: not needed, either."""
+
 (STEP_GRAPH,) = (graph.name for graph in GRAPHS if graph.runs == EACH_STEP)
 
 
 def graphs_of(model: str, latent_frames: int) -> list[Graph]:
-    """The graphs of a model (BASE, CONCEPTS or IMAGE_TO_VIDEO), for a video of so many latent frames."""
+    """The graphs of a model (BASE, CONCEPTS, …), for a video of so many latent frames."""
     found = [graph for graph in GRAPHS if model in graph.models]
     return [graph for graph in found if latent_frames > 1 or graph.runs != LATER_FRAMES]
 

@@ -58,9 +58,9 @@ def _check(manifest: Manifest) -> None:
     unknown = [name for name in ("boxes", "experts") if getattr(manifest, name) is not None]
     if unknown:
         raise ValueError(f"has {', '.join(unknown)}, which this conceptmaster cannot honour: upgrade it")
-    conditioned = manifest.conditioning is not None
+    conditioned, clean = manifest.conditioning is not None, manifest.begins_clean
     collapsed = manifest.whole_text is not None
-    signatures.check(manifest.graphs, manifest.shapes, conditioned, manifest.decoded, collapsed)
+    signatures.check(manifest.graphs, manifest.shapes, conditioned, manifest.decoded, collapsed, clean)
 
 
 def _check_external(graph: Path, listed: set[Path]) -> None:

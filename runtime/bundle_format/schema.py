@@ -1,7 +1,8 @@
 """What manifest.json says: a bundle's graphs, their shapes, and what a request gets by default.
 
-Each dataclass is one JSON object and refuses values that cannot be. Format 4 adds the key `whole_text`;
-without that key a bundle is written in format 3, which adds what the bundle was made from (source_record.py)
+Each dataclass is one JSON object and refuses values that cannot be. A bundle is written in the oldest format
+that has what it needs. Format 5 adds a picture that a request may leave out. Format 4 adds the key
+`whole_text`; without that key a bundle is written in format 3, which adds what the bundle was made from (source_record.py)
 and the keys `vocabulary`, `ranges`, `boxes` and `experts`. Format 2 had none of them; format 1 neither
 conditioning frames, nor tiles, nor a choice of how pictures are fitted. A key that a format does not have is
 read as absent.
@@ -30,8 +31,8 @@ from .shapes import (
 from .source_record import SourceRecord
 from .strict_json import stored_as
 
-FORMAT = 4
-READABLE = (1, 2, 3, 4)
+FORMAT = 5
+READABLE = (1, 2, 3, 4, 5)
 PRECISIONS = ("fp32", "int8")
 FPS = (0.01, 1000.0)
 MOST_GUIDANCE = 1e6  # far from overflow in float32
@@ -123,7 +124,8 @@ class FrameConditioning:
 
     placements: of the first picture, the second, …; required: how many pictures a request must have, at most
     as many as there are placements; dropped_frames: video frames that each picture costs at the start: they
-    are made and decoded, then left out.
+    are made and decoded, then left out. Where none is required, the one picture is the first latent frame
+    itself, which is never noisy.
     """
 
     placements: tuple[FramePlacement, ...] = stored_as("places")
@@ -132,7 +134,9 @@ class FrameConditioning:
 
     def __post_init__(self) -> None:
         most = len(self.placements)
-        require(1 <= self.required <= most, f"least must be 1 to {most}, not {self.required}")
+        require(0 <= self.required <= most, f"least must be 0 to {most}, not {self.required}")
+        first = most == 1 and self.placements[0].frames(1) == range(1) and not self.dropped_frames
+        require(self.required > 0 or first, "a picture that may be left out must be the first frame")
         require(0 <= self.dropped_frames <= MOST_FRAMES, f"dropped must be 0 to {MOST_FRAMES}")
 
 
@@ -293,6 +297,7 @@ class Manifest:
     def _check_conditioning(self, conditioning: FrameConditioning) -> None:
         shapes, placements = self.shapes, conditioning.placements
         require(self.format > 1, "format 1 has no given frames")
+        require(self.format > 4 or conditioning.required > 0, "before format 5 a picture is required")
         require(shapes.branches <= 2, "given frames are the same in at most 2 guidance branches")
         require(len(placements) == shapes.concepts, "given must have a place for each concept")
         taken = sorted((p.frames(shapes.frames) for p in placements), key=lambda frames: frames.start)
@@ -303,6 +308,11 @@ class Manifest:
         require(inside and apart and free, "given frames must differ and leave some free")
         dropped = conditioning.dropped_frames * len(placements)
         require(dropped < shapes.frames, "given frames leave nothing of the video")
+
+    @property
+    def begins_clean(self) -> bool:
+        """Whether a request may have a picture that is the first latent frame itself, or none."""
+        return self.conditioning is not None and self.conditioning.required == 0
 
     @property
     def prompt_tokens(self) -> int:
@@ -326,8 +336,10 @@ class Manifest:
 
     @property
     def concepts(self) -> int:
-        """How many concepts a request may have; none for a base alone, whatever the shapes leave room for."""
-        return self.shapes.concepts if "image_encoder" in self.graphs else 0
+        """How many concepts a request may have, pictures that are frames alone among them; none for a base
+        alone, whatever the shapes leave room for."""
+        pictured = "image_encoder" in self.graphs or self.conditioning is not None
+        return self.shapes.concepts if pictured else 0
 
     @property
     def reads_labels(self) -> bool:

@@ -11,6 +11,7 @@ from .graph_list import (
     IMAGE_TO_VIDEO,
     LATER_FRAMES,
     STEP_GRAPH,
+    TEXT_OR_IMAGE,
     graphs_of,
     upstream,
 )
@@ -27,21 +28,25 @@ def check(
     conditioned: bool,
     decoded: tuple[int, int],
     collapsed: bool = False,
+    clean: bool = False,
 ) -> None:
     """Every input must be something that the pipeline has, in its dtype and shape; the outputs that the
     pipeline reads must be there; the frames must add up. A graph need not use all that it is offered.
     conditioned: whether the bundle's pictures are frames, too; decoded: height and width, in latents, of what
     the decoder takes at once; collapsed: whether one key stands for all padding of a text, which then must
-    come with a bias.
+    come with a bias; clean: whether the one picture is the first latent frame itself.
 
     Raises: ValueError for the first difference.
     """
-    model = IMAGE_TO_VIDEO if conditioned else CONCEPTS if set(CONCEPT_GRAPHS) & set(graphs) else BASE
+    if conditioned:
+        model = TEXT_OR_IMAGE if clean else IMAGE_TO_VIDEO
+    else:
+        model = CONCEPTS if set(CONCEPT_GRAPHS) & set(graphs) else BASE
     expected = graphs_of(model, shapes.latent[1])
     names = [graph.name for graph in expected]
     if set(graphs) != set(names):
         raise ValueError(f"the graphs must be {', '.join(names)}; they are {', '.join(graphs):.300}")
-    inputs = _inputs(shapes, decoded)
+    inputs = _inputs(shapes, decoded, clean)
     for graph in expected:
         sources = [upstream(graph.name, graphs)]
         if graph.runs == LATER_FRAMES:
@@ -60,11 +65,12 @@ def check(
     _check_frames(graphs, shapes, decoded)
 
 
-def _inputs(s: Shapes, decoded: tuple[int, int]) -> dict[str, dict[str, Kind]]:
+def _inputs(s: Shapes, decoded: tuple[int, int], clean: bool) -> dict[str, dict[str, Kind]]:
     branches, latent = s.branches, s.latent
     mask: Kind = ("bool", (branches, s.concepts))
     decoder: dict[str, Kind] = {"latents": ("float32", (1, latent[0], 1, *decoded))}
     following = s.frames_per_latent
+    known = (1 + latent[0], 1) if clean else (following + latent[0], latent[1])
     return {
         "text_encoder": {
             "token_ids": ("int64", (1, s.text_tokens)),
@@ -83,7 +89,7 @@ def _inputs(s: Shapes, decoded: tuple[int, int]) -> dict[str, dict[str, Kind]]:
             "guidance": ("float32", (branches,)),
             "coefficients": ("float32", (s.solver_states, s.solver_states + 1)),
             "text_bias": ("float32", (branches, s.text_tokens)),
-            "given": ("float32", (1, following + latent[0], *latent[1:])),
+            "given": ("float32", (1, *known, *latent[2:])),
         },
         "encode_first": {"frames": ("float32", (1, s.height, s.width, 3))},
         "encode": {"frames": ("float32", (following, s.height, s.width, 3))},

@@ -270,7 +270,7 @@ def test_given_frames_are_the_recipe_s_condition(a2, a2_bundle, assert_close):
     frames = {}
     for index, image in enumerate(images):
         frames |= frame_conditioning.fitted(image, index, "a", bundle.manifest)
-    found = frame_conditioning.channels(open_backend(bundle, "cpu", 1), frames, bundle.manifest.shapes)
+    found = frame_conditioning.channels(open_backend(bundle, "cpu", 1), frames, bundle.manifest)
     assert_close(found, condition_for(a2[0], images))
 
 

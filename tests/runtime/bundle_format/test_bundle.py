@@ -86,7 +86,7 @@ def _third(data: dict, **entries: object) -> None:
 
 
 CHANGES: list[tuple[str, Callable[[dict], object], str]] = [
-    ("newer format", lambda d: d.update(format=5, more=1), "has format 5.*upgrade"),
+    ("newer format", lambda d: d.update(format=6, more=1), "has format 6.*upgrade"),
     ("older format", lambda d: d.update(format=0), "format must be 1, 2, 3"),
     ("format is text", lambda d: d.update(format="1"), "manifest.format must be an integer"),
     ("unknown key", lambda d: d.update(more=1), "unknown key 'more'"),
