@@ -90,7 +90,7 @@ class EncodeNext(_Encode):
 
 
 class EncodePicture(_Encode):
-    """Encodes the frame that a video begins with, alone: frames [1,height,width,3] -> latents [1,Cz,1,H,W]."""
+    """Encodes a video's first frame alone: frames [1,height,width,3] -> latents [1,Cz,1,H,W]."""
 
     def forward(self, frames: Tensor) -> tuple[Tensor]:
         """frames: RGB in -1..1. Latents are normalised; a tuple of them, as where states follow."""

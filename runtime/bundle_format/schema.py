@@ -2,10 +2,9 @@
 
 Each dataclass is one JSON object and refuses values that cannot be. A bundle is written in the oldest format
 that has what it needs. Format 5 adds a picture that a request may leave out. Format 4 adds the key
-`whole_text`; without that key a bundle is written in format 3, which adds what the bundle was made from (source_record.py)
-and the keys `vocabulary`, `ranges`, `boxes` and `experts`. Format 2 had none of them; format 1 neither
-conditioning frames, nor tiles, nor a choice of how pictures are fitted. A key that a format does not have is
-read as absent.
+`whole_text`; format 3 what the bundle was made from (source_record.py) and the keys `vocabulary`, `ranges`,
+`boxes` and `experts`. Format 2 had none of them; format 1 neither conditioning frames, nor tiles, nor a
+choice of how pictures are fitted. A key that a format does not have is read as absent.
 """
 
 from __future__ import annotations

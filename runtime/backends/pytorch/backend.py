@@ -213,8 +213,8 @@ class TorchBackend:
             del tensors["concept_mask"]
 
     def _without_picture(self, inputs: Mapping[str, Any]) -> bool:
-        """Whether a picture could be the first latent frame, and none is: all frames then have one time, which
-        takes less to compute."""
+        """Whether a picture could be the first latent frame, and none is: all frames then have one time,
+        which takes less to compute."""
         given = inputs.get("given")
         return self._manifest.begins_clean and isinstance(given, np.ndarray) and not given[:, 0].any()
 
