@@ -25,9 +25,10 @@ from ..presets import preset
 from ..sampling import Sampling
 from ..vae.wan_decoder import build_vae
 from .base import Base, Part
-from .diffusers_folder import INDEX, SCHEDULER
+from .diffusers_folder import INDEX, LAYOUT, SCHEDULER
 from .foreign import refuse_wan_names
 from .lazy_weights import settle, stream
+from .releases import release_of
 from .safetensors_io import on_meta
 from .wan_image_to_video import A2_FPS, A2_TRANSFORMER, is_a2, read_concept
 
@@ -105,7 +106,8 @@ SCHEDULERS: dict[str, tuple[str, str, dict[str, Any]]] = {
 
 
 def read_sampling(base: Base) -> Sampling:
-    """What scheduler/scheduler_config.json asks for. Raises ConfigError where no solver gives that.
+    """What scheduler/scheduler_config.json asks for, or where the layout has no such file what the release does.
+    Raises ConfigError where no solver gives that.
 
     SkyReels-A2's programs put a scheduler of their own into its place, which this gives.
     """
@@ -113,7 +115,10 @@ def read_sampling(base: Base) -> Sampling:
         return Sampling("unipc", 8.0)
     path = base.where / SCHEDULER
     if (values := base.scheduler) is None:
-        raise WeightsError(f"{path} is missing")
+        if base.layout == LAYOUT:
+            raise WeightsError(f"{path} is missing")
+        release = release_of(base)
+        return Sampling(release.solver, release.shift, release.steps, release.guidance)
     kind = values.get("_class_name")
     if kind not in tuple(SCHEDULERS):  # a dictionary would want to hash it
         raise ConfigError(f"{path}: the scheduler must be {' or '.join(SCHEDULERS)}, got {kind!r:.80}")

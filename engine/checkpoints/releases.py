@@ -1,0 +1,56 @@
+"""Which release of Wan a base is, by its shapes and parts, and how that release is meant to be sampled.
+
+The numbers are those of Wan's own programs (Wan2.1 generate.py, Wan2.2 wan/configs/*.py), for what a layout
+leaves open: where diffusers' files say a thing (the scheduler's shift, boundary_ratio), they win.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .base import Base
+
+
+@dataclass(frozen=True)
+class Release:
+    """One release's defaults.
+
+    name: in words; shift: of the solver's time, for videos of `size`; guidance: scale, of the first expert
+    where there are two; guidance_2: of the second, which is the low-noise one; boundary: where the second
+    begins, as a fraction of the time; expand_timesteps: each token has a time of its own; fps, size (width
+    and height in pixels), frames: of the video.
+    """
+
+    name: str
+    shift: float
+    solver: str = "unipc"
+    steps: int = 50
+    guidance: float = 5.0
+    guidance_2: float | None = None
+    boundary: float | None = None
+    expand_timesteps: bool = False
+    fps: float = 16.0
+    size: tuple[int, int] = (832, 480)
+    frames: int = 81
+
+
+T2V = Release("Wan2.1 T2V", shift=5.0)
+I2V = Release("Wan2.1 I2V", shift=3.0, steps=40)
+FLF2V = Release("Wan2.1 FLF2V", shift=16.0)
+T2V_A14B = Release("Wan2.2 T2V-A14B", shift=12.0, steps=40, guidance=4.0, guidance_2=3.0, boundary=0.875)
+I2V_A14B = Release("Wan2.2 I2V-A14B", shift=5.0, steps=40, guidance=3.5, guidance_2=3.5, boundary=0.9)
+TI2V_5B = Release("Wan2.2 TI2V-5B", shift=5.0, expand_timesteps=True, fps=24.0, size=(1280, 704), frames=121)
+TI2V_CHANNELS = 48
+
+
+def release_of(base: Base) -> Release:
+    """The release that `base` is, or is most like. Raises WeightsError where it has no transformer."""
+    config = base.part("transformer").config
+    if base.index.get("expand_timesteps") or config.get("in_channels") == TI2V_CHANNELS:
+        return TI2V_5B
+    from_pictures = config.get("in_channels") != config.get("out_channels", config.get("in_channels"))
+    if "transformer_2" in base.parts or base.index.get("boundary_ratio"):
+        return I2V_A14B if from_pictures else T2V_A14B
+    if config.get("image_dim") is None:
+        return T2V
+    return I2V if config.get("pos_embed_seq_len") is None else FLF2V
