@@ -106,7 +106,7 @@ SCHEDULERS: dict[str, tuple[str, str, dict[str, Any]]] = {
 
 
 def read_sampling(base: Base) -> Sampling:
-    """What scheduler/scheduler_config.json asks for, or where the layout has no such file what the release does.
+    """What scheduler/scheduler_config.json asks for; without such a file, what the release does.
     Raises ConfigError where no solver gives that.
 
     SkyReels-A2's programs put a scheduler of their own into its place, which this gives.
