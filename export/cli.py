@@ -91,8 +91,13 @@ def add_export_arguments(parser: argparse.ArgumentParser) -> None:
     defaults.add_argument("--shift", type=float, metavar="S", help="of its time")
     defaults.add_argument("--guidance", type=float, metavar="G", help="scale; 1 is none")
     base = parser.add_argument_group("of a base")
-    base.add_argument("--size", type=_size, metavar="WxH", help="of the video, in pixels (832x480)")
-    base.add_argument("--frames", type=int, metavar="N", help="of the video (81)")
+    base.add_argument(
+        "--size",
+        type=_size,
+        metavar="WxH",
+        help="of the video, in pixels (832x480; of Wan2.2's TI2V-5B 1280x704)",
+    )
+    base.add_argument("--frames", type=int, metavar="N", help="of the video (81; of TI2V-5B 121)")
     _add_base_arguments(base)
     _add_output_arguments(parser)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .base import Base
+from .wan_image_to_video import expands_timesteps
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ TI2V_CHANNELS = 48
 def release_of(base: Base) -> Release:
     """The release that `base` is, or is most like. Raises WeightsError where it has no transformer."""
     config = base.part("transformer").config
-    if base.index.get("expand_timesteps") or config.get("in_channels") == TI2V_CHANNELS:
+    if expands_timesteps(base) or config.get("in_channels") == TI2V_CHANNELS:
         return TI2V_5B
     from_pictures = config.get("in_channels") != config.get("out_channels", config.get("in_channels"))
     if "transformer_2" in base.parts or base.index.get("boundary_ratio"):

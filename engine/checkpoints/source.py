@@ -35,6 +35,7 @@ from .adapter import check_base, load_adapter, read_adapter
 from .diffusers_folder import HUB_ID, is_folder, locate, open_folder
 from .foreign import refuse_foreign
 from .lora import merge_lora
+from .releases import release_of
 from .safetensors_io import built, load, load_model
 from .wan import load_base, load_base_vae, read_config, read_sampling
 from .weight_files import read_json
@@ -51,7 +52,6 @@ TOLD = {"vocabulary": "vocabulary.json", "ranges": "ranges.json"}
 """What a trained folder may tell of its model, by the bundle's manifest, which holds the same."""
 PAD, END = 0, 1  # token ids: the runtime pads with PAD, the tokenizer appends END
 SAMPLING = Sampling(solver="unipc", shift=3.0, steps=20, guidance=2.5)
-BASE_SIZE, BASE_FRAMES = (832, 480), 81  # what diffusers' WanPipeline makes when it is told nothing
 HUB_URL = re.compile(r"https?://(?:www\.)?(?:huggingface\.co|hf\.co)/([^/?#]+/[^/?#]+)(?:/tree/([^/?#]+))?.*")
 
 
@@ -205,12 +205,12 @@ def _open_base(place: str | Path, choices: Choices, tokenizer: Path | None) -> S
     before = {**identities(beside), **base.held}
     local = Path(place).exists()
     name = folder.resolve().name or "base" if local else str(place).partition("/")[2]
-    adapter = None if choices.adapter is None else read_adapter(choices.adapter)
+    release, adapter = release_of(base), None if choices.adapter is None else read_adapter(choices.adapter)
     config = read_config(
         base,
         name,
-        choices.size or BASE_SIZE,
-        BASE_FRAMES if choices.frames is None else choices.frames,
+        choices.size or release.size,
+        release.frames if choices.frames is None else choices.frames,
         adapter.concept if adapter else None,
     )
     if adapter:

@@ -30,7 +30,7 @@ from .foreign import refuse_wan_names
 from .lazy_weights import settle, stream
 from .releases import release_of
 from .safetensors_io import on_meta
-from .wan_image_to_video import A2_FPS, A2_TRANSFORMER, is_a2, read_concept
+from .wan_image_to_video import A2_FPS, A2_TRANSFORMER, expands_timesteps, is_a2, read_concept
 
 if TYPE_CHECKING:
     from ..vae.wan_decoder import VAE
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 UNUSED = re.compile(r"blocks\.\d+\.attn2\.norm_added_q\.weight")
 
 WIDEST_NEW = 2048  # channels of a new adapter; CLIP's largest has 1280
-TEXT_TOKENS, FPS = 512, 16.0  # of every Wan2.1
+TEXT_TOKENS = 512  # of every Wan
 
 # What diffusers takes where a transformer's config.json leaves it out; the rest has the same default here.
 TRANSFORMER = {"num_attention_heads": 40, "num_layers": 40, "ffn_dim": 13824}
@@ -164,6 +164,8 @@ def read_config(
         raise ConfigError(
             f"{base.where} has no image_encoder/: put there the CLIP that the adapter was trained with"
         )
+    elif expands_timesteps(base) and frames > 1:
+        concept = ConceptConfig(max_concepts=1, injection="none", given="clean")
     concept = concept or ConceptConfig(injection="none")
     patch_frames = transformer.patch_size[0]
     latent_frames = patch_frames * -(-concept.min_latent_frames // patch_frames)
@@ -178,7 +180,7 @@ def read_config(
         frames=1 + (latent_frames - 1) * vae["scale_factor_temporal"],
         height=transformer.patch_size[1] * vae["scale_factor_spatial"],
         width=transformer.patch_size[2] * vae["scale_factor_spatial"],
-        fps=A2_FPS if concept.given == "references" else FPS,
+        fps=A2_FPS if concept.given == "references" else release_of(base).fps,
     )
     _check_video(config, size, frames)
     return dataclasses.replace(config, width=size[0], height=size[1], frames=frames)
@@ -230,13 +232,15 @@ def _load(base: Base, name: str, module: torch.nn.Module) -> None:
 
 
 def _check_pipeline(base: Base) -> None:
-    """Refuses what only model_index.json tells: two transformers, or a time for each token, as in Wan2.2."""
+    """Refuses what only model_index.json tells: two transformers, as in Wan2.2, and a time for each token of
+    a model that has picture tokens."""
     second = base.index.get("transformer_2")
     if "transformer_2" in base.parts or (isinstance(second, list) and any(second)):
         raise ConfigError(f"{base.where} has a transformer_2: bases of two transformers cannot be honoured")
-    for name in ("boundary_ratio", "expand_timesteps"):
-        if value := base.index.get(name):
-            raise ConfigError(f"{base.where}/{INDEX}: {name} is {value!r:.80}, which cannot be honoured")
+    if value := base.index.get("boundary_ratio"):
+        raise ConfigError(f"{base.where}/{INDEX}: boundary_ratio is {value!r:.80}, which cannot be honoured")
+    if expands_timesteps(base) and base.part("transformer").config.get("image_dim") is not None:
+        raise ConfigError(f"{base.where}: expand_timesteps is for a transformer without an image_dim")
 
 
 def _own(part: Part, kinds: tuple[str, ...], known: set[str]) -> dict[str, Any]:
@@ -274,7 +278,24 @@ def _vae(part: Part) -> dict[str, Any]:
             raise ConfigError(f"{path}: {name} must be a list, got {values[name]!r:.80}")
     for name in ("z_dim", "base_dim", "num_res_blocks", "scale_factor_temporal", "scale_factor_spatial"):
         _require_size(path, name, values[name])
+    _check_patches(path, values)
     return values
+
+
+def _check_patches(path: Path, values: dict[str, Any]) -> None:
+    """Wan2.2's VAE has shortcuts and patches, Wan2.1's neither; no release has one of them alone."""
+    patch, residual = values.get("patch_size"), values.get("is_residual", False)
+    if patch is not None:
+        _require_size(path, "patch_size", patch)
+    if residual is not (patch is not None and patch > 1):
+        raise ConfigError(
+            f"{path}: is_residual ({residual!r:.20}) and patch_size ({patch!r:.20}) are not of one VAE: "
+            "Wan2.1's has neither, Wan2.2 TI2V-5B's is_residual true and patch_size 2"
+        )
+    wanted = 3 * (patch or 1) ** 2
+    for name in ("in_channels", "out_channels"):
+        if (found := values.get(name, 3)) != wanted:
+            raise ConfigError(f"{path}: {name} must be {wanted} for this patch_size, got {found!r:.80}")
 
 
 def _encoder(part: Part, kind: str, sizes: tuple[str, ...], options: tuple[str, ...]) -> dict[str, Any]:

@@ -21,8 +21,7 @@ from .diffusers_folder import PROCESSOR
 A2_TRANSFORMER = "A2Model"
 A2_PIPELINES = ("A2Pipeline", "WanA2Pipeline")
 """What SkyReels-A2's programs call their classes. Its weights are otherwise a Wan2.1 of a first frame."""
-A2_REFERENCES = 3
-A2_FPS = 15.0  # its programs write videos at this rate
+A2_REFERENCES, A2_FPS = 3, 15.0  # its programs write videos at this rate
 
 BICUBIC = 3  # Pillow's number
 
@@ -64,6 +63,24 @@ def is_a2(base: Base) -> bool:
     entry = base.index.get("transformer")
     listed = isinstance(entry, list) and A2_TRANSFORMER in entry
     return own == A2_TRANSFORMER or listed or base.index.get("_class_name") in A2_PIPELINES
+
+
+def expands_timesteps(base: Base) -> bool:
+    """Whether each token has a time of its own, so that a picture can be the first latent frame: as the index
+    says, or, where there is none, if the VAE is Wan2.2's of 48 channels, known by its shortcuts.
+
+    Raises ConfigError for that VAE in a pipeline of Wan2.1's.
+    """
+    said, vae = base.index.get("expand_timesteps"), base.parts.get("vae")
+    if said is not None and not isinstance(said, bool):
+        raise ConfigError(f"{base.where}: expand_timesteps must be true or false, got {said!r:.80}")
+    residual = vae is not None and vae.config.get("is_residual") is True
+    if vae is not None and residual and base.index and not said:
+        raise ConfigError(
+            f"{vae.told} is the VAE of Wan2.2's TI2V-5B (is_residual), but the base is not: its "
+            "model_index.json does not say expand_timesteps"
+        )
+    return bool(said) or residual
 
 
 def _check_processor(path: Path, values: Mapping[str, Any] | None, size: int) -> None:
