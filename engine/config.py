@@ -118,9 +118,11 @@ class ConceptConfig:
 
     given: a base's frame conditioning, how pictures are also frames of the video. For `base`: `first` (the
     one picture is the first frame), `first_last` (two, at both ends), `references` (each leads the video in a
-    latent frame of its own, which is then left out, as in SkyReels-A2). For `none`: `clean` (the one picture,
-    which a request may leave out, is the first latent frame, at time 0 while the others have the step's:
-    Wan2.2's TI2V-5B, diffusers' `expand_timesteps`), or `none`, as for every other injection.
+    latent frame of its own, which is then left out, as in SkyReels-A2). For `none`, where pictures are frames
+    alone: `first_last`, of which a request may leave out the last (Wan2.2's I2V-A14B, which has no picture
+    encoder), `clean` (the one picture, which a request may leave out, is the first latent frame, at time 0
+    while the others have the step's: Wan2.2's TI2V-5B, diffusers' `expand_timesteps`), or `none`, as for
+    every other injection.
     """
 
     max_concepts: int = 4
@@ -139,16 +141,16 @@ class ConceptConfig:
 
     def __post_init__(self) -> None:
         """Raises ConfigError for a value that cannot be built."""
-        check_positive(
-            self, "max_concepts", "picture_size", "picture_tokens", "picture_dim", "label_tokens"
-        )
+        check_positive(self, "max_concepts", "picture_size", "picture_tokens", "picture_dim", "label_tokens")
         check_positive(self, "queries", "layers", "heads", "width")
         check_types(self)
         check_choice(self, "encoder", ENCODERS)
         check_choice(self, "binding", BINDINGS)
         check_choice(self, "injection", (*INJECTIONS, "none", "base"))
         check_choice(self, "given", FRAME_CONDITIONINGS)
-        kinds = {"base": FRAME_CONDITIONINGS[1:4], "none": ("none", "clean")}.get(self.injection, ("none",))
+        kinds = {"base": FRAME_CONDITIONINGS[1:4], "none": ("none", "first_last", "clean")}.get(
+            self.injection, ("none",)
+        )
         require(
             self.given in kinds,
             f"ConceptConfig.given must be {' or '.join(map(repr, kinds))} where the injection is "
@@ -182,7 +184,9 @@ class ConceptConfig:
     @property
     def min_latent_frames(self) -> int:
         """The fewest latent frames of a video of which pictures leave one to be made."""
-        return 1 if self.given == "none" else self.max_concepts + 1
+        if self.given == "none":
+            return 1
+        return 1 + (self.max_concepts if self.takes_pictures else 1)
 
     @property
     def concept_tokens(self) -> int:
@@ -196,8 +200,9 @@ class ModelConfig:
 
     `text_encoder`, `image_encoder` (empty where the injection is `none`) and `vae` are the arguments of
     transformers' UMT5Config and CLIPVisionConfig and of diffusers' AutoencoderKLWan; with `"kind": "blocks"`
-    in it `vae` is that of this project's BlockVAE. Change a field with `dataclasses.replace`, which validates
-    again.
+    in it `vae` is that of this project's BlockVAE. boundary: of a base of two transformers, experts for high
+    and for low noise, the time in 0..1 from which on, upwards, the first runs; None for one transformer.
+    Change a field with `dataclasses.replace`, which validates again.
     """
 
     name: str
@@ -211,6 +216,7 @@ class ModelConfig:
     height: int = 480
     width: int = 832
     fps: float = 16.0
+    boundary: float | None = None
     latent_shape: tuple[int, int, int, int] = field(init=False, compare=False)
     """Channels, frames, height and width of one video's latents (Cz, F, H, W)."""
 
@@ -219,6 +225,10 @@ class ModelConfig:
         check_types(self)
         check_positive(self, "text_tokens", "frames", "height", "width")
         require(0.01 <= self.fps <= MOST["fps"], f"ModelConfig.fps must be 0.01 to 1000, got {self.fps}")
+        require(
+            self.boundary is None or 0 < self.boundary < 1,
+            f"ModelConfig.boundary must be between 0 and 1, got {self.boundary}",
+        )
         require(isinstance(self.vae, dict), f"the vae must be an object, got {self.vae!r:.60}")
         kind = self.vae.get("kind", "wan")
         require(kind in VAES, f"vae['kind'] must be one of {', '.join(VAES)}, got {kind!r:.60}")
@@ -241,8 +251,10 @@ class ModelConfig:
             self._check_pictures()
         if concept.injection == "base":
             self._check_base()
-        else:
+        if concept.given in ("none", "clean"):
             self._match("vae", "z_dim", transformer.in_channels, "transformer.in_channels")
+        else:
+            self._check_given()
         if concept.given == "clean":
             self._check_clean()
         self._match("vae", "z_dim", transformer.out_channels, "transformer.out_channels")
@@ -283,7 +295,7 @@ class ModelConfig:
         )
 
     def _check_base(self) -> None:
-        """What an image-to-video base reads fits it."""
+        """The pictures' tokens that an image-to-video base reads fit it."""
         concept, transformer = self.concept, self.transformer
         for name in ("picture_dim", "width"):
             value = getattr(concept, name)
@@ -291,18 +303,22 @@ class ModelConfig:
                 value == transformer.image_dim,
                 f"concept.{name} ({value}) must equal transformer.image_dim ({transformer.image_dim})",
             )
+        tokens = transformer.pos_embed_seq_len
+        require(
+            tokens is None or tokens == concept.concept_tokens,
+            f"transformer.pos_embed_seq_len ({tokens}) must equal the pictures' tokens "
+            f"({concept.concept_tokens})",
+        )
+
+    def _check_given(self) -> None:
+        """The frames that an image-to-video base's pictures are fit it."""
+        concept, transformer = self.concept, self.transformer
         require(self.vae.get("kind", "wan") == "wan", "an image-to-video base needs Wan's VAE")
         wanted = self._entry("vae", "z_dim") + self.conditioning_channels
         require(
             transformer.in_channels == wanted,
             f"transformer.in_channels must be {wanted} for this VAE (noise, mask, pictures), got "
             f"{transformer.in_channels}",
-        )
-        tokens = transformer.pos_embed_seq_len
-        require(
-            tokens is None or tokens == concept.concept_tokens,
-            f"transformer.pos_embed_seq_len ({tokens}) must equal the pictures' tokens "
-            f"({concept.concept_tokens})",
         )
         least = 1 + self._entry("vae", "scale_factor_temporal") * (concept.min_latent_frames - 1)
         require(
@@ -368,6 +384,8 @@ class ModelConfig:
         """This configuration as JSON-ready nested dictionaries; `from_dict` reads them back."""
         values = dataclasses.asdict(self)
         del values["latent_shape"]
+        if self.boundary is None:  # so that what has one transformer is stored as ever
+            del values["boundary"]
         values["transformer"]["patch_size"] = list(self.transformer.patch_size)
         return values
 

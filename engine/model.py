@@ -14,7 +14,10 @@ class ConceptMaster(nn.Module):
     """All that is trained beside the VAE. `qformer` and `dam` are the variants that the config names.
 
     With the injection `none` it is text encoder and transformer alone, with `base` picture encoder, too.
+    `transformer_2` is the expert for low noise of a base of two transformers, None elsewhere.
     """
+
+    transformer_2: ConceptDiT | None
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -26,6 +29,12 @@ class ConceptMaster(nn.Module):
             self.qformer = concept_encoder(config)
             self.dam = concept_binder(config)
         self.transformer = ConceptDiT(config)
+        self.transformer_2 = None if config.boundary is None else ConceptDiT(config)
+
+    def experts(self) -> dict[str, ConceptDiT]:
+        """Every transformer by its name, in the order in which they run."""
+        found = {"transformer": self.transformer, "transformer_2": self.transformer_2}
+        return {name: module for name, module in found.items() if module is not None}
 
     def concepts(self, pixels: Tensor, label_ids: Tensor, label_mask: Tensor) -> Tensor:
         """Concept tokens of B*N (picture, label) pairs, all in one batch.
@@ -59,7 +68,8 @@ class ConceptMaster(nn.Module):
         concept_mask: Tensor,
         conditioning: Tensor | None = None,
     ) -> Tensor:
-        """The velocity (noise minus data) that the model predicts, with gradient everywhere.
+        """The velocity (noise minus data) that the model predicts, with gradient everywhere; of two experts
+        the first's, whatever the time.
 
         latents [B,Cz,F,H,W], time [B] (sigma * 1000), token_ids int64 [B,T], token_mask bool [B,T],
         pixels [B,N,3,px,px] (CLIP-normalised), label_ids int64 [B,N,L], label_mask bool [B,N,L],

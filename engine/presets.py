@@ -1,4 +1,4 @@
-"""Named configurations: `tiny` for tests, `stickers` and `sprites`, Wan2.1's two sizes and Wan2.2's 5B."""
+"""Named configurations: `tiny` for tests, `stickers` and `sprites`, Wan2.1's two sizes and Wan2.2's three."""
 
 from __future__ import annotations
 
@@ -185,6 +185,24 @@ def _wan(name: str, heads: int, layers: int, ffn_dim: int) -> ModelConfig:
     )
 
 
+def _wan_experts(name: str, boundary: float, pictures: bool) -> ModelConfig:
+    """Wan2.2's two experts of 14B; pictures: image-to-video, which has no picture encoder."""
+    base = _wan(name, heads=40, layers=40, ffn_dim=13824)
+    concept, channels = ConceptConfig(injection="none"), base.transformer.in_channels
+    if pictures:
+        concept = replace(concept, max_concepts=2, given="first_last")
+        channels += base.vae["scale_factor_temporal"] + base.vae["z_dim"]
+    return replace(
+        base,
+        transformer=replace(base.transformer, in_channels=channels),
+        concept=concept,
+        image_encoder={},
+        boundary=boundary,
+        width=1280,
+        height=720,
+    )
+
+
 # Statistics of Wan2.2's VAE of 48 channels, as Wan2.2's own vae2_2.py has them.
 _WAN22_MEAN = [-0.2289, -0.0052, -0.1323, -0.2339, -0.2799, 0.0174, 0.1838, 0.1557]
 _WAN22_MEAN += [-0.1382, 0.0542, 0.2813, 0.0891, 0.1570, -0.0098, 0.0375, -0.1825]
@@ -234,6 +252,8 @@ _BUILDERS = {
     "stickers": _stickers,
     "wan2.1-1.3b": lambda: _wan("wan2.1-1.3b", heads=12, layers=30, ffn_dim=8960),
     "wan2.1-14b": lambda: _wan("wan2.1-14b", heads=40, layers=40, ffn_dim=13824),
+    "wan2.2-t2v-a14b": lambda: _wan_experts("wan2.2-t2v-a14b", boundary=0.875, pictures=False),
+    "wan2.2-i2v-a14b": lambda: _wan_experts("wan2.2-i2v-a14b", boundary=0.9, pictures=True),
     "wan2.2-ti2v-5b": _wan22_5b,
 }
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 @dataclass(frozen=True)
 class Sampling:
     """Solver, shift of its time, steps and guidance, as the source names them; where it does not, what
-    diffusers' WanPipeline does when it is told nothing. Checked by whoever samples."""
+    diffusers' WanPipeline does when it is told nothing. guidance_2: of two experts that of the second, None
+    is the same. Checked by whoever samples."""
 
     solver: str
     shift: float
@@ -16,3 +17,9 @@ class Sampling:
     guidance: float = 5.0
     concept_guidance: float | None = None
     negative: str = ""
+    guidance_2: float | None = None
+
+    @property
+    def guided(self) -> bool:
+        """Whether any scale is not 1."""
+        return self.guidance != 1.0 or self.guidance_2 not in (None, 1.0)

@@ -110,6 +110,17 @@ def update(state: Tensor, velocity: Tensor, coefficients: Tensor) -> Tensor:
     return (coefficients @ seen).unflatten(1, state.shape[1:])  # [M,Cz,F,H,W]
 
 
+def expert_modules(
+    name: str, transformer: ConceptDiT, biased: bool = False, seeing: int | None = None
+) -> dict[str, nn.Module]:
+    """Of one of `ConceptMaster.experts` the modules of its two graphs by their names, see `graph_modules`."""
+    end = name.removeprefix("transformer")  # of the graphs' names, too
+    return {
+        f"condition{end}": Condition(transformer, seeing),
+        f"denoise{end}": DenoiseStep(transformer, biased),
+    }
+
+
 def graph_modules(
     model: ConceptMaster, vae: VAE, biased: bool = False, seeing: int | None = None
 ) -> dict[str, nn.Module]:
@@ -117,9 +128,10 @@ def graph_modules(
 
     biased: of `DenoiseStep`; seeing: of `Condition`. Modules share their weights with `model` and `vae`.
     """
-    modules = {name: child for name, child in model.named_children() if name != "transformer"}
-    modules["condition"] = Condition(model.transformer, seeing)
-    modules["denoise"] = DenoiseStep(model.transformer, biased)
+    experts = model.experts()
+    modules = {name: child for name, child in model.named_children() if name not in experts}
+    for name, transformer in experts.items():
+        modules |= expert_modules(name, transformer, biased, seeing)
     modules |= zip(("decode_first", "decode"), streaming_decoders(vae), strict=True)
     if model.config.concept.given == "clean":  # so it is Wan's VAE
         modules["encode_first"] = EncodePicture(cast("Any", vae)).eval()

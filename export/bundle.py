@@ -10,7 +10,7 @@ from typing import Any
 
 from .. import __version__
 from ..engine.checkpoints.source import Origin, Source
-from ..engine.config import ModelConfig
+from ..engine.config import ConceptConfig, ModelConfig
 from ..engine.sampling import Sampling
 from ..errors import ExportError, InputError
 from ..hashed import sha256_file
@@ -18,7 +18,16 @@ from ..runtime.atomic_folder import replacing_folder
 from ..runtime.bundle_format import manifest as manifests
 from ..runtime.bundle_format.hashed_file import HashedFile
 from ..runtime.bundle_format.place import bundle_files, check_place
-from ..runtime.bundle_format.schema import Defaults, GraphFile, Manifest, Ranges, Shapes, Vocabulary
+from ..runtime.bundle_format.schema import (
+    EXPERTS,
+    Defaults,
+    Expert,
+    GraphFile,
+    Manifest,
+    Ranges,
+    Shapes,
+    Vocabulary,
+)
 from ..runtime.bundle_format.source_record import MergedLora, SourceRecord
 from ..runtime.bundle_format.strict_json import decode
 from ..runtime.progress import each
@@ -78,6 +87,7 @@ def write_bundle(
         graphs, specs = {spec.name: _signature(spec, concept.takes_pictures) for spec in specs}, []
     outside = specs and specs[0].external
     small = checked_specs(source, text_tokens=text_tokens, **how) if outside else specs
+    experts = _experts(config, source.sampling, branches)
     with replacing_folder(folder, bundle_files, replace=overwrite) as temporary:
         rows: list[Row] = []
         tokenizer = temporary / "tokenizer.json"
@@ -100,7 +110,7 @@ def write_bundle(
                 graphs[spec.name] = describe(path, spec)
             rows.append(_held(check(spec, path, own)))
         manifest = Manifest(
-            format=5 if concept.given == "clean" else 4 if whole is not None else 3,
+            format=_format(concept, whole, experts),
             name=source.model.config.name,
             written_by={"conceptmaster": __version__}
             | {name: importlib.metadata.version(name) for name in WRITERS},
@@ -115,6 +125,7 @@ def write_bundle(
             conditioning=conditioning_of(source.model.config),
             tile=tiles,
             source=_record(source.origin),
+            experts=experts,
             whole_text=whole,
             **told,
         )
@@ -128,6 +139,23 @@ def _signature(spec: GraphSpec, concepts: bool) -> GraphFile:
     unread = () if concepts else ("concept_tokens",)  # which tracing drops, too
     inputs = tuple(tensor for tensor in spec.inputs if tensor.name not in unread)
     return GraphFile("", "", inputs, spec.outputs)
+
+
+def _format(concept: ConceptConfig, whole: int | None, experts: tuple[Expert, ...] | None) -> int:
+    """The oldest format that has what a bundle says."""
+    frames_alone = concept.given != "none" and not concept.takes_pictures
+    return 5 if experts or frames_alone else 3 if whole is None else 4
+
+
+def _experts(config: ModelConfig, sampling: Sampling, branches: int) -> tuple[Expert, ...] | None:
+    """What the manifest says of two transformers; None of one. Raises InputError for a scale of a second one
+    that is not there."""
+    if config.boundary is None:
+        if sampling.guidance_2 is not None:
+            raise InputError("a guidance of a second expert (guidance_2): the source has one transformer")
+        return None
+    second = None if branches == 1 else sampling.guidance_2  # without a second branch nothing is guided
+    return Expert(EXPERTS[0], config.boundary), Expert(EXPERTS[1], 0.0, second)
 
 
 def _record(origin: Origin) -> SourceRecord:
@@ -153,7 +181,8 @@ def _held(row: Row) -> Row:
     if not row.ok:
         raise ExportError(
             f"the graph {row.graph} ({row.precision}) is off by {row.relative:.1e} relative to PyTorch, "
-            f"{row.tolerance:.0e} is allowed: no bundle was written")
+            f"{row.tolerance:.0e} is allowed: no bundle was written"
+        )
     return row
 
 
@@ -182,7 +211,9 @@ def _defaults(sampling: Sampling, branches: int) -> Defaults:
     if branches != 3 and sampling.concept_guidance is not None:
         raise InputError("the source's default concept_guidance needs 3 guidance branches: --branches 3")
     try:
-        defaults = Defaults(**dataclasses.asdict(sampling))
+        given = dataclasses.asdict(sampling)
+        del given["guidance_2"]  # which is its expert's
+        defaults = Defaults(**given)
     except (TypeError, ValueError) as error:
         raise InputError(f"no request can have these defaults (options, defaults.json): {error}") from error
     return dataclasses.replace(defaults, guidance=1.0) if branches == 1 else defaults

@@ -90,6 +90,12 @@ def add_export_arguments(parser: argparse.ArgumentParser) -> None:
     defaults.add_argument("--steps", type=int, metavar="N", help="of the solver")
     defaults.add_argument("--shift", type=float, metavar="S", help="of its time")
     defaults.add_argument("--guidance", type=float, metavar="G", help="scale; 1 is none")
+    defaults.add_argument(
+        "--guidance-2",
+        type=float,
+        metavar="G",
+        help="of the second of two experts (--guidance, if that is given)",
+    )
     base = parser.add_argument_group("of a base")
     base.add_argument(
         "--size",
@@ -114,7 +120,7 @@ def run_export(args: argparse.Namespace) -> int:
         source,
         args.output,
         precision="int8" if args.int8 else "fp32",
-        branches=args.branches or (1 if source.sampling.guidance == 1.0 else 2),
+        branches=args.branches or (2 if source.sampling.guided else 1),
         tile=args.tile,
         text_tokens=args.text_tokens,
         with_graphs=not args.no_graphs,
@@ -160,8 +166,10 @@ def _size(text: str) -> tuple[int, int]:
 
 def _with_defaults(source: Source, args: argparse.Namespace) -> Source:
     """`source` with the defaults that are given."""
-    named = {name: getattr(args, name) for name in ("solver", "steps", "shift", "guidance")}
+    named = {name: getattr(args, name) for name in ("solver", "steps", "shift", "guidance", "guidance_2")}
     given = {name: value for name, value in named.items() if value is not None}
+    if "guidance" in given:  # alone, it is of both experts
+        given.setdefault("guidance_2", None)
     return replace(source, sampling=replace(source.sampling, **given))
 
 

@@ -27,11 +27,14 @@ from ..kernels.cross_attention import padding_bias
 from ..runtime.bundle_format.graph_list import (
     BASE,
     CONCEPTS,
+    EACH_STEP,
     FIRST_FRAME,
+    FRAMES_ALONE,
     IMAGE_TO_VIDEO,
     LATER_FRAMES,
     TEXT_OR_IMAGE,
     Graph,
+    condition_of,
     graphs_of,
 )
 from ..runtime.bundle_format.schema import TensorSpec
@@ -102,11 +105,11 @@ def graph_specs(
 def _specs(samples: _Samples) -> list[GraphSpec]:
     """The specs by what `samples` gives; each graph's sample is the method of its name."""
     concept = samples.model.config.concept
-    kind = TEXT_OR_IMAGE if concept.given == "clean" else BASE
+    kind = {"none": BASE, "clean": TEXT_OR_IMAGE}.get(concept.given, FRAMES_ALONE)
     if concept.takes_pictures:
         kind = CONCEPTS if concept.has_modules else IMAGE_TO_VIDEO
     specs = []
-    for graph in graphs_of(kind, samples.config.latent_shape[1]):
+    for graph in graphs_of(kind, samples.config.latent_shape[1], len(samples.model.experts())):
         sample = getattr(samples, graph.name)
         inputs, outputs = (
             tuple(_tensor_spec(name, tensor) for name, tensor in side.items())
@@ -144,6 +147,7 @@ class _Samples:
         injected = seeing if config.concept.injection == "standalone" else None
         self.modules = graph_modules(model, vae, whole_text is not None, injected)
         self.upstream = functools.lru_cache(4)(self._upstream)
+        self.conditions = functools.lru_cache(4)(self._conditions)
 
     def text_encoder(self, seed: int) -> Sample:
         """One string of any length that fits."""
@@ -174,9 +178,19 @@ class _Samples:
         """K strings, all concept tokens, and which branch sees which concept."""
         return self._kept(seed, "text", "concept_tokens", "concept_mask")
 
+    condition_2 = condition
+
     def denoise(self, seed: int) -> Sample:
         """A state in the middle of a video. Of the solver's rows one is a plain step and one is the velocity
         alone, so that an error in the velocity shows whatever the state is."""
+        return self._step("denoise", self.config.boundary or 0.0, 1.0, seed)
+
+    def denoise_2(self, seed: int) -> Sample:
+        """The same below the boundary."""
+        return self._step("denoise_2", 0.0, self.config.boundary or 1.0, seed)
+
+    def _step(self, graph: str, low: float, high: float, seed: int) -> Sample:
+        """A sample of a step at a time of low to high, in 0..1."""
         g = torch.Generator().manual_seed(seed + 2)
         states = self.solver_states
         scales = torch.cat((torch.ones(1), 1.0 + 2.0 * torch.rand(self.branches - 1, generator=g)))
@@ -186,12 +200,12 @@ class _Samples:
         coefficients[-1] = torch.tensor([*[0.0] * states, 1.0])
         return {
             "state": self.state(seed),
-            "time": torch.rand(1, generator=g) * 1000,
+            "time": (low + torch.rand(1, generator=g) * (high - low)) * 1000,
             **self._kept(seed, "concept_mask"),
             "guidance": guidance,
             "coefficients": coefficients,
             **({"given": self.conditioned(seed)} if self.config.conditioning_channels else {}),
-            **self._kept(seed, *condition_names(self.config.concept.injection)),
+            **self.conditions(condition_of(graph), seed),
             **({} if self.whole_text is None else self._kept(seed, "text_bias")),
         }
 
@@ -237,10 +251,10 @@ class _Samples:
         concept = self.config.concept
         if graph.name == "text_encoder":
             return {"text": self.upstream(0)["text"][:1]}
-        if graph.name == "denoise":
+        if graph.runs == EACH_STEP:
             return {"next_state": self.state(0)}
-        if graph.name == "condition":
-            return self._kept(0, *condition_names(concept.injection))
+        if graph.expert:
+            return self.conditions(graph.name, 0)
         if graph.runs in (FIRST_FRAME, LATER_FRAMES):
             made, states = self._causal(graph.name, getattr(self, graph.name)(0))
             ahead = "next_" if graph.runs == LATER_FRAMES else ""
@@ -289,7 +303,7 @@ class _Samples:
 
     @torch.inference_mode()
     def _upstream(self, seed: int) -> Sample:
-        """The outputs of every module before the denoiser, for `seed`."""
+        """The outputs of every module before `condition`, for `seed`, and what its branches see."""
         g = torch.Generator().manual_seed(seed)
         c, present = self.config.concept, self._present(seed)
         lengths = torch.randint(1, self.longest + 1, (self.branches,), generator=g)
@@ -297,14 +311,18 @@ class _Samples:
         whole = self.whole_text or self.config.text_tokens
         bias = padding_bias(lengths, self.config.text_tokens, whole)  # [K,T]
         seen = torch.zeros(self.branches, c.max_concepts, dtype=torch.bool)
-        seen[0 if c.injection == "base" else -1 :] = present  # [K,N]; a base's guidance is of captions only
+        seen[-1 if c.given == "none" else 0 :] = present  # [K,N]; where they are frames every branch sees all
         if not c.takes_pictures:
             known = {"concept_tokens": torch.zeros(c.max_concepts, c.tokens_per_concept, c.width)}
         else:
             known = self._concepts(seed, present, g)
-        keys_values = self.modules["condition"](text, known["concept_tokens"], seen)
-        conditions = dict(zip(condition_names(c.injection), keys_values, strict=True))
-        return {"text": text, "text_bias": bias, "concept_mask": seen, **known, **conditions}
+        return {"text": text, "text_bias": bias, "concept_mask": seen, **known}
+
+    @torch.inference_mode()
+    def _conditions(self, graph: str, seed: int) -> Sample:
+        """The keys and values that an expert's graph gives."""
+        found = self.modules[graph](*self.condition(seed).values())
+        return dict(zip(condition_names(self.config.concept.injection), found, strict=True))
 
     def _concepts(self, seed: int, present: Tensor, g: torch.Generator) -> Sample:
         """The outputs of the modules that make concept tokens, for the concepts that are there, bool [N]."""

@@ -40,7 +40,9 @@ def conditioning_of(config: ModelConfig) -> FrameConditioning | None:
     if kind == "clean":
         return FrameConditioning((first,), required=0, dropped_frames=0)
     if kind == "first_last":
-        return FrameConditioning((first, FramePlacement(-1, 1, "stretched")), required=2, dropped_frames=0)
+        both = first, FramePlacement(-1, 1, "stretched")
+        least = 2 if config.concept.takes_pictures else 1  # the mask tells Wan2.2 what there is
+        return FrameConditioning(both, least, dropped_frames=0)
     places = [FramePlacement(0, 1, "padded")]
     for latent_frame in range(1, config.concept.max_concepts):
         fit = "padded" if latent_frame < 2 else "cut"

@@ -59,6 +59,14 @@ def _placements(conditioning: FrameConditioning) -> str:
     return f"{conditioning.required} to {len(placements)}, as {where}{left_out}{alone}"
 
 
+def _experts(manifest: Manifest) -> str:
+    """When each of two transformers runs, and its default guidance."""
+    assert manifest.experts is not None
+    high, low = (expert.name for expert in manifest.experts)
+    at, (first, second) = manifest.experts[0].boundary, manifest.scales.values()
+    return f"{high} from noise 1 to {at:g}, guidance {first:g}; {low} below, guidance {second:g}"
+
+
 def _tiles(manifest: Manifest) -> str:
     """In which tiles a bundle decodes."""
     assert manifest.tile is not None
@@ -84,6 +92,7 @@ def _describe(manifest: Manifest, sizes: dict[str, int], folder: Path) -> str:
         f"latents   {' × '.join(map(str, s.latent))} (channels, frames, height, width)",
         *([] if manifest.tile is None else [f"decoding  {_tiles(manifest)}"]),
         f"guidance  {s.branches} branch{'es' if s.branches > 1 else ''}",
+        *([] if manifest.experts is None else [f"experts   {_experts(manifest)}"]),
         "defaults  " + ", ".join(f"{key} {value!r}" for key, value in dataclasses.asdict(d).items()),
         *_made_for(manifest),
         *([] if manifest.source is None else [f"source    {manifest.source}"]),

@@ -34,7 +34,7 @@ REQUEST = """\
 A request file is JSON; only "prompt" must be there, pictures are found beside the file:
   {"prompt": "a ball in the middle falls down", "concepts": [{"label": "ball", "image": "ball.png"}],
    "negative": "", "steps": 4, "guidance": 1.5, "concept_guidance": null, "solver": "unipc",
-   "shift": 3.0, "seed": 7, "samples": 1}
+   "shift": 3.0, "seed": 7, "samples": 1, "guidance_2": null}
 """
 
 
@@ -70,6 +70,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--bundle", metavar="NAME", default="sprites", help="shipped bundle or a path (sprites)")
     how.add_argument("--steps", type=int, metavar="N", help="model evaluations, 1 to 1000")
     how.add_argument("--guidance", type=float, metavar="G", help="how strongly to follow the request")
+    how.add_argument(
+        "--guidance-2",
+        type=float,
+        metavar="G",
+        help="of a bundle of two experts: scale of the second, for low noise (--guidance, if given)",
+    )
     how.add_argument(
         "--concept-guidance",
         type=float,
@@ -247,7 +253,8 @@ def open_pipeline(args: argparse.Namespace) -> Pipeline:
 
 def overrides(args: argparse.Namespace) -> dict[str, Any]:
     """The fields of a request that options were given for."""
-    names = ("negative", "steps", "guidance", "concept_guidance", "solver", "shift", "seed", "samples")
+    scales = ("guidance", "guidance_2", "concept_guidance")
+    names = ("negative", "steps", *scales, "solver", "shift", "seed", "samples")
     return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
 
 

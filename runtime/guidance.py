@@ -12,11 +12,13 @@ from ..errors import InputError
 @dataclass(frozen=True)
 class Guidance:
     """velocity = sum_k weights[k] * velocity_k. weights: float32 [K], summing to 1; caption[k]: whether
-    branch k reads the caption (else the negative caption); concepts[k]: whether it sees the concepts."""
+    branch k reads the caption (else the negative caption); concepts[k]: whether it sees the concepts;
+    weights_2: of the second of two experts, None of one transformer."""
 
     weights: np.ndarray
     caption: tuple[bool, ...]
     concepts: tuple[bool, ...]
+    weights_2: np.ndarray | None = None
 
 
 def make_guidance(branches: int, guidance: float, concept_guidance: float | None) -> Guidance:

@@ -3,8 +3,8 @@
 prompt, labels ──▶ text_encoder ─────────────┐
 pictures ──▶ image_encoder ▶ qformer ▶ dam ──┴─▶ condition ──▶ denoise × steps ──▶ decode
 
-Of an image-to-video model there is no qformer and no dam, and its pictures are frames, too:
-see frame_conditioning.py.
+Of an image-to-video model there is no qformer and no dam, and its pictures are frames, too, or frames alone:
+see frame_conditioning.py. Of two experts, each has its condition and its denoise: see experts.py.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn, Self, overload
 import numpy as np
 
 from ..errors import Cancelled, GenerationError, InputError
-from . import frame_conditioning, pictures, tiles, vocabulary
+from . import experts, frame_conditioning, pictures, tiles, vocabulary
 from . import noise as noises
 from .backends import Backend, check_choice, open_backend
 from .bundle_format.find import Bundle
-from .bundle_format.graph_list import CONCEPT_GRAPHS, FRAME_GRAPHS, STEP_GRAPH
+from .bundle_format.graph_list import CONCEPT_GRAPHS, FRAME_GRAPHS, other_expert
 from .causal import run_causal, spans
 from .guidance import Guidance
 from .pixels import to_uint8
@@ -133,6 +133,7 @@ class Pipeline:
         seed: int = 0,
         steps: int | None = None,
         guidance: float | None = None,
+        guidance_2: float | None = None,
         concept_guidance: float | None = None,
         negative: str | None = None,
         solver: str | None = None,
@@ -153,6 +154,7 @@ class Pipeline:
         seed: int = 0,
         steps: int | None = None,
         guidance: float | None = None,
+        guidance_2: float | None = None,
         concept_guidance: float | None = None,
         negative: str | None = None,
         solver: str | None = None,
@@ -172,6 +174,7 @@ class Pipeline:
         seed: int = 0,
         steps: int | None = None,
         guidance: float | None = None,
+        guidance_2: float | None = None,
         concept_guidance: float | None = None,
         negative: str | None = None,
         solver: str | None = None,
@@ -185,7 +188,17 @@ class Pipeline:
         """Generates one video, or a list of them if samples > 1. The arguments are the fields of `Request`
         (None: the bundle's default) and the arguments of `generate`. Raises what they raise."""
         request = Request(
-            prompt, concepts, negative, steps, guidance, concept_guidance, solver, shift, seed, samples
+            prompt,
+            concepts,
+            negative,
+            steps,
+            guidance,
+            concept_guidance,
+            solver,
+            shift,
+            seed,
+            samples,
+            guidance_2,
         )
         videos = self.generate(request, noise=noise, callback=callback, progress=progress, strict=strict)
         return videos[0] if request.samples == 1 else videos
@@ -216,6 +229,7 @@ class Pipeline:
         request, guidance = request.resolve(self.manifest)
         assert request.solver is not None and request.steps is not None and request.shift is not None
         schedule = make_schedule(request.solver, request.steps, request.shift)
+        graphs = experts.step_graphs(self.manifest, schedule.timesteps)
         starts: Sequence[np.ndarray | None] = [None] * request.samples  # None: from its seed, in its turn
         if noise is not None:
             starts = noises.from_array(noise, shapes.latent, request.samples)
@@ -226,7 +240,8 @@ class Pipeline:
 
         seconds: dict[str, float] = {}
         with _timed(seconds, "load"):
-            skipped = () if concepts else (*CONCEPT_GRAPHS, *FRAME_GRAPHS)
+            skipped = other_expert(graphs[0])  # which is made ready at its turn
+            skipped |= set() if concepts else {*CONCEPT_GRAPHS, *FRAME_GRAPHS}
             backend.load(graph for graph in self.manifest.graphs if graph not in skipped)
         with _timed(seconds, "encode"):
             known: dict[str, Any] = self._branch_texts(request, guidance, tokens)
@@ -237,7 +252,8 @@ class Pipeline:
                 known["given"] = given
         with _timed(seconds, "condition"):
             known["concept_mask"] = self._concept_mask(guidance, len(concepts))  # [K,N]
-            known |= self.backend.run("condition", known) | {"guidance": guidance.weights}
+            conditions = experts.Conditions(backend, known, guidance)
+            conditions.of(graphs[0])
 
         videos, leading = [], frame_conditioning.leading(self.manifest, len(concepts))
         steps = request.samples * request.steps
@@ -249,7 +265,7 @@ class Pipeline:
                 own = dict(seconds)
                 with _timed(own, "denoise"):
                     start = noises.from_seed(seed, shapes.latent) if start is None else start  # [Cz,F,H,W]
-                    latents = self._denoise(start, known, schedule, report)  # [Cz,F,H,W]
+                    latents = self._denoise(start, conditions, graphs, schedule, report)  # [Cz,F,H,W]
                 latents = frame_conditioning.kept(latents, given, self.manifest)
                 with _timed(own, "decode"):
                     video = self._decode(latents, advance)[leading:]  # [frames,height,width,3]
@@ -327,15 +343,23 @@ class Pipeline:
         return {"label_text": text, "label_mask": mask}
 
     def _denoise(
-        self, start: np.ndarray, known: dict[str, Any], schedule: Schedule, report: Callable[[Any], None]
+        self,
+        start: np.ndarray,
+        conditions: experts.Conditions,
+        graphs: Sequence[str],
+        schedule: Schedule,
+        report: Callable[[Any], None],
     ) -> np.ndarray:
-        """Noise [Cz,F,H,W] → latents [Cz,F,H,W]: one graph call a step; the state stays on the device."""
+        """Noise [Cz,F,H,W] → latents [Cz,F,H,W]: one graph call a step, of graphs; the state stays on the
+        device."""
         state: Any = np.zeros((STATES, *start.shape), np.float32)  # [M,Cz,F,H,W]
         state[0] = start
-        for step, coefficients in enumerate(schedule.coefficients):
+        for step, (graph, coefficients) in enumerate(zip(graphs, schedule.coefficients, strict=True)):
             scalars = {"time": schedule.timesteps[step : step + 1], "coefficients": coefficients}
             scalars["step"] = np.array([step, len(schedule.coefficients)])  # no graph's: for lossy options
-            state = self.backend.run(STEP_GRAPH, {**known, **scalars, "state": state})["next_state"]
+            inputs = {**conditions.of(graph), **scalars, "state": state}
+            state = self.backend.run(graph, inputs)["next_state"]
+            del inputs  # the next expert's keys and values take these ones' place
             report(state)
         latents = self.backend.to_host(state)[0]
         if not np.isfinite(latents).all():

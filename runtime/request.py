@@ -67,8 +67,10 @@ class Request:
     """A prompt, its concepts and the options; None means the bundle's default.
 
     concepts: in any order; negative: what the unguided branch reads; steps: model evaluations, 1..1000;
-    guidance, concept_guidance: scales, see guidance.py; solver: one of solver.SOLVERS; shift: above 1 spends
-    more steps on noise; seed: 0..2**63-1; samples: videos, 1..64, sample i starting from seed + i.
+    guidance, concept_guidance: scales, see guidance.py; guidance_2: of a bundle of two experts the scale of
+    the second, that of low noise (where guidance alone is given, that one); solver: one of solver.SOLVERS;
+    shift: above 1 spends more steps on noise; seed: 0..2**63-1; samples: videos, 1..64, sample i starting
+    from seed + i.
 
     Raises: InputError for the first field that is wrong.
     """
@@ -83,6 +85,7 @@ class Request:
     shift: float | None = None
     seed: int = 0
     samples: int = 1
+    guidance_2: float | None = None
 
     def __post_init__(self) -> None:
         _text("the prompt", self.prompt)
@@ -96,11 +99,9 @@ class Request:
             _text("the negative prompt", self.negative)
         if self.steps is not None:
             _set(self, "steps", _integer("steps", self.steps, 1, TRAINED_STEPS))
-        if self.guidance is not None:
-            _set(self, "guidance", _number("guidance", self.guidance, 0.0, MAX_GUIDANCE))
-        if self.concept_guidance is not None:
-            scale = _number("concept_guidance", self.concept_guidance, 0.0, MAX_GUIDANCE)
-            _set(self, "concept_guidance", scale)
+        for name in ("guidance", "concept_guidance", "guidance_2"):
+            if (scale := getattr(self, name)) is not None:
+                _set(self, name, _number(name, scale, 0.0, MAX_GUIDANCE))
         if self.solver is not None and self.solver not in SOLVERS:
             raise InputError(f"unknown solver {self.solver!r}: choose one of {', '.join(SOLVERS)}")
         if self.shift is not None:
@@ -114,14 +115,22 @@ class Request:
         return range(self.seed, self.seed + self.samples)
 
     def resolve(self, manifest: Manifest) -> tuple[Request, Guidance]:
-        """This request with the bundle's defaults filled in, every field but concept_guidance set, and what
-        each guidance branch is told.
+        """This request with the bundle's defaults filled in, every field set but concept_guidance and, for
+        one transformer, guidance_2, and what each guidance branch is told.
 
         Raises: InputError for more concepts than the bundle takes, fewer pictures than it needs, or guidance
             that it cannot follow.
         """
-        names = ("negative", "steps", "guidance", "concept_guidance", "solver", "shift")
-        missing = {name: getattr(manifest.defaults, name) for name in names if getattr(self, name) is None}
+        names = ("negative", "steps", "guidance", "concept_guidance", "solver", "shift", "guidance_2")
+        defaults = {name: getattr(manifest.defaults, name) for name in names[:-1]} | manifest.scales
+        if self.guidance_2 is not None and "guidance_2" not in defaults:
+            raise InputError(
+                f"guidance_2 is of a second expert, and the bundle {manifest.name!r} has one transformer: "
+                "leave it out"
+            )
+        if self.guidance is not None and "guidance_2" in defaults:
+            defaults["guidance_2"] = self.guidance
+        missing = {name: value for name, value in defaults.items() if getattr(self, name) is None}
         if self.guidance is not None and self.concept_guidance is None:
             del missing["concept_guidance"]  # a scale given alone is the joint scale
         most = manifest.concepts
@@ -144,7 +153,11 @@ class Request:
         resolved = replace(self, **missing)
         assert resolved.guidance is not None
         branches = manifest.shapes.branches
-        return resolved, make_guidance(branches, resolved.guidance, resolved.concept_guidance)
+        guidance = make_guidance(branches, resolved.guidance, resolved.concept_guidance)
+        if resolved.guidance_2 is not None:
+            second = make_guidance(branches, resolved.guidance_2, resolved.concept_guidance)
+            guidance = replace(guidance, weights_2=second.weights)
+        return resolved, guidance
 
     @classmethod
     def from_json(cls, path: str | os.PathLike[str]) -> Request:

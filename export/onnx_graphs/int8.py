@@ -13,10 +13,10 @@ from pathlib import Path
 import onnx
 
 from ...runtime.backends.onnxruntime_module import onnxruntime
-from ...runtime.bundle_format.graph_list import STEP_GRAPH
+from ...runtime.bundle_format.graph_list import STEP_GRAPHS
 
-GRAPHS = (STEP_GRAPH,)
-"""What int8 is for: the graph that runs at every step. For `sprites` the five before it take 9 ms together,
+GRAPHS = STEP_GRAPHS
+"""What int8 is for: the graphs that run at every step. For `sprites` the five before it take 9 ms together,
 once per request, and would put 0.5 to 3 % of error into what all steps read (`condition` 20 %); the decoder
 is convolutions, and a video's last step."""
 

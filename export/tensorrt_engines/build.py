@@ -18,7 +18,6 @@ from ...hashed import sha256_file
 from ...runtime.atomic_folder import Files, replacing_folder
 from ...runtime.bundle_format import tensorrt_engines as stored
 from ...runtime.bundle_format.find import Bundle
-from ...runtime.bundle_format.graph_list import STEP_GRAPH
 from ...runtime.bundle_format.tensorrt_engines import EngineFile, Engines
 from ...runtime.progress import each
 from . import builder
@@ -44,8 +43,7 @@ class Preparation:
 
     def write(self, bundle: Bundle, graph: str, target: Path) -> None:
         """Writes a graph of `bundle` to `target`. Raises what `prepare` raises."""
-        known = self.calibration is not None and graph == STEP_GRAPH
-        largest = self.calibration.largest if self.calibration is not None and known else {}
+        largest = {} if self.calibration is None else self.calibration.largest.get(graph, {})
         with bundle.reading(graph) as path:
             prepare(path, target, self.precision, largest)
         spell_out(target, self.unknown_operators)

@@ -1,8 +1,8 @@
 """How large what goes into the matrices of the transformer's blocks becomes, for fp8; and what fp8 costs.
 
-The bundle itself makes a video in few steps on ONNX Runtime's CPU, while the denoise graph tells the largest
-magnitude that it sees in each place. The only file here that runs the pipeline: other inputs than a real
-request's give other ranges.
+The bundle itself makes a video in few steps on ONNX Runtime's CPU, while the denoise graph (of two experts
+both) tells the largest magnitude that it sees in each place. The only file here that runs the pipeline: other
+inputs than a real request's give other ranges.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 from onnxscript import ir
 
-from ...errors import RequestWarning
+from ...errors import InputError, RequestWarning
 from ...runtime.backends.onnxruntime_backend import OnnxRuntimeBackend
 from ...runtime.bundle_format.find import Bundle
-from ...runtime.bundle_format.graph_list import STEP_GRAPH
+from ...runtime.bundle_format.graph_list import STEP_GRAPHS
 from ...runtime.bundle_format.schema import Manifest
 from ...runtime.pipeline import Pipeline
 from ...runtime.request import Concept, Request
@@ -34,10 +34,11 @@ ESTIMATE = 2  # the state's slot of the newest estimate of the data, see runtime
 
 @dataclass(frozen=True)
 class Calibration:
-    """largest: node name -> largest magnitude that goes into it; error: what fp8 does to a step's estimate of
-    the latents, the worst step's relative L2 distance from float32, by the same roundings on the CPU."""
+    """largest: graph -> node name -> largest magnitude that goes into it; error: what fp8 does to a step's
+    estimate of the latents, the worst step's relative L2 distance from float32, by the same roundings on the
+    CPU."""
 
-    largest: dict[str, float]
+    largest: dict[str, dict[str, float]]
     error: float
 
 
@@ -52,6 +53,10 @@ def calibrate(bundle: Bundle, request: Request | None = None, show: bool = False
         if request is None:  # it means nothing, and need not be in the bundle's words
             warnings.simplefilter("ignore", RequestWarning)
         Pipeline(bundle, backend).generate(asked, progress=show)
+    if unseen := set(STEP_GRAPHS) & set(bundle.manifest.graphs) - set(backend.largest):
+        raise InputError(
+            f"in {STEPS} steps {', '.join(unseen)} never runs: give a --request with another shift"
+        )
     return Calibration(backend.largest, backend.error())
 
 
@@ -70,39 +75,46 @@ def example(manifest: Manifest) -> Request:
 
 
 class _Watching(OnnxRuntimeBackend):
-    """Runs the graph STEP_GRAPH with outputs for the largest magnitudes, and keeps what it was given."""
+    """Runs the graphs STEP_GRAPHS with outputs for the largest magnitudes, and keeps what they were given."""
 
     def __init__(self, bundle: Bundle) -> None:
         super().__init__(bundle, "cpu", None)
-        self.largest: dict[str, float] = {}
-        self._seen = list[tuple[dict[str, np.ndarray], np.ndarray]]()
-        with bundle.reading(STEP_GRAPH) as path:
-            model = ir.load(path)
-            self._names = _watch(model)
-            self._watched = open_session(ir.to_proto(model).SerializeToString(), path)
+        self.largest: dict[str, dict[str, float]] = {}
+        self._seen = list[tuple[str, dict[str, np.ndarray], np.ndarray]]()
+        self._watched: tuple[str, list[list[str]], Any] | None = None
 
     def run(self, graph: str, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        """As every backend; of STEP_GRAPH the results are NumPy arrays."""
-        if graph != STEP_GRAPH:
+        """As every backend; of STEP_GRAPHS the results are NumPy arrays."""
+        if graph not in STEP_GRAPHS:
             return super().run(graph, inputs)
-        wanted = [spec.name for spec in self._bundle.manifest.graphs[STEP_GRAPH].inputs]
+        if self._watched is None or self._watched[0] != graph:
+            self._watched = None  # let go before the next is there
+            with self._bundle.reading(graph) as path:
+                model = ir.load(path)
+                names = _watch(model)
+                session = open_session(ir.to_proto(model).SerializeToString(), path)
+            self._watched = graph, names, session
+        _, names, session = self._watched
+        wanted = [spec.name for spec in self._bundle.manifest.graphs[graph].inputs]
         feed = {name: self.to_host(inputs[name]) for name in wanted}
-        found, *sizes = self._watched.run(None, feed)
-        self._seen.append((feed, found[ESTIMATE]))
-        for names, size in zip(self._names, sizes, strict=True):
-            self.largest |= {name: max(float(size), self.largest.get(name, 0.0)) for name in names}
+        found, *sizes = session.run(None, feed)
+        self._seen.append((graph, feed, found[ESTIMATE]))
+        largest = self.largest.setdefault(graph, {})
+        for group, size in zip(names, sizes, strict=True):
+            largest |= {name: max(float(size), largest.get(name, 0.0)) for name in group}
         return {"next_state": found}
 
     def error(self) -> float:
         """See Calibration."""
-        with self._bundle.reading(STEP_GRAPH) as path:
-            model = ir.load(path)
-            reduce(model, "fp8", self.largest, emulate=True)
-            emulated = open_session(ir.to_proto(model).SerializeToString(), path)
-        worst = 0.0
-        for feed, expected in self._seen:
-            found = emulated.run(["next_state"], feed)[0][ESTIMATE]
-            worst = max(worst, float(np.linalg.norm(found - expected) / np.linalg.norm(expected)))
+        worst, self._watched = 0.0, None
+        for graph, largest in self.largest.items():
+            with self._bundle.reading(graph) as path:
+                model = ir.load(path)
+                reduce(model, "fp8", largest, emulate=True)
+                emulated = open_session(ir.to_proto(model).SerializeToString(), path)
+            for feed, expected in ((feed, expected) for own, feed, expected in self._seen if own == graph):
+                found = emulated.run(["next_state"], feed)[0][ESTIMATE]
+                worst = max(worst, float(np.linalg.norm(found - expected) / np.linalg.norm(expected)))
         return worst
 
 

@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ...errors import BundleError, ConceptMasterError, InputError, OutOfMemory, is_out_of_memory
+from ...errors import (
+    BundleError,
+    ConceptMasterError,
+    InputError,
+    OutOfMemory,
+    free_memory,
+    is_out_of_memory,
+)
 from ..bundle_format.manifest import REPAIR
 from ..bundle_format.schema import TensorSpec
 from ..cpus import usable
-from .graph_backend import GraphBackend
+from .graph_backend import GraphBackend, in_the_way
 from .onnxruntime_module import onnxruntime, session_options
 
 if TYPE_CHECKING:
@@ -21,6 +28,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+MEMORY = 3
+"""Bytes that a loaded graph takes for each of its files, estimated: weights stored in 16 bits become float32,
+and a session keeps what its largest call needs."""
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 DTYPES = {
     "tensor(float)": "float32",
@@ -34,8 +44,9 @@ DTYPES = {
 class OnnxRuntimeBackend(GraphBackend):
     """Runs graphs with ONNX Runtime; arrays are OrtValues on `device`.
 
-    A graph's session is made when it is first needed and its real signature is held to the manifest's. May be
-    used from several threads at once; they then share the CPU threads.
+    A graph's session is made when it is first needed and its real signature is held to the manifest's. Of two
+    experts one is let go before the other is loaded where both do not fit, on CUDA always. May be used from
+    several threads at once; they then share the CPU threads.
 
     Raises: InputError when `device` is not there: there is no silent fallback to another one.
     """
@@ -59,12 +70,6 @@ class OnnxRuntimeBackend(GraphBackend):
         self._sessions: dict[str, Any] = {}
         self._lock = threading.Lock()
         log.info("onnxruntime %s on %s, threads: %d", onnxruntime.__version__, device, threads)
-
-    def load(self, graphs: Iterable[str]) -> None:
-        """Makes the sessions of `graphs`. Raises BundleError, OutOfMemory, InputError when CUDA does not
-        start."""
-        for graph in graphs:
-            self._session(graph)
 
     def run(self, graph: str, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """Runs `graph`. inputs: NumPy arrays or OrtValues, exact dtypes and shapes. Returns OrtValues by
@@ -103,10 +108,25 @@ class OnnxRuntimeBackend(GraphBackend):
         return onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array), self._device)
 
     def _session(self, graph: str) -> Any:
+        """Raises BundleError, OutOfMemory, InputError when CUDA does not start."""
         with self._lock:
+            for other in self._in_the_way(graph):
+                del self._sessions[other]
             if graph not in self._sessions:
                 self._sessions[graph] = self._open(graph)
             return self._sessions[graph]
+
+    _make_ready = _session
+
+    def _in_the_way(self, graph: str) -> set[str]:
+        return in_the_way(graph, self._sessions, self._needs, self._free)
+
+    def _free(self) -> int | None:
+        return free_memory() if self._device == "cpu" else None  # of a GPU ONNX Runtime does not tell
+
+    def _needs(self, graph: str) -> int:
+        files = self._bundle.manifest.graphs[graph].files()
+        return MEMORY * sum((self._bundle.folder / file.file).stat().st_size for file in files)
 
     def _open(self, graph: str) -> Any:
         signature = self._bundle.manifest.graphs[graph]

@@ -13,7 +13,7 @@ import logging
 import math
 import threading
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,7 +21,7 @@ import numpy as np
 from ...errors import BundleError, InputError, OutOfMemory, how_to_install, not_loaded
 from ..bundle_format import tensorrt_engines as stored
 from ..bundle_format.schema import TensorSpec
-from .graph_backend import GraphBackend
+from .graph_backend import GraphBackend, in_the_way
 
 if TYPE_CHECKING:
     from ..bundle_format.find import Bundle
@@ -73,12 +73,6 @@ class TensorRTBackend(GraphBackend):
         self._replays: dict[tuple[Any, ...], Any] | None = {} if cuda_graphs else None
         self._lock = threading.RLock()
         log.info("%s %s on sm_%d, engines in %s", flavor, version, capability, self._files.folder)
-
-    def load(self, graphs: Iterable[str]) -> None:
-        """Deserialises the engines of `graphs`. Raises BundleError, OutOfMemory."""
-        with self._lock:
-            for graph in graphs:
-                self._context(graph)
 
     def run(self, graph: str, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """Runs `graph`. inputs: NumPy arrays or DeviceArrays, exact dtypes and shapes. Returns DeviceArrays
@@ -162,9 +156,37 @@ class TensorRTBackend(GraphBackend):
         return result
 
     def _context(self, graph: str) -> Any:
-        if graph not in self._contexts:
-            self._contexts[graph] = self._open(graph)
-        return self._contexts[graph][1]
+        """Raises BundleError, OutOfMemory."""
+        with self._lock:
+            self._let_go(self._in_the_way(graph))
+            if graph not in self._contexts:
+                self._contexts[graph] = self._open(graph)
+            return self._contexts[graph][1]
+
+    _make_ready = _context
+
+    def _in_the_way(self, graph: str) -> set[str]:
+        return in_the_way(graph, self._contexts, self._needs, lambda: self._call("cudaMemGetInfo")[0])
+
+    def _needs(self, graph: str) -> int:
+        """The engine, and what a call of it takes: as much as one of the other expert's, whose shapes are
+        the same."""
+        file = self._files.folder / self._engines.engines[graph].file
+        alike = max((self._contexts[other][0].device_memory_size_v2 for other in self._contexts), default=0)
+        return file.stat().st_size + alike
+
+    def _let_go(self, graphs: set[str]) -> None:
+        """Frees the engines of `graphs` and their CUDA graphs; their buffers stay, for others of their
+        size."""
+        if not graphs:
+            return
+        self._call("cudaStreamSynchronize", self._stream)
+        replays = self._replays if self._replays is not None else {}
+        for key in [key for key in replays if key[0] in graphs]:
+            self._call("cudaGraphExecDestroy", replays.pop(key))
+        self._seen = {key for key in self._seen if key[0] not in graphs}
+        for graph in graphs:
+            del self._contexts[graph]
 
     def _open(self, graph: str) -> tuple[Any, Any]:
         with self._files.reading([self._engines.engines[graph].hashed]) as path:

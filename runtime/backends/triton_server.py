@@ -22,7 +22,7 @@ from .graph_backend import GraphBackend
 
 log = logging.getLogger(__name__)
 
-OPTIONS = {"SEED": "seed", "STEPS": "steps", "GUIDANCE": "guidance"}
+OPTIONS = {"SEED": "seed", "STEPS": "steps", "GUIDANCE": "guidance", "GUIDANCE_2": "guidance_2"}
 
 
 class ServerBackend(GraphBackend):

@@ -55,12 +55,13 @@ def save(manifest: Manifest, folder: Path) -> Path:
 
 def _check(manifest: Manifest) -> None:
     """Raises ValueError for graphs that do not fit, and for what this version knows by name alone."""
-    unknown = [name for name in ("boxes", "experts") if getattr(manifest, name) is not None]
-    if unknown:
-        raise ValueError(f"has {', '.join(unknown)}, which this conceptmaster cannot honour: upgrade it")
+    if manifest.boxes is not None:
+        raise ValueError("has boxes, which this conceptmaster cannot honour: upgrade it")
     conditioned, clean = manifest.conditioning is not None, manifest.begins_clean
     collapsed = manifest.whole_text is not None
-    signatures.check(manifest.graphs, manifest.shapes, conditioned, manifest.decoded, collapsed, clean)
+    experts = 1 if manifest.experts is None else len(manifest.experts)
+    known = manifest.graphs, manifest.shapes, conditioned, manifest.decoded, collapsed, clean, experts
+    signatures.check(*known)
 
 
 def _check_external(graph: Path, listed: set[Path]) -> None:

@@ -1,10 +1,10 @@
 """What manifest.json says: a bundle's graphs, their shapes, and what a request gets by default.
 
 Each dataclass is one JSON object and refuses values that cannot be. A bundle is written in the oldest format
-that has what it needs. Format 5 adds a picture that a request may leave out. Format 4 adds the key
-`whole_text`; format 3 what the bundle was made from (source_record.py) and the keys `vocabulary`, `ranges`,
-`boxes` and `experts`. Format 2 had none of them; format 1 neither conditioning frames, nor tiles, nor a
-choice of how pictures are fitted. A key that a format does not have is read as absent.
+that has what it needs. Format 5 adds the key `experts`, and a picture that a request may leave out. Format 4
+adds the key `whole_text`; format 3 what the bundle was made from (source_record.py) and the keys
+`vocabulary`, `ranges` and `boxes`. Format 2 had none of them; format 1 neither conditioning frames, nor
+tiles, nor a choice of how pictures are fitted. A key that a format does not have is read as absent.
 """
 
 from __future__ import annotations
@@ -32,6 +32,8 @@ from .strict_json import stored_as
 
 FORMAT = 5
 READABLE = (1, 2, 3, 4, 5)
+EXPERTS = ("transformer", "transformer_2")
+"""The names of two transformers, that of high noise and that of low."""
 PRECISIONS = ("fp32", "int8")
 FPS = (0.01, 1000.0)
 MOST_GUIDANCE = 1e6  # far from overflow in float32
@@ -212,17 +214,17 @@ class Boxes:
 
 @dataclass(frozen=True)
 class Expert:
-    """One of several transformers, which runs while the time (1 is noise, 0 the video) is at least
-    `boundary`; guidance: its default scale, None for the bundle's."""
+    """One of two transformers, which runs while the time (1 is noise, 0 the video) is at least `boundary`;
+    guidance: its default scale, None for the bundle's."""
 
     name: str
     boundary: float
     guidance: float | None = None
 
     def __post_init__(self) -> None:
-        require(self.name.isidentifier(), f"{self.name!r:.80} is no expert's name")
+        require(self.name in EXPERTS, f"{self.name!r:.80} is no expert's name")
         require(0 <= self.boundary < 1, "boundary must be 0 to 1")
-        require(self.guidance is None or 0 <= self.guidance < math.inf, "guidance must not be negative")
+        require(0 <= (self.guidance or 0.0) <= MOST_GUIDANCE, f"guidance: 0 to {MOST_GUIDANCE:g}")
 
 
 @dataclass(frozen=True)
@@ -233,8 +235,8 @@ class Manifest:
     precision: one of PRECISIONS; graphs: graph name → GraphFile, with no file in any of a bundle without
     graphs; conditioning: of an image-to-video model alone; tile: None where the decoder takes the whole
     picture; source: what the bundle was made from, None in formats 1 and 2. vocabulary: None where any word
-    may be asked for; boxes: None where a request cannot have any; experts: from the one of the highest noise
-    to that of the lowest, empty for one transformer alone. whole_text: None, or how many tokens text has for
+    may be asked for; boxes: None where a request cannot have any; experts: the one of high noise and that
+    of low, None for one transformer alone. whole_text: None, or how many tokens text has for
     the model, of which the graphs take shapes.text_tokens: one of these stands for all padding.
     """
 
@@ -279,7 +281,7 @@ class Manifest:
             require(right and self.format > 3, "whole_text must be more than text_tokens, and of format 4")
 
     def _check_format_3(self) -> None:
-        added = (self.source, self.vocabulary, self.ranges, self.boxes, self.experts)
+        added = (self.source, self.vocabulary, self.ranges, self.boxes)
         files = [bool(graph.file) for graph in self.graphs.values()]
         require(all(files) or not any(files), "either all graphs have files or none has")
         require(
@@ -288,10 +290,11 @@ class Manifest:
         )
         require(self.format < 3 or self.source is not None, "format 3 says what the bundle was made from")
         if self.experts is not None:
-            bounds = [expert.boundary for expert in self.experts]
-            require(len({expert.name for expert in self.experts}) == len(bounds) > 1, "experts are several")
-            require(bounds == sorted(set(bounds), reverse=True), "experts stand from high noise to low")
-            require(bounds[-1] == 0, "the last expert's boundary must be 0")
+            require(self.format > 4, "experts are of format 5")
+            names = tuple(expert.name for expert in self.experts)
+            require(names == EXPERTS, f"experts must be {' and '.join(EXPERTS)}")
+            high, low = (expert.boundary for expert in self.experts)
+            require(high > low == 0, "the first expert's boundary must be above the last's, which is 0")
 
     def _check_conditioning(self, conditioning: FrameConditioning) -> None:
         shapes, placements = self.shapes, conditioning.placements
@@ -312,6 +315,14 @@ class Manifest:
     def begins_clean(self) -> bool:
         """Whether a request may have a picture that is the first latent frame itself, or none."""
         return self.conditioning is not None and self.conditioning.required == 0
+
+    @property
+    def scales(self) -> dict[str, float]:
+        """The default guidance, and guidance_2 where there are two experts."""
+        if self.experts is None:
+            return {"guidance": self.defaults.guidance}
+        own = (self.defaults.guidance if e.guidance is None else e.guidance for e in self.experts)
+        return dict(zip(("guidance", "guidance_2"), own, strict=True))
 
     @property
     def prompt_tokens(self) -> int:

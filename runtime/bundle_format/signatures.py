@@ -8,10 +8,12 @@ from .graph_list import (
     BASE,
     CONCEPT_GRAPHS,
     CONCEPTS,
+    FRAMES_ALONE,
     IMAGE_TO_VIDEO,
     LATER_FRAMES,
-    STEP_GRAPH,
+    STEP_GRAPHS,
     TEXT_OR_IMAGE,
+    condition_of,
     graphs_of,
     upstream,
 )
@@ -29,20 +31,20 @@ def check(
     decoded: tuple[int, int],
     collapsed: bool = False,
     clean: bool = False,
+    experts: int = 1,
 ) -> None:
     """Every input must be something that the pipeline has, in its dtype and shape; the outputs that the
     pipeline reads must be there; the frames must add up. A graph need not use all that it is offered.
-    conditioned: whether the bundle's pictures are frames, too; decoded: height and width, in latents, of what
+    conditioned: whether the bundle's pictures are frames; decoded: height and width, in latents, of what
     the decoder takes at once; collapsed: whether one key stands for all padding of a text, which then must
-    come with a bias; clean: whether the one picture is the first latent frame itself.
+    come with a bias; clean: whether the one picture is the first latent frame itself; experts: how many
+    transformers there are, 1 or 2.
 
     Raises: ValueError for the first difference.
     """
-    if conditioned:
-        model = TEXT_OR_IMAGE if clean else IMAGE_TO_VIDEO
-    else:
-        model = CONCEPTS if set(CONCEPT_GRAPHS) & set(graphs) else BASE
-    expected = graphs_of(model, shapes.latent[1])
+    pictured = bool(set(CONCEPT_GRAPHS) & set(graphs))
+    kinds = (TEXT_OR_IMAGE if clean else FRAMES_ALONE, IMAGE_TO_VIDEO) if conditioned else (BASE, CONCEPTS)
+    expected = graphs_of(kinds[pictured and not clean], shapes.latent[1], experts)
     names = [graph.name for graph in expected]
     if set(graphs) != set(names):
         raise ValueError(f"the graphs must be {', '.join(names)}; they are {', '.join(graphs):.300}")
@@ -60,8 +62,11 @@ def check(
         found = graphs[name].output(output)
         if found is None or (found.dtype, found.shape) != kind:
             raise ValueError(f"the graph {name} must give {output!r}, {_spelled(kind)}")
-    if collapsed != (graphs[STEP_GRAPH].input("text_bias") is not None):
-        raise ValueError("the graph denoise must take 'text_bias' where there is whole_text, and only there")
+    for name in STEP_GRAPHS[:experts]:
+        if collapsed != (graphs[name].input("text_bias") is not None):
+            raise ValueError(
+                f"the graph {name} must take 'text_bias' where there is whole_text, and only there"
+            )
     _check_frames(graphs, shapes, decoded)
 
 
@@ -71,6 +76,16 @@ def _inputs(s: Shapes, decoded: tuple[int, int], clean: bool) -> dict[str, dict[
     decoder: dict[str, Kind] = {"latents": ("float32", (1, latent[0], 1, *decoded))}
     following = s.frames_per_latent
     known = (1 + latent[0], 1) if clean else (following + latent[0], latent[1])
+    condition = {"text": ("float32", (branches, s.text_tokens, s.text_width)), "concept_mask": mask}
+    step: dict[str, Kind] = {
+        "state": ("float32", (s.solver_states, *latent)),
+        "time": ("float32", (1,)),
+        "concept_mask": mask,
+        "guidance": ("float32", (branches,)),
+        "coefficients": ("float32", (s.solver_states, s.solver_states + 1)),
+        "text_bias": ("float32", (branches, s.text_tokens)),
+        "given": ("float32", (1, *known, *latent[2:])),
+    }
     return {
         "text_encoder": {
             "token_ids": ("int64", (1, s.text_tokens)),
@@ -81,16 +96,8 @@ def _inputs(s: Shapes, decoded: tuple[int, int], clean: bool) -> dict[str, dict[
             "label_text": ("float32", (s.concepts, s.label_tokens, s.text_width)),
             "label_mask": ("bool", (s.concepts, s.label_tokens)),
         },
-        "condition": {"text": ("float32", (branches, s.text_tokens, s.text_width)), "concept_mask": mask},
-        "denoise": {
-            "state": ("float32", (s.solver_states, *latent)),
-            "time": ("float32", (1,)),
-            "concept_mask": mask,
-            "guidance": ("float32", (branches,)),
-            "coefficients": ("float32", (s.solver_states, s.solver_states + 1)),
-            "text_bias": ("float32", (branches, s.text_tokens)),
-            "given": ("float32", (1, *known, *latent[2:])),
-        },
+        **{name: step for name in STEP_GRAPHS},
+        **{condition_of(name): condition for name in STEP_GRAPHS},
         "encode_first": {"frames": ("float32", (1, s.height, s.width, 3))},
         "encode": {"frames": ("float32", (following, s.height, s.width, 3))},
         "decode_first": decoder,
@@ -106,7 +113,7 @@ def _outputs(s: Shapes, makes_concepts: str | None) -> list[tuple[str, str, Kind
         ("encode_first", "latents", latents),
         ("encode", "latents", latents),
         ("text_encoder", "text", ("float32", (1, s.text_tokens, s.text_width))),
-        ("denoise", "next_state", ("float32", (s.solver_states, *s.latent))),
+        *((name, "next_state", ("float32", (s.solver_states, *s.latent))) for name in STEP_GRAPHS),
     ]
 
 

@@ -392,6 +392,28 @@ def make_bundle(tmp_path: Path) -> Callable[..., Path]:
 
 
 @pytest.fixture
+def make_experts(bundle: Path, tmp_path: Path, edit_manifest: Callable) -> Callable[..., Path]:
+    """make_experts(boundary=0.9, guidance_2=None): the fake bundle as one of two experts, both the same."""
+    import copy
+    import shutil
+
+    def make(boundary: float = 0.9, guidance_2: float | None = None) -> Path:
+        folder = shutil.copytree(bundle, tmp_path / "experts")
+
+        def change(data: dict) -> None:
+            data |= {"format": 5, "source": {"name": "weights", "files": []}}
+            low = {"name": "transformer_2", "boundary": 0, "guidance": guidance_2}
+            data["experts"] = [{"name": "transformer", "boundary": boundary}, low]
+            for name in ("condition", "denoise"):
+                data["graphs"][f"{name}_2"] = copy.deepcopy(data["graphs"][name])
+
+        edit_manifest(folder, change)
+        return folder
+
+    return make
+
+
+@pytest.fixture
 def reference() -> Reference:
     return Reference()
 

@@ -6,7 +6,9 @@ modules, so running these on the bundle's weights gives the same videos. Which w
 
 from __future__ import annotations
 
+import copy
 import functools
+import gc
 import logging
 import math
 import threading
@@ -29,12 +31,12 @@ from ....errors import (
 )
 from ...bundle_format.graph_list import (
     BY_NAME,
-    EACH_STEP,
     EACH_TEXT,
     FIRST_FRAME,
     LATER_FRAMES,
-    STEP_GRAPH,
-    upstream,
+    ONCE,
+    STEP_GRAPHS,
+    other_expert,
 )
 from . import memory_plan
 from .options import TorchOptions
@@ -45,9 +47,10 @@ try:
     from ....engine.checkpoints.lazy_weights import settle
     from ....engine.checkpoints.source import Choices, loras_of
     from ....engine.config import ModelConfig
+    from ....engine.dit import ConceptDiT
     from ....engine.fused import Fusing, fuse, narrow, why_not
     from ....engine.seen import Seen
-    from ....engine.step import DenoiseStep, graph_modules
+    from ....engine.step import DenoiseStep, expert_modules, graph_modules
     from ....engine.vae.block_vae import BlockVAE
     from ....engine.vae.wan_fused import fused_modules
     from .causal import causal_half, of_any_length
@@ -75,8 +78,10 @@ Module = Callable[[dict[str, Any]], Mapping[str, Any]]
 class TorchBackend:
     """Runs graphs as the engine's modules; arrays are tensors on `device`.
 
-    Weights are loaded once, at the first `load` or `run`, and stay on the device. May be used from several
-    threads at once; one runs after the other. threads: for the whole process, None as PyTorch has it.
+    Weights are loaded once, at the first `load` or `run`, and stay on the device; of two experts each when it
+    is asked for, and where the plan has no room for both, one is let go before the other is loaded anew. May
+    be used from several threads at once; one runs after the other. threads: for the whole process, None as
+    PyTorch has it.
 
     Raises: InputError when `device` is not there, for a bundle in int8, or without weights; OutOfMemory,
     before anything is loaded, when the plan exceeds the memory that is free.
@@ -100,9 +105,9 @@ class TorchBackend:
         self._device = torch.device(device)
         self._dtype_name = options.dtype or ("bfloat16" if device == "cuda" else "float32")
         self._dtype: torch.dtype = getattr(torch, self._dtype_name)
-        self._condition = upstream(STEP_GRAPH, self._manifest.graphs)
         self._lock = threading.RLock()
         self._modules: dict[str, Module] = {}
+        self._capture: Capture | None = None
         self._config = config = ModelConfig.from_dict(self._manifest.model)
         self._fusing = Fusing(tier=options.tier, attention=options.attention)
         head_width = config.transformer.attention_head_dim
@@ -119,13 +124,20 @@ class TorchBackend:
             vae_dtype=options.vae_dtype if config.vae.get("kind") != "blocks" else "float32",
             states=sum(math.prod(spec.shape) for spec in states),
         ).fastest(_free_memory(self._device))
-        self.stepper: Stepper | None = None
-        """What runs the steps, once weights are loaded."""
+        self._transformers: dict[str, ConceptDiT] = {}  # as they were opened
+        self.steppers: dict[str, Stepper] = {}
+        """What runs the steps, by their graph, of those whose weights are loaded."""
         log.info("torch %s on %s, %s", torch.__version__, device, self._dtype_name)
         log.info("%s", memory_plan.table(self.plan))
         if options.lossy:
             log.warning("lossy: %s (errors: docs/performance.md)", ", ".join(options.lossy))
         self._check_memory()
+
+    @property
+    def stepper(self) -> Stepper | None:
+        """What runs the steps of the only transformer, or of the first; None before its weights are
+        loaded."""
+        return self.steppers.get(STEP_GRAPHS[0])
 
     @property
     def plan(self) -> dict[str, int]:
@@ -138,10 +150,16 @@ class TorchBackend:
         return self._demand.latent_frames
 
     def load(self, graphs: Iterable[str]) -> None:
-        """Loads the weights, all at once. Raises as the class, and BundleError for damaged weights."""
+        """Loads the weights; of two experts, where there is room for one, that which stands first in
+        `graphs`. Raises as the class, and BundleError for damaged weights."""
+        loaded: set[str] = set()
         with self._lock, self._out_of_memory():
             if not self._modules:
                 self._modules = self._build()
+            for graph in graphs:
+                if loaded.isdisjoint(other_expert(graph)) or not self._demand.swapped:
+                    self._make_ready(graph)
+                    loaded.add(graph)
 
     def run(self, graph: str, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """Runs `graph`. inputs: NumPy arrays, exact dtypes and shapes, or what another `run` gave; returns
@@ -149,7 +167,7 @@ class TorchBackend:
 
         Raises: KeyError for a missing input, ValueError for a wrong dtype or shape, OutOfMemory.
         """
-        self.load(())
+        self.load([graph])
         with self._lock, torch.inference_mode(), self._out_of_memory():
             signature = self._manifest.graphs[graph]
             absent = "given" if self._without_picture(inputs) else ""
@@ -157,11 +175,11 @@ class TorchBackend:
             tensors = {s.name: self._to_device(inputs[s.name], graph, s) for s in wanted}
             if "concept_mask" in tensors:
                 self._cut(graph, tensors, Seen.of(torch.as_tensor(inputs["concept_mask"]), self._config))
-            if graph == STEP_GRAPH and "step" in inputs:
+            if graph in STEP_GRAPHS and "step" in inputs:
                 tensors["step"] = inputs["step"]
-            if isinstance(bias := inputs.get("text_bias"), np.ndarray) and graph == self._condition:
+            if isinstance(bias := inputs.get("text_bias"), np.ndarray) and _is_condition(graph):
                 tensors["text_bias"] = torch.from_numpy(bias).to(self._device)
-            elif isinstance(bias, torch.Tensor) and graph == STEP_GRAPH:
+            elif isinstance(bias, torch.Tensor) and graph in STEP_GRAPHS:
                 tensors["text_bias"] = bias
             return dict(self._modules[graph](tensors))
 
@@ -187,7 +205,7 @@ class TorchBackend:
     def close(self) -> None:
         """Lets the weights go."""
         with self._lock:
-            self._modules, self.stepper = {}, None
+            self._modules, self._transformers, self.steppers = {}, {}, {}
 
     def _to_device(self, array: Any, graph: str, spec: TensorSpec) -> Any:
         if not isinstance(array, np.ndarray):
@@ -206,7 +224,7 @@ class TorchBackend:
         concept = self._config.concept
         if "concept_tokens" in tensors:
             tensors["concept_tokens"] = seen.tokens(tensors["concept_tokens"])
-        elif graph == self._condition:
+        elif _is_condition(graph):
             none = torch.zeros(len(seen.concepts), concept.tokens_per_concept, concept.width)
             tensors["concept_tokens"] = none.to(self._device)
         elif not seen.partly:
@@ -225,34 +243,55 @@ class TorchBackend:
         place = None if options.weights is None else str(options.weights)
         source = open_weights(self._bundle, place, choices)
         log.info("weights of %s", source.origin.name)
+        self._transformers = source.model.experts()
         for part, module in source.model.named_children():
-            if part == "transformer":
-                settle(narrow(source.model.transformer, self._dtype), self._device)
-            else:
+            if part not in self._transformers:
                 settle(module, self._device, self._dtype)
-        fuse(source.model.transformer, self._fusing)
         modules, found = graph_modules(source.model, source.vae), dict[str, Module]()
         if not isinstance(source.vae, BlockVAE):
             dtype = getattr(torch, self._demand.vae_dtype)
             modules |= fused_modules(source.vae, set(modules), dtype)
-        capture = cuda_graphs() if self._device.type == "cuda" else None  # one pool of memory for all
+        self._capture = cuda_graphs() if self._device.type == "cuda" else None  # one pool of memory for all
         for name in self._manifest.graphs:
+            if BY_NAME[name].expert:
+                continue
             module = modules[name].to(self._device)
-            if BY_NAME[name].runs == EACH_STEP:
-                self.stepper = self._stepper(cast("DenoiseStep", module), capture)
-                found[name] = self._denoise
-            elif BY_NAME[name].runs in (FIRST_FRAME, LATER_FRAMES):
-                replayed = capture if self._demand.captured and BY_NAME[name].runs == LATER_FRAMES else None
-                found[name] = causal_half(self._manifest.graphs[name], module, replayed)
-            elif name == self._condition:  # of the transformer, whose weights have their dtypes
-                called = self._called(name, module, self._dtype, for_the_step=True)
-                found[name] = functools.partial(_without_padding, called)
+            if BY_NAME[name].runs in (FIRST_FRAME, LATER_FRAMES):
+                replayed = self._demand.captured and BY_NAME[name].runs == LATER_FRAMES
+                capture = self._capture if replayed else None
+                found[name] = causal_half(self._manifest.graphs[name], module, capture)
             elif BY_NAME[name].runs == EACH_TEXT:
                 short = _ShortText(module.to(self._dtype))
                 found[name] = self._called(name, short, self._dtype)
             else:
                 found[name] = self._called(name, module.to(self._dtype), self._dtype)
         return found
+
+    def _make_ready(self, graph: str) -> None:
+        """Loads the expert that `graph` is of, if it is not there, and lets go of the other where the plan
+        says so. Lock is held."""
+        expert = BY_NAME[graph].expert
+        if not expert or graph in self._modules:
+            return
+        name, transformer = list(self._transformers.items())[expert - 1]
+        if self._demand.swapped:
+            for other in other_expert(graph):
+                self._modules.pop(other, None)
+                self.steppers.pop(other, None)
+            gc.collect()
+            if self._device.type == "cuda":
+                torch.cuda.empty_cache()
+            transformer = copy.deepcopy(transformer)  # that stays as it was opened, for the next time
+        settle(narrow(transformer, self._dtype), self._device)
+        fuse(transformer, self._fusing)
+        for own, module in expert_modules(name, transformer).items():
+            module.to(self._device)
+            if _is_condition(own):  # of the transformer, whose weights have their dtypes
+                called = self._called(own, module, self._dtype, for_the_step=True)
+                self._modules[own] = functools.partial(_without_padding, called)
+            else:
+                self.steppers[own] = self._stepper(cast("DenoiseStep", module), self._capture)
+                self._modules[own] = functools.partial(self._denoise, own)
 
     def _stepper(self, denoise: DenoiseStep, capture: Capture | None) -> Stepper:
         lossy = self._options.skip_guidance, self._options.step_cache
@@ -266,7 +305,7 @@ class TorchBackend:
 
         def call(tensors: dict[str, Any]) -> Mapping[str, Any]:
             signature = self._manifest.graphs[graph]
-            taken = CONDITION_INPUTS if graph == self._condition else [spec.name for spec in signature.inputs]
+            taken = CONDITION_INPUTS if _is_condition(graph) else [spec.name for spec in signature.inputs]
             outputs = module(*(_floating(tensors[name], dtype) for name in taken if name in tensors))
             found = (outputs,) if isinstance(outputs, torch.Tensor) else outputs
             return {
@@ -276,12 +315,11 @@ class TorchBackend:
 
         return call
 
-    def _denoise(self, tensors: dict[str, Any]) -> Mapping[str, Any]:
-        assert self.stepper is not None
+    def _denoise(self, graph: str, tensors: dict[str, Any]) -> Mapping[str, Any]:
         state, step = tensors.pop("state"), tensors.pop("step", None)
         carried = state if isinstance(state, Carried) else Carried(state)
         index, steps = (0, 1 << 30) if step is None else (int(number) for number in step)
-        return {"next_state": self.stepper(carried, tensors, index, steps)}
+        return {"next_state": self.steppers[graph](carried, tensors, index, steps)}
 
     def _check_memory(self) -> None:
         free, peak = _free_memory(self._device), self.plan["peak"]
@@ -305,6 +343,10 @@ class TorchBackend:
                 f"({memory_plan.size_of(self.plan['peak'])} were planned); "
                 f"{memory_plan.what_fits(self._demand, free + held)}"
             ) from error
+
+
+def _is_condition(graph: str) -> bool:
+    return BY_NAME[graph].runs == ONCE and BY_NAME[graph].expert > 0
 
 
 class _ShortText(torch.nn.Module):

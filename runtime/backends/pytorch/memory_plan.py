@@ -22,6 +22,8 @@ BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 SLACK = 1.1
 VAE = "vae"
 """The part whose weights have a dtype of their own."""
+SECOND = "transformer_2"
+"""The part that is the second of two experts."""
 WIDEST = {False: 5, True: 8}
 """Tensors as wide as a Wan decoder's last layers that are there at a time, in Wan2.2 with its shortcuts; a
 test holds it to what is so."""
@@ -36,7 +38,8 @@ class Demand:
     model: the manifest's `model`; elements: of the weights by part, the video autoencoder's under "vae";
     graphs: whether steps are replayed as CUDA graphs, whose inputs are held twice; decoded: height and width
     in latents of what the decoder takes at once, None for a whole frame; vae_dtype: of the video autoencoder;
-    states: elements of the decoder's causal state; latent_frames: how many the decoder takes a call.
+    states: elements of the decoder's causal state; latent_frames: how many the decoder takes a call;
+    swapped: whether of two experts one is held at a time.
     """
 
     model: Mapping[str, Any]
@@ -48,6 +51,12 @@ class Demand:
     vae_dtype: str = "float32"
     states: int = 0
     latent_frames: int = 1
+    swapped: bool = False
+
+    @property
+    def experts(self) -> int:
+        """How many transformers are held at a time."""
+        return 2 if SECOND in self.elements and not self.swapped else 1
 
     @property
     def captured(self) -> bool:
@@ -55,9 +64,14 @@ class Demand:
         return self.graphs and self.latent_frames > 1
 
     def fastest(self, available: int | None) -> Demand:
-        """With as many latent frames a call as fit into `available` bytes, all that help where it is None."""
-        calls = [dataclasses.replace(self, latent_frames=count) for count in AT_ONCE]
-        return next((d for d in calls if available is None or plan(d)["peak"] <= available), calls[-1])
+        """With both experts and as many latent frames a call as fit into `available` bytes; where it is None,
+        with one expert at a time and all frames that help."""
+        two = SECOND in self.elements
+        if available is None:
+            return dataclasses.replace(self, swapped=two, latent_frames=AT_ONCE[0])
+        kinds = [(swapped, count) for swapped in (False, True)[: 1 + two] for count in AT_ONCE]
+        tries = [dataclasses.replace(self, swapped=swapped, latent_frames=count) for swapped, count in kinds]
+        return next((demand for demand in tries if plan(demand)["peak"] <= available), tries[-1])
 
     def at(self, frames: int, scale: float) -> Demand:
         """For a video of so many latent frames, its sides scaled, in the steps that patches allow."""
@@ -94,7 +108,8 @@ def plan(demand: Demand) -> dict[str, int]:
     rows = shapes.branches * tokens  # K*S
 
     sizes = {VAE: BYTES[demand.vae_dtype]}
-    weights = sum(n * sizes.get(part, size) for part, n in demand.elements.items())
+    held = {part: n for part, n in demand.elements.items() if part != SECOND or demand.experts > 1}
+    weights = sum(n * sizes.get(part, size) for part, n in held.items())
     # the concepts' values may be folded: A*C rows of D instead of C (kernels/absorbed_injection.py)
     folded = heads * concepts if heads * concepts < width + concepts else concepts
     keys = model["num_layers"] * shapes.branches * width * size
@@ -112,7 +127,7 @@ def plan(demand: Demand) -> dict[str, int]:
     decode, kept = _decoding(demand)
     found = {
         "weights": weights,
-        "keys and values": keys * (2 if demand.graphs else 1),
+        "keys and values": keys * (1 + demand.experts * demand.graphs),
         "step": step,
         "decode": decode + kept,
     }

@@ -73,11 +73,11 @@ def test_one_product_is_that_of_rounded_numbers(tmp_path):
 
 def test_ranges_are_those_of_the_graph_as_it_runs(calibration):
     model = ir.load(BUNDLE / "denoise.onnx")
-    assert set(calibration.largest) == {node.name for node in linears(model)}
-    layers = sum("ffn.net.2" in name for name in calibration.largest)
-    assert len(calibration.largest) == 10 * layers  # ten matrices a block
-    assert all(0 < most < 1e4 for most in calibration.largest.values())
-    same = [calibration.largest[f"transformer.blocks.0.attn1.to_{x}.MatMul"] for x in "qkv"]
+    assert set(calibration.largest["denoise"]) == {node.name for node in linears(model)}
+    layers = sum("ffn.net.2" in name for name in calibration.largest["denoise"])
+    assert len(calibration.largest["denoise"]) == 10 * layers  # ten matrices a block
+    assert all(0 < most < 1e4 for most in calibration.largest["denoise"].values())
+    same = [calibration.largest["denoise"][f"transformer.blocks.0.attn1.to_{x}.MatMul"] for x in "qkv"]
     assert len(set(same)) == 1  # they read one tensor
 
 
@@ -87,13 +87,13 @@ def test_the_error_is_stated(calibration):
 
 def test_the_graph_has_8_bits_around_each_matrix_and_nowhere_else(calibration, tmp_path):
     target = tmp_path / "graph.onnx"
-    prepare(BUNDLE / "denoise.onnx", target, "fp8", calibration.largest)
+    prepare(BUNDLE / "denoise.onnx", target, "fp8", calibration.largest["denoise"])
     onnx.checker.check_model(str(target), full_check=True)
     model = onnx.load(str(target))
     made = {name: node for node in model.graph.node for name in node.output}
     stored = {t.name: t.data_type for t in model.graph.initializer}
-    matrices = [node for node in model.graph.node if node.name in calibration.largest]
-    assert len(matrices) == len(calibration.largest)
+    matrices = [node for node in model.graph.node if node.name in calibration.largest["denoise"]]
+    assert len(matrices) == len(calibration.largest["denoise"])
     for node in matrices:
         x, weight = (made[name] for name in node.input)
         assert x.op_type == weight.op_type == "DequantizeLinear"
@@ -102,7 +102,7 @@ def test_the_graph_has_8_bits_around_each_matrix_and_nowhere_else(calibration, t
         assert {stored[n.input[1]] for n in (x, weight)} == {onnx.TensorProto.BFLOAT16}
     dequantised = {name for name, node in made.items() if node.op_type == "DequantizeLinear"}
     users = [node for node in model.graph.node if dequantised.intersection(node.input)]
-    assert {node.name for node in users} == set(calibration.largest)
+    assert {node.name for node in users} == set(calibration.largest["denoise"])
 
 
 def test_other_graphs_are_in_bf16(tmp_path):
@@ -113,7 +113,7 @@ def test_other_graphs_are_in_bf16(tmp_path):
 
 def test_a_range_that_is_missing_is_named(calibration):
     model = ir.load(BUNDLE / "denoise.onnx")
-    some = dict(list(calibration.largest.items())[1:])
+    some = dict(list(calibration.largest["denoise"].items())[1:])
     with pytest.raises(ExportError, match="goes into 'transformer.blocks.0.attn1.to_k.MatMul', which is not"):
         reduce(model, "fp8", some, emulate=True)
 

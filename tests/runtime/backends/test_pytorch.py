@@ -227,7 +227,7 @@ def lossy(sprites, monkeypatch):
 
     def build(**options):
         stepper = stepping.Stepper(sprites.backend.stepper.denoise, None, **options)
-        monkeypatch.setattr(sprites.backend, "stepper", stepper)
+        monkeypatch.setitem(sprites.backend.steppers, "denoise", stepper)
         return stepper
 
     return build

@@ -88,7 +88,7 @@ def test_weights_on_disk_and_loras_give_the_graphs_frames(bundle, wan_folder, lo
     found = frames(bundle, concepts, backend="torch", options=options)
     assert expected.std() > 5 and abs(found - expected).max() <= 1
     loaded = Pipeline.from_bundle(bundle, backend="torch", options=options)
-    loaded.backend.load(())
+    loaded.load()
     assert not any(p.is_meta for p in loaded.backend.stepper.denoise.parameters())
 
 

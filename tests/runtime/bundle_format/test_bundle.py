@@ -85,6 +85,11 @@ def _third(data: dict, **entries: object) -> None:
     data.update({"format": 3, "source": {"name": "weights", "files": []}} | entries)
 
 
+def _experts(*boundaries: float) -> list[dict[str, object]]:
+    names = ("transformer", "transformer_2")
+    return [{"name": name, "boundary": at} for name, at in zip(names, boundaries, strict=True)]
+
+
 CHANGES: list[tuple[str, Callable[[dict], object], str]] = [
     ("newer format", lambda d: d.update(format=6, more=1), "has format 6.*upgrade"),
     ("older format", lambda d: d.update(format=0), "format must be 1, 2, 3"),
@@ -142,10 +147,16 @@ CHANGES: list[tuple[str, Callable[[dict], object], str]] = [
     ("path as source", lambda d: d.update(format=3, source={"name": "/w", "files": []}), "neither a Hub id"),
     ("a graph without a file", lambda d: d["graphs"]["dam"].update(file="", sha256=""), "all graphs have"),
     ("boxes", lambda d: _third(d, boxes={"per_concept": 1, "required": True}), "has boxes, which.*upgrade"),
+    ("experts in format 4", lambda d: _third(d, format=4, experts=_experts(0.9, 0)), "are of format 5"),
+    ("experts, one graph", lambda d: _third(d, format=5, experts=_experts(0.9, 0)), "the graphs must be"),
+    ("experts the wrong way", lambda d: _third(d, format=5, experts=_experts(0, 0.9)), "above the last's"),
+    ("experts, a gap", lambda d: _third(d, format=5, experts=_experts(0.9, 0.1)), "above the last's"),
+    ("experts, beyond", lambda d: _third(d, format=5, experts=_experts(1, 0)), "boundary must be 0 to 1"),
+    ("one expert", lambda d: _third(d, format=5, experts=_experts(0.9, 0)[:1]), "must be transformer and"),
     (
-        "experts in the wrong order",
-        lambda d: _third(d, experts=[{"name": "a", "boundary": 0}, {"name": "b", "boundary": 0.9}]),
-        "from high noise to low",
+        "an expert of another name",
+        lambda d: _third(d, format=5, experts=[{"name": "a", "boundary": 0.9}]),
+        "'a' is no expert's name",
     ),
     ("vocabulary twice", lambda d: _third(d, vocabulary={"words": ["a", "a"], "labels": ["a"]}), "each once"),
     ("vocabulary without words", lambda d: _third(d, vocabulary={"labels": ["a"]}), "unless open"),
