@@ -1,7 +1,7 @@
 """Merging a LoRA file into a Wan transformer's weights, in place and for good: made for export.
 
-A file's keys name modules and parts of changes (lora_names.py). Each module brings a change of some kind, whole
-differences, or both (lora_kinds.py):
+A file's keys name modules and parts of changes (lora_names.py). Each module brings a change of some kind,
+whole differences, or both (lora_kinds.py):
 
     weight += scale * alpha / rank * product          LoRA, LoHa, LoKr; DoRA scales the sum
     bias   += scale * alpha / rank * up_bias          lora_B.bias
@@ -134,15 +134,11 @@ def _of_module(
     """The changes that a module's parts make, of its weight and of its bias."""
     if "reshape_weight" in parts:
         wanted = tuple(parts["reshape_weight"].tensor.flatten().tolist()[:8])
-        raise WeightsError(
-            f"{path} is for a {weight} that is enlarged to {wanted}: such a LoRA is not merged"
-        )
+        raise WeightsError(f"{path} is for a {weight} enlarged to {wanted}: such a LoRA is not merged")
     kinds = [kind for kind in PRODUCTS if kind.names & parts.keys()]
     lengths = parts.get("magnitude") or parts.get("dora_scale")
     if lengths is not None and (len(kinds) != 1 or {"diff", "up_bias"} & parts.keys()):
-        raise WeightsError(
-            f"{path} has {lengths.key}, which goes with one pair and nothing else of its module"
-        )
+        raise WeightsError(f"{path} has {lengths.key}, which goes with one product and nothing else there")
     for kind in kinds:
         own = _form(path, kind, parts)
         factor = _factor(path, kind, own, parts.get("alpha"), alphas)
@@ -187,8 +183,8 @@ def _check(
     images = [key for key in found.elsewhere if about_images(key)]
     if images and not takes_images(state) and not partial and changes:
         raise WeightsError(
-            f"{path} is a LoRA of an image-to-video model, this transformer reads no pictures and has nothing "
-            f"for {len(found.elsewhere)} of its keys: {some(images)}; {PARTIAL}"
+            f"{path} is a LoRA of an image-to-video model, this transformer reads no pictures and has "
+            f"nothing for {len(found.elsewhere)} of its keys: {some(images)}; {PARTIAL}"
         )
     unused = sorted(found.unknown + found.elsewhere)
     if not changes:

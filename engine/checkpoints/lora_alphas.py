@@ -1,6 +1,7 @@
 """What a LoRA's product is multiplied with, where its file's tensors do not say: PEFT's configuration.
 
-diffusers puts it into the metadata of its file, PEFT into an adapter_config.json beside adapter_model.safetensors.
+diffusers puts it into the metadata of its file, PEFT into an adapter_config.json beside its
+adapter_model.safetensors.
 """
 
 from __future__ import annotations

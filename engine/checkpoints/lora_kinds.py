@@ -1,15 +1,15 @@
 """The kinds of change that a LoRA file may hold, each from its own parts, and how one is added to a weight.
 
-    LoRA       up @ down, or up, mid and down as one tensor (Tucker)                Hu et al. 2021; LyCORIS's LoCon
-    LoHa       (w1_a @ w1_b) * (w2_a @ w2_b), element by element                    Hyeon-Woo et al. 2021
-    LoKr       kron(w1, w2), each whole or the product of its a and b               Yeh et al. 2023 (LyCORIS)
-    whole      the difference itself
+    LoRA     up @ down, or up, mid and down as one tensor (Tucker)     Hu et al. 2021; LyCORIS's LoCon
+    LoHa     (w1_a @ w1_b) * (w2_a @ w2_b), element by element         Hyeon-Woo et al. 2021
+    LoKr     kron(w1, w2), each whole or the product of its a and b    Yeh et al. 2023 (LyCORIS)
+    whole    the difference itself
 
-times alpha / rank, as PEFT, LyCORIS and ComfyUI have them. DoRA (Liu et al. 2024) scales the sum of weight and
-change to given lengths: of each row (PEFT's lora_magnitude_vector), or of each row or column (`dora_scale`,
-by its shape). PEFT applies a LoRA's scale to the change inside of that sum, ComfyUI, whose files have
-`dora_scale`, to the difference from the old weight. LyCORIS takes the length of the sum, as here, where ComfyUI
-takes for rows that of the old weight.
+times alpha / rank, as PEFT, LyCORIS and ComfyUI have them. DoRA (Liu et al. 2024) scales the sum of weight
+and change to given lengths: of each row (PEFT's lora_magnitude_vector), or of each row or column (LyCORIS's
+`dora_scale`, by its shape). PEFT applies the scale of a LoRA to the change inside of that sum; ComfyUI, which
+people use files with `dora_scale` in, to the difference from the old weight. The lengths that are scaled are
+the sum's, as both trainers have it; ComfyUI takes the old weight's where they are of rows.
 
 Letters: r rank, o and i a weight's rows and the size of each of them.
 """
@@ -49,7 +49,7 @@ def _low_rank(parts: Tensors) -> Tensor:
 
 
 def _product(parts: Tensors, side: str, mid: str) -> Tensor:
-    """LoHa's or LoKr's factor `side`: whole, or of its a and b, with `mid` between them where that is there."""
+    """LoHa's or LoKr's factor `side`: whole, or of its a and b, with `mid` between them if there is one."""
     if side in parts:
         return parts[side]
     a, b = parts[f"{side}_a"], parts[f"{side}_b"]
@@ -74,8 +74,8 @@ def _whole(parts: Tensors) -> Tensor:
 
 
 class Kind(NamedTuple):
-    """A kind of change: what it is of, part by part, in any of its forms, and which of the parts have the rank as
-    their first size (the first that is there counts)."""
+    """A kind of change: what computes it, of which parts in each of its forms, and which of them have the
+    rank as their first size (the first that is there counts)."""
 
     name: str
     compute: Callable[[Tensors], Tensor]
@@ -119,7 +119,7 @@ class Change:
         return self.parts["down"].tensor.shape[0] if self.kind is LORA else None
 
     def made(self) -> torch.Size | None:
-        """The shape that the parts make, computed without their numbers; None where they do not fit together."""
+        """The shape that the parts make, computed without numbers; None where they do not go together."""
         try:
             return self.kind.compute({n: p.tensor.to("meta") for n, p in self.parts.items()}).shape
         except (RuntimeError, IndexError, ValueError):
@@ -147,7 +147,7 @@ class Change:
             tuple(n if k == axis else 1 for k, n in enumerate(shape)) for axis in range(min(2, len(shape)))
         ]
         if self.inside:  # PEFT's, of a convolution with a 1 before it
-            return 0 if given.numel() == shape[0] == max(given) else None
+            return 0 if given.numel() == shape[0] == max(given, default=0) else None
         if given == shape[:1]:
             return 0
         return along.index(tuple(given)) if tuple(given) in along else None
