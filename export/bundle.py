@@ -109,8 +109,9 @@ def write_bundle(
             if narrow_in_place(path) or own != "fp32":
                 graphs[spec.name] = describe(path, spec)
             rows.append(_held(check(spec, path, own)))
+        record = _record(source.origin)
         manifest = Manifest(
-            format=_format(concept, whole, experts),
+            format=_format(concept, whole, experts, record),
             name=source.model.config.name,
             written_by={"conceptmaster": __version__}
             | {name: importlib.metadata.version(name) for name in WRITERS},
@@ -124,7 +125,7 @@ def write_bundle(
             graphs=graphs,
             conditioning=conditioning_of(source.model.config),
             tile=tiles,
-            source=_record(source.origin),
+            source=record,
             experts=experts,
             whole_text=whole,
             **told,
@@ -141,10 +142,12 @@ def _signature(spec: GraphSpec, concepts: bool) -> GraphFile:
     return GraphFile("", "", inputs, spec.outputs)
 
 
-def _format(concept: ConceptConfig, whole: int | None, experts: tuple[Expert, ...] | None) -> int:
+def _format(
+    concept: ConceptConfig, whole: int | None, experts: tuple[Expert, ...] | None, record: SourceRecord
+) -> int:
     """The oldest format that has what a bundle says."""
     frames_alone = concept.given != "none" and not concept.takes_pictures
-    return 5 if experts or frames_alone else 3 if whole is None else 4
+    return 5 if experts or frames_alone or record.needs_format_5 else 3 if whole is None else 4
 
 
 def _experts(config: ModelConfig, sampling: Sampling, branches: int) -> tuple[Expert, ...] | None:

@@ -176,7 +176,7 @@ def _with_defaults(source: Source, args: argparse.Namespace) -> Source:
 def _choices(args: argparse.Namespace) -> Choices:
     from ..engine.checkpoints.source import Choices, loras_of
 
-    loras = loras_of(tuple(args.lora), tuple(args.lora_scale))
+    loras = loras_of(tuple(args.lora), tuple(args.lora_scale), args.lora_partial)
     return Choices(adapter=args.adapter, revision=args.revision, loras=loras)
 
 
@@ -189,6 +189,11 @@ def _add_base_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--lora-scale", type=float, action="append", default=[], metavar="S",
         help="what a LoRA is multiplied with, one for each in their order (1)",
+    )  # fmt: skip
+    group.add_argument(
+        "--lora-partial", action="store_true",
+        help="merge what fits of LoRAs that are for modules, too, which the base does not have, as those of "
+        "image-to-video models are for a text-to-video one, and list the rest",
     )  # fmt: skip
     group.add_argument("--revision", metavar="R", help="branch, tag or commit in the Hugging Face Hub")
 

@@ -154,6 +154,8 @@ def _add_torch_options(group: argparse._ArgumentGroup) -> None:
     lora.help = "of a base: a LoRA that it was exported with; repeatable"
     scale = group.add_argument("--lora-scale", metavar="S", action="append", type=float)
     scale.help = "what each LoRA is multiplied with (as recorded, or 1)"
+    part = group.add_argument("--lora-partial", action="store_true", default=None)
+    part.help = "leave out what the base has no modules for (as recorded)"
     group.add_argument("--dtype", metavar="D", help="float32 or bfloat16 (cpu: float32, cuda: bfloat16)")
     way = group.add_argument("--attention", metavar="WAY")
     way.help = "on cuda: pytorch, pytorch-heads-first or flash-attention-3 (the fastest, by measuring)"

@@ -157,7 +157,7 @@ def _form(path: Path, kind: Kind, parts: Mapping[str, Part]) -> dict[str, Part]:
     for form in kind.forms:
         if given == set(form):
             return {name: parts[name] for name in form}
-    half = parts[sorted(given)[0]].key
+    half = " and ".join(parts[name].key for name in sorted(given))
     raise WeightsError(f"{path} has {half} without the other half of the pair, of the kind {kind.name}")
 
 
@@ -186,7 +186,7 @@ def _check(
             f"{path} is a LoRA of an image-to-video model, this transformer reads no pictures and has "
             f"nothing for {len(found.elsewhere)} of its keys: {some(images)}; {PARTIAL}"
         )
-    unused = sorted(found.unknown + found.elsewhere)
+    unused = sorted(found.unknown + ([] if partial and changes else found.elsewhere))
     if not changes:
         keys = f"its keys are {some(unused, 3)}" if unused else "it has no keys"
         ours = [key for key in state if key.endswith(".weight")]
@@ -196,7 +196,7 @@ def _check(
     misfits = [text for change in changes if (text := change.misfit(state[change.target].shape))]
     if misfits:
         raise WeightsError(f"{path} does not fit: {some(misfits, 4)}")
-    if unused and not (partial and not found.unknown):
+    if unused:
         advice = "" if found.unknown else f"; {PARTIAL}"
         raise WeightsError(f"{path} has {len(unused)} keys that match nothing: {some(unused)}{advice}")
     for change in changes:

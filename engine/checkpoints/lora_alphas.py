@@ -59,7 +59,7 @@ class _Numbers(NamedTuple):
         if not isinstance(patterns, dict) or len(patterns) > MOST_PATTERNS:
             raise ValueError(f"{name}_pattern must be an object of at most {MOST_PATTERNS} entries")
         if not all(map(is_number, [*patterns.values(), 0 if default is None else default])):
-            raise ValueError(f"an {name} must be a finite number")
+            raise ValueError(f"every {name} must be a finite number")
         found = tuple((_Pattern.read(key), float(value)) for key, value in patterns.items())
         return cls(None if default is None else float(default), found)
 

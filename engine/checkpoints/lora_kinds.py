@@ -65,7 +65,8 @@ def _hadamard(parts: Tensors) -> Tensor:
 
 def _kronecker(parts: Tensors) -> Tensor:
     one, two = _product(parts, "lokr_w1", "lokr_t1"), _product(parts, "lokr_w2", "lokr_t2")
-    return torch.kron(one.reshape(*one.shape, *(1,) * (two.ndim - one.ndim)), two)
+    one = one.reshape(*one.shape, *(1,) * (two.ndim - one.ndim))
+    return torch.kron(one, two.contiguous())  # which views what einsum has made
 
 
 def _whole(parts: Tensors) -> Tensor:

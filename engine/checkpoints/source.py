@@ -57,10 +57,17 @@ HUB_URL = re.compile(r"https?://(?:www\.)?(?:huggingface\.co|hf\.co)/([^/?#]+/[^
 
 @dataclass(frozen=True)
 class LoraFile:
-    """A LoRA that is merged into a transformer: its file, and what it is multiplied with; None is 1."""
+    """A LoRA that is merged into a transformer: its file, and what it is multiplied with; None is 1. partial:
+    without what the transformer has no modules for."""
 
     path: Path
     scale: float | None = None
+    partial: bool = False
+
+    @property
+    def factor(self) -> float:
+        """What the LoRA is multiplied with."""
+        return 1.0 if self.scale is None else self.scale
 
 
 @dataclass(frozen=True)
@@ -84,14 +91,14 @@ class Origin:
     """What a source was read from.
 
     name: of the folder, of the model in the Hugging Face Hub, or preset:NAME; files: SHA-256 by path below
-    it; commit: of the Hub; adapter: name and SHA-256; loras: name, SHA-256 and scale.
+    it; commit: of the Hub; adapter: name and SHA-256; loras: name, SHA-256, scale, and whether in part.
     """
 
     name: str
     files: Mapping[str, str] = field(default_factory=dict)
     commit: str | None = None
     adapter: tuple[str, str] | None = None
-    loras: tuple[tuple[str, str, float], ...] = ()
+    loras: tuple[tuple[str, str, float, bool], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -107,23 +114,24 @@ class Source:
     told: Mapping[str, Any] = field(default_factory=dict)
 
 
-def loras_of(paths: Iterable[str | os.PathLike[str]], scales: tuple[float, ...]) -> tuple[LoraFile, ...]:
+def loras_of(
+    paths: Iterable[str | os.PathLike[str]], scales: tuple[float, ...], partial: bool = False
+) -> tuple[LoraFile, ...]:
     """Files and scales as the command line has them, in order: a scale each, or none for any, which is 1.
 
     Raises: InputError for another number of scales, and for one that is not finite.
     """
     paths = list(paths)
-    if scales and not paths:
-        raise InputError("a scale without a LoRA: --lora FILE says which")
+    if (scales or partial) and not paths:
+        raise InputError(f"a {'scale' if scales else 'part'} without a LoRA: --lora FILE says which")
     if scales and len(scales) != len(paths):
         raise InputError(
             f"{len(paths)} --lora and {len(scales)} --lora-scale: give a scale for each, in order, or none"
         )
     if not all(math.isfinite(scale) for scale in scales):
         raise InputError("the scale of a LoRA must be a finite number")
-    return tuple(
-        LoraFile(Path(path), scale) for path, scale in zip(paths, scales or (None,) * len(paths), strict=True)
-    )
+    each = zip(paths, scales or (None,) * len(paths), strict=True)
+    return tuple(LoraFile(Path(path), scale, partial) for path, scale in each)
 
 
 def is_base(place: str | Path) -> bool:
@@ -221,9 +229,9 @@ def _open_base(place: str | Path, choices: Choices, tokenizer: Path | None) -> S
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # a new adapter is the same each time, so that a bundle can be made again
         model = load_base(base, config)
-    loras = [(lora.path, 1.0 if lora.scale is None else lora.scale) for lora in choices.loras]
-    for path, scale in loras:
-        log.info("%s", merge_lora(model.transformer, path, scale))
+    for lora in choices.loras:
+        report = merge_lora(model.transformer, lora.path, lora.factor, lora.partial)
+        log.log(logging.WARNING if report.left_out else logging.INFO, "%s", report)
     if adapter:
         load_adapter(model, adapter)
     origin = Origin(
@@ -231,7 +239,7 @@ def _open_base(place: str | Path, choices: Choices, tokenizer: Path | None) -> S
         sha256_files(folder, base.files),
         None if local else folder.name,  # of a snapshot, the commit
         None if adapter is None else (adapter.path.name, sha256_file(adapter.path)),
-        tuple((path.name, sha256_file(path), scale) for path, scale in loras),
+        tuple((lora.path.name, sha256_file(lora.path), lora.factor, lora.partial) for lora in choices.loras),
     )
     vae = load_base_vae(base, config)
     require_same(before)

@@ -1,10 +1,11 @@
 """What manifest.json says: a bundle's graphs, their shapes, and what a request gets by default.
 
 Each dataclass is one JSON object and refuses values that cannot be. A bundle is written in the oldest format
-that has what it needs. Format 5 adds the key `experts`, and a picture that a request may leave out. Format 4
-adds the key `whole_text`; format 3 what the bundle was made from (source_record.py) and the keys
-`vocabulary`, `ranges` and `boxes`. Format 2 had none of them; format 1 neither conditioning frames, nor
-tiles, nor a choice of how pictures are fitted. A key that a format does not have is read as absent.
+that has what it needs. Format 5 adds the key `experts`, a picture that a request may leave out, and LoRAs
+that were merged in part. Format 4 adds the key `whole_text`; format 3 what the bundle was made from
+(source_record.py) and the keys `vocabulary`, `ranges` and `boxes`. Format 2 had none of them; format 1
+neither conditioning frames, nor tiles, nor a choice of how pictures are fitted. A key that a format does not
+have is read as absent.
 """
 
 from __future__ import annotations
@@ -289,6 +290,8 @@ class Manifest:
             f"a key, or a graph without a file, that format {self.format} does not have",
         )
         require(self.format < 3 or self.source is not None, "format 3 says what the bundle was made from")
+        old = self.source is None or not self.source.needs_format_5
+        require(self.format > 4 or old, "a LoRA that is merged in part is of format 5")
         if self.experts is not None:
             require(self.format > 4, "experts are of format 5")
             names = tuple(expert.name for expert in self.experts)

@@ -10,15 +10,20 @@ from dataclasses import dataclass
 
 from .hashed_file import HashedFile, check_file
 from .shapes import LONGEST_NAME
+from .strict_json import added
 
 
 @dataclass(frozen=True)
 class MergedLora:
-    """A LoRA that is part of the weights: its file's name and SHA-256, and what it was multiplied with."""
+    """A LoRA that is part of the weights: its file's name and SHA-256, and what it was multiplied with.
+
+    partial: what the transformer has no modules for was left out (format 5).
+    """
 
     file: str
     sha256: str
     scale: float
+    partial: bool = added(False)
 
     def __post_init__(self) -> None:
         check_file(self.file, self.sha256)
@@ -53,8 +58,15 @@ class SourceRecord:
     def __str__(self) -> str:
         parts = [self.name if self.commit is None else f"{self.name} at {self.commit}"]
         parts += [] if self.adapter is None else [f"adapter {self.adapter.file}"]
-        parts += [f"LoRA {lora.file} × {lora.scale:g}" for lora in self.loras]
+        parts += [
+            f"LoRA {lora.file} × {lora.scale:g}{' in part' if lora.partial else ''}" for lora in self.loras
+        ]
         return ", ".join([*parts, f"{len(self.files)} files"])
+
+    @property
+    def needs_format_5(self) -> bool:
+        """Whether it says what older formats have no key for."""
+        return any(lora.partial for lora in self.loras)
 
     def weights(self) -> Iterator[HashedFile]:
         """The files below the source that hold tensors."""

@@ -64,10 +64,20 @@ def stored_as(key: str, default: Any = dataclasses.MISSING) -> Any:
     return dataclasses.field(default=default, metadata={"key": key})
 
 
+def added(default: Any) -> Any:
+    """A field that a later format brought. Where it has its default it is not written: who reads older
+    formats alone, and refuses keys that these do not have, reads what needs nothing new."""
+    return dataclasses.field(default=default, metadata={"added": True})
+
+
 def encode(value: Any) -> Any:
     """The JSON value of a dataclass: what `decode` reads."""
     if dataclasses.is_dataclass(value):
-        return {_key(field): encode(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        return {
+            _key(field): encode(item)
+            for field in dataclasses.fields(value)
+            if (item := getattr(value, field.name)) != field.default or not field.metadata.get("added")
+        }
     if isinstance(value, dict):
         return {key: encode(item) for key, item in value.items()}
     return [encode(item) for item in value] if isinstance(value, (tuple, list)) else value

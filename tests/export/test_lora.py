@@ -96,3 +96,30 @@ def test_loras_that_cannot_be_merged(folder, command, tmp_path):
     code, _, err = command("export", "preset:tiny", "--output", tmp_path / "new", "--lora", "a.safetensors")
     assert code == 2 and "no base in diffusers' layout" in err
     assert not (tmp_path / "new").exists()
+
+
+def test_a_part_is_recorded_and_merged_again(folder, command, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    from conceptmaster.engine.checkpoints.source import Choices, LoraFile
+    from conceptmaster.runtime.backends.pytorch.weights import open_weights
+    from conceptmaster.runtime.bundle_format.find import Bundle
+
+    file, layer = tmp_path / "i2v.safetensors", "transformer.blocks.0.attn2.add_k_proj"
+    rest = {f"{layer}.lora_A.weight": torch.ones(1, 24), f"{layer}.lora_B.weight": torch.ones(24, 1)}
+    save_file(load_file(folder.parent / "lora.safetensors") | rest, file)
+    export = ("export", folder, "--output", tmp_path / "part", "--no-graphs", *SIZE, "--lora", file)
+    code, out, err = command(*export)
+    assert (code, out, err.count("\n")) == (2, "", 1) and "--lora-partial merges the rest" in err
+    code, _, err = command(*export, "--lora-partial")
+    assert code == 0 and "2 keys are left out: transformer.blocks.0.attn2" in err
+    bundle = Bundle.open(str(tmp_path / "part"))
+    assert bundle.manifest.format == 5 and bundle.manifest.source.loras[0].partial
+    assert command("inspect", tmp_path / "part")[1].count("LoRA i2v.safetensors × 1 in part") == 1
+    given = Choices(loras=(LoraFile(file),))
+    assert open_weights(bundle, folder, given).origin.loras[0][3]
+    assert command(*export[:-2], "--lora", folder.parent / "lora.safetensors", "--overwrite")[0] == 0
+    text = (tmp_path / "part" / "manifest.json").read_text()
+    assert '"format": 3' in text and '"partial"' not in text
+    code, _, err = command(*export[:-2], "--lora-partial", "--overwrite")
+    assert code == 2 and "a part without a LoRA" in err

@@ -239,7 +239,8 @@ class TorchBackend:
     def _build(self) -> dict[str, Module]:
         options = self._options
         adapter = None if options.adapter is None else Path(options.adapter)
-        choices = Choices(adapter=adapter, loras=loras_of(options.lora, options.lora_scale))
+        loras = loras_of(options.lora, options.lora_scale, options.lora_partial)
+        choices = Choices(adapter=adapter, loras=loras)
         place = None if options.weights is None else str(options.weights)
         source = open_weights(self._bundle, place, choices)
         log.info("weights of %s", source.origin.name)

@@ -38,6 +38,7 @@ class TorchOptions:
     adapter: str | os.PathLike[str] | None = None
     lora: tuple[str | os.PathLike[str], ...] = ()
     lora_scale: tuple[float, ...] = ()
+    lora_partial: bool = False
     dtype: str | None = None
     attention: str | None = None
     vae_dtype: str = "float32"

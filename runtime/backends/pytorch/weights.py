@@ -97,7 +97,7 @@ def _recorded(record: SourceRecord, place: str | Path, given: Choices, bundle: B
     for path, lora in zip(paths, record.loras, strict=True):
         if scales.get(path) not in (None, lora.scale):
             raise InputError(f"the bundle has {lora.file!r} at scale {lora.scale:g}, not {scales[path]:g}")
-        loras.append(LoraFile(path, lora.scale))
+        loras.append(LoraFile(path, lora.scale, lora.partial))
     revision = given.revision or (record.commit if str(place) == record.name else None)
     return dataclasses.replace(
         given, adapter=adapter[0] if adapter else None, loras=tuple(loras), revision=revision

@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import re
 
 import pytest
 
@@ -262,24 +263,35 @@ SPELLINGS = [
     "blocks.1.self_attn.o.lora_{}.weight",
     "lora_unet_blocks_1_self_attn_o.lora_{}.weight",
     "lora_unet_blocks_1_attn1_to_out_0.lora_{}.weight",
+    "lora_unet__blocks_1_self_attn_o.lora_{}.weight",  # VideoX-Fun
+    "pipe.dit.blocks.1.self_attn.o.lora_{}.weight",  # DiffSynth-Studio
+    "lycoris_blocks_1_attn1_to_out_0.lora_{}.weight",
+    "diffusion_model.blocks.1.self_attn.o.lora_{}",
 ]
 ADAPTER_SPELLINGS = [  # PEFT names its adapters where they are not saved through PEFT
     "base_model.model.transformer.blocks.1.attn1.to_out.0.lora_{}.default.weight",
     "blocks.1.self_attn.o.lora_{}.default.weight",
+    "transformer.blocks.1.attn1.to_out.0.lora_{}.my-adapter.weight",
+]
+OLD_SPELLINGS = [  # of diffusers, and of transformers
+    "transformer.blocks.1.attn1.to_out.0.lora.{}.weight",
+    "diffusion_model.blocks.1.self_attn.o_lora.{}.weight",
+    "blocks.1.attn1.to_out.0.lora_linear_layer.{}.weight",
 ]
 
 
 @pytest.mark.parametrize(
     ("name", "ends"),
     [(name, ends) for name in SPELLINGS for ends in ("AB", ("down", "up"))]
-    + [(name, "AB") for name in ADAPTER_SPELLINGS],
+    + [(name, "AB") for name in ADAPTER_SPELLINGS]
+    + [(name, ("down", "up")) for name in OLD_SPELLINGS],
 )
 def test_one_layer_in_every_spelling(model, tmp_path, assert_close, name, ends):
     before = copy_of(model)
     target = "blocks.1.attn1.to_out.0.weight"
     down, up = pair(before[target])
     tensors = {name.format(ends[0]): down, name.format(ends[1]): up}
-    tensors[name.partition(".lora_")[0] + ".alpha"] = torch.tensor([6.0])
+    tensors[re.split(r"[._]lora[._]", name)[0] + ".alpha"] = torch.tensor([6.0])
     save(tmp_path / "lora.safetensors", tensors)
     report = merge_lora(model, tmp_path / "lora.safetensors", 0.5)
     assert report.names == (target,) and report.ranks == (3,)

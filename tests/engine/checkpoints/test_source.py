@@ -14,6 +14,7 @@ pytest.importorskip("diffusers")
 from safetensors.torch import load_file, save_file  # noqa: E402
 
 from conceptmaster.engine.checkpoints import diffusers_folder  # noqa: E402
+from conceptmaster.engine.checkpoints.lora import LoraReport  # noqa: E402
 from conceptmaster.engine.checkpoints.source import Choices, LoraFile, loras_of, open_source  # noqa: E402
 from conceptmaster.engine.checkpoints.wan_names import wan_name  # noqa: E402
 from conceptmaster.errors import InputError  # noqa: E402
@@ -66,7 +67,7 @@ def test_a_file_that_is_replaced_after_it_was_read_is_noticed(own, name, monkeyp
         return found
 
     monkeypatch.setattr(source, "load_base_vae", load)
-    monkeypatch.setattr(source, "merge_lora", lambda *_: "merged")
+    monkeypatch.setattr(source, "merge_lora", lambda *_: LoraReport("merged", 1.0, (), ()))
     choices = Choices((64, 64), 9, loras=(LoraFile(lora),))
     refused(own, f"{name}' was changed while it was read", choices=choices)
 
@@ -160,7 +161,7 @@ def test_loras_add_up_each_with_its_scale(own, tmp_path):
     source = open_source(own, Choices((64, 64), 9, loras=loras))
     for name, value in state(source).items():
         torch.testing.assert_close(value, expected[name])
-    assert [(name, scale) for name, _, scale in source.origin.loras] == [
+    assert [(name, scale) for name, _, scale, _ in source.origin.loras] == [
         (f"{file}.safetensors", scale) for file, scale in scales.items()
     ]
 
