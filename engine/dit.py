@@ -243,9 +243,8 @@ def with_clean(latents: Tensor, time: Tensor, picture: Tensor) -> tuple[Tensor, 
     mask, clean = picture.split([1, latents.shape[1]], dim=1)
     first, rest = latents.split([1, latents.shape[2] - 1], dim=2)
     known = torch.cat((mask * clean + (1 - mask) * first, rest), dim=2)  # [K,Cz,F,H,W]
-    noisy = 1 - mask[:, 0, 0, 0, :1].type_as(time)  # [K or 1,1]
-    times = time[:, None].expand(-1, rest.shape[2])  # [K,F-1]
-    return known, torch.cat((times[:, :1] * noisy, times), dim=1)  # [K,F]
+    times = time[:, None] * (1 - F.pad(mask[:, 0, 0, 0, :1].type_as(time), (0, rest.shape[2])))  # [K,F]
+    return known, times
 
 
 def _initialise(modules: dict[str, nn.Module]) -> None:

@@ -133,6 +133,34 @@ def test_one_bundle_gives_both_pipelines_frames(pipelines, folder, bundle, gener
     held(generated(bundle, image, noise, "--backend", "torch", "--weights", folder), expected)
 
 
+def test_without_graphs(folder, bundle, generated, command, tmp_path):
+    """What PyTorch runs; and a base with a picture encoder, which takes concepts and no first picture."""
+    from transformers.models.clip.configuration_clip import CLIPVisionConfig
+    from transformers.models.clip.modeling_clip import CLIPVisionModelWithProjection
+
+    clip = CLIPVisionConfig(
+        hidden_size=16,
+        intermediate_size=32,
+        projection_dim=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=16,
+        patch_size=8,
+    )
+    with_clip = tmp_path / "with-clip"
+    shutil.copytree(folder, with_clip)
+    CLIPVisionModelWithProjection(clip).save_pretrained(with_clip / "image_encoder")
+    image, noise = picture(2, 64, 64), noise_for(1)
+    without, known = (generated(bundle, given, noise).astype(float) for given in (None, image))
+    for place, expected in ((folder, known), (with_clip, without)):  # whose new adapter shows nothing
+        own = tmp_path / f"{place.name}-bundle"
+        code, _, err = command("export", place, "--output", own, *SIZE, "--no-graphs", "--quiet")
+        assert (code, err) == (0, "")
+        torch_backend = ("--backend", "torch", "--weights", place)
+        held(generated(own, None, noise, *torch_backend), without)
+        held(generated(own, image, noise, *torch_backend), expected)
+
+
 def test_what_the_bundle_is(folder, bundle, command):
     from conceptmaster.runtime.bundle_format.manifest import load
 
@@ -202,3 +230,27 @@ def test_the_release_s_own_video(folder, command, tmp_path):
     assert (code, err) == (0, "")
     manifest = load(tmp_path / "one")
     assert (manifest.conditioning, manifest.concepts, manifest.format) == (None, 0, 3)
+
+
+def test_a_small_video_s_step_is_computed_alike():
+    """As an export needs it whose weights stay on disk: see `verify.check_small`."""
+    import dataclasses
+
+    from conceptmaster.engine.checkpoints.source import random_source
+    from conceptmaster.engine.presets import preset
+    from conceptmaster.export.graphs import graph_specs
+    from conceptmaster.export.onnx_graphs.trace import trace
+    from conceptmaster.export.onnx_graphs.weights_16bit import weight_readers
+    from conceptmaster.export.verify import _computes, small_video
+
+    config = preset("tiny")
+    concept = dataclasses.replace(config.concept, injection="none", given="clean", max_concepts=1)
+    transformer = dataclasses.replace(config.transformer, num_layers=1)
+    config = dataclasses.replace(config, concept=concept, transformer=transformer, frames=17, width=64)
+    source, found = random_source(config), []
+    for video in (config, small_video(config)):
+        specs = graph_specs(source.model, source.vae, config=video)
+        (spec,) = (spec for spec in specs if spec.name == "denoise")
+        readers = weight_readers(spec.module)
+        found.append(_computes(trace(spec, readers)[0], readers))
+    assert found[0] == found[1] and len(found[0]) > 50

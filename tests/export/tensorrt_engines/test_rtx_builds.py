@@ -48,6 +48,7 @@ SPRITES = SHIPPED / "sprites"
 GRAPHS = sorted(path.stem for path in SPRITES.glob("*.onnx"))
 TARGETS = (80, 89, 120)
 FULL_DEPTH = 16, 12  # GiB of memory, of disk
+TI2V = 12  # GiB of memory
 EVERYTHING = [
     (g, p, t) for g in GRAPHS for p in PRECISIONS for t in TARGETS if (p, t) != ("fp8", 80)
 ]  # which has no 8-bit floating point
@@ -149,14 +150,15 @@ def build_apart(source, tmp_path, precision):
 VIT = VIT_H | {"num_hidden_layers": 1, "intermediate_size": 16}
 
 
-def wan(blocks, size=None, image_to_video=False):
-    """The denoise graph's spec of Wan2.1 1.3B's width with so few blocks; random weights, small encoders."""
+def wan(blocks, size=None, image_to_video=False, name="wan2.1-1.3b"):
+    """The graphs' specs of Wan2.1 1.3B's width, or of another, with so few blocks; random weights, small
+    encoders."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     from conceptmaster.engine.checkpoints.source import random_source
     from conceptmaster.export.graphs import graph_specs
 
-    config, tiny = preset("wan2.1-1.3b"), preset("tiny")
+    config, tiny = preset(name), preset("tiny")
     config = dataclasses.replace(
         config,
         transformer=dataclasses.replace(config.transformer, num_layers=blocks, text_dim=16),
@@ -206,6 +208,24 @@ def test_an_image_to_video_model_builds(tmp_path):
         built = build_apart(tmp_path / "denoise.onnx", tmp_path, precision)
         whole, apart = built.whole_attention, built.decomposed_attention
         assert (whole, apart) == ((0, 6) if precision == "fp32" else (6, 0))
+
+
+@pytest.mark.slow
+def test_a_base_of_text_or_a_picture_builds(tmp_path):
+    """Wan2.2's TI2V-5B: two blocks with a time for each latent frame, and its VAE, at their real widths."""
+    from conceptmaster.export.onnx_graphs.trace import export_graph
+
+    if available() < TI2V << 30:
+        pytest.skip(f"needs {TI2V} GiB of memory")
+    specs = wan(2, name="wan2.2-ti2v-5b")
+    for name in ("denoise", "encode_first", "decode_first", "decode"):
+        path = tmp_path / f"{name}.onnx"
+        export_graph(specs.pop(name), path)
+        attentions = 4 if name == "denoise" else 1
+        for precision in PRECISIONS[:3]:
+            built = build_apart(path, tmp_path, precision)
+            whole = attentions if (name, precision != "fp32") == ("denoise", True) else 0
+            assert (built.whole_attention, built.decomposed_attention) == (whole, attentions - whole)
 
 
 def available():
