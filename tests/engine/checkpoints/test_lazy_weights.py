@@ -94,10 +94,15 @@ def test_a_lora_changes_what_is_read(memory, disk, tmp_path, monkeypatch):
     name = "blocks.1.attn1.to_q"
     both = {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up}
     save(tmp_path / "lora.safetensors", both | {"blocks.0.attn2.to_k.diff_b": torch.ones(24)})
+    kron = {f"blocks.0.attn1.to_v.lokr_{w}": torch.randn(n, 24 // n) for w, n in (("w1", 4), ("w2", 6))}
+    lengths = {f"{name}.lora_magnitude_vector": torch.rand(24) + 1}  # of what the first has changed
+    save(tmp_path / "second.safetensors", both | lengths | kron)
     values = inputs(memory.config)
     before = disk.velocity(*values)
-    reports = [merge_lora(m.transformer, tmp_path / "lora.safetensors", 0.5) for m in (memory, disk)]
-    assert reports[0] == reports[1]
+    for file in ("lora", "second"):
+        path = tmp_path / f"{file}.safetensors"
+        reports = [merge_lora(m.transformer, path, 0.5) for m in (memory, disk)]
+        assert reports[0] == reports[1]
     assert disk.velocity(*values).equal(memory.velocity(*values))
     assert not before.equal(memory.velocity(*values))
     stored = stored_weights(disk.transformer)[f"{name}.weight"]
