@@ -180,6 +180,8 @@ def _check(
     path: Path, changes: list[Change], state: Mapping[str, Tensor], found: _Found, partial: bool
 ) -> None:
     """Raises WeightsError for whatever must keep this file from being merged."""
+    for change in changes:
+        _check_channels(path, change, state[change.target].shape)
     images = [key for key in found.elsewhere if about_images(key)]
     if images and not takes_images(state) and not partial and changes:
         raise WeightsError(
@@ -191,8 +193,6 @@ def _check(
         keys = f"its keys are {some(unused, 3)}" if unused else "it has no keys"
         ours = [key for key in state if key.endswith(".weight")]
         raise WeightsError(f"{path} matches nothing in the transformer: {keys}; ours are {some(ours, 3)}")
-    for change in changes:
-        _check_channels(path, change, state[change.target].shape)
     misfits = [text for change in changes if (text := change.misfit(state[change.target].shape))]
     if misfits:
         raise WeightsError(f"{path} does not fit: {some(misfits, 4)}")

@@ -25,6 +25,7 @@ _PREFIXES = (
     "model.",
     "diffusion_model.",
     "transformer.",
+    "transformer_2.",
     "lora_unet__",
     "lora_unet_",
     "lycoris_",
