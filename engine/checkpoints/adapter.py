@@ -23,6 +23,7 @@ from ..model import ConceptMaster
 from .safetensors_io import check_strict, load, load_strict, on_meta, save
 
 FORMAT = "conceptmaster adapter 1"
+EXPERTS = ("transformer", "transformer_2")
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,8 @@ class Adapter:
 
 def adapter_keys(model: ConceptMaster) -> set[str]:
     """The names in `model`'s state dict that are the adapter's, not the base's."""
-    concept = {f"transformer.{key}" for key in model.transformer.concept_keys()}
+    experts = model.experts().items()
+    concept = {f"{name}.{key}" for name, transformer in experts for key in transformer.concept_keys()}
     return concept | {key for key in model.state_dict() if key.startswith(("qformer.", "dam."))}
 
 
@@ -112,10 +114,20 @@ def check_base(adapter: Adapter, config: ModelConfig) -> None:
         raise WeightsError(f"{adapter.path} is an adapter for another base than {config.name}: {differing}")
     if adapter.concept == config.concept:  # then it is this that is built, at its full size
         model = on_meta(ConceptMaster, config, adapter.path)
+        _check_experts(adapter, model)
         try:
             check_strict(model, adapter.tensors, set(model.state_dict()) - adapter_keys(model))
         except WeightsError as error:
             raise WeightsError(f"{adapter.path}: {error}") from error
+
+
+def _check_experts(adapter: Adapter, model: ConceptMaster) -> None:
+    """Raises WeightsError for an adapter of one transformer where there are two experts, or the other way."""
+    for name in EXPERTS:
+        has = any(key.startswith(f"{name}.") for key in adapter.tensors)
+        if has != (name in model.experts()):
+            what = f"modules for {name}, which the base does not have" if has else f"no modules for {name}"
+            raise WeightsError(f"{adapter.path} has {what}: an adapter has them for each of a base's experts")
 
 
 def _differences(theirs: Any, ours: Any) -> str:

@@ -6,7 +6,7 @@ leaves open: where diffusers' files say a thing (the scheduler's shift, boundary
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .base import Base
 from .wan_image_to_video import expands_timesteps
@@ -38,8 +38,9 @@ class Release:
 T2V = Release("Wan2.1 T2V", shift=5.0)
 I2V = Release("Wan2.1 I2V", shift=3.0, steps=40)
 FLF2V = Release("Wan2.1 FLF2V", shift=16.0)
-T2V_A14B = Release("Wan2.2 T2V-A14B", shift=12.0, steps=40, guidance=4.0, guidance_2=3.0, boundary=0.875)
-I2V_A14B = Release("Wan2.2 I2V-A14B", shift=5.0, steps=40, guidance=3.5, guidance_2=3.5, boundary=0.9)
+A14B = Release("Wan2.2 A14B", shift=12.0, steps=40, size=(1280, 720))
+T2V_A14B = replace(A14B, name="Wan2.2 T2V-A14B", guidance=4.0, guidance_2=3.0, boundary=0.875)
+I2V_A14B = replace(A14B, name="Wan2.2 I2V-A14B", shift=5.0, guidance=3.5, guidance_2=3.5, boundary=0.9)
 TI2V_5B = Release("Wan2.2 TI2V-5B", shift=5.0, expand_timesteps=True, fps=24.0, size=(1280, 704), frames=121)
 TI2V_CHANNELS = 48
 
@@ -50,7 +51,7 @@ def release_of(base: Base) -> Release:
     if expands_timesteps(base) or config.get("in_channels") == TI2V_CHANNELS:
         return TI2V_5B
     from_pictures = config.get("in_channels") != config.get("out_channels", config.get("in_channels"))
-    if "transformer_2" in base.parts or base.index.get("boundary_ratio"):
+    if "transformer_2" in base.parts:
         return I2V_A14B if from_pictures else T2V_A14B
     if config.get("image_dim") is None:
         return T2V

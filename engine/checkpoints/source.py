@@ -229,6 +229,8 @@ def _open_base(place: str | Path, choices: Choices, tokenizer: Path | None) -> S
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # a new adapter is the same each time, so that a bundle can be made again
         model = load_base(base, config)
+    if choices.loras and config.boundary is not None:
+        raise WeightsError("LoRAs are not merged into bases of two experts yet: leave out --lora")
     for lora in choices.loras:
         report = merge_lora(model.transformer, lora.path, lora.factor, lora.partial)
         log.log(logging.WARNING if report.left_out else logging.INFO, "%s", report)

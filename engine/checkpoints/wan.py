@@ -25,12 +25,21 @@ from ..presets import preset
 from ..sampling import Sampling
 from ..vae.wan_decoder import build_vae
 from .base import Base, Part
-from .diffusers_folder import INDEX, LAYOUT, SCHEDULER
+from .diffusers_folder import LAYOUT, SCHEDULER
 from .foreign import refuse_wan_names
 from .lazy_weights import settle, stream
-from .releases import release_of
+from .releases import Release, release_of
 from .safetensors_io import on_meta
-from .wan_image_to_video import A2_FPS, A2_TRANSFORMER, expands_timesteps, is_a2, read_concept
+from .wan_experts import read_boundary
+from .wan_image_to_video import (
+    A2_FPS,
+    A2_TRANSFORMER,
+    expands_timesteps,
+    frames_alone,
+    is_a2,
+    read_concept,
+    refuse_adapter,
+)
 
 if TYPE_CHECKING:
     from ..vae.wan_decoder import VAE
@@ -113,12 +122,11 @@ def read_sampling(base: Base) -> Sampling:
     """
     if is_a2(base):
         return Sampling("unipc", 8.0)
-    path = base.where / SCHEDULER
+    path, release = base.where / SCHEDULER, release_of(base)
     if (values := base.scheduler) is None:
         if base.layout == LAYOUT:
             raise WeightsError(f"{path} is missing")
-        release = release_of(base)
-        return Sampling(release.solver, release.shift, release.steps, release.guidance)
+        return _sampling(release, release.solver, release.shift)
     kind = values.get("_class_name")
     if kind not in tuple(SCHEDULERS):  # a dictionary would want to hash it
         raise ConfigError(f"{path}: the scheduler must be {' or '.join(SCHEDULERS)}, got {kind!r:.80}")
@@ -131,7 +139,14 @@ def read_sampling(base: Base) -> Sampling:
     found = values.get(shift, 1.0)
     if not is_number(found) or not found > 0:
         raise ConfigError(f"{path}: {shift} must be a positive number, got {found!r:.80}")
-    return Sampling(solver, float(found))
+    if release.boundary is None:  # diffusers' pipeline has the rest
+        return Sampling(solver, float(found))
+    return _sampling(release, solver, float(found))
+
+
+def _sampling(release: Release, solver: str, shift: float) -> Sampling:
+    """What a release has beside solver and shift."""
+    return Sampling(solver, shift, release.steps, release.guidance, guidance_2=release.guidance_2)
 
 
 def read_config(
@@ -147,6 +162,8 @@ def read_config(
     """
     _check_pipeline(base)
     transformer = _transformer(base.part("transformer"))
+    second = base.parts.get("transformer_2")
+    boundary = read_boundary(base, transformer, None if second is None else _transformer(second))
     vae = _vae(base.part("vae"))
     text_encoder = _encoder(base.part("text_encoder"), "umt5", TEXT_SIZES, TEXT_OPTIONS) | {
         "dropout_rate": 0.0
@@ -158,6 +175,9 @@ def read_config(
         concept = _own_concept(base, transformer, image_encoder, concept)
     elif is_a2(base):
         raise ConfigError(f"{base.where}: the transformer of SkyReels-A2 has an image_dim, this one has none")
+    elif (own := frames_alone(base, transformer, vae)) is not None:
+        refuse_adapter(base, concept)
+        concept, image_encoder = own, {}
     elif image_encoder:
         concept = concept or _new_concept(image_encoder)
     elif concept is not None and concept.injection != "none":
@@ -181,6 +201,7 @@ def read_config(
         height=transformer.patch_size[1] * vae["scale_factor_spatial"],
         width=transformer.patch_size[2] * vae["scale_factor_spatial"],
         fps=A2_FPS if concept.given == "references" else release_of(base).fps,
+        boundary=boundary,
     )
     _check_video(config, size, frames)
     return dataclasses.replace(config, width=size[0], height=size[1], frames=frames)
@@ -194,13 +215,15 @@ def load_base(base: Base, config: ModelConfig) -> ConceptMaster:
     the part and lists every tensor that is missing, unexpected or mis-shaped.
     """
     model = on_meta(ConceptMaster, config, base.where)
-    _load(base, "transformer", model.transformer)
+    for expert, transformer in model.experts().items():
+        _load(base, expert, transformer)
     _load(base, "text_encoder", model.text_encoder.model)
     if config.concept.takes_pictures:
         _load(base, "image_encoder", model.image_encoder.model)
     if config.concept.has_modules:
         model.qformer, model.dam = concept_encoder(config), concept_binder(config)
-        model.transformer.initialise_concepts()
+        for transformer in model.experts().values():
+            transformer.initialise_concepts()
     return model.eval()
 
 
@@ -215,7 +238,7 @@ def _load(base: Base, name: str, module: torch.nn.Module) -> None:
     part = base.part(name)
     # transformers once saved this buffer, which its models make themselves
     stored = {k: v for k, v in part.tensors.items() if not k.endswith("embeddings.position_ids")}
-    if name == "transformer":
+    if isinstance(module, ConceptDiT):
         refuse_wan_names(part.where, stored)
         # nothing reads them, but every published image-to-video model has them; diffusers ignores them, too
         stored = {k: v for k, v in stored.items() if not UNUSED.fullmatch(k)}
@@ -232,13 +255,7 @@ def _load(base: Base, name: str, module: torch.nn.Module) -> None:
 
 
 def _check_pipeline(base: Base) -> None:
-    """Refuses what only model_index.json tells: two transformers, as in Wan2.2, and a time for each token of
-    a model that has picture tokens."""
-    second = base.index.get("transformer_2")
-    if "transformer_2" in base.parts or (isinstance(second, list) and any(second)):
-        raise ConfigError(f"{base.where} has a transformer_2: bases of two transformers cannot be honoured")
-    if value := base.index.get("boundary_ratio"):
-        raise ConfigError(f"{base.where}/{INDEX}: boundary_ratio is {value!r:.80}, which cannot be honoured")
+    """Refuses a time for each token of a model that has picture tokens."""
     if expands_timesteps(base) and base.part("transformer").config.get("image_dim") is not None:
         raise ConfigError(f"{base.where}: expand_timesteps is for a transformer without an image_dim")
 
@@ -317,8 +334,7 @@ def _own_concept(
     base: Base, transformer: TransformerConfig, image_encoder: dict[str, Any], adapter: ConceptConfig | None
 ) -> ConceptConfig:
     """How an image-to-video base takes pictures, which no adapter can change."""
-    if adapter is not None:
-        raise ConfigError(f"{base.where} is an image-to-video model, which takes pictures itself: no adapter")
+    refuse_adapter(base, adapter)
     if not image_encoder:
         raise ConfigError(
             f"{base.where} has no image_encoder/, which an image-to-video model reads pictures with"

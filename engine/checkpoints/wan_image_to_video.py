@@ -1,7 +1,8 @@
 """Which image-to-video model a base is, and what it does with pictures.
 
-Three are known: Wan2.1's of a first frame, Wan2.1's of a first and a last one (which tells the two apart by a
-table of positions), and SkyReels-A2, whose own classes have other names.
+Four are known: Wan2.1's of a first frame, Wan2.1's of a first and a last one (which tells the two apart by a
+table of positions), SkyReels-A2, whose own classes have other names, and Wan2.2's A14B, which has no picture
+encoder.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from ..checked import is_number
 from ..config import ConceptConfig, TransformerConfig
 from ..encoders import CLIP_MEAN, CLIP_STD
 from .base import Base
-from .diffusers_folder import PROCESSOR
+from .diffusers_folder import LAYOUT, PROCESSOR
 
 A2_TRANSFORMER = "A2Model"
 A2_PIPELINES = ("A2Pipeline", "WanA2Pipeline")
@@ -55,6 +56,26 @@ def read_concept(
         injection="base",
         given=given,
     )
+
+
+def frames_alone(base: Base, transformer: TransformerConfig, vae: Mapping[str, Any]) -> ConceptConfig | None:
+    """How a model takes pictures that has no picture encoder, but channels for them as Wan2.2's I2V-A14B: a
+    first one, and perhaps a last. None for any other model. Raises ConfigError for one of its two experts."""
+    if transformer.image_dim is not None:
+        return None
+    if transformer.in_channels != 2 * vae["z_dim"] + vae["scale_factor_temporal"]:
+        return None
+    if base.layout != LAYOUT and "transformer_2" not in base.parts:
+        raise ConfigError(
+            f"{base.where} is one expert of an image-to-video model of two (Wan2.2 I2V-A14B): give both"
+        )
+    return ConceptConfig(max_concepts=2, injection="none", given="first_last")
+
+
+def refuse_adapter(base: Base, adapter: ConceptConfig | None) -> None:
+    """Raises ConfigError where there is one, for a model that takes pictures itself."""
+    if adapter is not None:
+        raise ConfigError(f"{base.where} is an image-to-video model, which takes pictures itself: no adapter")
 
 
 def is_a2(base: Base) -> bool:

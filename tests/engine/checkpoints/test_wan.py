@@ -195,7 +195,7 @@ def test_configurations_that_cannot_be_honoured(own, part, changes, message):
 
 def test_pipelines_that_cannot_be_honoured(own):
     for values, message in (
-        ({"boundary_ratio": 0.9}, "boundary_ratio is 0.9"),
+        ({"boundary_ratio": 0.9}, "has boundary_ratio 0.9: one expert"),
         ({"expand_timesteps": 1}, "expand_timesteps must be true or false"),
         ({"transformer_2": ["diffusers", "WanTransformer3DModel"]}, "transformer_2"),
     ):

@@ -1,0 +1,51 @@
+"""Bases of two transformers, as Wan2.2's A14B: experts for high and for low noise, and the boundary
+between."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from ...errors import ConfigError
+from ..checked import is_number
+from ..config import TransformerConfig
+from .base import Base
+from .diffusers_folder import INDEX, LAYOUT
+from .releases import release_of
+
+HAVE = "Wan2.2's T2V-A14B has 0.875, I2V-A14B 0.9"
+
+
+def read_boundary(base: Base, first: TransformerConfig, second: TransformerConfig | None) -> float | None:
+    """Down to which time, as a fraction, the first of two experts runs; None for one transformer.
+
+    Args: second: the configuration of the part transformer_2, None where it is not there. Outside diffusers'
+        layout, which must say it, the boundary is the release's.
+    Raises: ConfigError, one line: an expert or the boundary is missing, the boundary is none, the experts
+        are not of one shape.
+    """
+    listed, said = base.index.get("transformer_2"), base.index.get("boundary_ratio")
+    named = isinstance(listed, list) and any(listed)
+    if said is not None and not (is_number(said) and 0 < said < 1):
+        raise ConfigError(
+            f"{base.where}: boundary_ratio must be a number between 0 and 1 ({HAVE}), got {said!r:.80}"
+        )
+    if second is None:
+        if named or said is not None:
+            why = "names one" if named else f"has boundary_ratio {said:g}"
+            raise ConfigError(
+                f"{base.where} has no transformer_2, the expert for low noise, but its {INDEX} {why}: "
+                "one expert alone makes no video"
+            )
+        return None
+    if said is None and base.layout == LAYOUT:
+        raise ConfigError(
+            f"{base.where} has a transformer_2, but no boundary_ratio in {INDEX} says when it runs: {HAVE}"
+        )
+    for field in dataclasses.fields(TransformerConfig):
+        high, low = getattr(first, field.name), getattr(second, field.name)
+        if high != low:
+            raise ConfigError(
+                f"{base.where}: the two experts must have one shape, but {field.name} is {high!r:.60} in "
+                f"transformer and {low!r:.60} in transformer_2"
+            )
+    return release_of(base).boundary if said is None else float(said)
