@@ -53,9 +53,13 @@ def read_tokenizer(path: Path, known: int | None) -> tuple[tokenizers.Tokenizer,
     Args: known: how many ids the text encoder has, None where nobody tells.
     Raises: ValueError, one line, for a file that is not read; OSError.
     """
+    return parse_tokenizer(read_plain(path, LARGEST_FILE), known)
+
+
+def parse_tokenizer(data: bytes, known: int | None) -> tuple[tokenizers.Tokenizer, str]:
+    """The tokenizer that the bytes of a tokenizer.json tell; else as `read_tokenizer`."""
     import tokenizers
 
-    data = read_plain(path, LARGEST_FILE)
     check(data, known)
     tokenizer = _guarded(lambda: tokenizers.Tokenizer.from_buffer(data))
     tokenizer.no_padding()

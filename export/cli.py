@@ -11,6 +11,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..runtime.backends.pytorch.options import PARTS
 from ..runtime.bundle_format.find import Bundle
 from ..runtime.bundle_format.place import check_place
 from ..runtime.bundle_format.schema import SOLVERS
@@ -30,7 +31,14 @@ with the PyTorch module that it came from before the bundle is put into place.
   conceptmaster export Wan-AI/Wan2.1-T2V-1.3B-Diffusers --output wan --size 832x480 --frames 81
 
 The last is a base: a folder in diffusers' layout (transformer/, vae/, text_encoder/, tokenizer/,
-scheduler/), or the name of one in the Hugging Face Hub. With a CLIP in image_encoder/ it takes concepts,
+scheduler/), or the name of one in the Hugging Face Hub; Wan's original folder; or single files as ComfyUI has
+them, safetensors (16 bits, fp8, scaled fp8) or GGUF, in a folder or named one by one, which also replaces a
+part of any base:
+
+  conceptmaster export --transformer wan2.1_t2v_1.3B_fp16.safetensors --vae wan_2.1_vae.safetensors \\
+      --text-encoder umt5_xxl_fp8_e4m3fn_scaled.safetensors --output wan --size 832x480 --frames 81
+
+With a CLIP in image_encoder/ it takes concepts,
 which show once it has a trained --adapter; without one its bundle makes videos from captions alone.
 An image-to-video base takes its pictures itself: a first frame, a first and a last one, or, of SkyReels-A2,
 up to three references. A base with a LoRA for few steps, and a bundle without guidance, which takes half the
@@ -53,7 +61,9 @@ def add_export_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "source",
         metavar="SOURCE",
-        help="a folder with model.safetensors, vae.safetensors and tokenizer.json, a base, or preset:NAME",
+        nargs="?",
+        help="a folder with model.safetensors, vae.safetensors and tokenizer.json, a base, or preset:NAME; "
+        "none where --transformer, --text-encoder and --vae are given",
     )
     parser.add_argument("--output", metavar="BUNDLE", required=True, help="the folder to write")
     parser.add_argument("--int8", action="store_true", help="linear layers in int8: faster on CPUs")
@@ -177,7 +187,10 @@ def _choices(args: argparse.Namespace) -> Choices:
     from ..engine.checkpoints.source import Choices, loras_of
 
     loras = loras_of(tuple(args.lora), tuple(args.lora_scale), args.lora_partial)
-    return Choices(adapter=args.adapter, revision=args.revision, loras=loras)
+    parts = {name: path for name in PARTS if (path := getattr(args, name)) is not None}
+    return Choices(
+        adapter=args.adapter, revision=args.revision, loras=loras, parts=parts, tokenizer=args.tokenizer
+    )
 
 
 def _add_base_arguments(group: argparse._ArgumentGroup) -> None:
@@ -196,6 +209,12 @@ def _add_base_arguments(group: argparse._ArgumentGroup) -> None:
         "image-to-video models are for a text-to-video one, and list the rest",
     )  # fmt: skip
     group.add_argument("--revision", metavar="R", help="branch, tag or commit in the Hugging Face Hub")
+    for name, what in PARTS.items():
+        option = f"--{name.replace('_', '-')}"
+        group.add_argument(option, dest=name, type=Path, metavar="FILE", help=f"{what}, in a file of its own")
+    group.add_argument(
+        "--tokenizer", type=Path, metavar="FILE", help="tokenizer.json or spiece.model of UMT5"
+    )
 
 
 def _add_output_arguments(parser: argparse.ArgumentParser) -> None:

@@ -144,11 +144,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_torch_options(group: argparse._ArgumentGroup) -> None:
+    from .backends.pytorch.options import PARTS
+
     group.add_argument(
         "--weights",
         metavar="SOURCE",
         help="what the bundle was exported from (where its manifest says; its folder weights/)",
     )
+    for name, what in PARTS.items():
+        option, why = (
+            f"--{name.replace('_', '-')}",
+            f"of a base: {what}, if it was exported from single files",
+        )
+        group.add_argument(option, metavar="FILE", help=why)
     group.add_argument("--adapter", metavar="FILE", help="of a base: concept modules it was exported with")
     lora = group.add_argument("--lora", metavar="FILE", action="append")
     lora.help = "of a base: a LoRA that it was exported with; repeatable"

@@ -41,7 +41,8 @@ class Base:
     where: the folder, or one of the files; layout: in words; parts: out of PARTS; index: what
     model_index.json says, or the layout implies ("_class_name", "boundary_ratio", "expand_timesteps");
     scheduler, processor: what scheduler_config.json and preprocessor_config.json say, None without;
-    tokenizer: the tokenizer.json, which may be missing; files: all that was read, by the name under which it
+    tokenizer: the tokenizer.json, which may be missing, a SentencePiece model's file, or a tokenizer.json's
+    text, where it lay in the weights; files: all that was read, by the name under which it
     is recorded; held: what these were before they were read.
     """
 
@@ -51,7 +52,7 @@ class Base:
     index: Mapping[str, Any] = field(default_factory=dict)
     scheduler: Mapping[str, Any] | None = None
     processor: Mapping[str, Any] | None = None
-    tokenizer: Path | None = None
+    tokenizer: str | Path | None = None
     files: Mapping[str, Path] = field(default_factory=dict)
     held: Mapping[Path, Identity] = field(default_factory=dict)
 

@@ -7,12 +7,14 @@ they mean is wan.py's.
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from pathlib import Path
 
 from ...errors import MissingDependency, WeightsError, how_to_install
 from ...hashed import identities
 from .base import PARTS, Base, Part
-from .safetensors_io import refuse_pickle
+from .derived import derive
+from .spellings import as_diffusers
 from .weight_files import read_json, shards, stored_tensors
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[\w.-]{1,96}")
@@ -32,27 +34,30 @@ def is_folder(path: Path) -> bool:
         return False
 
 
-def files_of(folder: Path) -> list[str]:
-    """The files that a base is read from, by their paths below its folder. Raises WeightsError."""
-    parts = [part for part in PARTS if (folder / part).is_dir()]
+def files_of(folder: Path, without: Collection[str] = ()) -> list[str]:
+    """The files that a base is read from, by their paths below its folder; without these parts. Raises
+    WeightsError."""
+    parts = [part for part in PARTS if part not in without and (folder / part).is_dir()]
     found = [name for name in BESIDE if (folder / name).is_file()]
     return found + [f"{part}/{file}" for part in parts for file in ("config.json", *shards(folder / part))]
 
 
-def open_folder(folder: Path) -> Base:
-    """The base in `folder`: its JSON and the tensors' headers are read, no values. Raises WeightsError."""
-    files = {name: folder / name for name in files_of(folder)}
+def open_folder(folder: Path, without: Collection[str] = ()) -> Base:
+    """The base in `folder`: its JSON and the tensors' headers are read, no values.
+
+    Args: without: parts whose tensors lie elsewhere; their config.json is read where there is one.
+    Raises: WeightsError.
+    """
+    files = {name: folder / name for name in files_of(folder, without)}
     held = identities(files.values())
-    parts = {
-        name: Part(
-            read_json(folder / name / "config.json"),
-            stored_tensors(folder / name),
-            folder / name,
-            folder / name / "config.json",
-        )
-        for name in PARTS
-        if (folder / name).is_dir()
-    }
+    parts = {}
+    for name in PARTS:
+        part, told = folder / name, folder / name / "config.json"
+        if name in without and told.is_file():
+            parts[name] = Part(read_json(told), {}, part, told)
+        elif name not in without and part.is_dir():
+            tensors = as_diffusers(name, stored_tensors(part), part)
+            parts[name] = Part(derive(name, tensors, part, read_json(told)), tensors, part, told)
     index, scheduler, processor = (
         read_json(folder / name) if name in files else None for name in (INDEX, SCHEDULER, PROCESSOR)
     )
@@ -61,7 +66,7 @@ def open_folder(folder: Path) -> Base:
 
 
 def locate(place: str | Path, revision: str | None = None) -> Path:
-    """The folder at a local path, or the snapshot of a model of the Hugging Face Hub, fetched if need be.
+    """The folder or file at a path, or the snapshot of a model of the Hugging Face Hub, fetched if need be.
 
     Args: place: a path, or OWNER/NAME where no folder has that path; revision: a branch, tag or commit of the
         Hub. Its cache and its environment variables (HF_HOME, HF_HUB_OFFLINE, HF_TOKEN, …) are honoured.
@@ -73,8 +78,7 @@ def locate(place: str | Path, revision: str | None = None) -> Path:
             raise WeightsError(f"{path} is a folder: a revision is one of the Hugging Face Hub")
         return path
     if path.exists():
-        refuse_pickle(path)
-        raise WeightsError(f"{path} is a file: give the folder that has transformer/, vae/, text_encoder/")
+        return path
     if not HUB_ID.fullmatch(str(place)):
         raise WeightsError(f"no folder at {place}")
     try:
@@ -84,10 +88,16 @@ def locate(place: str | Path, revision: str | None = None) -> Path:
             f"{place} is no folder, and the Hugging Face Hub needs: {how_to_install('export')}"
         ) from error
     try:
-        return Path(snapshot_download(str(place), revision=revision, allow_patterns=WANTED))
+        found = Path(snapshot_download(str(place), revision=revision, allow_patterns=WANTED))
     except Exception as error:  # those of huggingface_hub and of its HTTP client have no common base
         reason = " ".join(str(error).split()) or type(error).__name__
         at = "" if revision is None else f" at revision {revision!r}"
         raise WeightsError(
             f"{place} is no folder, and not to be had from the Hub{at}: {reason:.300}"
         ) from error
+    if not is_folder(found):
+        raise WeightsError(
+            f"{place} of the Hub is not in diffusers' layout: take the release that ends in -Diffusers, or "
+            "fetch its files and give their folder"
+        )
+    return found

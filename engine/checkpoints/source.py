@@ -1,9 +1,9 @@
 """Weights as people have them, opened: the one way in for exporter, verifier, torch backend and benchmarks.
 
-A place is a folder that training wrote (model.safetensors, vae.safetensors, tokenizer.json), a base in
-diffusers' layout, on this machine or in the Hugging Face Hub, or "preset:NAME" for random weights. A base
-leaves open what `Choices` says. What was read is told by its SHA-256 (`Origin`), so that the same weights can
-be known again.
+A place is a folder that training wrote (model.safetensors, vae.safetensors, tokenizer.json), a base, or
+"preset:NAME" for random weights. A base is a folder in diffusers' layout, on this machine or in the Hugging
+Face Hub, Wan's original folder, or files as ComfyUI has them. It leaves open what `Choices` says. What was
+read is told by its SHA-256 (`Origin`), so that the same weights can be known again.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch import nn
 
 from ...errors import ConfigError, InputError, WeightsError, memory_errors
 from ...hashed import identities, require_same, sha256_file, sha256_files
-from ...tokenizer_file import encode, read_tokenizer
+from ...tokenizer_file import encode, parse_tokenizer, read_tokenizer
 from ..checked import check_types
 from ..config import ModelConfig
 from ..model import ConceptMaster
@@ -32,11 +32,11 @@ from ..presets import preset
 from ..sampling import Sampling
 from ..vae.wan_decoder import build_vae
 from .adapter import check_base, load_adapter, read_adapter
-from .diffusers_folder import HUB_ID, is_folder, locate, open_folder
-from .foreign import refuse_foreign
+from .diffusers_folder import HUB_ID, locate
 from .lora import merge_lora
 from .releases import release_of
 from .safetensors_io import built, load, load_model
+from .single_files import open_base, read_spiece
 from .wan import load_base, load_base_vae, read_config, read_sampling
 from .weight_files import read_json
 
@@ -76,7 +76,8 @@ class Choices:
 
     size: width and height in pixels; frames: of the video; adapter: a file of `save_adapter`; revision: a
     branch, tag or commit of a model in the Hugging Face Hub; loras: merged into the transformer one after the
-    other.
+    other; parts: files, or folders with shards, of base.PARTS, which replace those of the place; tokenizer: a
+    tokenizer.json or a SentencePiece model, which replaces that of the place.
     """
 
     size: tuple[int, int] | None = None
@@ -84,6 +85,8 @@ class Choices:
     adapter: Path | None = None
     revision: str | None = None
     loras: tuple[LoraFile, ...] = ()
+    parts: Mapping[str, Path] = field(default_factory=dict)
+    tokenizer: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -91,7 +94,8 @@ class Origin:
     """What a source was read from.
 
     name: of the folder, of the model in the Hugging Face Hub, or preset:NAME; files: SHA-256 by path below
-    it; commit: of the Hub; adapter: name and SHA-256; loras: name, SHA-256, scale, and whether in part.
+    it, or by name where a file lay elsewhere; commit: of the Hub; adapter: name and SHA-256; loras: name,
+    SHA-256, scale, and whether in part.
     """
 
     name: str
@@ -135,21 +139,36 @@ def loras_of(
 
 
 def is_base(place: str | Path) -> bool:
-    """Whether `place` is a folder in diffusers' layout, or the name of one in the Hugging Face Hub."""
+    """Whether `place` is a base, in whatever layout, or the name of one in the Hugging Face Hub."""
     place, _ = _address(place)
     path = Path(place)
-    return is_folder(path) or (HUB_ID.fullmatch(str(place)) is not None and not path.exists())
+    if str(place).startswith(PRESET):
+        return False
+    try:
+        there = path.exists()
+    except (OSError, ValueError):  # a name too long, or with a null byte
+        return False
+    return not (path / FILES[0]).exists() if there else HUB_ID.fullmatch(str(place)) is not None
 
 
-def open_source(place: str | Path, choices: Choices | None = None, tokenizer: Path | None = None) -> Source:
+def open_source(
+    place: str | Path | None, choices: Choices | None = None, tokenizer: Path | None = None
+) -> Source:
     """Loads a source, see the module's text.
 
-    Args: place: a folder, OWNER/NAME or the address of a model in the Hugging Face Hub, or preset:NAME; a
-        trained folder may have a defaults.json with fields of `Sampling`, and the files of TOLD. choices: for
-        a base. tokenizer: a tokenizer.json that is taken where the place has none.
+    Args: place: a folder, a file, OWNER/NAME or the address of a model in the Hugging Face Hub, or
+        preset:NAME; None where `choices` says where every part is; a trained folder may have a defaults.json
+        with fields of `Sampling`, and the files of TOLD. choices: for a base. tokenizer: a tokenizer.json for
+        places that have none.
     Raises: InputError, one line, for whatever is missing, does not fit, or is of a layout that is not read.
     """
     choices = choices or Choices()
+    if place is None:
+        if "transformer" not in choices.parts:
+            raise InputError(
+                "say what to open: a folder, OWNER/NAME of the Hub, or files from --transformer on"
+            )
+        place = choices.parts["transformer"]
     place, revision = _address(place)
     if revision is not None:
         choices = dataclasses.replace(choices, revision=choices.revision or revision)
@@ -161,7 +180,11 @@ def open_source(place: str | Path, choices: Choices | None = None, tokenizer: Pa
                 _no_choices(place, choices)
                 source = random_source(preset(str(place).removeprefix(PRESET)))
                 return dataclasses.replace(source, origin=Origin(str(place)))
-            refuse_foreign(Path(place))
+            if not Path(place).exists():
+                raise InputError(
+                    f"there is nothing at {str(place)!r:.200}: give a folder, preset:NAME, or OWNER/NAME of "
+                    "the Hub"
+                )
             _no_choices(place, choices)
             return _open_trained(Path(place), tokenizer)
     except InputError:
@@ -180,8 +203,7 @@ def _address(place: str | Path) -> tuple[str | Path, str | None]:
 def _no_choices(place: str | Path, choices: Choices) -> None:
     if choices != Choices():
         raise InputError(
-            f"{str(place)!r} is no base in diffusers' layout: size, frames, adapter, lora, revision are for "
-            "those"
+            f"{str(place)!r} is no base: size, frames, adapter, lora, revision and single parts are for those"
         )
 
 
@@ -198,7 +220,7 @@ def _open_trained(folder: Path, tokenizer: Path | None) -> Source:
     origin = Origin(folder.resolve().name, sha256_files(folder, names))
     model = load_model(folder / FILES[0])
     vae = built(build_vae, model.config, load(folder / FILES[1])[0], folder / FILES[1])
-    text = _read_tokenizer(folder / FILES[2], tokenizer, model.config)
+    text = _read_tokenizer(folder / FILES[2], tokenizer, model.config, folder)
     sampling = _sampling(folder / DEFAULTS)
     told = {kind: read_json(folder / name) for kind, name in TOLD.items() if name in names}
     require_same(before)
@@ -209,10 +231,15 @@ def _open_base(place: str | Path, choices: Choices, tokenizer: Path | None) -> S
     """A base, LoRAs merged, with the adapter that was chosen or a new one, which changes nothing."""
     folder = locate(place, choices.revision)
     beside = [lora.path for lora in choices.loras] + ([] if choices.adapter is None else [choices.adapter])
-    base = open_folder(folder)
-    before = {**identities(beside), **base.held}
+    before = identities(beside)
+    base = open_base(folder, choices.parts)
+    if (given := choices.tokenizer) is not None:
+        before |= identities([given])
+        base = dataclasses.replace(base, tokenizer=given, files={**base.files, given.name: given})
+    before |= base.held
     local = Path(place).exists()
-    name = folder.resolve().name or "base" if local else str(place).partition("/")[2]
+    name = (folder.stem if folder.is_file() else folder.resolve().name) or "base"
+    name = name if local else str(place).partition("/")[2]
     release, adapter = release_of(base), None if choices.adapter is None else read_adapter(choices.adapter)
     config = read_config(
         base,
@@ -224,8 +251,7 @@ def _open_base(place: str | Path, choices: Choices, tokenizer: Path | None) -> S
     if adapter:
         check_base(adapter, config)  # before gigabytes are read
     sampling = read_sampling(base)
-    assert base.tokenizer is not None
-    text = _read_tokenizer(base.tokenizer, tokenizer, config)
+    text = _read_tokenizer(base.tokenizer, tokenizer, config, base.where)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # a new adapter is the same each time, so that a bundle can be made again
         model = load_base(base, config)
@@ -236,9 +262,10 @@ def _open_base(place: str | Path, choices: Choices, tokenizer: Path | None) -> S
         log.log(logging.WARNING if report.left_out else logging.INFO, "%s", report)
     if adapter:
         load_adapter(model, adapter)
+    digests = sha256_files(Path(), {str(path) for path in base.files.values()})
     origin = Origin(
         name if local else str(place),
-        sha256_files(folder, base.files),
+        {name: digests[str(path)] for name, path in base.files.items()},
         None if local else folder.name,  # of a snapshot, the commit
         None if adapter is None else (adapter.path.name, sha256_file(adapter.path)),
         tuple((lora.path.name, sha256_file(lora.path), lora.factor, lora.partial) for lora in choices.loras),
@@ -279,21 +306,32 @@ def byte_tokenizer(vocabulary: int) -> str:
     return tokenizer.to_str(pretty=True)
 
 
-def _read_tokenizer(path: Path, instead: Path | None, config: ModelConfig) -> str:
-    """The text of the tokenizer.json at `path`, or `instead`, which must fit the text encoder. Raises
-    WeightsError."""
-    if instead is not None and not path.is_file():
-        path = instead
-    if not path.exists():
-        raise WeightsError(f"{path} is missing: transformers' AutoTokenizer saves it")
-    known = config.text_encoder["vocab_size"]
+def _read_tokenizer(found: str | Path | None, instead: Path | None, config: ModelConfig, where: Path) -> str:
+    """The text of the tokenizer.json that `found` is, or is the path of, or `instead`, which must fit the
+    text encoder. Raises WeightsError."""
+    if instead is not None and (found is None or (isinstance(found, Path) and not found.is_file())):
+        found = instead
+    if found is None:
+        raise WeightsError(
+            f"{where} has no tokenizer: give UMT5's tokenizer.json or spiece.model with --tokenizer"
+        )
+    if isinstance(found, Path) and not found.exists():
+        raise WeightsError(
+            f"{found} is missing: transformers' AutoTokenizer saves it, or give one with --tokenizer"
+        )
+    known, told = config.text_encoder["vocab_size"], f"{str(found if isinstance(found, Path) else where)!r}"
     try:
-        tokenizer, text = read_tokenizer(path, known)
+        if isinstance(found, Path) and found.suffix == ".model":
+            found = read_spiece(found)
+        if isinstance(found, Path):
+            tokenizer, text = read_tokenizer(found, known)
+        else:
+            tokenizer, text = parse_tokenizer(found.encode(), known)
         ids = encode(tokenizer, "a", known)
     except (OSError, ValueError) as error:
-        raise WeightsError(f"{str(path)!r} is not a tokenizer that is read: {error}") from error
+        raise WeightsError(f"{told} has no tokenizer that is read: {error}") from error
     if ids[-1:] != (END,):
-        raise WeightsError(f"{str(path)!r} must end every text with the token {END}")
+        raise WeightsError(f"{told} must end every text with the token {END}")
     return text
 
 

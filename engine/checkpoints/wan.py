@@ -26,7 +26,6 @@ from ..sampling import Sampling
 from ..vae.wan_decoder import build_vae
 from .base import Base, Part
 from .diffusers_folder import LAYOUT, SCHEDULER
-from .foreign import refuse_wan_names
 from .lazy_weights import settle, stream
 from .releases import Release, release_of
 from .safetensors_io import on_meta
@@ -239,7 +238,6 @@ def _load(base: Base, name: str, module: torch.nn.Module) -> None:
     # transformers once saved this buffer, which its models make themselves
     stored = {k: v for k, v in part.tensors.items() if not k.endswith("embeddings.position_ids")}
     if isinstance(module, ConceptDiT):
-        refuse_wan_names(part.where, stored)
         # nothing reads them, but every published image-to-video model has them; diffusers ignores them, too
         stored = {k: v for k, v in stored.items() if not UNUSED.fullmatch(k)}
     if name == "image_encoder" and not hasattr(module, "visual_projection"):

@@ -48,3 +48,18 @@ def wan_name(module: str) -> str:
     if block is None:
         return _OUTSIDE.get(module, module)
     return f"{block[1]}.{_IN_BLOCK.get(block[2], block[2])}"
+
+
+_OUTSIDE_BACK = {theirs: ours for ours, theirs in _OUTSIDE.items()}
+_IN_BLOCK_BACK = {theirs: ours for ours, theirs in _IN_BLOCK.items()}
+
+
+def diffusers_name(tensor: str) -> str:
+    """diffusers' name of a transformer's tensor, from Wan2.1's own; what is not known keeps its name."""
+    module, dot, kind = tensor.rpartition(".")
+    if kind not in ("weight", "bias"):
+        module, dot, kind = tensor, "", ""
+    block = re.fullmatch(r"(blocks\.\d+)\.(.+)", module)
+    if block is None:
+        return f"{_OUTSIDE_BACK.get(module, module)}{dot}{kind}"
+    return f"{block[1]}.{_IN_BLOCK_BACK.get(block[2], block[2])}{dot}{kind}"

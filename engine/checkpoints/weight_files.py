@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +39,17 @@ def stored_tensors(part: Path) -> dict[str, Stored]:
     One safetensors file, or the shards that the index beside them names. Raises WeightsError for a part
     without safetensors, an index that is wrong, or a damaged file.
     """
+    return _merged(part, shards(part))
+
+
+def tensors_of(index: Path) -> dict[str, Stored]:
+    """All tensors of the shards that an index names. Raises WeightsError."""
+    return _merged(index.parent, dict(read_index(index)))
+
+
+def _merged(part: Path, files: Mapping[str, set[str] | None]) -> dict[str, Stored]:
     tensors: dict[str, Stored] = {}
-    for file, names in shards(part).items():
+    for file, names in files.items():
         path = part / file
         found = read_header(path)
         if names is not None and set(found) != names:
@@ -70,7 +80,7 @@ def shards(part: Path) -> dict[str, set[str] | None]:
     if len(indices) > 1:
         raise WeightsError(f"{part} has several indices: {', '.join(path.name for path in indices)}")
     if indices:
-        return dict(_read_index(indices[0]))
+        return dict(read_index(indices[0]))
     files = listed(part, "*.safetensors")
     # NAME.fp16.safetensors beside NAME.safetensors has fewer bits: diffusers takes the plain one, too
     there = {file.name for file in files}
@@ -96,7 +106,7 @@ def _plain(file: Path) -> str:
     return f"{file.name.partition('.')[0]}.safetensors"
 
 
-def _read_index(path: Path) -> dict[str, set[str]]:
+def read_index(path: Path) -> dict[str, set[str]]:
     """The shards that an index names, each with the names of its tensors."""
     entries = read_json(path).get("weight_map")
     if not isinstance(entries, dict) or not all(isinstance(file, str) for file in entries.values()):

@@ -12,6 +12,9 @@ from .hashed_file import HashedFile, check_file
 from .shapes import LONGEST_NAME
 from .strict_json import added
 
+WEIGHTS = (".safetensors", ".gguf")
+"""How the names of files end that hold tensors."""
+
 
 @dataclass(frozen=True)
 class MergedLora:
@@ -70,4 +73,4 @@ class SourceRecord:
 
     def weights(self) -> Iterator[HashedFile]:
         """The files below the source that hold tensors."""
-        return (file for file in self.files if file.file.endswith(".safetensors"))
+        return (file for file in self.files if file.file.endswith(WEIGHTS))

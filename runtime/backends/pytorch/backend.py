@@ -240,7 +240,7 @@ class TorchBackend:
         options = self._options
         adapter = None if options.adapter is None else Path(options.adapter)
         loras = loras_of(options.lora, options.lora_scale, options.lora_partial)
-        choices = Choices(adapter=adapter, loras=loras)
+        choices = Choices(adapter=adapter, loras=loras, parts=options.parts)
         place = None if options.weights is None else str(options.weights)
         source = open_weights(self._bundle, place, choices)
         log.info("weights of %s", source.origin.name)

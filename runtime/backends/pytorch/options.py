@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import os
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 from ....errors import InputError
 
@@ -15,14 +17,25 @@ ATTENTIONS = ("pytorch", "pytorch-heads-first", "flash-attention-3")
 """Ways to compute self-attention on CUDA: WAYS of kernels/self_attention.py."""
 
 
+PARTS = {
+    "transformer": "the transformer, of two the high-noise expert",
+    "transformer_2": "the low-noise expert",
+    "text_encoder": "UMT5",
+    "vae": "the VAE",
+    "image_encoder": "CLIP",
+}
+"""The parts of a base that a file of their own may hold, by their names there."""
+
+
 @dataclass(frozen=True)
 class TorchOptions:
     """Options of the torch backend; what makes videos differ from those of the other backends is off.
 
     weights: what the bundle was exported from, a folder or a model of the Hugging Face Hub; None looks for it
-    (see weights.py). adapter, lora: for a base, trained concept modules and the LoRAs that are merged, where
-    the bundle does not find what it records; lora_scale: of each LoRA, in their order, () where they are
-    recorded or 1. dtype: of transformer and encoders; None is float32 on the CPU, bfloat16 on CUDA.
+    (see weights.py). transformer to image_encoder: single files that it was exported with. adapter, lora: for
+    a base, trained concept modules and the LoRAs that are merged, where the bundle does not find what it
+    records; lora_scale: of each LoRA, in their order, () where they are recorded or 1. dtype: of transformer
+    and encoders; None is float32 on the CPU, bfloat16 on CUDA.
     attention: how self-attention is computed on CUDA, one of ATTENTIONS; None measures, and takes the
     fastest.
 
@@ -35,6 +48,11 @@ class TorchOptions:
     """
 
     weights: str | os.PathLike[str] | None = None
+    transformer: str | os.PathLike[str] | None = None
+    transformer_2: str | os.PathLike[str] | None = None
+    text_encoder: str | os.PathLike[str] | None = None
+    vae: str | os.PathLike[str] | None = None
+    image_encoder: str | os.PathLike[str] | None = None
     adapter: str | os.PathLike[str] | None = None
     lora: tuple[str | os.PathLike[str], ...] = ()
     lora_scale: tuple[float, ...] = ()
@@ -68,13 +86,20 @@ class TorchOptions:
 
     def from_here(self) -> TorchOptions:
         """These, with files that are found whatever the current folder will be; a model of the Hub stays."""
-        weights, adapter = self.weights, self.adapter
+        weights = self.weights
         if weights is not None and os.path.exists(weights):
             weights = os.path.join(os.getcwd(), weights)
-        if adapter is not None:
-            adapter = os.path.join(os.getcwd(), adapter)
+        single = {name: getattr(self, name) for name in ("adapter", *PARTS)}
+        given: dict[str, Any] = {
+            name: os.path.join(os.getcwd(), file) for name, file in single.items() if file is not None
+        }
         lora = tuple(os.path.join(os.getcwd(), file) for file in self.lora)
-        return replace(self, weights=weights, adapter=adapter, lora=lora)
+        return replace(self, weights=weights, lora=lora, **given)
+
+    @property
+    def parts(self) -> dict[str, Path]:
+        """The files of single parts that are given, by the names of PARTS."""
+        return {name: Path(file) for name in PARTS if (file := getattr(self, name)) is not None}
 
     @property
     def lossy(self) -> list[str]:

@@ -22,7 +22,7 @@ from ....errors import ConfigError, InputError
 from ....hashed import sha256_file
 from ...bundle_format.find import SHIPPED, Bundle
 from ...bundle_format.hashed_file import HashedFile
-from ...bundle_format.source_record import MergedLora, SourceRecord
+from ...bundle_format.source_record import WEIGHTS, MergedLora, SourceRecord
 
 log = logging.getLogger(__name__)
 
@@ -35,19 +35,22 @@ def open_weights(
 ) -> Source:
     """What `bundle` was exported from, see the module's text.
 
-    Args: place: as for `open_source`; None is where the manifest's record leads to. given: adapter, LoRAs and
-        revision for a base; scales that are recorded may be left out. option: what says the place, for
+    Args: place: as for `open_source`; None is where the manifest's record leads to, unless `given` says where
+        the transformer is. given: adapter, LoRAs, revision and single parts for a base;
+        scales that are recorded may be left out. option: what says the place, for
         messages.
     Raises: InputError, one line, that names the piece which is missing or is another one.
     """
     record = bundle.manifest.source
-    place = place or _place(bundle, option)
-    if is_base(place):
+    if place is None and "transformer" not in given.parts:
+        place = _place(bundle, option)
+    if place is None or is_base(place):
         shapes = bundle.manifest.shapes
         given = dataclasses.replace(given, size=(shapes.width, shapes.height), frames=shapes.frames)
         if record is not None:
             given = _recorded(record, place, given, bundle)
     source = open_source(place, given, bundle.tokenizer)
+    place = place or given.parts["transformer"]
     _check_model(bundle, source, place)
     if record is None or not any(record.weights()):
         log.info("the bundle records no SHA-256 of its weights: those of %s are taken as they are", place)
@@ -85,9 +88,10 @@ def _place(bundle: Bundle, option: str) -> str | Path:
     )
 
 
-def _recorded(record: SourceRecord, place: str | Path, given: Choices, bundle: Bundle) -> Choices:
+def _recorded(record: SourceRecord, place: str | Path | None, given: Choices, bundle: Bundle) -> Choices:
     """`given` with what the record says; every file is the recorded one. Raises InputError."""
-    folders = [folder for folder in (Path(place), bundle.folder / INSIDE) if folder.is_dir()]
+    here = [] if place is None else [Path(place)]
+    folders = [folder for folder in (*here, bundle.folder / INSIDE) if folder.is_dir()]
     wanted = [] if record.adapter is None else [record.adapter]
     adapters = [] if given.adapter is None else [given.adapter]
     adapter = _find("adapter", wanted, adapters, folders)
@@ -141,8 +145,9 @@ def _check_model(bundle: Bundle, source: Source, place: str | Path) -> None:
 def _difference(source: Source, record: SourceRecord) -> str | None:
     """What was read with tensors and is not the recorded one, in words; None where all is."""
     wanted = {file.file: file.sha256 for file in record.weights()}
-    found = {file: digest for file, digest in source.origin.files.items() if file.endswith(".safetensors")}
-    for name in sorted(wanted.keys() | found.keys()):
+    found = {file: digest for file, digest in source.origin.files.items() if file.endswith(WEIGHTS)}
+    same = sorted(wanted.values()) == sorted(found.values())  # wherever they lie
+    for name in () if same else sorted(wanted.keys() | found.keys()):
         if name not in found or name not in wanted:
             return f"{name} is missing" if name in wanted else f"{name} was not part of it"
         if found[name] != wanted[name]:

@@ -103,8 +103,6 @@ def test_pickles_are_told_how_to_become_safetensors(tmp_path, name):
     torch.save({"a": torch.ones(2), "b": torch.zeros(1)}, part / name)
     with pytest.raises(WeightsError, match=f"{name} is a pickle.*Convert it") as error:
         stored_tensors(part)
-    with pytest.raises(WeightsError, match="is a pickle"):
-        locate(part / name)
     file = part / name
     assert str(error.value).endswith(f"conceptmaster convert {file} {file.with_suffix('.safetensors')}")
 
@@ -113,8 +111,7 @@ def test_where_a_folder_is(part, tmp_path):
     assert locate(tmp_path) == tmp_path and is_folder(tmp_path) and not is_folder(part)
     with pytest.raises(WeightsError, match="a revision is one of the Hugging Face Hub"):
         locate(tmp_path, "main")
-    with pytest.raises(WeightsError, match="is a file"):
-        locate(part / INDEX)
+    assert locate(part / INDEX) == part / INDEX
     with pytest.raises(WeightsError, match="no folder at"):
         locate(tmp_path / "nothing")
     with pytest.raises(WeightsError, match="has no safetensors"):
