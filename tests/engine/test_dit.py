@@ -14,9 +14,11 @@ from conceptmaster.engine.checkpoints.safetensors_io import load_strict  # noqa:
 from conceptmaster.engine.config import INJECTIONS  # noqa: E402
 from conceptmaster.engine.dit import ConceptDiT  # noqa: E402
 from conceptmaster.engine.fused import fuse  # noqa: E402
-from conceptmaster.engine.presets import preset  # noqa: E402
+from conceptmaster.engine.presets import PRESETS, preset  # noqa: E402
 from conceptmaster.errors import WeightsError  # noqa: E402
 from conceptmaster.kernels.cross_attention import padding_bias  # noqa: E402
+
+WAN = [name for name in PRESETS if name.startswith("wan")]
 
 
 def wan_for(config):
@@ -74,7 +76,7 @@ def test_base_equals_diffusers(tiny, randomise, assert_close, changes, latents, 
         assert_close(model(x, time, text, concepts, mask), wan(x, time, text, return_dict=False)[0])
 
 
-@pytest.mark.parametrize("name", ["wan2.1-1.3b", "wan2.1-14b", "wan2.2-ti2v-5b"])
+@pytest.mark.parametrize("name", [*WAN])
 def test_released_sizes_have_diffusers_keys_and_shapes(name):
     config = preset(name)
     config = dataclasses.replace(config, transformer=dataclasses.replace(config.transformer, num_layers=2))
@@ -82,7 +84,7 @@ def test_released_sizes_have_diffusers_keys_and_shapes(name):
         model, wan = ConceptDiT(config), wan_for(config)
     ours = {key: value.shape for key, value in model.state_dict().items() if key not in model.concept_keys()}
     assert ours == {key: value.shape for key, value in wan.state_dict().items()}
-    own = 11 if config.concept.has_modules else 0  # the 5B stands alone
+    own = 11 if config.concept.has_modules else 0  # Wan2.2 stands alone
     assert len(model.concept_keys()) == len(model.blocks) * own
 
 

@@ -167,8 +167,8 @@ class TorchBackend:
 
         Raises: KeyError for a missing input, ValueError for a wrong dtype or shape, OutOfMemory.
         """
-        self.load([graph])
         with self._lock, torch.inference_mode(), self._out_of_memory():
+            self.load([graph])  # another thread may have let go of it
             signature = self._manifest.graphs[graph]
             absent = "given" if self._without_picture(inputs) else ""
             wanted = [spec for spec in signature.inputs if spec.name != absent]

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -43,6 +44,25 @@ def test_any_adapter_is_silent_without_a_concept(tiny, randomise, request_for, t
     load_adapter(base, _saved(randomise(ConceptMaster(config), 2), tmp_path / "trained.safetensors"))
     assert torch.equal(base.velocity(**request | {"concept_mask": unseen}), without)
     assert not torch.allclose(base.velocity(**request | {"concept_mask": seen}), without, atol=1e-3)
+
+
+@torch.no_grad()
+def test_an_adapter_of_two_experts_has_both(tiny, randomise, tmp_path):
+    one, two = tiny(), dataclasses.replace(tiny(), boundary=0.9)
+    trained, other = (randomise(ConceptMaster(two), seed) for seed in (0, 1))
+    path = _saved(trained, tmp_path / "two.safetensors")
+    load_adapter(other, path)
+    keys = adapter_keys(other)
+    for expert in ("transformer", "transformer_2"):
+        assert {key for key in keys if key.startswith(f"{expert}.")} == {
+            f"{expert}.{key}" for key in trained.transformer.concept_keys()
+        }
+    assert all(torch.equal(other.state_dict()[key], trained.state_dict()[key]) for key in keys)
+    single = _saved(randomise(ConceptMaster(one)), tmp_path / "one.safetensors")
+    with pytest.raises(WeightsError, match="has no modules for transformer_2: an adapter has them for each"):
+        load_adapter(other, single)
+    with pytest.raises(WeightsError, match="has modules for transformer_2, which the base does not have"):
+        load_adapter(ConceptMaster(one), path)
 
 
 def _saved(model, path):

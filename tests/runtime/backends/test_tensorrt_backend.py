@@ -229,6 +229,23 @@ def test_a_video_is_onnx_runtimes(folder, cuda):
     assert not cuda.memory and "destroy" in cuda.calls
 
 
+@pytest.mark.parametrize("room", [False, True])
+def test_two_experts_are_there_at_a_time_where_memory_holds_them(make_experts, bundle, cuda, room):
+    folder = make_experts()
+    made = stored.Engines(stored.FORMAT, "tensorrt", "11.4.0", CAPABILITY, "fp32", 0, {})
+    place = write_engines(folder, made)
+    if not room:  # for the second's engines, and for a call of one, not of both
+        second = [place / f"{name}_2.engine" for name in ("condition", "denoise")]
+        cuda.free = sum(file.stat().st_size for file in second) + 1500
+    expected = Pipeline.from_bundle(bundle, threads=1)("a red ball", steps=6).frames
+    with Pipeline.from_bundle(folder, device="tensorrt") as pipeline:
+        for _ in range(5):
+            assert (pipeline("a red ball", steps=6).frames == expected).all()
+        contexts = pipeline.backend._contexts
+        assert ("denoise" in contexts) == room and "denoise_2" in contexts
+        assert ("destroy" in cuda.calls) != room and "replay" in cuda.calls
+
+
 def test_results_that_are_held_are_not_written_over(folder, cuda):
     backend = open_backend(Bundle.open(folder), "tensorrt", None)
     shapes = load(folder).graphs["decode_first"].input("latents").shape
