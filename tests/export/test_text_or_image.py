@@ -161,6 +161,40 @@ def test_without_graphs(folder, bundle, generated, command, tmp_path):
         held(generated(own, image, noise, *torch_backend), expected)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("image", [None, picture(1, 90, 50)], ids=["text", "picture"])
+def test_fewer_tokens_of_text(pipelines, folder, bundle, generated, command, tmp_path, taken_from, image):
+    with taken_from(bundle, "encode_first", "decode_first", "decode"):
+        args = ("--output", tmp_path / "short", *SIZE, "--text-tokens", 64)
+        assert command("export", folder, *args, "--quiet")[0] == 0
+    held(generated(tmp_path / "short", image, noise_for(2)), upstream(pipelines, image, noise_for(2)))
+
+
+@pytest.mark.slow
+def test_int8(folder, bundle, generated, command, tmp_path, taken_from):
+    with taken_from(bundle, "text_encoder", "condition", "encode_first", "denoise", "decode_first", "decode"):
+        code, _, err = command("export", folder, "--output", tmp_path / "int8", *SIZE, "--int8", "--quiet")
+        assert code == 0, err
+    for image in (None, picture(1, 90, 50)):
+        near, exact = (generated(b, image, noise_for(3)).astype(float) for b in (tmp_path / "int8", bundle))
+        assert 0 < abs(near - exact).mean() < 3
+
+
+@pytest.mark.slow
+def test_tiles(folder, generated, command, tmp_path):
+    """Of a frame that is larger than one: both backends alike, and nearly what the whole frame gives."""
+    size, noise = ("--size", "128x64", "--frames", FRAMES), noise_for(4)
+    noise = np.concatenate((noise, noise_for(5)), axis=3)
+    for name, more in (("whole", ("--no-graphs",)), ("tiles", ("--tile", "64x64"))):
+        code, _, err = command("export", folder, "--output", tmp_path / name, *size, *more, "--quiet")
+        assert code == 0, err
+    on_torch = ("--backend", "torch", "--weights", folder)
+    found = generated(tmp_path / "tiles", picture(1, 90, 50), noise)
+    held(generated(tmp_path / "tiles", picture(1, 90, 50), noise, *on_torch), found.astype(float))
+    whole = generated(tmp_path / "whole", picture(1, 90, 50), noise, *on_torch)
+    assert found.shape == whole.shape and abs(found - whole.astype(float)).mean() < 0.2 * whole.std()
+
+
 def test_what_the_bundle_is(folder, bundle, command):
     from conceptmaster.runtime.bundle_format.manifest import load
 

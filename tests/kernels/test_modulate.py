@@ -9,7 +9,7 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("triton")
 
-from conceptmaster.kernels.modulate import modulate, modulate_triton, residual_modulate  # noqa: E402
+from conceptmaster.kernels.modulate import modulate, modulate_triton, residual, residual_modulate  # noqa: E402
 
 OPS = torch.ops.conceptmaster
 
@@ -61,6 +61,27 @@ def test_what_is_added_later_is_not_normalised(dtype, assert_close):
     (carried, h), plain = residual_modulate(*wide), residual_modulate(*wide[:5])
     assert_close(carried, expected, "float64")
     assert torch.equal(h, plain[1])
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_runs_of_tokens_have_vectors_of_their_own(rows, assert_close):
+    """Three latent frames of two tokens: what each frame would give alone; the same vectors for both rows of
+    the batch, or each its own; and an affine norm's, which is of all."""
+    x, branch, *_ = tensors(2, 6, 40)
+    gate, scale, shift = torch.randn(3, rows, 3, 40, generator=torch.Generator().manual_seed(2)).unbind(0)
+    found = modulate(x, scale, shift), *residual_modulate(x, branch, gate, scale, shift)
+    affine = residual_modulate(x, branch, gate, scale[:1, 0], shift[:1, 0], branch[0, 0], plus_one=False)
+    alone = residual(x, branch, gate)
+    for frame in range(3):
+        at, own = slice(2 * frame, 2 * frame + 2), [v[:, frame] for v in (gate, scale, shift)]
+        here, added = x[:, at], branch[:, at]
+        expected = modulate(here, *own[1:]), *residual_modulate(here, added, *own)
+        for a, b in zip(found, expected, strict=True):
+            assert_close(a[:, at], b)
+        assert_close(alone[:, at], expected[1])
+        norm = scale[:1, 0], shift[:1, 0], branch[0, 0]
+        for a, b in zip(affine, residual_modulate(here, added, own[0], *norm, plus_one=False), strict=True):
+            assert_close(a[:, at], b)
 
 
 def test_strides_are_followed():
