@@ -159,7 +159,7 @@ def read_config(
     Raises: ConfigError for what the engine cannot honour, and for a video that the base cannot make: that one
         names the nearest that it can; WeightsError for files that are missing or broken.
     """
-    _check_pipeline(base)
+    expands = _expands(base)
     transformer = _transformer(base.part("transformer"))
     second = base.parts.get("transformer_2")
     boundary = read_boundary(base, transformer, None if second is None else _transformer(second))
@@ -174,7 +174,7 @@ def read_config(
         concept = _own_concept(base, transformer, image_encoder, concept)
     elif is_a2(base):
         raise ConfigError(f"{base.where}: the transformer of SkyReels-A2 has an image_dim, this one has none")
-    elif (own := frames_alone(base, transformer, vae)) is not None:
+    elif not expands and (own := frames_alone(base, transformer, vae)) is not None:
         refuse_adapter(base, concept)
         concept, image_encoder = own, {}
     elif image_encoder:
@@ -183,7 +183,7 @@ def read_config(
         raise ConfigError(
             f"{base.where} has no image_encoder/: put there the CLIP that the adapter was trained with"
         )
-    elif expands_timesteps(base) and frames > 1:
+    elif expands and frames > 1:
         concept = ConceptConfig(max_concepts=1, injection="none", given="clean")
     concept = concept or ConceptConfig(injection="none")
     patch_frames = transformer.patch_size[0]
@@ -252,10 +252,14 @@ def _load(base: Base, name: str, module: torch.nn.Module) -> None:
         raise WeightsError(f"{part.where}: {error}") from error
 
 
-def _check_pipeline(base: Base) -> None:
-    """Refuses a time for each token of a model that has picture tokens."""
-    if expands_timesteps(base) and base.part("transformer").config.get("image_dim") is not None:
+def _expands(base: Base) -> bool:
+    """As `expands_timesteps`; refuses that of a model of picture tokens or of two experts, which none is."""
+    expands = expands_timesteps(base)
+    if expands and base.part("transformer").config.get("image_dim") is not None:
         raise ConfigError(f"{base.where}: expand_timesteps is for a transformer without an image_dim")
+    if expands and "transformer_2" in base.parts:
+        raise ConfigError(f"{base.where}: expand_timesteps is for one transformer, and here are two")
+    return expands
 
 
 def _own(part: Part, kinds: tuple[str, ...], known: set[str]) -> dict[str, Any]:

@@ -241,6 +241,8 @@ def test_a_preview_is_of_the_first_frame_that_is_made(bundle, monkeypatch):
         ("vae/config.json", {"decoder_base_dim": "x"}, "decoder_base_dim"),
         ("transformer/config.json", {"in_channels": 16}, "must equal transformer.in_channels (16)"),
         ("transformer/config.json", {"image_dim": 16, "added_kv_proj_dim": 24}, "without an image_dim"),
+        ("transformer/config.json", {"in_channels": 12, "out_channels": 4}, "must equal transformer.in"),
+        ("model_index.json", {"boundary_ratio": 0.9}, "boundary_ratio"),
         ("transformer/config.json", {"patch_size": [2, 2, 2]}, "patches of one latent frame"),
     ],
 )
