@@ -11,6 +11,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..errors import InputError
 from ..runtime.backends.pytorch.options import PARTS
 from ..runtime.bundle_format.find import Bundle
 from ..runtime.bundle_format.place import check_place
@@ -184,9 +185,12 @@ def _with_defaults(source: Source, args: argparse.Namespace) -> Source:
 
 
 def _choices(args: argparse.Namespace) -> Choices:
-    from ..engine.checkpoints.source import Choices, loras_of
+    from ..engine.checkpoints.source import SECOND, Choices, loras_of
 
-    loras = loras_of(tuple(args.lora), tuple(args.lora_scale), args.lora_partial)
+    loras = loras_of(args.lora, tuple(args.lora_scale), args.lora_partial)
+    loras += loras_of(args.lora_2, tuple(args.lora_2_scale), args.lora_partial, SECOND)
+    if args.lora_partial and not loras:
+        raise InputError("--lora-partial without a LoRA: --lora FILE says which")
     parts = {name: path for name in PARTS if (path := getattr(args, name)) is not None}
     return Choices(
         adapter=args.adapter, revision=args.revision, loras=loras, parts=parts, tokenizer=args.tokenizer
@@ -203,6 +207,11 @@ def _add_base_arguments(group: argparse._ArgumentGroup) -> None:
         "--lora-scale", type=float, action="append", default=[], metavar="S",
         help="what a LoRA is multiplied with, one for each in their order (1)",
     )  # fmt: skip
+    group.add_argument(
+        "--lora-2", type=Path, action="append", default=[], metavar="FILE",
+        help="merged into the low-noise expert of two, where --lora is the high-noise one's; repeatable",
+    )  # fmt: skip
+    group.add_argument("--lora-2-scale", type=float, action="append", default=[], metavar="S")
     group.add_argument(
         "--lora-partial", action="store_true",
         help="merge what fits of LoRAs that are for modules, too, which the base does not have, as those of "

@@ -162,6 +162,8 @@ def _add_torch_options(group: argparse._ArgumentGroup) -> None:
     lora.help = "of a base: a LoRA that it was exported with; repeatable"
     scale = group.add_argument("--lora-scale", metavar="S", action="append", type=float)
     scale.help = "what each LoRA is multiplied with (as recorded, or 1)"
+    group.add_argument("--lora-2", metavar="FILE", action="append", help="the same of the low-noise expert")
+    group.add_argument("--lora-2-scale", metavar="S", action="append", type=float)
     part = group.add_argument("--lora-partial", action="store_true", default=None)
     part.help = "leave out what the base has no modules for (as recorded)"
     group.add_argument("--dtype", metavar="D", help="float32 or bfloat16 (cpu: float32, cuda: bfloat16)")

@@ -16,7 +16,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import tokenizers
 import torch
@@ -46,6 +46,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 PRESET = "preset:"
+FIRST, SECOND = "transformer", "transformer_2"  # of two, for high noise and for low
 FILES = ("model.safetensors", "vae.safetensors", "tokenizer.json")
 DEFAULTS = "defaults.json"
 TOLD = {"vocabulary": "vocabulary.json", "ranges": "ranges.json"}
@@ -57,17 +58,30 @@ HUB_URL = re.compile(r"https?://(?:www\.)?(?:huggingface\.co|hf\.co)/([^/?#]+/[^
 
 @dataclass(frozen=True)
 class LoraFile:
-    """A LoRA that is merged into a transformer: its file, and what it is multiplied with; None is 1. partial:
-    without what the transformer has no modules for."""
+    """A LoRA that is merged into a transformer: its file, and what it is multiplied with; None is 1.
+
+    partial: without what the transformer has no modules for; expert: the name of the transformer, of two.
+    """
 
     path: Path
     scale: float | None = None
     partial: bool = False
+    expert: str = FIRST
 
     @property
     def factor(self) -> float:
         """What the LoRA is multiplied with."""
         return 1.0 if self.scale is None else self.scale
+
+
+class LoraOrigin(NamedTuple):
+    """A LoRA that was merged, by its file's name and SHA-256; the rest as of `LoraFile`."""
+
+    name: str
+    sha256: str
+    scale: float
+    partial: bool = False
+    expert: str = FIRST
 
 
 @dataclass(frozen=True)
@@ -94,15 +108,14 @@ class Origin:
     """What a source was read from.
 
     name: of the folder, of the model in the Hugging Face Hub, or preset:NAME; files: SHA-256 by path below
-    it, or by name where a file lay elsewhere; commit: of the Hub; adapter: name and SHA-256; loras: name,
-    SHA-256, scale, and whether in part.
+    it, or by name where a file lay elsewhere; commit: of the Hub; adapter: name and SHA-256.
     """
 
     name: str
     files: Mapping[str, str] = field(default_factory=dict)
     commit: str | None = None
     adapter: tuple[str, str] | None = None
-    loras: tuple[tuple[str, str, float, bool], ...] = ()
+    loras: tuple[LoraOrigin, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -119,23 +132,28 @@ class Source:
 
 
 def loras_of(
-    paths: Iterable[str | os.PathLike[str]], scales: tuple[float, ...], partial: bool = False
+    paths: Iterable[str | os.PathLike[str]],
+    scales: tuple[float, ...],
+    partial: bool = False,
+    expert: str = FIRST,
 ) -> tuple[LoraFile, ...]:
-    """Files and scales as the command line has them, in order: a scale each, or none for any, which is 1.
+    """One transformer's files and scales as the command line has them, in order: a scale each, or none for
+    any, which is 1.
 
     Raises: InputError for another number of scales, and for one that is not finite.
     """
-    paths = list(paths)
-    if (scales or partial) and not paths:
-        raise InputError(f"a {'scale' if scales else 'part'} without a LoRA: --lora FILE says which")
+    paths, option = list(paths), "--lora" if expert == FIRST else "--lora-2"
+    if scales and not paths:
+        raise InputError(f"a scale without a LoRA: {option} FILE says which")
     if scales and len(scales) != len(paths):
         raise InputError(
-            f"{len(paths)} --lora and {len(scales)} --lora-scale: give a scale for each, in order, or none"
+            f"{len(paths)} {option} and {len(scales)} {option}-scale: give a scale for each, in order, or "
+            "none"
         )
     if not all(math.isfinite(scale) for scale in scales):
         raise InputError("the scale of a LoRA must be a finite number")
     each = zip(paths, scales or (None,) * len(paths), strict=True)
-    return tuple(LoraFile(Path(path), scale, partial) for path, scale in each)
+    return tuple(LoraFile(Path(path), scale, partial, expert) for path, scale in each)
 
 
 def is_base(place: str | Path) -> bool:
@@ -248,6 +266,7 @@ def _open_base(place: str | Path, choices: Choices, tokenizer: Path | None) -> S
         release.frames if choices.frames is None else choices.frames,
         adapter.concept if adapter else None,
     )
+    _check_experts(choices.loras, config, base.where)
     if adapter:
         check_base(adapter, config)  # before gigabytes are read
     sampling = read_sampling(base)
@@ -255,10 +274,8 @@ def _open_base(place: str | Path, choices: Choices, tokenizer: Path | None) -> S
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # a new adapter is the same each time, so that a bundle can be made again
         model = load_base(base, config)
-    if choices.loras and config.boundary is not None:
-        raise WeightsError("LoRAs are not merged into bases of two experts yet: leave out --lora")
     for lora in choices.loras:
-        report = merge_lora(model.transformer, lora.path, lora.factor, lora.partial)
+        report = merge_lora(model.experts()[lora.expert], lora.path, lora.factor, lora.partial)
         log.log(logging.WARNING if report.left_out else logging.INFO, "%s", report)
     if adapter:
         load_adapter(model, adapter)
@@ -268,11 +285,25 @@ def _open_base(place: str | Path, choices: Choices, tokenizer: Path | None) -> S
         {name: digests[str(path)] for name, path in base.files.items()},
         None if local else folder.name,  # of a snapshot, the commit
         None if adapter is None else (adapter.path.name, sha256_file(adapter.path)),
-        tuple((lora.path.name, sha256_file(lora.path), lora.factor, lora.partial) for lora in choices.loras),
+        tuple(
+            LoraOrigin(lora.path.name, sha256_file(lora.path), lora.factor, lora.partial, lora.expert)
+            for lora in choices.loras
+        ),
     )
     vae = load_base_vae(base, config)
     require_same(before)
     return Source(model, vae, text, sampling, origin)
+
+
+def _check_experts(loras: tuple[LoraFile, ...], config: ModelConfig, where: Path) -> None:
+    """Raises ConfigError for a LoRA of a second transformer that is not there; warns where there are two and
+    only one gets any."""
+    given = {lora.expert for lora in loras}
+    if config.boundary is None and SECOND in given:
+        raise ConfigError(f"{where} has one transformer: --lora-2 is for the second of two, take --lora")
+    if config.boundary is not None and len(given) == 1:
+        has, lacks = ("high", "--lora-2") if FIRST in given else ("low", "--lora")
+        log.warning("the expert for %s noise alone gets a LoRA: %s is for the other one", has, lacks)
 
 
 def random_source(config: ModelConfig, seed: int = 0) -> Source:

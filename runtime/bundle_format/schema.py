@@ -291,7 +291,7 @@ class Manifest:
         )
         require(self.format < 3 or self.source is not None, "format 3 says what the bundle was made from")
         old = self.source is None or not self.source.needs_format_5
-        require(self.format > 4 or old, "a LoRA that is merged in part is of format 5")
+        require(self.format > 4 or old, "LoRAs in part, or of a second transformer, are of format 5")
         if self.experts is not None:
             require(self.format > 4, "experts are of format 5")
             names = tuple(expert.name for expert in self.experts)

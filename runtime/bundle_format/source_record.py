@@ -20,18 +20,31 @@ WEIGHTS = (".safetensors", ".gguf")
 class MergedLora:
     """A LoRA that is part of the weights: its file's name and SHA-256, and what it was multiplied with.
 
-    partial: what the transformer has no modules for was left out (format 5).
+    partial: what the transformer has no modules for was left out (format 5); expert: the transformer that it
+    is merged into, of two (format 5).
     """
 
     file: str
     sha256: str
     scale: float
     partial: bool = added(False)
+    expert: str = added("transformer")
 
     def __post_init__(self) -> None:
         check_file(self.file, self.sha256)
         if "/" in self.file or not math.isfinite(self.scale):
             raise ValueError("a LoRA is recorded by the name of its file and a finite scale")
+        if self.expert not in ("transformer", "transformer_2"):
+            raise ValueError(f"{self.expert!r:.80} is no transformer that a LoRA is merged into")
+
+    @property
+    def option(self) -> str:
+        """What gives it on the command line."""
+        return "--lora" if self.expert == "transformer" else "--lora-2"
+
+    def __str__(self) -> str:
+        where = "" if self.expert == "transformer" else " for low noise"
+        return f"LoRA {self.file} × {self.scale:g}{' in part' if self.partial else ''}{where}"
 
 
 @dataclass(frozen=True)
@@ -61,15 +74,13 @@ class SourceRecord:
     def __str__(self) -> str:
         parts = [self.name if self.commit is None else f"{self.name} at {self.commit}"]
         parts += [] if self.adapter is None else [f"adapter {self.adapter.file}"]
-        parts += [
-            f"LoRA {lora.file} × {lora.scale:g}{' in part' if lora.partial else ''}" for lora in self.loras
-        ]
+        parts += map(str, self.loras)
         return ", ".join([*parts, f"{len(self.files)} files"])
 
     @property
     def needs_format_5(self) -> bool:
         """Whether it says what older formats have no key for."""
-        return any(lora.partial for lora in self.loras)
+        return any(lora.partial or lora.expert != "transformer" for lora in self.loras)
 
     def weights(self) -> Iterator[HashedFile]:
         """The files below the source that hold tensors."""

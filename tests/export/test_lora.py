@@ -122,4 +122,4 @@ def test_a_part_is_recorded_and_merged_again(folder, command, tmp_path):
     text = (tmp_path / "part" / "manifest.json").read_text()
     assert '"format": 3' in text and '"partial"' not in text
     code, _, err = command(*export[:-2], "--lora-partial", "--overwrite")
-    assert code == 2 and "a part without a LoRA" in err
+    assert code == 2 and "--lora-partial without a LoRA" in err

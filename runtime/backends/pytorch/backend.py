@@ -45,7 +45,7 @@ try:
     import torch
 
     from ....engine.checkpoints.lazy_weights import settle
-    from ....engine.checkpoints.source import Choices, loras_of
+    from ....engine.checkpoints.source import SECOND, Choices, loras_of
     from ....engine.config import ModelConfig
     from ....engine.dit import ConceptDiT
     from ....engine.fused import Fusing, fuse, narrow, why_not
@@ -240,6 +240,7 @@ class TorchBackend:
         options = self._options
         adapter = None if options.adapter is None else Path(options.adapter)
         loras = loras_of(options.lora, options.lora_scale, options.lora_partial)
+        loras += loras_of(options.lora_2, options.lora_2_scale, options.lora_partial, SECOND)
         choices = Choices(adapter=adapter, loras=loras, parts=options.parts)
         place = None if options.weights is None else str(options.weights)
         source = open_weights(self._bundle, place, choices)

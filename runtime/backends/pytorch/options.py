@@ -17,6 +17,7 @@ ATTENTIONS = ("pytorch", "pytorch-heads-first", "flash-attention-3")
 """Ways to compute self-attention on CUDA: WAYS of kernels/self_attention.py."""
 
 
+LORAS = ("lora", "lora_scale", "lora_2", "lora_2_scale")
 PARTS = {
     "transformer": "the transformer, of two the high-noise expert",
     "transformer_2": "the low-noise expert",
@@ -56,6 +57,8 @@ class TorchOptions:
     adapter: str | os.PathLike[str] | None = None
     lora: tuple[str | os.PathLike[str], ...] = ()
     lora_scale: tuple[float, ...] = ()
+    lora_2: tuple[str | os.PathLike[str], ...] = ()
+    lora_2_scale: tuple[float, ...] = ()
     lora_partial: bool = False
     dtype: str | None = None
     attention: str | None = None
@@ -76,7 +79,7 @@ class TorchOptions:
             if value not in known:
                 choices = ", ".join(choice for choice in known if choice)
                 raise InputError(f"unknown {name} {value!r}: choose one of {choices}")
-        if not isinstance(self.lora, tuple) or not isinstance(self.lora_scale, tuple):
+        if not all(isinstance(getattr(self, name), tuple) for name in LORAS):
             raise InputError("lora and lora_scale must be tuples: an entry for each LoRA, in their order")
         for name in ("skip_guidance", "step_cache"):
             value = getattr(self, name)
@@ -93,8 +96,9 @@ class TorchOptions:
         given: dict[str, Any] = {
             name: os.path.join(os.getcwd(), file) for name, file in single.items() if file is not None
         }
-        lora = tuple(os.path.join(os.getcwd(), file) for file in self.lora)
-        return replace(self, weights=weights, lora=lora, **given)
+        for name in LORAS[::2]:
+            given[name] = tuple(os.path.join(os.getcwd(), file) for file in getattr(self, name))
+        return replace(self, weights=weights, **given)
 
     @property
     def parts(self) -> dict[str, Path]:
@@ -106,8 +110,6 @@ class TorchOptions:
         """The lossy options that are on, as they are written on the command line."""
         found = [f"--vae-dtype {self.vae_dtype}"] if self.vae_dtype != "float32" else []
         found += [f"--tier {self.tier}"] if self.tier != "lossless" else []
-        if not isinstance(self.lora, tuple) or not isinstance(self.lora_scale, tuple):
-            raise InputError("lora and lora_scale must be tuples: an entry for each LoRA, in their order")
         for name in ("skip_guidance", "step_cache"):
             if value := getattr(self, name):
                 found.append(f"--{name.replace('_', '-')} {value:g}")

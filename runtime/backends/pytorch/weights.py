@@ -96,12 +96,12 @@ def _recorded(record: SourceRecord, place: str | Path | None, given: Choices, bu
     adapters = [] if given.adapter is None else [given.adapter]
     adapter = _find("adapter", wanted, adapters, folders)
     paths = _find("LoRA", record.loras, [lora.path for lora in given.loras], folders)
-    scales = {lora.path: lora.scale for lora in given.loras}
+    scales = {(lora.path, lora.expert): lora.scale for lora in given.loras}
     loras = []
     for path, lora in zip(paths, record.loras, strict=True):
-        if scales.get(path) not in (None, lora.scale):
-            raise InputError(f"the bundle has {lora.file!r} at scale {lora.scale:g}, not {scales[path]:g}")
-        loras.append(LoraFile(path, lora.scale, lora.partial))
+        if (scale := scales.get((path, lora.expert))) not in (None, lora.scale):
+            raise InputError(f"the bundle has {lora.file!r} at scale {lora.scale:g}, not {scale:g}")
+        loras.append(LoraFile(path, lora.scale, lora.partial, lora.expert))
     revision = given.revision or (record.commit if str(place) == record.name else None)
     return dataclasses.replace(
         given, adapter=adapter[0] if adapter else None, loras=tuple(loras), revision=revision
@@ -120,9 +120,10 @@ def _find(
         right = next((path for path in files if sha256_file(path) == piece.sha256), None)
         if right is None:
             others = f"; {', '.join(map(str, left))} is another one" if left else ""
+            option = piece.option if isinstance(piece, MergedLora) else f"--{kind}"
             raise InputError(
                 f"the bundle was made with the {kind} {piece.file!r} (SHA-256 {piece.sha256:.12}…): give it "
-                f"with --{kind.lower()} FILE{others}"
+                f"with {option} FILE{others}"
             )
         left = [path for path in left if path != right]
         found.append(right)

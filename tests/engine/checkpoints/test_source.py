@@ -161,7 +161,7 @@ def test_loras_add_up_each_with_its_scale(own, tmp_path):
     source = open_source(own, Choices((64, 64), 9, loras=loras))
     for name, value in state(source).items():
         torch.testing.assert_close(value, expected[name])
-    assert [(name, scale) for name, _, scale, _ in source.origin.loras] == [
+    assert [(lora.name, lora.scale) for lora in source.origin.loras] == [
         (f"{file}.safetensors", scale) for file, scale in scales.items()
     ]
 
