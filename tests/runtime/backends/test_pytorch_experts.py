@@ -66,7 +66,7 @@ def test_a_step_cache_tells_the_other_expert_nothing():
     table = torch.tensor([[1.0, 0.0, -0.1], [0.0, 1.0, 0.0]])
     inputs = {"time": torch.ones(1), "guidance": torch.ones(1), "coefficients": table}
     inputs["concept_mask"] = torch.ones(1, 1, dtype=torch.bool)
-    first, second = (stepper.Stepper(Model(factor), step_cache=1.0) for factor in (1.0, -2.0))
+    first, second = (stepper.Stepper(Model(by), step_cache=1.0) for by in (1.0, -2.0))
     carried = stepper.Carried(torch.arange(8.0).view(2, 1, 1, 2, 2))
     for step in range(4):
         carried = first(carried, inputs, step, 8)
@@ -80,7 +80,7 @@ def test_a_step_cache_tells_the_other_expert_nothing():
 
 
 def test_a_module_on_disk_can_be_loaded_again(tmp_path):
-    """As the backend does where one expert is held at a time: a copy is brought into memory, the rest stays."""
+    """As the backend does where one expert is held at a time: a copy comes into memory, the rest stays."""
     layers = torch.nn.Sequential(torch.nn.Linear(1024, 1024), torch.nn.Linear(1024, 2))
     save(tmp_path / "a.safetensors", layers.state_dict(), {})
     with torch.device("meta"):
