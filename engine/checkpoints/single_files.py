@@ -8,7 +8,6 @@ read; without one the configuration is derived from the tensors' shapes (derived
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Set
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -27,6 +26,7 @@ from .releases import TI2V_CHANNELS, release_of
 from .safetensors_io import PICKLES, refuse_pickle, some
 from .spellings import as_diffusers, spelling_of, without_prefix
 from .spiece import LARGEST, from_gguf, from_spiece
+from .wan_experts import expert_named
 from .weight_files import listed, read_header, read_index, read_json, tensors_of
 
 ORIGINAL, COMFYUI = "Wan's original layout", "ComfyUI's single files"
@@ -37,7 +37,6 @@ ROOTS = ("", "models", "split_files")
 TOKENIZERS = ("", "google/umt5-xxl", "tokenizer", "umt5-xxl")
 """Folders in which a tokenizer may lie; `split_files` is how Comfy-Org lays out its repositories."""
 CONFIG, SPIECE = "config.json", "spiece_model"
-EXPERT = re.compile(r"(high|low)[-_ ]?noise", re.IGNORECASE)
 WHOLE = ("first_stage_model.", "cond_stage_model.", "text_encoders.", "vae.", "conditioner.")
 """Before the names of what is no transformer in a file of all parts."""
 OPTIONS = {
@@ -93,14 +92,8 @@ class Weights:
 
     @property
     def expert(self) -> str | None:
-        """ "high" or "low", where the name of the file or its folder tells which of two it is."""
+        """Which of two it is, as the name of the file or its folder tells, see wan_experts.py."""
         return expert_named(self.where)
-
-
-def expert_named(where: Path) -> str | None:
-    """ "high" or "low", where the name of a file, or of its folder, says that it is one of two experts."""
-    found = EXPERT.search(where.name) or EXPERT.search(where.parent.name)
-    return None if found is None else found[1].lower()
 
 
 def open_weights_at(path: Path, instead: Mapping[str, Any] | None = None) -> Weights:

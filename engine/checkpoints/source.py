@@ -159,14 +159,18 @@ def loras_of(
 def is_base(place: str | Path) -> bool:
     """Whether `place` is a base, in whatever layout, or the name of one in the Hugging Face Hub."""
     place, _ = _address(place)
-    path = Path(place)
     if str(place).startswith(PRESET):
         return False
+    if _exists(place):
+        return not (Path(place) / FILES[0]).exists()
+    return HUB_ID.fullmatch(str(place)) is not None
+
+
+def _exists(place: str | Path) -> bool:
     try:
-        there = path.exists()
+        return Path(place).exists()
     except (OSError, ValueError):  # a name too long, or with a null byte
         return False
-    return not (path / FILES[0]).exists() if there else HUB_ID.fullmatch(str(place)) is not None
 
 
 def open_source(
@@ -198,7 +202,7 @@ def open_source(
                 _no_choices(place, choices)
                 source = random_source(preset(str(place).removeprefix(PRESET)))
                 return dataclasses.replace(source, origin=Origin(str(place)))
-            if not Path(place).exists():
+            if not _exists(place):
                 raise InputError(
                     f"there is nothing at {str(place)!r:.200}: give a folder, preset:NAME, or OWNER/NAME of "
                     "the Hub"
@@ -344,7 +348,7 @@ def _read_tokenizer(found: str | Path | None, instead: Path | None, config: Mode
         found = instead
     if found is None:
         raise WeightsError(
-            f"{where} has no tokenizer: give UMT5's tokenizer.json or spiece.model with --tokenizer"
+            f"{where} has no tokenizer: give UMT5's tokenizer.json or spiece.model with --tokenizer FILE"
         )
     if isinstance(found, Path) and not found.exists():
         raise WeightsError(

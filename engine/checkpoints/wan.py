@@ -164,6 +164,11 @@ def read_config(
     second = base.parts.get("transformer_2")
     boundary = read_boundary(base, transformer, None if second is None else _transformer(second))
     vae = _vae(base.part("vae"))
+    if (channels := vae["z_dim"]) != transformer.out_channels:
+        raise ConfigError(
+            f"{base.part('vae').where} is a VAE of {channels} latent channels, which must equal the "
+            f"transformer's {transformer.out_channels}: Wan2.2's TI2V-5B has 48, every other Wan 16"
+        )
     text_encoder = _encoder(base.part("text_encoder"), "umt5", TEXT_SIZES, TEXT_OPTIONS) | {
         "dropout_rate": 0.0
     }

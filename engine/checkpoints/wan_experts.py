@@ -4,6 +4,8 @@ between."""
 from __future__ import annotations
 
 import dataclasses
+import re
+from pathlib import Path
 
 from ...errors import ConfigError
 from ..checked import is_number
@@ -12,6 +14,7 @@ from .base import Base
 from .diffusers_folder import INDEX, LAYOUT
 from .releases import release_of
 
+EXPERT = re.compile(r"(high|low)[-_ ]?noise", re.IGNORECASE)
 HAVE = "Wan2.2's T2V-A14B has 0.875, I2V-A14B 0.9"
 
 
@@ -36,6 +39,13 @@ def read_boundary(base: Base, first: TransformerConfig, second: TransformerConfi
                 f"{base.where} has no transformer_2, the expert for low noise, but its {INDEX} {why}: "
                 "one expert alone makes no video"
             )
+        where = base.part("transformer").where
+        if (expert := expert_named(where)) is not None or "a14b" in "/".join(where.parts[-2:]).lower():
+            kind = "one" if expert is None else f"the {expert}-noise one"
+            raise ConfigError(
+                f"{where} is by its name {kind} of Wan2.2 A14B's two experts, which alone makes no video: "
+                "give both, --transformer FILE (high noise) and --transformer-2 FILE (low noise)"
+            )
         return None
     if said is None and base.layout == LAYOUT:
         raise ConfigError(
@@ -49,3 +59,9 @@ def read_boundary(base: Base, first: TransformerConfig, second: TransformerConfi
                 f"transformer and {low!r:.60} in transformer_2"
             )
     return release_of(base).boundary if said is None else float(said)
+
+
+def expert_named(where: Path) -> str | None:
+    """ "high" or "low", where the name of a file, or of its folder, says that it is one of two experts."""
+    found = EXPERT.search(where.name) or EXPERT.search(where.parent.name)
+    return None if found is None else found[1].lower()

@@ -1,0 +1,452 @@
+"""Bases in the layouts that people hold, written by code apart (benchmarks/layouts.py), against the same
+weights in diffusers' layout."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("transformers")
+diffusers = pytest.importorskip("diffusers")
+
+from safetensors.torch import load_file, save_file  # noqa: E402
+
+from conceptmaster.benchmarks import layouts, random_base  # noqa: E402
+from conceptmaster.engine.checkpoints.derived import derive  # noqa: E402
+from conceptmaster.engine.checkpoints.lazy_weights import Stored  # noqa: E402
+from conceptmaster.engine.checkpoints.source import Choices, open_source  # noqa: E402
+from conceptmaster.engine.checkpoints.spellings import as_diffusers, spelling_of  # noqa: E402
+from conceptmaster.engine.config import ConceptConfig  # noqa: E402
+from conceptmaster.engine.presets import preset  # noqa: E402
+from conceptmaster.errors import InputError  # noqa: E402
+
+SIZE = Choices((64, 64), 9)
+COMFYUI = {
+    "transformer": "diffusion_models/wan2.1-1.3b.safetensors",
+    "text_encoder": "text_encoders/umt5_xxl.safetensors",
+    "vae": "vae/wan_2.1_vae.safetensors",
+}
+
+
+def tiny(name="wan2.1-1.3b", **transformer):
+    """A base of one head of 128 channels, whose VAE has as many latent channels as the real one."""
+    config = preset(name)
+    sizes = {"num_attention_heads": 1, "text_dim": 24, "freq_dim": 16, "ffn_dim": 64, "num_layers": 2}
+    text = {"vocab_size": 320, "d_model": 24, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 3}
+    vae = {"base_dim": 16, "dim_mult": [1, 1, 2, 2], "num_res_blocks": 1}
+    return dataclasses.replace(
+        config,
+        transformer=dataclasses.replace(config.transformer, **(sizes | transformer)),
+        concept=ConceptConfig(injection="none"),
+        image_encoder={},
+        text_encoder=config.text_encoder | text,
+        vae=config.vae | vae,
+    )
+
+
+def state(source):
+    """Every tensor of a source by name."""
+    parts = {"model": source.model, "vae": source.vae}
+    return {f"{part}.{name}": value for part in parts for name, value in parts[part].state_dict().items()}
+
+
+def same(source, expected):
+    """Bit for bit."""
+    found = state(source)
+    assert found.keys() == expected.keys()
+    differing = [name for name, value in found.items() if not value.equal(expected[name])]
+    assert not differing, differing
+
+
+def refused(place, *words, choices=SIZE):
+    """Wrong input, told in one short line."""
+    with pytest.raises(InputError) as caught:
+        open_source(place, choices)
+    text = str(caught.value)
+    assert "\n" not in text and len(text) < 1000, text
+    assert all(word in text for word in words), text
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory):
+    """`bases(layout, bits)`: a folder, written once. Not to be changed: copy it."""
+    root = tmp_path_factory.mktemp("layouts")
+
+    def write(layout, bits=None):
+        folder = root / f"{layout}-{bits}"
+        if not folder.exists():
+            random_base.write_base(tiny(), folder, layout=layout, bits=bits)
+        return folder
+
+    return write
+
+
+@pytest.fixture
+def comfyui(bases, tmp_path):
+    """ComfyUI's folder, to be changed."""
+    return shutil.copytree(bases("comfyui"), tmp_path / "models")
+
+
+@pytest.fixture(scope="module")
+def expected(bases):
+    """The tensors of the base in diffusers' layout."""
+    return state(open_source(bases("diffusers"), SIZE))
+
+
+# Names.
+
+
+def shapes(module):
+    """A module's tensors as ones on disk, of which only the shapes are known."""
+    return {name: Stored(_nothing, value.shape, "F32") for name, value in module.state_dict().items()}
+
+
+def _nothing():
+    raise AssertionError("no value is read")
+
+
+@pytest.mark.parametrize("kind", ["t2v", "i2v", "flf2v", "ti2v"])
+def test_a_transformer_s_names_are_those_that_diffusers_makes_of_them(kind, tmp_path):
+    from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
+
+    pictures = {"in_channels": 36, "image_dim": 1280, "added_kv_proj_dim": 256}
+    more = {"t2v": {}, "i2v": pictures, "flf2v": pictures | {"pos_embed_seq_len": 514}}
+    more["ti2v"] = {"in_channels": 48, "out_channels": 48}
+    config = {"num_attention_heads": 2, "num_layers": 2, "ffn_dim": 320, "text_dim": 96} | more[kind]
+    with torch.device("meta"):
+        model = diffusers.WanTransformer3DModel(**config)
+    right = shapes(model)
+    own = {layouts.wan_transformer(name): tensor for name, tensor in right.items()}
+    assert len(own) == len(right) and not own.keys() >= right.keys()
+    theirs = convert_wan_transformer_to_diffusers(dict(own))
+    theirs.pop("img_emb.emb_pos", None)  # which it leaves as it is
+    for prefix in ("", "model.diffusion_model."):
+        found = as_diffusers("transformer", {prefix + name: t for name, t in own.items()}, tmp_path)
+        assert found == right and theirs.items() <= found.items()
+    derived = derive("transformer", right, tmp_path, None)
+    for name, value in derived.items():
+        known = getattr(model.config, name, None)
+        assert name == "_class_name" or value == (list(known) if name == "patch_size" else known), name
+
+
+@pytest.mark.parametrize("name", ["wan2.1-1.3b", "wan2.2-ti2v-5b"])
+def test_a_vae_s_names_and_its_configuration(name, tmp_path):
+    """At its real size: diffusers' own table knows no other."""
+    from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
+
+    config = preset(name).vae
+    with torch.device("meta"):
+        right = shapes(diffusers.AutoencoderKLWan(**config))
+    rename = layouts.wan_vae(config)
+    own = {rename(key): tensor for key, tensor in right.items()}
+    assert len(own) == len(right) and "decoder.middle.0.residual.0.gamma" in own
+    found = as_diffusers("vae", own, tmp_path)
+    assert found == right
+    if name == "wan2.1-1.3b":
+        assert found == convert_wan_vae_to_diffusers(own)
+    derived = derive("vae", found, tmp_path, None)
+    assert {key: derived[key] for key in config} == config
+
+
+def test_the_text_encoder_of_wan_s_own_code_computes_the_same(tmp_path, assert_close):
+    """Its forward pass, written out after wan/modules/t5.py, with its own names."""
+    from transformers.models.umt5.configuration_umt5 import UMT5Config
+    from transformers.models.umt5.modeling_umt5 import UMT5EncoderModel
+
+    torch.manual_seed(0)
+    model = UMT5EncoderModel(
+        UMT5Config(vocab_size=40, d_model=24, d_kv=8, d_ff=32, num_layers=2, num_heads=3)
+    )
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.4)
+    right = {name: tensor for name, tensor in model.state_dict().items() if "embed_tokens" not in name}
+    own = {layouts.wan_text_encoder(name): tensor for name, tensor in right.items()}
+    ids = torch.randint(0, 40, (1, 9))
+    with torch.no_grad():
+        assert_close(_wan_t5(own, ids), model.eval()(ids).last_hidden_state)
+    stored = {name: _in_memory(tensor) for name, tensor in own.items()}
+    found = as_diffusers("text_encoder", stored, tmp_path)
+    assert found.keys() == right.keys() and all(found[name].read().equal(right[name]) for name in right)
+    derived = derive("text_encoder", found, tmp_path, None)
+    assert all(getattr(model.config, key) == value for key, value in derived.items())
+
+
+def _in_memory(tensor):
+    return Stored(lambda: tensor, tensor.shape, "F32")
+
+
+def _wan_t5(weights, ids):
+    def norm(x, name):
+        return weights[name] * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
+
+    def bucket(distance):  # bidirectional, 32 buckets, farthest 128
+        exact, far = 8, distance.abs()
+        large = exact + (torch.log(far.float() / exact) / torch.log(torch.tensor(16.0)) * 8).long()
+        return (distance > 0) * 16 + torch.where(far < exact, far, large.clamp(max=15))
+
+    x = weights["token_embedding.weight"][ids[0]]
+    places = torch.arange(len(x))
+    for block in ("blocks.0", "blocks.1"):
+        bias = weights[f"{block}.pos_embedding.embedding.weight"][bucket(places[None] - places[:, None])]
+        y = norm(x, f"{block}.norm1.weight")
+        q, k, v = ((y @ weights[f"{block}.attn.{part}.weight"].T).view(-1, 3, 8) for part in "qkv")
+        seen = (torch.einsum("ihc,jhc->hij", q, k) + bias.permute(2, 0, 1)).softmax(-1)
+        x = (
+            x
+            + torch.einsum("hij,jhc->ihc", seen, v).reshape(len(x), 24) @ weights[f"{block}.attn.o.weight"].T
+        )
+        y = norm(x, f"{block}.norm2.weight")
+        gate = torch.nn.functional.gelu(y @ weights[f"{block}.ffn.gate.0.weight"].T, approximate="tanh")
+        x = x + (y @ weights[f"{block}.ffn.fc1.weight"].T * gate) @ weights[f"{block}.ffn.fc2.weight"].T
+    return norm(x, "norm.weight")[None]
+
+
+def test_clip_s_picture_tower_in_wan_s_own_names(tmp_path):
+    from transformers.models.clip.configuration_clip import CLIPVisionConfig
+    from transformers.models.clip.modeling_clip import CLIPVisionModelWithProjection
+
+    sizes = {"hidden_size": 1280, "num_hidden_layers": 1, "num_attention_heads": 16, "intermediate_size": 40}
+    sizes |= {"patch_size": 14, "image_size": 42, "projection_dim": 24}
+    torch.manual_seed(0)
+    right = CLIPVisionModelWithProjection(CLIPVisionConfig(**sizes)).state_dict()
+    right = {name: tensor for name, tensor in right.items() if not name.endswith("position_ids")}
+    own = layouts.wan_clip(right) | {"textual.head.0.weight": torch.zeros(2, 2)}
+    found = as_diffusers("image_encoder", {name: _in_memory(t) for name, t in own.items()}, tmp_path)
+    assert found.keys() == right.keys()
+    assert all(found[name].shape == right[name].shape for name in right)
+    assert all(found[name].read().equal(right[name]) for name in right)
+    derived = derive("image_encoder", found, tmp_path, None)
+    assert {key: derived[key] for key in sizes} == sizes and derived["hidden_act"] == "gelu"
+
+
+def test_names_that_meet_are_told(tmp_path):
+    one = Stored(_nothing, torch.Size((2, 2)), "F32")
+    both = {"blocks.0.self_attn.q.weight": one, "blocks.0.attn1.to_q.weight": one}
+    with pytest.raises(InputError, match="it has 'blocks.0.attn1.to_q.weight' twice"):
+        as_diffusers("transformer", both, tmp_path)
+    assert spelling_of({"blocks.0.self_attn.k.weight": one}) is None
+
+
+# Whole bases.
+
+
+@pytest.mark.parametrize("layout", ["wan", "comfyui"])
+def test_a_layout_is_the_same_base(layout, bases, expected):
+    source = open_source(bases(layout), SIZE)
+    same(source, expected)
+    assert dataclasses.astuple(source.sampling)[:4] == ("unipc", 5.0, 50, 5.0)
+    plain = open_source(bases("diffusers"), SIZE)
+    assert source.tokenizer == plain.tokenizer
+    assert source.model.config.transformer == plain.model.config.transformer
+    held = {file for file in source.origin.files if file.endswith(("safetensors", "tokenizer.json"))}
+    assert len(held) == 4 and all(len(digest) == 64 for digest in source.origin.files.values())
+
+
+def test_files_one_by_one_and_over_another_base(bases, expected, tmp_path, monkeypatch):
+    from conceptmaster.engine.checkpoints import lazy_weights
+
+    monkeypatch.setattr(lazy_weights, "MIN_ELEMENTS", 64)  # nearly all stay on disk
+    files = {part: bases("comfyui") / file for part, file in COMFYUI.items()}
+    given = dataclasses.replace(SIZE, parts=files, tokenizer=bases("comfyui") / "tokenizer.json")
+    source = open_source(None, given)
+    for module in (source.model, source.vae):
+        lazy_weights.settle(module, torch.device("cpu"))
+    same(source, expected)
+    assert source.origin.name == source.model.config.name == "wan2.1-1.3b"
+    assert sorted(source.origin.files) == [
+        "tokenizer.json", "umt5_xxl.safetensors", "wan2.1-1.3b.safetensors", "wan_2.1_vae.safetensors"
+    ]  # fmt: skip
+    other = shutil.copytree(bases("diffusers"), tmp_path / "other")
+    shutil.rmtree(other / "vae")  # whose place need not be whole
+    shutil.copytree(bases("diffusers") / "vae", tmp_path / "vae")
+    over = dataclasses.replace(SIZE, parts={"vae": tmp_path / "vae", "transformer": files["transformer"]})
+    source = open_source(other, over)
+    same(source, expected) if not lazy_weights.stored_weights(source.model) else None
+    assert "transformer/config.json" not in source.origin.files and "config.json" in source.origin.files
+    refused(other, f"{files['vae']} is a vae, no transformer: give it with --vae",
+            choices=dataclasses.replace(SIZE, parts={"transformer": files["vae"]}))  # fmt: skip
+
+
+def test_a_configuration_that_shapes_do_not_tell_is_that_of_the_place(wan_folder, tmp_path):
+    """Two heads of 12 channels, and a VAE of four."""
+    plain = state(open_source(wan_folder, SIZE))
+    tensors = load_file(wan_folder / "transformer/diffusion_pytorch_model.safetensors")
+    file = tmp_path / "a.safetensors"
+    save_file({layouts.wan_transformer(name): tensor for name, tensor in tensors.items()}, file)
+    vae = wan_folder / "vae/diffusion_pytorch_model.safetensors"
+    shutil.copy(vae, tmp_path / "vae.safetensors")
+    parts = {"transformer": file, "vae": tmp_path / "vae.safetensors"}
+    found = state(open_source(wan_folder, dataclasses.replace(SIZE, parts=parts)))
+    concept = {name for name in plain if not name.startswith(("model.transformer", "vae"))}
+    assert all(found[name].equal(plain[name]) for name in plain.keys() - concept)
+    choices = dataclasses.replace(SIZE, parts=parts | {"text_encoder": wan_folder / "text_encoder"})
+    refused(
+        None, "the width is 24, no multiple of 128: a config.json beside tells the heads", choices=choices
+    )
+
+
+def test_shards_in_each_layout(comfyui, expected):
+    folder = comfyui / "diffusion_models"
+    (file,) = folder.glob("*.safetensors")
+    tensors = load_file(file)
+    names = sorted(tensors)
+    shards = {"w-1.safetensors": names[::2], "w-2.safetensors": names[1::2]}
+    for shard, own in shards.items():
+        save_file({name: tensors[name] for name in own}, folder / shard)
+    listed = {name: shard for shard, own in shards.items() for name in own}
+    (folder / "w.safetensors.index.json").write_text(json.dumps({"weight_map": listed}))
+    file.unlink()
+    same(open_source(comfyui, SIZE), expected)
+    (comfyui / "tokenizer.json").rename(comfyui.parent / "tokenizer.json")
+    same(open_source(comfyui.rename(comfyui.parent / "split_files").parent, SIZE), expected)
+
+
+def test_two_experts(tmp_path):
+    """In all layouts: which is which is told by folders' or files' names, or by the options."""
+    config = dataclasses.replace(tiny("wan2.1-14b"), boundary=0.875)
+    sources = {}
+    for layout in random_base.LAYOUTS:
+        random_base.write_base(config, tmp_path / layout, layout=layout)
+        sources[layout] = open_source(tmp_path / layout, SIZE)
+        same(sources[layout], state(sources["diffusers"]))
+        assert sources[layout].model.config.boundary == 0.875
+    assert dataclasses.astuple(sources["comfyui"].sampling)[:4] == ("unipc", 12.0, 40, 4.0)
+    models = tmp_path / "comfyui" / "diffusion_models"
+    high, low = sorted(models.glob("*.safetensors"))
+    refused(high, "has no vae, text_encoder: say where with --vae FILE, --text-encoder FILE")
+    alone = tmp_path / "alone"
+    shutil.copytree(tmp_path / "comfyui", alone)
+    (alone / "diffusion_models" / low.name).unlink()
+    refused(alone, "is by its name the high-noise one of Wan2.2 A14B's two experts", "--transformer-2 FILE")
+    shutil.copy(low, alone / "diffusion_models" / "a.safetensors")
+    (alone / "diffusion_models" / high.name).rename(alone / "diffusion_models" / "b.safetensors")
+    refused(alone, "has 2 transformers (a.safetensors; b.safetensors): say which with --transformer FILE")
+    parts = {"transformer": alone / "diffusion_models/b.safetensors"}
+    parts["transformer_2"] = alone / "diffusion_models/a.safetensors"
+    same(open_source(alone, dataclasses.replace(SIZE, parts=parts)), state(sources["diffusers"]))
+    for folder, name in (("wan/high_noise_model", "high"), ("wan/low_noise_model", "low")):
+        choices = dataclasses.replace(
+            SIZE, parts={"transformer": tmp_path / folder, "vae": alone / COMFYUI["vae"],
+                         "text_encoder": alone / COMFYUI["text_encoder"]}
+        )  # fmt: skip
+        refused(None, f"is by its name the {name}-noise one", choices=choices)
+
+
+# What is not taken, each told as what it is.
+
+
+def test_original_folders_with_pickles(bases, tmp_path):
+    folder = shutil.copytree(bases("wan"), tmp_path / "Wan2.1-T2V-1.3B")
+    names = [file.name for file in folder.glob("*VAE.safetensors")]
+    names += [file.name for file in folder.glob("models_t5*.safetensors")]
+    for name in names:
+        (folder / name).rename(folder / name.replace(".safetensors", ".pth"))
+    vae, text = (name.replace(".safetensors", ".pth") for name in names)
+    commands = f"cd {folder} && conceptmaster convert {vae} {names[0]}", f"convert {text} {names[1]}"
+    refused(folder, "has its vae, text_encoder as pickles", *commands)
+    (folder / vae).rename(folder / names[0])
+    refused(folder, "has its text_encoder as pickles, which can run code when loaded: convert them")
+    stub = tmp_path / "stub"
+    stub.mkdir()
+    (stub / "config.json").write_text('{"_class_name": "WanModel", "model_type": "t2v"}')
+    save_file(
+        {"blocks.0.self_attn.q.weight": torch.zeros(2, 2)}, stub / "diffusion_pytorch_model.safetensors"
+    )
+    (stub / "Wan2.1_VAE.pth").touch()
+    for choices in (SIZE, Choices()):
+        refused(stub, "as pickles", "conceptmaster convert Wan2.1_VAE.pth", choices=choices)
+
+
+def test_places_without_weights(tmp_path):
+    (tmp_path / "empty").mkdir()
+    save_file({"a": torch.ones(1)}, tmp_path / "a.safetensors")
+    torch.save({}, tmp_path / "a.pth")
+    (tmp_path / "a.txt").touch()
+    for choices in (SIZE, Choices()):
+        refused(tmp_path / "empty", "has no weights in a layout that is read", choices=choices)
+        refused(tmp_path / "a.safetensors", "is no transformer, VAE, UMT5 or CLIP of a Wan", choices=choices)
+        refused(tmp_path / "a.pth", "is a pickle", "conceptmaster convert", choices=choices)
+        refused(tmp_path / "a.txt", "is neither safetensors nor GGUF", choices=choices)
+        refused("/models/is-not-there", "there is nothing at '/models/is-not-there'", choices=choices)
+        refused("x" * 5000, "there is nothing at", choices=choices)
+    refused(None, "say what to open")
+
+
+def test_files_that_are_missing_or_twice(comfyui):
+    (comfyui / COMFYUI["vae"]).rename(comfyui / "vae" / "other.bin")
+    refused(comfyui, "has no vae: say where with --vae FILE")
+    (comfyui / "vae" / "other.bin").rename(comfyui / COMFYUI["vae"])
+    shutil.copy(comfyui / COMFYUI["vae"], comfyui / "vae" / "b.safetensors")
+    refused(comfyui, "has several of the vae (b.safetensors; wan_2.1_vae.safetensors): say which with --vae")
+    (comfyui / "vae" / "b.safetensors").unlink()
+    (comfyui / "tokenizer.json").unlink()
+    refused(comfyui, "has no tokenizer: give UMT5's tokenizer.json or spiece.model with --tokenizer FILE")
+
+
+@pytest.mark.parametrize(
+    ("key", "word"),
+    [
+        ("vace_blocks.0.before_proj.weight", "is VACE's transformer"),
+        ("face_adapter.a", "is Wan-Animate's transformer"),
+        ("first_stage_model.a", "is all parts in one file"),
+        ("blocks.0.more", "1 unexpected: blocks.0.more"),
+    ],
+)
+def test_transformers_of_other_models(comfyui, key, word):
+    file = comfyui / COMFYUI["transformer"]
+    prefix = "" if key.startswith("first") else "model.diffusion_model."
+    save_file(load_file(file) | {prefix + key: torch.zeros(2)}, file)
+    refused(comfyui, word)
+
+
+def test_a_vae_of_another_release(comfyui, bases, tmp_path):
+    """Both ways round."""
+    config = tiny("wan2.2-ti2v-5b", in_channels=48, out_channels=48)
+    config = dataclasses.replace(config, vae=config.vae | {"decoder_base_dim": 16})
+    random_base.write_base(config, tmp_path / "5b", layout="comfyui")
+    five = tmp_path / "5b" / "vae/wan2.2_vae.safetensors"
+    choices = dataclasses.replace(SIZE, parts={"vae": five})
+    refused(comfyui, "is a VAE of 48 latent channels, which must equal the transformer's 16", choices=choices)
+    parts = {"vae": comfyui / COMFYUI["vae"]}
+    choices = dataclasses.replace(SIZE, parts=parts)
+    refused(
+        tmp_path / "5b",
+        "is a VAE of 16 latent channels, which must equal the transformer's 48",
+        choices=choices,
+    )
+    shutil.copy(five, comfyui / "vae")  # beside the right one it does not matter
+    same(open_source(comfyui, SIZE), state(open_source(bases("diffusers"), SIZE)))
+
+
+@pytest.mark.parametrize("layout", ["wan", "comfyui"])
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8])
+def test_whole_numbers_under_plain_names(layout, dtype, bases, tmp_path):
+    own = shutil.copytree(bases(layout), tmp_path / "own")
+    file = next(
+        own.rglob("diffusion_pytorch_model*.safetensors" if layout == "wan" else "wan2.1*.safetensors")
+    )
+    tensors = load_file(file)
+    name = next(name for name in tensors if name.endswith("blocks.1.ffn.0.weight"))
+    save_file(tensors | {name: tensors[name].to(dtype)}, file)
+    refused(
+        own, "1 of whole numbers, not of floating point (quantised weights are not read): blocks.1.ffn.net.0"
+    )
+
+
+def test_wan_s_own_configuration_is_held_to_the_tensors(bases, tmp_path):
+    own = shutil.copytree(bases("wan"), tmp_path / "own")
+    values = json.loads((own / "config.json").read_text())
+    for changes, word in (
+        ({"num_layers": 3}, "missing: blocks.2."),
+        ({"model_type": "vace"}, "model_type is 'vace', which the engine does not have"),
+        ({"num_heads": 0}, "give no width of a head"),
+        ({"dim": "x"}, "give no width of a head"),
+        ({"in_dim": -1}, "in_channels"),
+        ({"eps": "no"}, "eps"),
+    ):
+        (own / "config.json").write_text(json.dumps(values | changes))
+        refused(own, word)
