@@ -75,7 +75,8 @@ class LoraFile:
 
 
 class LoraOrigin(NamedTuple):
-    """A LoRA that was merged, by its file's name and SHA-256; the rest as of `LoraFile`."""
+    """A LoRA that was merged, by its file's name and SHA-256; the rest as of `LoraFile`, but `partial`:
+    something was left out."""
 
     name: str
     sha256: str
@@ -278,9 +279,12 @@ def _open_base(place: str | Path, choices: Choices, tokenizer: Path | None) -> S
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # a new adapter is the same each time, so that a bundle can be made again
         model = load_base(base, config)
+    loras = []
     for lora in choices.loras:
         report = merge_lora(model.experts()[lora.expert], lora.path, lora.factor, lora.partial)
         log.log(logging.WARNING if report.left_out else logging.INFO, "%s", report)
+        digest, in_part = sha256_file(lora.path), bool(report.left_out)
+        loras.append(LoraOrigin(lora.path.name, digest, lora.factor, in_part, lora.expert))
     if adapter:
         load_adapter(model, adapter)
     digests = sha256_files(Path(), {str(path) for path in base.files.values()})
@@ -289,10 +293,7 @@ def _open_base(place: str | Path, choices: Choices, tokenizer: Path | None) -> S
         {name: digests[str(path)] for name, path in base.files.items()},
         None if local else folder.name,  # of a snapshot, the commit
         None if adapter is None else (adapter.path.name, sha256_file(adapter.path)),
-        tuple(
-            LoraOrigin(lora.path.name, sha256_file(lora.path), lora.factor, lora.partial, lora.expert)
-            for lora in choices.loras
-        ),
+        tuple(loras),
     )
     vae = load_base_vae(base, config)
     require_same(before)
