@@ -18,6 +18,7 @@ ATTENTIONS = ("pytorch", "pytorch-heads-first", "flash-attention-3")
 
 
 LORAS = ("lora", "lora_scale", "lora_2", "lora_2_scale")
+"""Options that are tuples: files, and their scales."""
 PARTS = {
     "transformer": "the transformer, of two the high-noise expert",
     "transformer_2": "the low-noise expert",
@@ -35,10 +36,10 @@ class TorchOptions:
     weights: what the bundle was exported from, a folder or a model of the Hugging Face Hub; None looks for it
     (see weights.py). transformer to image_encoder: single files that it was exported with. adapter, lora: for
     a base, trained concept modules and the LoRAs that are merged, where the bundle does not find what it
-    records; lora_scale: of each LoRA, in their order, () where they are recorded or 1. dtype: of transformer
-    and encoders; None is float32 on the CPU, bfloat16 on CUDA.
-    attention: how self-attention is computed on CUDA, one of ATTENTIONS; None measures, and takes the
-    fastest.
+    records; lora_scale: of each LoRA, in their order, () where they are recorded or 1; lora_2, lora_2_scale:
+    those of the low-noise expert of two; lora_partial: leave out what the base has no modules for. dtype: of
+    transformer and encoders; None is float32 on the CPU, bfloat16 on CUDA. attention: how self-attention is
+    computed on CUDA, one of ATTENTIONS; None measures, and takes the fastest.
 
     Lossy, with measured errors in docs/performance.md: vae_dtype (of Wan's video autoencoder; in float16 a
     value beyond 65,504 ends the request with an error), tier "high" (linear layers in 8 bits, on GPUs that
