@@ -126,9 +126,7 @@ _OPTIONAL_SIZE = _Kind("a size or null", lambda value: value is None or is_whole
 # What transformers' and diffusers' classes are given. Nothing else: they take any name, and some make them
 # load code.
 ENTRIES: dict[str, dict[str, str | _Kind]] = {
-    "text_encoder": dict.fromkeys(
-        ("vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_heads"), _SIZE
-    )
+    "text_encoder": dict.fromkeys(("vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_heads"), _SIZE)
     | dict.fromkeys(("relative_attention_num_buckets", "relative_attention_max_distance"), _SIZE)
     | {"feed_forward_proj": _LAYER_NAMES, "dropout_rate": _FRACTION, "layer_norm_epsilon": _FRACTION},
     "image_encoder": dict.fromkeys(

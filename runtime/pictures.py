@@ -182,9 +182,7 @@ def _open(file: IO[bytes], background: Color, what: str) -> Image.Image:
     return _upright(*decoded)
 
 
-def _decode(
-    image: Image.Image, background: Color, what: str
-) -> tuple[Image.Image, Image.Transpose | None]:
+def _decode(image: Image.Image, background: Color, what: str) -> tuple[Image.Image, Image.Transpose | None]:
     """The current frame, and what makes it upright."""
     width, height = image.size
     if width * height > MOST_PIXELS:

@@ -188,8 +188,7 @@ def operator(name: str) -> Any:
     from onnxscript.values import Op, Opset
 
     parameters = [
-        defs.OpSchema.FormalParameter(x, OWN_TYPES.get(x, "T"))
-        for x in _BODIES[name][0].split(", ")
+        defs.OpSchema.FormalParameter(x, OWN_TYPES.get(x, "T")) for x in _BODIES[name][0].split(", ")
     ]
     kinds = {"heads": "INT", "plugin_namespace": "STRING", "aot": "INT"}
     schema = defs.OpSchema(

@@ -45,7 +45,6 @@ def check_file(file: str, sha256: str) -> None:
         raise ValueError(f"{sha256!r:.80} is not a SHA-256 in hex")
 
 
-
 class CheckedFiles:
     """The files of a folder, hashed when they are first asked for, and held to be the same at every use.
 

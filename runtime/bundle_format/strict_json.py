@@ -148,4 +148,3 @@ def _decode_dataclass(kind: Any, value: Any, where: str) -> Any:
         return kind(**decoded)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
-

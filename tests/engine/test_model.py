@@ -87,6 +87,7 @@ def test_picture_tokens_are_projected_patches(tiny, randomise, assert_close):
     assert_close(everything[:, 0], whole.image_embeds)  # CLIP's own arithmetic, for the class token
     assert_close(tokens, everything[:, 1:])
 
+
 @pytest.mark.parametrize(("name", "whole"), [("sprites", 48), ("tiny", 512)])
 @torch.no_grad()
 def test_what_the_text_encoder_makes_of_a_text_does_not_depend_on_padding(name, whole):

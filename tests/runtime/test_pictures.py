@@ -366,13 +366,16 @@ def test_a_large_picture_of_16_bits_is_held_twice_at_most() -> None:
 def test_four_large_pictures_stay_under_a_gigabyte(bundle: Path) -> None:
     bodies = []
     for channels in (1, 2, 3, 4):
-        body = large_png(channels) + f"""
+        body = (
+            large_png(channels)
+            + f"""
 from conceptmaster import Concept, Pipeline
 pipe = Pipeline.from_bundle({str(bundle)!r}, threads=1)
 labels, most = ("ball", "cat", "dog", "red"), pipe.manifest.concepts
 for start in range(0, 4, most):
     pipe("a ball", [Concept(label, data) for label in labels[start : start + most]], steps=1)
 """
+        )
         bodies.append(megabytes(body))
     assert max(bodies) < 900
 

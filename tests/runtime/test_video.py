@@ -211,7 +211,7 @@ def test_an_open_file_takes_the_video(tmp_path: Path) -> None:
 
 def test_a_notebook_shows_the_video(tmp_path: Path) -> None:
     for shape, size in (((17, 64, 64), (256, 256)), ((3, 270, 960), (136, 480))):
-        video = Video(np.full((*shape, 3), 200, np.uint8), 8.0, 7, "a <b>ball</b> & \"cat\"")
+        video = Video(np.full((*shape, 3), 200, np.uint8), 8.0, 7, 'a <b>ball</b> & "cat"')
         found = re.fullmatch(
             r'<video [^<>]*title="([^"]*)" src="data:video/mp4;base64,([^"]*)"></video>', video._repr_html_()
         )
@@ -323,10 +323,10 @@ def test_letters_that_the_font_lacks_are_replaced_and_said(caplog: pytest.LogCap
         concept = Concept(label, np.zeros((8, 8, 3), np.uint8))
         return np.asarray(Video(bars(1), 8.0, prompt=caption, concepts=(concept,)).sheet())
 
-    plain = sheet("a cafe - ??? \"ball\" ...", "cat ?")
+    plain = sheet('a cafe - ??? "ball" ...', "cat ?")
     assert not caplog.messages
     with caplog.at_level(logging.WARNING):
-        found = sheet("a cafe\u0301 — \u6f22\U0001f600\ud83d \"ball\u200d\" ...", "cat \x1b\u0416")
+        found = sheet('a cafe\u0301 — \u6f22\U0001f600\ud83d "ball\u200d" ...', "cat \x1b\u0416")
     np.testing.assert_array_equal(found, plain)
     assert len(caplog.messages) == 1
     for part in ("é as e", "— as -", "\u6f22 as ?", "\U0001f600 as ?", "\u0416 as ?", r"'\ud83d' as ?"):

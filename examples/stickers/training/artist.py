@@ -40,9 +40,7 @@ class Artist(Writer):
     def draw(self, scenes: list[Scene], seed: int, decoys: bool = True) -> dict[str, Tensor]:
         """``paint`` of scenes; ``seed``: of what is not told by them."""
         starts = range(0, len(scenes), self.chunk)
-        return self.paint(
-            self.page(scenes[k : k + self.chunk], seed * 4096 + k, decoys) for k in starts
-        )
+        return self.paint(self.page(scenes[k : k + self.chunk], seed * 4096 + k, decoys) for k in starts)
 
     @torch.no_grad()
     def paint(self, pages: Iterable[Page]) -> dict[str, Tensor]:

@@ -32,10 +32,7 @@ def one_node(name, dtype=None, one_row=False, **attributes):
     sizes = {"mask": [rows, C], "text_bias": [rows, T], "q": [rows, S, A * E]}
     sizes |= {n: [rows, T, A * E] for n in ("text_k", "text_v")}
     info = onnx.helper.make_tensor_value_info
-    inputs = [
-        info(n, OWN.get(n, dtype), sizes.get(n, [rows, C, A * E]))
-        for n in function.input
-    ]
+    inputs = [info(n, OWN.get(n, dtype), sizes.get(n, [rows, C, A * E])) for n in function.input]
     node = onnx.helper.make_node(
         name,
         list(function.input),

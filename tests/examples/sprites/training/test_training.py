@@ -129,9 +129,7 @@ def test_a_batch_is_of_the_pools_clips(pool):
 def test_training_by_the_clock_ends_with_it(pool, tmp_path, monkeypatch):
     now, scales, step = [0.0], [], learning.MuonAdamW.step
     monkeypatch.setattr(loop.time, "perf_counter", lambda: now[0])
-    monkeypatch.setattr(
-        learning.MuonAdamW, "step", lambda self: now.__setitem__(0, now[0] + 1) or step(self)
-    )
+    monkeypatch.setattr(learning.MuonAdamW, "step", lambda self: now.__setitem__(0, now[0] + 1) or step(self))
     set_scale = learning.MuonAdamW.set_scale
     monkeypatch.setattr(learning.MuonAdamW, "set_scale", lambda *a: scales.append(a[1]) or set_scale(*a))
     train_small(pool, tmp_path, steps=1, minutes=0.1)
