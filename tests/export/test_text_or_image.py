@@ -236,7 +236,7 @@ def test_a_preview_is_of_the_first_frame_that_is_made(bundle, monkeypatch):
         ("vae/config.json", {"patch_size": None}, "are not of one VAE"),
         ("vae/config.json", {"patch_size": 4}, "in_channels must be 48"),
         ("vae/config.json", {"out_channels": 3}, "out_channels must be 12"),
-        ("vae/config.json", {"z_dim": 16}, "must equal transformer.in_channels (4)"),
+        ("vae/config.json", {"z_dim": 48}, "48 latent channels, which must equal the transformer's 4"),
         ("vae/config.json", {"scale_factor_spatial": 8}, "must be 16 for these dim_mult and patch"),
         ("vae/config.json", {"decoder_base_dim": "x"}, "decoder_base_dim"),
         ("transformer/config.json", {"in_channels": 16}, "must equal transformer.in_channels (16)"),
