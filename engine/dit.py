@@ -30,6 +30,7 @@ from ..kernels.modulate import residual_modulate
 from ..kernels.qk_norm_rope import rotate
 from .config import ModelConfig, TransformerConfig
 from .embedders import ConditionEmbedder
+from .frame_times import scaled, with_clean
 from .layers import FeedForward, WideLayerNorm
 from .positions import Positions
 
@@ -140,15 +141,6 @@ class DeferredResidual(NamedTuple):
     gate: Tensor
 
 
-def scaled(x: Tensor, factor: Tensor, offset: Tensor | None = None) -> Tensor:
-    """x [K,S,D] * factor + offset, each [K or 1,1,D], or [K or 1,f,1,D] where each of f latent frames has its
-    own."""
-    if factor.dim() == x.dim():
-        return x * factor if offset is None else x * factor + offset
-    frames = x.unflatten(1, (factor.shape[1], -1))  # [K,f,S/f,D]
-    return (frames * factor if offset is None else frames * factor + offset).flatten(1, 2)
-
-
 class Block(nn.Module):
     """Self-attention, text cross-attention, concept injection, feed-forward."""
 
@@ -231,20 +223,6 @@ class Block(nn.Module):
         return decoupled_cross_attention(
             q, kv.text_keys, kv.text_values, *concepts, mask, text_bias=kv.text_bias
         )
-
-
-def with_clean(latents: Tensor, time: Tensor, picture: Tensor) -> tuple[Tensor, Tensor]:
-    """The latents with a picture as their first frame, and each frame's time: 0 of that one, as diffusers'
-    pipelines do it where they expand time steps. The mask is one where there is a picture, or zero
-    everywhere: then all is as it was.
-
-    latents [K,Cz,F,H,W], time [K], picture [K or 1,1+Cz,1,H,W] (mask, latents) -> [K,Cz,F,H,W], [K,F].
-    """
-    mask, clean = picture.split([1, latents.shape[1]], dim=1)
-    first, rest = latents.split([1, latents.shape[2] - 1], dim=2)
-    known = torch.cat((mask * clean + (1 - mask) * first, rest), dim=2)  # [K,Cz,F,H,W]
-    times = time[:, None] * (1 - F.pad(mask[:, 0, 0, 0, :1].type_as(time), (0, rest.shape[2])))  # [K,F]
-    return known, times
 
 
 def _initialise(modules: dict[str, nn.Module]) -> None:
