@@ -93,7 +93,7 @@ class Weights:
     @property
     def expert(self) -> str | None:
         """Which of two it is, as the name of the file or its folder tells, see wan_experts.py."""
-        return expert_named(self.where)
+        return expert_named(self.where, of_two=True)
 
 
 def open_weights_at(path: Path, instead: Mapping[str, Any] | None = None) -> Weights:

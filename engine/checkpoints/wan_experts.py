@@ -15,6 +15,8 @@ from .diffusers_folder import INDEX, LAYOUT
 from .releases import release_of
 
 EXPERT = re.compile(r"(high|low)[-_ ]?noise", re.IGNORECASE)
+ONE_OF_TWO = re.compile(r"(?<![a-z])(high|low)(?![a-z])", re.IGNORECASE)
+"""Enough where there are two: of one alone, "low" may be about something else."""
 HAVE = "Wan2.2's T2V-A14B has 0.875, I2V-A14B 0.9"
 
 
@@ -51,6 +53,12 @@ def read_boundary(base: Base, first: TransformerConfig, second: TransformerConfi
         raise ConfigError(
             f"{base.where} has a transformer_2, but no boundary_ratio in {INDEX} says when it runs: {HAVE}"
         )
+    names = [expert_named(base.part(name).where, True) for name in ("transformer", "transformer_2")]
+    if names == ["low", "high"]:
+        raise ConfigError(
+            f"{base.where}: by their names the two experts are swapped: the high-noise one is the "
+            "transformer, the low-noise one transformer_2 (--transformer-2)"
+        )
     for field in dataclasses.fields(TransformerConfig):
         high, low = getattr(first, field.name), getattr(second, field.name)
         if high != low:
@@ -61,7 +69,10 @@ def read_boundary(base: Base, first: TransformerConfig, second: TransformerConfi
     return release_of(base).boundary if said is None else float(said)
 
 
-def expert_named(where: Path) -> str | None:
-    """ "high" or "low", where the name of a file, or of its folder, says that it is one of two experts."""
+def expert_named(where: Path, of_two: bool = False) -> str | None:
+    """ "high" or "low", where the name of a file, or of its folder, says which of two experts it is; of_two:
+    whether there are two."""
     found = EXPERT.search(where.name) or EXPERT.search(where.parent.name)
+    if of_two and found is None:
+        found = ONE_OF_TWO.search(where.name)
     return None if found is None else found[1].lower()

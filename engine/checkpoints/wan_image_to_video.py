@@ -65,7 +65,7 @@ def frames_alone(base: Base, transformer: TransformerConfig, vae: Mapping[str, A
         return None
     if transformer.in_channels != 2 * vae["z_dim"] + vae["scale_factor_temporal"]:
         return None
-    if base.layout != LAYOUT and "transformer_2" not in base.parts:
+    if "transformer_2" not in base.parts and (base.layout != LAYOUT or not base.index):
         raise ConfigError(
             f"{base.where} is one expert of an image-to-video model of two (Wan2.2 I2V-A14B): give both"
         )

@@ -328,6 +328,9 @@ def test_two_experts(tmp_path):
     parts = {"transformer": alone / "diffusion_models/b.safetensors"}
     parts["transformer_2"] = alone / "diffusion_models/a.safetensors"
     same(open_source(alone, dataclasses.replace(SIZE, parts=parts)), state(sources["diffusers"]))
+    parts = {"transformer": low, "transformer_2": high}
+    with pytest.raises(InputError, match="by their names the two experts are swapped"):
+        open_source(alone, dataclasses.replace(SIZE, parts=parts))
     for folder, name in (("wan/high_noise_model", "high"), ("wan/low_noise_model", "low")):
         choices = dataclasses.replace(
             SIZE, parts={"transformer": tmp_path / folder, "vae": alone / COMFYUI["vae"],
