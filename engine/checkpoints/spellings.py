@@ -21,8 +21,8 @@ from .lazy_weights import Stored
 from .wan_names import diffusers_name
 
 Tensors = Mapping[str, Stored]
-PREFIXES = ("model.diffusion_model.", "diffusion_model.")
-"""Before a transformer's names in some of ComfyUI's files."""
+PREFIXES = ("model.diffusion_model.", "diffusion_model.", "model.")
+"""Before all names in some of ComfyUI's files: two of transformers, one of VAEs."""
 
 
 class Spelling(NamedTuple):
@@ -35,7 +35,11 @@ class Spelling(NamedTuple):
 
 
 def spelling_of(tensors: Tensors) -> Spelling | None:
-    """How these tensors are spelled; None for what is no part of a Wan."""
+    """How these tensors are spelled; None for what is no part of a Wan, as a T5, which has UMT5's names but
+    relative positions in its first layer alone."""
+    layer, bias = "encoder.block.1.layer.0.SelfAttention", "relative_attention_bias.weight"
+    if f"{layer}.q.weight" in tensors and f"{layer}.{bias}" not in tensors:
+        return None
     return next((spelling for spelling in SPELLINGS if spelling.marker in tensors), None)
 
 

@@ -305,6 +305,53 @@ def test_shards_in_each_layout(comfyui, expected):
     same(open_source(comfyui.rename(comfyui.parent / "split_files").parent, SIZE), expected)
 
 
+CLIP = {"hidden_size": 1280, "num_hidden_layers": 1, "num_attention_heads": 16, "intermediate_size": 32}
+CLIP |= {"patch_size": 14, "image_size": 28, "projection_dim": 24, "hidden_act": "gelu"}
+SMALL_VAE = {"base_dim": 16, "dim_mult": [1, 1, 2, 2], "num_res_blocks": 1}
+
+
+def with_pictures(given):
+    """Wan2.1's image-to-video models, of a first picture or of a first and a last one."""
+    count = {"first": 1, "first_last": 2}[given]
+    config = tiny()
+    sizes = {"in_channels": 36, "image_dim": 1280, "added_kv_proj_dim": 128}
+    sizes |= {"pos_embed_seq_len": 5 * count} if count == 2 else {}
+    concept = ConceptConfig(
+        max_concepts=count, picture_size=28, picture_tokens=5, picture_dim=1280, width=1280, heads=1,
+        injection="base", given=given,
+    )  # fmt: skip
+    transformer = dataclasses.replace(config.transformer, **sizes)
+    return dataclasses.replace(config, transformer=transformer, concept=concept, image_encoder=CLIP)
+
+
+@pytest.mark.parametrize(
+    ("given", "shift", "steps", "fps"),
+    [("first", 3.0, 40, 16.0), ("first_last", 16.0, 50, 16.0), ("clean", 5.0, 50, 24.0)],
+)
+def test_models_that_take_pictures(given, shift, steps, fps, tmp_path, monkeypatch):
+    """In all layouts the same, and sampled as their release is."""
+    from conceptmaster.engine.checkpoints import lazy_weights
+
+    monkeypatch.setattr(lazy_weights, "MIN_ELEMENTS", 2**40)
+    if given == "clean":
+        config = tiny("wan2.2-ti2v-5b", in_channels=48, out_channels=48)
+        config = dataclasses.replace(config, vae=config.vae | {"decoder_base_dim": 16})
+        config = dataclasses.replace(config, concept=preset("wan2.2-ti2v-5b").concept)
+    else:
+        config = with_pictures(given)
+    expected = None
+    for layout in random_base.LAYOUTS:
+        random_base.write_base(config, tmp_path / layout, layout=layout)
+        source = open_source(tmp_path / layout, SIZE)
+        expected = expected or state(source)
+        same(source, expected)
+        assert source.model.config.concept.given == given and source.model.config.fps == fps
+    assert (source.sampling.shift, source.sampling.steps, source.sampling.guidance) == (shift, steps, 5.0)
+    if given == "first":
+        (tmp_path / "comfyui/clip_vision/clip_vision_h.safetensors").unlink()
+        refused(tmp_path / "comfyui", "has no image_encoder: say where with --image-encoder FILE")
+
+
 def test_two_experts(tmp_path):
     """In all layouts: which is which is told by folders' or files' names, or by the options."""
     config = dataclasses.replace(tiny("wan2.1-14b"), boundary=0.875)
@@ -337,6 +384,65 @@ def test_two_experts(tmp_path):
                          "text_encoder": alone / COMFYUI["text_encoder"]}
         )  # fmt: skip
         refused(None, f"is by its name the {name}-noise one", choices=choices)
+
+
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0", "Q5_1", "F16", "BF16"])
+def test_a_transformer_in_gguf_is_what_its_blocks_say(kind, bases, expected):
+    gguf = pytest.importorskip("gguf")
+    source = open_source(bases("comfyui", kind), SIZE)
+    found, changed = state(source), 0
+    for name, value in expected.items():
+        own = layouts.wan_transformer(name.removeprefix("model.transformer."))
+        if name.startswith("model.transformer.") and value.ndim > 1:
+            blocks = layouts.LINEAR.fullmatch(own) and value.ndim == 2 and value.shape[-1] % 32 == 0
+            dtype = gguf.GGMLQuantizationType[kind if blocks else "F16"]
+            shape = value.shape if value.ndim < 5 else (value.shape[0], -1)
+            packed = gguf.quants.quantize(value.reshape(shape).numpy(), dtype)
+            value = torch.from_numpy(gguf.dequantize(packed, dtype)).reshape(value.shape)
+            value = value if kind == "BF16" and blocks else value.half().float()
+            changed += not value.equal(expected[name])
+        assert found[name].equal(value), name
+    assert changed > 20
+    assert any(file.endswith(".gguf") for file in source.origin.files)
+
+
+def test_a_text_encoder_in_gguf(bases, expected, tmp_path):
+    """In llama.cpp's names, with its tokenizer and, perhaps, a decoder."""
+    gguf = pytest.importorskip("gguf")
+    own = shutil.copytree(bases("comfyui"), tmp_path / "own")
+    file = own / COMFYUI["text_encoder"]
+    (own / "tokenizer.json").unlink()
+    parts = {"layer.0.layer_norm": "attn_norm", "layer.1.layer_norm": "ffn_norm"}
+    parts |= {f"layer.0.SelfAttention.{part}": f"attn_{part}" for part in "qkvo"}
+    parts |= {"layer.0.SelfAttention.relative_attention_bias": "attn_rel_b"}
+    parts |= {
+        f"layer.1.DenseReluDense.{a}": f"ffn_{b}"
+        for a, b in (("wi_0", "gate"), ("wi_1", "up"), ("wo", "down"))
+    }
+    writer = gguf.GGUFWriter(file.with_suffix(".gguf"), "t5encoder")
+    for name, tensor in load_file(file).items():
+        name = {
+            "shared.weight": "token_embd.weight",
+            "encoder.final_layer_norm.weight": "enc.output_norm.weight",
+        }.get(name, name)
+        name = name.replace("encoder.block.", "enc.blk.")
+        for theirs, llama in parts.items():
+            name = name.replace(f".{theirs}.", f".{llama}.")
+        writer.add_tensor(name, tensor.float().numpy())
+    writer.add_tensor("dec.blk.0.attn_q.weight", torch.zeros(2, 2).numpy())
+    pieces = ["<pad>", "</s>", "<unk>", "▁", *"abc", "[PAD7]"]
+    writer.add_tokenizer_model("t5")
+    writer.add_token_list(pieces)
+    writer.add_token_scores([0.0, 0.0, 0.0, *[-2.0] * 5])
+    writer.add_token_types([3, 3, 2, 1, 1, 1, 1, 5])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    file.unlink()
+    source = open_source(own, SIZE)
+    same(source, expected)
+    assert [piece for piece, _ in json.loads(source.tokenizer)["model"]["vocab"]] == pieces[:-1]
 
 
 # What is not taken, each told as what it is.
@@ -376,6 +482,9 @@ def test_places_without_weights(tmp_path):
         refused(tmp_path / "a.txt", "is neither safetensors nor GGUF", choices=choices)
         refused("/models/is-not-there", "there is nothing at '/models/is-not-there'", choices=choices)
         refused("x" * 5000, "there is nothing at", choices=choices)
+    t5 = {f"encoder.block.{i}.layer.0.SelfAttention.q.weight": torch.zeros(2, 2) for i in range(2)}
+    save_file(t5, tmp_path / "t5.safetensors")
+    refused(tmp_path / "t5.safetensors", "is no transformer, VAE, UMT5 or CLIP of a Wan")
     refused(None, "say what to open")
 
 
