@@ -39,8 +39,8 @@ part of any base:
   conceptmaster export --transformer wan2.1_t2v_1.3B_fp16.safetensors --vae wan_2.1_vae.safetensors \\
       --text-encoder umt5_xxl_fp8_e4m3fn_scaled.safetensors --output wan --size 832x480 --frames 81
 
-With a CLIP in image_encoder/ it takes concepts,
-which show once it has a trained --adapter; without one its bundle makes videos from captions alone.
+With a CLIP in image_encoder/ it takes concepts, which show once it has a trained --adapter; without one its
+bundle makes videos from captions alone.
 An image-to-video base takes its pictures itself: a first frame, a first and a last one, or, of SkyReels-A2,
 up to three references; Wan2.2's TI2V-5B a first frame or none. A base with a LoRA for few steps, and a bundle
 without guidance, which takes half the time:
