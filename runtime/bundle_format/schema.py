@@ -137,7 +137,8 @@ class FrameConditioning:
     def __post_init__(self) -> None:
         most = len(self.placements)
         require(0 <= self.required <= most, f"least must be 0 to {most}, not {self.required}")
-        first = most == 1 and self.placements[0].frames(1) == range(1) and not self.dropped_frames
+        places = [(place.first, place.count) for place in self.placements]
+        first = places == [(0, 1)] and not self.dropped_frames
         require(self.required > 0 or first, "a picture that may be left out must be the first frame")
         require(0 <= self.dropped_frames <= MOST_FRAMES, f"dropped must be 0 to {MOST_FRAMES}")
 

@@ -460,3 +460,19 @@ def test_saving_is_whole_or_not_at_all(own: Path) -> None:
         manifest.save(broken, own)
     assert (own / "manifest.json").read_bytes() == before
     assert json.loads(before)["checksum"]
+
+
+def test_only_a_first_frame_may_be_left_out():
+    from conceptmaster.runtime.bundle_format.schema import FrameConditioning, FramePlacement
+
+    first = FramePlacement(0, 1, "stretched")
+    assert FrameConditioning((first,), 0, 0).required == 0
+    for places, dropped in (
+        ((FramePlacement(-1, 1, "stretched"),), 0),
+        ((FramePlacement(0, 2, "stretched"),), 0),
+        ((first, FramePlacement(-1, 1, "stretched")), 0),
+        ((first,), 4),
+        ((), 0),
+    ):
+        with pytest.raises(ValueError, match="must be the first frame"):
+            FrameConditioning(places, 0, dropped)
