@@ -357,6 +357,8 @@ class Pipeline:
         for step, (graph, coefficients) in enumerate(zip(graphs, schedule.coefficients, strict=True)):
             scalars = {"time": schedule.timesteps[step : step + 1], "coefficients": coefficients}
             scalars["step"] = np.array([step, len(schedule.coefficients)])  # no graph's: for lossy options
+            if step and graph != graphs[step - 1]:  # a result of ONNX Runtime keeps its session's memory
+                state = self.backend.to_host(state)
             inputs = {**conditions.of(graph), **scalars, "state": state}
             state = self.backend.run(graph, inputs)["next_state"]
             del inputs  # the next expert's keys and values take these ones' place

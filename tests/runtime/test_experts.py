@@ -160,6 +160,22 @@ def test_an_expert_whose_turn_never_comes_is_not_loaded(make_experts: Any) -> No
     assert experts.step_graphs(manifests.load(pipeline.bundle.folder), np.array([low])) == ["denoise"]
 
 
+def test_the_state_alone_goes_over(opened: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the host: what a session gave would keep its memory, and a step cache tells the other nothing."""
+    pipeline, _ = opened(1)
+    real, kinds = pipeline.backend.run, list[tuple[str, bool]]()
+
+    def run(graph: str, inputs: dict[str, Any]) -> dict[str, Any]:
+        if graph.startswith("denoise"):
+            kinds.append((graph, isinstance(inputs["state"], np.ndarray)))
+        return real(graph, inputs)
+
+    monkeypatch.setattr(pipeline.backend, "run", run)
+    pipeline("a ball", steps=6)
+    first = [graph for graph, _ in kinds].index("denoise_2")
+    assert [on_host for _, on_host in kinds] == [i in (0, first) for i in range(6)]
+
+
 def test_keys_of_one_expert_at_a_time_are_held(make_experts: Any) -> None:
     """While the second's are computed nothing holds the first's."""
     import gc

@@ -115,12 +115,10 @@ class Memory:
 
 @dataclass(frozen=True)
 class Carried:
-    """A state [M,Cz,F,H,W] between two steps, with what the step cache remembers, and whose memory that
-    is."""
+    """A state [M,Cz,F,H,W] between two steps, with what the step cache remembers."""
 
     state: Tensor
     memory: Memory | None = None
-    owner: object = None
 
 
 class Stepper:
@@ -140,7 +138,6 @@ class Stepper:
         self.bits, self.exactly = bits, False
         self.programs: dict[tuple[Any, ...], Captured] = {}
         self.places: dict[str, Place] = {}
-        self.owner = object()  # not the stepper, whose weights a state would keep from being let go
         self.evaluations = 0
         """Branches computed so far, over all steps: what a lossy option saves shows here."""
 
@@ -156,15 +153,14 @@ class Stepper:
             inputs |= {name: inputs[name][-1:] for name in rows}
         if not self.step_cache:
             return Carried(self._run(carried.state, inputs)[0])
-        memory = carried.memory if carried.owner is self.owner else None  # another expert's tells nothing
-        latents = carried.state[:1].flatten(1)
+        memory, latents = carried.memory, carried.state[:1].flatten(1)
         predicted = None if memory is None or step == steps - 1 else _predicted(memory, latents)
         if memory is not None and predicted is not None and predicted < self.step_cache:
             velocity = latents + (memory.velocity - memory.computed)
             memory.latents, memory.change = latents, predicted
-            return Carried(update(carried.state, velocity, inputs["coefficients"]), memory, self.owner)
+            return Carried(update(carried.state, velocity, inputs["coefficients"]), memory)
         state, velocity = self._run(carried.state, inputs)
-        return Carried(state, _remembered(memory, latents, velocity), self.owner)
+        return Carried(state, _remembered(memory, latents, velocity))
 
     def _run(self, state: Tensor, inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
         """The next state, and the guided velocity."""

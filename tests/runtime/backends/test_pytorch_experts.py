@@ -1,5 +1,5 @@
-"""Two experts on the torch backend: what is planned, and that a step cache of one tells the other nothing.
-Their frames: tests/export/test_experts.py."""
+"""Two experts on the torch backend: what is planned, and that one can be loaded again. Their frames:
+tests/export/test_experts.py."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ from conceptmaster.engine.checkpoints.lazy_weights import settle, stored_weights
 from conceptmaster.engine.checkpoints.safetensors_io import save  # noqa: E402
 from conceptmaster.engine.checkpoints.weight_files import read_header  # noqa: E402
 from conceptmaster.engine.presets import preset  # noqa: E402
-from conceptmaster.engine.step import DenoiseStep  # noqa: E402
-from conceptmaster.runtime.backends.pytorch import memory_plan, stepper  # noqa: E402
+from conceptmaster.runtime.backends.pytorch import memory_plan  # noqa: E402
 from conceptmaster.runtime.backends.pytorch.weights import count_weights  # noqa: E402
 from conceptmaster.runtime.bundle_format.shapes import Shapes  # noqa: E402
 
@@ -52,31 +51,6 @@ def test_both_are_held_where_they_fit():
     assert found.swapped and found.latent_frames == 1
     assert demand.fastest(None).swapped  # nobody tells how much there is
     assert not demand_for("wan2.1-14b").fastest(1).swapped
-
-
-def test_a_step_cache_tells_the_other_expert_nothing():
-    class Model(DenoiseStep):
-        def __init__(self, factor):
-            torch.nn.Module.__init__(self)
-            self.factor = factor
-
-        def velocity(self, state, time, guidance, concept_mask):
-            return self.factor * state[:1].flatten(1) + 3
-
-    table = torch.tensor([[1.0, 0.0, -0.1], [0.0, 1.0, 0.0]])
-    inputs = {"time": torch.ones(1), "guidance": torch.ones(1), "coefficients": table}
-    inputs["concept_mask"] = torch.ones(1, 1, dtype=torch.bool)
-    first, second = (stepper.Stepper(Model(by), step_cache=1.0) for by in (1.0, -2.0))
-    carried = stepper.Carried(torch.arange(8.0).view(2, 1, 1, 2, 2))
-    for step in range(4):
-        carried = first(carried, inputs, step, 8)
-    assert first.evaluations < 4
-    before = carried.state[:1].flatten(1)
-    carried = second(carried, inputs, 4, 8)
-    torch.testing.assert_close(carried.state[:1].flatten(1), before - 0.1 * (-2.0 * before + 3))
-    assert second.evaluations == 1
-    carried = second(carried, inputs, 5, 8)
-    assert second.evaluations == 2  # it knows no rate yet
 
 
 def test_a_module_on_disk_can_be_loaded_again(tmp_path):
