@@ -86,7 +86,8 @@ def generated(command, tmp_path):
     def call(bundle, pictures, noise, *more, guidance=GUIDANCE):
         np.save(tmp_path / "noise.npy", noise)
         request = ["--prompt", PROMPT, "--negative", NEGATIVE, "--steps", STEPS, "--threads", 1]
-        request += ["--guidance", guidance[0], "--guidance-2", guidance[1]]
+        request += ["--guidance", guidance[0]]
+        request += [] if guidance[1] is None else ["--guidance-2", guidance[1]]
         for i, image in enumerate(pictures):
             image.save(tmp_path / f"{i}.png")
             request += ["--concept", f"thing {i}", tmp_path / f"{i}.png"]
@@ -208,6 +209,48 @@ def test_the_torch_backend_gives_the_same_frames(bases, bundles, generated, monk
     found = generated(bundles[name], pictures, noise, "--backend", "torch", "--weights", bases[name][1])
     held(found, expected)
     assert set(map(len, made)) <= {0, 2} and (not swapped or {"condition_2", "denoise_2"} in made)
+
+
+def test_one_transformer_without_a_picture_encoder(wan_parts, generated, command, tmp_path, monkeypatch):
+    """As diffusers has it: no boundary, and pictures that are frames alone."""
+    from diffusers import WanImageToVideoPipeline
+    from diffusers.pipelines.wan import pipeline_wan, pipeline_wan_i2v
+
+    monkeypatch.setattr(pipeline_wan_i2v, "prompt_clean", pipeline_wan.prompt_clean)
+    pipeline = WanImageToVideoPipeline(**wan_parts() | {"transformer": expert(wan_parts, 6, in_channels=12)})
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.save_pretrained(tmp_path / "base", safe_serialization=True)
+    assert command("export", tmp_path / "base", "--output", tmp_path / "one", *SIZE, "--no-graphs")[0] == 0
+    weights = ("--backend", "torch", "--weights", tmp_path / "base")
+    found = generated(tmp_path / "one", [picture(3)], noise_for(6), *weights, guidance=(4.0, None))
+    held(found, upstream(pipeline, noise_for(6), guidance=(4.0, None), image=picture(3)))
+
+
+def test_trained_concepts_are_of_both_experts(bases, wan_folder, generated, command, tmp_path):
+    """Over a base with a CLIP beside it: silent without an adapter, or a concept."""
+    from conceptmaster.engine.checkpoints.adapter import save_adapter
+    from conceptmaster.engine.checkpoints.source import Choices, open_source
+
+    pipeline, folder = bases["t2v"]
+    base, noise = shutil.copytree(folder, tmp_path / "base"), noise_for(7)
+    shutil.copytree(wan_folder / "image_encoder", base / "image_encoder")
+    for name, place in (("both", base), ("one", wan_folder)):
+        model = open_source(place, Choices((SIDE, SIDE), FRAMES)).model
+        for transformer in model.experts().values():
+            for block in transformer.blocks:
+                torch.nn.init.normal_(block.injector.to_out.weight, std=3.0)
+        save_adapter(model, tmp_path / f"{name}.safetensors")
+    export = ("export", base, *SIZE, "--no-graphs", "--output")
+    both = ("--adapter", tmp_path / "both.safetensors")
+    assert command(*export, tmp_path / "new")[0] == command(*export, tmp_path / "trained", *both)[0] == 0
+    one = command(*export, tmp_path / "half", "--adapter", tmp_path / "one.safetensors")
+    fails(one, "one.safetensors has no modules for transformer_2")
+    weights = ("--backend", "torch", "--weights", base)
+    expected = upstream(pipeline, noise)
+    held(generated(tmp_path / "new", [picture(0)], noise, *weights), expected)
+    held(generated(tmp_path / "trained", [], noise, *weights, *both), expected)
+    shown = generated(tmp_path / "trained", [picture(0)], noise, *weights, *both)
+    assert abs(shown - expected).max() > 3
 
 
 # What the bundles are, and what the parts of the project make of them.
