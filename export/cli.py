@@ -42,8 +42,8 @@ part of any base:
 With a CLIP in image_encoder/ it takes concepts, which show once it has a trained --adapter; without one its
 bundle makes videos from captions alone.
 An image-to-video base takes its pictures itself: a first frame, a first and a last one, or, of SkyReels-A2,
-up to three references; Wan2.2's TI2V-5B a first frame or none. A base with a LoRA for few steps, and a bundle
-without guidance, which takes half the time:
+up to three references; Wan2.2's I2V-A14B a first frame and perhaps a last one, its TI2V-5B a first frame or
+none. A base with a LoRA for few steps, and a bundle without guidance, which takes half the time:
 
   conceptmaster export wan/ --output fast --lora few-steps.safetensors --solver euler --steps 4 --guidance 1
 """
