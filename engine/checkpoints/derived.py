@@ -18,6 +18,7 @@ from .safetensors_io import some
 
 Tensors = Mapping[str, Stored]
 HEAD = 128  # channels
+WAN = "WanModel"  # the class of Wan's own transformers
 CLIPS = {768: (12, "quick_gelu"), 1024: (16, "quick_gelu"), 1280: (16, "gelu"), 1664: (16, "gelu")}
 """Heads and activation of the CLIPs that there are, by their width: OpenAI's B and L, LAION's H and g."""
 LATENTS = {16: "wan2.1-14b", 48: "wan2.2-ti2v-5b"}
@@ -61,7 +62,7 @@ def derive(part: str, tensors: Tensors, where: Path, told: Mapping[str, Any] | N
         )
         if whose is not None:
             raise ConfigError(f"{where} is {whose} transformer, which the engine does not have")
-    if part.startswith("transformer") and own.get("_class_name") == "WanModel":
+    if part.startswith("transformer") and "dim" in own and own.get("_class_name", WAN) == WAN:
         return _from_wan_model(own, _Shapes(tensors, where))
     if told is not None:
         return own
@@ -98,7 +99,7 @@ def _transformer(shape: _Shapes) -> dict[str, Any]:
     out = shape("proj_out.weight", 2)[0]
     if width % HEAD:
         raise shape.refuse(
-            f"the width is {width}, no multiple of {HEAD}: a config.json beside tells the heads"
+            f"the width is {width}, no multiple of {HEAD}: a config.json or NAME.json beside tells the heads"
         )
     values: dict[str, Any] = {
         "_class_name": "WanTransformer3DModel",
@@ -174,7 +175,9 @@ def _image_encoder(shape: _Shapes) -> dict[str, Any]:
     width, _, patch, _ = shape(f"{prefix}embeddings.patch_embedding.weight", 4)
     places = shape(f"{prefix}embeddings.position_embedding.weight", 2)[0]
     if width not in CLIPS:
-        raise shape.refuse(f"no CLIP of width {width} is known: a config.json beside tells its heads")
+        raise shape.refuse(
+            f"no CLIP of width {width} is known: a config.json or NAME.json beside tells its heads"
+        )
     heads, activation = CLIPS[width]
     projection = "visual_projection.weight"
     return {
@@ -201,8 +204,8 @@ def _vae(shape: _Shapes) -> dict[str, Any]:
         raise shape.refuse(f"the encoder's widths {widths} are no multiples of {base}")
     if z not in LATENTS:
         raise shape.refuse(
-            f"no VAE of {z} latent channels is known ({some(map(str, LATENTS))} are): a config.json beside "
-            "tells the mean and deviation of its latents"
+            f"no VAE of {z} latent channels is known ({some(map(str, LATENTS))} are): a config.json or "
+            "NAME.json beside tells the mean and deviation of its latents"
         )
     multiples = [width // base for width in widths]
     last = shape("decoder.conv_in.weight", 5)[0]

@@ -14,7 +14,7 @@ import os
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -173,6 +173,17 @@ class _Header:
 
 def _type(name: str, number: int) -> tuple[str, int, int]:
     """A type's name, and the elements and bytes of a block of it."""
+    kind, block, size = _known(number)
+    if not block:
+        raise ValueError(
+            f"the tensor {name!r:.100} is of the type {kind}, which the gguf package does not know"
+        )
+    return kind, block, size
+
+
+@cache
+def _known(number: int) -> tuple[str, int, int]:
+    """The same; no elements for a type that the package does not dequantise."""
     try:
         import gguf
     except ModuleNotFoundError as error:
@@ -183,10 +194,8 @@ def _type(name: str, number: int) -> tuple[str, int, int]:
         if kind.name not in WHOLE | PLAIN:
             gguf.dequantize(np.zeros((1, size), np.uint8), kind)
     except (ValueError, KeyError, NotImplementedError):
-        known = getattr(gguf.GGMLQuantizationType._value2member_map_.get(number), "name", f"number {number}")
-        raise ValueError(
-            f"the tensor {name!r:.100} is of the type {known}, which the gguf package does not know"
-        ) from None
+        named = gguf.GGMLQuantizationType._value2member_map_.get(number)
+        return getattr(named, "name", f"number {number}"), 0, 0
     return kind.name, block, size
 
 

@@ -2,8 +2,8 @@
 
 Every file of weights in the folder, and in the folders below it that these layouts have, is told by its keys
 (spellings.py), whatever it is called; only where there are two transformers their names say which is the
-high-noise expert and which the low-noise one. A config.json beside a file, of Wan's own or of diffusers, is
-read; without one the configuration is derived from the tensors' shapes (derived.py).
+high-noise expert and which the low-noise one. A configuration beside a file (NAME.json, or config.json where
+it is of this part; Wan's own or diffusers') is read, else it is derived from the shapes (derived.py).
 """
 
 from __future__ import annotations
@@ -59,8 +59,8 @@ class Weights:
     """The weights of one part, in one file or in shards.
 
     kind: which of base.PARTS; where: the file, or the shards' index; tensors: under diffusers' names; told:
-    what a config.json beside them says, empty without; instead: the configuration where neither that nor the
-    shapes tell it; files: all that were read; held: what these were before that; tokenizer: the text of a
+    what a configuration beside them says, empty without; instead: one for where neither that nor the shapes
+    tell it; files: all that were read; held: what these were before that; tokenizer: the text of a
     tokenizer.json that they hold, None without.
     """
 
@@ -76,8 +76,7 @@ class Weights:
     @cached_property
     def part(self) -> Part:
         """The part. Raises ConfigError, one line, where nothing tells its configuration."""
-        told = self.where.with_name(CONFIG) if self.told else self.where
-        return Part(self._config(), self.tensors, self.where, told)
+        return Part(self._config(), self.tensors, self.where, self.files[-1] if self.told else self.where)
 
     def _config(self) -> Mapping[str, Any]:
         """`instead` where it is of the same sizes as the tensors tell, or they do not tell any."""
@@ -99,7 +98,7 @@ class Weights:
 def open_weights_at(path: Path, instead: Mapping[str, Any] | None = None) -> Weights:
     """The part that a file is, or a folder with shards.
 
-    Args: instead: its configuration, where neither a config.json beside it nor its shapes tell it.
+    Args: instead: its configuration, where neither a file beside it nor its shapes tell it.
     Raises: WeightsError or ConfigError, one line, for what is no part of a Wan, or damaged.
     """
     if path.is_dir():
@@ -248,8 +247,11 @@ def shards_of(index: Path) -> list[Path]:
 def _weights(files: tuple[Path, ...], instead: Mapping[str, Any] | None = None) -> Weights | None:
     """The part that a file is, or an index and its shards; None for what is none of a Wan."""
     where, tokenizer = files[0], None
-    beside = where.with_name(CONFIG)
-    held = identities((*files, beside))
+    beside = [
+        where.with_name(f"{where.name.partition('.safetensors')[0].removesuffix('.gguf')}.json"),
+        where.with_name(CONFIG),
+    ]
+    held = identities((*files, *beside))
     if where.suffix == ".gguf":
         raw, metadata = read_gguf(where)
         tokenizer = _text(where, lambda: from_gguf(metadata))
@@ -264,9 +266,10 @@ def _weights(files: tuple[Path, ...], instead: Mapping[str, Any] | None = None) 
     if (spiece := tensors.pop(SPIECE, None)) is not None:
         tokenizer = _text(where, lambda: from_spiece(_bytes(spiece)))
     renamed = as_diffusers(spelling.part, tensors, where)
-    told = read_json(beside) if beside.is_file() else {}
-    told = told if _kind_of_config(told) == spelling.part else {}
-    files = (*files, beside) if told else files
+    told: Mapping[str, Any] = {}
+    for path in beside:
+        if not told and path.is_file() and _kind_of_config(values := read_json(path)) == spelling.part:
+            told, files = values, (*files, path)
     return Weights(spelling.part, where, renamed, told, instead, files, held, tokenizer)
 
 

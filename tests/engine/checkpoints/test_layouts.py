@@ -285,8 +285,54 @@ def test_a_configuration_that_shapes_do_not_tell_is_that_of_the_place(wan_folder
     assert all(found[name].equal(plain[name]) for name in plain.keys() - concept)
     choices = dataclasses.replace(SIZE, parts=parts | {"text_encoder": wan_folder / "text_encoder"})
     refused(
-        None, "the width is 24, no multiple of 128: a config.json beside tells the heads", choices=choices
+        None, "the width is 24, no multiple of 128: a config.json or NAME.json beside tells", choices=choices
     )
+
+
+def test_a_configuration_beside_each_file(wan_folder, tmp_path):
+    """Of a part that shapes do not tell, in one folder with all others."""
+    plain = state(open_source(wan_folder, SIZE))
+    for part, name in (("transformer", "wan"), ("vae", "vae"), ("text_encoder", "umt5")):
+        (file,) = (wan_folder / part).glob("*.safetensors")
+        tensors = load_file(file)
+        if part == "transformer":
+            tensors = {layouts.wan_transformer(key): tensor for key, tensor in tensors.items()}
+        save_file(tensors, tmp_path / f"{name}.safetensors")
+        shutil.copy(wan_folder / part / "config.json", tmp_path / f"{name}.json")
+    shutil.copy(wan_folder / "tokenizer/tokenizer.json", tmp_path)
+    source = open_source(tmp_path, SIZE)
+    found = state(source)
+    assert all(value.equal(plain[name]) for name, value in found.items()) and len(found) > 100
+    assert {"wan.json", "vae.json", "umt5.json"} < set(source.origin.files)
+    (tmp_path / "vae.json").unlink()
+    refused(tmp_path, "no VAE of 4 latent channels is known (16; 48 are): a config.json or NAME.json")
+    (tmp_path / "vae.json").write_text("{")
+    refused(tmp_path, "vae.json is not JSON")
+
+
+def test_several_dtypes_in_one_file_and_fp8_under_diffusers_names(bases, tmp_path):
+    own = shutil.copytree(bases("diffusers"), tmp_path / "own")
+    (file,) = (own / "transformer").glob("*.safetensors")
+    next((own / "transformer").glob("*.index.json")).unlink()
+    tensors, expected = load_file(file), {}
+    for i, (name, tensor) in enumerate(tensors.items()):
+        kinds = torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.float8_e4m3fn
+        tensors[name] = tensor.to(kinds[i % 5])
+        expected[f"model.transformer.{name}"] = tensors[name].float()
+    name = "blocks.1.ffn.net.2.weight"
+    tensors[name] = tensors[name].to(torch.float8_e5m2)
+    expected[f"model.transformer.{name}"] = tensors[name].float()
+    save_file(tensors, file)
+    found = state(open_source(own, SIZE))
+    assert all(found[name].equal(value) for name, value in expected.items())
+    save_file(tensors | {"blocks.1.ffn.net.2.weight_scale": torch.tensor(2.0)}, file)
+    refused(own, "weights in fp8 without a scale, in a file of scaled fp8")
+    for name, tensor in tensors.items():
+        if tensor.dtype == torch.float8_e4m3fn:
+            tensors[name] = tensor.half()
+    save_file(tensors | {"blocks.1.ffn.net.2.weight_scale": torch.tensor(2.0)}, file)
+    name = "blocks.1.ffn.net.2.weight"
+    assert state(open_source(own, SIZE))[f"model.transformer.{name}"].equal(tensors[name].float() * 2)
 
 
 def test_shards_in_each_layout(comfyui, expected):
