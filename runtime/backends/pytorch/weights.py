@@ -42,7 +42,8 @@ def open_weights(
     Raises: InputError, one line, that names the piece which is missing or is another one.
     """
     record = bundle.manifest.source
-    if place is None and "transformer" not in given.parts:
+    whole = "transformer" in given.parts and (record is None or record.commit is None)
+    if place is None and not whole:
         place = _place(bundle, option)
     if place is None or is_base(place):
         shapes = bundle.manifest.shapes

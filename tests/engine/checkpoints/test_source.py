@@ -92,6 +92,11 @@ def test_a_model_of_the_hub_is_told_by_its_commit(own, monkeypatch):
         assert (source.origin.name, source.origin.commit) == ("Wan-AI/Wan2.1", commit)
         assert source.model.config.name == "Wan2.1"
     assert asked == [("Wan-AI/Wan2.1", None), ("Wan-AI/Wan2.1", None), ("Wan-AI/Wan2.1", "dev")]
+    shutil.rmtree(snapshot / "transformer")
+    (snapshot / "model_index.json").unlink(missing_ok=True)
+    refused(
+        "Wan-AI/Wan2.1", "Wan-AI/Wan2.1 of the Hub is not in diffusers' layout: take the release that ends in"
+    )
 
 
 # Files that lie beside the right ones.

@@ -224,3 +224,34 @@ def test_a_configuration_that_leaves_defaults_out_is_planned(tmp_path, edit_mani
     edit_manifest(folder, lambda d: d["model"]["transformer"].update(num_layers=10**9))
     with pytest.raises(ConfigError, match="num_layers must be a positive whole number of at most 256"):
         open_backend(Bundle.open(folder), "cpu", None, "torch")
+
+
+def test_single_files_are_found_by_the_options_of_the_export(wan_folder, tmp_path, monkeypatch):
+    """And in another folder, under another name: their hashes count. A bundle records no path."""
+    from conceptmaster.benchmarks.layouts import wan_transformer
+    from conceptmaster.runtime.backends.pytorch.weights import open_weights
+
+    tensors = load_file(wan_folder / "transformer" / "diffusion_pytorch_model.safetensors")
+    save_file({wan_transformer(name): value for name, value in tensors.items()}, tmp_path / "wan.safetensors")
+    parts = {"transformer": tmp_path / "wan.safetensors"}
+    write_bundle(
+        open_source(wan_folder, Choices((64, 64), 9, parts=parts)), tmp_path / "b", with_graphs=False
+    )
+    bundle = Bundle.open(tmp_path / "b")
+    assert bundle.manifest.source is not None
+    files = {file.file for file in bundle.manifest.source.weights()}
+    assert "wan.safetensors" in files and not any("/wan" in file or "transformer/" in file for file in files)
+    monkeypatch.chdir(tmp_path)
+    options = TorchOptions(weights=wan_folder, transformer="wan.safetensors").from_here()
+    shutil.copy(tmp_path / "wan.safetensors", tmp_path / "other.safetensors")
+    for given in (options.parts, {"transformer": tmp_path / "other.safetensors"}):
+        source = open_weights(bundle, wan_folder, Choices(parts=given))
+        assert source.model.config.name == "tiny-wan"
+    with pytest.raises(InputError, match="transformer/.* was not part of it|wan.safetensors is missing"):
+        open_weights(bundle, wan_folder, Choices())
+    tensors["proj_out.bias"] += 1
+    save_file(
+        {wan_transformer(name): value for name, value in tensors.items()}, tmp_path / "other.safetensors"
+    )
+    with pytest.raises(InputError, match="other.safetensors was not part of it"):
+        open_weights(bundle, wan_folder, Choices(parts={"transformer": tmp_path / "other.safetensors"}))
