@@ -183,10 +183,11 @@ def base_of(place: Path, layout: str, parts: Mapping[str, Weights]) -> Base:
     files = named_files(place, parts)
     held = {path: was for weights in parts.values() for path, was in weights.held.items()}
     texts = [weights.tokenizer for weights in parts.values() if weights.tokenizer is not None]
-    tokenizer: str | Path | None = texts[0] if texts else find_tokenizer(place)
-    if isinstance(tokenizer, Path):
-        files[tokenizer.relative_to(place).as_posix()] = tokenizer
-        held |= identities([tokenizer])
+    tokenizer: str | Path | None = texts[0] if texts else None
+    if tokenizer is None and (path := find_tokenizer(place, parts["text_encoder"].where)) is not None:
+        tokenizer = path
+        files[path.relative_to(place).as_posix() if path.is_relative_to(place) else path.name] = path
+        held |= identities([path])
     return replace(base, files=files, held=held, tokenizer=tokenizer)
 
 
@@ -206,14 +207,13 @@ def named_files(
     return found
 
 
-def find_tokenizer(place: Path) -> Path | None:
-    """The tokenizer that lies in a folder: a tokenizer.json, or else a SentencePiece model."""
-    folder = place if place.is_dir() else place.parent
-    for file in ("tokenizer.json", "spiece.model"):
-        for below in TOKENIZERS:
-            if (folder / below / file).is_file():
-                return folder / below / file
-    return None
+def find_tokenizer(*places: Path) -> Path | None:
+    """The tokenizer that lies in one of these folders, or beside one of these files: tokenizer.json, or else
+    a SentencePiece model."""
+    folders = [place if place.is_dir() else place.parent for place in places]
+    names = [f"{below}/{file}" for file in ("tokenizer.json", "spiece.model") for below in TOKENIZERS]
+    paths = (folder / name.lstrip("/") for folder in folders for name in names)
+    return next((path for path in paths if path.is_file()), None)
 
 
 def read_spiece(path: Path) -> str:

@@ -260,6 +260,12 @@ def test_files_one_by_one_and_over_another_base(bases, expected, tmp_path, monke
     assert sorted(source.origin.files) == [
         "tokenizer.json", "umt5_xxl.safetensors", "wan2.1-1.3b.safetensors", "wan_2.1_vae.safetensors"
     ]  # fmt: skip
+    refused(None, "has no tokenizer", choices=dataclasses.replace(SIZE, parts=files))
+    text = shutil.copytree(bases("comfyui") / "text_encoders", tmp_path / "text") / "umt5_xxl.safetensors"
+    (tmp_path / "text/umt5-xxl").mkdir()
+    shutil.copy(bases("comfyui") / "tokenizer.json", tmp_path / "text/umt5-xxl")
+    beside = open_source(None, dataclasses.replace(SIZE, parts=files | {"text_encoder": text}))
+    assert beside.tokenizer == source.tokenizer and "tokenizer.json" in beside.origin.files
     other = shutil.copytree(bases("diffusers"), tmp_path / "other")
     shutil.rmtree(other / "vae")  # whose place need not be whole
     shutil.copytree(bases("diffusers") / "vae", tmp_path / "vae")
