@@ -174,7 +174,7 @@ def base_of(place: Path, layout: str, parts: Mapping[str, Weights]) -> Base:
     transformer = parts["transformer"].part
     index: dict[str, Any] = {}
     own = transformer.config
-    if own.get("in_channels") == TI2V_CHANNELS or own.get("_model_type") == "ti2v":
+    if own.get("out_channels") == TI2V_CHANNELS or own.get("_model_type") == "ti2v":
         index["expand_timesteps"] = True
     found = {name: weights.part for name, weights in parts.items()}
     base = Base(place, layout, found, index)

@@ -49,12 +49,14 @@ def read_boundary(base: Base, first: TransformerConfig, second: TransformerConfi
                 "give both, --transformer FILE (high noise) and --transformer-2 FILE (low noise)"
             )
         return None
+    places = [base.part(name).where for name in ("transformer", "transformer_2")]
+    if places[0] == places[1]:
+        raise ConfigError(f"{places[0]} is given for both experts, of high noise and of low")
     if said is None and base.layout == LAYOUT:
         raise ConfigError(
             f"{base.where} has a transformer_2, but no boundary_ratio in {INDEX} says when it runs: {HAVE}"
         )
-    names = [expert_named(base.part(name).where, True) for name in ("transformer", "transformer_2")]
-    if names == ["low", "high"]:
+    if [expert_named(where, True) for where in places] == ["low", "high"]:
         raise ConfigError(
             f"{base.where}: by their names the two experts are swapped: the high-noise one is the "
             "transformer, the low-noise one transformer_2 (--transformer-2)"

@@ -430,6 +430,8 @@ def test_two_experts(tmp_path):
     parts = {"transformer": low, "transformer_2": high}
     with pytest.raises(InputError, match="by their names the two experts are swapped"):
         open_source(alone, dataclasses.replace(SIZE, parts=parts))
+    choices = dataclasses.replace(SIZE, parts={"transformer": low, "transformer_2": low})
+    refused(tmp_path / "comfyui", "is given for both experts", choices=choices)
     for folder, name in (("wan/high_noise_model", "high"), ("wan/low_noise_model", "low")):
         choices = dataclasses.replace(
             SIZE, parts={"transformer": tmp_path / folder, "vae": alone / COMFYUI["vae"],
