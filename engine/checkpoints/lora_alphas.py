@@ -105,6 +105,8 @@ def read_alphas(path: Path, metadata: Mapping[str, str]) -> Alphas:
         if begun.startswith(_CHANGE_THE_BASE):
             raise ValueError(f"init_lora_weights {begun!r:.40} changes the base as well, save it converted")
         alpha = config.get("lora_alpha", config.get("alpha"))  # of LoRA; of LoHa and LoKr
+        if alpha is None and "lora_alpha" in config:
+            raise ValueError("lora_alpha must be a number")
         return Alphas(
             _Numbers.read(alpha, config.get("alpha_pattern"), "alpha"),
             _Numbers.read(config.get("r"), config.get("rank_pattern"), "rank"),
