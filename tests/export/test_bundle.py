@@ -440,9 +440,13 @@ def test_what_a_source_cannot_be(own_weights, tmp_path, command):
     fails(command("export", tmp_path / "nothing", *output), 2, "nothing")
     fails(command("export", "preset:huge", *output), 2, "huge", "tiny")
     fails(command("export", "preset:tiny", *output, "--branches", 4), 2, "--branches")
-    for name in ("model.safetensors", "vae.safetensors", "tokenizer.json"):
+    for name, word in (
+        ("model.safetensors", "has no transformer"),  # what has no such file is looked at as a base
+        ("vae.safetensors", "lacks vae.safetensors"),
+        ("tokenizer.json", "lacks tokenizer.json"),
+    ):
         (own_weights / name).rename(tmp_path / "aside")
-        fails(command("export", own_weights, *output), 2, f"lacks {name}")
+        fails(command("export", own_weights, *output), 2, word)
         (tmp_path / "aside").rename(own_weights / name)
     for name, content, word in (
         ("defaults.json", "{", "JSON"),
