@@ -454,7 +454,7 @@ def test_what_a_source_cannot_be(own_weights, tmp_path, command):
         ("defaults.json", '{"solver": "magic"}', "magic"),
         ("defaults.json", '{"steps": "many"}', "defaults.json"),
         ("defaults.json", '{"concept_guidance": 2}', "--branches 3"),
-        ("tokenizer.json", "{}", "not a tokenizer"),
+        ("tokenizer.json", "{}", "no tokenizer that is read"),
         ("vae.safetensors", "nonsense", "safetensors"),
         ("model.safetensors", "nonsense", "safetensors"),
     ):
