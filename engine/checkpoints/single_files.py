@@ -39,6 +39,7 @@ TOKENIZERS = ("", "google/umt5-xxl", "tokenizer", "umt5-xxl")
 CONFIG, SPIECE = "config.json", "spiece_model"
 WHOLE = ("first_stage_model.", "cond_stage_model.", "text_encoders.", "vae.", "conditioner.")
 """Before the names of what is no transformer in a file of all parts."""
+MOST_TOLD = 4  # pickles whose conversion is told
 OPTIONS = {
     "transformer": "--transformer",
     "transformer_2": "--transformer-2",
@@ -224,15 +225,19 @@ def read_spiece(path: Path) -> str:
 def _found(place: Path) -> list[Weights]:
     """Every part that lies in a folder of these layouts."""
     found = []
-    for folder in (place / root / below for root in ROOTS for below in ("", *BELOW)):
-        if not folder.is_dir():
-            continue
+    for folder in _folders(place):
         indices = listed(folder, "*.safetensors.index.json")
         sharded = [(index, *shards_of(index)) for index in indices]
         inside = {file for files in sharded for file in files}
         units = sharded + [(file,) for file in _files(folder) if file not in inside]
         found += [weights for unit in units if (weights := _weights(unit)) is not None]
     return found
+
+
+def _folders(place: Path) -> list[Path]:
+    """Where the files of these layouts may lie."""
+    folders = (place / root / below for root in ROOTS for below in ("", *BELOW))
+    return [folder for folder in folders if folder.is_dir()]
 
 
 def _files(folder: Path) -> list[Path]:
@@ -331,10 +336,11 @@ def _require(place: Path, there: Set[str], *needed: str) -> None:
         return
     pickles = list(_pickles(place)) if place.is_dir() else []
     if pickles and there:
-        pairs = [(path.name, path.with_suffix(".safetensors").name) for path in pickles]
+        paths = [path.relative_to(place) for path in pickles[:MOST_TOLD]]
+        pairs = [(path, path.with_suffix(".safetensors")) for path in paths]
         commands = [f"conceptmaster convert {shell_word(old)} {shell_word(new)}" for old, new in pairs]
         raise WeightsError(
-            f"{place} has its {', '.join(missing)} as pickles, which can run code when loaded: convert them, "
+            f"{place} has no {', '.join(missing)}, but pickles, which can run code when loaded: convert them, "
             f"which runs nothing: cd {shell_word(place)} && {' && '.join(commands)}"
         )
     if pickles:
@@ -349,8 +355,10 @@ def _require(place: Path, there: Set[str], *needed: str) -> None:
 
 
 def _pickles(place: Path) -> list[Path]:
-    """The pickles in a folder that no safetensors of the same stem stands for."""
-    found = sorted(path for path in place.glob("*") if path.suffix.lower() in PICKLES and path.name[0] != ".")
+    """The pickles at a place that no safetensors of the same stem stands for."""
+    found = [
+        path for folder in _folders(place) for path in listed(folder, "*") if path.suffix.lower() in PICKLES
+    ]
     return [path for path in found if not path.with_suffix(".safetensors").exists()]
 
 

@@ -510,9 +510,9 @@ def test_original_folders_with_pickles(bases, tmp_path):
         (folder / name).rename(folder / name.replace(".safetensors", ".pth"))
     vae, text = (name.replace(".safetensors", ".pth") for name in names)
     commands = f"cd {folder} && conceptmaster convert {vae} {names[0]}", f"convert {text} {names[1]}"
-    refused(folder, "has its vae, text_encoder as pickles", *commands)
+    refused(folder, "has no vae, text_encoder, but pickles", *commands)
     (folder / vae).rename(folder / names[0])
-    refused(folder, "has its text_encoder as pickles, which can run code when loaded: convert them")
+    refused(folder, "has no text_encoder, but pickles, which can run code when loaded: convert them")
     stub = tmp_path / "stub"
     stub.mkdir()
     (stub / "config.json").write_text('{"_class_name": "WanModel", "model_type": "t2v"}')
@@ -521,7 +521,7 @@ def test_original_folders_with_pickles(bases, tmp_path):
     )
     (stub / "Wan2.1_VAE.pth").touch()
     for choices in (SIZE, Choices()):
-        refused(stub, "as pickles", "conceptmaster convert Wan2.1_VAE.pth", choices=choices)
+        refused(stub, "but pickles", "conceptmaster convert Wan2.1_VAE.pth", choices=choices)
 
 
 def test_places_without_weights(tmp_path):
@@ -544,8 +544,10 @@ def test_places_without_weights(tmp_path):
 
 def test_files_that_are_missing_or_twice(comfyui):
     (comfyui / COMFYUI["vae"]).rename(comfyui / "vae" / "other.bin")
+    refused(comfyui, "has no vae, but pickles", "conceptmaster convert vae/other.bin vae/other.safetensors")
+    (comfyui / "vae" / "other.bin").rename(comfyui / "other")
     refused(comfyui, "has no vae: say where with --vae FILE")
-    (comfyui / "vae" / "other.bin").rename(comfyui / COMFYUI["vae"])
+    (comfyui / "other").rename(comfyui / COMFYUI["vae"])
     shutil.copy(comfyui / COMFYUI["vae"], comfyui / "vae" / "b.safetensors")
     refused(comfyui, "has several of the vae (b.safetensors; wan_2.1_vae.safetensors): say which with --vae")
     (comfyui / "vae" / "b.safetensors").unlink()
