@@ -340,8 +340,8 @@ def _require(place: Path, there: Set[str], *needed: str) -> None:
         pairs = [(path, path.with_suffix(".safetensors")) for path in paths]
         commands = [f"conceptmaster convert {shell_word(old)} {shell_word(new)}" for old, new in pairs]
         raise WeightsError(
-            f"{place} has no {', '.join(missing)}, but pickles, which can run code when loaded: convert them, "
-            f"which runs nothing: cd {shell_word(place)} && {' && '.join(commands)}"
+            f"{place} has no {', '.join(missing)}, but pickles, which can run code when loaded: convert "
+            f"them, which runs nothing: cd {shell_word(place)} && {' && '.join(commands)}"
         )
     if pickles:
         refuse_pickle(pickles[0])
