@@ -18,7 +18,7 @@ import sys
 import time
 from pathlib import Path
 
-from conceptmaster.benchmarks.reports import machine, write
+from conceptmaster.benchmarks.reports import commit, machine, write
 
 PACKAGES = ("torch", "onnx", "onnxscript", "onnxruntime", "transformers", "diffusers", "safetensors")
 FIELDS = {"VmRSS": "resident", "RssAnon": "anonymous"}
@@ -42,6 +42,7 @@ def measure(arguments: list[str]) -> dict[str, object]:
     files = {path.name: path.stat().st_size for path in sorted(Path(_output(arguments)).iterdir())}
     return {
         "command": "conceptmaster export " + " ".join(map(_named, arguments)),
+        "commit": commit(),
         "minutes": round(minutes, 1),
         "processor_minutes": round((_processor_seconds() - before) / 60, 1),
         "peak_gib": {name: round(value / 2**20, 2) for name, value in peak.items()},
