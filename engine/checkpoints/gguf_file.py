@@ -210,6 +210,8 @@ def _check_overlap(places: Mapping[str, _Place]) -> None:
 def _stored(place: _Place, name: str, shape: tuple[int, ...], metadata: Mapping[str, Any]) -> Stored:
     original = metadata.get(f"{ORIGINAL_SHAPE}{name}")
     if original is not None:
+        if not isinstance(original, np.ndarray) or original.dtype.kind not in "iu":
+            raise ValueError(f"{ORIGINAL_SHAPE}{name:.100} is no list of whole numbers")
         found = torch.Size(int(length) for length in original if 0 < int(length) <= MOST_ELEMENTS)
         if len(found) != len(original) or found.numel() != torch.Size(shape).numel():
             raise ValueError(f"the tensor {name!r:.100} is {shape}, and told to have been {tuple(found)}")

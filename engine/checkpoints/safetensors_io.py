@@ -19,7 +19,14 @@ from ...untrusted import open_plain, parse_json, shell_word
 from ..config import ModelConfig
 from ..model import ConceptMaster
 
-LFS = b"version https://git-lfs"
+OTHERS = {
+    b"version https://git-lfs": "it is Git LFS's pointer to the file, which `git lfs pull` fetches",
+    b"GGUF": "it is GGUF, whose name must end in .gguf",
+    b"PK\3\4": "it is a pickle, which `conceptmaster convert` turns into safetensors",
+    b"<": "it is a web page, fetch the file itself",
+}
+"""What files that are called safetensors may be, by their first bytes."""
+LONGEST_NAME, TOLD = 500, 120  # characters of a tensor's name; and of one of several that a message tells
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 LARGEST_HEADER = 16 * 2**20  # bytes; of the largest models it is one
 MOST_AXES = 8
@@ -75,8 +82,8 @@ def unreadable(path: Path, error: Exception) -> WeightsError:
     advice = "it is cut off or damaged, fetch it again"
     try:
         with open_plain(path) as file:
-            if file.read(len(LFS)) == LFS:
-                advice = "it is Git LFS's pointer to the file, which `git lfs pull` fetches"
+            start = file.read(max(map(len, OTHERS)))
+        advice = next((what for begin, what in OTHERS.items() if start.startswith(begin)), advice)
     except (OSError, ValueError):
         advice = "it cannot be opened"
     reason = " ".join(str(error).split())
@@ -111,6 +118,8 @@ def _check_header(header: Any) -> None:
     for name, entry in header.items():
         if name == "__metadata__":
             continue
+        if len(name) > LONGEST_NAME:
+            raise ValueError(f"the name {name!r:.100}… of a tensor has {len(name)} characters")
         shape = entry.get("shape") if isinstance(entry, dict) else None
         if not isinstance(shape, list) or not all(type(size) is int and 0 <= size < 2**48 for size in shape):
             raise ValueError(f"the tensor {name!r:.200} has no shape")
@@ -215,10 +224,10 @@ def built(
 
 
 def some(names: Iterable[str], most: int = 6) -> str:
-    """The names, the first `most` of them and how many more there are."""
+    """The names, the first `most` of them and how many more there are; of a long one its start."""
     names = list(names)
     more = f"; and {len(names) - most} more" if len(names) > most else ""
-    return "; ".join(names[:most]) + more
+    return "; ".join(name[:TOLD] for name in names[:most]) + more
 
 
 def _tied(module: nn.Module) -> list[list[str]]:

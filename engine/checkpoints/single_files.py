@@ -22,6 +22,7 @@ from .derived import derive
 from .diffusers_folder import is_folder, open_folder
 from .gguf_file import read_gguf
 from .lazy_weights import Stored
+from .lora_names import read_key
 from .releases import TI2V_CHANNELS, release_of
 from .safetensors_io import PICKLES, refuse_pickle, some
 from .spellings import as_diffusers, spelling_of, without_prefix
@@ -116,8 +117,18 @@ def open_weights_at(path: Path, instead: Mapping[str, Any] | None = None) -> Wei
             raise WeightsError(f"{path} is neither safetensors nor GGUF")
         weights = _weights((path,), instead)
     if weights is None:
-        raise WeightsError(f"{path} is no transformer, VAE, UMT5 or CLIP of a Wan that is known")
+        raise _unknown(path)
     return weights
+
+
+def _unknown(path: Path) -> WeightsError:
+    """What to raise for weights that are none of a Wan's parts: it says what they are, or how they look."""
+    files = _files(path) if path.is_dir() else [path]
+    names = sorted(name for file in files for name in _tensors((file,))[0])
+    if any(read_key(name)[1] not in ("", "alpha") for name in names):
+        return WeightsError(f"{path} is a LoRA, no part of a base: give it with --lora")
+    keys = f"its keys are {some(names, 3)}" if names else "it has no keys"
+    return WeightsError(f"{path} is no transformer, VAE, UMT5 or CLIP of a Wan that is known: {keys}")
 
 
 def open_base(place: Path, elsewhere: Mapping[str, Path]) -> Base:
@@ -249,19 +260,23 @@ def shards_of(index: Path) -> list[Path]:
     return [index.parent / file for file in read_index(index)]
 
 
+def _tensors(files: tuple[Path, ...]) -> tuple[Mapping[str, Stored], Mapping[str, Any]]:
+    """The tensors of a file, or of an index and its shards, and the metadata of GGUF."""
+    if files[0].suffix == ".gguf":
+        return read_gguf(files[0])
+    return read_header(files[0]) if len(files) == 1 else tensors_of(files[0]), {}
+
+
 def _weights(files: tuple[Path, ...], instead: Mapping[str, Any] | None = None) -> Weights | None:
     """The part that a file is, or an index and its shards; None for what is none of a Wan."""
-    where, tokenizer = files[0], None
+    where = files[0]
     beside = [
         where.with_name(f"{where.name.partition('.safetensors')[0].removesuffix('.gguf')}.json"),
         where.with_name(CONFIG),
     ]
     held = identities((*files, *beside))
-    if where.suffix == ".gguf":
-        raw, metadata = read_gguf(where)
-        tokenizer = _text(where, lambda: from_gguf(metadata))
-    else:
-        raw = read_header(where) if len(files) == 1 else tensors_of(where)
+    raw, metadata = _tensors(files)
+    tokenizer = _text(where, lambda: from_gguf(metadata))
     tensors = without_prefix(raw)
     spelling = spelling_of(tensors)
     if spelling is None:

@@ -82,9 +82,19 @@ def test_files_that_are_wrong(part):
         (part / "two.safetensors").write_bytes(broken)
         with pytest.raises(WeightsError, match="two.safetensors is not .* damaged, fetch it again"):
             stored_tensors(part)
-    (part / "two.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid 0\n")
-    with pytest.raises(WeightsError, match="Git LFS's pointer to the file, which `git lfs pull` fetches"):
+    for other, message in (
+        (b"version https://git-lfs.github.com/spec/v1\noid 0\n", "Git LFS's pointer.*`git lfs pull` fetches"),
+        (b"GGUF" + bytes(64), "it is GGUF, whose name must end in .gguf"),
+        (b"PK\3\4" + b"\xff" * 64, "it is a pickle, which `conceptmaster convert` turns into"),
+        (b"<!DOCTYPE html><html>", "it is a web page"),
+    ):
+        (part / "two.safetensors").write_bytes(other)
+        with pytest.raises(WeightsError, match=message):
+            stored_tensors(part)
+    save(part / "two.safetensors", {"d" * 60_000: torch.zeros(1)})
+    with pytest.raises(WeightsError, match="d… of a tensor has 60000 characters") as caught:
         stored_tensors(part)
+    assert len(str(caught.value)) < 400
     (part / INDEX).write_text("{")
     with pytest.raises(WeightsError, match="is not JSON"):
         stored_tensors(part)

@@ -208,7 +208,11 @@ ORIGINAL = b"comfy.gguf.orig_shape.a"
         ),
         (
             padded(header(entries=[entry(ORIGINAL, 8, text(b"xy"))], infos=ONE)),
-            "told to have been|is no",
+            "is no list of whole numbers",
+        ),
+        (
+            padded(header(entries=[entry(ORIGINAL, 4, struct.pack("<I", 16))], infos=ONE)),
+            "is no list of whole numbers",
         ),
     ],
 )

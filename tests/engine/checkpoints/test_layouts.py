@@ -538,7 +538,10 @@ def test_places_without_weights(tmp_path):
         refused("x" * 5000, "there is nothing at", choices=choices)
     t5 = {f"encoder.block.{i}.layer.0.SelfAttention.q.weight": torch.zeros(2, 2) for i in range(2)}
     save_file(t5, tmp_path / "t5.safetensors")
-    refused(tmp_path / "t5.safetensors", "is no transformer, VAE, UMT5 or CLIP of a Wan")
+    refused(tmp_path / "t5.safetensors", "is no transformer, VAE, UMT5 or CLIP of a Wan", "its keys are")
+    pair = {f"diffusion_model.blocks.0.ffn.0.lora_{side}.weight": torch.ones(2, 2) for side in "AB"}
+    save_file(pair, tmp_path / "lora.safetensors")
+    refused(tmp_path / "lora.safetensors", "is a LoRA, no part of a base: give it with --lora")
     refused(None, "say what to open")
 
 
