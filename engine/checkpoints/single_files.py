@@ -28,7 +28,7 @@ from .safetensors_io import PICKLES, refuse_pickle, some
 from .spellings import as_diffusers, spelling_of, without_prefix
 from .spiece import LARGEST, from_gguf, from_spiece
 from .wan_experts import expert_named
-from .weight_files import listed, read_header, read_index, read_json, tensors_of
+from .weight_files import indices, listed, read_header, read_index, read_json, tensors_of
 
 ORIGINAL, COMFYUI = "Wan's original layout", "ComfyUI's single files"
 EXPERTS = {"transformer": "high_noise_model", "transformer_2": "low_noise_model"}
@@ -104,8 +104,7 @@ def open_weights_at(path: Path, instead: Mapping[str, Any] | None = None) -> Wei
     Raises: WeightsError or ConfigError, one line, for what is no part of a Wan, or damaged.
     """
     if path.is_dir():
-        indices, files = listed(path, "*.safetensors.index.json"), _files(path)
-        found = [*(tuple([index, *shards_of(index)]) for index in indices)] or [(file,) for file in files]
+        found = [(index, *shards_of(index)) for index in indices(path)] or [(file,) for file in _files(path)]
         if len(found) != 1:
             raise WeightsError(f"{path} must hold one file of weights, or shards and their index")
         weights = _weights(found[0], instead)
@@ -237,8 +236,7 @@ def _found(place: Path) -> list[Weights]:
     """Every part that lies in a folder of these layouts."""
     found = []
     for folder in _folders(place):
-        indices = listed(folder, "*.safetensors.index.json")
-        sharded = [(index, *shards_of(index)) for index in indices]
+        sharded = [(index, *shards_of(index)) for index in indices(folder)]
         inside = {file for files in sharded for file in files}
         units = sharded + [(file,) for file in _files(folder) if file not in inside]
         found += [weights for unit in units if (weights := _weights(unit)) is not None]

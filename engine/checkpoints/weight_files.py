@@ -76,11 +76,11 @@ def read_header(path: Path) -> dict[str, Stored]:
 
 def shards(part: Path) -> dict[str, set[str] | None]:
     """The files of a part, each with the tensors that it should have, if an index says so."""
-    indices = listed(part, "*.safetensors.index.json")
-    if len(indices) > 1:
-        raise WeightsError(f"{part} has several indices: {', '.join(path.name for path in indices)}")
-    if indices:
-        return dict(read_index(indices[0]))
+    found = indices(part)
+    if len(found) > 1:
+        raise WeightsError(f"{part} has several indices: {', '.join(path.name for path in found)}")
+    if found:
+        return dict(read_index(found[0]))
     files = listed(part, "*.safetensors")
     # NAME.fp16.safetensors beside NAME.safetensors has fewer bits: diffusers takes the plain one, too
     there = {file.name for file in files}
@@ -94,6 +94,15 @@ def shards(part: Path) -> dict[str, set[str] | None]:
         names = ", ".join(path.name for path in files)
         raise WeightsError(f"{part} has several safetensors and no index that says which to read: {names}")
     return {files[0].name: None}
+
+
+def indices(part: Path) -> list[Path]:
+    """The indices of shards in a folder; those of a variant (NAME.safetensors.index.fp16.json) only where
+    nothing is there without one."""
+    plain = listed(part, "*.safetensors.index.json")
+    if plain or any(file.name == _plain(file) for file in listed(part, "*.safetensors")):
+        return plain
+    return listed(part, "*.safetensors.index.*.json")
 
 
 def listed(part: Path, pattern: str) -> list[Path]:

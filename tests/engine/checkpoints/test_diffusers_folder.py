@@ -46,6 +46,19 @@ def test_shards_are_read_as_their_index_says(part):
     assert stored_tensors(part)["a"].dtype == torch.bfloat16 and stored_tensors(part)["b"].dtype is None
 
 
+def test_shards_of_a_variant_are_read_where_nothing_else_is(part):
+    """Named as diffusers and transformers do."""
+    for kind in ("one", "two"):
+        (part / f"{kind}.safetensors").rename(part / f"model.fp16-{kind}.safetensors")
+    names = {"a": "model.fp16-one.safetensors", "b": "model.fp16-one.safetensors"}
+    (part / INDEX).unlink()
+    other = part / "model.safetensors.index.fp16.json"
+    other.write_text(json.dumps({"weight_map": names | {"c": "model.fp16-two.safetensors"}}))
+    assert set(stored_tensors(part)) == {"a", "b", "c"}
+    save(part / "model.safetensors", {"d": torch.ones(1)})
+    assert set(stored_tensors(part)) == {"d"}
+
+
 def test_one_file_needs_no_index(part):
     (part / INDEX).unlink()
     with pytest.raises(WeightsError, match="several safetensors and no index.*one.safetensors, two"):
