@@ -7,102 +7,18 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from .checked import MOST, WIDEST, check_choice, check_entries, check_positive, check_types, is_whole, require
+from .checked import MOST, check_choice, check_entries, check_positive, check_types, require
+from .transformer_config import TransformerConfig
 
 ENCODERS = ("qformer", "mlp")
 BINDINGS = ("dam", "none", "concat_mlp", "self_attention")
 INJECTIONS = ("standalone", "shared_query", "merged")
-FRAME_CONDITIONINGS = ("none", "first", "first_last", "references", "clean")
-PREDICTIONS = ("velocity", "sample")
+FRAME_CONDITIONINGS = ("none", "first", "first_last", "references", "clean", "control")
 VAES = ("wan", "blocks")
 
 
 MOST_TABLE = 2**25
 """Numbers in a rotary table, and in the position channels; 81 frames of 832x480 need 4 million."""
-
-
-@dataclass(frozen=True)
-class TransformerConfig:
-    """The diffusion transformer, in the names of diffusers' WanTransformer3DModel.
-
-    `position_channels` is this project's own: so many constant channels (sines and cosines of a latent
-    position's frame, row and column, in equal parts) are appended to the latents before the patch embedding.
-    0 is Wan. `prediction` is what the last projection tells: the `velocity` (Wan) or the `sample`, from which
-    the transformer then computes the velocity. Wan's image-to-video models have `image_dim` (width of the
-    picture encoder's tokens), `added_kv_proj_dim` (the transformer's own width) and, where a first and a last
-    picture are told apart by place, `pos_embed_seq_len` (tokens of all pictures together); None elsewhere.
-    """
-
-    patch_size: tuple[int, int, int] = (1, 2, 2)
-    num_attention_heads: int = 12
-    attention_head_dim: int = 128
-    in_channels: int = 16
-    out_channels: int = 16
-    text_dim: int = 4096
-    freq_dim: int = 256
-    ffn_dim: int = 8960
-    num_layers: int = 30
-    cross_attn_norm: bool = True
-    qk_norm: str = "rms_norm_across_heads"
-    eps: float = 1e-6
-    rope_max_seq_len: int = 1024
-    image_dim: int | None = None
-    added_kv_proj_dim: int | None = None
-    pos_embed_seq_len: int | None = None
-    position_channels: int = 0
-    prediction: str = "velocity"
-
-    def __post_init__(self) -> None:
-        """Raises ConfigError for a value that cannot be built."""
-        patch = self.patch_size
-        require(
-            isinstance(patch, (tuple, list)) and len(patch) == 3 and all(is_whole(p, 64) for p in patch),
-            f"TransformerConfig.patch_size must be three positive whole numbers, got {patch!r:.60}",
-        )
-        object.__setattr__(self, "patch_size", tuple(patch))
-        check_positive(
-            self, "num_attention_heads", "attention_head_dim", "in_channels", "out_channels", "text_dim"
-        )
-        check_positive(self, "freq_dim", "ffn_dim", "num_layers", "rope_max_seq_len")
-        check_types(self)
-        require(
-            self.attention_head_dim % 2 == 0 and self.attention_head_dim >= 6,
-            "TransformerConfig.attention_head_dim must be even and at least 6 (rotary pairs for three axes), "
-            f"got {self.attention_head_dim}",
-        )
-        require(self.freq_dim % 2 == 0, f"TransformerConfig.freq_dim must be even, got {self.freq_dim}")
-        require(self.width <= WIDEST, f"heads of {self.width} channels together are more than {WIDEST}")
-        require(
-            is_whole(self.position_channels, MOST["position_channels"], 0)
-            and self.position_channels % 6 == 0,
-            "TransformerConfig.position_channels must be 0 or a multiple of 6 (sine, cosine; three axes), "
-            f"got {self.position_channels!r}",
-        )
-        check_choice(self, "qk_norm", ("rms_norm_across_heads",))
-        check_choice(self, "prediction", PREDICTIONS)
-        require(self.eps > 0, f"TransformerConfig.eps must be positive, got {self.eps}")
-        self._check_pictures()
-
-    def _check_pictures(self) -> None:
-        """The fields of image-to-video models fit each other."""
-        if self.image_dim is None:
-            for name in ("added_kv_proj_dim", "pos_embed_seq_len"):
-                value = getattr(self, name)
-                require(value is None, f"TransformerConfig.{name} ({value!r:.60}) needs an image_dim")
-            return
-        check_positive(self, "image_dim")
-        require(
-            self.added_kv_proj_dim == self.width,
-            f"TransformerConfig.added_kv_proj_dim must be the transformer's width ({self.width}) where there "
-            f"is an image_dim, got {self.added_kv_proj_dim!r:.60}",
-        )
-        if self.pos_embed_seq_len is not None:
-            check_positive(self, "pos_embed_seq_len")
-
-    @property
-    def width(self) -> int:
-        """D: heads times head width."""
-        return self.num_attention_heads * self.attention_head_dim
 
 
 @dataclass(frozen=True)
@@ -121,8 +37,9 @@ class ConceptConfig:
     latent frame of its own, which is then left out, as in SkyReels-A2). For `none`, where pictures are frames
     alone: `first_last`, of which a request may leave out the last (Wan2.2's I2V-A14B, which has no picture
     encoder), `clean` (the one picture, which a request may leave out, is the first latent frame, at time 0
-    while the others have the step's: Wan2.2's TI2V-5B, diffusers' `expand_timesteps`), or `none`, as for
-    every other injection.
+    while the others have the step's: Wan2.2's TI2V-5B, diffusers' `expand_timesteps`), `control` (each of
+    `max_concepts` pictures is a latent frame of its own beside the video's, told to VACE's own blocks, and is
+    not decoded), or `none`, as for every other injection.
     """
 
     max_concepts: int = 4
@@ -148,7 +65,7 @@ class ConceptConfig:
         check_choice(self, "binding", BINDINGS)
         check_choice(self, "injection", (*INJECTIONS, "none", "base"))
         check_choice(self, "given", FRAME_CONDITIONINGS)
-        kinds = {"base": FRAME_CONDITIONINGS[1:4], "none": ("none", "first_last", "clean")}.get(
+        kinds = {"base": FRAME_CONDITIONINGS[1:4], "none": ("none", "first_last", "clean", "control")}.get(
             self.injection, ("none",)
         )
         require(
@@ -184,7 +101,7 @@ class ConceptConfig:
     @property
     def min_latent_frames(self) -> int:
         """The fewest latent frames of a video of which pictures leave one to be made."""
-        if self.given == "none":
+        if self.given in ("none", "control"):
             return 1
         return 1 + (self.max_concepts if self.takes_pictures else 1)
 
@@ -219,6 +136,8 @@ class ModelConfig:
     boundary: float | None = None
     latent_shape: tuple[int, int, int, int] = field(init=False, compare=False)
     """Channels, frames, height and width of one video's latents (Cz, F, H, W)."""
+    denoised_shape: tuple[int, int, int, int] = field(init=False, compare=False)
+    """Those of the latents that steps make: with the frames that stand beside the video's."""
 
     def __post_init__(self) -> None:
         """Raises ConfigError where parts do not fit each other, or the video shape does not fit the VAE."""
@@ -251,32 +170,39 @@ class ModelConfig:
             self._check_pictures()
         if concept.injection == "base":
             self._check_base()
-        if concept.given in ("none", "clean"):
+        if concept.given in ("none", "clean", "control"):
             self._match("vae", "z_dim", transformer.in_channels, "transformer.in_channels")
         else:
             self._check_given()
         if concept.given == "clean":
             self._check_clean()
+        self._check_control()
         self._match("vae", "z_dim", transformer.out_channels, "transformer.out_channels")
         z = self._entry("vae", "z_dim")
         for name in ("latents_mean", "latents_std"):
             require(len(self._entry("vae", name)) == z, f"vae[{name!r}] must have z_dim ({z}) entries")
         require(all(s > 0 for s in self.vae["latents_std"]), "vae['latents_std'] must be positive")
         latents = self._latent_grid()
+        beside = concept.max_concepts if concept.given == "control" else 0
+        denoised = (latents[0] + beside, *latents[1:])
         channels, head = transformer.position_channels, transformer.attention_head_dim
-        tokens = math.prod(n // p for n, p in zip(latents, transformer.patch_size, strict=True))
+        tokens = math.prod(n // p for n, p in zip(denoised, transformer.patch_size, strict=True))
         require(
-            max(channels * math.prod(latents), head * tokens) <= MOST_TABLE,
+            max(channels * math.prod(denoised), head * tokens) <= MOST_TABLE,
             f"a video of {self.frames} frames of {self.width}x{self.height} is too large: {tokens} tokens",
         )
         object.__setattr__(self, "latent_shape", (z, *latents))
+        object.__setattr__(self, "denoised_shape", (z, *denoised))
 
     @property
     def conditioning_channels(self) -> int:
         """Channels that hold the conditioned frames: a mask for each video frame of a latent one (`clean`:
-        for a latent one), then latents. 0 where no pictures are frames."""
+        for a latent one), then latents. `control`: latents of what is kept and of what is made anew, then a
+        mask for each pixel of a latent one. 0 where no pictures are frames."""
         if self.concept.given == "none":
             return 0
+        if self.concept.given == "control":
+            return int(2 * self._entry("vae", "z_dim") + self._entry("vae", "scale_factor_spatial") ** 2)
         masks = 1 if self.concept.given == "clean" else self._entry("vae", "scale_factor_temporal")
         return int(masks + self._entry("vae", "z_dim"))
 
@@ -332,6 +258,23 @@ class ModelConfig:
         require(self.transformer.patch_size[0] == 1, "a given picture needs patches of one latent frame")
         require(self.frames > 1, f"frames must be more than the given one, got {self.frames}")
 
+    def _check_control(self) -> None:
+        """What VACE's blocks read is what pictures give."""
+        transformer, control = self.transformer, self.concept.given == "control"
+        require(
+            control == (transformer.vace_layers is not None),
+            "concept.given must be 'control' where there are transformer.vace_layers, and nowhere else, got "
+            f"{self.concept.given!r} with {transformer.vace_layers!r:.60}",
+        )
+        if control:
+            require(self.vae.get("kind", "wan") == "wan", "a control needs Wan's VAE")
+            require(transformer.patch_size[0] == 1, "a control needs patches of one latent frame")
+            require(
+                transformer.vace_in_channels == self.conditioning_channels,
+                f"transformer.vace_in_channels must be {self.conditioning_channels} for this VAE (twice its "
+                f"channels and a mask of its pixels), got {transformer.vace_in_channels}",
+            )
+
     def _entry(self, part: str, name: str) -> Any:
         values = getattr(self, part)
         require(name in values, f"ModelConfig.{part} must have an entry {name!r}")
@@ -383,10 +326,14 @@ class ModelConfig:
     def to_dict(self) -> dict[str, Any]:
         """This configuration as JSON-ready nested dictionaries; `from_dict` reads them back."""
         values = dataclasses.asdict(self)
-        del values["latent_shape"]
+        del values["latent_shape"], values["denoised_shape"]
         if self.boundary is None:  # so that what has one transformer is stored as ever
             del values["boundary"]
-        values["transformer"]["patch_size"] = list(self.transformer.patch_size)
+        own = values["transformer"]
+        own["patch_size"] = list(self.transformer.patch_size)
+        for name in ("vace_layers", "vace_in_channels"):  # and what is no VACE
+            if own[name] is None:
+                del own[name]
         return values
 
     @classmethod

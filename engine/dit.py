@@ -1,9 +1,10 @@
 """Wan2.1's video transformer with ConceptMaster's concept injection (arXiv 2501.04698).
 
-Parts first, the model last. Module names are diffusers' (WanTransformer3DModel), so that its state dict
-loads; what is new has names of its own: `injector` in every block (standalone), `add_k_proj`, `add_v_proj`
-and `norm_added_k` in `attn2` (shared_query), `concept_proj` (merged). An image-to-video model of Wan's has
-the same three as shared_query, but they are its own: its concept tokens are picture tokens (base).
+Its blocks are in blocks.py. Module names are diffusers' (WanTransformer3DModel, WanVACETransformer3DModel),
+so that their state dicts load; what is new has names of its own: `injector` in every block (standalone),
+`add_k_proj`, `add_v_proj` and `norm_added_k` in `attn2` (shared_query), `concept_proj` (merged). An
+image-to-video model of Wan's has the same three as shared_query, but they are its own: its concept tokens are
+picture tokens (base).
 
 Letters: B batch, K guidance branches (also a batch), N concepts, Q tokens per concept, C = N*Q, T text
 tokens, F H W latent frames (f of patches), height, width, S video tokens, D width, A heads, E head width, Dc
@@ -13,216 +14,28 @@ concept width, Dt text width, Cg channels of the conditioned frames.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple, cast
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels.common import wide
-from ..kernels.cross_attention import (
-    attention,
-    concept_injection,
-    decoupled_cross_attention,
-    text_attention,
-)
-from ..kernels.modulate import residual_modulate
-from ..kernels.qk_norm_rope import rotate
-from .config import ModelConfig, TransformerConfig
+from ..kernels.modulate import residual, residual_modulate
+from .blocks import KEYS_VALUES, Block, BlockConditions, ControlBlock, DeferredResidual
+from .config import ModelConfig
 from .embedders import ConditionEmbedder
 from .frame_times import scaled, with_clean
-from .layers import FeedForward, WideLayerNorm
+from .layers import WideLayerNorm
 from .positions import Positions
 
 MIN_SIGMA = 0.05
 """Where the network predicts data, its distance to the latents is divided by at least this noise level."""
 
 Conditions = dict[str, Tensor]
-"""text_keys, text_values [layers,K,T,A,E]; concept_keys, concept_values [layers,K,C,A,E] unless the injection
-is `merged` or `none`. text_bias [K,T], which the caller may add, where one key stands for all padding: see
-`kernels.cross_attention.padding_bias`."""
-
-
-class Attention(nn.Module):
-    """Projections and query/key normalisation (RMS across all heads) of one attention; `to_out` has its bias.
-
-    With `added_width` it carries keys and values for concept tokens of that width beside the text's
-    (shared_query, base).
-    """
-
-    def __init__(self, width: int, heads: int, eps: float, added_width: int | None = None) -> None:
-        super().__init__()
-        self.heads = heads
-        self.to_q = nn.Linear(width, width)
-        self.to_k = nn.Linear(width, width)
-        self.to_v = nn.Linear(width, width)
-        self.to_out = nn.ModuleList([nn.Linear(width, width)])
-        self.norm_q = nn.RMSNorm(width, eps=eps)
-        self.norm_k = nn.RMSNorm(width, eps=eps)
-        if added_width is not None:
-            self.add_k_proj = nn.Linear(added_width, width)
-            self.add_v_proj = nn.Linear(added_width, width)
-            self.norm_added_k = nn.RMSNorm(width, eps=eps)
-
-    def queries(self, x: Tensor) -> Tensor:
-        """[B,S,D] -> normalised queries [B,S,A,E]."""
-        return self.norm_q(self.to_q(x)).unflatten(-1, (self.heads, -1))
-
-    def keys_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """[B,T,D] -> normalised keys and values, each [B,T,A,E]."""
-        heads = (self.heads, -1)
-        return self.norm_k(self.to_k(x)).unflatten(-1, heads), self.to_v(x).unflatten(-1, heads)
-
-    def added_keys_values(self, concepts: Tensor) -> tuple[Tensor, Tensor]:
-        """[B,C,Dc] -> normalised keys and values of the concept tokens, each [B,C,A,E]."""
-        heads = (self.heads, -1)
-        keys = self.norm_added_k(self.add_k_proj(concepts))
-        return keys.unflatten(-1, heads), self.add_v_proj(concepts).unflatten(-1, heads)
-
-    def output(self, x: Tensor) -> Tensor:
-        """[B,S,A,E] -> [B,S,D]."""
-        return self.to_out[0](x.flatten(-2))
-
-
-class Injector(nn.Module):
-    """ConceptMaster's MC-Injector: one more, standalone cross-attention, from video tokens to concept tokens.
-
-    Its output projection starts at zero and has no bias: untrained, or with every concept masked, it adds
-    exactly zero.
-    """
-
-    def __init__(self, width: int, heads: int, eps: float, concept_width: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.norm = WideLayerNorm(width, eps)
-        self.to_q = nn.Linear(width, width)
-        self.norm_q = nn.RMSNorm(width, eps=eps)
-        self.to_k = nn.Linear(concept_width, width)
-        self.to_v = nn.Linear(concept_width, width)
-        self.norm_k = nn.RMSNorm(width, eps=eps)
-        self.to_out = nn.Linear(width, width, bias=False)
-
-    def keys_values(self, concepts: Tensor) -> tuple[Tensor, Tensor]:
-        """[B,C,Dc] -> normalised keys and values, each [B,C,A,E]."""
-        heads = (self.heads, -1)
-        return self.norm_k(self.to_k(concepts)).unflatten(-1, heads), self.to_v(concepts).unflatten(-1, heads)
-
-    def forward(self, x: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
-        """x [B,S,D], keys and values [B,C,A,E], mask bool [B,C] or None -> what to add to x, [B,S,D]."""
-        q = self.norm_q(self.to_q(self.norm(x).type_as(x))).unflatten(-1, (self.heads, -1))  # [B,S,A,E]
-        return self.to_out(concept_injection(q, keys, values, mask).flatten(-2))  # [B,S,D]
-
-
-class BlockConditions(NamedTuple):
-    """Keys and values that one block attends to: text [K,T,A,E], concepts [K,C,A,E], or [R,C,A,E] where only
-    the last R branches see any (standalone).
-
-    Those of the concepts are None where the injection is `merged` or `none`. text_bias [K,T] (`merged`:
-    [K,T+C], with the mask in it): None where every key counts once.
-    """
-
-    text_keys: Tensor
-    text_values: Tensor
-    concept_keys: Tensor | None
-    concept_values: Tensor | None
-    text_bias: Tensor | None = None
-
-
-KEYS_VALUES = BlockConditions._fields[:4]
-"""What `ConceptDiT.condition` gives, by name."""
-
-
-class DeferredResidual(NamedTuple):
-    """What a fused block gives: x + branch * gate, not yet added up, which the first kernel behind it does.
-    [K,S,D], [K,S,D], [K,D] or [K,f,D]."""
-
-    x: Tensor
-    branch: Tensor
-    gate: Tensor
-
-
-class Block(nn.Module):
-    """Self-attention, text cross-attention, concept injection, feed-forward."""
-
-    def __init__(self, config: TransformerConfig, concept_width: int, injection: str) -> None:
-        super().__init__()
-        width, heads, eps = config.width, config.num_attention_heads, config.eps
-        # a base's own has brought the tokens to the transformer's width before
-        added = {"shared_query": concept_width, "base": config.added_kv_proj_dim}.get(injection)
-        self.injection = injection
-        self.scale_shift_table = nn.Parameter(torch.randn(1, 6, width) / width**0.5)
-        self.norm1 = WideLayerNorm(width, eps, elementwise_affine=False)
-        self.attn1 = Attention(width, heads, eps)
-        self.norm2 = WideLayerNorm(width, eps) if config.cross_attn_norm else nn.Identity()
-        self.attn2 = Attention(width, heads, eps, added_width=added)
-        self.norm3 = WideLayerNorm(width, eps, elementwise_affine=False)
-        self.ffn = FeedForward(width, config.ffn_dim, width)
-        if injection == "standalone":
-            self.injector = Injector(width, heads, eps, concept_width)
-
-    def conditions(self, text: Tensor, concepts: Tensor) -> BlockConditions:
-        """This block's keys and values.
-
-        text [K,T,D] (when `merged`: with the projected concept tokens behind it), concepts [K,C,Dc] (when
-        `base`: [K,C,D]).
-        """
-        if self.injection == "standalone":
-            return BlockConditions(*self.attn2.keys_values(text), *self.injector.keys_values(concepts))
-        if self.injection in ("shared_query", "base"):
-            return BlockConditions(*self.attn2.keys_values(text), *self.attn2.added_keys_values(concepts))
-        return BlockConditions(*self.attn2.keys_values(text), None, None)
-
-    def forward(
-        self,
-        x: Tensor,
-        modulation: Tensor,
-        rotary: tuple[Tensor, Tensor],
-        kv: BlockConditions,
-        mask: Tensor | None,
-    ) -> Tensor:
-        """x [K,S,D], modulation [K or 1,6,D] (or of each latent frame, [K or 1,f,6,D]), rotary two [S,1,E/2],
-        mask bool [K,C] (merged: T+C) or None for all True -> x.
-
-        x may be [1,S,D], as long as the branches differ in nothing: their text and concepts part them.
-        """
-        table = wide(self.scale_shift_table) + wide(modulation)  # [K,6,D], or [K,f,6,D]
-        shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = table.chunk(6, dim=-2)  # [K,1,D] or [K,f,1,D]
-
-        h = scaled(self.norm1(x), 1 + scale, shift).type_as(x)
-        k, v = self.attn1.keys_values(h)
-        out = self.attn1.output(attention(rotate(self.attn1.queries(h), *rotary), rotate(k, *rotary), v))
-        x = (wide(x) + scaled(out, gate)).type_as(x)  # [K,S,D]
-
-        q = self.attn2.queries(self.norm2(x).type_as(x))  # [K or 1,S,A,E]
-        if len(q) < len(kv.text_keys):
-            q = q.expand(len(kv.text_keys), -1, -1, -1)  # [K,S,A,E]
-        x = x + self.attn2.output(self._cross_attention(q, kv, mask))  # [K,S,D]
-        if self.injection == "standalone":
-            assert kv.concept_keys is not None and kv.concept_values is not None
-            x = self._inject(x, kv.concept_keys, kv.concept_values, mask)  # [K,S,D]
-
-        h = scaled(self.norm3(x), 1 + ffn_scale, ffn_shift).type_as(x)
-        return (wide(x) + scaled(wide(self.ffn(h)), ffn_gate)).type_as(x)  # [K,S,D]
-
-    def _inject(self, x: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
-        """x [K,S,D], keys and values [K or R,C,A,E], mask bool [K,C] -> x and the concepts, [K,S,D]."""
-        if len(keys) == len(x):
-            return x + self.injector(x, keys, values, mask)
-        blind, seeing = x.split([len(x) - len(keys), len(keys)])  # the first would get exactly zero
-        mask = None if mask is None else mask[-len(keys) :]  # [R,C]
-        return torch.cat((blind, seeing + self.injector(seeing, keys, values, mask)))
-
-    def _cross_attention(self, q: Tensor, kv: BlockConditions, mask: Tensor | None) -> Tensor:
-        """[K,S,A,E] -> [K,S,A,E]: to the text, and to the concepts where these share the text's query."""
-        if self.injection == "merged" and kv.text_bias is None:
-            return attention(q, kv.text_keys, kv.text_values, mask)
-        if self.injection in ("standalone", "none", "merged"):
-            return text_attention(q, kv.text_keys, kv.text_values, kv.text_bias)
-        assert kv.concept_keys is not None and kv.concept_values is not None
-        concepts = kv.concept_keys, kv.concept_values
-        return decoupled_cross_attention(
-            q, kv.text_keys, kv.text_values, *concepts, mask, text_bias=kv.text_bias
-        )
+"""text_keys, text_values [layers,K,T,A,E], VACE's own blocks behind the others; concept_keys, concept_values
+[layers,K,C,A,E] unless the injection is `merged` or `none`. text_bias [K,T], which the caller may add, where
+one key stands for all padding: see `kernels.cross_attention.padding_bias`."""
 
 
 def _initialise(modules: dict[str, nn.Module]) -> None:
@@ -236,6 +49,16 @@ def _initialise(modules: dict[str, nn.Module]) -> None:
     for name, module in modules.items():
         if name == "proj_out" or name.endswith(("injector.to_out", "add_v_proj")):
             nn.init.zeros_(cast("nn.Linear", module).weight)
+
+
+def _summed(x: Tensor | DeferredResidual) -> Tensor:
+    """What a block gives, [K,S,D]."""
+    return residual(*x) if isinstance(x, DeferredResidual) else x
+
+
+def _with_hint(x: Tensor | DeferredResidual, hint: Tensor) -> Tensor | DeferredResidual:
+    """What a block gives and a hint [K,S,D], in one."""
+    return x._replace(x=x.x + hint) if isinstance(x, DeferredResidual) else x + hint
 
 
 class ConceptDiT(nn.Module):
@@ -261,6 +84,12 @@ class ConceptDiT(nn.Module):
         self.blocks = nn.ModuleList(
             [Block(c, config.concept.width, config.concept.injection) for _ in range(c.num_layers)]
         )
+        if c.vace_layers is not None:
+            assert c.vace_in_channels is not None
+            self.vace_patch_embedding = nn.Conv3d(
+                c.vace_in_channels, c.width, kernel_size=c.patch_size, stride=c.patch_size
+            )
+            self.vace_blocks = nn.ModuleList([ControlBlock(c, first=layer == 0) for layer in c.vace_layers])
         self.norm_out = WideLayerNorm(c.width, c.eps, elementwise_affine=False)
         self.proj_out = nn.Linear(c.width, c.out_channels * math.prod(c.patch_size))
         self.scale_shift_table = nn.Parameter(torch.randn(1, 2, c.width) / c.width**0.5)
@@ -305,7 +134,8 @@ class ConceptDiT(nn.Module):
             concepts = self.condition_embedder.image_embedder(concepts)  # [K,C,D]
         if self.concept_proj is not None:
             text = torch.cat((text, self.concept_proj(concepts)), dim=1)  # [K,T+C,D]
-        blocks = [block.conditions(text, concepts) for block in cast("list[Block]", self.blocks)]
+        every = cast("list[Block]", [*self.blocks, *self._control_blocks().values()])
+        blocks = [block.conditions(text, concepts) for block in every]
         return {
             name: torch.stack(parts)  # [layers,K,T|C,A,E]
             for name, parts in zip(KEYS_VALUES, zip(*blocks, strict=True), strict=False)
@@ -328,7 +158,7 @@ class ConceptDiT(nn.Module):
         text_bias [K,T], concept_mask bool [K or R,N] as there (None: every concept is seen), conditioning
         [K or 1,Cg,F,H,W] (where pictures are frames): a mask of the frames that are pictures, then their
         latents; where they are `clean` of the first latent frame alone, [K or 1,Cg,1,H,W], and None for no
-        picture. Returns [K,Cz,F,H,W].
+        picture; where they are a `control` what VACE's own blocks read. Returns [K,Cz,F,H,W].
 
         guidance [K], whose sum is one: latents and time are those of all branches, and what returns is
         sum over k of guidance_k velocity_k, [1,Cz,F,H,W]. What follows the last norm is linear, so it is
@@ -337,7 +167,7 @@ class ConceptDiT(nn.Module):
         known, frame_time = latents, time
         if conditioning is not None and self.config.concept.given == "clean":
             known, frame_time = with_clean(latents, time, conditioning)  # [K,Cz,F,H,W], [K,F]
-        elif conditioning is not None:
+        elif conditioning is not None and self.config.concept.given != "control":
             shared = conditioning.expand(latents.shape[0], -1, -1, -1, -1)  # [K,Cg,F,H,W]
             known = torch.cat((latents, shared), dim=1)  # [K,Cz+Cg,F,H,W]
         placed, rotary = self.positions(known)  # [K,Cz+Cg+p,F,H,W]
@@ -357,10 +187,16 @@ class ConceptDiT(nn.Module):
                     bias = torch.cat((bias, concepts), dim=1)  # [K,T+C]
                 mask = torch.cat((mask.new_ones(mask.shape[0], keys - mask.shape[1]), mask), dim=1)  # [K,T+C]
 
-        conditions = [kv[name].unbind(0) if name in kv else [None] * len(self.blocks) for name in KEYS_VALUES]
-        for block, *parts in zip(self.blocks, *conditions, strict=True):
-            own = BlockConditions(*parts)._replace(text_bias=bias)
-            x = block(x, modulation, rotary, own, mask)  # [K,S,D]
+        controls = self._control_blocks()
+        count = len(self.blocks) + len(controls)
+        conditions = [kv[name].unbind(0) if name in kv else [None] * count for name in KEYS_VALUES]
+        own = [BlockConditions(*parts)._replace(text_bias=bias) for parts in zip(*conditions, strict=True)]
+        control, later = self._control(conditioning, x), iter(own[len(self.blocks) :])
+        for layer, (block, keys) in enumerate(zip(self.blocks, own, strict=False)):
+            x = block(x, modulation, rotary, keys, mask)  # [K,S,D]
+            if (beside := controls.get(layer)) is not None:
+                control = _summed(beside(control, modulation, rotary, next(later), mask))  # [K,S,D]
+                x = _with_hint(x, beside.proj_out(control))
 
         shift, scale = (self.scale_shift_table + embedding.unsqueeze(-2)).chunk(2, dim=-2)  # [K,1,D] each
         if isinstance(x, DeferredResidual):
@@ -377,6 +213,23 @@ class ConceptDiT(nn.Module):
             return output
         sigma = (time / 1000.0).clamp(min=MIN_SIGMA)[:, None, None, None, None]  # [K,1,1,1,1]
         return ((wide(latents) - wide(output)) / sigma).type_as(latents)
+
+    def _control_blocks(self) -> dict[int, ControlBlock]:
+        """VACE's, by the number of the block that each one's hint is added behind."""
+        layers = self.config.transformer.vace_layers
+        return (
+            {}
+            if layers is None
+            else dict(zip(layers, cast("list[ControlBlock]", self.vace_blocks), strict=True))
+        )
+
+    def _control(self, control: Tensor | None, x: Tensor) -> Tensor | None:
+        """What the first of VACE's blocks takes: control [1,Cg,F,H,W] and the video's tokens [K or 1,S,D],
+        before any block, -> [K or 1,S,D]; None of any other model."""
+        if control is None or self.config.concept.given != "control":
+            return None
+        patches = self.vace_patch_embedding(control).flatten(2).transpose(1, 2)  # [1,S,D]
+        return cast("Tensor", next(iter(self._control_blocks().values())).proj_in(patches) + x)
 
     def forward(
         self,

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .config import TransformerConfig
 from .layers import FeedForward, WideLayerNorm
 from .positions import Constants
+from .transformer_config import TransformerConfig
 
 
 class TwoLayers(nn.Module):

@@ -1,6 +1,6 @@
 """The transformer as it is served: the same weights and the same sums, between products by fused kernels.
 
-`fuse` puts a FusedBlock in the place of every block. A block's parts stay those of dit.py; what stands
+`fuse` puts a FusedBlock in the place of every block. A block's parts stay those of blocks.py; what stands
 between them goes through `kernels/`, whose ops are Triton on CUDA and plain torch elsewhere. For inference
 only: training and the exporter keep the plain blocks, so ONNX graphs do not know of this file.
 
@@ -35,7 +35,8 @@ from ..kernels.fp8_linear import Fp8Linear, Quantised, why_no_fp8
 from ..kernels.modulate import modulate, residual, residual_modulate
 from ..kernels.qk_norm_rope import inverse_rms, qk_norm_rope
 from ..kernels.self_attention import WAYS, self_attention, ways
-from .dit import Attention, Block, BlockConditions, ConceptDiT, DeferredResidual
+from .blocks import Attention, Block, BlockConditions, DeferredResidual
+from .dit import ConceptDiT
 from .tiers import TIERS, EightBits, quantise
 
 WIDE = ("time_embedder.", "scale_shift_table", "norm1.", "norm2.", "norm3.", "injector.norm.")
@@ -123,7 +124,11 @@ class FusedBlock(nn.Module):
         super().__init__()
         self.attn1 = SelfAttention(block.attn1, way)
         self.block = copy.copy(block)  # which others may go on using as it is
-        self.block.__dict__["_modules"] = {n: part for n, part in block._modules.items() if n != "attn1"}
+        outside = {"attn1", "proj_in", "proj_out"}  # the last two of a ControlBlock, for the transformer
+        self.block.__dict__["_modules"] = {n: p for n, p in block._modules.items() if n not in outside}
+        for name in ("proj_in", "proj_out"):
+            if hasattr(block, name):
+                setattr(self, name, getattr(block, name))
         self.shares_query = hasattr(block.attn2, "add_k_proj")
         self.absorb = absorb
 
@@ -265,6 +270,9 @@ def fuse(transformer: ConceptDiT, fusing: Fusing = Fusing()) -> ConceptDiT:  # n
             quantise(fused, bits, absorb)
             fused = fused if exact is None else TieredBlock(exact, fused)
         transformer.blocks[index] = fused
+    if c.vace_layers is not None:  # whose hints are in 16 bits in every tier
+        for index, block in enumerate(cast("list[Block]", list(transformer.vace_blocks))):
+            transformer.vace_blocks[index] = FusedBlock(block, False, fusing.attention)
     return transformer
 
 

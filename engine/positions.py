@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .config import ModelConfig, TransformerConfig
+from .config import ModelConfig
+from .transformer_config import TransformerConfig
 
 
 def rotary_tables(config: TransformerConfig, grid: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
@@ -79,7 +80,7 @@ class Positions(Constants):
     planes: Tensor
 
     def __init__(self, config: ModelConfig) -> None:
-        cos, sin, planes = self._tables(config.transformer, config.latent_shape[1:])
+        cos, sin, planes = self._tables(config.transformer, config.denoised_shape[1:])
         super().__init__(cos=cos, sin=sin, planes=planes)
         self.config = config
 
@@ -98,7 +99,7 @@ class Positions(Constants):
         cos and sin are float32 [S,1,E/2]. Raises ValueError for a side longer than rope_max_seq_len patches.
         """
         shape = tuple(latents.shape[2:])
-        if shape == self.config.latent_shape[1:]:
+        if shape == self.config.denoised_shape[1:]:
             cos, sin, planes = self.cos, self.sin, self.planes
         else:
             cos, sin, planes = (t.to(latents.device) for t in self._tables(self.config.transformer, shape))

@@ -1,4 +1,4 @@
-"""Named configurations: `tiny` for tests, `stickers` and `sprites`, Wan2.1's two sizes and Wan2.2's three."""
+"""Named configurations: `tiny` for tests, `stickers` and `sprites`, Wan2.1's sizes, VACE's, Wan2.2's."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from dataclasses import replace
 from typing import Any
 
 from ..errors import ConfigError
-from .config import ConceptConfig, ModelConfig, TransformerConfig
+from .config import ConceptConfig, ModelConfig
+from .transformer_config import TransformerConfig
 
 
 def _umt5(d_model: int, d_kv: int, heads: int, d_ff: int, layers: int, vocab: int) -> dict[str, Any]:
@@ -203,6 +204,14 @@ def _wan_experts(name: str, boundary: float, pictures: bool) -> ModelConfig:
     )
 
 
+def _vace(name: str, heads: int, layers: int, ffn_dim: int, every: int) -> ModelConfig:
+    """VACE on Wan2.1, a hint behind every so many blocks; with one reference picture."""
+    base = _wan(name, heads, layers, ffn_dim)
+    transformer = replace(base.transformer, vace_layers=tuple(range(0, layers, every)), vace_in_channels=96)
+    concept = ConceptConfig(max_concepts=1, injection="none", given="control")
+    return replace(base, transformer=transformer, concept=concept, image_encoder={})
+
+
 # Statistics of Wan2.2's VAE of 48 channels, as Wan2.2's own vae2_2.py has them.
 _WAN22_MEAN = [-0.2289, -0.0052, -0.1323, -0.2339, -0.2799, 0.0174, 0.1838, 0.1557]
 _WAN22_MEAN += [-0.1382, 0.0542, 0.2813, 0.0891, 0.1570, -0.0098, 0.0375, -0.1825]
@@ -252,6 +261,8 @@ _BUILDERS = {
     "stickers": _stickers,
     "wan2.1-1.3b": lambda: _wan("wan2.1-1.3b", heads=12, layers=30, ffn_dim=8960),
     "wan2.1-14b": lambda: _wan("wan2.1-14b", heads=40, layers=40, ffn_dim=13824),
+    "wan2.1-vace-1.3b": lambda: _vace("wan2.1-vace-1.3b", heads=12, layers=30, ffn_dim=8960, every=2),
+    "wan2.1-vace-14b": lambda: _vace("wan2.1-vace-14b", heads=40, layers=40, ffn_dim=13824, every=5),
     "wan2.2-t2v-a14b": lambda: _wan_experts("wan2.2-t2v-a14b", boundary=0.875, pictures=False),
     "wan2.2-i2v-a14b": lambda: _wan_experts("wan2.2-i2v-a14b", boundary=0.9, pictures=True),
     "wan2.2-ti2v-5b": _wan22_5b,

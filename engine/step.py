@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from .dit import KEYS_VALUES, ConceptDiT
+from .blocks import KEYS_VALUES
+from .dit import ConceptDiT
 from .model import ConceptMaster
 from .vae.wan_decoder import streaming_decoders
 from .vae.wan_encoder import EncodePicture, streaming_encoders

@@ -22,8 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from conceptmaster.engine.blocks import Block
 from conceptmaster.engine.config import ModelConfig
-from conceptmaster.engine.dit import Block, ConceptDiT
+from conceptmaster.engine.dit import ConceptDiT
 from conceptmaster.engine.fused import narrow
 from conceptmaster.engine.presets import preset
 from conceptmaster.engine.seen import Seen

@@ -18,11 +18,12 @@ import torch
 from ...errors import ConfigError, WeightsError
 from ..checked import MOST, WIDEST, is_number, is_whole
 from ..concepts import concept_binder, concept_encoder
-from ..config import ConceptConfig, ModelConfig, TransformerConfig
+from ..config import ConceptConfig, ModelConfig
 from ..dit import ConceptDiT
 from ..model import ConceptMaster
 from ..presets import preset
 from ..sampling import Sampling
+from ..transformer_config import TransformerConfig
 from ..vae.wan_decoder import build_vae
 from .base import Base, Part
 from .diffusers_folder import LAYOUT, SCHEDULER

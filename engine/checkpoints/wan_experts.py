@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ...errors import ConfigError
 from ..checked import is_number
-from ..config import TransformerConfig
+from ..transformer_config import TransformerConfig
 from .base import Base
 from .diffusers_folder import INDEX, LAYOUT
 from .releases import release_of

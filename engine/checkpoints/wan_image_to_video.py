@@ -14,8 +14,9 @@ from typing import Any
 
 from ...errors import ConfigError
 from ..checked import is_number
-from ..config import ConceptConfig, TransformerConfig
+from ..config import ConceptConfig
 from ..encoders import CLIP_MEAN, CLIP_STD
+from ..transformer_config import TransformerConfig
 from .base import Base
 from .diffusers_folder import LAYOUT, PROCESSOR
 

@@ -18,7 +18,7 @@ from conceptmaster.engine.presets import PRESETS, preset  # noqa: E402
 from conceptmaster.errors import WeightsError  # noqa: E402
 from conceptmaster.kernels.cross_attention import padding_bias  # noqa: E402
 
-WAN = [name for name in PRESETS if name.startswith("wan")]
+WAN = [name for name in PRESETS if name.startswith("wan") and "vace" not in name]  # see test_control.py
 
 
 def wan_for(config):

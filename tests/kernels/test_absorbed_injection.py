@@ -64,7 +64,7 @@ def test_folding_the_output_gives_the_injector(assert_close):
 
 
 def test_it_is_the_engines_injector(assert_close):
-    from conceptmaster.engine.dit import Injector
+    from conceptmaster.engine.blocks import Injector
 
     injector = Injector(24, 3, 1e-6, 10)
     torch.nn.init.normal_(injector.to_out.weight)

@@ -98,7 +98,7 @@ def test_strides_are_followed():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_it_is_what_a_block_computes(dtype):
-    from conceptmaster.engine.dit import WideLayerNorm
+    from conceptmaster.engine.layers import WideLayerNorm
 
     x, out, gate, scale, shift = tensors(2, 5, 16, dtype=dtype)
     norm = WideLayerNorm(16, 1e-6, elementwise_affine=False)

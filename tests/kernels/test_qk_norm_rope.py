@@ -46,7 +46,7 @@ def test_the_kernel_is_the_reference(shape, dtype, assert_close):
 
 
 def test_it_is_what_a_block_computes(assert_close):
-    from conceptmaster.engine.dit import Attention
+    from conceptmaster.engine.blocks import Attention
     from conceptmaster.engine.positions import rotary_tables
     from conceptmaster.engine.presets import preset
     from conceptmaster.kernels.qk_norm_rope import rotate

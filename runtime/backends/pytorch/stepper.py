@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ....engine.dit import KEYS_VALUES
+from ....engine.blocks import KEYS_VALUES
 from ....engine.fused import compute_exactly
 from ....engine.step import DenoiseStep, update
 from ....engine.tiers import EightBits
