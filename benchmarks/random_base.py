@@ -97,7 +97,7 @@ def parts_of(config: ModelConfig) -> list[Part]:
     """The parts of a base of `config`'s sizes; without a CLIP where it takes no pictures."""
     with torch.device("meta"):
         model, vae = ConceptMaster(config), build_vae(config)
-    transformer = dataclasses.asdict(config.transformer)
+    transformer = config.to_dict()["transformer"]
     for own in ("position_channels", "prediction"):
         del transformer[own]
     concept = model.transformer.concept_keys()
@@ -176,7 +176,8 @@ def write_adapter(config: ModelConfig, path: Path, seed: int = 1, device: str = 
 
 def kind_of(config: ModelConfig) -> str:
     """What the transformer's class is called in the folder's configuration."""
-    return A2_TRANSFORMER if config.concept.given == "references" else "WanTransformer3DModel"
+    own = {"references": A2_TRANSFORMER, "control": "WanVACETransformer3DModel"}
+    return own.get(config.concept.given, "WanTransformer3DModel")
 
 
 def _json(path: Path, values: Mapping[str, Any]) -> None:
@@ -284,7 +285,8 @@ def _names(part: Part, own: bool, config: ModelConfig) -> Callable[[str], str]:
 def _model_type(config: ModelConfig) -> str:
     """What Wan's own config.json calls the kind of model."""
     given = config.concept.given
-    return {"none": "t2v", "first_last": "flf2v", "clean": "ti2v"}.get(given, "i2v")
+    kinds = {"none": "t2v", "first_last": "flf2v", "clean": "ti2v", "control": "vace"}
+    return kinds.get(given, "i2v")
 
 
 def _wan_file(part: Part, config: ModelConfig) -> str:

@@ -192,8 +192,8 @@ class ConceptDiT(nn.Module):
         conditions = [kv[name].unbind(0) if name in kv else [None] * count for name in KEYS_VALUES]
         own = [BlockConditions(*parts)._replace(text_bias=bias) for parts in zip(*conditions, strict=True)]
         control, later = self._control(conditioning, x), iter(own[len(self.blocks) :])
-        for layer, (block, keys) in enumerate(zip(self.blocks, own, strict=False)):
-            x = block(x, modulation, rotary, keys, mask)  # [K,S,D]
+        for layer, (block, kv_) in enumerate(zip(self.blocks, own, strict=False)):
+            x = block(x, modulation, rotary, kv_, mask)  # [K,S,D]
             if (beside := controls.get(layer)) is not None:
                 control = _summed(beside(control, modulation, rotary, next(later), mask))  # [K,S,D]
                 x = _with_hint(x, beside.proj_out(control))

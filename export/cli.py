@@ -43,7 +43,8 @@ With a CLIP in image_encoder/ it takes concepts, which show once it has a traine
 bundle makes videos from captions alone.
 An image-to-video base takes its pictures itself: a first frame, a first and a last one, or, of SkyReels-A2,
 up to three references; Wan2.2's I2V-A14B a first frame and perhaps a last one, its TI2V-5B a first frame or
-none. A base with a LoRA for few steps, and a bundle without guidance, which takes half the time:
+none; VACE as many references as --references says. A base with a LoRA for few steps, and a bundle without
+guidance, which takes half the time:
 
   conceptmaster export wan/ --output fast --lora few-steps.safetensors --solver euler --steps 4 --guidance 1
 """
@@ -115,6 +116,9 @@ def add_export_arguments(parser: argparse.ArgumentParser) -> None:
         help="of the video, in pixels (832x480; of Wan2.2's TI2V-5B 1280x704)",
     )
     base.add_argument("--frames", type=int, metavar="N", help="of the video (81; of TI2V-5B 121)")
+    base.add_argument(
+        "--references", type=int, metavar="R", help="of VACE: how many pictures each request has (1)"
+    )
     _add_base_arguments(base)
     _add_output_arguments(parser)
 
@@ -125,7 +129,7 @@ def run_export(args: argparse.Namespace) -> int:
     from ..engine.checkpoints.source import open_source
     from .bundle import write_bundle
 
-    choices = replace(_choices(args), size=args.size, frames=args.frames)
+    choices = replace(_choices(args), size=args.size, frames=args.frames, references=args.references)
     source = _with_defaults(open_source(args.source, choices), args)
     rows = write_bundle(
         source,

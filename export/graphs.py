@@ -221,11 +221,19 @@ class _Samples:
 
     def conditioned(self, seed: int) -> Tensor:
         """A picture for the first frame and none for the others, [1,Cg,F,H,W]; where it is `clean`, of every
-        other seed, [1,Cg,1,H,W]."""
+        other seed, [1,Cg,1,H,W]; where it is a `control`, in each frame beside the video's."""
         channels, frames, height, width = self.config.latent_shape
         if self.config.concept.given == "clean":
             clean = self._first("encode_first", seed)[0]
             return torch.cat((torch.ones_like(clean[:, :1]), clean), dim=1) * float(seed % 2 == 0)
+        if self.config.concept.given == "control":  # the video's latents stand in for an empty one's
+            beside = self.config.denoised_shape[1] - frames
+            control = torch.zeros(1, self.config.conditioning_channels, beside + frames, height, width)
+            empty = self._first("encode_first", seed + 1)[0]  # [1,Cz,1,H,W]
+            control[:, : 2 * channels, beside:] = empty.repeat(1, 2, 1, 1, 1)
+            control[:, 2 * channels :, beside:] = 1.0
+            control[:, :channels, :beside] = self._first("encode_first", seed)[0]
+            return control
         mask = torch.zeros(1, self.config.conditioning_channels - channels, frames, height, width)
         mask[:, :, 0] = 1.0
         latents = torch.zeros(1, channels, frames, height, width)
@@ -243,7 +251,7 @@ class _Samples:
     def state(self, seed: int) -> Tensor:
         """The solver's state in the middle of a video, [M,Cz,F,H,W]."""
         g = torch.Generator().manual_seed(seed)
-        return torch.randn(self.solver_states, *self.config.latent_shape, generator=g)
+        return torch.randn(self.solver_states, *self.config.denoised_shape, generator=g)
 
     @torch.inference_mode()
     def outputs(self, graph: Graph) -> Sample:

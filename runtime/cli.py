@@ -53,6 +53,9 @@ def _inspect(args: argparse.Namespace) -> int:
 def _placements(conditioning: FrameConditioning) -> str:
     """Where the pictures of an image-to-video bundle stand."""
     placements, dropped = conditioning.placements, conditioning.dropped_frames
+    if conditioning.beside:
+        where = ", ".join(str(placement.first) for placement in placements)
+        return f"{conditioning.required}, as latent frames {where} beside the video's"
     where = ", ".join(f"frame {placement.first} (× {placement.count})" for placement in placements)
     left_out = f"; {dropped} frames are left out for each" if dropped else ""
     alone = "" if conditioning.required else "; without one a video of text alone"

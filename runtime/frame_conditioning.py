@@ -10,6 +10,11 @@ Of a model whose picture may be left out, the one picture is the first latent fr
 step, with a mask that says so, and put there once more behind the last step, as diffusers' pipelines do it
 where they expand time steps. Without a picture the mask is zero, and the video is of text alone.
 
+Of VACE each picture is a latent frame of its own beside the video's, and what the model is told of all of
+them is a control: the latents of what is kept and of what is made anew, then a mask of the pixels that are
+made anew. A picture is kept, of the video nothing is: it is empty, and encoded, once for all requests. So
+diffusers' WanVACEPipeline does it with references alone.
+
 A2Pipeline draws its latents from the encoder's distribution; here they are its mean, as in diffusers. With
 one reference A2Pipeline fails (its mask has a latent frame too many); here it is as one would expect.
 """
@@ -17,7 +22,7 @@ one reference A2Pipeline fails (its mask has a latent frame too many); here it i
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -37,8 +42,8 @@ MAX_STRETCH = 1.05  # beyond this it shows
 
 
 def fitted(image: Image, index: int, label: str, manifest: Manifest) -> dict[int, np.ndarray]:
-    """The frames that a request's picture number `index` is, by number, each uint8 [height,width,3]; none
-    unless the manifest has `conditioning`.
+    """The frames (of VACE latent frames) that a request's picture number `index` is, by number, each
+    [height,width,3] in 0..255, see `pictures.fit`; none unless the manifest has `conditioning`.
 
     Warns: a log line for a picture whose shape is lost.
     """
@@ -51,7 +56,8 @@ def fitted(image: Image, index: int, label: str, manifest: Manifest) -> dict[int
         shape = (label, *image.size, *size)
         log.warning("the picture of %r is %d×%d: it is stretched to the video's %d×%d", *shape)
     frame = pictures.fit(image, size, place.fit, manifest.pictures.background)
-    return dict.fromkeys(place.frames(manifest.shapes.frames), frame)
+    total = manifest.denoised[1] if manifest.conditioning.beside else manifest.shapes.frames
+    return dict.fromkeys(place.frames(total), frame)
 
 
 def leading(manifest: Manifest, count: int) -> int:
@@ -61,27 +67,68 @@ def leading(manifest: Manifest, count: int) -> int:
 
 def previewed(manifest: Manifest, count: int) -> int:
     """The latent frame to preview of a video from `count` pictures: the first one that is made."""
+    if manifest.conditioning is not None and manifest.conditioning.beside:
+        return _own(manifest)[0]
     return count if leading(manifest, count) or manifest.begins_clean else 0
 
 
-def channels(backend: Backend, frames: dict[int, np.ndarray], manifest: Manifest) -> np.ndarray:
+def channels(
+    backend: Backend, frames: dict[int, np.ndarray], manifest: Manifest, empty: Callable[[], np.ndarray]
+) -> np.ndarray:
     """What `fitted` gave → the mask and the latents, float32 [1,t+Cz,F,H,W]; of a picture that may be left
-    out [1,1+Cz,1,H,W]."""
+    out [1,1+Cz,1,H,W]; of pictures beside the video the control, [1,2*Cz+p,F,H,W] with p pixels of a latent.
+    empty: `encoded` of no frames."""
     shapes = manifest.shapes
+    if manifest.conditioning is not None and manifest.conditioning.beside:
+        return _control(backend, frames, manifest, empty())
     if manifest.begins_clean:
         if not frames:
             return np.zeros((1, 1 + shapes.latent[0], 1, *shapes.latent[2:]), np.float32)
-        encoded = backend.run("encode_first", {"frames": _unit(frames[0])[None]})["latents"]
-        clean = backend.to_host(encoded)  # [1,Cz,1,H,W]
+        clean = _encoded_alone(backend, frames[0])  # [1,Cz,1,H,W]
         return np.concatenate((np.ones_like(clean[:, :1]), clean), axis=1)
+    return np.concatenate((mask(frames, shapes), encoded(backend, frames, shapes)), axis=1)
+
+
+def encoded(backend: Backend, frames: dict[int, np.ndarray], shapes: Shapes) -> np.ndarray:
+    """The latents of a video that is empty but for these frames, float32 [1,Cz,F,H,W]."""
     chunks = ({"frames": chunk} for chunk in _chunks(frames, shapes, backend.latent_frames))
     parts = [backend.to_host(part) for part in run_causal(backend, "encode", chunks, "latents")]
-    latents = np.concatenate(parts, axis=2)  # [1,Cz,F,H,W]
-    return np.concatenate((mask(frames, shapes), latents), axis=1)
+    return np.concatenate(parts, axis=2)  # [1,Cz,F,H,W]
+
+
+def _encoded_alone(backend: Backend, frame: np.ndarray) -> np.ndarray:
+    """The latents of a single picture, float32 [1,Cz,1,H,W]."""
+    return backend.to_host(backend.run("encode_first", {"frames": _unit(frame)[None]})["latents"])
+
+
+def _own(manifest: Manifest) -> list[int]:
+    """The latent frames that are the video's own, of all that steps make."""
+    assert manifest.conditioning is not None
+    total = manifest.denoised[1]
+    beside = {n for place in manifest.conditioning.placements for n in place.frames(total)}
+    return [number for number in range(total) if number not in beside]
+
+
+def _control(
+    backend: Backend, pictured: dict[int, np.ndarray], manifest: Manifest, empty: np.ndarray
+) -> np.ndarray:
+    """pictured: latent frame → picture; empty: an empty video's latents [1,Cz,F,H,W]."""
+    channels, total, *sides = manifest.denoised
+    control = np.zeros((1, 2 * channels + manifest.shapes.space**2, total, *sides), np.float32)
+    own = _own(manifest)
+    control[:, :channels, own] = empty
+    control[:, channels : 2 * channels, own] = empty
+    control[:, 2 * channels :, own] = 1.0
+    for number, picture in pictured.items():
+        control[:, :channels, number] = _encoded_alone(backend, picture)[:, :, 0]
+    return control
 
 
 def kept(latents: np.ndarray, given: np.ndarray | None, manifest: Manifest) -> np.ndarray:
-    """The latents [Cz,F,H,W] behind the last step with the picture of `channels`, where that is the first."""
+    """The latents [Cz,F,H,W] behind the last step, with the picture of `channels` where that is the first,
+    and without what stands beside the video."""
+    if manifest.conditioning is not None and manifest.conditioning.beside:
+        return latents[:, _own(manifest)]
     if given is None or not manifest.begins_clean:
         return latents
     known, clean = given[0, :1], given[0, 1:]  # [1,1,H,W], [Cz,1,H,W]
@@ -111,5 +158,5 @@ def _chunks(frames: dict[int, np.ndarray], shapes: Shapes, at_once: int) -> Iter
 
 
 def _unit(frame: np.ndarray) -> np.ndarray:
-    """uint8 -> float32 in -1..1."""
+    """0..255 -> float32 in -1..1."""
     return frame.astype(np.float32) / 255.0 * 2.0 - 1.0

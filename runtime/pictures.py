@@ -7,7 +7,7 @@ import logging
 import os
 import stat
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -28,6 +28,7 @@ MOST_PIXELS = 64 * 2**20  # more is refused before it is decoded; no canvas is m
 MOST_SIDE = 2**20  # a row, a column or a resampling table of more takes gigabytes, whatever the other side
 MOST_BYTES = 2**30  # of an open file
 HUGE_PIXELS = 16 * 2**20  # more is worth a warning: so much detail is lost
+LATENT = 8  # pixels of a side that one of Wan2.1's latents stands for
 ANIMATED = ("GIF", "PNG", "WEBP", "TIFF", "AVIF")
 TURNS = {  # EXIF's orientations
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -85,12 +86,13 @@ def read(picture: object, background: Color, what: str) -> Image.Image:
 
 
 def fit(image: Image.Image, size: tuple[int, int], how: str, background: Color) -> np.ndarray:
-    """Fits an RGB image into width × height: uint8 [height,width,3].
+    """Fits an RGB image into width × height: uint8 [height,width,3], or float32 in 0..255 where it says so.
 
     Args: how: `whole` (scaled, uncut, in the middle, the rest is background), `middle` (scaled so that it
         covers all, the middle kept: CLIP's own way), `padded` and `cut` (first given the shape, by background
         or by cutting, then scaled: SkyReels-A2's ways), `stretched` (scaled to the size, whatever its shape:
-        diffusers' way). All but the last, which is Lanczos's, are bicubic with antialiasing.
+        diffusers' way), `bilinear` (as `whole`, but without antialiasing, in float32: the way of diffusers'
+        WanVACEPipeline). All but the last two are bicubic with antialiasing, `stretched` is Lanczos's.
     """
     return np.array(_FITS[how](image, size, background))
 
@@ -283,7 +285,42 @@ def _stretched(image: Image.Image, size: tuple[int, int], background: Color) -> 
     return image.resize(size, Image.Resampling.LANCZOS)
 
 
-_FITS = {"whole": _whole, "middle": _middle, "padded": _padded, "cut": _cut, "stretched": _stretched}
+def _bilinear(image: Image.Image, size: tuple[int, int], background: Color) -> np.ndarray:
+    """First to whole latents, by Lanczos, as diffusers' VideoProcessor does with every picture; then torch's
+    interpolate(mode="bilinear", align_corners=False), which samples four pixels each."""
+    whole_width, whole_height = (max(LATENT, side - side % LATENT) for side in image.size)
+    if image.size != (whole_width, whole_height):
+        image = image.resize((whole_width, whole_height), Image.Resampling.LANCZOS)
+    scale = min(full / side for full, side in zip(size, image.size, strict=True))
+    width, height = (max(1, int(side * scale)) for side in image.size)
+    pixels = np.asarray(image, np.float32)  # [h,w,3]
+    for axis, length in ((0, height), (1, width)):
+        pixels = _resampled(pixels, axis, length)
+    canvas = np.empty((size[1], size[0], 3), np.float32)
+    canvas[:] = background
+    left, top = (size[0] - width) // 2, (size[1] - height) // 2
+    canvas[top : top + height, left : left + width] = pixels
+    return canvas
+
+
+def _resampled(pixels: np.ndarray, axis: int, length: int) -> np.ndarray:
+    """Linear between the two nearest along an axis, whose new places are centred on the old ones."""
+    old = pixels.shape[axis]
+    places = np.maximum((np.arange(length) + 0.5) * (old / length) - 0.5, 0.0)
+    first = np.minimum(places.astype(np.int64), old - 1)
+    second = np.minimum(first + 1, old - 1)
+    part = np.expand_dims((places - first).astype(np.float32), tuple({0, 1, 2} - {axis}))
+    return pixels.take(first, axis) * (1 - part) + pixels.take(second, axis) * part
+
+
+_FITS: dict[str, Callable[[Image.Image, tuple[int, int], Color], Image.Image | np.ndarray]] = {
+    "whole": _whole,
+    "middle": _middle,
+    "padded": _padded,
+    "cut": _cut,
+    "stretched": _stretched,
+    "bilinear": _bilinear,
+}
 
 
 def _from_array(array: np.ndarray, what: str) -> Image.Image:

@@ -62,6 +62,7 @@ class Pipeline:
         with bundle.files.reading([bundle.manifest.tokenizer]) as path:
             self._tokenizer = Tokenizer(path, bundle.manifest.token_ids)
         self._text = functools.lru_cache(CACHED_TEXTS)(self._encode_text)
+        self._empty = functools.lru_cache(1)(self._encode_nothing)
 
     @classmethod
     def from_bundle(
@@ -105,6 +106,7 @@ class Pipeline:
             self._backend.close()
         self._backend = None
         self._text.cache_clear()
+        self._empty.cache_clear()
 
     def __enter__(self) -> Self:
         _ = self.backend  # a closed pipeline says so
@@ -232,7 +234,7 @@ class Pipeline:
         graphs = experts.step_graphs(self.manifest, schedule.timesteps)
         starts: Sequence[np.ndarray | None] = [None] * request.samples  # None: from its seed, in its turn
         if noise is not None:
-            starts = noises.from_array(noise, shapes.latent, request.samples)
+            starts = noises.from_array(noise, self.manifest.denoised, request.samples)
         tokens = tokenised(request, guidance, self.manifest, self._tokenizer)
         concepts, frames = self._read_pictures(request)
         remarks = vocabulary.remarks(request, self.manifest, self._tokenizer.read)
@@ -248,8 +250,8 @@ class Pipeline:
             known["concept_tokens"] = self._concept_tokens(concepts, tokens)  # [N,Q,Dc]
             given = None
             if self.manifest.conditioning is not None:
-                given = frame_conditioning.channels(self.backend, frames, self.manifest)  # [1,t+Cz,F,H,W]
-                known["given"] = given
+                given = frame_conditioning.channels(backend, frames, self.manifest, self._empty)
+                known["given"] = given  # [1,Cg,F,H,W]
         with _timed(seconds, "condition"):
             known["concept_mask"] = self._concept_mask(guidance, len(concepts))  # [K,N]
             conditions = experts.Conditions(backend, known, guidance)
@@ -264,7 +266,8 @@ class Pipeline:
             for seed, start in zip(request.seeds, starts, strict=True):
                 own = dict(seconds)
                 with _timed(own, "denoise"):
-                    start = noises.from_seed(seed, shapes.latent) if start is None else start  # [Cz,F,H,W]
+                    if start is None:
+                        start = noises.from_seed(seed, self.manifest.denoised)  # [Cz,F,H,W]
                     latents = self._denoise(start, conditions, graphs, schedule, report)  # [Cz,F,H,W]
                 latents = frame_conditioning.kept(latents, given, self.manifest)
                 with _timed(own, "decode"):
@@ -299,6 +302,10 @@ class Pipeline:
         ids, mask = padded(tokens, self.manifest.shapes.text_tokens)
         outputs = self.backend.run("text_encoder", {"token_ids": ids, "token_mask": mask})
         return self.backend.to_host(outputs["text"]), mask
+
+    def _encode_nothing(self) -> np.ndarray:
+        """The latents of an empty video, float32 [1,Cz,F,H,W]. Cached as `_empty`."""
+        return frame_conditioning.encoded(self.backend, {}, self.manifest.shapes)
 
     def _branch_texts(
         self, request: Request, guidance: Guidance, tokens: dict[str, tuple[int, ...]]

@@ -19,6 +19,9 @@ from .safetensors_io import some
 Tensors = Mapping[str, Stored]
 HEAD = 128  # channels
 WAN = "WanModel"  # the class of Wan's own transformers
+WANS = (WAN, "VaceWanModel")
+VACE_CLASS = "WanVACETransformer3DModel"
+VACE = "vace_blocks."  # the start of names that only VACE has
 CLIPS = {768: (12, "quick_gelu"), 1024: (16, "quick_gelu"), 1280: (16, "gelu"), 1664: (16, "gelu")}
 """Heads and activation of the CLIPs that there are, by their width: OpenAI's B and L, LAION's H and g."""
 LATENTS = {16: "wan2.1-14b", 48: "wan2.2-ti2v-5b"}
@@ -36,8 +39,6 @@ WAN_CONFIG = {
     "eps": "eps",
 }
 OTHER_MODELS = {
-    "vace_blocks.": "VACE's",
-    "vace_patch_embedding.": "VACE's",
     "face_adapter.": "Wan-Animate's",
     "motion_encoder.": "Wan-Animate's",
     "casual_audio_encoder.": "Wan-S2V's",
@@ -62,7 +63,10 @@ def derive(part: str, tensors: Tensors, where: Path, told: Mapping[str, Any] | N
         )
         if whose is not None:
             raise ConfigError(f"{where} is {whose} transformer, which the engine does not have")
-    if part.startswith("transformer") and "dim" in own and own.get("_class_name", WAN) == WAN:
+        kind = own.get("_class_name", VACE_CLASS)
+        if any(name.startswith(VACE) for name in tensors) and kind not in (VACE_CLASS, *WANS):
+            raise ConfigError(f"{where} is VACE's transformer, which its configuration calls {kind!r:.80}")
+    if part.startswith("transformer") and "dim" in own and own.get("_class_name", WAN) in WANS:
         return _from_wan_model(own, _Shapes(tensors, where))
     if told is not None:
         return own
@@ -114,7 +118,24 @@ def _transformer(shape: _Shapes) -> dict[str, Any]:
         "num_layers": shape.count(r"blocks\.(\d{1,4})\."),
         "cross_attn_norm": "blocks.0.norm2.weight" in shape.tensors,
     }
-    return values | _pictures(shape, width)
+    return values | _pictures(shape, width) | _vace(shape, values["num_layers"])
+
+
+def _vace(shape: _Shapes, layers: int) -> dict[str, Any]:
+    """Of a VACE, whose own blocks' hints are added behind every so many others, as ComfyUI has it, too."""
+    if not any(name.startswith(VACE) for name in shape.tensors):
+        return {}
+    blocks = shape.count(r"vace_blocks\.(\d{1,4})\.")
+    if not layers or layers % blocks:
+        raise shape.refuse(
+            f"{blocks} blocks of VACE's are for {layers} blocks no whole step apart: a config.json beside "
+            "tells the vace_layers"
+        )
+    return {
+        "_class_name": VACE_CLASS,
+        "vace_layers": list(range(0, layers, layers // blocks)),
+        "vace_in_channels": shape("vace_patch_embedding.weight", 5)[1],
+    }
 
 
 def _pictures(shape: _Shapes, width: int) -> dict[str, Any]:
@@ -133,7 +154,9 @@ def _pictures(shape: _Shapes, width: int) -> dict[str, Any]:
 def _from_wan_model(told: dict[str, Any], shape: _Shapes) -> dict[str, Any]:
     """Of Wan's own config.json, which leaves out what is the same for all."""
     kind = told.get("model_type", "t2v")
-    if kind not in ("t2v", "i2v", "flf2v", "ti2v"):
+    if (kind == "vace" or "vace_layers" in told) and not any(n.startswith(VACE) for n in shape.tensors):
+        raise shape.refuse(f"it is VACE's by its configuration, and has no {VACE}*")
+    if kind not in ("t2v", "i2v", "flf2v", "ti2v", "vace"):
         raise shape.refuse(f"model_type is {kind!r:.40}, which the engine does not have")
     values: dict[str, Any] = {ours: told[theirs] for theirs, ours in WAN_CONFIG.items() if theirs in told}
     width, heads = told.get("dim"), told.get("num_heads")
@@ -146,7 +169,12 @@ def _from_wan_model(told: dict[str, Any], shape: _Shapes) -> dict[str, Any]:
         "attention_head_dim": width // heads,
         "text_dim": shape("condition_embedder.text_embedder.linear_1.weight", 2)[1],
     }
-    return values | _pictures(shape, width)
+    values |= _pictures(shape, width)
+    if not (told.get("vace_layers") and any(n.startswith(VACE) for n in shape.tensors)):
+        return values | _vace(shape, told.get("num_layers", shape.count(r"blocks\.(\d{1,4})\.")))
+    channels = shape("vace_patch_embedding.weight", 5)[1]
+    more = {"vace_layers": told["vace_layers"], "vace_in_channels": told.get("vace_in_dim") or channels}
+    return values | more | {"_class_name": VACE_CLASS}
 
 
 def _text_encoder(shape: _Shapes) -> dict[str, Any]:

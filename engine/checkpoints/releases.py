@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from .base import Base
-from .wan_image_to_video import expands_timesteps
+from .wan_image_to_video import expands_timesteps, is_vace
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,7 @@ class Release:
 T2V = Release("Wan2.1 T2V", shift=5.0)
 I2V = Release("Wan2.1 I2V", shift=3.0, steps=40)
 FLF2V = Release("Wan2.1 FLF2V", shift=16.0)
+VACE = Release("Wan2.1 VACE", shift=16.0)
 A14B = Release("Wan2.2 A14B", shift=12.0, steps=40, size=(1280, 720))
 T2V_A14B = replace(A14B, name="Wan2.2 T2V-A14B", guidance=4.0, guidance_2=3.0, boundary=0.875)
 I2V_A14B = replace(A14B, name="Wan2.2 I2V-A14B", shift=5.0, guidance=3.5, guidance_2=3.5, boundary=0.9)
@@ -53,6 +54,8 @@ def release_of(base: Base) -> Release:
     from_pictures = config.get("in_channels") != config.get("out_channels", config.get("in_channels"))
     if "transformer_2" in base.parts:
         return I2V_A14B if from_pictures else T2V_A14B
+    if is_vace(base):
+        return VACE
     if config.get("image_dim") is None:
         return T2V
     return I2V if config.get("pos_embed_seq_len") is None else FLF2V

@@ -18,7 +18,7 @@ from ...errors import ConfigError, WeightsError
 from ...hashed import Identity, identities
 from ...untrusted import read_plain, shell_word
 from .base import Base, Part
-from .derived import derive
+from .derived import VACE_CLASS, WANS, derive
 from .diffusers_folder import is_folder, open_folder
 from .gguf_file import read_gguf
 from .lazy_weights import Stored
@@ -89,6 +89,8 @@ class Weights:
         except ConfigError:
             return self.instead
         same = all(self.instead.get(name, found[name]) == found[name] for name in SIZES if name in found)
+        kinds = [values.get("_class_name") == VACE_CLASS for values in (self.instead, found)]
+        same = same and kinds[0] == kinds[1]
         return self.instead if same else found
 
     @property
@@ -166,7 +168,7 @@ def open_files(place: Path, given: Mapping[str, Weights]) -> Base:
     """
     if place.is_dir():
         found = _found(place)
-        original = any(weights.told.get("_class_name") == "WanModel" for weights in found) or _pickles(place)
+        original = any(weights.told.get("_class_name") in WANS for weights in found) or _pickles(place)
         layout = ORIGINAL if original else COMFYUI
     else:
         there = any(weights.where == place for weights in given.values())
@@ -296,6 +298,7 @@ def _kind_of_config(values: Mapping[str, Any]) -> str | None:
     kinds = {
         "WanModel": "transformer",
         "WanTransformer3DModel": "transformer",
+        "WanVACETransformer3DModel": "transformer",
         "AutoencoderKLWan": "vae",
         "umt5": "text_encoder",
         "clip_vision_model": "image_encoder",

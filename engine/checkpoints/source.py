@@ -89,7 +89,8 @@ class LoraOrigin(NamedTuple):
 class Choices:
     """What a base leaves open; None is its default. Trained weights and presets leave nothing open.
 
-    size: width and height in pixels; frames: of the video; adapter: a file of `save_adapter`; revision: a
+    size: width and height in pixels; frames: of the video; references: how many pictures each request of a
+    VACE has; adapter: a file of `save_adapter`; revision: a
     branch, tag or commit of a model in the Hugging Face Hub; loras: merged into the transformer one after the
     other; parts: files, or folders with shards, of base.PARTS, which replace those of the place; tokenizer: a
     tokenizer.json or a SentencePiece model, which replaces that of the place.
@@ -102,6 +103,7 @@ class Choices:
     loras: tuple[LoraFile, ...] = ()
     parts: Mapping[str, Path] = field(default_factory=dict)
     tokenizer: Path | None = None
+    references: int | None = None
 
 
 @dataclass(frozen=True)
@@ -270,6 +272,7 @@ def _open_base(place: str | Path, choices: Choices, tokenizer: Path | None) -> S
         choices.size or release.size,
         release.frames if choices.frames is None else choices.frames,
         adapter.concept if adapter else None,
+        choices.references,
     )
     _check_experts(choices.loras, config, base.where)
     if adapter:

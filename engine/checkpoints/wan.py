@@ -26,6 +26,7 @@ from ..sampling import Sampling
 from ..transformer_config import TransformerConfig
 from ..vae.wan_decoder import build_vae
 from .base import Base, Part
+from .derived import VACE_CLASS
 from .diffusers_folder import LAYOUT, SCHEDULER
 from .lazy_weights import settle, stream
 from .releases import Release, release_of
@@ -34,6 +35,7 @@ from .wan_experts import read_boundary
 from .wan_image_to_video import (
     A2_FPS,
     A2_TRANSFORMER,
+    control,
     expands_timesteps,
     frames_alone,
     is_a2,
@@ -51,6 +53,7 @@ TEXT_TOKENS = 512  # of every Wan
 
 # What diffusers takes where a transformer's config.json leaves it out; the rest has the same default here.
 TRANSFORMER = {"num_attention_heads": 40, "num_layers": 40, "ffn_dim": 13824}
+VACE = {"vace_layers": list(range(0, 40, 5)), "vace_in_channels": 96}
 # What the first files of Wan's VAE leave out.
 VAE_DEFAULTS = preset("wan2.1-14b").vae
 VAE_ONLY = ("decoder_base_dim", "dropout", "is_residual", "in_channels", "out_channels", "patch_size")
@@ -150,13 +153,18 @@ def _sampling(release: Release, solver: str, shift: float) -> Sampling:
 
 
 def read_config(
-    base: Base, name: str, size: tuple[int, int], frames: int, concept: ConceptConfig | None = None
+    base: Base,
+    name: str,
+    size: tuple[int, int],
+    frames: int,
+    concept: ConceptConfig | None = None,
+    references: int | None = None,
 ) -> ModelConfig:
     """The configuration of `base`, for videos of one shape.
 
     Args: name: the model's; size: width and height in pixels; frames: of the video; concept: the adapter's.
         Without it a base that has an image_encoder gets a new adapter as wide as its picture tokens, and one
-        that has none takes no concepts.
+        that has none takes no concepts. references: how many pictures a VACE takes, None for one.
     Raises: ConfigError for what the engine cannot honour, and for a video that the base cannot make: that one
         names the nearest that it can; WeightsError for files that are missing or broken.
     """
@@ -176,7 +184,9 @@ def read_config(
     image_encoder: dict[str, Any] = {}
     if "image_encoder" in base.parts:
         image_encoder = _encoder(base.part("image_encoder"), "clip_vision_model", IMAGE_SIZES, IMAGE_OPTIONS)
-    if transformer.image_dim is not None:
+    if (own := control(base, transformer, concept, references)) is not None:
+        concept, image_encoder = own, {}
+    elif transformer.image_dim is not None:
         concept = _own_concept(base, transformer, image_encoder, concept)
     elif is_a2(base):
         raise ConfigError(f"{base.where}: the transformer of SkyReels-A2 has an image_dim, this one has none")
@@ -282,9 +292,14 @@ def _own(part: Part, kinds: tuple[str, ...], known: set[str]) -> dict[str, Any]:
 
 def _transformer(part: Part) -> TransformerConfig:
     path = part.told
-    own = {"position_channels", "prediction"}  # this project's own
-    known = {field.name for field in dataclasses.fields(TransformerConfig)} - own
-    values = TRANSFORMER | _own(part, ("WanTransformer3DModel", A2_TRANSFORMER), known)
+    unknown = {"position_channels", "prediction"}  # this project's own
+    defaults: dict[str, Any] = dict(TRANSFORMER)
+    if part.config.get("_class_name") == VACE_CLASS:
+        defaults |= VACE
+    else:
+        unknown |= VACE.keys()
+    known = {field.name for field in dataclasses.fields(TransformerConfig)} - unknown
+    values = defaults | _own(part, ("WanTransformer3DModel", A2_TRANSFORMER, VACE_CLASS), known)
     if values.get("out_channels", 0) is None:
         values["out_channels"] = values.get("in_channels", 16)
     if "cross_attn_norm" in values and not isinstance(values["cross_attn_norm"], bool):

@@ -1,8 +1,8 @@
 """Which image-to-video model a base is, and what it does with pictures.
 
-Four are known: Wan2.1's of a first frame, Wan2.1's of a first and a last one (which tells the two apart by a
-table of positions), SkyReels-A2, whose own classes have other names, and Wan2.2's A14B, which has no picture
-encoder.
+Five are known: Wan2.1's of a first frame, Wan2.1's of a first and a last one (which tells the two apart by a
+table of positions), SkyReels-A2, whose own classes have other names, Wan2.2's A14B, which has no picture
+encoder, and VACE, whose pictures are a control that blocks of its own read.
 """
 
 from __future__ import annotations
@@ -13,16 +13,25 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import ConfigError
-from ..checked import is_number
+from ..checked import MOST, is_number
 from ..config import ConceptConfig
 from ..encoders import CLIP_MEAN, CLIP_STD
 from ..transformer_config import TransformerConfig
 from .base import Base
+from .derived import VACE_CLASS
 from .diffusers_folder import LAYOUT, PROCESSOR
 
 A2_TRANSFORMER = "A2Model"
 A2_PIPELINES = ("A2Pipeline", "WanA2Pipeline")
 """What SkyReels-A2's programs call their classes. Its weights are otherwise a Wan2.1 of a first frame."""
+VACE_PIPELINE = "WanVACEPipeline"
+PIPELINES = (
+    "WanPipeline",
+    "WanImageToVideoPipeline",
+    "WanVideoToVideoPipeline",
+    VACE_PIPELINE,
+    *A2_PIPELINES,
+)
 A2_REFERENCES, A2_FPS = 3, 15.0  # its programs write videos at this rate
 
 BICUBIC = 3  # Pillow's number
@@ -71,6 +80,40 @@ def frames_alone(base: Base, transformer: TransformerConfig, vae: Mapping[str, A
             f"{base.where} is one expert of an image-to-video model of two (Wan2.2 I2V-A14B): give both"
         )
     return ConceptConfig(max_concepts=2, injection="none", given="first_last")
+
+
+def control(
+    base: Base, transformer: TransformerConfig, adapter: ConceptConfig | None, references: int | None
+) -> ConceptConfig | None:
+    """How a VACE takes pictures: `references` of them, one where None is given. None for any other model.
+
+    Raises: ConfigError, one line, for another model that is given a number of references, or that another
+        pipeline's name, or VACE's without its transformer, says it is.
+    """
+    pipeline = base.index.get("_class_name", "WanPipeline")
+    if pipeline not in PIPELINES:
+        raise ConfigError(
+            f"{base.where} is of a {pipeline!r:.80}, which the engine does not have: it has "
+            f"{', '.join(PIPELINES)}"
+        )
+    if transformer.vace_layers is None:
+        if pipeline == VACE_PIPELINE:
+            raise ConfigError(f"{base.where} is of a {VACE_PIPELINE}, but its transformer is none of VACE's")
+        if references is not None:
+            raise ConfigError(f"{base.where} is no VACE, whose references alone can be of any number")
+        return None
+    refuse_adapter(base, adapter)
+    count = 1 if references is None else references
+    try:
+        return ConceptConfig(max_concepts=count, injection="none", given="control")
+    except ConfigError:
+        most = MOST["max_concepts"]
+        raise ConfigError(f"references must be 1 to {most}, got {count!r:.60}") from None
+
+
+def is_vace(base: Base) -> bool:
+    """Whether the transformer is VACE's, by its class."""
+    return base.part("transformer").config.get("_class_name") == VACE_CLASS
 
 
 def refuse_adapter(base: Base, adapter: ConceptConfig | None) -> None:

@@ -39,12 +39,15 @@ _IN_BLOCK = {
     "ffn.net.0.proj": "ffn.0",
     "ffn.net.2": "ffn.2",
     "scale_shift_table": "modulation",
+    "proj_in": "before_proj",  # these two of VACE's own blocks
+    "proj_out": "after_proj",
 }
+BLOCK = re.compile(r"((?:vace_)?blocks\.\d+)\.(.+)")
 
 
 def wan_name(module: str) -> str:
     """Wan2.1's own name of a module, or of a parameter that stands alone, from diffusers' name."""
-    block = re.fullmatch(r"(blocks\.\d+)\.(.+)", module)
+    block = BLOCK.fullmatch(module)
     if block is None:
         return _OUTSIDE.get(module, module)
     return f"{block[1]}.{_IN_BLOCK.get(block[2], block[2])}"
@@ -59,7 +62,7 @@ def diffusers_name(tensor: str) -> str:
     module, dot, kind = tensor.rpartition(".")
     if kind not in ("weight", "bias"):
         module, dot, kind = tensor, "", ""
-    block = re.fullmatch(r"(blocks\.\d+)\.(.+)", module)
+    block = BLOCK.fullmatch(module)
     if block is None:
         return f"{_OUTSIDE_BACK.get(module, module)}{dot}{kind}"
     return f"{block[1]}.{_IN_BLOCK_BACK.get(block[2], block[2])}{dot}{kind}"

@@ -61,7 +61,7 @@ def _check(manifest: Manifest) -> None:
     collapsed = manifest.whole_text is not None
     experts = 1 if manifest.experts is None else len(manifest.experts)
     known = manifest.graphs, manifest.shapes, conditioned, manifest.decoded, collapsed, clean, experts
-    signatures.check(*known)
+    signatures.check(*known, manifest.denoised)
 
 
 def _check_external(graph: Path, listed: set[Path]) -> None:

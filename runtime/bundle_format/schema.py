@@ -1,11 +1,11 @@
 """What manifest.json says: a bundle's graphs, their shapes, and what a request gets by default.
 
 Each dataclass is one JSON object and refuses values that cannot be. A bundle is written in the oldest format
-that has what it needs. Format 5 adds the key `experts`, a picture that a request may leave out, and LoRAs
-that were merged in part. Format 4 adds the key `whole_text`; format 3 what the bundle was made from
-(source_record.py) and the keys `vocabulary`, `ranges` and `boxes`. Format 2 had none of them; format 1
-neither conditioning frames, nor tiles, nor a choice of how pictures are fitted. A key that a format does not
-have is read as absent.
+that has what it needs. Format 5 adds the key `experts`, a picture that a request may leave out, pictures that
+stand beside the video, and LoRAs that were merged in part. Format 4 adds the key `whole_text`; format 3 what
+the bundle was made from (source_record.py) and the keys `vocabulary`, `ranges` and `boxes`. Format 2 had none
+of them; format 1 neither conditioning frames, nor tiles, nor a choice of how pictures are fitted. A key that
+a format does not have is read as absent.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from .shapes import (
     require,
 )
 from .source_record import SourceRecord
-from .strict_json import stored_as
+from .strict_json import added, stored_as
 
 FORMAT = 5
 READABLE = (1, 2, 3, 4, 5)
@@ -40,7 +40,7 @@ FPS = (0.01, 1000.0)
 MOST_GUIDANCE = 1e6  # far from overflow in float32
 LONGEST_TEXT = 10_000  # characters
 MOST_ENTRIES = 20_000  # of a vocabulary
-FITS = ("whole", "middle", "padded", "cut", "stretched")
+FITS = ("whole", "middle", "padded", "cut", "stretched", "bilinear")
 
 
 @dataclass(frozen=True)
@@ -127,12 +127,15 @@ class FrameConditioning:
     placements: of the first picture, the second, …; required: how many pictures a request must have, at most
     as many as there are placements; dropped_frames: video frames that each picture costs at the start: they
     are made and decoded, then left out. Where none is required, the one picture is the first latent frame
-    itself, which is never noisy.
+    itself, which is never noisy. beside: how many latent frames the pictures are that stand beside the
+    video's, one each: then placements count latent frames, all of them, and what the steps make of the
+    pictures' is not decoded (VACE's control).
     """
 
     placements: tuple[FramePlacement, ...] = stored_as("places")
     required: int = stored_as("least")
     dropped_frames: int = stored_as("dropped")
+    beside: int = added(0)
 
     def __post_init__(self) -> None:
         most = len(self.placements)
@@ -141,6 +144,9 @@ class FrameConditioning:
         first = places == [(0, 1)] and not self.dropped_frames
         require(self.required > 0 or first, "a picture that may be left out must be the first frame")
         require(0 <= self.dropped_frames <= MOST_FRAMES, f"dropped must be 0 to {MOST_FRAMES}")
+        alone = [count for _, count in places] == [1] * self.beside and self.required == most
+        right = alone and self.dropped_frames == 0
+        require(self.beside == 0 or right, "beside must be one latent frame for each picture, all required")
 
 
 @dataclass(frozen=True)
@@ -306,14 +312,23 @@ class Manifest:
         require(self.format > 4 or conditioning.required > 0, "before format 5 a picture is required")
         require(shapes.branches <= 2, "given frames are the same in at most 2 guidance branches")
         require(len(placements) == shapes.concepts, "given must have a place for each concept")
-        taken = sorted((p.frames(shapes.frames) for p in placements), key=lambda frames: frames.start)
+        require(self.format > 4 or conditioning.beside == 0, "pictures beside the video are of format 5")
+        total = self.denoised[1] if conditioning.beside else shapes.frames
+        taken = sorted((p.frames(total) for p in placements), key=lambda frames: frames.start)
         ends = [0, *(frames.stop for frames in taken)]
-        inside = ends[-1] <= shapes.frames
+        inside = ends[-1] <= total
         apart = all(frames.start >= end for frames, end in zip(taken, ends, strict=False))
-        free = sum(map(len, taken)) < shapes.frames
+        free = sum(map(len, taken)) < total
         require(inside and apart and free, "given frames must differ and leave some free")
         dropped = conditioning.dropped_frames * len(placements)
         require(dropped < shapes.frames, "given frames leave nothing of the video")
+
+    @property
+    def denoised(self) -> tuple[int, int, int, int]:
+        """The latents that steps make, [Cz,F,H,W]: the video's, and the frames that stand beside it."""
+        channels, frames, *sides = self.shapes.latent
+        beside = 0 if self.conditioning is None else self.conditioning.beside
+        return channels, frames + beside, sides[0], sides[1]
 
     @property
     def begins_clean(self) -> bool:

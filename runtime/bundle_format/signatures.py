@@ -32,13 +32,15 @@ def check(
     collapsed: bool = False,
     clean: bool = False,
     experts: int = 1,
+    denoised: tuple[int, int, int, int] | None = None,
 ) -> None:
     """Every input must be something that the pipeline has, in its dtype and shape; the outputs that the
     pipeline reads must be there; the frames must add up. A graph need not use all that it is offered.
     conditioned: whether the bundle's pictures are frames; decoded: height and width, in latents, of what
     the decoder takes at once; collapsed: whether one key stands for all padding of a text, which then must
     come with a bias; clean: whether the one picture is the first latent frame itself; experts: how many
-    transformers there are, 1 or 2.
+    transformers there are, 1 or 2; denoised: the latents that steps make, where some of them stand beside the
+    video's (None: none do).
 
     Raises: ValueError for the first difference.
     """
@@ -48,7 +50,8 @@ def check(
     names = [graph.name for graph in expected]
     if set(graphs) != set(names):
         raise ValueError(f"the graphs must be {', '.join(names)}; they are {', '.join(graphs):.300}")
-    inputs = _inputs(shapes, decoded, clean)
+    denoised = denoised or shapes.latent
+    inputs = _inputs(shapes, decoded, clean, denoised)
     for graph in expected:
         sources = [upstream(graph.name, graphs)]
         if graph.runs == LATER_FRAMES:
@@ -56,7 +59,7 @@ def check(
         for source in sources:
             passed_on = {} if source is None else _passed_on(graphs[source])
             _check_inputs(graph.name, graphs[graph.name], inputs.get(graph.name, {}) | passed_on)
-    for name, output, kind in _outputs(shapes, upstream("condition", graphs)):
+    for name, output, kind in _outputs(shapes, upstream("condition", graphs), denoised):
         if name not in graphs:
             continue
         found = graphs[name].output(output)
@@ -70,15 +73,19 @@ def check(
     _check_frames(graphs, shapes, decoded)
 
 
-def _inputs(s: Shapes, decoded: tuple[int, int], clean: bool) -> dict[str, dict[str, Kind]]:
+def _inputs(
+    s: Shapes, decoded: tuple[int, int], clean: bool, denoised: tuple[int, ...]
+) -> dict[str, dict[str, Kind]]:
     branches, latent = s.branches, s.latent
     mask: Kind = ("bool", (branches, s.concepts))
     decoder: dict[str, Kind] = {"latents": ("float32", (1, latent[0], 1, *decoded))}
     following = s.frames_per_latent
     known = (1 + latent[0], 1) if clean else (following + latent[0], latent[1])
+    if denoised != latent:  # of what is kept, of what is made anew, and a mask of each pixel
+        known = (2 * latent[0] + s.space**2, denoised[1])
     condition = {"text": ("float32", (branches, s.text_tokens, s.text_width)), "concept_mask": mask}
     step: dict[str, Kind] = {
-        "state": ("float32", (s.solver_states, *latent)),
+        "state": ("float32", (s.solver_states, *denoised)),
         "time": ("float32", (1,)),
         "concept_mask": mask,
         "guidance": ("float32", (branches,)),
@@ -105,7 +112,7 @@ def _inputs(s: Shapes, decoded: tuple[int, int], clean: bool) -> dict[str, dict[
     }
 
 
-def _outputs(s: Shapes, makes_concepts: str | None) -> list[tuple[str, str, Kind]]:
+def _outputs(s: Shapes, makes_concepts: str | None, denoised: tuple[int, ...]) -> list[tuple[str, str, Kind]]:
     """(graph, output, kind); makes_concepts: the graph that gives the concept tokens, None for none."""
     latents: Kind = ("float32", (1, s.latent[0], 1, *s.latent[2:]))
     return [
@@ -113,7 +120,7 @@ def _outputs(s: Shapes, makes_concepts: str | None) -> list[tuple[str, str, Kind
         ("encode_first", "latents", latents),
         ("encode", "latents", latents),
         ("text_encoder", "text", ("float32", (1, s.text_tokens, s.text_width))),
-        *((name, "next_state", ("float32", (s.solver_states, *s.latent))) for name in STEP_GRAPHS),
+        *((name, "next_state", ("float32", (s.solver_states, *denoised))) for name in STEP_GRAPHS),
     ]
 
 

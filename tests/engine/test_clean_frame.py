@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 
 import pytest
 
@@ -48,7 +47,7 @@ def given(config, mask, seed=3):
 def test_a_time_for_each_token_is_diffusers(model, assert_close, mask):
     diffusers = pytest.importorskip("diffusers")
     config = model.config
-    values = dataclasses.asdict(config.transformer)
+    values = config.to_dict()["transformer"]
     wan = diffusers.WanTransformer3DModel(
         **{k: v for k, v in values.items() if k not in ("position_channels", "prediction")}
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 
 import pytest
 
@@ -33,7 +32,7 @@ def vace(tiny):
 def upstream(config):
     """diffusers' transformer of the same configuration."""
     diffusers = pytest.importorskip("diffusers")
-    values = dataclasses.asdict(config.transformer)
+    values = config.to_dict()["transformer"]
     own = ("position_channels", "prediction")
     return diffusers.WanVACETransformer3DModel(**{k: v for k, v in values.items() if k not in own})
 

@@ -52,7 +52,7 @@ def test_a_block_of_released_width_is_diffusers(name, pictures, assert_close):
 
     config = config_for(name, pictures)
     ours = {"position_channels", "prediction"}
-    fields = {k: v for k, v in dataclasses.asdict(config.transformer).items() if k not in ours}
+    fields = {k: v for k, v in config.to_dict()["transformer"].items() if k not in ours}
     torch.manual_seed(0)
     wan = WanTransformer3DModel(**fields).eval()
     for parameter in wan.parameters():

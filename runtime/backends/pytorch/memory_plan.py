@@ -103,7 +103,11 @@ def plan(demand: Demand) -> dict[str, int]:
     shapes, model = demand.shapes, demand.model["transformer"]
     size = BYTES[demand.dtype]
     heads, width = model["num_attention_heads"], model["num_attention_heads"] * model["attention_head_dim"]
-    tokens = math.prod(n // p for n, p in zip(shapes.latent[1:], model["patch_size"], strict=True))
+    concept = demand.model["concept"]
+    beside = concept["max_concepts"] if concept["given"] == "control" else 0
+    channels, frames, *sides = shapes.latent
+    latent = (frames + beside, *sides)
+    tokens = math.prod(n // p for n, p in zip(latent, model["patch_size"], strict=True))
     concepts = shapes.concepts * shapes.queries
     rows = shapes.branches * tokens  # K*S
 
@@ -112,9 +116,10 @@ def plan(demand: Demand) -> dict[str, int]:
     weights = sum(n * sizes.get(part, size) for part, n in held.items())
     # the concepts' values may be folded: A*C rows of D instead of C (kernels/absorbed_injection.py)
     folded = heads * concepts if heads * concepts < width + concepts else concepts
-    keys = model["num_layers"] * shapes.branches * width * size
+    controls = len(model.get("vace_layers") or ())
+    keys = (model["num_layers"] + controls) * shapes.branches * width * size
     keys *= 2 * shapes.text_tokens + concepts + folded
-    state = 4 * shapes.solver_states * math.prod(shapes.latent)
+    state = 4 * shapes.solver_states * channels * math.prod(latent)
 
     wide = max(4, size)
     moments = {
@@ -123,7 +128,7 @@ def plan(demand: Demand) -> dict[str, int]:
         "feed-forward": (2 * width + 2 * model["ffn_dim"]) * size,
         "sums": width * (3 * size + 3 * wide),  # in plain torch
     }
-    step = rows * max(moments.values()) + 4 * state
+    step = rows * (max(moments.values()) + 2 * width * size * bool(controls)) + 4 * state  # control, hint
     decode, kept = _decoding(demand)
     found = {
         "weights": weights,

@@ -47,7 +47,9 @@ def open_weights(
         place = _place(bundle, option)
     if place is None or is_base(place):
         shapes = bundle.manifest.shapes
-        given = dataclasses.replace(given, size=(shapes.width, shapes.height), frames=shapes.frames)
+        conditioning, size = bundle.manifest.conditioning, (shapes.width, shapes.height)
+        beside = None if conditioning is None else conditioning.beside or None
+        given = dataclasses.replace(given, size=size, frames=shapes.frames, references=beside)
         if record is not None:
             given = _recorded(record, place, given, bundle)
     source = open_source(place, given, bundle.tokenizer)

@@ -561,7 +561,7 @@ def test_files_that_are_missing_or_twice(comfyui):
 @pytest.mark.parametrize(
     ("key", "word"),
     [
-        ("vace_blocks.0.before_proj.weight", "is VACE's transformer"),
+        ("vace_blocks.0.before_proj.weight", "has no vace_patch_embedding.weight"),
         ("face_adapter.a", "is Wan-Animate's transformer"),
         ("first_stage_model.a", "is all parts in one file"),
         ("blocks.0.more", "1 unexpected: blocks.0.more"),
@@ -613,7 +613,8 @@ def test_wan_s_own_configuration_is_held_to_the_tensors(bases, tmp_path):
     values = json.loads((own / "config.json").read_text())
     for changes, word in (
         ({"num_layers": 3}, "missing: blocks.2."),
-        ({"model_type": "vace"}, "model_type is 'vace', which the engine does not have"),
+        ({"model_type": "vace"}, "it is VACE's by its configuration, and has no vace_blocks"),
+        ({"model_type": "s2v"}, "model_type is 's2v', which the engine does not have"),
         ({"num_heads": 0}, "give no width of a head"),
         ({"dim": "x"}, "give no width of a head"),
         ({"in_dim": -1}, "in_channels"),

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import json
 import re
 
@@ -180,7 +179,7 @@ def test_merging_into_an_image_to_video_base(tiny_base, randomise, style, tmp_pa
     pytest.importorskip("peft")
     config = tiny_base("first_last", 2, True)
     own = {"position_channels", "prediction"}
-    fields = {k: v for k, v in dataclasses.asdict(config.transformer).items() if k not in own}
+    fields = {k: v for k, v in config.to_dict()["transformer"].items() if k not in own}
     wan, model = randomise(diffusers.WanTransformer3DModel(**fields)), ConceptDiT(config)
     model.load_state_dict(wan.state_dict())
     if style == "diffusers":

@@ -26,7 +26,7 @@ def pair_for(tiny_base, randomise):
 
         config = tiny_base(given, pictures, positions)
         ours = {"position_channels", "prediction"}
-        fields = {k: v for k, v in dataclasses.asdict(config.transformer).items() if k not in ours}
+        fields = {k: v for k, v in config.to_dict()["transformer"].items() if k not in ours}
         wan = randomise(WanTransformer3DModel(**fields))
         transformer = ConceptDiT(config).eval()
         load_strict(transformer, wan.state_dict(), absent=transformer.concept_keys())

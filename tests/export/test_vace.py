@@ -1,0 +1,300 @@
+"""Bases like VACE: videos of reference pictures, against diffusers' WanVACEPipeline."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+
+PROMPT, NEGATIVE = "a red ball &amp; two\n quick cats  run up", "the rain"
+WIDTH, HEIGHT, FRAMES, STEPS, GUIDANCE = 64, 48, 13, 3, 5.0
+# of fewer latent frames than references diffusers makes no mask
+SIZE = ("--size", f"{WIDTH}x{HEIGHT}", "--frames", FRAMES)
+LATENT = (4, 4, HEIGHT // 8, WIDTH // 8)
+
+
+def picture(seed, width, height):
+    """Smooth colours, so that no two ways of scaling agree by chance."""
+    from PIL import Image
+
+    coarse = np.random.default_rng(seed).integers(0, 256, (5, 7, 3), dtype=np.uint8)
+    return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+
+
+PICTURES = [picture(0, 64, 48), picture(1, 90, 50), picture(2, 33, 101), picture(3, 200, 147)]
+
+
+@pytest.fixture(scope="module")
+def upstream(wan_parts):
+    """diffusers' pipeline of tiny parts, whose control shows in the pixels."""
+    import diffusers
+
+    parts = wan_parts()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        plain = {k: v for k, v in parts["transformer"].config.items() if not k.startswith("_")}
+        own = {"num_layers": 4, "vace_layers": [0, 2], "vace_in_channels": 2 * 4 + 64}
+        transformer = diffusers.WanVACETransformer3DModel(**plain | own).eval()
+        for parameter in transformer.parameters():
+            torch.nn.init.normal_(parameter, mean=0.0, std=0.3)
+        torch.nn.init.normal_(transformer.vace_patch_embedding.weight, std=1.5)
+        for block in transformer.vace_blocks:  # in which the pictures reach the video's tokens
+            torch.nn.init.normal_(block.attn1.to_v.weight, std=3.0)
+            torch.nn.init.normal_(block.attn1.to_out[0].weight, std=3.0)
+            torch.nn.init.normal_(block.proj_out.weight, std=1.0)
+    pipeline = diffusers.WanVACEPipeline(**parts | {"transformer": transformer})
+    pipeline.set_progress_bar_config(disable=True)
+    with pytest.MonkeyPatch.context() as patch:
+        from diffusers.pipelines.wan import pipeline_wan, pipeline_wan_vace
+
+        # which needs ftfy, and leaves these prompts as they are
+        patch.setattr(pipeline_wan_vace, "prompt_clean", pipeline_wan.prompt_clean)
+        yield pipeline
+
+
+@pytest.fixture(scope="module")
+def folder(upstream, tmp_path_factory):
+    """As diffusers saves it. Not to be changed: copy it."""
+    folder = tmp_path_factory.mktemp("pipelines") / "tiny-vace"
+    upstream.save_pretrained(folder, safe_serialization=True)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def bundles(folder, tmp_path_factory):
+    """`bundles(2)`: the bundle of so many references, without graphs but for two."""
+    from conceptmaster.cli import main
+
+    made = {}
+
+    def build(references):
+        if references not in made:
+            made[references] = tmp_path_factory.mktemp("bundles") / f"tiny-vace-{references}"
+            more = ["--quiet"] if references == 2 else ["--quiet", "--no-graphs"]
+            args = ["export", folder, "--output", made[references], *SIZE, "--references", references, *more]
+            assert main([str(arg) for arg in args]) == 0
+        return made[references]
+
+    return build
+
+
+@pytest.fixture
+def generated(command, tmp_path):
+    """`generated(bundle, images, noise, …)`: the frames that the command line writes."""
+
+    def call(bundle, images, noise, *more):
+        np.save(tmp_path / "noise.npy", noise)
+        request = ["--prompt", PROMPT, "--negative", NEGATIVE, "--steps", STEPS, "--threads", 1]
+        for index, image in enumerate(images):
+            image.save(tmp_path / f"{index}.png")
+            request += ["--concept", f"thing {index}", tmp_path / f"{index}.png"]
+        files = ("--noise", tmp_path / "noise.npy", "--output", tmp_path / "video.npy", "--quiet")
+        code, _, err = command("generate", "--bundle", bundle, *request, *files, *more)
+        assert code == 0, err
+        return np.load(tmp_path / "video.npy")
+
+    return call
+
+
+def expected(pipeline, images, noise):
+    """diffusers' frames in 0..255, [F,height,width,3]."""
+    return (
+        255
+        * pipeline(
+            prompt=PROMPT,
+            negative_prompt=NEGATIVE,
+            reference_images=images,
+            height=HEIGHT,
+            width=WIDTH,
+            num_frames=FRAMES,
+            num_inference_steps=STEPS,
+            guidance_scale=GUIDANCE,
+            latents=torch.from_numpy(noise)[None],
+            output_type="np",
+        ).frames[0]
+    )
+
+
+def held(found, frames):
+    """The same to one grey level, of a video in which there is something to see."""
+    assert found.shape == frames.shape and found.dtype == np.uint8
+    assert frames.std() > 5 and (frames % 255 != 0).mean() > 0.5
+    assert abs(found - frames).max() <= 1.0
+
+
+def noise_for(references, seed=0):
+    shape = (LATENT[0], LATENT[1] + references, *LATENT[2:])
+    return np.random.default_rng(seed).standard_normal(shape, np.float32)
+
+
+@pytest.mark.parametrize("references", [1, 2, 3, 4])
+def test_references_give_diffusers_frames(upstream, folder, bundles, generated, references):
+    """With PyTorch; of two, with ONNX Runtime as well."""
+    noise, images = noise_for(references), PICTURES[-references:]
+    frames = expected(upstream, images, noise)
+    assert abs(frames - expected(upstream, images[::-1], noise)).max() > 2 or references == 1
+    bundle = bundles(references)
+    held(generated(bundle, images, noise, "--backend", "torch", "--weights", folder), frames)
+    if references == 2:
+        held(generated(bundle, images, noise), frames)
+
+
+def test_what_the_bundle_is(folder, bundles, command, tmp_path):
+    from conceptmaster.runtime.bundle_format.manifest import load
+
+    manifest = load(bundles(2))
+    names = {"text_encoder", "condition", "denoise", "encode_first", "encode", "decode_first", "decode"}
+    assert set(manifest.graphs) == names
+    assert (manifest.format, manifest.concepts, manifest.fps) == (5, 2, 16.0)
+    assert manifest.shapes.latent == LATENT and manifest.denoised == (4, 6, *LATENT[2:])
+    assert manifest.graphs["denoise"].input("given").shape == (1, 72, 6, *LATENT[2:])
+    assert [place.first for place in manifest.conditioning.placements] == [1, 0]  # as diffusers: reversed
+    code, out, _ = command("inspect", bundles(2))
+    assert code == 0 and "2, as latent frames 1, 0 beside the video's" in out
+    code, out, err = command("verify", bundles(2), "--source", folder)
+    assert (code, err) == (0, "") and out.count("ok") == len(names)
+    picture(0, 20, 20).save(tmp_path / "a.png")
+    for count, message in ((0, "give it 2 pictures"), (1, "give it 2 pictures"), (3, "takes at most 2")):
+        concepts = [x for i in range(count) for x in ("--concept", f"thing {i}", tmp_path / "a.png")]
+        args = ("--prompt", PROMPT, *concepts, "--output", tmp_path / "a.npy")
+        code, out, err = command("generate", "--bundle", bundles(2), *args)
+        assert (code, out) == (2, "") and err.count("\n") == 1 and message in err, err
+
+
+def change(path, **changes):
+    values = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({name: value for name, value in values.items() if value is not ...}))
+
+
+@pytest.mark.parametrize(
+    ("path", "changes", "message"),
+    [
+        ("transformer/config.json", {"_class_name": "WanTransformer3DModel"}, "is VACE's transformer, which"),
+        ("transformer/config.json", {"vace_layers": [0]}, "unexpected: vace_blocks.1."),
+        ("transformer/config.json", {"vace_layers": [1, 2]}, "vace_layers must be numbers of blocks from 0"),
+        ("transformer/config.json", {"vace_layers": ...}, "vace_layers must be numbers of blocks from 0"),
+        ("transformer/config.json", {"vace_in_channels": 96}, "vace_in_channels must be 72 for this VAE"),
+        ("transformer/config.json", {"image_dim": 16, "added_kv_proj_dim": 24}, "without an image_dim"),
+        (
+            "model_index.json",
+            {"_class_name": "SkyReelsA2WanI2vPipeline"},
+            "'SkyReelsA2WanI2vPipeline', which",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_refused_in_a_line(folder, command, tmp_path, path, changes, message):
+    own = tmp_path / "own"
+    shutil.copytree(folder, own)
+    change(own / path, **changes)
+    code, out, err = command("export", own, "--output", tmp_path / "out", *SIZE, "--no-graphs")
+    assert (code, out) == (2, "") and err.count("\n") == 1 and message in err, err
+
+
+def test_references_are_of_vace_alone(folder, wan_folder, command, tmp_path):
+    for place, references, message in (
+        (folder, 0, "references must be 1 to 64, got 0"),
+        (folder, 65, "references must be 1 to 64, got 65"),
+        (wan_folder, 1, "is no VACE"),
+    ):
+        args = ("--output", tmp_path / "out", *SIZE, "--references", references, "--no-graphs")
+        code, out, err = command("export", place, *args)
+        assert (code, out) == (2, "") and err.count("\n") == 1 and message in err, err
+    own = tmp_path / "own"
+    shutil.copytree(wan_folder, own)
+    (own / "model_index.json").write_text(json.dumps({"_class_name": "WanVACEPipeline"}))
+    code, out, err = command("export", own, "--output", tmp_path / "out", *SIZE, "--no-graphs")
+    assert (code, out) == (2, "") and "its transformer is none of VACE's" in err
+
+
+def original(name):
+    """Wan's own name of a tensor of VACE's transformer (its VaceWanModel)."""
+    for theirs, ours in (
+        ("condition_embedder.text_embedder.linear_1", "text_embedding.0"),
+        ("condition_embedder.text_embedder.linear_2", "text_embedding.2"),
+        ("condition_embedder.time_embedder.linear_1", "time_embedding.0"),
+        ("condition_embedder.time_embedder.linear_2", "time_embedding.2"),
+        ("condition_embedder.time_proj", "time_projection.1"),
+        (".attn1.", ".self_attn."),
+        (".attn2.", ".cross_attn."),
+        (".to_out.0.", ".o."),
+        (".to_", "."),
+        (".norm2.", ".norm3."),
+        (".ffn.net.0.proj.", ".ffn.0."),
+        (".ffn.net.2.", ".ffn.2."),
+        (".scale_shift_table", ".modulation"),
+        (".proj_in.", ".before_proj."),
+        (".proj_out.", ".after_proj."),
+    ):
+        name = name.replace(theirs, ours)
+    return name.replace("proj_out.", "head.head.").replace("scale_shift_table", "head.modulation")
+
+
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+@pytest.mark.parametrize("told", ["vace_layers", "model_type", "shapes"])
+def test_original_names(upstream, folder, tmp_path, prefix, told):
+    """As Wan's own folder and ComfyUI's files have them, with what Wan's config.json tells, or without."""
+    from safetensors.torch import save_file
+
+    from conceptmaster.engine.checkpoints.single_files import open_weights_at
+    from conceptmaster.engine.checkpoints.source import Choices, open_source
+
+    state = upstream.transformer.state_dict()
+    file = tmp_path / "vace.safetensors"
+    save_file({prefix + original(name): tensor.contiguous() for name, tensor in state.items()}, file)
+    own = {"dim": 24, "num_heads": 2, "num_layers": 4, "in_dim": 4, "out_dim": 4, "text_dim": 24, "eps": 1e-6}
+    own |= {"_class_name": "VaceWanModel", "ffn_dim": 48, "freq_dim": 16}
+    own |= {
+        "vace_layers": {"vace_layers": [0, 2], "vace_in_dim": 72},
+        "model_type": {"model_type": "vace"},
+    }.get(told, {})
+    if told != "shapes":
+        (tmp_path / "vace.json").write_text(json.dumps(own))
+    elif (part := open_weights_at(file)) is not None:  # the tiny heads are the folder's own
+        assert {name.removeprefix(prefix) for name in part.tensors} == set(state)
+    source = open_source(folder, Choices((64, 48), 13, parts={"transformer": file}, references=2))
+    transformer = source.model.transformer
+    assert transformer.config.transformer.vace_layers == (0, 2)
+    found = transformer.state_dict()
+    assert found.keys() == state.keys() and all(found[name].equal(state[name]) for name in state)
+
+
+def test_shapes_tell_a_vace():
+    import types
+
+    from conceptmaster.engine.checkpoints.derived import derive
+    from conceptmaster.engine.dit import ConceptDiT
+    from conceptmaster.engine.presets import preset
+
+    for name in ("wan2.1-vace-1.3b", "wan2.1-vace-14b"):
+        wanted = preset(name).transformer
+        with torch.device("meta"):
+            state = ConceptDiT(preset(name)).state_dict()
+        stored = {key: types.SimpleNamespace(shape=value.shape) for key, value in state.items()}
+        found = derive("transformer", stored, None, None)
+        assert found.pop("_class_name") == "WanVACETransformer3DModel"
+        assert {key: tuple(v) if isinstance(v, list) else v for key, v in found.items()} == {
+            key: getattr(wanted, key) for key in found
+        }
+        assert found["vace_layers"] == list(wanted.vace_layers)
+
+
+def test_a_preview_is_of_the_first_frame_that_is_made(bundles, monkeypatch):
+    """Not of a reference."""
+    from conceptmaster import Concept, Pipeline
+
+    seen, concepts = [], [Concept(f"thing {i}", PICTURES[i]) for i in range(2)]
+    with Pipeline.from_bundle(bundles(2), threads=1) as pipeline:
+        decode = pipeline._decode
+        monkeypatch.setattr(pipeline, "_decode", lambda x, *more: seen.append(x) or decode(x, *more))
+        pipeline(PROMPT, concepts, steps=1, callback=lambda *step: step[2]().shape == (HEIGHT, WIDTH, 3))
+        estimate, made = seen
+        np.testing.assert_allclose(estimate[:, 0], made[:, 0], atol=1e-5)  # of a single step
+        assert made.shape == LATENT
+        seen.clear()
+        with monkeypatch.context() as patch:  # an empty video is encoded once
+            patch.setattr(pipeline, "_encode_nothing", None)
+            pipeline(PROMPT, concepts, steps=1)
