@@ -39,6 +39,8 @@ _TRANSFORMER = (
     (r"condition_embedder\.image_embedder\.norm2", "img_emb.proj.4"),
     (r"condition_embedder\.image_embedder\.pos_embed", "img_emb.emb_pos"),
     (r"^proj_out", "head.head"),
+    (r"\.proj_in", ".before_proj"),
+    (r"\.proj_out", ".after_proj"),
     (r"^scale_shift_table", "head.modulation"),
     (r"scale_shift_table", "modulation"),
     (r"\.norm2", ".norm3"),
@@ -146,8 +148,10 @@ def wan_clip(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def wan_config(transformer: Mapping[str, Any], model_type: str) -> dict[str, Any]:
     """What the config.json of Wan's own folder says, from diffusers' configuration."""
+    vace = transformer.get("vace_layers")
+    own = {} if vace is None else {"vace_layers": vace, "vace_in_dim": transformer["vace_in_channels"]}
     return {
-        "_class_name": "WanModel",
+        "_class_name": "WanModel" if vace is None else "VaceWanModel",
         "model_type": model_type,
         "dim": transformer["num_attention_heads"] * transformer["attention_head_dim"],
         "eps": transformer["eps"],
@@ -158,6 +162,7 @@ def wan_config(transformer: Mapping[str, Any], model_type: str) -> dict[str, Any
         "num_heads": transformer["num_attention_heads"],
         "num_layers": transformer["num_layers"],
         "text_len": 512,
+        **own,
     }
 
 

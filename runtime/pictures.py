@@ -293,7 +293,7 @@ def _bilinear(image: Image.Image, size: tuple[int, int], background: Color) -> n
         image = image.resize((whole_width, whole_height), Image.Resampling.LANCZOS)
     scale = min(full / side for full, side in zip(size, image.size, strict=True))
     width, height = (max(1, int(side * scale)) for side in image.size)
-    pixels = np.asarray(image, np.float32)  # [h,w,3]
+    pixels = np.asarray(image)  # [h,w,3]
     for axis, length in ((0, height), (1, width)):
         pixels = _resampled(pixels, axis, length)
     canvas = np.empty((size[1], size[0], 3), np.float32)
@@ -304,7 +304,7 @@ def _bilinear(image: Image.Image, size: tuple[int, int], background: Color) -> n
 
 
 def _resampled(pixels: np.ndarray, axis: int, length: int) -> np.ndarray:
-    """Linear between the two nearest along an axis, whose new places are centred on the old ones."""
+    """Linear between the two nearest along an axis, whose new places are centred on the old ones; float32."""
     old = pixels.shape[axis]
     places = np.maximum((np.arange(length) + 0.5) * (old / length) - 0.5, 0.0)
     first = np.minimum(places.astype(np.int64), old - 1)

@@ -210,35 +210,13 @@ def test_references_are_of_vace_alone(folder, wan_folder, command, tmp_path):
     assert (code, out) == (2, "") and "its transformer is none of VACE's" in err
 
 
-def original(name):
-    """Wan's own name of a tensor of VACE's transformer (its VaceWanModel)."""
-    for theirs, ours in (
-        ("condition_embedder.text_embedder.linear_1", "text_embedding.0"),
-        ("condition_embedder.text_embedder.linear_2", "text_embedding.2"),
-        ("condition_embedder.time_embedder.linear_1", "time_embedding.0"),
-        ("condition_embedder.time_embedder.linear_2", "time_embedding.2"),
-        ("condition_embedder.time_proj", "time_projection.1"),
-        (".attn1.", ".self_attn."),
-        (".attn2.", ".cross_attn."),
-        (".to_out.0.", ".o."),
-        (".to_", "."),
-        (".norm2.", ".norm3."),
-        (".ffn.net.0.proj.", ".ffn.0."),
-        (".ffn.net.2.", ".ffn.2."),
-        (".scale_shift_table", ".modulation"),
-        (".proj_in.", ".before_proj."),
-        (".proj_out.", ".after_proj."),
-    ):
-        name = name.replace(theirs, ours)
-    return name.replace("proj_out.", "head.head.").replace("scale_shift_table", "head.modulation")
-
-
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
 @pytest.mark.parametrize("told", ["vace_layers", "model_type", "shapes"])
 def test_original_names(upstream, folder, tmp_path, prefix, told):
     """As Wan's own folder and ComfyUI's files have them, with what Wan's config.json tells, or without."""
     from safetensors.torch import save_file
 
+    from conceptmaster.benchmarks.layouts import wan_transformer as original
     from conceptmaster.engine.checkpoints.single_files import open_weights_at
     from conceptmaster.engine.checkpoints.source import Choices, open_source
 

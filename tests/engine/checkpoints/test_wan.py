@@ -168,7 +168,11 @@ def test_the_text_encoder_s_table_may_have_either_name(own, name):
         ("transformer", {"added_kv_proj_dim": 24}, "added_kv_proj_dim .24. needs an image_dim"),
         ("transformer", {"pos_embed_seq_len": 514}, "pos_embed_seq_len .514. needs an image_dim"),
         ("transformer", {"vace_layers": [0]}, "vace_layers is"),
-        ("transformer", {"_class_name": "WanVACETransformer3DModel"}, "vace_layers must be numbers of blocks"),
+        (
+            "transformer",
+            {"_class_name": "WanVACETransformer3DModel"},
+            "vace_layers must be numbers of blocks",
+        ),
         ("transformer", {"qk_norm": "layer"}, "qk_norm must be one of"),
         ("transformer", {"num_layers": "2"}, "num_layers must be a positive"),
         ("transformer", {"position_channels": 6}, "position_channels is 6"),

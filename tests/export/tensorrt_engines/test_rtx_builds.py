@@ -159,9 +159,10 @@ def wan(blocks, size=None, image_to_video=False, name="wan2.1-1.3b"):
     from conceptmaster.export.graphs import graph_specs
 
     config, tiny = preset(name), preset("tiny")
+    depth = {"num_layers": blocks, **({"vace_layers": (0,)} if config.transformer.vace_layers else {})}
     config = dataclasses.replace(
         config,
-        transformer=dataclasses.replace(config.transformer, num_layers=blocks, text_dim=16),
+        transformer=dataclasses.replace(config.transformer, text_dim=16, **depth),
         concept=dataclasses.replace(config.concept, picture_size=16, picture_tokens=4, picture_dim=16),
         text_encoder=tiny.text_encoder,
         image_encoder=tiny.image_encoder,
@@ -245,6 +246,25 @@ def test_an_expert_of_image_to_video_builds(tmp_path):
         attentions = 4 if name == "denoise" else 0
         for precision in PRECISIONS[:3]:
             built = build_apart(tmp_path / f"{name}.onnx", tmp_path, precision)
+            whole = attentions if precision != "fp32" else 0
+            assert (built.whole_attention, built.decomposed_attention) == (whole, attentions - whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["wan2.1-vace-1.3b", "wan2.1-vace-14b"])
+def test_vace_builds(tmp_path, name):
+    """Two blocks and one of its own beside them, at their real width."""
+    from conceptmaster.export.onnx_graphs.trace import export_graph
+
+    if available() < EXPERT << 30 and "14b" in name:
+        pytest.skip(f"needs {EXPERT} GiB of memory")
+    specs = wan(2, name=name)
+    for graph in ("condition", "denoise"):
+        export_graph(specs.pop(graph), tmp_path / f"{graph}.onnx")
+    specs.clear()  # gigabytes
+    for graph, attentions in (("condition", 0), ("denoise", 6)):
+        for precision in PRECISIONS[:3]:
+            built = build_apart(tmp_path / f"{graph}.onnx", tmp_path, precision)
             whole = attentions if precision != "fp32" else 0
             assert (built.whole_attention, built.decomposed_attention) == (whole, attentions - whole)
 
