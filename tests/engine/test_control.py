@@ -63,7 +63,7 @@ def ours(model, x, time, text, control):
         ({"vace_layers": (0, 1, 3)}, (3, 6, 2), (0.5, 2.0, -1.0)),
         ({"vace_layers": (0,), "cross_attn_norm": False, "attention_head_dim": 10}, (5, 2, 8), (1.7,)),
         (
-            {"vace_layers": (0, 1, 2, 3), "patch_size": (1, 1, 2), "eps": 1e-5},
+            {"vace_layers": (0, 1, 2), "patch_size": (1, 1, 2), "eps": 1e-5},
             (2, 3, 4),
             (1.0, 0.0, 0.3),
         ),
