@@ -73,14 +73,18 @@ def previewed(manifest: Manifest, count: int) -> int:
 
 
 def channels(
-    backend: Backend, frames: dict[int, np.ndarray], manifest: Manifest, empty: Callable[[], np.ndarray]
+    backend: Backend,
+    frames: dict[int, np.ndarray],
+    manifest: Manifest,
+    empty: Callable[[], np.ndarray] | None = None,
 ) -> np.ndarray:
     """What `fitted` gave → the mask and the latents, float32 [1,t+Cz,F,H,W]; of a picture that may be left
     out [1,1+Cz,1,H,W]; of pictures beside the video the control, [1,2*Cz+p,F,H,W] with p pixels of a latent.
-    empty: `encoded` of no frames."""
+    empty: gives `encoded` of no frames, where that is known already."""
     shapes = manifest.shapes
     if manifest.conditioning is not None and manifest.conditioning.beside:
-        return _control(backend, frames, manifest, empty())
+        nothing = encoded(backend, {}, shapes) if empty is None else empty()
+        return _control(backend, frames, manifest, nothing)
     if manifest.begins_clean:
         if not frames:
             return np.zeros((1, 1 + shapes.latent[0], 1, *shapes.latent[2:]), np.float32)
