@@ -38,6 +38,8 @@ WAN_CONFIG = {
     "num_heads": "num_attention_heads",
     "eps": "eps",
 }
+WAN_FIXED = {"text_len": 512, "qk_norm": True, "cross_attn_norm": True, "window_size": [-1, -1]}
+"""What its configuration may say that every Wan has alike."""
 OTHER_MODELS = {
     "face_adapter.": "Wan-Animate's",
     "motion_encoder.": "Wan-Animate's",
@@ -158,6 +160,9 @@ def _from_wan_model(told: dict[str, Any], shape: _Shapes) -> dict[str, Any]:
         raise shape.refuse(f"it is VACE's by its configuration, and has no {VACE}*")
     if kind not in ("t2v", "i2v", "flf2v", "ti2v", "vace"):
         raise shape.refuse(f"model_type is {kind!r:.40}, which the engine does not have")
+    for name, value in WAN_FIXED.items():
+        if (found := told.get(name, value)) != value:
+            raise shape.refuse(f"{name} is {found!r:.40}, the engine has {value!r}")
     values: dict[str, Any] = {ours: told[theirs] for theirs, ours in WAN_CONFIG.items() if theirs in told}
     width, heads = told.get("dim"), told.get("num_heads")
     if type(width) is not int or type(heads) is not int or heads < 1 or width % heads:

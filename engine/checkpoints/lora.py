@@ -186,7 +186,7 @@ def _check(
     if images and not takes_images(state) and not partial and changes:
         raise WeightsError(
             f"{path} is a LoRA of an image-to-video model, this transformer reads no pictures and has "
-            f"nothing for {len(found.elsewhere)} of its keys: {some(images)}; {PARTIAL}"
+            f"nothing for {len(found.elsewhere)} of its keys: {some(images, 3)}; {PARTIAL}"
         )
     unused = sorted(found.unknown + ([] if partial and changes else found.elsewhere))
     if not changes:

@@ -619,6 +619,8 @@ def test_wan_s_own_configuration_is_held_to_the_tensors(bases, tmp_path):
         ({"dim": "x"}, "give no width of a head"),
         ({"in_dim": -1}, "in_channels"),
         ({"eps": "no"}, "eps"),
+        ({"text_len": 226}, "text_len is 226, the engine has 512"),
+        ({"window_size": [8, 8]}, "window_size is [8, 8]"),
     ):
         (own / "config.json").write_text(json.dumps(values | changes))
         refused(own, word)
