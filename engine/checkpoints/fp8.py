@@ -36,14 +36,17 @@ def in_16_bits(values: Tensor) -> Tensor:
 def descaled(tensors: Mapping[str, Stored], where: Path) -> dict[str, Stored]:
     """The tensors without scales and markers; weights that have a scale are multiplied with it when read.
 
-    Raises: WeightsError, one line, for a scale without a weight in fp8, and in a file that has scales for a
-        weight in fp8 without one.
+    Raises: WeightsError, one line, for a scale without a weight in fp8, two of one weight, and in a file that
+        has scales for a weight in fp8 without one.
     """
     scales, found, marked = {}, {}, False
     for name, tensor in tensors.items():
         scale = next((end for end in SCALES if name.endswith(end)), None)
         if scale is not None:
-            scales[name.removesuffix(scale) + ".weight"] = name
+            weight = name.removesuffix(scale) + ".weight"
+            if weight in scales:
+                raise WeightsError(f"{where} has two scales of one weight: {some((scales[weight], name))}")
+            scales[weight] = name
         elif name.endswith(LAYER_MARKER):
             _check_format(name, tensor, where)
             marked = True

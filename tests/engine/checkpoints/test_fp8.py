@@ -101,6 +101,10 @@ WEIGHT, SCALE = drawn(4, 4).to(E4), torch.tensor(0.5)
             {"a.weight": WEIGHT, "b.weight": WEIGHT, "b.weight_scale": SCALE},
             "1 weights in fp8 without a scale, in a file of scaled fp8: a.weight",
         ),
+        (
+            {"a.weight": WEIGHT, "a.weight_scale": SCALE, "a.scale_weight": SCALE + 1},
+            "has two scales of one weight: a.scale_weight; a.weight_scale",
+        ),
         ({"a.scale_weight": SCALE, "scaled_fp8": MARK}, "1 scales without a weight: a.scale_weight"),
         (
             {"a.weight": drawn(4, 4), "a.weight_scale": SCALE},
