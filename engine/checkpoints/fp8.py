@@ -39,7 +39,8 @@ def descaled(tensors: Mapping[str, Stored], where: Path) -> dict[str, Stored]:
     Raises: WeightsError, one line, for a scale without a weight in fp8, two of one weight, and in a file that
         has scales for a weight in fp8 without one.
     """
-    scales, found, marked = {}, {}, False
+    scales: dict[str, str] = {}
+    found, marked = dict[str, Stored](), False
     for name, tensor in tensors.items():
         scale = next((end for end in SCALES if name.endswith(end)), None)
         if scale is not None:

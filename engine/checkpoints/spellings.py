@@ -120,9 +120,14 @@ _LLAMA_T5_ENCODER = _by_rules(
 )
 
 
-def _llama_t5(tensors: Tensors) -> dict[str, Stored]:
-    """llama.cpp's: a file may hold the decoder, too, which Wan does not have."""
-    return _LLAMA_T5_ENCODER({k: v for k, v in tensors.items() if not k.startswith(("dec.", "output."))})
+_DECODER = ("dec.", "output.", "decoder.", "lm_head.")
+
+
+def _without_decoder(
+    encoder: Callable[[Tensors], dict[str, Stored]],
+) -> Callable[[Tensors], dict[str, Stored]]:
+    """llama.cpp's and transformers': a file may hold the decoder, too, which Wan does not have."""
+    return lambda tensors: encoder({k: v for k, v in tensors.items() if not k.startswith(_DECODER)})
 
 
 # CLIP's picture tower.
@@ -234,9 +239,11 @@ SPELLINGS = (
     Spelling("transformer", "blocks.0.attn1.to_q.weight", _as_they_are),
     Spelling("vae", "decoder.middle.0.residual.0.gamma", _wan_vae),
     Spelling("vae", "decoder.mid_block.resnets.0.norm1.gamma", _as_they_are),
-    Spelling("text_encoder", "encoder.block.0.layer.0.SelfAttention.q.weight", _as_they_are),
+    Spelling(
+        "text_encoder", "encoder.block.0.layer.0.SelfAttention.q.weight", _without_decoder(_as_they_are)
+    ),
     Spelling("text_encoder", "blocks.0.attn.q.weight", _WAN_UMT5),
-    Spelling("text_encoder", "enc.blk.0.attn_q.weight", _llama_t5),
+    Spelling("text_encoder", "enc.blk.0.attn_q.weight", _without_decoder(_LLAMA_T5_ENCODER)),
     Spelling("image_encoder", "visual.transformer.0.attn.to_qkv.weight", _wan_clip),
     Spelling("image_encoder", "vision_model.encoder.layers.0.self_attn.q_proj.weight", _as_they_are),
     Spelling("image_encoder", "encoder.layers.0.self_attn.q_proj.weight", _as_they_are),

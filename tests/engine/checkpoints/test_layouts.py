@@ -205,6 +205,17 @@ def _wan_t5(weights, ids):
     return norm(x, "norm.weight")[None]
 
 
+def test_a_decoder_beside_the_text_encoder_is_left_out(tmp_path):
+    names = (
+        "shared.weight",
+        "encoder.block.0.layer.0.SelfAttention.q.weight",
+        "encoder.final_layer_norm.weight",
+    )
+    more = ("decoder.block.0.layer.0.SelfAttention.q.weight", "lm_head.weight")
+    tensors = {name: Stored(_nothing, torch.Size((2, 2)), "F32") for name in (*names, *more)}
+    assert tuple(as_diffusers("text_encoder", tensors, tmp_path)) == names
+
+
 def test_clip_s_picture_tower_in_wan_s_own_names(tmp_path):
     from transformers.models.clip.configuration_clip import CLIPVisionConfig
     from transformers.models.clip.modeling_clip import CLIPVisionModelWithProjection
