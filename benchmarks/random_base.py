@@ -340,7 +340,9 @@ def main() -> None:
     if args.layout != "comfyui" and args.bits not in (None, "float16", "bfloat16"):
         parser.error(f"--bits {args.bits} is for --layout comfyui")
     if args.layers:
-        transformer = dataclasses.replace(config.transformer, num_layers=args.layers)
+        vace = config.transformer.vace_layers
+        vace = None if vace is None else tuple(layer for layer in vace if layer < args.layers)
+        transformer = dataclasses.replace(config.transformer, num_layers=args.layers, vace_layers=vace)
         config = dataclasses.replace(config, transformer=transformer)
     if args.text_layers:
         text_encoder = config.text_encoder | {"num_layers": args.text_layers}

@@ -100,7 +100,7 @@ def generated(command, tmp_path):
     return call
 
 
-def expected(pipeline, images, noise):
+def expected(pipeline, images, noise, width=WIDTH, height=HEIGHT):
     """diffusers' frames in 0..255, [F,height,width,3]."""
     return (
         255
@@ -108,8 +108,8 @@ def expected(pipeline, images, noise):
             prompt=PROMPT,
             negative_prompt=NEGATIVE,
             reference_images=images,
-            height=HEIGHT,
-            width=WIDTH,
+            height=height,
+            width=width,
             num_frames=FRAMES,
             num_inference_steps=STEPS,
             guidance_scale=GUIDANCE,
@@ -141,6 +141,62 @@ def test_references_give_diffusers_frames(upstream, folder, bundles, generated, 
     held(generated(bundle, images, noise, "--backend", "torch", "--weights", folder), frames)
     if references == 2:
         held(generated(bundle, images, noise), frames)
+
+
+def test_a_picture_is_fitted_as_there():
+    """Sizes of all shapes; both round in float32."""
+    from diffusers.video_processor import VideoProcessor
+    from PIL import Image
+
+    from conceptmaster.runtime.pictures import fit
+
+    processor, rng = VideoProcessor(vae_scale_factor=8), np.random.default_rng(0)
+    for _ in range(20):
+        (w, h), (width, height) = rng.integers(8, 200, 2), 16 * rng.integers(3, 20, 2)
+        image = Image.fromarray(rng.integers(0, 256, (h, w, 3), dtype=np.uint8))
+        pixels = processor.preprocess(image, None, None)
+        scale = min(height / pixels.shape[2], width / pixels.shape[3])
+        size = int(pixels.shape[2] * scale), int(pixels.shape[3] * scale)
+        pixels = torch.nn.functional.interpolate(pixels, size=size, mode="bilinear", align_corners=False)
+        canvas = torch.ones(3, height, width)
+        top, left = (height - size[0]) // 2, (width - size[1]) // 2
+        canvas[:, top : top + size[0], left : left + size[1]] = pixels[0]
+        found = fit(image, (int(width), int(height)), "bilinear", (255, 255, 255))
+        np.testing.assert_allclose(found, (canvas.permute(1, 2, 0) + 1) * 127.5, atol=0.01)
+
+
+def test_what_a_manifest_may_say_of_pictures_beside_the_video():
+    from conceptmaster.runtime.bundle_format.schema import FrameConditioning, FramePlacement
+
+    two = tuple(FramePlacement(n, 1, "bilinear") for n in (1, 0))
+    assert FrameConditioning(two, 2, 0, 2).beside == 2
+    for places, least, dropped, beside in (
+        (two, 1, 0, 2),
+        (two, 2, 4, 2),
+        (two, 2, 0, 1),
+        (two, 2, 0, -1),
+        ((FramePlacement(0, 2, "bilinear"),), 1, 0, 1),
+    ):
+        with pytest.raises(ValueError, match="beside must be one latent frame for each picture"):
+            FrameConditioning(places, least, dropped, beside)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("references", "width", "height"), [(1, 48, 80), (3, 80, 32), (4, 64, 48)])
+def test_graphs_of_other_sizes(upstream, folder, generated, command, tmp_path, references, width, height):
+    """With ONNX Runtime; in tiles, too, where the video is larger than one."""
+    noise, images = noise_for(references, 1), PICTURES[:references]
+    noise = np.resize(noise, (*noise.shape[:2], height // 8, width // 8))
+    args = ("--frames", FRAMES, "--size", f"{width}x{height}", "--references", references, "--quiet")
+    code, _, err = command("export", folder, "--output", tmp_path / "whole", *args)
+    assert code == 0, err
+    held(generated(tmp_path / "whole", images, noise), expected(upstream, images, noise, width, height))
+    code, _, err = command(
+        "export", folder, "--output", tmp_path / "tiles", *args, "--tile", "32x32", "--no-graphs"
+    )
+    assert code == 0, err
+    tiles = generated(tmp_path / "tiles", images, noise, "--backend", "torch", "--weights", folder)
+    assert tiles.shape == (FRAMES, height, width, 3)
 
 
 def test_what_the_bundle_is(folder, bundles, command, tmp_path):

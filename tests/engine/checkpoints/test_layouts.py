@@ -32,7 +32,7 @@ COMFYUI = {
 }
 
 
-def tiny(name="wan2.1-1.3b", **transformer):
+def tiny(name="wan2.1-1.3b", given="none", **transformer):
     """A base of one head of 128 channels, whose VAE has as many latent channels as the real one."""
     config = preset(name)
     sizes = {"num_attention_heads": 1, "text_dim": 24, "freq_dim": 16, "ffn_dim": 64, "num_layers": 2}
@@ -41,7 +41,9 @@ def tiny(name="wan2.1-1.3b", **transformer):
     return dataclasses.replace(
         config,
         transformer=dataclasses.replace(config.transformer, **(sizes | transformer)),
-        concept=ConceptConfig(injection="none"),
+        concept=ConceptConfig(
+            injection="none", given=given, **({"max_concepts": 1} if given != "none" else {})
+        ),
         image_encoder={},
         text_encoder=config.text_encoder | text,
         vae=config.vae | vae,
@@ -389,7 +391,12 @@ def with_pictures(given):
 
 @pytest.mark.parametrize(
     ("given", "shift", "steps", "fps"),
-    [("first", 3.0, 40, 16.0), ("first_last", 16.0, 50, 16.0), ("clean", 5.0, 50, 24.0)],
+    [
+        ("first", 3.0, 40, 16.0),
+        ("first_last", 16.0, 50, 16.0),
+        ("clean", 5.0, 50, 24.0),
+        ("control", 16.0, 50, 16.0),
+    ],
 )
 def test_models_that_take_pictures(given, shift, steps, fps, tmp_path, monkeypatch):
     """In all layouts the same, and sampled as their release is."""
@@ -400,6 +407,8 @@ def test_models_that_take_pictures(given, shift, steps, fps, tmp_path, monkeypat
         config = tiny("wan2.2-ti2v-5b", in_channels=48, out_channels=48)
         config = dataclasses.replace(config, vae=config.vae | {"decoder_base_dim": 16})
         config = dataclasses.replace(config, concept=preset("wan2.2-ti2v-5b").concept)
+    elif given == "control":
+        config = tiny(num_layers=4, vace_layers=(0, 2), vace_in_channels=96, given=given)
     else:
         config = with_pictures(given)
     expected = None
