@@ -123,15 +123,15 @@ def _transformer(shape: _Shapes) -> dict[str, Any]:
     return values | _pictures(shape, width) | _vace(shape, values["num_layers"])
 
 
-def _vace(shape: _Shapes, layers: int) -> dict[str, Any]:
+def _vace(shape: _Shapes, layers: Any) -> dict[str, Any]:
     """Of a VACE, whose own blocks' hints are added behind every so many others, as ComfyUI has it, too."""
     if not any(name.startswith(VACE) for name in shape.tensors):
         return {}
     blocks = shape.count(r"vace_blocks\.(\d{1,4})\.")
-    if not layers or layers % blocks:
+    if type(layers) is not int or blocks < 1 or layers < blocks or layers % blocks:
         raise shape.refuse(
-            f"{blocks} blocks of VACE's are for {layers} blocks no whole step apart: a config.json beside "
-            "tells the vace_layers"
+            f"{blocks} blocks of VACE's and {layers!r:.40} others do not tell where the hints go: a "
+            "config.json beside tells the vace_layers"
         )
     return {
         "_class_name": VACE_CLASS,

@@ -296,6 +296,24 @@ def test_original_names(upstream, folder, tmp_path, prefix, told):
     assert found.keys() == state.keys() and all(found[name].equal(state[name]) for name in state)
 
 
+@pytest.mark.parametrize(
+    ("names", "layers"), [(("vace_blocks.2.a",), 4), (("vace_blocks.x.a",), 4), (("vace_blocks.0.a",), "4")]
+)
+def test_hints_of_no_known_place(names, layers):
+    import types
+    from pathlib import Path
+
+    from conceptmaster.engine.checkpoints.derived import derive
+    from conceptmaster.errors import ConfigError
+
+    shapes = {"patch_embedding.weight": (24, 4, 1, 2, 2), "vace_patch_embedding.weight": (24, 72, 1, 2, 2)}
+    shapes |= {"condition_embedder.text_embedder.linear_1.weight": (24, 24)} | dict.fromkeys(names, (1,))
+    stored = {name: types.SimpleNamespace(shape=shape) for name, shape in shapes.items()}
+    told = {"_class_name": "VaceWanModel", "dim": 24, "num_heads": 2, "num_layers": layers}
+    with pytest.raises(ConfigError, match="do not tell where the hints go"):
+        derive("transformer", stored, Path("vace.safetensors"), told)
+
+
 def test_shapes_tell_a_vace():
     import types
 
