@@ -22,6 +22,7 @@ from conceptmaster.examples.sprites.scoring.measures import MEASURES
 from conceptmaster.examples.sprites.scoring.plot import plot_sweep
 from conceptmaster.examples.sprites.scoring.score import Options
 from conceptmaster.examples.sprites.scoring.sweep import Row, cheapest, make_ways, sweep
+from conceptmaster.runtime.bundle_format.find import Bundle
 from conceptmaster.runtime.request import Request
 from conceptmaster.runtime.video import Video
 
@@ -232,12 +233,9 @@ def test_another_world(other_world: None, tmp_path: Path, capsys: pytest.Capture
 def test_guidance_that_the_bundle_has_not_shows_before_the_first_row(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shapes = SimpleNamespace(frames=17, height=64, width=64, concepts=4, branches=1)
-    defaults = SimpleNamespace(negative="", shift=3.0, concept_guidance=None)
-    manifest = SimpleNamespace(
-        name="sprites", shapes=shapes, concepts=4, conditioning=None, defaults=defaults
-    )
-    bundle = SimpleNamespace(manifest=manifest)
+    shipped = Bundle.open("sprites").manifest
+    shapes = dataclasses.replace(shipped.shapes, branches=1)
+    bundle = SimpleNamespace(manifest=dataclasses.replace(shipped, shapes=shapes))
     monkeypatch.setattr("conceptmaster.runtime.bundle_format.find.Bundle.open", lambda name: bundle)
     assert main(["sweep", "--output", str(tmp_path / "x.json")]) == 2
     assert "no guidance branch: guidance must be 1" in capsys.readouterr().err
