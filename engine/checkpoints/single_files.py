@@ -366,6 +366,11 @@ def _require(place: Path, there: Set[str], *needed: str) -> None:
             f"{place} has no weights in a layout that is read: diffusers' (transformer/, vae/, "
             "text_encoder/), Wan's original one, ComfyUI's files, or this project's model.safetensors"
         )
+    if place.name in EXPERTS.values():
+        raise WeightsError(
+            f"{place} is one of Wan2.2 A14B's two experts, which alone makes no video: give the folder that "
+            "has both"
+        )
     options = ", ".join(f"{OPTIONS[kind]} FILE" for kind in missing)
     raise WeightsError(f"{place} has no {', '.join(missing)}: say where with {options}")
 

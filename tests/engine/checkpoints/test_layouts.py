@@ -452,6 +452,7 @@ def test_two_experts(tmp_path):
         open_source(alone, dataclasses.replace(SIZE, parts=parts))
     choices = dataclasses.replace(SIZE, parts={"transformer": low, "transformer_2": low})
     refused(tmp_path / "comfyui", "is given for both experts", choices=choices)
+    refused(tmp_path / "wan/low_noise_model", "two experts", "give the folder that has both")
     for folder, name in (("wan/high_noise_model", "high"), ("wan/low_noise_model", "low")):
         choices = dataclasses.replace(
             SIZE, parts={"transformer": tmp_path / folder, "vae": alone / COMFYUI["vae"],
