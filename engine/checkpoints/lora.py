@@ -195,7 +195,7 @@ def _check(
         raise WeightsError(f"{path} matches nothing in the transformer: {keys}; ours are {some(ours, 3)}")
     misfits = [text for change in changes if (text := change.misfit(state[change.target].shape))]
     if misfits:
-        raise WeightsError(f"{path} does not fit: {some(misfits, 4)}")
+        raise WeightsError(f"{path} does not fit: {some(misfits, 3, 400)}")
     if unused:
         advice = "" if found.unknown else f"; {PARTIAL}"
         raise WeightsError(f"{path} has {len(unused)} keys that match nothing: {some(unused)}{advice}")

@@ -223,11 +223,11 @@ def built(
     return module
 
 
-def some(names: Iterable[str], most: int = 6) -> str:
-    """The names, the first `most` of them and how many more there are; of a long one its start."""
+def some(names: Iterable[str], most: int = 6, longest: int = TOLD) -> str:
+    """The names, the first `most` of them and how many more there are; of one beyond `longest` its start."""
     names = list(names)
     more = f"; and {len(names) - most} more" if len(names) > most else ""
-    return "; ".join(name[:TOLD] for name in names[:most]) + more
+    return "; ".join(name[:longest] for name in names[:most]) + more
 
 
 def _tied(module: nn.Module) -> list[list[str]]:

@@ -256,8 +256,8 @@ def test_vace_builds(tmp_path, name):
     """Two blocks and one of its own beside them, at their real width."""
     from conceptmaster.export.onnx_graphs.trace import export_graph
 
-    if available() < EXPERT << 30 and "14b" in name:
-        pytest.skip(f"needs {EXPERT} GiB of memory")
+    if available() < VACE << 30 and "14b" in name:
+        pytest.skip(f"needs {VACE} GiB of memory")
     specs = wan(2, name=name)
     for graph in ("condition", "denoise"):
         export_graph(specs.pop(graph), tmp_path / f"{graph}.onnx")
