@@ -48,7 +48,7 @@ SPRITES = SHIPPED / "sprites"
 GRAPHS = sorted(path.stem for path in SPRITES.glob("*.onnx"))
 TARGETS = (80, 89, 120)
 FULL_DEPTH = 16, 12  # GiB of memory, of disk
-TI2V, EXPERT = 12, 9  # GiB of memory
+TI2V, EXPERT, VACE = 12, 9, 16  # GiB of memory; the last has a third block
 EVERYTHING = [
     (g, p, t) for g in GRAPHS for p in PRECISIONS for t in TARGETS if (p, t) != ("fp8", 80)
 ]  # which has no 8-bit floating point
