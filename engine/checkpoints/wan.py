@@ -323,15 +323,13 @@ def _vae(part: Part) -> dict[str, Any]:
 
 
 def _check_patches(path: Path, values: dict[str, Any]) -> None:
-    """Wan2.2's VAE has shortcuts and patches, Wan2.1's neither; no release has one of them alone."""
+    """Frames in patches have as many channels more. Wan2.2's VAE has patches and shortcuts, Wan2.1's neither,
+    and diffusers' module takes each alone."""
     patch, residual = values.get("patch_size"), values.get("is_residual", False)
     if patch is not None:
         _require_size(path, "patch_size", patch)
-    if residual is not (patch is not None and patch > 1):
-        raise ConfigError(
-            f"{path}: is_residual ({residual!r:.20}) and patch_size ({patch!r:.20}) are not of one VAE: "
-            "Wan2.1's has neither, Wan2.2 TI2V-5B's is_residual true and patch_size 2"
-        )
+    if not isinstance(residual, bool):
+        raise ConfigError(f"{path}: is_residual must be true or false, got {residual!r:.80}")
     wanted = 3 * (patch or 1) ** 2
     for name in ("in_channels", "out_channels"):
         if (found := values.get(name, 3)) != wanted:
