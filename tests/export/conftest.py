@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -114,6 +115,29 @@ def source_for() -> Callable[..., Any]:
 def tiny(source_for: Callable[..., Any]) -> Any:
     """The source of `bundle`: the same as "preset:tiny"."""
     return source_for()
+
+
+@pytest.fixture
+def generated(
+    command: Callable[..., tuple[int, str, str]], tmp_path: Path, request: pytest.FixtureRequest
+) -> Callable[..., np.ndarray]:
+    """`generated(bundle, pictures, noise, …)`: the frames that the command line writes, of the PROMPT, the
+    NEGATIVE and the STEPS of the test's own file."""
+
+    def call(bundle: Path, pictures: Any, noise: np.ndarray, *more: Any) -> np.ndarray:
+        np.save(tmp_path / "noise.npy", noise)
+        asked = ["--prompt", request.module.PROMPT, "--negative", request.module.NEGATIVE]
+        asked += ["--steps", request.module.STEPS, "--threads", 1]
+        for index, image in enumerate(pictures):
+            image.save(tmp_path / f"{index}.png")
+            asked += ["--concept", f"thing {index}", tmp_path / f"{index}.png"]
+        files = ("--noise", tmp_path / "noise.npy", "--output", tmp_path / "video.npy", "--quiet")
+        code, _, err = command("generate", "--bundle", bundle, *asked, *files, *more)
+        assert code == 0, err
+        frames: np.ndarray = np.load(tmp_path / "video.npy")
+        return frames
+
+    return call
 
 
 @pytest.fixture(scope="session")

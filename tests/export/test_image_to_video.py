@@ -102,24 +102,6 @@ def a2_bundle(a2, exported):
     return exported(a2[1])
 
 
-@pytest.fixture
-def generated(command, tmp_path):
-    """`generated(bundle, pictures, noise)`: the frames that the command line writes."""
-
-    def call(bundle, pictures, noise, *more):
-        np.save(tmp_path / "noise.npy", noise)
-        request = ["--prompt", PROMPT, "--negative", NEGATIVE, "--steps", STEPS, "--threads", 1]
-        for i, image in enumerate(pictures):
-            image.save(tmp_path / f"{i}.png")
-            request += ["--concept", f"thing {i}", tmp_path / f"{i}.png"]
-        files = ("--noise", tmp_path / "noise.npy", "--output", tmp_path / "video.npy", "--quiet")
-        code, _, err = command("generate", "--bundle", bundle, *request, *files, *more)
-        assert code == 0, err
-        return np.load(tmp_path / "video.npy")
-
-    return call
-
-
 def change(path, **changes):
     values = json.loads(path.read_text()) | changes
     path.write_text(json.dumps({name: value for name, value in values.items() if value is not ...}))

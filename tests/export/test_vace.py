@@ -82,24 +82,6 @@ def bundles(folder, tmp_path_factory):
     return build
 
 
-@pytest.fixture
-def generated(command, tmp_path):
-    """`generated(bundle, images, noise, …)`: the frames that the command line writes."""
-
-    def call(bundle, images, noise, *more):
-        np.save(tmp_path / "noise.npy", noise)
-        request = ["--prompt", PROMPT, "--negative", NEGATIVE, "--steps", STEPS, "--threads", 1]
-        for index, image in enumerate(images):
-            image.save(tmp_path / f"{index}.png")
-            request += ["--concept", f"thing {index}", tmp_path / f"{index}.png"]
-        files = ("--noise", tmp_path / "noise.npy", "--output", tmp_path / "video.npy", "--quiet")
-        code, _, err = command("generate", "--bundle", bundle, *request, *files, *more)
-        assert code == 0, err
-        return np.load(tmp_path / "video.npy")
-
-    return call
-
-
 def expected(pipeline, images, noise, width=WIDTH, height=HEIGHT):
     """diffusers' frames in 0..255, [F,height,width,3]."""
     return (
