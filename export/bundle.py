@@ -20,6 +20,7 @@ from ..runtime.bundle_format.hashed_file import HashedFile
 from ..runtime.bundle_format.place import bundle_files, check_place
 from ..runtime.bundle_format.schema import (
     EXPERTS,
+    FORMAT,
     Defaults,
     Expert,
     GraphFile,
@@ -111,7 +112,7 @@ def write_bundle(
             rows.append(_held(check(spec, path, own)))
         record = _record(source.origin)
         manifest = Manifest(
-            format=_format(concept, whole, experts, record),
+            format=FORMAT,
             name=source.model.config.name,
             written_by={"conceptmaster": __version__}
             | {name: importlib.metadata.version(name) for name in WRITERS},
@@ -130,6 +131,8 @@ def write_bundle(
             whole_text=whole,
             **told,
         )
+        if not manifest.needs_format_6:
+            manifest = dataclasses.replace(manifest, format=_format(concept, whole, experts, record))
         manifests.save(manifest, temporary)
     return rows
 
@@ -145,7 +148,7 @@ def _signature(spec: GraphSpec, concepts: bool) -> GraphFile:
 def _format(
     concept: ConceptConfig, whole: int | None, experts: tuple[Expert, ...] | None, record: SourceRecord
 ) -> int:
-    """The oldest format that has what a bundle says."""
+    """The oldest format, up to 5, that has what a bundle says."""
     frames_alone = concept.given != "none" and not concept.takes_pictures
     return 5 if experts or frames_alone or record.needs_format_5 else 3 if whole is None else 4
 
@@ -211,11 +214,13 @@ def _shapes(config: ModelConfig, branches: int, graphs: dict[str, GraphFile]) ->
 
 def _defaults(sampling: Sampling, branches: int) -> Defaults:
     """Defaults that a bundle of so many branches can follow: without a second one nothing is guided."""
+    if branches != 3 and sampling.branches == 3:  # asked for fewer than its own program has
+        sampling = dataclasses.replace(sampling, concept_guidance=None)
     if branches != 3 and sampling.concept_guidance is not None:
         raise InputError("the source's default concept_guidance needs 3 guidance branches: --branches 3")
     try:
         given = dataclasses.asdict(sampling)
-        del given["guidance_2"]  # which is its expert's
+        del given["guidance_2"], given["branches"]  # which is its expert's, and the shapes'
         defaults = Defaults(**given)
     except (TypeError, ValueError) as error:
         raise InputError(f"no request can have these defaults (options, defaults.json): {error}") from error

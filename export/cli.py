@@ -135,7 +135,7 @@ def run_export(args: argparse.Namespace) -> int:
         source,
         args.output,
         precision="int8" if args.int8 else "fp32",
-        branches=args.branches or (2 if source.sampling.guided else 1),
+        branches=args.branches or source.sampling.branches or (2 if source.sampling.guided else 1),
         tile=args.tile,
         text_tokens=args.text_tokens,
         with_graphs=not args.no_graphs,

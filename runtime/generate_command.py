@@ -82,7 +82,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="C",
         help="a scale of its own for the concepts, where the bundle has one",
     )
-    how.add_argument("--solver", metavar="NAME", help="unipc, euler or euler_trailing")
+    how.add_argument("--solver", metavar="NAME", help="unipc, unipc_wan, euler or euler_trailing")
     how.add_argument("--shift", type=float, metavar="S", help="above 1: more of the steps at high noise")
     how.add_argument("--seed", type=int, metavar="N", help="the noise; same seed, same video (0)")
     how.add_argument("--noise", metavar="FILE.npy", help="the noise itself, float32 [samples,Cz,F,H,W]")

@@ -21,11 +21,14 @@ class Guidance:
     weights_2: np.ndarray | None = None
 
 
-def make_guidance(branches: int, guidance: float, concept_guidance: float | None) -> Guidance:
+def make_guidance(
+    branches: int, guidance: float, concept_guidance: float | None, first: str = "caption"
+) -> Guidance:
     """Weights for a bundle of `branches` (K) branches.
 
     guidance, concept_guidance: the scales g and c. K = 1: (1,), no guidance. K = 2: (1 - g, g), one joint
-    scale. K = 3: (1 - g, g - c, c); c is g where it is None, which is the joint rule.
+    scale. K = 3: (1 - g, g - c, c), the caption added first and the concepts to it; or with first="concepts"
+    (1 - c, c - g, g), the concepts first and the caption to them. c is g where it is None: the joint rule.
 
     Raises: InputError when the bundle cannot follow the scales; ValueError for another K.
     """
@@ -41,6 +44,8 @@ def make_guidance(branches: int, guidance: float, concept_guidance: float | None
         return Guidance(np.array([1.0 - guidance, guidance], np.float32), (False, True), (False, True))
     if branches == 3:
         concept = guidance if concept_guidance is None else concept_guidance
-        weights = np.array([1.0 - guidance, guidance - concept, concept], np.float32)
-        return Guidance(weights, (False, True, True), (False, False, True))
+        scales = (guidance, concept) if first == "caption" else (concept, guidance)
+        weights = np.array([1.0 - scales[0], scales[0] - scales[1], scales[1]], np.float32)
+        added, last = (False, True, True), (False, False, True)
+        return Guidance(weights, *((added, last) if first == "caption" else (last, added)))
     raise ValueError(f"a bundle has 1, 2 or 3 guidance branches, not {branches}")

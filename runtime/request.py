@@ -153,9 +153,10 @@ class Request:
         resolved = replace(self, **missing)
         assert resolved.guidance is not None
         branches = manifest.shapes.branches
-        guidance = make_guidance(branches, resolved.guidance, resolved.concept_guidance)
+        concept, first = resolved.concept_guidance, manifest.guided_first
+        guidance = make_guidance(branches, resolved.guidance, concept, first)
         if resolved.guidance_2 is not None:
-            second = make_guidance(branches, resolved.guidance_2, resolved.concept_guidance)
+            second = make_guidance(branches, resolved.guidance_2, concept, first)
             guidance = replace(guidance, weights_2=second.weights)
         return resolved, guidance
 

@@ -15,14 +15,17 @@ done inside the denoise graph with the matrices made here, on the host, in float
 The tables give the numbers of diffusers 0.42.1: `FlowMatchEulerDiscreteScheduler(shift=...)` and
 `UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=...)`, both begun
 at step 0. `euler_trailing`, for few steps, is the first with `sigmas=linspace(1, 1/steps, steps)`, as
-diffusers' pipelines for Flux call it. (Left to itself, that UniPC skips its first step when truncation makes
-the first two timesteps equal, as with 200 steps and shift 8; here no step is ever skipped.) UniPC: Zhao et
+diffusers' pipelines for Flux call it. `unipc_wan` is UniPC on the grid of Wan's own programs
+(FlowUniPCMultistepScheduler, and diffusers before 0.37), which ends nearer to the video. (Left to itself,
+diffusers' UniPC skips its first step when truncation makes the first two timesteps equal, as with 200 steps
+and shift 8; here no step is ever skipped.) UniPC: Zhao et
 al., arXiv 2302.04867, B(h) = expm1.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,7 +37,7 @@ Array = np.ndarray
 STATES = 4  # M: state slots
 MODEL = STATES  # the column that multiplies the model's velocity
 TRAINED_STEPS = 1000  # timesteps run from 1000 (noise) down to 0 (data)
-SOLVERS = ("euler", "unipc", "euler_trailing")
+SOLVERS = ("euler", "unipc", "unipc_wan", "euler_trailing")
 SHIFTS = (0.01, 100.0)  # outside, neighbouring sigmas are no longer distinct in float32
 
 
@@ -64,10 +67,10 @@ def make_schedule(solver: str, steps: int, shift: float) -> Schedule:
         raise InputError(f"steps must be 1 to {TRAINED_STEPS}, not {steps}")
     if not SHIFTS[0] <= shift <= SHIFTS[1]:
         raise InputError(f"shift must be {SHIFTS[0]} to {SHIFTS[1]}, not {shift}")
-    times = {"euler": _euler_times, "unipc": _unipc_times, "euler_trailing": _trailing_times}[solver]
+    times, table = METHODS[solver]
     sigmas, timesteps = times(steps, shift)
     sigmas = np.append(sigmas, 0.0).astype(np.float32).astype(np.float64)  # [steps + 1]
-    coefficients = (_unipc_table if solver == "unipc" else _euler_table)(sigmas)  # [steps, M, M + 1]
+    coefficients = table(sigmas)  # [steps, M, M + 1]
     return Schedule(solver, sigmas, timesteps.astype(np.float32), coefficients.astype(np.float32))
 
 
@@ -92,6 +95,12 @@ def _unipc_times(steps: int, shift: float) -> tuple[Array, Array]:
     sigmas = _shifted(np.linspace(1.0, 1.0 / TRAINED_STEPS, steps + 1)[:-1], shift)  # [steps]
     if abs(sigmas[0] - 1.0) < 1e-6:
         sigmas[0] -= 1e-6  # at exactly 1 the log signal-to-noise ratio is infinite
+    return sigmas, np.trunc(sigmas * TRAINED_STEPS)
+
+
+def _wan_times(steps: int, shift: float) -> tuple[Array, Array]:
+    most = 1.0 - 1.0 / TRAINED_STEPS
+    sigmas = _shifted(np.linspace(most, 0.0, steps + 1)[:-1], shift)  # [steps]
     return sigmas, np.trunc(sigmas * TRAINED_STEPS)
 
 
@@ -160,3 +169,12 @@ def _unipc_correct(
     phi_3 = phi_2 / -h - 0.5
     weights = np.linalg.solve([[1.0, 1.0], [ratio, 1.0]], [phi_2 / expm1, 2.0 * phi_3 / expm1])
     return result - growth * (weights[0] * (before - newest) / ratio + weights[1] * (estimate - newest))
+
+
+METHODS: dict[str, tuple[Callable[[int, float], tuple[Array, Array]], Callable[[Array], Array]]] = {
+    "euler": (_euler_times, _euler_table),
+    "unipc": (_unipc_times, _unipc_table),
+    "unipc_wan": (_wan_times, _unipc_table),
+    "euler_trailing": (_trailing_times, _euler_table),
+}
+"""Of each solver the grid of its sigmas and timesteps, and its table."""

@@ -17,7 +17,9 @@ class Release:
     """One release's defaults.
 
     name: in words; shift: of the solver's time, for videos of `size`; guidance: scale, of the first expert
-    where there are two; guidance_2: of the second, which is the low-noise one; boundary: where the second
+    where there are two; concept_guidance: of the pictures, where these have a branch of their own; branches:
+    of guidance, None for what the scales ask for; negative: the caption of what is not wanted; guidance_2: of
+    the second expert, which is the low-noise one; boundary: where the second
     begins, as a fraction of the time; expand_timesteps: each token has a time of its own; fps, size (width
     and height in pixels), frames: of the video.
     """
@@ -27,6 +29,9 @@ class Release:
     solver: str = "unipc"
     steps: int = 50
     guidance: float = 5.0
+    concept_guidance: float | None = None
+    branches: int | None = None
+    negative: str = ""
     guidance_2: float | None = None
     boundary: float | None = None
     expand_timesteps: bool = False

@@ -149,7 +149,16 @@ def read_sampling(base: Base) -> Sampling:
 
 def _sampling(release: Release, solver: str, shift: float) -> Sampling:
     """What a release has beside solver and shift."""
-    return Sampling(solver, shift, release.steps, release.guidance, guidance_2=release.guidance_2)
+    return Sampling(
+        solver,
+        shift,
+        release.steps,
+        release.guidance,
+        release.concept_guidance,
+        release.negative,
+        release.guidance_2,
+        release.branches,
+    )
 
 
 def read_config(

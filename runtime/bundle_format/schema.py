@@ -1,7 +1,8 @@
 """What manifest.json says: a bundle's graphs, their shapes, and what a request gets by default.
 
 Each dataclass is one JSON object and refuses values that cannot be. A bundle is written in the oldest format
-that has what it needs. Format 5 adds the key `experts`, a picture that a request may leave out, pictures that
+that has what it needs. Format 6 adds the key `guided_first`, the kind of pictures that are frames, and the
+solver `unipc_wan`. Format 5 adds the key `experts`, a picture that a request may leave out, pictures that
 stand beside the video, and LoRAs that were merged in part. Format 4 adds the key `whole_text`; format 3 what
 the bundle was made from (source_record.py) and the keys `vocabulary`, `ranges` and `boxes`. Format 2 had none
 of them; format 1 neither conditioning frames, nor tiles, nor a choice of how pictures are fitted. A key that
@@ -31,8 +32,8 @@ from .shapes import (
 from .source_record import SourceRecord
 from .strict_json import added, stored_as
 
-FORMAT = 5
-READABLE = (1, 2, 3, 4, 5)
+FORMAT = 6
+READABLE = (1, 2, 3, 4, 5, 6)
 EXPERTS = ("transformer", "transformer_2")
 """The names of two transformers, that of high noise and that of low."""
 PRECISIONS = ("fp32", "int8")
@@ -40,6 +41,8 @@ FPS = (0.01, 1000.0)
 MOST_GUIDANCE = 1e6  # far from overflow in float32
 LONGEST_TEXT = 10_000  # characters
 MOST_ENTRIES = 20_000  # of a vocabulary
+GUIDED_FIRST = ("caption", "concepts")
+KINDS = ("frames", "behind", "canvas", "grids")
 FITS = ("whole", "middle", "padded", "cut", "stretched", "bilinear")
 
 
@@ -129,15 +132,17 @@ class FrameConditioning:
     are made and decoded, then left out. Where none is required, the one picture is the first latent frame
     itself, which is never noisy. beside: how many latent frames the pictures are that stand beside the
     video's, one each: then placements count latent frames, all of them, and what the steps make of the
-    pictures' is not decoded (VACE's control).
+    pictures' is not decoded (VACE's control). kind: one of KINDS, `frames` unless format 6 says otherwise.
     """
 
     placements: tuple[FramePlacement, ...] = stored_as("places")
     required: int = stored_as("least")
     dropped_frames: int = stored_as("dropped")
     beside: int = added(0)
+    kind: str = added("frames")
 
     def __post_init__(self) -> None:
+        require(self.kind in KINDS, f"unknown kind {self.kind!r:.80}")
         most = len(self.placements)
         require(0 <= self.required <= most, f"least must be 0 to {most}, not {self.required}")
         places = [(place.first, place.count) for place in self.placements]
@@ -147,6 +152,11 @@ class FrameConditioning:
         alone = [count for _, count in places] == [1] * self.beside and self.required == most
         right = alone and self.dropped_frames == 0
         require(self.beside == 0 or right, "beside must be one latent frame for each picture, all required")
+
+    @property
+    def by_branch(self) -> bool:
+        """Whether a guidance branch may be without the pictures: where they are tokens of their own."""
+        return self.kind in ("behind", "grids")
 
 
 @dataclass(frozen=True)
@@ -245,7 +255,8 @@ class Manifest:
     picture; source: what the bundle was made from, None in formats 1 and 2. vocabulary: None where any word
     may be asked for; boxes: None where a request cannot have any; experts: the one of high noise and that
     of low, None for one transformer alone. whole_text: None, or how many tokens text has for
-    the model, of which the graphs take shapes.text_tokens: one of these stands for all padding.
+    the model, of which the graphs take shapes.text_tokens: one of these stands for all padding. guided_first:
+    of three guidance branches, whether the second has the caption or the concepts alone.
     """
 
     format: int
@@ -267,6 +278,7 @@ class Manifest:
     boxes: Boxes | None = None
     experts: tuple[Expert, ...] | None = None
     whole_text: int | None = None
+    guided_first: str = added("caption")
 
     def __post_init__(self) -> None:
         require(self.format in READABLE, f"format must be {', '.join(map(str, READABLE))}")
@@ -287,6 +299,8 @@ class Manifest:
         if self.whole_text is not None:
             right = 1 < self.shapes.text_tokens < self.whole_text <= MOST_TOKENS
             require(right and self.format > 3, "whole_text must be more than text_tokens, and of format 4")
+        require(self.guided_first in GUIDED_FIRST, f"unknown guided_first {self.guided_first!r:.80}")
+        require(self.format > 5 or not self.needs_format_6, "a key, a kind or a solver of format 6")
 
     def _check_format_3(self) -> None:
         added = (self.source, self.vocabulary, self.ranges, self.boxes)
@@ -310,7 +324,8 @@ class Manifest:
         shapes, placements = self.shapes, conditioning.placements
         require(self.format > 1, "format 1 has no given frames")
         require(self.format > 4 or conditioning.required > 0, "before format 5 a picture is required")
-        require(shapes.branches <= 2, "given frames are the same in at most 2 guidance branches")
+        few = shapes.branches <= 2 or conditioning.by_branch
+        require(few, "given frames are the same in at most 2 guidance branches")
         require(len(placements) == shapes.concepts, "given must have a place for each concept")
         require(self.format > 4 or conditioning.beside == 0, "pictures beside the video are of format 5")
         total = self.denoised[1] if conditioning.beside else shapes.frames
@@ -322,6 +337,12 @@ class Manifest:
         require(inside and apart and free, "given frames must differ and leave some free")
         dropped = conditioning.dropped_frames * len(placements)
         require(dropped < shapes.frames, "given frames leave nothing of the video")
+
+    @property
+    def needs_format_6(self) -> bool:
+        """Whether an older reader would take it for something else, or refuse it."""
+        kind = "frames" if self.conditioning is None else self.conditioning.kind
+        return (self.guided_first, kind) != ("caption", "frames") or self.defaults.solver == "unipc_wan"
 
     @property
     def denoised(self) -> tuple[int, int, int, int]:
