@@ -7,13 +7,15 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from .checked import MOST, check_choice, check_entries, check_positive, check_types, require
+from .checked import MOST, check_choice, check_entries, check_positive, check_types, is_whole, require
 from .transformer_config import TransformerConfig
 
 ENCODERS = ("qformer", "mlp")
 BINDINGS = ("dam", "none", "concat_mlp", "self_attention")
 INJECTIONS = ("standalone", "shared_query", "merged")
-FRAME_CONDITIONINGS = ("none", "first", "first_last", "references", "clean", "control")
+FRAME_CONDITIONINGS = ("none", "first", "first_last", "references", "clean", "control", "behind")
+ALONE = ("none", "first_last", "clean", "control", "behind")
+"""Those of a base without a picture encoder."""
 VAES = ("wan", "blocks")
 
 
@@ -39,7 +41,11 @@ class ConceptConfig:
     encoder), `clean` (the one picture, which a request may leave out, is the first latent frame, at time 0
     while the others have the step's: Wan2.2's TI2V-5B, diffusers' `expand_timesteps`), `control` (each of
     `max_concepts` pictures is a latent frame of its own beside the video's, told to VACE's own blocks, and is
-    not decoded), or `none`, as for every other injection.
+    not decoded), `behind` (each is a clean latent frame behind the video's, see references.py: Phantom's and
+    SkyReels-V3's), or `none`, as for every other injection.
+
+    fewest: of `behind` how many pictures a request has at least, where places without one are zero latents;
+    None for all of them.
     """
 
     max_concepts: int = 4
@@ -55,6 +61,7 @@ class ConceptConfig:
     binding: str = "dam"
     injection: str = "standalone"
     given: str = "none"
+    fewest: int | None = None
 
     def __post_init__(self) -> None:
         """Raises ConfigError for a value that cannot be built."""
@@ -65,9 +72,7 @@ class ConceptConfig:
         check_choice(self, "binding", BINDINGS)
         check_choice(self, "injection", (*INJECTIONS, "none", "base"))
         check_choice(self, "given", FRAME_CONDITIONINGS)
-        kinds = {"base": FRAME_CONDITIONINGS[1:4], "none": ("none", "first_last", "clean", "control")}.get(
-            self.injection, ("none",)
-        )
+        kinds = {"base": FRAME_CONDITIONINGS[1:4], "none": ALONE}.get(self.injection, ("none",))
         require(
             self.given in kinds,
             f"ConceptConfig.given must be {' or '.join(map(repr, kinds))} where the injection is "
@@ -77,6 +82,12 @@ class ConceptConfig:
         require(
             self.max_concepts == places,
             f"ConceptConfig.max_concepts must be {places} for {self.given!r}, got {self.max_concepts}",
+        )
+        fewest = self.fewest is None or (self.given == "behind" and is_whole(self.fewest, self.max_concepts))
+        require(
+            fewest,
+            f"ConceptConfig.fewest must be 1 to {self.max_concepts} for 'behind' and None for others, got "
+            f"{self.fewest!r:.60}",
         )
         require(
             self.width % self.heads == 0,
@@ -101,7 +112,7 @@ class ConceptConfig:
     @property
     def min_latent_frames(self) -> int:
         """The fewest latent frames of a video of which pictures leave one to be made."""
-        if self.given in ("none", "control"):
+        if self.given in ("none", "control", "behind"):
             return 1
         return 1 + (self.max_concepts if self.takes_pictures else 1)
 
@@ -170,12 +181,14 @@ class ModelConfig:
             self._check_pictures()
         if concept.injection == "base":
             self._check_base()
-        if concept.given in ("none", "clean", "control"):
+        if concept.given in ("none", "clean", "control", "behind"):
             self._match("vae", "z_dim", transformer.in_channels, "transformer.in_channels")
         else:
             self._check_given()
         if concept.given == "clean":
             self._check_clean()
+        if concept.given == "behind":
+            self._check_tokens()
         self._check_control()
         self._match("vae", "z_dim", transformer.out_channels, "transformer.out_channels")
         z = self._entry("vae", "z_dim")
@@ -186,7 +199,9 @@ class ModelConfig:
         beside = concept.max_concepts if concept.given == "control" else 0
         denoised = (latents[0] + beside, *latents[1:])
         channels, head = transformer.position_channels, transformer.attention_head_dim
-        tokens = math.prod(n // p for n, p in zip(denoised, transformer.patch_size, strict=True))
+        behind = concept.max_concepts if concept.given == "behind" else 0
+        shown = (denoised[0] + behind, *denoised[1:])
+        tokens = math.prod(n // p for n, p in zip(shown, transformer.patch_size, strict=True))
         require(
             max(channels * math.prod(denoised), head * tokens) <= MOST_TABLE,
             f"a video of {self.frames} frames of {self.width}x{self.height} is too large: {tokens} tokens",
@@ -198,9 +213,11 @@ class ModelConfig:
     def conditioning_channels(self) -> int:
         """Channels that hold the conditioned frames: a mask for each video frame of a latent one (`clean`:
         for a latent one), then latents. `control`: latents of what is kept and of what is made anew, then a
-        mask for each pixel of a latent one. 0 where no pictures are frames."""
+        mask for each pixel of a latent one. `behind`: latents alone. 0 where no pictures are frames."""
         if self.concept.given == "none":
             return 0
+        if self.concept.given == "behind":
+            return int(self._entry("vae", "z_dim"))
         if self.concept.given == "control":
             return int(2 * self._entry("vae", "z_dim") + self._entry("vae", "scale_factor_spatial") ** 2)
         masks = 1 if self.concept.given == "clean" else self._entry("vae", "scale_factor_temporal")
@@ -257,6 +274,14 @@ class ModelConfig:
         require(self.vae.get("kind", "wan") == "wan", "a given picture needs Wan's VAE")
         require(self.transformer.patch_size[0] == 1, "a given picture needs patches of one latent frame")
         require(self.frames > 1, f"frames must be more than the given one, got {self.frames}")
+
+    def _check_tokens(self) -> None:
+        """A picture can be embedded by itself."""
+        require(self.vae.get("kind", "wan") == "wan", "pictures behind the video need Wan's VAE")
+        require(self.transformer.patch_size[0] == 1, "pictures behind it need patches of one latent frame")
+        require(
+            self.transformer.position_channels == 0, "pictures behind the video need no position_channels"
+        )
 
     def _check_control(self) -> None:
         """What VACE's blocks read is what pictures give."""
@@ -329,6 +354,8 @@ class ModelConfig:
         del values["latent_shape"], values["denoised_shape"]
         if self.boundary is None:  # so that what has one transformer is stored as ever
             del values["boundary"]
+        if self.concept.fewest is None:
+            del values["concept"]["fewest"]
         own = values["transformer"]
         own["patch_size"] = list(self.transformer.patch_size)
         for name in ("vace_layers", "vace_in_channels"):  # and what is no VACE

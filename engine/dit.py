@@ -28,6 +28,7 @@ from .embedders import ConditionEmbedder
 from .frame_times import scaled, with_clean
 from .layers import WideLayerNorm
 from .positions import Positions
+from .references import AS_TOKENS, with_pictures
 
 MIN_SIGMA = 0.05
 """Where the network predicts data, its distance to the latents is divided by at least this noise level."""
@@ -158,7 +159,9 @@ class ConceptDiT(nn.Module):
         text_bias [K,T], concept_mask bool [K or R,N] as there (None: every concept is seen), conditioning
         [K or 1,Cg,F,H,W] (where pictures are frames): a mask of the frames that are pictures, then their
         latents; where they are `clean` of the first latent frame alone, [K or 1,Cg,1,H,W], and None for no
-        picture; where they are a `control` what VACE's own blocks read. Returns [K,Cz,F,H,W].
+        picture; where they are a `control` what VACE's own blocks read; where they are tokens of their own
+        (references.py), which a branch may not see by concept_mask, their latents [K or 1,Cz,N,H,W]. Returns
+        [K,Cz,F,H,W].
 
         guidance [K], whose sum is one: latents and time are those of all branches, and what returns is
         sum over k of guidance_k velocity_k, [1,Cz,F,H,W]. What follows the last norm is linear, so it is
@@ -167,12 +170,15 @@ class ConceptDiT(nn.Module):
         known, frame_time = latents, time
         if conditioning is not None and self.config.concept.given == "clean":
             known, frame_time = with_clean(latents, time, conditioning)  # [K,Cz,F,H,W], [K,F]
-        elif conditioning is not None and self.config.concept.given != "control":
+        elif conditioning is not None and self.config.concept.given not in ("control", *AS_TOKENS):
             shared = conditioning.expand(latents.shape[0], -1, -1, -1, -1)  # [K,Cg,F,H,W]
             known = torch.cat((latents, shared), dim=1)  # [K,Cz+Cg,F,H,W]
         placed, rotary = self.positions(known)  # [K,Cz+Cg+p,F,H,W]
         patches = self.patch_embedding(placed)  # [K,D,f,h,w]
         grid, x = patches.shape[2:], patches.flatten(2).transpose(1, 2)  # x [K,S,D]
+        tokens = x.shape[1]
+        if conditioning is not None and self.config.concept.given in AS_TOKENS:
+            x = with_pictures(x, self.patch_embedding, conditioning, concept_mask)  # [K,S+R,D]
 
         embedding, modulation = self.condition_embedder.time(frame_time)  # [K,D], [K,6,D], or [K,F,…]
         mask = None if concept_mask is None else self._token_mask(concept_mask)  # [K,C]
@@ -204,6 +210,7 @@ class ConceptDiT(nn.Module):
             _, last = residual_modulate(*x, *vectors, eps=self.norm_out.eps)  # [K,S,D]
         else:
             last = scaled(self.norm_out(x), 1 + scale, shift)  # [K,S,D]
+        last = last[:, :tokens]  # without the pictures'
         if guidance is not None:
             last = wide(last)
             last = (guidance.type_as(last)[None] @ last.flatten(1)).unflatten(1, last.shape[1:])  # [1,S,D]

@@ -1,6 +1,7 @@
 """Where a video token is: rotary tables, position channels, and constants that keep their precision.
 
-Letters: B batch, F H W latent frames, height, width, S video tokens, E head width.
+Letters: B batch, F H W latent frames, height, width, S video tokens, R tokens of pictures behind them
+(references.py), E head width.
 """
 
 from __future__ import annotations
@@ -13,11 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from .config import ModelConfig
+from .references import placed
 from .transformer_config import TransformerConfig
 
 
-def rotary_tables(config: TransformerConfig, grid: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of the 3-D rotary embedding, for a grid of patches (frames, rows, columns).
+def rotary_tables(config: TransformerConfig, places: np.ndarray) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of the 3-D rotary embedding, of patches at these places [S,3] (frame, row, column).
 
     Two float32 tensors [S,1,E/2], computed in float64: the pairs of a head are shared out over the three axes
     as in Wan2.1 (rows and columns get E//6 pairs each, frames the rest), with base 10000 on each axis.
@@ -25,13 +27,10 @@ def rotary_tables(config: TransformerConfig, grid: tuple[int, int, int]) -> tupl
     pairs = config.attention_head_dim // 2
     side = config.attention_head_dim // 6
     angles = []
-    for axis, (length, count) in enumerate(zip(grid, (pairs - 2 * side, side, side), strict=True)):
+    for axis, count in zip(places.T, (pairs - 2 * side, side, side), strict=True):
         inverse = 10000.0 ** (-np.arange(count, dtype=np.float64) / count)
-        shape = [1, 1, 1, count]
-        shape[axis] = length
-        angle = np.outer(np.arange(length, dtype=np.float64), inverse).reshape(shape)
-        angles.append(np.broadcast_to(angle, (*grid, count)))
-    table = np.concatenate(angles, axis=-1).reshape(-1, 1, pairs)  # [S,1,E/2]
+        angles.append(np.outer(axis.astype(np.float64), inverse))  # [S,count]
+    table = np.concatenate(angles, axis=1)[:, None]  # [S,1,E/2]
     return torch.from_numpy(np.cos(table).astype(np.float32)), torch.from_numpy(
         np.sin(table).astype(np.float32)
     )
@@ -80,29 +79,32 @@ class Positions(Constants):
     planes: Tensor
 
     def __init__(self, config: ModelConfig) -> None:
-        cos, sin, planes = self._tables(config.transformer, config.denoised_shape[1:])
+        cos, sin, planes = self._tables(config, config.denoised_shape[1:])
         super().__init__(cos=cos, sin=sin, planes=planes)
         self.config = config
 
     @staticmethod
-    def _tables(config: TransformerConfig, latents: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    def _tables(config: ModelConfig, latents: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
         f, h, w = latents
-        pf, ph, pw = config.patch_size
-        grid = (f // pf, h // ph, w // pw)
-        if max(grid) > config.rope_max_seq_len:
-            raise ValueError(f"{grid} patches: a side exceeds rope_max_seq_len ({config.rope_max_seq_len})")
-        return *rotary_tables(config, grid), position_table(config.position_channels, (f, h, w))
+        pf, ph, pw = config.transformer.patch_size
+        places = placed(config, (f // pf, h // ph, w // pw))  # [S+R,3]
+        most, grid = config.transformer.rope_max_seq_len, tuple(int(n) + 1 for n in places.max(axis=0))
+        if max(grid) > most:
+            raise ValueError(f"{grid} patches: a side exceeds rope_max_seq_len ({most})")
+        planes = position_table(config.transformer.position_channels, (f, h, w))
+        return *rotary_tables(config.transformer, places), planes
 
     def forward(self, latents: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """latents [B,Cz,F,H,W] -> (latents [B,Cz+p,F,H,W] with position channels behind, rotary (cos, sin)).
 
-        cos and sin are float32 [S,1,E/2]. Raises ValueError for a side longer than rope_max_seq_len patches.
+        cos and sin are float32 [S+R,1,E/2]. Raises ValueError for a side, pictures and all, that is longer
+        than rope_max_seq_len patches.
         """
         shape = tuple(latents.shape[2:])
         if shape == self.config.denoised_shape[1:]:
             cos, sin, planes = self.cos, self.sin, self.planes
         else:
-            cos, sin, planes = (t.to(latents.device) for t in self._tables(self.config.transformer, shape))
+            cos, sin, planes = (t.to(latents.device) for t in self._tables(self.config, shape))
         if self.config.transformer.position_channels:
             planes = planes.to(latents.dtype).expand(latents.shape[0], -1, -1, -1, -1)
             latents = torch.cat((latents, planes), dim=1)  # [B,Cz+p,F,H,W]

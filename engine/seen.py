@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from .config import ModelConfig
+from .references import AS_TOKENS
 
 
 @dataclass(frozen=True)
@@ -30,8 +31,10 @@ class Seen:
         concept, and the concepts that any of them sees.
 
         Branches stay where the concepts' tokens are among the text's (`merged`), concepts where their place
-        among them counts (a base with embedded positions).
+        among them counts (a base with embedded positions); all stay where they are tokens of their own.
         """
+        if config.concept.given in AS_TOKENS:
+            return cls(mask, list(range(mask.shape[1])))
         branches, concepts = (mask.any(dim=axis).nonzero().flatten().tolist() for axis in (1, 0))
         first = branches[0] if branches else len(mask)
         if config.concept.injection == "merged":

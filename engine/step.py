@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from .blocks import KEYS_VALUES
 from .dit import ConceptDiT
 from .model import ConceptMaster
+from .references import AS_TOKENS
 from .vae.wan_decoder import streaming_decoders
 from .vae.wan_encoder import EncodePicture, streaming_encoders
 
@@ -134,7 +135,7 @@ def graph_modules(
     for name, transformer in experts.items():
         modules |= expert_modules(name, transformer, biased, seeing)
     modules |= zip(("decode_first", "decode"), streaming_decoders(vae), strict=True)
-    if model.config.concept.given == "clean":  # so it is Wan's VAE
+    if model.config.concept.given in ("clean", *AS_TOKENS):  # so it is Wan's VAE
         modules["encode_first"] = EncodePicture(cast("Any", vae)).eval()
     elif model.config.conditioning_channels:
         pair = streaming_encoders(cast("Any", vae))

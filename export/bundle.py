@@ -11,6 +11,7 @@ from typing import Any
 from .. import __version__
 from ..engine.checkpoints.source import Origin, Source
 from ..engine.config import ConceptConfig, ModelConfig
+from ..engine.references import AS_TOKENS
 from ..engine.sampling import Sampling
 from ..errors import ExportError, InputError
 from ..hashed import sha256_file
@@ -74,7 +75,7 @@ def write_bundle(
     concept = source.model.config.concept
     if not with_graphs and precision != "fp32":
         raise InputError("int8 is a precision of graphs: a bundle without graphs has none")
-    if branches == 3 and concept.given != "none":
+    if branches == 3 and concept.given not in ("none", *AS_TOKENS):
         raise InputError("an image-to-video model's guidance is of captions alone: --branches 1 or 2")
     config, whole = text_of(source.model.config, text_tokens)
     tiles = tile_of(config, tile)

@@ -32,6 +32,7 @@ from ..runtime.bundle_format.graph_list import (
     FRAMES_ALONE,
     IMAGE_TO_VIDEO,
     LATER_FRAMES,
+    REFERENCES,
     TEXT_OR_IMAGE,
     Graph,
     condition_of,
@@ -105,7 +106,7 @@ def graph_specs(
 def _specs(samples: _Samples) -> list[GraphSpec]:
     """The specs by what `samples` gives; each graph's sample is the method of its name."""
     concept = samples.model.config.concept
-    kind = {"none": BASE, "clean": TEXT_OR_IMAGE}.get(concept.given, FRAMES_ALONE)
+    kind = {"none": BASE, "clean": TEXT_OR_IMAGE, "behind": REFERENCES}.get(concept.given, FRAMES_ALONE)
     if concept.takes_pictures:
         kind = CONCEPTS if concept.has_modules else IMAGE_TO_VIDEO
     specs = []
@@ -221,11 +222,15 @@ class _Samples:
 
     def conditioned(self, seed: int) -> Tensor:
         """A picture for the first frame and none for the others, [1,Cg,F,H,W]; where it is `clean`, of every
-        other seed, [1,Cg,1,H,W]; where it is a `control`, in each frame beside the video's."""
+        other seed, [1,Cg,1,H,W]; where it is a `control`, in each frame beside the video's; `behind` it, one
+        after the other, [1,Cg,N,H,W]."""
         channels, frames, height, width = self.config.latent_shape
         if self.config.concept.given == "clean":
             clean = self._first("encode_first", seed)[0]
             return torch.cat((torch.ones_like(clean[:, :1]), clean), dim=1) * float(seed % 2 == 0)
+        if self.config.concept.given == "behind":
+            every = range(self.config.concept.max_concepts)
+            return torch.cat([self._first("encode_first", seed + n)[0] for n in every], dim=2)
         if self.config.concept.given == "control":  # the video's latents stand in for an empty one's
             beside = self.config.denoised_shape[1] - frames
             control = torch.zeros(1, self.config.conditioning_channels, beside + frames, height, width)
@@ -319,7 +324,9 @@ class _Samples:
         whole = self.whole_text or self.config.text_tokens
         bias = padding_bias(lengths, self.config.text_tokens, whole)  # [K,T]
         seen = torch.zeros(self.branches, c.max_concepts, dtype=torch.bool)
-        seen[-1 if c.given == "none" else 0 :] = present  # [K,N]; where they are frames every branch sees all
+        # where they are frames every branch sees all, where they are tokens of their own all but the first
+        first = {"none": -1, "behind": min(1, self.branches - 1)}.get(c.given, 0)
+        seen[first:] = present  # [K,N]
         if not c.takes_pictures:
             known = {"concept_tokens": torch.zeros(c.max_concepts, c.tokens_per_concept, c.width)}
         else:

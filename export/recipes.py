@@ -1,10 +1,10 @@
 """How a model's pictures are prepared, where an image-to-video model's stand in the video, how a large video
 is decoded in tiles, and how much text the graphs take.
 
-Read in diffusers' WanImageToVideoPipeline and WanVACEPipeline, and for SkyReels-A2 in its infer.py and
-A2Pipeline: the first reference is one frame, the others fill a latent frame each; two are padded with white,
-the third, a background, is cut to shape; and so many frames as three latent frames stand for are left out at
-the end.
+Read in diffusers' WanImageToVideoPipeline and WanVACEPipeline, in Phantom's and SkyReels-V3's own programs,
+and for SkyReels-A2 in its infer.py and A2Pipeline: the first reference is one frame, the others fill a latent
+frame each; two are padded with white, the third, a background, is cut to shape; and so many frames as three
+latent frames stand for are left out at the end.
 """
 
 from __future__ import annotations
@@ -44,6 +44,10 @@ def conditioning_of(config: ModelConfig) -> FrameConditioning | None:
         count = config.concept.max_concepts
         beside = tuple(FramePlacement(count - 1 - i, 1, "bilinear") for i in range(count))
         return FrameConditioning(beside, required=count, dropped_frames=0, beside=count)
+    if kind == "behind":
+        count = config.concept.max_concepts
+        behind = tuple(FramePlacement(number, 1, "centred") for number in range(count))
+        return FrameConditioning(behind, config.concept.fewest or count, dropped_frames=0, kind=kind)
     if kind == "first_last":
         both = first, FramePlacement(-1, 1, "stretched")
         least = 2 if config.concept.takes_pictures else 1  # the mask tells Wan2.2 what there is

@@ -56,6 +56,9 @@ def _placements(conditioning: FrameConditioning) -> str:
     if conditioning.beside:
         where = ", ".join(str(placement.first) for placement in placements)
         return f"{conditioning.required}, as latent frames {where} beside the video's"
+    if conditioning.kind == "behind":
+        least = f"{conditioning.required} to " if conditioning.required < len(placements) else ""
+        return f"{least}{len(placements)}, as clean latent frames behind the video's"
     where = ", ".join(f"frame {placement.first} (× {placement.count})" for placement in placements)
     left_out = f"; {dropped} frames are left out for each" if dropped else ""
     alone = "" if conditioning.required else "; without one a video of text alone"

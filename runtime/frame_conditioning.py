@@ -15,6 +15,9 @@ them is a control: the latents of what is kept and of what is made anew, then a 
 made anew. A picture is kept, of the video nothing is: it is empty, and encoded, once for all requests. So
 diffusers' WanVACEPipeline does it with references alone.
 
+Of Phantom and SkyReels-V3 each picture is a clean latent frame behind the video's, which no step changes; a
+place that no picture fills has zero latents.
+
 A2Pipeline draws its latents from the encoder's distribution; here they are its mean, as in diffusers. With
 one reference A2Pipeline fails (its mask has a latent frame too many); here it is as one would expect.
 """
@@ -65,6 +68,14 @@ def leading(manifest: Manifest, count: int) -> int:
     return 0 if manifest.conditioning is None else manifest.conditioning.dropped_frames * count
 
 
+def seen(manifest: Manifest, concepts: tuple[bool, ...]) -> tuple[bool, ...]:
+    """Which guidance branches see the pictures. concepts: those that would see them as concepts are seen: of
+    an image-to-video model guidance is of captions alone, unless its pictures are tokens of their own."""
+    conditioning = manifest.conditioning
+    own = conditioning is None or conditioning.by_branch
+    return tuple(concept or not own for concept in concepts)
+
+
 def previewed(manifest: Manifest, count: int) -> int:
     """The latent frame to preview of a video from `count` pictures: the first one that is made."""
     if manifest.conditioning is not None and manifest.conditioning.beside:
@@ -79,9 +90,15 @@ def channels(
     empty: Callable[[], np.ndarray] | None = None,
 ) -> np.ndarray:
     """What `fitted` gave → the mask and the latents, float32 [1,t+Cz,F,H,W]; of a picture that may be left
-    out [1,1+Cz,1,H,W]; of pictures beside the video the control, [1,2*Cz+p,F,H,W] with p pixels of a latent.
+    out [1,1+Cz,1,H,W]; of pictures beside the video the control, [1,2*Cz+p,F,H,W] with p pixels of a latent;
+    of pictures behind it their latents alone, [1,Cz,N,H,W].
     empty: gives `encoded` of no frames, where that is known already."""
     shapes = manifest.shapes
+    if manifest.conditioning is not None and manifest.conditioning.kind == "behind":
+        behind = np.zeros((1, shapes.latent[0], shapes.concepts, *shapes.latent[2:]), np.float32)
+        for number, picture in frames.items():
+            behind[:, :, number] = _encoded_alone(backend, picture)[:, :, 0]
+        return behind
     if manifest.conditioning is not None and manifest.conditioning.beside:
         nothing = encoded(backend, {}, shapes) if empty is None else empty()
         return _control(backend, frames, manifest, nothing)

@@ -92,7 +92,9 @@ def fit(image: Image.Image, size: tuple[int, int], how: str, background: Color) 
         covers all, the middle kept: CLIP's own way), `padded` and `cut` (first given the shape, by background
         or by cutting, then scaled: SkyReels-A2's ways), `stretched` (scaled to the size, whatever its shape:
         diffusers' way), `bilinear` (as `whole`, but without antialiasing, in float32: the way of diffusers'
-        WanVACEPipeline). All but the last two are bicubic with antialiasing, `stretched` is Lanczos's.
+        WanVACEPipeline), `centred` (as `whole`, but sides rounded down and by Lanczos: the way of Phantom,
+        SkyReels-V3 and MAGREF). All are bicubic with antialiasing where nothing else is said; `stretched` is
+        Lanczos's.
     """
     return np.array(_FITS[how](image, size, background))
 
@@ -303,6 +305,18 @@ def _bilinear(image: Image.Image, size: tuple[int, int], background: Color) -> n
     return canvas
 
 
+def _centred(image: Image.Image, size: tuple[int, int], background: Color) -> Image.Image:
+    (width, height), ratio = size, image.width / image.height
+    if ratio > width / height:  # divided twice, as theirs: the last bit decides what is rounded down
+        height = max(1, int(width / ratio))
+    else:
+        width = max(1, int(height * ratio))
+    canvas = Image.new("RGB", size, background)
+    place = (size[0] - width) // 2, (size[1] - height) // 2
+    canvas.paste(image.resize((width, height), Image.Resampling.LANCZOS), place)
+    return canvas
+
+
 def _resampled(pixels: np.ndarray, axis: int, length: int) -> np.ndarray:
     """Linear between the two nearest along an axis, whose new places are centred on the old ones; float32."""
     old = pixels.shape[axis]
@@ -320,6 +334,7 @@ _FITS: dict[str, Callable[[Image.Image, tuple[int, int], Color], Image.Image | n
     "cut": _cut,
     "stretched": _stretched,
     "bilinear": _bilinear,
+    "centred": _centred,
 }
 
 

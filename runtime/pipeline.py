@@ -293,8 +293,7 @@ class Pipeline:
         """Which branch sees which concept, bool [K,N]."""
         shapes = self.manifest.shapes
         mask = np.zeros((shapes.branches, shapes.concepts), bool)
-        # an image-to-video model's guidance is of captions alone: every branch sees its pictures
-        mask[np.array(guidance.concepts) | (self.manifest.conditioning is not None), :count] = True
+        mask[np.array(frame_conditioning.seen(self.manifest, guidance.concepts)), :count] = True
         return mask
 
     def _encode_text(self, tokens: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:

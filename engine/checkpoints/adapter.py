@@ -64,9 +64,10 @@ def save_adapter(model: ConceptMaster, path: str | Path) -> None:
     keys = adapter_keys(model)
     if not keys:
         raise WeightsError(f"the model {model.config.name!r} has no adapter: it takes no concepts")
+    told = {k: v for k, v in dataclasses.asdict(model.config.concept).items() if v is not None}
     metadata = {
         "format": FORMAT,
-        "concept": json.dumps(dataclasses.asdict(model.config.concept)),
+        "concept": json.dumps(told),
         "base": json.dumps(dataclasses.asdict(AdapterBase.of(model.config))),
     }
     save(path, {name: value for name, value in model.state_dict().items() if name in keys}, metadata)

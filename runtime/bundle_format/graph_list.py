@@ -20,6 +20,7 @@ CONCEPTS = "a model with concept modules"
 IMAGE_TO_VIDEO = "an image-to-video base"
 FRAMES_ALONE = "an image-to-video base without a picture encoder"
 TEXT_OR_IMAGE = "a base that takes a first picture, or none"
+REFERENCES = "a base whose pictures are tokens of their own"
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Graph:
     name: str
     runs: str
     follows: str | None = None
-    models: tuple[str, ...] = (BASE, CONCEPTS, IMAGE_TO_VIDEO, FRAMES_ALONE, TEXT_OR_IMAGE)
+    models: tuple[str, ...] = (BASE, CONCEPTS, IMAGE_TO_VIDEO, FRAMES_ALONE, TEXT_OR_IMAGE, REFERENCES)
     expert: int = 0
 
 
@@ -44,7 +45,7 @@ GRAPHS = (
     Graph("qformer", ONCE, "image_encoder", (CONCEPTS,)),
     Graph("dam", ONCE, "qformer", (CONCEPTS,)),
     Graph("condition", ONCE, "dam", expert=1),
-    Graph("encode_first", FIRST_FRAME, models=(IMAGE_TO_VIDEO, FRAMES_ALONE, TEXT_OR_IMAGE)),
+    Graph("encode_first", FIRST_FRAME, models=(IMAGE_TO_VIDEO, FRAMES_ALONE, TEXT_OR_IMAGE, REFERENCES)),
     Graph("encode", LATER_FRAMES, "encode_first", (IMAGE_TO_VIDEO, FRAMES_ALONE)),
     Graph("denoise", EACH_STEP, "condition", expert=1),
     Graph("condition_2", ONCE, "dam", expert=2),

@@ -57,11 +57,12 @@ def _check(manifest: Manifest) -> None:
     """Raises ValueError for graphs that do not fit, and for what this version knows by name alone."""
     if manifest.boxes is not None:
         raise ValueError("has boxes, which this conceptmaster cannot honour: upgrade it")
-    conditioned, clean = manifest.conditioning is not None, manifest.begins_clean
+    conditioning = manifest.conditioning
+    kind = "frames" if conditioning is None else "clean" if manifest.begins_clean else conditioning.kind
     collapsed = manifest.whole_text is not None
     experts = 1 if manifest.experts is None else len(manifest.experts)
-    known = manifest.graphs, manifest.shapes, conditioned, manifest.decoded, collapsed, clean, experts
-    signatures.check(*known, manifest.denoised)
+    known = manifest.graphs, manifest.shapes, conditioning is not None, manifest.decoded, collapsed, kind
+    signatures.check(*known, experts, manifest.denoised)
 
 
 def _check_external(graph: Path, listed: set[Path]) -> None:

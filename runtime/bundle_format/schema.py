@@ -43,7 +43,7 @@ LONGEST_TEXT = 10_000  # characters
 MOST_ENTRIES = 20_000  # of a vocabulary
 GUIDED_FIRST = ("caption", "concepts")
 KINDS = ("frames", "behind", "canvas", "grids")
-FITS = ("whole", "middle", "padded", "cut", "stretched", "bilinear")
+FITS = ("whole", "middle", "padded", "cut", "stretched", "bilinear", "centred")
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,9 @@ class FrameConditioning:
     are made and decoded, then left out. Where none is required, the one picture is the first latent frame
     itself, which is never noisy. beside: how many latent frames the pictures are that stand beside the
     video's, one each: then placements count latent frames, all of them, and what the steps make of the
-    pictures' is not decoded (VACE's control). kind: one of KINDS, `frames` unless format 6 says otherwise.
+    pictures' is not decoded (VACE's control). kind: one of KINDS, `frames` unless format 6 says otherwise:
+    `behind`, each picture is a clean latent frame behind the video's that steps do not make, and placements
+    count these.
     """
 
     placements: tuple[FramePlacement, ...] = stored_as("places")
@@ -152,6 +154,8 @@ class FrameConditioning:
         alone = [count for _, count in places] == [1] * self.beside and self.required == most
         right = alone and self.dropped_frames == 0
         require(self.beside == 0 or right, "beside must be one latent frame for each picture, all required")
+        tokens = places == [(n, 1) for n in range(most)] and self.required > 0 and not self.dropped_frames
+        require(not self.by_branch or (tokens and not self.beside), f"{self.kind} must be numbered in order")
 
     @property
     def by_branch(self) -> bool:
@@ -328,6 +332,8 @@ class Manifest:
         require(few, "given frames are the same in at most 2 guidance branches")
         require(len(placements) == shapes.concepts, "given must have a place for each concept")
         require(self.format > 4 or conditioning.beside == 0, "pictures beside the video are of format 5")
+        if conditioning.by_branch:  # whose pictures are nothing of the video
+            return
         total = self.denoised[1] if conditioning.beside else shapes.frames
         taken = sorted((p.frames(total) for p in placements), key=lambda frames: frames.start)
         ends = [0, *(frames.stop for frames in taken)]

@@ -11,6 +11,7 @@ from .graph_list import (
     FRAMES_ALONE,
     IMAGE_TO_VIDEO,
     LATER_FRAMES,
+    REFERENCES,
     STEP_GRAPHS,
     TEXT_OR_IMAGE,
     condition_of,
@@ -30,7 +31,7 @@ def check(
     conditioned: bool,
     decoded: tuple[int, int],
     collapsed: bool = False,
-    clean: bool = False,
+    kind: str = "frames",
     experts: int = 1,
     denoised: tuple[int, int, int, int] | None = None,
 ) -> None:
@@ -38,20 +39,21 @@ def check(
     pipeline reads must be there; the frames must add up. A graph need not use all that it is offered.
     conditioned: whether the bundle's pictures are frames; decoded: height and width, in latents, of what
     the decoder takes at once; collapsed: whether one key stands for all padding of a text, which then must
-    come with a bias; clean: whether the one picture is the first latent frame itself; experts: how many
-    transformers there are, 1 or 2; denoised: the latents that steps make, where some of them stand beside the
-    video's (None: none do).
+    come with a bias; kind: of the pictures that are frames, one of KINDS of schema.py, or `clean` where the
+    one picture is the first latent frame itself; experts: how many transformers there are, 1 or 2; denoised:
+    the latents that steps make, where some of them stand beside the video's (None: none do).
 
     Raises: ValueError for the first difference.
     """
     pictured = bool(set(CONCEPT_GRAPHS) & set(graphs))
-    kinds = (TEXT_OR_IMAGE if clean else FRAMES_ALONE, IMAGE_TO_VIDEO) if conditioned else (BASE, CONCEPTS)
-    expected = graphs_of(kinds[pictured and not clean], shapes.latent[1], experts)
+    kinds = (FRAMES_ALONE, IMAGE_TO_VIDEO) if conditioned else (BASE, CONCEPTS)
+    own = {"clean": TEXT_OR_IMAGE, "behind": REFERENCES}
+    expected = graphs_of(own.get(kind, kinds[pictured]), shapes.latent[1], experts)
     names = [graph.name for graph in expected]
     if set(graphs) != set(names):
         raise ValueError(f"the graphs must be {', '.join(names)}; they are {', '.join(graphs):.300}")
     denoised = denoised or shapes.latent
-    inputs = _inputs(shapes, decoded, clean, denoised)
+    inputs = _inputs(shapes, decoded, kind, denoised)
     for graph in expected:
         sources = [upstream(graph.name, graphs)]
         if graph.runs == LATER_FRAMES:
@@ -59,12 +61,12 @@ def check(
         for source in sources:
             passed_on = {} if source is None else _passed_on(graphs[source])
             _check_inputs(graph.name, graphs[graph.name], inputs.get(graph.name, {}) | passed_on)
-    for name, output, kind in _outputs(shapes, upstream("condition", graphs), denoised):
+    for name, output, made in _outputs(shapes, upstream("condition", graphs), denoised):
         if name not in graphs:
             continue
         found = graphs[name].output(output)
-        if found is None or (found.dtype, found.shape) != kind:
-            raise ValueError(f"the graph {name} must give {output!r}, {_spelled(kind)}")
+        if found is None or (found.dtype, found.shape) != made:
+            raise ValueError(f"the graph {name} must give {output!r}, {_spelled(made)}")
     for name in STEP_GRAPHS[:experts]:
         if collapsed != (graphs[name].input("text_bias") is not None):
             raise ValueError(
@@ -74,13 +76,15 @@ def check(
 
 
 def _inputs(
-    s: Shapes, decoded: tuple[int, int], clean: bool, denoised: tuple[int, ...]
+    s: Shapes, decoded: tuple[int, int], kind: str, denoised: tuple[int, ...]
 ) -> dict[str, dict[str, Kind]]:
     branches, latent = s.branches, s.latent
     mask: Kind = ("bool", (branches, s.concepts))
     decoder: dict[str, Kind] = {"latents": ("float32", (1, latent[0], 1, *decoded))}
     following = s.frames_per_latent
-    known = (1 + latent[0], 1) if clean else (following + latent[0], latent[1])
+    known = {"clean": (1 + latent[0], 1), "behind": (latent[0], s.concepts)}.get(
+        kind, (following + latent[0], latent[1])
+    )
     if denoised != latent:  # of what is kept, of what is made anew, and a mask of each pixel
         known = (2 * latent[0] + s.space**2, denoised[1])
     condition = {"text": ("float32", (branches, s.text_tokens, s.text_width)), "concept_mask": mask}

@@ -4,6 +4,7 @@ parts.
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -52,7 +53,7 @@ def test_it_is_what_a_block_computes(assert_close):
     from conceptmaster.kernels.qk_norm_rope import rotate
 
     config = preset("sprites").transformer
-    cos, sin = rotary_tables(config, (2, 3, 2))
+    cos, sin = rotary_tables(config, np.indices((2, 3, 2)).reshape(3, -1).T)
     attention = Attention(config.width, config.num_attention_heads, config.eps)
     torch.nn.init.normal_(attention.norm_q.weight)
     x = torch.randn(2, 12, config.width, generator=torch.Generator().manual_seed(0))

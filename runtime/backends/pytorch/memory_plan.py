@@ -104,10 +104,11 @@ def plan(demand: Demand) -> dict[str, int]:
     size = BYTES[demand.dtype]
     heads, width = model["num_attention_heads"], model["num_attention_heads"] * model["attention_head_dim"]
     concept = demand.model["concept"]
-    beside = concept["max_concepts"] if concept["given"] == "control" else 0
+    pictures, given = concept["max_concepts"], concept["given"]
     channels, frames, *sides = shapes.latent
-    latent = (frames + beside, *sides)
-    tokens = math.prod(n // p for n, p in zip(latent, model["patch_size"], strict=True))
+    latent = (frames + (pictures if given == "control" else 0), *sides)
+    shown = (latent[0] + (pictures if given == "behind" else 0), *sides)  # by the transformer
+    tokens = math.prod(n // p for n, p in zip(shown, model["patch_size"], strict=True))
     concepts = shapes.concepts * shapes.queries
     rows = shapes.branches * tokens  # K*S
 

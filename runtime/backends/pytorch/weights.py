@@ -48,8 +48,9 @@ def open_weights(
     if place is None or is_base(place):
         shapes = bundle.manifest.shapes
         conditioning, size = bundle.manifest.conditioning, (shapes.width, shapes.height)
-        beside = None if conditioning is None else conditioning.beside or None
-        given = dataclasses.replace(given, size=size, frames=shapes.frames, references=beside)
+        own = conditioning is not None and (conditioning.beside or conditioning.by_branch)
+        references = shapes.concepts if own else None
+        given = dataclasses.replace(given, size=size, frames=shapes.frames, references=references)
         if record is not None:
             given = _recorded(record, place, given, bundle)
     source = open_source(place, given, bundle.tokenizer)
