@@ -81,7 +81,7 @@ $(VENV)/.torch: $(VENV)/.created
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.torch setup.py pyproject.toml
-	@echo "installing conceptmaster[export,train,dev] into $(VENV)"
-	@$(PIP) install -e '.[export,train,dev]'
+	@echo "installing conceptmaster[export,train,serve,dev] into $(VENV)"
+	@$(PIP) install -e '.[export,train,serve,dev]'
 	@mkdir -p $(VENV)/mypy && ln -sfn '$(CURDIR)' $(VENV)/mypy/conceptmaster  # see [tool.mypy] in pyproject.toml
 	@touch $@

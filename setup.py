@@ -38,12 +38,14 @@ PACKAGES = [
     "conceptmaster.runtime.backends",
     "conceptmaster.runtime.backends.pytorch",
     "conceptmaster.runtime.bundle_format",
+    "conceptmaster.runtime.server",
 ]
 
 PACKAGE_DATA = {
     "conceptmaster": ["py.typed"],
     # sprites-int8 stays in the repository: with it a wheel would pass 40 MB
     "conceptmaster.runtime": ["bundles/sprites/*.json", "bundles/sprites/*.onnx"],
+    "conceptmaster.runtime.server": ["page/*"],
     "conceptmaster.examples.sprites": ["baseline.json", "requests/**/*.json", "requests/**/*.png"],
 }
 

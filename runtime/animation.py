@@ -29,6 +29,13 @@ def save(frames: Iterable[np.ndarray], count: int, fps: float, path: Path, suffi
     first.save(path, save_all=True, append_images=images, loop=0, **how)
 
 
+def save_still(frame: np.ndarray, path: Path, most: int) -> None:
+    """Writes one frame, uint8 [H,W,3] RGB, as WebP, reduced to `most` pixels a side. Raises OSError."""
+    image = Image.fromarray(frame)
+    image.thumbnail((most, most))
+    image.save(path, format="WEBP", **WEBP)
+
+
 def _durations(count: int, fps: float, unit: int, least: int) -> list[int]:
     """Milliseconds of each frame: it ends at the nearest multiple of `unit`, so that the whole keeps its
     length."""

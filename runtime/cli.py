@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from ..untrusted import printable
 from . import generate_command
-from .commands import Command, run_program
+from .commands import Command, in_module, run_program
 
 if TYPE_CHECKING:
     from .bundle_format.schema import FrameConditioning, Manifest, TensorSpec
@@ -142,4 +142,5 @@ COMMANDS = (
         generate_command.run,
     ),
     Command("inspect", "verify a bundle and say what is in it", _add_inspect, _inspect),
+    in_module("serve", "take requests over HTTP, and show a page", f"{__package__}.server.command", "serve"),
 )

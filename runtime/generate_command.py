@@ -108,7 +108,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="refuse what is otherwise warned of: a label that is not in the caption, words that the bundle "
         "does not know, numbers that it was not made for (`inspect` lists them)",
     )
-    _add_torch_options(parser.add_argument_group("with --backend torch"))
+    add_torch_options(parser.add_argument_group("with --backend torch"))
     out = parser.add_argument_group("output")
     out.add_argument(
         "--output",
@@ -143,7 +143,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     out.add_argument("--verbose", action="store_true", help="say which backend is used")
 
 
-def _add_torch_options(group: argparse._ArgumentGroup) -> None:
+def add_torch_options(group: argparse._ArgumentGroup) -> None:
+    """The options of the torch backend, which `torch_options` reads."""
     from .backends.pytorch.options import PARTS
 
     group.add_argument(

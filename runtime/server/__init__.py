@@ -1,0 +1,1 @@
+"""A queue of videos behind HTTP: jobs that survive, workers that are processes, one page."""

@@ -1,0 +1,134 @@
+"""What /openapi.json says beyond the routes' types: bodies that are read by hand, and what is answered."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ...untrusted import printable
+from . import asked
+from .jobs import STATUSES
+
+
+def version() -> str:
+    """Of the package."""
+    from ... import __version__
+
+    return printable(__version__)
+
+
+def _object(**properties: Any) -> dict[str, Any]:
+    return {"type": "object", "properties": properties, "required": list(properties)}
+
+
+def _answer(description: str, schema: dict[str, Any]) -> dict[int | str, dict[str, Any]]:
+    return {200: {"description": description, "content": {"application/json": {"schema": schema}}}}
+
+
+_TEXT, _WHOLE, _NUMBER = {"type": "string"}, {"type": "integer"}, {"type": "number"}
+_TIME = {"type": ["integer", "null"], "description": "seconds since 1970"}
+_MAYBE = {"type": ["string", "null"]}
+_ERROR = _object(error=_object(message=_TEXT, type=_TEXT, param=_MAYBE, code=_MAYBE))
+_VIDEO = _object(
+    id=_TEXT,
+    object={"const": "video"},
+    model=_TEXT,
+    status={"enum": list(STATUSES)},
+    progress={"type": "integer", "minimum": 0, "maximum": 100},
+    created_at=_WHOLE,
+    started_at=_TIME,
+    completed_at=_TIME,
+    expires_at=_TIME,
+    size=_MAYBE,
+    seconds=_MAYBE,
+    prompt=_TEXT,
+    seed=_WHOLE,
+    n=_WHOLE,
+    labels={"type": "array", "items": _TEXT},
+    queue_position={"type": ["integer", "null"]},
+    step=_WHOLE,
+    steps=_WHOLE,
+    warnings={"type": "array", "items": _TEXT},
+    timings={"type": "object", "additionalProperties": _NUMBER},
+    error={"anyOf": [_object(code=_TEXT, message=_TEXT), {"type": "null"}]},
+    remixed_from_video_id=_MAYBE,
+)
+_MODEL = _object(id=_TEXT, object={"const": "model"}, created=_WHOLE, owned_by=_TEXT)
+
+_FILE = {"type": "string", "format": "binary"}
+_FIELDS: dict[str, Any] = {
+    "prompt": _TEXT,
+    "model": _TEXT,
+    "size": _TEXT,
+    "seconds": _TEXT,
+    "callback_url": _TEXT,
+    **dict.fromkeys(asked.WHOLE, _WHOLE),
+    **dict.fromkeys(asked.NUMBERS, _NUMBER),
+    **dict.fromkeys(asked.TEXTS, _TEXT),
+}
+_REFERENCE = {
+    "type": "object",
+    "properties": {
+        "type": {"const": "image_url"},
+        "image_url": _object(url={"type": "string", "description": "a data: URL in base64"}),
+        "label": _TEXT,
+    },
+    "required": ["image_url"],
+}
+_FORM = {
+    **_FIELDS,
+    "input_reference": {"type": "array", "items": _FILE},
+    "label": {"type": "array", "items": _TEXT, "description": "what each picture shows, in the same order"},
+}
+_JSON = {**_FIELDS, "input_references": {"type": "array", "items": _REFERENCE}}
+CREATE: dict[str, Any] = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "multipart/form-data": {
+                "schema": {"type": "object", "properties": _FORM, "required": ["prompt"]}
+            },
+            "application/json": {"schema": {"type": "object", "properties": _JSON, "required": ["prompt"]}},
+        },
+    }
+}
+SESSION: dict[str, Any] = {
+    "requestBody": {"required": True, "content": {"application/json": {"schema": _object(key=_TEXT)}}}
+}
+ERRORS: dict[int | str, dict[str, Any]] = {
+    status: {"description": what, "content": {"application/json": {"schema": _ERROR}}}
+    for status, what in (
+        (400, "the request is wrong"),
+        (401, "an API key is needed"),
+        (403, "not allowed"),
+        (404, "there is no such thing"),
+        (409, "not in this state"),
+        (410, "its files have expired"),
+        (413, "too large"),
+        (415, "neither a form nor JSON"),
+        (421, "another host's name"),
+        (422, "the request is wrong"),
+        (429, "the queue is full"),
+        (500, "a fault of the server"),
+    )
+}
+VIDEO = _answer("the video", _VIDEO)
+VIDEOS = _answer(
+    "videos",
+    _object(object={"const": "list"}, data={"type": "array", "items": _VIDEO}, has_more={"type": "boolean"}),
+)
+DELETED = _answer("done", _object(id=_TEXT, object={"const": "video.deleted"}, deleted={"type": "boolean"}))
+MODEL = _answer("the model", _MODEL)
+MODELS = _answer("models", _object(object={"const": "list"}, data={"type": "array", "items": _MODEL}))
+FILE: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "a file",
+        "content": {kind: {"schema": _FILE} for kind in ("video/mp4", "image/webp", "image/png")},
+    },
+    206: {"description": "a part of a file"},
+    304: {"description": "the file is the one that is there"},
+    416: {"description": "there is no such part"},
+}
+EVENTS: dict[int | str, dict[str, Any]] = {
+    200: {"description": "server-sent events", "content": {"text/event-stream": {"schema": _TEXT}}}
+}
+NOT_READY: dict[int | str, dict[str, Any]] = {503: {"description": "not ready"}}

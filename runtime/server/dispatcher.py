@@ -1,0 +1,300 @@
+"""The queue: which job goes to which worker, and what becomes of it when a worker dies.
+
+All of it runs in one event loop, so between two awaits nothing changes. That a job is in progress is said by
+the worker that begins to compute it; it is finished when its files are where clients get them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any
+
+from . import jobs
+from .events import Events
+from .folder import Folder
+from .jobs import Job, Store
+from .measures import Measures
+from .workers import JobCancelled, JobFailed, Task, Worker, WorkerLost
+
+log = logging.getLogger(__name__)
+
+MOST_DEATHS = 2  # workers that may die with a job
+SLOWEST_RESTART = 60.0  # seconds between two tries to start a worker
+BETWEEN_SWEEPS = 5.0  # seconds between two looks for what has expired
+
+
+class QueueFull(Exception):
+    """No more jobs are taken. retry_after: seconds in which a place should be free."""
+
+    def __init__(self, retry_after: int) -> None:
+        super().__init__("the queue is full")
+        self.retry_after = retry_after
+
+
+class Dispatcher:
+    """Hands jobs to workers.
+
+    most: jobs that may wait; keep: seconds for which a finished job's files stay.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        folder: Folder,
+        workers: Sequence[Worker],
+        measures: Measures,
+        *,
+        most: int,
+        keep: float,
+    ) -> None:
+        self.store, self.folder, self.events = store, folder, Events()
+        self._workers, self._measures = list(workers), measures
+        self._most, self._keep = most, keep
+        self._making: dict[str, Worker] = {}
+        self._ready: set[int] = set()
+        self._changed = asyncio.Condition()
+        self._tasks: list[asyncio.Task[None]] = []
+        self._draining = False
+        self._mean: dict[str, float] = {}  # seconds of a job, by bundle, lately
+
+    async def start(self) -> None:
+        """Sweeps what an earlier server left, and starts every worker. Raises WorkerLost where the first of a
+        bundle does not come up: no job could be made."""
+        self.folder.sweep(self.store.known_jobs(), self.store.known_pictures())
+        first = {worker.bundle: worker for worker in reversed(self._workers)}
+        await asyncio.gather(*(worker.start() for worker in first.values()))
+        started = set(map(id, first.values()))
+        self._tasks = [
+            asyncio.create_task(self._work(worker, id(worker) in started)) for worker in self._workers
+        ]
+        self._tasks.append(asyncio.create_task(self._expire()))
+
+    def hold(self) -> None:
+        """Takes no more jobs and begins none; what is being made goes on."""
+        self._draining = True
+
+    async def drain(self, seconds: float) -> None:
+        """Begins nothing new, waits for what is being made, at most so long, then ends the workers. What was
+        not finished is queued, for the next server."""
+        self.hold()
+        end = time.monotonic() + seconds
+        while self._making and time.monotonic() < end:
+            await asyncio.sleep(0.05)
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*(worker.stop() for worker in self._workers))
+
+    @property
+    def ready(self) -> bool:
+        """Whether every bundle has a worker, and jobs are taken."""
+        able = {worker.bundle for worker in self._workers if id(worker) in self._ready}
+        return not self._draining and able == {worker.bundle for worker in self._workers}
+
+    @property
+    def workers_ready(self) -> int:
+        """How many workers are loaded."""
+        return len(self._ready)
+
+    def waiting(self, owner: str | None = None) -> int:
+        """Jobs that nobody makes yet, of all or of one owner."""
+        every = (job for job in self.store.active() if job.status == jobs.QUEUED)
+        return sum(owner is None or job.owner == owner for job in every)
+
+    def place(self, job: Job) -> int | None:
+        """How many jobs of the same bundle are before it; None once it is begun."""
+        if job.status != jobs.QUEUED:
+            return None
+        before = 0
+        for other in self.store.active():
+            if other.id == job.id:
+                break
+            before += other.bundle == job.bundle and other.status == jobs.QUEUED
+        return before
+
+    async def submit(self, job: Job, repeat: str | None = None) -> None:
+        """Takes a job. Raises QueueFull."""
+        if self.waiting() >= self._most or self._draining:
+            self._measures.refused()
+            raise QueueFull(self._wait(job.bundle))
+        self.store.add(job, repeat)
+        await self._wake()
+
+    async def cancel(self, job: Job) -> Job:
+        """Ends a job that is not finished; whoever makes it stops within a step."""
+        if not job.active:
+            return job
+        ended = self._end(job, jobs.CANCELLED)
+        if (worker := self._making.get(job.id)) is not None:
+            worker.cancel(job.id)
+        return ended
+
+    async def delete(self, job: Job) -> None:
+        """Ends a job and forgets it, files and all."""
+        await self.cancel(job)
+        self.folder.drop_pictures(self.store.delete(job.id))
+        if job.id not in self._making:  # else when its worker has let go
+            self.folder.drop(job.id)
+        self.events.tell(job.id, "status")
+
+    async def _wake(self) -> None:
+        async with self._changed:
+            self._changed.notify_all()
+
+    async def _next(self, worker: Worker) -> Job:
+        """The oldest job that waits for this worker's bundle, which from here on is the worker's."""
+        async with self._changed:
+            while True:
+                for job in self.store.active():
+                    free = job.status == jobs.QUEUED and job.id not in self._making
+                    if free and job.bundle == worker.bundle and not self._draining:
+                        self._making[job.id] = worker
+                        return job
+                await self._changed.wait()
+
+    async def _taken(self, worker: Worker) -> Job:
+        """As `_next`. Raises WorkerLost where the worker dies before there is one."""
+        job, gone = asyncio.create_task(self._next(worker)), asyncio.create_task(worker.gone())
+        try:
+            await asyncio.wait({job, gone}, return_when=asyncio.FIRST_COMPLETED)
+            if not gone.done():
+                return job.result()
+            if job.done():
+                del self._making[job.result().id]
+                await self._wake()
+            raise WorkerLost(gone.result())
+        finally:
+            job.cancel()
+            gone.cancel()
+
+    async def _work(self, worker: Worker, started: bool) -> None:
+        """A worker's life: started again whenever it dies, after a while that doubles while that fails."""
+        pause = 1.0
+        while True:
+            try:
+                if not started:
+                    await worker.start()
+                started, pause = True, 1.0
+                self._ready.add(id(worker))
+                self._measures.workers(len(self._ready))
+                while True:
+                    await self._make(worker, await self._taken(worker))
+            except WorkerLost as error:
+                self._ready.discard(id(worker))
+                self._measures.workers(len(self._ready))
+                log.error("a worker for %s: %s", worker.bundle, error)
+                if started:
+                    started = False  # at once
+                    continue
+                await asyncio.sleep(pause)
+                pause = min(2 * pause, SLOWEST_RESTART)
+            except Exception:
+                log.exception("a worker for %s: this should not happen", worker.bundle)
+                await worker.stop()
+                self._ready.discard(id(worker))
+                started = False
+                await asyncio.sleep(pause)
+                pause = min(2 * pause, SLOWEST_RESTART)
+
+    async def _make(self, worker: Worker, job: Job) -> None:
+        """One job, to its end or to its worker's. Raises WorkerLost, when the job is looked after."""
+        request = {name: value for name, value in job.request.items() if name != "concepts"}
+        concepts = tuple((c["label"], self.folder.picture(c["sha256"])) for c in job.request["concepts"])
+        try:
+            task = Task(job.id, request, concepts, self.folder.begin(job.id))
+            made = await worker.make(task, lambda said: self._heard(job.id, said))
+            if (now := self.store.get(job.id)) is not None and now.active:
+                self.folder.finish(job.id)
+                self._end(now, jobs.COMPLETED, warnings=tuple(made["warnings"]), seconds=made["seconds"])
+        except JobCancelled:
+            pass  # it was told when it was asked for
+        except JobFailed as error:
+            if (now := self.store.get(job.id)) is not None and now.active:
+                self._end(now, jobs.FAILED, error=(error.code, str(error)))
+        except WorkerLost as error:
+            self._lost(job.id, str(error))
+            raise
+        except OSError as error:
+            if (now := self.store.get(job.id)) is not None and now.active:
+                self._end(
+                    now, jobs.FAILED, error=("storage", f"its files could not be kept: {error.strerror}")
+                )
+            raise
+        finally:
+            del self._making[job.id]
+            now = self.store.get(job.id)
+            if now is None or now.status != jobs.COMPLETED:
+                self.folder.drop(job.id)
+            await self._wake()
+
+    def _heard(self, id: str, said: dict[str, Any]) -> None:
+        job = self.store.get(id)
+        if job is None or not job.active:
+            return
+        if said["say"] == "begun":
+            self._measures.waited(time.time() - job.created_at)
+            self.store.change(id, status=jobs.IN_PROGRESS, started_at=time.time())
+            self._tell_waiting(job.bundle)
+            self.events.tell(id, "status")
+        elif said["say"] == "step":
+            self.store.advance(id, int(said["step"]), int(said["steps"]))
+            self.events.tell(id, "step")
+        elif said["say"] == "preview":
+            self.events.tell(id, "preview")
+
+    def _tell_waiting(self, bundle: str) -> None:
+        """Those behind have moved up."""
+        for job in self.store.active():
+            if job.bundle == bundle and job.status == jobs.QUEUED:
+                self.events.tell(job.id, "status")
+
+    def _lost(self, id: str, why: str) -> None:
+        """A worker died with this job: once more, unless it has taken too many with it."""
+        job = self.store.get(id)
+        if job is None or job.status != jobs.IN_PROGRESS:  # it was not this job that killed it
+            return
+        if job.deaths + 1 >= MOST_DEATHS:
+            message = f"{MOST_DEATHS} workers died while they made it; the last: {why}"
+            self._end(job, jobs.FAILED, error=("worker_lost", message), deaths=job.deaths + 1)
+            return
+        self.store.change(id, status=jobs.QUEUED, started_at=None, step=0, deaths=job.deaths + 1)
+        self.events.tell(id, "status")
+
+    def _end(self, job: Job, status: str, **fields: Any) -> Job:
+        now = time.time()
+        ended = self.store.change(
+            job.id, status=status, completed_at=now, expires_at=now + self._keep, **fields
+        )
+        assert ended is not None
+        if status == jobs.COMPLETED and job.started_at is not None:
+            took = now - job.started_at
+            self._mean[job.bundle] = 0.8 * self._mean.get(job.bundle, took) + 0.2 * took
+            self._measures.made(took)
+        self._measures.ended(status)
+        self._tell_waiting(job.bundle)
+        self.events.tell(job.id, "status")
+        return ended
+
+    def _wait(self, bundle: str) -> int:
+        """Seconds until a place should be free."""
+        workers = sum(worker.bundle == bundle for worker in self._workers)
+        return max(1, round(self._mean.get(bundle, 5.0) / max(1, workers)))
+
+    async def _expire(self) -> None:
+        """Lets go of files whose time has come, now and then."""
+        while True:
+            for job in self.store.due(time.time()):
+                self.folder.drop(job.id)
+                self.folder.drop_pictures(self.store.release(job.id))
+                self.store.change(
+                    job.id,
+                    status=jobs.EXPIRED if job.status == jobs.COMPLETED else job.status,
+                    expires_at=None,
+                )
+                self.events.tell(job.id, "status")
+            with suppress(asyncio.TimeoutError):
+                await asyncio.sleep(BETWEEN_SWEEPS)

@@ -1,0 +1,121 @@
+"""The folder behind `--data`: the jobs' database, the pictures that were sent, the videos that were made.
+
+jobs.sqlite       see jobs.py
+pictures/SHA256   what clients sent, by what it is, so that nothing of a request names a file
+making/JOB        what a worker is writing; moved to videos/JOB when all of it is there
+videos/JOB/       video-0.mp4, thumbnail-0.webp, spritesheet-0.png, …, preview.webp while it is made
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from ...atomic_write import replacing
+from ...errors import InputError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+SHA256 = re.compile(r"[0-9a-f]{64}")
+KINDS = {"video": ".mp4", "thumbnail": ".webp", "spritesheet": ".png"}
+"""The files that are made of each sample, by the names of OpenAI's variants of a video's content."""
+PREVIEW = "preview.webp"
+
+
+class Folder:
+    """Opens the folder for one server. Raises InputError where another has it, or it cannot be written."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path.absolute()
+        self.pictures, self.making, self.videos = (self.path / n for n in ("pictures", "making", "videos"))
+        try:
+            for folder in (self.path, self.pictures, self.making, self.videos):
+                folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._lock = open(self.path / "lock", "a")  # noqa: SIM115 - held until the end
+        except OSError as error:
+            raise InputError(f"cannot keep jobs in {str(path)!r}: {error.strerror}") from None
+        if fcntl is not None:
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise InputError(f"another server keeps its jobs in {str(path)!r}: stop it first") from None
+
+    @property
+    def database(self) -> Path:
+        """Where the jobs are."""
+        return self.path / "jobs.sqlite"
+
+    def add_picture(self, data: bytes) -> str:
+        """Stores a picture; returns its SHA-256. Raises OSError."""
+        digest = hashlib.sha256(data).hexdigest()
+        path = self.picture(digest)
+        if not path.exists():
+            with replacing(path) as temporary:
+                temporary.write_bytes(data)
+        return digest
+
+    def picture(self, digest: str) -> Path:
+        """Where a picture is."""
+        assert SHA256.fullmatch(digest)
+        return self.pictures / digest
+
+    def drop_pictures(self, digests: list[str]) -> None:
+        """Deletes pictures that no job has any more."""
+        for digest in digests:
+            self.picture(digest).unlink(missing_ok=True)
+
+    def begin(self, job: str) -> Path:
+        """An empty folder for what a worker makes."""
+        place = self.making / job
+        shutil.rmtree(place, ignore_errors=True)
+        place.mkdir(mode=0o700)
+        return place
+
+    def finish(self, job: str) -> None:
+        """All of a job's files are there: from now on they are what clients get."""
+        (self.making / job / PREVIEW).unlink(missing_ok=True)
+        shutil.rmtree(self.videos / job, ignore_errors=True)
+        os.replace(self.making / job, self.videos / job)
+
+    def drop(self, job: str) -> None:
+        """Deletes what was made of a job."""
+        for folder in (self.making, self.videos):
+            shutil.rmtree(folder / job, ignore_errors=True)
+
+    def result(self, job: str, kind: str, sample: int) -> Path:
+        """A file of a finished job; kind: of KINDS."""
+        return self.videos / job / f"{kind}-{sample}{KINDS[kind]}"
+
+    def preview(self, job: str) -> Path:
+        """The newest preview of a job that is being made."""
+        return self.making / job / PREVIEW
+
+    def sweep(self, jobs: set[str], pictures: set[str]) -> None:
+        """Deletes what no job has: a server that was killed leaves it."""
+        shutil.rmtree(self.making, ignore_errors=True)
+        self.making.mkdir(mode=0o700, exist_ok=True)
+        for path in self.videos.iterdir():
+            if path.name not in jobs:
+                shutil.rmtree(path, ignore_errors=True)
+        for path in self.pictures.iterdir():
+            if path.name not in pictures:
+                with suppress(OSError):
+                    path.unlink()
+
+    def close(self) -> None:
+        """Lets another server have the folder."""
+        self._lock.close()
+
+    def __enter__(self) -> Folder:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()

@@ -1,0 +1,112 @@
+"""What every request passes before it is read, and every answer before it leaves. Plain ASGI: it streams.
+
+A server on localhost can be reached by any page that a browser there shows. So requests are refused that name
+another host (a name that was made to lead here), and writes that come from another site.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Awaitable, Callable, Iterable
+from typing import Any
+
+from .refusals import Refused
+
+Scope = dict[str, Any]
+Receive = Callable[[], Awaitable[dict[str, Any]]]
+Send = Callable[[dict[str, Any]], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; "
+    "media-src 'self' blob:; connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
+)
+HEADERS = {
+    "content-security-policy": POLICY,
+    "x-content-type-options": "nosniff",
+    "x-frame-options": "DENY",
+    "referrer-policy": "no-referrer",
+    "cross-origin-resource-policy": "same-origin",
+    "cross-origin-opener-policy": "same-origin",
+    "permissions-policy": "camera=(), microphone=(), geolocation=()",
+}
+READS = ("GET", "HEAD", "OPTIONS")
+
+
+class Guard:
+    """hosts: names that the server goes by, None for any; most: bytes of a request's body."""
+
+    def __init__(self, app: App, *, hosts: Iterable[str] | None, most: int) -> None:
+        self._app, self._most = app, most
+        self._hosts = None if hosts is None else {host.lower() for host in hosts}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """An ASGI application."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        begun, received = False, 0
+
+        async def limited() -> dict[str, Any]:
+            nonlocal received
+            message = await receive()
+            received += len(message.get("body", b""))
+            if received > self._most:
+                raise self._too_large()
+            return message
+
+        async def guarded(message: dict[str, Any]) -> None:
+            nonlocal begun
+            if message["type"] == "http.response.start":
+                begun = True
+                own = {name for name, _ in message.get("headers", ())}
+                added = [(k.encode(), v.encode()) for k, v in HEADERS.items() if k.encode() not in own]
+                message = {**message, "headers": [*message.get("headers", ()), *added]}
+            await send(message)
+
+        try:
+            self._check(scope)
+            await self._app(scope, limited, guarded)
+        except Refused as error:
+            if begun:
+                raise
+            body = json.dumps(error.body()).encode()
+            headers = {
+                "content-type": "application/json",
+                "content-length": str(len(body)),
+                "connection": "close",
+            }
+            pairs = [(k.encode(), v.encode()) for k, v in {**headers, **error.headers}.items()]
+            await guarded({"type": "http.response.start", "status": error.status, "headers": pairs})
+            await guarded({"type": "http.response.body", "body": body})
+
+    def _check(self, scope: Scope) -> None:
+        headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
+        host = headers.get(b"host", "")
+        if self._hosts is not None and _name(host) not in self._hosts:
+            raise Refused(
+                f"this server does not go by the name {host!r:.80}: start it with --public-url",
+                status=421,
+                code="wrong_host",
+            )
+        if scope["method"] not in READS:
+            site, origin = headers.get(b"sec-fetch-site"), headers.get(b"origin")
+            foreign = site not in (None, "same-origin", "none")
+            if foreign or (
+                site is None and origin is not None and _name(origin.partition("://")[2]) != _name(host)
+            ):
+                raise Refused("this comes from another site", status=403, code="other_site")
+        length = headers.get(b"content-length", "0")
+        if length.isdigit() and int(length) > self._most:
+            raise self._too_large()
+
+    def _too_large(self) -> Refused:
+        return Refused(f"a request has at most {self._most} bytes", status=413, code="too_large")
+
+
+def _name(host: str) -> str:
+    """A host without its port."""
+    host = host.lower()
+    if host.startswith("["):
+        return host.partition("]")[0] + "]"
+    return host.partition(":")[0]

@@ -1,0 +1,263 @@
+"""What the server remembers: jobs in SQLite, written before anybody is told of them.
+
+One process writes (a lock on the folder sees to that), so a job's row is always what was last said of it.
+Jobs that are not finished are also kept in memory: their steps change too often to be written.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+QUEUED, IN_PROGRESS = "queued", "in_progress"
+COMPLETED, FAILED, CANCELLED, EXPIRED = "completed", "failed", "cancelled", "expired"
+STATUSES = (QUEUED, IN_PROGRESS, COMPLETED, FAILED, CANCELLED, EXPIRED)
+SCHEMA = """
+create table if not exists jobs (
+    number integer primary key autoincrement, id text unique not null, owner text not null,
+    status text not null, created_at real not null, expires_at real, data text not null
+);
+create index if not exists jobs_by_owner on jobs (owner, number);
+create table if not exists pictures (job text not null, sha256 text not null);
+create index if not exists pictures_by_sha256 on pictures (sha256);
+create index if not exists pictures_by_job on pictures (job);
+create table if not exists repeats (
+    owner text not null, key text not null, digest text not null, job text not null, created_at real not null,
+    primary key (owner, key)
+);
+"""
+COLUMNS = ("id", "owner", "status", "created_at", "expires_at")
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Job:
+    """One POST: `samples` videos.
+
+    id: as clients know it; owner: the name of the key that asked; bundle: its name; request: fields of
+    runtime.Request as JSON, `concepts` as {"label", "sha256"} of pictures that were stored; digest: of all
+    that was asked for; step of steps: over all samples; deaths: workers that died with it; error: code and
+    message; warnings: one line each; seconds: of each stage; callback_url: who is told of the end; told:
+    whether that is done with. Times are Unix's.
+    """
+
+    id: str
+    owner: str
+    bundle: str
+    request: dict[str, Any]
+    digest: str
+    created_at: float
+    status: str = QUEUED
+    started_at: float | None = None
+    completed_at: float | None = None
+    expires_at: float | None = None
+    step: int = 0
+    steps: int = 0
+    deaths: int = 0
+    error: tuple[str, str] | None = None
+    warnings: tuple[str, ...] = ()
+    seconds: dict[str, float] = field(default_factory=dict)
+    callback_url: str | None = None
+    told: bool = False
+
+    @property
+    def active(self) -> bool:
+        """Whether it still has to be made."""
+        return self.status in (QUEUED, IN_PROGRESS)
+
+    @property
+    def samples(self) -> int:
+        """How many videos it is."""
+        return int(self.request.get("samples", 1))
+
+    @property
+    def pictures(self) -> list[str]:
+        """SHA-256 of each concept's picture."""
+        return [concept["sha256"] for concept in self.request.get("concepts", ())]
+
+
+class Store:
+    """All jobs. Methods raise sqlite3.Error where the disk fails."""
+
+    def __init__(self, path: Path) -> None:
+        """Opens or makes the file. Jobs that were being made when their server died are queued once more.
+
+        Raises ValueError for a file of a later version.
+        """
+        self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+        self._db.execute("pragma journal_mode=wal")
+        self._db.execute("pragma synchronous=full")  # what was accepted outlives a power cut
+        version = self._db.execute("pragma user_version").fetchone()[0]
+        if version > FORMAT:
+            raise ValueError(f"has format {version}, this version reads up to {FORMAT}")
+        self._db.executescript(f"begin; {SCHEMA} pragma user_version={FORMAT}; commit;")
+        self._active: dict[str, Job] = {}
+        for (row,) in self._db.execute(
+            "select data from jobs where status in (?, ?) order by number", (QUEUED, IN_PROGRESS)
+        ).fetchall():
+            job = _job(row)
+            self._active[job.id] = job
+        for job in list(self._active.values()):
+            if job.status == IN_PROGRESS:
+                self.change(job.id, status=QUEUED, started_at=None, step=0)
+
+    def close(self) -> None:
+        """Nothing may be asked of it afterwards."""
+        self._db.close()
+
+    def add(self, job: Job, repeat: str | None = None) -> None:
+        """Accepts a job: once this returns it is not lost. repeat: its Idempotency-Key."""
+        with self._transaction():
+            self._db.execute(
+                f"insert into jobs ({', '.join(COLUMNS)}, data) values (?, ?, ?, ?, ?, ?)",
+                (*(getattr(job, name) for name in COLUMNS), _text(job)),
+            )
+            self._db.executemany(
+                "insert into pictures values (?, ?)", [(job.id, digest) for digest in job.pictures]
+            )
+            if repeat is not None:
+                self._db.execute(
+                    "insert into repeats values (?, ?, ?, ?, ?)",
+                    (job.owner, repeat, job.digest, job.id, job.created_at),
+                )
+        self._active[job.id] = job
+
+    def repeated(self, owner: str, key: str) -> tuple[str, str] | None:
+        """What was asked for under an Idempotency-Key before: its digest and the job's id."""
+        found = self._db.execute(
+            "select digest, job from repeats where owner = ? and key = ?", (owner, key)
+        ).fetchone()
+        return None if found is None else (found[0], found[1])
+
+    def get(self, id: str) -> Job | None:
+        """A job by its id, None where there is none (any more)."""
+        if id in self._active:
+            return self._active[id]
+        found = self._db.execute("select data from jobs where id = ?", (id,)).fetchone()
+        return None if found is None else _job(found[0])
+
+    def active(self) -> list[Job]:
+        """Those that are queued or being made, the oldest first."""
+        return list(self._active.values())
+
+    def change(self, id: str, **fields: Any) -> Job | None:
+        """Changes a job and writes it; None where it is gone."""
+        job = self.get(id)
+        if job is None:
+            return None
+        job = dataclasses.replace(job, **fields)
+        self._db.execute(
+            "update jobs set status = ?, expires_at = ?, data = ? where id = ?",
+            (job.status, job.expires_at, _text(job), id),
+        )
+        if job.active:
+            self._active[id] = job  # where it stands, it stays
+        else:
+            self._active.pop(id, None)
+        return job
+
+    def advance(self, id: str, step: int, steps: int) -> Job | None:
+        """A step was made. In memory alone: after a restart the job begins anew."""
+        job = self._active.get(id)
+        if job is not None:
+            job = self._active[id] = dataclasses.replace(job, step=step, steps=steps)
+        return job
+
+    def page(
+        self, owner: str, limit: int, after: str | None = None, ascending: bool = False
+    ) -> tuple[list[Job], bool] | None:
+        """At most `limit` jobs of an owner, the newest first or the oldest, behind the job `after`, and
+        whether there are more. None where `after` is none of theirs."""
+        where, values = "owner = ?", [owner]
+        if after is not None:
+            found = self._db.execute(
+                "select number from jobs where id = ? and owner = ?", (after, owner)
+            ).fetchone()
+            if found is None:
+                return None
+            where, values = f"{where} and number {'>' if ascending else '<'} ?", [*values, found[0]]
+        order = "asc" if ascending else "desc"
+        rows = self._db.execute(
+            f"select id, data from jobs where {where} order by number {order} limit ?",
+            (*values, limit + 1),
+        ).fetchall()
+        jobs = [self._active.get(id) or _job(data) for id, data in rows]
+        return jobs[:limit], len(jobs) > limit
+
+    def delete(self, id: str) -> list[str]:
+        """Forgets a job; returns the pictures that no other job has."""
+        with self._transaction():
+            held = [row[0] for row in self._db.execute("select sha256 from pictures where job = ?", (id,))]
+            self._db.execute("delete from pictures where job = ?", (id,))
+            self._db.execute("delete from repeats where job = ?", (id,))
+            self._db.execute("delete from jobs where id = ?", (id,))
+            free = [digest for digest in dict.fromkeys(held) if not self._held(digest)]
+        self._active.pop(id, None)
+        return free
+
+    def release(self, id: str) -> list[str]:
+        """A finished job lets go of its pictures; returns those that no other job has."""
+        with self._transaction():
+            held = [row[0] for row in self._db.execute("select sha256 from pictures where job = ?", (id,))]
+            self._db.execute("delete from pictures where job = ?", (id,))
+            return [digest for digest in dict.fromkeys(held) if not self._held(digest)]
+
+    def due(self, now: float) -> list[Job]:
+        """Finished jobs whose files may go."""
+        rows = self._db.execute(
+            "select data from jobs where expires_at <= ? and status in (?, ?, ?)",
+            (now, COMPLETED, FAILED, CANCELLED),
+        )
+        return [_job(row) for (row,) in rows.fetchall()]
+
+    def untold(self) -> list[Job]:
+        """Finished jobs whose callback_url has not been told."""
+        rows = self._db.execute(
+            "select data from jobs where status not in (?, ?) and json_extract(data, '$.told') = 0 "
+            "and json_extract(data, '$.callback_url') is not null",
+            (QUEUED, IN_PROGRESS),
+        )
+        return [_job(row) for (row,) in rows.fetchall()]
+
+    def known_pictures(self) -> set[str]:
+        """SHA-256 of every picture that a job needs."""
+        return {row[0] for row in self._db.execute("select distinct sha256 from pictures")}
+
+    def known_jobs(self) -> set[str]:
+        """Every job's id."""
+        return {row[0] for row in self._db.execute("select id from jobs")}
+
+    def _held(self, digest: str) -> bool:
+        return self._db.execute("select 1 from pictures where sha256 = ?", (digest,)).fetchone() is not None
+
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        self._db.execute("begin immediate")
+        try:
+            yield
+        except BaseException:
+            self._db.execute("rollback")
+            raise
+        self._db.execute("commit")
+
+
+def _text(job: Job) -> str:
+    return json.dumps(dataclasses.asdict(job), ensure_ascii=False, separators=(",", ":"))
+
+
+def _job(text: str) -> Job:
+    values = json.loads(text)
+    error = values["error"]
+    return Job(
+        **{
+            **values,
+            "error": None if error is None else (error[0], error[1]),
+            "warnings": tuple(values["warnings"]),
+        }
+    )

@@ -1,0 +1,119 @@
+"""Puts the parts of the server together and runs them. The only file that imports uvicorn."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import socket
+import sqlite3
+from types import FrameType
+from typing import Any
+
+import uvicorn
+
+from ...errors import GenerationError, InputError
+from ..cpus import usable
+from .app import create_app
+from .callbacks import Callbacks, secret_of
+from .catalogue import Catalogue
+from .dispatcher import Dispatcher
+from .folder import Folder
+from .jobs import Store
+from .keys import Keys
+from .measures import Measures
+from .service import Limits, Service
+from .workers import ProcessWorker, WorkerLost
+
+log = logging.getLogger(__name__)
+
+
+def serve(args: argparse.Namespace, options: dict[str, Any], hosts: tuple[str, ...] | None) -> int:
+    """Until a signal ends it; returns the exit code.
+
+    Raises InputError, what Bundle.open raises, and GenerationError where no worker comes up.
+    """
+    keys = None if args.api_key_file is None else Keys(args.api_key_file)
+    catalogue = Catalogue(args.bundle or ["sprites"])
+    count = args.workers * len(catalogue.names)
+    options["threads"] = options["threads"] or max(1, usable() // count)
+    listening = _listen(args.host, args.port)
+    with listening, Folder(args.data) as folder:
+        try:
+            store = Store(folder.database)
+        except (sqlite3.Error, ValueError) as error:
+            raise InputError(f"cannot read the jobs in {str(folder.database)!r}: {error}") from None
+        measures = Measures()
+        workers = [
+            ProcessWorker(served.name, {**options, "place": str(served.folder)})
+            for served in catalogue
+            for _ in range(args.workers)
+        ]
+        keep = args.keep * 3600.0
+        dispatcher = Dispatcher(store, folder, workers, measures, most=args.max_queue, keep=keep)
+        measures.watch(dispatcher.waiting)
+        service = Service(
+            catalogue,
+            folder,
+            dispatcher,
+            measures,
+            Callbacks(args.callback_host, secret_of(folder.path / "callback-secret")),
+            Limits(args.max_body * 10**6, args.max_queue_per_key or args.max_queue),
+            keys,
+            hosts,
+            (args.public_url or "").startswith("https"),
+            args.drain,
+        )
+        try:
+            return asyncio.run(_run(service, listening, args.verbose))
+        finally:
+            store.close()
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """Raises InputError where the address is taken, before anything is loaded."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    found = socket.socket(family, socket.SOCK_STREAM)
+    found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        found.bind((host.strip("[]"), port))
+    except OSError as error:
+        found.close()
+        raise InputError(f"cannot listen at {host}:{port}: {error.strerror}; --port says another") from None
+    return found
+
+
+async def _run(service: Service, listening: socket.socket, verbose: bool) -> int:
+    try:
+        await service.dispatcher.start()
+    except WorkerLost as error:
+        await service.dispatcher.drain(0)
+        raise GenerationError(f"no worker came up: {error}") from None
+    config = uvicorn.Config(
+        create_app(service),  # type: ignore[arg-type]
+        log_config=None,
+        access_log=verbose,
+        server_header=False,
+        timeout_graceful_shutdown=int(service.drain) + 5,
+    )
+    host, port = listening.getsockname()[:2]
+    address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    print(f"http://{address} serves {', '.join(service.catalogue.names)}", flush=True)
+    try:
+        await _Server(config, service).serve(sockets=[listening])
+    except KeyboardInterrupt:  # the signal that ended it, which uvicorn raises once more
+        pass
+    return 0
+
+
+class _Server(uvicorn.Server):
+    """A signal stops the queue at once, not when the last client is gone."""
+
+    def __init__(self, config: uvicorn.Config, service: Service) -> None:
+        super().__init__(config)
+        self._service = service
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """uvicorn's handler."""
+        self._service.dispatcher.hold()
+        super().handle_exit(sig, frame)

@@ -1,0 +1,218 @@
+"""Routes of OpenAI's API of videos, and those of this engine beside them."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Query, Request
+from fastapi.responses import FileResponse, JSONResponse, Response
+from sse_starlette.sse import EventSourceResponse
+from starlette.datastructures import UploadFile
+
+from ...untrusted import parse_json, printable
+from . import asked, described, jobs
+from .asked import Asked
+from .folder import KINDS
+from .jobs import Job
+from .refusals import Refused, not_found
+from .service import Service
+from .serving import Owner, Serving
+
+POLL = {"openai-poll-after-ms": "500"}
+MOST_FIELDS = 64
+LONGEST_REPEAT = 255  # characters of an Idempotency-Key
+TYPES = {".mp4": "video/mp4", ".webp": "image/webp", ".png": "image/png"}
+
+router = APIRouter()
+
+
+async def asked_of(request: Request) -> Asked:
+    """What the body of a POST says. Raises Refused."""
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind in ("multipart/form-data", "application/x-www-form-urlencoded"):
+        async with request.form(
+            max_files=asked.MOST_PICTURES, max_fields=MOST_FIELDS, max_part_size=asked.LARGEST_PICTURE
+        ) as form:
+            texts, files = [], []
+            for name, value in form.multi_items():
+                if not isinstance(value, UploadFile):
+                    texts.append((name, value))
+                elif name in ("input_reference", "input_reference[]"):
+                    files.append(await value.read(asked.LARGEST_PICTURE + 1))
+                else:
+                    raise Refused(
+                        f"a file called {name!r:.60}: pictures are called input_reference",
+                        param="input_reference",
+                    )
+            return asked.from_form(texts, files)
+    if kind == "application/json":
+        try:
+            return asked.from_json(parse_json(await request.body()))
+        except ValueError as error:
+            raise Refused(f"the body {printable(error, 200)}") from None
+    raise Refused("send multipart/form-data or application/json", status=415, code="unsupported_media_type")
+
+
+def _repeat_of(request: Request) -> str | None:
+    key = request.headers.get("idempotency-key")
+    if key is not None and not 0 < len(key) <= LONGEST_REPEAT:
+        raise Refused(f"an Idempotency-Key has 1 to {LONGEST_REPEAT} characters", param="idempotency-key")
+    return key
+
+
+def _answer(service: Service, job: Job) -> Response:
+    return JSONResponse(service.video(job), headers=POLL if job.active else None)
+
+
+@router.post("/v1/videos", openapi_extra=described.CREATE, responses=described.VIDEO)
+async def create(request: Request, owner: Owner, service: Serving) -> Response:
+    """Asks for a video; the answer comes at once."""
+    return _answer(service, await service.submit(await asked_of(request), owner, _repeat_of(request)))
+
+
+@router.post("/v1/videos/sync", openapi_extra=described.CREATE, responses=described.FILE)
+async def create_and_wait(request: Request, owner: Owner, service: Serving) -> Response:
+    """Asks for a video and waits for its file. A client that leaves cancels it."""
+    job = await service.submit(await asked_of(request), owner, _repeat_of(request))
+    waiting = asyncio.create_task(service.ended(job.id))
+    gone = asyncio.create_task(_disconnected(request))
+    try:
+        await asyncio.wait({waiting, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not waiting.done():
+            await service.dispatcher.cancel(job)
+            return Response(status_code=499)
+        ended = waiting.result()
+    finally:
+        waiting.cancel()
+        gone.cancel()
+    if ended is None or ended.status != jobs.COMPLETED:
+        raise _unfinished(job.id, ended)
+    return _file(service, request, ended, "video", 0)
+
+
+@router.get("/v1/videos", responses=described.VIDEOS)
+async def list_all(
+    owner: Owner,
+    service: Serving,
+    after: str | None = None,
+    limit: Annotated[int, Query(ge=1, le=100)] = 20,
+    order: Literal["asc", "desc"] = "desc",
+) -> Response:
+    """This key's videos, a page at a time."""
+    found = service.dispatcher.store.page(owner, limit, after, order == "asc")
+    if found is None:
+        raise Refused(f"after: there is no video {after!r:.80}", param="after")
+    data = [service.video(job) for job in found[0]]
+    ends = (
+        {"first_id": data[0]["id"], "last_id": data[-1]["id"]}
+        if data
+        else {"first_id": None, "last_id": None}
+    )
+    return JSONResponse({"object": "list", "data": data, "has_more": found[1], **ends})
+
+
+@router.get("/v1/videos/{id}", responses=described.VIDEO)
+async def retrieve(id: str, owner: Owner, service: Serving) -> Response:
+    """One video, as far as it is."""
+    return _answer(service, service.job(id, owner))
+
+
+@router.delete("/v1/videos/{id}", responses=described.DELETED)
+async def delete(id: str, owner: Owner, service: Serving) -> Response:
+    """Stops a video if it is being made, and forgets it."""
+    await service.dispatcher.delete(service.job(id, owner))
+    return JSONResponse({"id": id, "object": "video.deleted", "deleted": True})
+
+
+@router.post("/v1/videos/{id}/cancel", responses=described.VIDEO)
+async def cancel(id: str, owner: Owner, service: Serving) -> Response:
+    """Stops a video within one step; one that has ended stays as it is."""
+    return _answer(service, await service.dispatcher.cancel(service.job(id, owner)))
+
+
+@router.get("/v1/videos/{id}/content", responses=described.FILE)
+async def content(
+    request: Request,
+    id: str,
+    owner: Owner,
+    service: Serving,
+    variant: Literal["video", "thumbnail", "spritesheet"] = "video",
+    index: Annotated[int, Query(ge=0, le=63)] = 0,
+) -> Response:
+    """A finished video's file; index: which of n."""
+    job = service.job(id, owner)
+    if job.status != jobs.COMPLETED:
+        raise _unfinished(id, job)
+    if index >= job.samples:
+        raise Refused(f"index must be 0 to {job.samples - 1}, not {index}", param="index")
+    return _file(service, request, job, variant, index)
+
+
+@router.get("/v1/videos/{id}/preview", responses=described.FILE)
+async def preview(id: str, owner: Owner, service: Serving) -> Response:
+    """What a video that is being made looks like so far: one frame."""
+    path = service.folder.preview(service.job(id, owner).id)
+    try:
+        data = path.read_bytes()
+    except OSError:
+        raise Refused("there is no preview", status=404, code="not_found") from None
+    return Response(data, media_type="image/webp", headers={"cache-control": "no-store"})
+
+
+@router.get("/v1/videos/{id}/events", responses=described.EVENTS)
+async def events(id: str, owner: Owner, service: Serving) -> Response:
+    """Server-sent events to the end: `status` (the video), `step`, `preview` (its address)."""
+    service.job(id, owner)
+
+    async def told() -> AsyncIterator[dict[str, str]]:
+        with service.dispatcher.events.of(id) as changes:
+            what, previews = "status", 0
+            while (job := service.dispatcher.store.get(id)) is not None:
+                if what == "preview":
+                    previews += 1
+                    data: dict[str, Any] = {"url": f"/v1/videos/{id}/preview?{previews}"}
+                elif what == "step":
+                    data = {name: service.video(job)[name] for name in ("step", "steps", "progress")}
+                else:
+                    data = service.video(job)
+                yield {"event": what, "data": json.dumps(data)}
+                if not job.active:
+                    return
+                what = await changes.get()
+            yield {"event": "deleted", "data": json.dumps({"id": id})}
+
+    return EventSourceResponse(told(), headers={"cache-control": "no-store"})
+
+
+def _unfinished(id: str, job: Job | None) -> Refused:
+    """Why there is no file."""
+    if job is None:
+        return not_found(id)
+    if job.status == jobs.EXPIRED:
+        return Refused("the video's files have expired", status=410, code="expired")
+    if job.error is not None:
+        return Refused(job.error[1], status=409, code=job.error[0])
+    return Refused(f"the video is {job.status}: it has no file", status=409, code=job.status)
+
+
+def _file(service: Service, request: Request, job: Job, kind: str, sample: int) -> Response:
+    """A file that never changes: with ranges, and an ETag that saves it being sent again."""
+    tag = f'"{job.id}-{kind}-{sample}"'
+    headers = {"etag": tag, "cache-control": "private, max-age=3600"}
+    if tag in (part.strip() for part in request.headers.get("if-none-match", "").split(",")):
+        return Response(status_code=304, headers=headers)
+    path = service.folder.result(job.id, kind, sample)
+    if not path.is_file():
+        raise Refused("the video's files are gone", status=410, code="expired")
+    name = f"{job.id}{f'-{sample}' if sample else ''}{'' if kind == 'video' else f'-{kind}'}{KINDS[kind]}"
+    return FileResponse(
+        path, media_type=TYPES[KINDS[kind]], headers=headers, filename=name, content_disposition_type="inline"
+    )
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass

@@ -1,0 +1,174 @@
+"""The process that makes videos: `python -m conceptmaster.runtime.server.worker`, started by workers.py.
+
+Reads lines of JSON from standard input: first the options, then tasks and cancels; answers in lines on what
+was its standard output, and sends everything else that is printed to standard error. The end of its input is
+the end of its server, and so of this process.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import queue
+import sys
+import threading
+import time
+import traceback
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ...atomic_write import replacing
+from ...errors import Cancelled, ConceptMasterError, InputError, RequestWarning, is_out_of_memory
+from .. import animation
+from ..commands import what_the_system_says
+from ..pipeline import Pipeline
+from ..request import Concept, Request
+from .folder import KINDS, PREVIEW
+
+BETWEEN_PREVIEWS = 0.5  # seconds; a preview costs a decoded frame
+THUMBNAIL = 512  # the longest side in pixels
+
+
+class Line:
+    """The two ends of the talk with the server: what it says, read by a thread, and what it is told."""
+
+    def __init__(self) -> None:
+        self._out = os.fdopen(os.dup(1), "w", encoding="utf-8", buffering=1)
+        os.dup2(2, 1)  # whoever prints, prints for people
+        self.tasks: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+        self.cancelled: set[str] = set()
+        self._lock = threading.Lock()
+
+    def say(self, what: str, **more: Any) -> None:
+        """One line. What the server is no longer there to hear is lost, as this process soon is."""
+        with self._lock:
+            try:
+                self._out.write(json.dumps({"say": what, **more}) + "\n")
+            except OSError:
+                os._exit(1)
+
+    def listen(self) -> None:
+        """Until the server is gone; then so is this process, whatever it was making."""
+        for text in sys.stdin:
+            told = json.loads(text)
+            if told.get("do") == "cancel":
+                self.cancelled.add(told["id"])
+            else:
+                self.tasks.put(told)
+        os._exit(0)
+
+
+def main() -> int:
+    """Loads the bundle, then makes task after task."""
+    line = Line()
+    threading.Thread(target=line.listen, daemon=True).start()
+    options = line.tasks.get()
+    logging.basicConfig(level=options.pop("level"), format="conceptmaster: worker: %(message)s")
+    try:
+        pipeline = _open(options)
+        pipeline.load()
+    except Exception as error:
+        line.say("lost", message=_one_line(error))
+        return 1
+    line.say("ready")
+    while True:
+        task = line.tasks.get()
+        if not _answered(pipeline, line, task):
+            return 1
+
+
+def _open(options: dict[str, Any]) -> Pipeline:
+    torch_options = options.pop("options", None)
+    if torch_options is not None:
+        from ..backends.pytorch.options import TorchOptions
+
+        lists: dict[str, Any] = {
+            name: tuple(v) if isinstance(v, list) else v for name, v in torch_options.items()
+        }
+        torch_options = TorchOptions(**lists)
+    return Pipeline.from_bundle(options.pop("place"), options=torch_options, **options)
+
+
+def _answered(pipeline: Pipeline, line: Line, task: dict[str, Any]) -> bool:
+    """Makes one task; False where this process should not go on."""
+    id = task["id"]
+    try:
+        warned, seconds = _make(pipeline, line, task)
+        line.say("done", id=id, warnings=warned, seconds=seconds)
+    except Cancelled:
+        line.say("cancelled", id=id)
+    except Exception as error:
+        if is_out_of_memory(error):  # what it holds is best let go with all the rest
+            message = "out of memory: ask for fewer videos at once, or for a smaller bundle"
+            line.say("failed", id=id, code="out_of_memory", message=message)
+            return False
+        if isinstance(error, InputError):
+            line.say("failed", id=id, code="invalid_request", message=_one_line(error))
+        elif isinstance(error, (ConceptMasterError, OSError)):
+            line.say("failed", id=id, code="failed", message=_one_line(error))
+        else:
+            traceback.print_exc()
+            line.say(
+                "failed",
+                id=id,
+                code="internal_error",
+                message="something went wrong: the server's log has it",
+            )
+    finally:
+        line.cancelled.discard(id)
+    return True
+
+
+def _make(pipeline: Pipeline, line: Line, task: dict[str, Any]) -> tuple[list[str], dict[str, float]]:
+    """The videos and what goes with them, into the task's folder; their warnings and seconds by stage."""
+    id, folder = task["id"], Path(task["folder"])
+    concepts = tuple(Concept(label, Path(path)) for label, path in task["concepts"])
+    request = Request(concepts=concepts, **task["request"])
+    shown = time.monotonic()
+
+    def heard(step: int, steps: int, preview: Any) -> bool:
+        nonlocal shown
+        line.say("step", id=id, step=step, steps=steps)
+        if id not in line.cancelled and step < steps and time.monotonic() - shown >= BETWEEN_PREVIEWS:
+            _save_picture(preview(), folder / PREVIEW)
+            shown = time.monotonic()
+            line.say("preview", id=id)
+        return id not in line.cancelled
+
+    line.say("begun", id=id)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RequestWarning)  # the video has them
+        videos = pipeline.generate(request, callback=heard)
+    start = time.perf_counter()
+    for number, video in enumerate(videos):
+        if id in line.cancelled:
+            raise Cancelled("cancelled while the files were written")
+        places = {kind: folder / f"{kind}-{number}{suffix}" for kind, suffix in KINDS.items()}
+        video.save(places["video"])
+        video.save_sheet(places["spritesheet"])
+        _save_picture(video.frames[len(video.frames) // 2], places["thumbnail"])
+    seconds = dict(_stages(videos)) | {"write": time.perf_counter() - start}
+    return list(videos[0].warnings), {stage: round(value, 4) for stage, value in seconds.items()}
+
+
+def _stages(videos: list[Any]) -> Iterator[tuple[str, float]]:
+    for stage, value in videos[0].seconds.items():
+        own = stage in ("denoise", "decode")
+        yield stage, sum(video.seconds[stage] for video in videos) if own else value
+
+
+def _save_picture(frame: Any, path: Path) -> None:
+    with replacing(path) as temporary:
+        animation.save_still(frame, temporary, THUMBNAIL)
+
+
+def _one_line(error: Exception) -> str:
+    text = what_the_system_says(error) if isinstance(error, OSError) else str(error)
+    return " ".join(text.split()) or type(error).__name__
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,188 @@
+"""Who makes a job: the one interface that the queue knows, and the worker that is a process on this machine.
+
+A worker loads one bundle and makes one job at a time. It is told of a task in one line of JSON and answers
+with lines: `ready`; `begun`; `step`; `preview`; then `done`, `failed` or `cancelled`. It ends when nobody
+writes to it any more, so it outlives no server.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+log = logging.getLogger(__name__)
+
+LONGEST_LINE = 2**20  # bytes of an answer
+PACKAGE = __name__.partition(".")[0]
+
+
+class WorkerLost(Exception):
+    """The worker died, or never came up. `str(error)` says what is known of it in one line."""
+
+
+class JobFailed(Exception):
+    """The worker refused the job, and lives. code: a word for programs; `str(error)`: one line for people."""
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class JobCancelled(Exception):
+    """The worker stopped, as it was told to."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """A job as a worker gets it. request: fields of runtime.Request without its concepts; concepts: label and
+    picture's file; folder: where its files go; previews: whether anybody looks."""
+
+    id: str
+    request: dict[str, Any]
+    concepts: tuple[tuple[str, Path], ...]
+    folder: Path
+
+    def to_json(self) -> dict[str, Any]:
+        """What `worker.py` reads."""
+        concepts = [[label, str(path)] for label, path in self.concepts]
+        return {
+            "do": "make",
+            "id": self.id,
+            "request": self.request,
+            "concepts": concepts,
+            "folder": str(self.folder),
+        }
+
+
+Hear = Callable[[dict[str, Any]], None]
+"""Called with what a worker says of a task before its last word: {"say": "begun"}, {"say": "step", "step": n,
+"steps": m}, {"say": "preview"}."""
+
+
+class Worker(Protocol):
+    """Makes jobs of one bundle, one at a time. Another kind, on other machines, has these names, too."""
+
+    bundle: str
+
+    async def start(self) -> None:
+        """Loads the bundle. Raises WorkerLost."""
+
+    async def make(self, task: Task, hear: Hear) -> dict[str, Any]:
+        """Makes a task; returns {"warnings": […], "seconds": {…}}.
+
+        Raises WorkerLost, JobFailed, JobCancelled.
+        """
+
+    async def gone(self) -> str:
+        """Waits until it has died while nothing was asked of it; why, in one line."""
+
+    def cancel(self, id: str) -> None:
+        """Stops the task of this id, if that is being made, within a step: `make` raises JobCancelled."""
+
+    async def stop(self) -> None:
+        """Ends it, whatever it does."""
+
+
+class ProcessWorker:
+    """A worker that is a process of its own on this machine.
+
+    bundle: its name; options: what Pipeline.from_bundle takes, as JSON, and `place`, the bundle's path.
+    """
+
+    def __init__(self, bundle: str, options: dict[str, Any]) -> None:
+        self.bundle, self._options = bundle, options
+        self._process: asyncio.subprocess.Process | None = None
+
+    @property
+    def pid(self) -> int | None:
+        """Of the process; None while there is none."""
+        return None if self._process is None or self._process.returncode is not None else self._process.pid
+
+    async def start(self) -> None:
+        """Starts the process and waits until the bundle is loaded. Raises WorkerLost."""
+        self._process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-m",
+            f"{PACKAGE}.runtime.server.worker",
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            limit=LONGEST_LINE,
+            start_new_session=True,  # a Ctrl-C is the server's, which drains
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
+        )
+        self._tell(self._options)
+        answer = await self._answer()
+        if answer.get("say") != "ready":
+            await self.stop()
+            raise WorkerLost(str(answer.get("message", "it did not come up")))
+        log.info("a worker for %s is ready (process %d)", self.bundle, self._process.pid)
+
+    async def make(self, task: Task, hear: Hear) -> dict[str, Any]:
+        """See Worker."""
+        self._tell(task.to_json())
+        while True:
+            answer = await self._answer()
+            if answer.get("id") != task.id:
+                continue
+            said = answer.get("say")
+            if said == "done":
+                return {"warnings": answer["warnings"], "seconds": answer["seconds"]}
+            if said == "cancelled":
+                raise JobCancelled
+            if said == "failed":
+                raise JobFailed(str(answer["code"]), str(answer["message"]))
+            hear(answer)
+
+    async def gone(self) -> str:
+        """See Worker."""
+        if self._process is None:
+            return "it is not running"
+        return _how(await self._process.wait())
+
+    def cancel(self, id: str) -> None:
+        """See Worker."""
+        with suppress(WorkerLost):
+            self._tell({"do": "cancel", "id": id})
+
+    async def stop(self) -> None:
+        """See Worker."""
+        process, self._process = self._process, None
+        if process is None:
+            return
+        with suppress(ProcessLookupError):
+            process.kill()
+        await process.wait()
+
+    def _tell(self, value: dict[str, Any]) -> None:
+        if self._process is None or self._process.stdin is None or self._process.returncode is not None:
+            raise WorkerLost("it is not running")
+        with suppress(ConnectionError):  # the answer, which does not come, says so
+            self._process.stdin.write(json.dumps(value).encode() + b"\n")
+
+    async def _answer(self) -> dict[str, Any]:
+        process = self._process
+        if process is None or process.stdout is None:
+            raise WorkerLost("it is not running")
+        try:
+            line = await process.stdout.readline()
+            if line.endswith(b"\n"):
+                answer = json.loads(line)
+                assert isinstance(answer, dict)
+                return answer
+        except ValueError:  # a line without end, or none of JSON
+            line = b""
+        with suppress(ProcessLookupError):
+            process.kill()
+        raise WorkerLost(_how(await process.wait()))
+
+
+def _how(code: int) -> str:
+    return f"the worker's process ended ({f'signal {-code}' if code < 0 else f'exit code {code}'})"
