@@ -85,6 +85,12 @@ def read(picture: object, background: Color, what: str) -> Image.Image:
         raise _damaged(error, what) from None
 
 
+def media_type(path: Path) -> str:
+    """What kind of picture a file is that `read` has read: "image/png". Raises OSError."""
+    with Image.open(path, formats=FORMATS) as image:
+        return Image.MIME[image.format or ""]
+
+
 def fit(image: Image.Image, size: tuple[int, int], how: str, background: Color) -> np.ndarray:
     """Fits an RGB image into width × height: uint8 [height,width,3], or float32 in 0..255 where it says so.
 

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from .asked import NUMBERS, TEXTS
 from .catalogue import Catalogue, Served
 from .jobs import COMPLETED, Job
+
+OPTIONS = {"steps": "steps", **{name: name for name in NUMBERS}, **TEXTS}
+"""What a POST may ask for besides, and that field's name in runtime.Request."""
 
 
 def video(job: Job, served: Served | None, place: int | None = None) -> dict[str, Any]:
@@ -26,6 +30,9 @@ def video(job: Job, served: Served | None, place: int | None = None) -> dict[str
         "prompt": job.request["prompt"],
         "seed": job.request["seed"],
         "n": job.samples,
+        "options": {
+            asked: job.request[name] for asked, name in OPTIONS.items() if job.request.get(name) is not None
+        },
         "labels": [concept["label"] for concept in job.request["concepts"]],
         "queue_position": place,
         "step": job.step,

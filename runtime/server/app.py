@@ -6,6 +6,7 @@ import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -14,7 +15,7 @@ from fastapi.staticfiles import StaticFiles
 from starlette.exceptions import HTTPException
 
 from ...untrusted import printable
-from . import described, other_routes, video_routes
+from . import described, other_routes, streams, video_routes
 from .guard import Guard
 from .refusals import Refused
 from .service import Service
@@ -22,6 +23,17 @@ from .service import Service
 log = logging.getLogger(__name__)
 
 PAGE = Path(__file__).parent / "page"
+
+
+class _Page(StaticFiles):
+    """Files that a browser asks about each time, so that the page is always this server's own; where the ETag
+    is the one that it has, they are not sent again."""
+
+    def file_response(self, *args: Any, **more: Any) -> Response:
+        """As StaticFiles."""
+        response = super().file_response(*args, **more)
+        response.headers["cache-control"] = "no-cache"
+        return response
 
 
 def create_app(service: Service) -> Guard:
@@ -50,10 +62,10 @@ def create_app(service: Service) -> Guard:
     )
     app.state.service = service
     _errors(app)
+    app.include_router(streams.router)
     app.include_router(video_routes.router)
     app.include_router(other_routes.router)
-    if PAGE.is_dir():
-        app.mount("/", StaticFiles(directory=PAGE, html=True), name="page")
+    app.mount("/", _Page(directory=PAGE, html=True), name="page")
     return Guard(app, hosts=service.hosts, most=service.limits.body)  # type: ignore[arg-type]
 
 

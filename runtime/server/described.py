@@ -43,6 +43,7 @@ _VIDEO = _object(
     prompt=_TEXT,
     seed=_WHOLE,
     n=_WHOLE,
+    options={"type": "object", "description": "what was asked for besides, by the names of POST"},
     labels={"type": "array", "items": _TEXT},
     queue_position={"type": ["integer", "null"]},
     step=_WHOLE,
@@ -131,4 +132,9 @@ FILE: dict[int | str, dict[str, Any]] = {
 EVENTS: dict[int | str, dict[str, Any]] = {
     200: {"description": "server-sent events", "content": {"text/event-stream": {"schema": _TEXT}}}
 }
+PICTURE: dict[int | str, dict[str, Any]] = {
+    200: {"description": "a picture", "content": {"image/*": {"schema": _FILE}}},
+    304: FILE[304],
+}
+SESSION_NOW = _answer("the page's session", _object(needed={"type": "boolean"}, name=_MAYBE))
 NOT_READY: dict[int | str, dict[str, Any]] = {503: {"description": "not ready"}}

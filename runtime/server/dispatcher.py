@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
@@ -116,12 +117,24 @@ class Dispatcher:
             before += other.bundle == job.bundle and other.status == jobs.QUEUED
         return before
 
+    def places(self, owner: str) -> dict[str, int]:
+        """`place` of every job of an owner that is not begun."""
+        before: Counter[str] = Counter()
+        found = {}
+        for job in self.store.active():
+            if job.status == jobs.QUEUED:
+                if job.owner == owner:
+                    found[job.id] = before[job.bundle]
+                before[job.bundle] += 1
+        return found
+
     async def submit(self, job: Job, repeat: str | None = None) -> None:
         """Takes a job. Raises QueueFull."""
         if self.waiting() >= self._most or self._draining:
             self._measures.refused()
             raise QueueFull(self._wait(job.bundle))
         self.store.add(job, repeat)
+        self.events.tell(job, "status")
         await self._wake()
 
     async def cancel(self, job: Job) -> Job:
@@ -139,7 +152,7 @@ class Dispatcher:
         self.folder.drop_pictures(self.store.delete(job.id))
         if job.id not in self._making:  # else when its worker has let go
             self.folder.drop(job.id)
-        self.events.tell(job.id, "status")
+        self.events.tell(job, "status")
 
     async def _wake(self) -> None:
         async with self._changed:
@@ -239,18 +252,18 @@ class Dispatcher:
             self._measures.waited(time.time() - job.created_at)
             self.store.change(id, status=jobs.IN_PROGRESS, started_at=time.time())
             self._tell_waiting(job.bundle)
-            self.events.tell(id, "status")
+            self.events.tell(job, "status")
         elif said["say"] == "step":
             self.store.advance(id, int(said["step"]), int(said["steps"]))
-            self.events.tell(id, "step")
+            self.events.tell(job, "step")
         elif said["say"] == "preview":
-            self.events.tell(id, "preview")
+            self.events.tell(job, "preview")
 
     def _tell_waiting(self, bundle: str) -> None:
         """Those behind have moved up."""
-        for job in self.store.active():
-            if job.bundle == bundle and job.status == jobs.QUEUED:
-                self.events.tell(job.id, "status")
+        self.events.tell_moved(
+            job for job in self.store.active() if job.bundle == bundle and job.status == jobs.QUEUED
+        )
 
     def _lost(self, id: str, why: str) -> None:
         """A worker died with this job: once more, unless it has taken too many with it."""
@@ -262,7 +275,7 @@ class Dispatcher:
             self._end(job, jobs.FAILED, error=("worker_lost", message), deaths=job.deaths + 1)
             return
         self.store.change(id, status=jobs.QUEUED, started_at=None, step=0, deaths=job.deaths + 1)
-        self.events.tell(id, "status")
+        self.events.tell(job, "status")
 
     def _end(self, job: Job, status: str, **fields: Any) -> Job:
         now = time.time()
@@ -276,7 +289,7 @@ class Dispatcher:
             self._measures.made(took)
         self._measures.ended(status)
         self._tell_waiting(job.bundle)
-        self.events.tell(job.id, "status")
+        self.events.tell(job, "status")
         return ended
 
     def _wait(self, bundle: str) -> int:
@@ -295,6 +308,6 @@ class Dispatcher:
                     status=jobs.EXPIRED if job.status == jobs.COMPLETED else job.status,
                     expires_at=None,
                 )
-                self.events.tell(job.id, "status")
+                self.events.tell(job, "status")
             with suppress(asyncio.TimeoutError):
                 await asyncio.sleep(BETWEEN_SWEEPS)

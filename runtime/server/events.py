@@ -4,33 +4,78 @@ from __future__ import annotations
 
 import asyncio
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
-MOST_WAITING = 256  # changes that a stream has not taken yet; then it only learns the last
+from .jobs import Job
+
+QUEUE = ("", "queue")  # told to those who listen to an owner: jobs have another place in the queue
+
+
+class Changes:
+    """What has changed since it was last taken: job and "status", "step" or "preview", in that order, each
+    once. Whoever takes it looks at the jobs as they are then, so a slow stream misses only what is past."""
+
+    def __init__(self) -> None:
+        self._found: dict[tuple[str, str], None] = {}
+        self._some = asyncio.Event()
+
+    def put(self, job: str, what: str) -> None:
+        """Called by Events."""
+        self._found[job, what] = None
+        self._some.set()
+
+    async def take(self) -> list[tuple[str, str]]:
+        """Waits until there is something."""
+        await self._some.wait()
+        self._some.clear()
+        found, self._found = self._found, {}
+        return list(found)
 
 
 class Events:
     """Changes of jobs, as they happen, to any number of listeners. Of one event loop."""
 
     def __init__(self) -> None:
-        self._listeners: defaultdict[str, list[asyncio.Queue[str]]] = defaultdict(list)
+        self._of_job: defaultdict[str, list[Changes]] = defaultdict(list)
+        self._of_owner: defaultdict[str, list[Changes]] = defaultdict(list)
 
-    def tell(self, job: str, what: str) -> None:
+    def tell(self, job: Job, what: str) -> None:
         """what: "status", "step" or "preview"."""
-        for queue in self._listeners.get(job, ()):
-            if queue.full():
-                queue.get_nowait()
-            queue.put_nowait(what)
+        for changes in (*self._of_job.get(job.id, ()), *self._of_owner.get(job.owner, ())):
+            changes.put(job.id, what)
+
+    def tell_moved(self, jobs: Iterable[Job]) -> None:
+        """These have another place in the queue."""
+        owners = set()
+        for job in jobs:
+            owners.add(job.owner)
+            for changes in self._of_job.get(job.id, ()):
+                changes.put(job.id, "status")
+        for owner in owners:
+            for changes in self._of_owner.get(owner, ()):
+                changes.put(*QUEUE)
 
     @contextmanager
-    def of(self, job: str) -> Iterator[asyncio.Queue[str]]:
-        """A queue of what is told of a job from here on."""
-        queue: asyncio.Queue[str] = asyncio.Queue(MOST_WAITING)
-        self._listeners[job].append(queue)
-        try:
-            yield queue
-        finally:
-            self._listeners[job].remove(queue)
-            if not self._listeners[job]:
-                del self._listeners[job]
+    def of(self, job: str) -> Iterator[Changes]:
+        """What is told of a job from here on."""
+        with _listening(self._of_job, job) as changes:
+            yield changes
+
+    @contextmanager
+    def of_owner(self, owner: str) -> Iterator[Changes]:
+        """What is told of all jobs of an owner from here on, new ones, too."""
+        with _listening(self._of_owner, owner) as changes:
+            yield changes
+
+
+@contextmanager
+def _listening(listeners: defaultdict[str, list[Changes]], name: str) -> Iterator[Changes]:
+    changes = Changes()
+    listeners[name].append(changes)
+    try:
+        yield changes
+    finally:
+        listeners[name].remove(changes)
+        if not listeners[name]:
+            del listeners[name]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
@@ -46,6 +48,14 @@ async def ready(service: Serving) -> Response:
 async def metrics(owner: Owner, service: Serving) -> Response:
     """For Prometheus."""
     return Response(service.measures.text(), media_type=measures.CONTENT_TYPE)
+
+
+@router.get("/session", responses=described.SESSION_NOW)
+async def session(request: Request, service: Serving) -> dict[str, Any]:
+    """Whether a key is needed, and the name of the one that the page has signed in with."""
+    cookie = request.cookies.get(COOKIE)
+    signed_in = None if service.keys is None or cookie is None else service.keys.session(cookie)
+    return {"needed": service.keys is not None, "name": signed_in}
 
 
 @router.post("/session", status_code=204, openapi_extra=described.SESSION)

@@ -161,5 +161,5 @@ class Service:
         """A job once it has ended; None where it was deleted."""
         with self.dispatcher.events.of(id) as changes:
             while (job := self.dispatcher.store.get(id)) is not None and job.active:
-                await changes.get()
+                await changes.take()
         return job

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import json
-from collections.abc import AsyncIterator
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import FileResponse, JSONResponse, Response
-from sse_starlette.sse import EventSourceResponse
 from starlette.datastructures import UploadFile
 
 from ...untrusted import parse_json, printable
+from ..pictures import media_type
 from . import asked, described, jobs
 from .asked import Asked
 from .folder import KINDS
@@ -162,29 +160,22 @@ async def preview(id: str, owner: Owner, service: Serving) -> Response:
     return Response(data, media_type="image/webp", headers={"cache-control": "no-store"})
 
 
-@router.get("/v1/videos/{id}/events", responses=described.EVENTS)
-async def events(id: str, owner: Owner, service: Serving) -> Response:
-    """Server-sent events to the end: `status` (the video), `step`, `preview` (its address)."""
-    service.job(id, owner)
-
-    async def told() -> AsyncIterator[dict[str, str]]:
-        with service.dispatcher.events.of(id) as changes:
-            what, previews = "status", 0
-            while (job := service.dispatcher.store.get(id)) is not None:
-                if what == "preview":
-                    previews += 1
-                    data: dict[str, Any] = {"url": f"/v1/videos/{id}/preview?{previews}"}
-                elif what == "step":
-                    data = {name: service.video(job)[name] for name in ("step", "steps", "progress")}
-                else:
-                    data = service.video(job)
-                yield {"event": what, "data": json.dumps(data)}
-                if not job.active:
-                    return
-                what = await changes.get()
-            yield {"event": "deleted", "data": json.dumps({"id": id})}
-
-    return EventSourceResponse(told(), headers={"cache-control": "no-store"})
+@router.get("/v1/videos/{id}/references/{index}", responses=described.PICTURE)
+async def reference(request: Request, id: str, index: int, owner: Owner, service: Serving) -> Response:
+    """A picture that came with the request; index: from 0, in the order of `labels`."""
+    pictures = service.job(id, owner).pictures
+    if not 0 <= index < len(pictures):
+        raise Refused(
+            f"video {id!r:.80} has {len(pictures)} pictures, counted from 0", status=404, param="index"
+        )
+    headers = {"etag": f'"{pictures[index]}"', "cache-control": "private, max-age=3600"}
+    if _known(request, headers["etag"]):
+        return Response(status_code=304, headers=headers)
+    path = service.folder.picture(pictures[index])
+    try:
+        return FileResponse(path, media_type=media_type(path), headers=headers)
+    except OSError:
+        raise Refused("the picture has expired", status=410, code="expired") from None
 
 
 def _unfinished(id: str, job: Job | None) -> Refused:
@@ -202,7 +193,7 @@ def _file(service: Service, request: Request, job: Job, kind: str, sample: int) 
     """A file that never changes: with ranges, and an ETag that saves it being sent again."""
     tag = f'"{job.id}-{kind}-{sample}"'
     headers = {"etag": tag, "cache-control": "private, max-age=3600"}
-    if tag in (part.strip() for part in request.headers.get("if-none-match", "").split(",")):
+    if _known(request, tag):
         return Response(status_code=304, headers=headers)
     path = service.folder.result(job.id, kind, sample)
     if not path.is_file():
@@ -211,6 +202,11 @@ def _file(service: Service, request: Request, job: Job, kind: str, sample: int) 
     return FileResponse(
         path, media_type=TYPES[KINDS[kind]], headers=headers, filename=name, content_disposition_type="inline"
     )
+
+
+def _known(request: Request, tag: str) -> bool:
+    """Whether the client has it already."""
+    return tag in (part.strip() for part in request.headers.get("if-none-match", "").split(","))
 
 
 async def _disconnected(request: Request) -> None:
