@@ -542,3 +542,4 @@ def test_a_share_of_the_noise_levels_is_high(high, expected):
     assert 0 < sigma.min() and sigma.max() <= 1 and sigma.dtype == torch.float32
     # sigmoid(0.7 - 1.2 n) > 0.9 where n < -1.248: 10.6 % of a normal's values
     assert float((sigma > 0.9).float().mean()) == pytest.approx(expected, abs=0.005)
+    assert float((sigma == 1).float().mean()) == pytest.approx(high / 2, abs=0.005)  # noise alone
