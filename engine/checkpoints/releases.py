@@ -1,7 +1,8 @@
 """Which release of Wan a base is, by its shapes and parts, and how that release is meant to be sampled.
 
-The numbers are those of Wan's own programs (Wan2.1 generate.py, Wan2.2 wan/configs/*.py), for what a layout
-leaves open: where diffusers' files say a thing (the scheduler's shift, boundary_ratio), they win.
+The numbers are those of Wan's own programs (Wan2.1 generate.py, Wan2.2 wan/configs/*.py) and of MAGREF's
+(generate.py, magref_14B.py), for what a layout leaves open: where diffusers' files say a thing (the
+scheduler's shift, boundary_ratio), they win, but for MAGREF, which has no such files of its own.
 """
 
 from __future__ import annotations
@@ -9,7 +10,15 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from .base import Base
+from .magref import is_magref
 from .wan_image_to_video import expands_timesteps, is_vace
+
+NEGATIVE = (
+    "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，"
+    "JPEG压缩残留，丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，"
+    "手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走"
+)
+"""The caption of what is not wanted that Wan's own programs have (wan/configs/shared_config.py)."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +53,7 @@ T2V = Release("Wan2.1 T2V", shift=5.0)
 I2V = Release("Wan2.1 I2V", shift=3.0, steps=40)
 FLF2V = Release("Wan2.1 FLF2V", shift=16.0)
 VACE = Release("Wan2.1 VACE", shift=16.0)
+MAGREF = replace(I2V, name="MAGREF", solver="unipc_wan", negative="镜头晃动，" + NEGATIVE, fps=15.0)
 A14B = Release("Wan2.2 A14B", shift=12.0, steps=40, size=(1280, 720))
 T2V_A14B = replace(A14B, name="Wan2.2 T2V-A14B", guidance=4.0, guidance_2=3.0, boundary=0.875)
 I2V_A14B = replace(A14B, name="Wan2.2 I2V-A14B", shift=5.0, guidance=3.5, guidance_2=3.5, boundary=0.9)
@@ -63,4 +73,6 @@ def release_of(base: Base) -> Release:
         return VACE
     if config.get("image_dim") is None:
         return T2V
+    if is_magref(base):
+        return MAGREF
     return I2V if config.get("pos_embed_seq_len") is None else FLF2V

@@ -29,7 +29,7 @@ from .base import Base, Part
 from .derived import VACE_CLASS
 from .diffusers_folder import LAYOUT, SCHEDULER
 from .lazy_weights import settle, stream
-from .releases import Release, release_of
+from .releases import MAGREF, Release, release_of
 from .safetensors_io import on_meta
 from .wan_experts import read_boundary
 from .wan_image_to_video import (
@@ -121,11 +121,13 @@ def read_sampling(base: Base) -> Sampling:
     """What scheduler/scheduler_config.json asks for; without such a file, what the release does.
     Raises ConfigError where no solver gives that.
 
-    SkyReels-A2's programs put a scheduler of their own into its place, which this gives.
+    SkyReels-A2's programs put a scheduler of their own into its place, which this gives; MAGREF's have one.
     """
     if is_a2(base):
         return Sampling("unipc", 8.0)
     path, release = base.where / SCHEDULER, release_of(base)
+    if release is MAGREF:
+        return _sampling(release, release.solver, release.shift)
     if (values := base.scheduler) is None:
         if base.layout == LAYOUT:
             raise WeightsError(f"{path} is missing")
