@@ -43,8 +43,8 @@ With a CLIP in image_encoder/ it takes concepts, which show once it has a traine
 bundle makes videos from captions alone.
 An image-to-video base takes its pictures itself: a first frame, a first and a last one, or, of SkyReels-A2,
 up to three references; Wan2.2's I2V-A14B a first frame and perhaps a last one, its TI2V-5B a first frame or
-none; VACE as many references as --references says. A base with a LoRA for few steps, and a bundle without
-guidance, which takes half the time:
+none; VACE as many references as --references says; MAGREF one to eight. A base with a LoRA for few steps,
+and a bundle without guidance, which takes half the time:
 
   conceptmaster export wan/ --output fast --lora few-steps.safetensors --solver euler --steps 4 --guidance 1
 """
