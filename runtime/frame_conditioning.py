@@ -71,6 +71,13 @@ def leading(manifest: Manifest, count: int) -> int:
     return 0 if manifest.conditioning is None else manifest.conditioning.leading(count)
 
 
+def lengths(manifest: Manifest) -> tuple[int, int]:
+    """How many frames the videos have that come out, the fewest and the most: each picture may cost some."""
+    least = 0 if manifest.conditioning is None else manifest.conditioning.required
+    total = manifest.shapes.frames
+    return total - leading(manifest, manifest.concepts), total - leading(manifest, least)
+
+
 def seen(manifest: Manifest, concepts: tuple[bool, ...]) -> tuple[bool, ...]:
     """Which guidance branches see the pictures. concepts: those that would see them as concepts are seen: of
     an image-to-video model guidance is of captions alone, unless its pictures are tokens of their own."""

@@ -312,7 +312,9 @@ def test_its_own_defaults(parts, folder, bundle, command, tmp_path):
 
 
 def test_what_the_bundle_is(folder, bundle, command, tmp_path):
+    from conceptmaster.export.triton_server.repository import pipeline_config
     from conceptmaster.runtime.bundle_format.manifest import load
+    from conceptmaster.runtime.frame_conditioning import lengths
 
     manifest = load(bundle)
     assert set(manifest.graphs) == GRAPHS
@@ -320,6 +322,8 @@ def test_what_the_bundle_is(folder, bundle, command, tmp_path):
     assert manifest.graphs["image_encoder"].input("pixels").shape == (1, 3, 16, 16)
     assert manifest.graphs["denoise"].input("concept_mask").shape == (2, 1)
     assert manifest.denoised == manifest.shapes.latent == LATENT
+    assert lengths(manifest) == (FRAMES - 4, FRAMES - 4)
+    assert f"dims: [{FRAMES - 4}, {HEIGHT}, {WIDTH}, 3]" in pipeline_config(manifest)
     code, out, _ = command("inspect", bundle)
     assert code == 0
     assert "concepts  up to 8, their canvas seen as 16×16, 5 tokens" in out
