@@ -28,9 +28,10 @@ from torch import Tensor, nn
 from conceptmaster.engine.checkpoints.adapter import adapter_keys, save_adapter
 from conceptmaster.engine.checkpoints.source import byte_tokenizer
 from conceptmaster.engine.checkpoints.wan_image_to_video import A2_REFERENCES, A2_TRANSFORMER
-from conceptmaster.engine.config import ModelConfig
+from conceptmaster.engine.checkpoints.wan_references import PHANTOM, V3_TRANSFORMERS
+from conceptmaster.engine.config import ConceptConfig, ModelConfig
 from conceptmaster.engine.model import ConceptMaster
-from conceptmaster.engine.presets import PRESETS, from_pictures, preset
+from conceptmaster.engine.presets import PRESETS, preset
 from conceptmaster.engine.vae.wan_decoder import build_vae
 
 from . import layouts
@@ -39,6 +40,16 @@ LAYOUTS = ("diffusers", "wan", "comfyui")
 BITS = ("float16", "bfloat16", "fp8", "fp8-scaled")
 PREFIX = "model.diffusion_model."
 SHARD = 1_000_000_000  # bytes after which a new file begins
+# The picture encoder of Wan2.1's image-to-video models and of SkyReels-A2: CLIP's ViT-H/14.
+VIT_H = {
+    "hidden_size": 1280,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 16,
+    "intermediate_size": 5120,
+    "patch_size": 14,
+    "image_size": 224,
+    "projection_dim": 1024,
+}
 SCHEDULER = {
     "_class_name": "UniPCMultistepScheduler",
     "prediction_type": "flow_prediction",
@@ -49,7 +60,23 @@ SCHEDULER = {
 
 def like_a2(config: ModelConfig) -> ModelConfig:
     """`config` as an image-to-video model like SkyReels-A2: 36 channels in, ViT-H, three references."""
-    return from_pictures(config, A2_REFERENCES, "references")
+    transformer = dataclasses.replace(
+        config.transformer,
+        in_channels=36,
+        image_dim=VIT_H["hidden_size"],
+        added_kv_proj_dim=config.transformer.width,
+    )
+    concept = ConceptConfig(
+        max_concepts=A2_REFERENCES,
+        picture_size=VIT_H["image_size"],
+        picture_tokens=(VIT_H["image_size"] // VIT_H["patch_size"]) ** 2 + 1,
+        picture_dim=VIT_H["hidden_size"],
+        width=VIT_H["hidden_size"],
+        heads=1,
+        injection="base",
+        given="references",
+    )
+    return dataclasses.replace(config, transformer=transformer, concept=concept, image_encoder=VIT_H)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +98,7 @@ def parts_of(config: ModelConfig) -> list[Part]:
     """The parts of a base of `config`'s sizes; without a CLIP where it takes no pictures."""
     with torch.device("meta"):
         model, vae = ConceptMaster(config), build_vae(config)
-    transformer = name_of(config) | config.to_dict()["transformer"]
+    transformer = config.to_dict()["transformer"]
     for own in ("position_channels", "prediction"):
         del transformer[own]
     concept = model.transformer.concept_keys()
@@ -125,13 +152,10 @@ def write_base(
 def index_of(config: ModelConfig) -> dict[str, Any]:
     """What model_index.json must say of a base of these sizes; nothing of Wan2.1's."""
     boundary = getattr(config, "boundary", None)
-    found = {} if boundary is None else {"boundary_ratio": boundary}
+    found: dict[str, Any] = {} if boundary is None else {"boundary_ratio": boundary}
+    if config.concept.given == "behind" and config.concept.fewest is None:
+        found["_class_name"] = PHANTOM
     return found | ({"expand_timesteps": True} if config.concept.given == "clean" else {})
-
-
-def name_of(config: ModelConfig) -> dict[str, str]:
-    """What a transformer's config.json must say beside its sizes: of MAGREF what it is called."""
-    return {"_name_or_path": "MAGREF-Video/MAGREF"} if config.concept.given == "canvas" else {}
 
 
 def adapter_shapes(config: ModelConfig) -> dict[str, torch.Size]:
@@ -156,7 +180,8 @@ def write_adapter(config: ModelConfig, path: Path, seed: int = 1, device: str = 
 def kind_of(config: ModelConfig) -> str:
     """What the transformer's class is called in the folder's configuration."""
     own = {"references": A2_TRANSFORMER, "control": "WanVACETransformer3DModel"}
-    return own.get(config.concept.given, "WanTransformer3DModel")
+    v3 = config.concept.fewest is not None
+    return V3_TRANSFORMERS[0] if v3 else own.get(config.concept.given, "WanTransformer3DModel")
 
 
 def _json(path: Path, values: Mapping[str, Any]) -> None:
@@ -184,6 +209,12 @@ class _Writer:
         if self.layout == "diffusers":
             _json(self.folder / part.name / "config.json", part.values)
             self._shards(self.folder / part.name, "model", part, self._dtype(part), lambda name: name)
+        elif self.layout == "wan" and part.name == "transformer" and self.config.concept.given == "behind":
+            # Phantom's own: without a configuration, of 1.3B one file, as `conceptmaster convert` makes it
+            if self.config.transformer.num_layers < 40:
+                self._file(part)
+            else:
+                self._shards(self.folder, "Phantom_Wan_14B", part, self._dtype(part), layouts.wan_transformer)
         elif self.layout == "wan" and part.name.startswith("transformer"):
             folder = self.folder
             if getattr(self.config, "boundary", None) is not None:
@@ -273,6 +304,7 @@ def _wan_file(part: Part, config: ModelConfig) -> str:
     vae = "Wan2.2_VAE" if config.vae["z_dim"] == 48 else "Wan2.1_VAE"
     clip = "models_clip_open-clip-xlm-roberta-large-vit-huge-14"
     stems = {"vae": vae, "text_encoder": "models_t5_umt5-xxl-enc-bf16", "image_encoder": clip}
+    stems["transformer"] = "Phantom-Wan-1.3B"
     return f"{stems[part.name]}.safetensors"
 
 
@@ -318,6 +350,8 @@ def main() -> None:
     config = like_a2(preset(args.name)) if args.a2 else preset(args.name)
     if args.layout != "comfyui" and args.bits not in (None, "float16", "bfloat16"):
         parser.error(f"--bits {args.bits} is for --layout comfyui")
+    if config.concept.fewest is not None and args.layout != "diffusers":
+        parser.error("SkyReels-V3 is told by its configuration: --layout diffusers")
     if args.layers:
         vace = config.transformer.vace_layers
         vace = None if vace is None else tuple(layer for layer in vace if layer < args.layers)

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 class Sampling:
     """Solver, shift of its time, steps and guidance, as the source names them; where it does not, what
     diffusers' WanPipeline does when it is told nothing. guidance_2: of two experts that of the second, None
-    is the same; branches: how many guidance branches its own program has, None for two, or for one where no
-    scale asks for more. Checked by whoever samples."""
+    is the same; branches: how many guidance branches its own program has where it guides, None for two.
+    Checked by whoever samples."""
 
     solver: str
     shift: float

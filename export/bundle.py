@@ -130,6 +130,7 @@ def write_bundle(
             source=record,
             experts=experts,
             whole_text=whole,
+            guided_first="concepts" if concept.given in AS_TOKENS and branches == 3 else "caption",
             **told,
         )
         if not manifest.needs_format_6:

@@ -43,8 +43,8 @@ With a CLIP in image_encoder/ it takes concepts, which show once it has a traine
 bundle makes videos from captions alone.
 An image-to-video base takes its pictures itself: a first frame, a first and a last one, or, of SkyReels-A2,
 up to three references; Wan2.2's I2V-A14B a first frame and perhaps a last one, its TI2V-5B a first frame or
-none; VACE as many references as --references says; MAGREF one to eight. A base with a LoRA for few steps,
-and a bundle without guidance, which takes half the time:
+none; VACE and Phantom as many references as --references says, SkyReels-V3 1 to 4. A base with a LoRA for
+few steps, and a bundle without guidance, which takes half the time:
 
   conceptmaster export wan/ --output fast --lora few-steps.safetensors --solver euler --steps 4 --guidance 1
 """
@@ -75,7 +75,7 @@ def add_export_arguments(parser: argparse.ArgumentParser) -> None:
         choices=(1, 2, 3),
         metavar="K",
         help="guidance branches: 1 none, 2 one scale, 3 a scale of its own for the concepts "
-        "(2; 1 where the default guidance is 1, which is none)",
+        "(2, of Phantom and SkyReels-V3 3; 1 where the default guidance is 1, which is none)",
     )
     parser.add_argument(
         "--tile",
@@ -108,16 +108,22 @@ def add_export_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="G",
         help="of the second of two experts (--guidance, if that is given)",
     )
+    defaults.add_argument(
+        "--concept-guidance", type=float, metavar="C", help="of the pictures, where there are three branches"
+    )
     base = parser.add_argument_group("of a base")
     base.add_argument(
         "--size",
         type=_size,
         metavar="WxH",
-        help="of the video, in pixels (832x480; of Wan2.2's TI2V-5B 1280x704)",
+        help="of the video, in pixels (832x480; of TI2V-5B 1280x704, of SkyReels-V3 1280x720)",
     )
-    base.add_argument("--frames", type=int, metavar="N", help="of the video (81; of TI2V-5B 121)")
+    base.add_argument("--frames", type=int, metavar="N", help="of the video (81; of TI2V-5B, … 121)")
     base.add_argument(
-        "--references", type=int, metavar="R", help="of VACE: how many pictures each request has (1)"
+        "--references",
+        type=int,
+        metavar="R",
+        help="of VACE and Phantom: how many pictures each request has (1)",
     )
     _add_base_arguments(base)
     _add_output_arguments(parser)
@@ -135,7 +141,7 @@ def run_export(args: argparse.Namespace) -> int:
         source,
         args.output,
         precision="int8" if args.int8 else "fp32",
-        branches=args.branches or source.sampling.branches or (2 if source.sampling.guided else 1),
+        branches=args.branches or ((source.sampling.branches or 2) if source.sampling.guided else 1),
         tile=args.tile,
         text_tokens=args.text_tokens,
         with_graphs=not args.no_graphs,
@@ -181,7 +187,8 @@ def _size(text: str) -> tuple[int, int]:
 
 def _with_defaults(source: Source, args: argparse.Namespace) -> Source:
     """`source` with the defaults that are given."""
-    named = {name: getattr(args, name) for name in ("solver", "steps", "shift", "guidance", "guidance_2")}
+    names = ("solver", "steps", "shift", "guidance", "guidance_2", "concept_guidance")
+    named = {name: getattr(args, name) for name in names}
     given = {name: value for name, value in named.items() if value is not None}
     if "guidance" in given:  # alone, it is of both experts
         given.setdefault("guidance_2", None)

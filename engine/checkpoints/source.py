@@ -38,6 +38,7 @@ from .releases import release_of
 from .safetensors_io import built, load, load_model
 from .single_files import open_base, read_spiece
 from .wan import load_base, load_base_vae, read_config, read_sampling
+from .wan_references import told
 from .weight_files import read_json
 
 if TYPE_CHECKING:
@@ -90,7 +91,7 @@ class Choices:
     """What a base leaves open; None is its default. Trained weights and presets leave nothing open.
 
     size: width and height in pixels; frames: of the video; references: how many pictures each request of a
-    VACE has; adapter: a file of `save_adapter`; revision: a
+    VACE or a Phantom has; adapter: a file of `save_adapter`; revision: a
     branch, tag or commit of a model in the Hugging Face Hub; loras: merged into the transformer one after the
     other; parts: files, or folders with shards, of base.PARTS, which replace those of the place; tokenizer: a
     tokenizer.json or a SentencePiece model, which replaces that of the place.
@@ -265,6 +266,7 @@ def _open_base(place: str | Path, choices: Choices, tokenizer: Path | None) -> S
     local = Path(place).exists()
     name = (folder.stem if folder.is_file() else folder.resolve().name) or "base"
     name = name if local else str(place).partition("/")[2]
+    base = told(base, name, choices.references)
     release, adapter = release_of(base), None if choices.adapter is None else read_adapter(choices.adapter)
     config = read_config(
         base,

@@ -29,19 +29,19 @@ from .base import Base, Part
 from .derived import VACE_CLASS
 from .diffusers_folder import LAYOUT, SCHEDULER
 from .lazy_weights import settle, stream
-from .releases import MAGREF, Release, release_of
+from .releases import Release, release_of
 from .safetensors_io import on_meta
 from .wan_experts import read_boundary
 from .wan_image_to_video import (
     A2_FPS,
     A2_TRANSFORMER,
-    control,
     expands_timesteps,
     frames_alone,
     is_a2,
     read_concept,
     refuse_adapter,
 )
+from .wan_references import V3_TRANSFORMERS, own_size, read_references
 
 if TYPE_CHECKING:
     from ..vae.wan_decoder import VAE
@@ -121,12 +121,12 @@ def read_sampling(base: Base) -> Sampling:
     """What scheduler/scheduler_config.json asks for; without such a file, what the release does.
     Raises ConfigError where no solver gives that.
 
-    SkyReels-A2's programs put a scheduler of their own into its place, which this gives; MAGREF's have one.
+    SkyReels-A2's programs put a scheduler of their own into its place, which this gives.
     """
     if is_a2(base):
         return Sampling("unipc", 8.0)
     path, release = base.where / SCHEDULER, release_of(base)
-    if release is MAGREF:
+    if release.own_scheduler:
         return _sampling(release, release.solver, release.shift)
     if (values := base.scheduler) is None:
         if base.layout == LAYOUT:
@@ -175,7 +175,7 @@ def read_config(
 
     Args: name: the model's; size: width and height in pixels; frames: of the video; concept: the adapter's.
         Without it a base that has an image_encoder gets a new adapter as wide as its picture tokens, and one
-        that has none takes no concepts. references: how many pictures a VACE takes, None for one.
+        that has none takes no concepts. references: how many pictures a VACE or a Phantom takes (one).
     Raises: ConfigError for what the engine cannot honour, and for a video that the base cannot make: that one
         names the nearest that it can; WeightsError for files that are missing or broken.
     """
@@ -195,7 +195,7 @@ def read_config(
     image_encoder: dict[str, Any] = {}
     if "image_encoder" in base.parts:
         image_encoder = _encoder(base.part("image_encoder"), "clip_vision_model", IMAGE_SIZES, IMAGE_OPTIONS)
-    if (own := control(base, transformer, concept, references)) is not None:
+    if (own := read_references(base, transformer, concept, references)) is not None:
         concept, image_encoder = own, {}
     elif transformer.image_dim is not None:
         concept = _own_concept(base, transformer, image_encoder, concept)
@@ -229,7 +229,7 @@ def read_config(
         fps=A2_FPS if concept.given == "references" else release_of(base).fps,
         boundary=boundary,
     )
-    _check_video(config, size, frames)
+    _check_video(config, size, frames, own_size(base, size))
     return dataclasses.replace(config, width=size[0], height=size[1], frames=frames)
 
 
@@ -310,7 +310,8 @@ def _transformer(part: Part) -> TransformerConfig:
     else:
         unknown |= VACE.keys()
     known = {field.name for field in dataclasses.fields(TransformerConfig)} - unknown
-    values = defaults | _own(part, ("WanTransformer3DModel", A2_TRANSFORMER, VACE_CLASS), known)
+    kinds = ("WanTransformer3DModel", A2_TRANSFORMER, VACE_CLASS, *V3_TRANSFORMERS)
+    values = defaults | _own(part, kinds, known)
     if values.get("out_channels", 0) is None:
         values["out_channels"] = values.get("in_channels", 16)
     if "cross_attn_norm" in values and not isinstance(values["cross_attn_norm"], bool):
@@ -388,8 +389,8 @@ def _new_concept(image_encoder: dict[str, Any]) -> ConceptConfig:
     )
 
 
-def _check_video(config: ModelConfig, size: tuple[int, int], frames: int) -> None:
-    """Raises ConfigError with the nearest video that works, if this one does not."""
+def _check_video(config: ModelConfig, size: tuple[int, int], frames: int, more: str) -> None:
+    """Raises ConfigError with the nearest video that works, and with more, if this one does not."""
     transformer, vae = config.transformer, config.vae
     time, space = vae["scale_factor_temporal"], vae["scale_factor_spatial"]
     pf, ph, pw = transformer.patch_size
@@ -404,5 +405,5 @@ def _check_video(config: ModelConfig, size: tuple[int, int], frames: int) -> Non
         raise ConfigError(
             f"the base cannot make {frames} frames of {size[0]}x{size[1]}: the width must be a multiple of "
             f"{space * pw}, the height of {space * ph}, and the frames {1 + time * (pf - 1)} plus a multiple "
-            f"of {time * pf}; the nearest that works is {length} frames of {width}x{height}"
+            f"of {time * pf}; the nearest that works is {length} frames of {width}x{height}{more}"
         )

@@ -1,9 +1,8 @@
 """Which image-to-video model a base is, and what it does with pictures.
 
-Six are known: Wan2.1's of a first frame, Wan2.1's of a first and a last one (which tells the two apart by a
-table of positions), MAGREF, which is told by what it is called (magref.py), SkyReels-A2, whose own classes
-have other names, Wan2.2's A14B, which has no picture encoder, and VACE, whose pictures are a control that
-blocks of its own read.
+Five are known: Wan2.1's of a first frame, Wan2.1's of a first and a last one (which tells the two apart by a
+table of positions), SkyReels-A2, whose own classes have other names, Wan2.2's A14B, which has no picture
+encoder, and VACE, whose pictures are a control that blocks of its own read.
 """
 
 from __future__ import annotations
@@ -21,7 +20,6 @@ from ..transformer_config import TransformerConfig
 from .base import Base
 from .derived import VACE_CLASS
 from .diffusers_folder import LAYOUT, PROCESSOR
-from .magref import is_magref
 
 A2_TRANSFORMER = "A2Model"
 A2_PIPELINES = ("A2Pipeline", "WanA2Pipeline")
@@ -33,6 +31,8 @@ PIPELINES = (
     "WanVideoToVideoPipeline",
     VACE_PIPELINE,
     *A2_PIPELINES,
+    "WanSkyReelsA2WanT2VPipeline",
+    "Phantom_Wan_S2V",
 )
 A2_REFERENCES, A2_FPS = 3, 15.0  # its programs write videos at this rate
 
@@ -54,8 +54,6 @@ def read_concept(
         given, pictures = "references", A2_REFERENCES
         if transformer.pos_embed_seq_len is not None:
             raise ConfigError(f"{base.where}: SkyReels-A2 has no pos_embed_seq_len")
-    elif is_magref(base):
-        given, pictures = "canvas", 1
     else:
         given, pictures = ("first", 1) if transformer.pos_embed_seq_len is None else ("first_last", 2)
     width = image_encoder["hidden_size"]
@@ -91,8 +89,8 @@ def control(
 ) -> ConceptConfig | None:
     """How a VACE takes pictures: `references` of them, one where None is given. None for any other model.
 
-    Raises: ConfigError, one line, for another model that is given a number of references, or that another
-        pipeline's name, or VACE's without its transformer, says it is.
+    Raises: ConfigError, one line, for another model that a pipeline's name, or VACE's without its
+        transformer, says it is.
     """
     pipeline = base.index.get("_class_name", "WanPipeline")
     if pipeline not in PIPELINES:
@@ -103,8 +101,6 @@ def control(
     if transformer.vace_layers is None:
         if pipeline == VACE_PIPELINE:
             raise ConfigError(f"{base.where} is of a {VACE_PIPELINE}, but its transformer is none of VACE's")
-        if references is not None:
-            raise ConfigError(f"{base.where} is no VACE, whose references alone can be of any number")
         return None
     refuse_adapter(base, adapter)
     count = 1 if references is None else references

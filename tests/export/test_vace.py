@@ -232,11 +232,10 @@ def test_what_does_not_fit_is_refused_in_a_line(folder, command, tmp_path, path,
     assert (code, out) == (2, "") and err.count("\n") == 1 and message in err, err
 
 
-def test_references_are_of_vace_alone(folder, wan_folder, command, tmp_path):
+def test_a_number_of_references_that_cannot_be(folder, wan_folder, command, tmp_path):
     for place, references, message in (
         (folder, 0, "references must be 1 to 64, got 0"),
         (folder, 65, "references must be 1 to 64, got 65"),
-        (wan_folder, 1, "is no VACE"),
     ):
         args = ("--output", tmp_path / "out", *SIZE, "--references", references, "--no-graphs")
         code, out, err = command("export", place, *args)
