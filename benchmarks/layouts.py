@@ -150,6 +150,8 @@ def wan_config(transformer: Mapping[str, Any], model_type: str) -> dict[str, Any
     """What the config.json of Wan's own folder says, from diffusers' configuration."""
     vace = transformer.get("vace_layers")
     own = {} if vace is None else {"vace_layers": vace, "vace_in_dim": transformer["vace_in_channels"]}
+    if "_name_or_path" in transformer:
+        own["_name_or_path"] = transformer["_name_or_path"]
     return {
         "_class_name": "WanModel" if vace is None else "VaceWanModel",
         "model_type": model_type,

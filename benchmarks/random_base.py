@@ -29,9 +29,9 @@ from conceptmaster.engine.checkpoints.adapter import adapter_keys, save_adapter
 from conceptmaster.engine.checkpoints.source import byte_tokenizer
 from conceptmaster.engine.checkpoints.wan_image_to_video import A2_REFERENCES, A2_TRANSFORMER
 from conceptmaster.engine.checkpoints.wan_references import PHANTOM, V3_TRANSFORMERS
-from conceptmaster.engine.config import ConceptConfig, ModelConfig
+from conceptmaster.engine.config import ModelConfig
 from conceptmaster.engine.model import ConceptMaster
-from conceptmaster.engine.presets import PRESETS, preset
+from conceptmaster.engine.presets import PRESETS, from_pictures, preset
 from conceptmaster.engine.vae.wan_decoder import build_vae
 
 from . import layouts
@@ -40,16 +40,6 @@ LAYOUTS = ("diffusers", "wan", "comfyui")
 BITS = ("float16", "bfloat16", "fp8", "fp8-scaled")
 PREFIX = "model.diffusion_model."
 SHARD = 1_000_000_000  # bytes after which a new file begins
-# The picture encoder of Wan2.1's image-to-video models and of SkyReels-A2: CLIP's ViT-H/14.
-VIT_H = {
-    "hidden_size": 1280,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 16,
-    "intermediate_size": 5120,
-    "patch_size": 14,
-    "image_size": 224,
-    "projection_dim": 1024,
-}
 SCHEDULER = {
     "_class_name": "UniPCMultistepScheduler",
     "prediction_type": "flow_prediction",
@@ -60,23 +50,7 @@ SCHEDULER = {
 
 def like_a2(config: ModelConfig) -> ModelConfig:
     """`config` as an image-to-video model like SkyReels-A2: 36 channels in, ViT-H, three references."""
-    transformer = dataclasses.replace(
-        config.transformer,
-        in_channels=36,
-        image_dim=VIT_H["hidden_size"],
-        added_kv_proj_dim=config.transformer.width,
-    )
-    concept = ConceptConfig(
-        max_concepts=A2_REFERENCES,
-        picture_size=VIT_H["image_size"],
-        picture_tokens=(VIT_H["image_size"] // VIT_H["patch_size"]) ** 2 + 1,
-        picture_dim=VIT_H["hidden_size"],
-        width=VIT_H["hidden_size"],
-        heads=1,
-        injection="base",
-        given="references",
-    )
-    return dataclasses.replace(config, transformer=transformer, concept=concept, image_encoder=VIT_H)
+    return from_pictures(config, A2_REFERENCES, "references")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +72,7 @@ def parts_of(config: ModelConfig) -> list[Part]:
     """The parts of a base of `config`'s sizes; without a CLIP where it takes no pictures."""
     with torch.device("meta"):
         model, vae = ConceptMaster(config), build_vae(config)
-    transformer = config.to_dict()["transformer"]
+    transformer = name_of(config) | config.to_dict()["transformer"]
     for own in ("position_channels", "prediction"):
         del transformer[own]
     concept = model.transformer.concept_keys()
@@ -156,6 +130,11 @@ def index_of(config: ModelConfig) -> dict[str, Any]:
     if config.concept.given == "behind" and config.concept.fewest is None:
         found["_class_name"] = PHANTOM
     return found | ({"expand_timesteps": True} if config.concept.given == "clean" else {})
+
+
+def name_of(config: ModelConfig) -> dict[str, str]:
+    """What a transformer's config.json must say beside its sizes: of MAGREF what it is called."""
+    return {"_name_or_path": "MAGREF-Video/MAGREF"} if config.concept.given == "canvas" else {}
 
 
 def adapter_shapes(config: ModelConfig) -> dict[str, torch.Size]:

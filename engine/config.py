@@ -13,7 +13,9 @@ from .transformer_config import TransformerConfig
 ENCODERS = ("qformer", "mlp")
 BINDINGS = ("dam", "none", "concat_mlp", "self_attention")
 INJECTIONS = ("standalone", "shared_query", "merged")
-FRAME_CONDITIONINGS = ("none", "first", "first_last", "references", "clean", "control", "behind")
+FRAME_CONDITIONINGS = ("none", "first", "first_last", "references", "clean", "control", "behind", "canvas")
+ENCODED = ("first", "first_last", "references", "canvas")
+"""Those of a base with a picture encoder."""
 ALONE = ("none", "first_last", "clean", "control", "behind")
 """Those of a base without a picture encoder."""
 VAES = ("wan", "blocks")
@@ -36,13 +38,15 @@ class ConceptConfig:
 
     given: a base's frame conditioning, how pictures are also frames of the video. For `base`: `first` (the
     one picture is the first frame), `first_last` (two, at both ends), `references` (each leads the video in a
-    latent frame of its own, which is then left out, as in SkyReels-A2). For `none`, where pictures are frames
-    alone: `first_last`, of which a request may leave out the last (Wan2.2's I2V-A14B, which has no picture
-    encoder), `clean` (the one picture, which a request may leave out, is the first latent frame, at time 0
-    while the others have the step's: Wan2.2's TI2V-5B, diffusers' `expand_timesteps`), `control` (each of
-    `max_concepts` pictures is a latent frame of its own beside the video's, told to VACE's own blocks, and is
-    not decoded), `behind` (each is a clean latent frame behind the video's, see references.py: Phantom's and
-    SkyReels-V3's), or `none`, as for every other injection.
+    latent frame of its own, which is then left out, as in SkyReels-A2), `canvas` (all of a request's pictures
+    on one canvas, which is the first frame, and the one picture that the picture encoder sees; the frames
+    around it are then left out: MAGREF). For `none`, where pictures are frames alone: `first_last`, of which
+    a request may leave out the last (Wan2.2's I2V-A14B, which has no picture encoder), `clean` (the one
+    picture, which a request may leave out, is the first latent frame, at time 0 while the others have the
+    step's: Wan2.2's TI2V-5B, diffusers' `expand_timesteps`), `control` (each of `max_concepts` pictures is a
+    latent frame of its own beside the video's, told to VACE's own blocks, and is not decoded), `behind` (each
+    is a clean latent frame behind the video's, see references.py: Phantom's and SkyReels-V3's), or `none`, as
+    for every other injection.
 
     fewest: of `behind` how many pictures a request has at least, where places without one are zero latents;
     None for all of them.
@@ -72,13 +76,13 @@ class ConceptConfig:
         check_choice(self, "binding", BINDINGS)
         check_choice(self, "injection", (*INJECTIONS, "none", "base"))
         check_choice(self, "given", FRAME_CONDITIONINGS)
-        kinds = {"base": FRAME_CONDITIONINGS[1:4], "none": ALONE}.get(self.injection, ("none",))
+        kinds = {"base": ENCODED, "none": ALONE}.get(self.injection, ("none",))
         require(
             self.given in kinds,
             f"ConceptConfig.given must be {' or '.join(map(repr, kinds))} where the injection is "
             f"{self.injection!r}, got {self.given!r}",
         )
-        places = {"first": 1, "first_last": 2, "clean": 1}.get(self.given, self.max_concepts)
+        places = {"first": 1, "first_last": 2, "clean": 1, "canvas": 1}.get(self.given, self.max_concepts)
         require(
             self.max_concepts == places,
             f"ConceptConfig.max_concepts must be {places} for {self.given!r}, got {self.max_concepts}",

@@ -213,6 +213,43 @@ def _vace(name: str, heads: int, layers: int, ffn_dim: int, every: int) -> Model
     return replace(base, transformer=transformer, concept=concept, image_encoder={})
 
 
+VIT_H = {
+    "hidden_size": 1280,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 16,
+    "intermediate_size": 5120,
+    "patch_size": 14,
+    "image_size": 224,
+    "projection_dim": 1024,
+}
+"""The picture encoder of Wan2.1's image-to-video models, and of what was made of them: CLIP's ViT-H/14."""
+
+
+def from_pictures(base: ModelConfig, pictures: int, given: str) -> ModelConfig:
+    """`base` as an image-to-video model like Wan2.1's: 36 channels in, and tokens of so many pictures."""
+    width = VIT_H["hidden_size"]
+    concept = ConceptConfig(
+        max_concepts=pictures,
+        picture_size=VIT_H["image_size"],
+        picture_tokens=(VIT_H["image_size"] // VIT_H["patch_size"]) ** 2 + 1,
+        picture_dim=width,
+        width=width,
+        heads=1,
+        injection="base",
+        given=given,
+    )
+    transformer = replace(
+        base.transformer, in_channels=36, image_dim=width, added_kv_proj_dim=base.transformer.width
+    )
+    return replace(base, transformer=transformer, concept=concept, image_encoder=dict(VIT_H))
+
+
+def _magref() -> ModelConfig:
+    """MAGREF: Wan2.1's I2V-14B, whose first frame is a canvas of references."""
+    base = _wan("magref-14b", heads=40, layers=40, ffn_dim=13824)
+    return replace(from_pictures(base, 1, "canvas"), fps=15.0)
+
+
 def _behind(name: str, heads: int, layers: int, ffn_dim: int, count: int = 1, **more: Any) -> ModelConfig:
     """Wan2.1 with references behind the video: Phantom with one, SkyReels-V3 with up to four."""
     fewest = 1 if count > 1 else None
@@ -271,6 +308,7 @@ _BUILDERS = {
     "wan2.1-14b": lambda: _wan("wan2.1-14b", heads=40, layers=40, ffn_dim=13824),
     "wan2.1-vace-1.3b": lambda: _vace("wan2.1-vace-1.3b", heads=12, layers=30, ffn_dim=8960, every=2),
     "wan2.1-vace-14b": lambda: _vace("wan2.1-vace-14b", heads=40, layers=40, ffn_dim=13824, every=5),
+    "magref-14b": _magref,
     "phantom-wan-1.3b": lambda: _behind("phantom-wan-1.3b", heads=12, layers=30, ffn_dim=8960),
     "phantom-wan-14b": lambda: _behind("phantom-wan-14b", 40, 40, 13824, frames=121, fps=24.0),
     "skyreels-v3-r2v-14b": lambda: _behind(

@@ -43,8 +43,8 @@ With a CLIP in image_encoder/ it takes concepts, which show once it has a traine
 bundle makes videos from captions alone.
 An image-to-video base takes its pictures itself: a first frame, a first and a last one, or, of SkyReels-A2,
 up to three references; Wan2.2's I2V-A14B a first frame and perhaps a last one, its TI2V-5B a first frame or
-none; VACE and Phantom as many references as --references says, SkyReels-V3 1 to 4. A base with a LoRA for
-few steps, and a bundle without guidance, which takes half the time:
+none; VACE and Phantom as many references as --references says, SkyReels-V3 1 to 4, MAGREF 1 to 8. A base with
+a LoRA for few steps, and a bundle without guidance, which takes half the time:
 
   conceptmaster export wan/ --output fast --lora few-steps.safetensors --solver euler --steps 4 --guidance 1
 """

@@ -1,10 +1,11 @@
 """How a model's pictures are prepared, where an image-to-video model's stand in the video, how a large video
 is decoded in tiles, and how much text the graphs take.
 
-Read in diffusers' WanImageToVideoPipeline and WanVACEPipeline, in Phantom's and SkyReels-V3's own programs,
-and for SkyReels-A2 in its infer.py and A2Pipeline: the first reference is one frame, the others fill a latent
-frame each; two are padded with white, the third, a background, is cut to shape; and so many frames as three
-latent frames stand for are left out at the end.
+Read in diffusers' WanImageToVideoPipeline and WanVACEPipeline, in Phantom's, SkyReels-V3's and MAGREF's own
+programs (MAGREF's leaves out the video's first four frames), and for SkyReels-A2 in its infer.py and
+A2Pipeline: the first reference is one frame, the others fill a latent frame each; two are padded with white,
+the third, a background, is cut to shape; and so many frames as three latent frames stand for are left out at
+the end.
 """
 
 from __future__ import annotations
@@ -14,7 +15,13 @@ from dataclasses import replace
 from ..engine.config import ModelConfig
 from ..engine.encoders import CLIP_MEAN, CLIP_STD
 from ..errors import InputError
-from ..runtime.bundle_format.schema import FrameConditioning, FramePlacement, Pictures, Tile
+from ..runtime.bundle_format.schema import (
+    MOST_ON_CANVAS,
+    FrameConditioning,
+    FramePlacement,
+    Pictures,
+    Tile,
+)
 
 WHITE = (255, 255, 255)
 LEAST_TILE = 4  # latents of a side: a quarter of it, which tiles share, is one
@@ -26,6 +33,7 @@ def pictures_of(config: ModelConfig) -> Pictures:
     kinds = {
         "none": Pictures(CLIP_MEAN, CLIP_STD, WHITE),
         "references": Pictures(CLIP_MEAN, CLIP_STD, WHITE, "middle", A2_CLIP_SIDE),
+        "canvas": Pictures(CLIP_MEAN, CLIP_STD, WHITE, "bicubic"),
     }
     return kinds.get(config.concept.given, Pictures(CLIP_MEAN, CLIP_STD, WHITE, "middle"))
 
@@ -52,6 +60,9 @@ def conditioning_of(config: ModelConfig) -> FrameConditioning | None:
         both = first, FramePlacement(-1, 1, "stretched")
         least = 2 if config.concept.takes_pictures else 1  # the mask tells Wan2.2 what there is
         return FrameConditioning(both, least, dropped_frames=0)
+    if kind == "canvas":
+        cells = (FramePlacement(0, 1, "centred"),) * MOST_ON_CANVAS
+        return FrameConditioning(cells, required=1, dropped_frames=following, kind="canvas")
     places = [FramePlacement(0, 1, "padded")]
     for latent_frame in range(1, config.concept.max_concepts):
         fit = "padded" if latent_frame < 2 else "cut"

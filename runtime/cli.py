@@ -60,9 +60,17 @@ def _placements(conditioning: FrameConditioning) -> str:
         least = f"{conditioning.required} to " if conditioning.required < len(placements) else ""
         return f"{least}{len(placements)}, as clean latent frames behind the video's"
     where = ", ".join(f"frame {placement.first} (× {placement.count})" for placement in placements)
+    if conditioning.kind == "canvas":
+        cells = f"{conditioning.required} to {len(placements)}, in cells of one canvas, which is frame 0"
+        return f"{cells}; {dropped} frames are left out"
     left_out = f"; {dropped} frames are left out for each" if dropped else ""
     alone = "" if conditioning.required else "; without one a video of text alone"
     return f"{conditioning.required} to {len(placements)}, as {where}{left_out}{alone}"
+
+
+def _seen(manifest: Manifest) -> str:
+    """What the picture encoder sees."""
+    return "pictures" if manifest.shapes.concepts == manifest.concepts else "their canvas seen as"
 
 
 def _experts(manifest: Manifest) -> str:
@@ -90,7 +98,8 @@ def _describe(manifest: Manifest, sizes: dict[str, int], folder: Path) -> str:
         f"{manifest.name}: {manifest.precision} bundle, format {manifest.format}, every hash is right",
         f"folder    {folder}",
         f"video     {s.frames} frames of {s.width}×{s.height} at {manifest.fps:g} a second",
-        f"concepts  up to {s.concepts}, pictures {s.picture_size}×{s.picture_size}, {s.queries} tokens each"
+        f"concepts  up to {manifest.concepts}, {_seen(manifest)} {s.picture_size}×{s.picture_size}, "
+        f"{s.queries} tokens{' each' if s.concepts == manifest.concepts else ''}"
         if "image_encoder" in manifest.graphs
         else "concepts  none: a base alone",
         *([] if manifest.conditioning is None else [f"pictures  {_placements(manifest.conditioning)}"]),

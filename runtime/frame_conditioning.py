@@ -18,6 +18,8 @@ diffusers' WanVACEPipeline does it with references alone.
 Of Phantom and SkyReels-V3 each picture is a clean latent frame behind the video's, which no step changes; a
 place that no picture fills has zero latents.
 
+Of MAGREF all pictures are on one canvas, the first frame, of which they are a part: see canvas.py.
+
 A2Pipeline draws its latents from the encoder's distribution; here they are its mean, as in diffusers. With
 one reference A2Pipeline fails (its mask has a latent frame too many); here it is as one would expect.
 """
@@ -46,11 +48,12 @@ MAX_STRETCH = 1.05  # beyond this it shows
 
 def fitted(image: Image, index: int, label: str, manifest: Manifest) -> dict[int, np.ndarray]:
     """The frames (of VACE latent frames) that a request's picture number `index` is, by number, each
-    [height,width,3] in 0..255, see `pictures.fit`; none unless the manifest has `conditioning`.
+    [height,width,3] in 0..255, see `pictures.fit`; none unless the manifest has `conditioning`, and none of
+    a canvas, see canvas.py.
 
     Warns: a log line for a picture whose shape is lost.
     """
-    if manifest.conditioning is None:
+    if manifest.conditioning is None or manifest.conditioning.kind == "canvas":
         return {}
     size = (manifest.shapes.width, manifest.shapes.height)
     place = manifest.conditioning.placements[index]
@@ -65,7 +68,14 @@ def fitted(image: Image, index: int, label: str, manifest: Manifest) -> dict[int
 
 def leading(manifest: Manifest, count: int) -> int:
     """How many frames at the start of a video from `count` pictures are not part of it."""
-    return 0 if manifest.conditioning is None else manifest.conditioning.dropped_frames * count
+    return 0 if manifest.conditioning is None else manifest.conditioning.leading(count)
+
+
+def lengths(manifest: Manifest) -> tuple[int, int]:
+    """How many frames the videos have that come out, the fewest and the most: each picture may cost some."""
+    least = 0 if manifest.conditioning is None else manifest.conditioning.required
+    total = manifest.shapes.frames
+    return total - leading(manifest, manifest.concepts), total - leading(manifest, least)
 
 
 def seen(manifest: Manifest, concepts: tuple[bool, ...]) -> tuple[bool, ...]:
@@ -80,6 +90,8 @@ def previewed(manifest: Manifest, count: int) -> int:
     """The latent frame to preview of a video from `count` pictures: the first one that is made."""
     if manifest.conditioning is not None and manifest.conditioning.beside:
         return _own(manifest)[0]
+    if manifest.conditioning is not None and manifest.conditioning.kind == "canvas":
+        return min(count, 1)
     return count if leading(manifest, count) or manifest.begins_clean else 0
 
 
@@ -88,11 +100,13 @@ def channels(
     frames: dict[int, np.ndarray],
     manifest: Manifest,
     empty: Callable[[], np.ndarray] | None = None,
+    area: np.ndarray | None = None,
 ) -> np.ndarray:
     """What `fitted` gave → the mask and the latents, float32 [1,t+Cz,F,H,W]; of a picture that may be left
     out [1,1+Cz,1,H,W]; of pictures beside the video the control, [1,2*Cz+p,F,H,W] with p pixels of a latent;
     of pictures behind it their latents alone, [1,Cz,N,H,W].
-    empty: gives `encoded` of no frames, where that is known already."""
+    empty: gives `encoded` of no frames, where that is known already; area: bool [H,W], of a frame what is
+    known, all of it where it is None."""
     shapes = manifest.shapes
     if manifest.conditioning is not None and manifest.conditioning.kind == "behind":
         behind = np.zeros((1, shapes.latent[0], shapes.concepts, *shapes.latent[2:]), np.float32)
@@ -107,7 +121,9 @@ def channels(
             return np.zeros((1, 1 + shapes.latent[0], 1, *shapes.latent[2:]), np.float32)
         clean = _encoded_alone(backend, frames[0])  # [1,Cz,1,H,W]
         return np.concatenate((np.ones_like(clean[:, :1]), clean), axis=1)
-    return np.concatenate((mask(frames, shapes), encoded(backend, frames, shapes)), axis=1)
+    known = mask(frames, shapes)
+    known = known if area is None else known * area.astype(np.float32)
+    return np.concatenate((known, encoded(backend, frames, shapes)), axis=1)
 
 
 def encoded(backend: Backend, frames: dict[int, np.ndarray], shapes: Shapes) -> np.ndarray:

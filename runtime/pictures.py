@@ -99,14 +99,26 @@ def fit(image: Image.Image, size: tuple[int, int], how: str, background: Color) 
         or by cutting, then scaled: SkyReels-A2's ways), `stretched` (scaled to the size, whatever its shape:
         diffusers' way), `bilinear` (as `whole`, but without antialiasing, in float32: the way of diffusers'
         WanVACEPipeline), `centred` (as `whole`, but sides rounded down and by Lanczos: the way of Phantom,
-        SkyReels-V3 and MAGREF). All are bicubic with antialiasing where nothing else is said; `stretched` is
-        Lanczos's.
+        SkyReels-V3 and MAGREF), `bicubic` (as `stretched`, but in float32 and without antialiasing: the way
+        of Wan's own programs with what CLIP sees). All are bicubic with antialiasing where nothing else is
+        said; `stretched` is Lanczos's.
     """
     return np.array(_FITS[how](image, size, background))
 
 
+def inside(own: tuple[int, int], size: tuple[int, int]) -> tuple[int, int, int, int]:
+    """Where `centred` puts a picture of the size `own` (width, height) into one of `size`: left, top, and its
+    width and height there."""
+    (width, height), ratio = size, own[0] / own[1]
+    if ratio > width / height:  # divided twice, as theirs: the last bit decides what is rounded down
+        height = max(1, int(width / ratio))
+    else:
+        width = max(1, int(height * ratio))
+    return (size[0] - width) // 2, (size[1] - height) // 2, width, height
+
+
 def prepare(image: Image.Image, how: Pictures, size: int) -> np.ndarray:
-    """An RGB image as the picture encoder sees it: uint8 [size,size,3]."""
+    """An RGB image as the picture encoder sees it: [size,size,3], as of `fit`."""
     if how.padded_to is not None:
         square = fit(image, (how.padded_to, how.padded_to), "padded", how.background)
         image = Image.fromarray(square)
@@ -114,7 +126,7 @@ def prepare(image: Image.Image, how: Pictures, size: int) -> np.ndarray:
 
 
 def normalise(pixels: np.ndarray, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
-    """uint8 [px,px,3] → float32 [3,px,px], (pixel / 255 - mean) / std per channel, as CLIP wants it."""
+    """0..255 [px,px,3] → float32 [3,px,px], (pixel / 255 - mean) / std per channel, as CLIP wants it."""
     scaled = (pixels / 255.0 - np.asarray(mean)) / np.asarray(std)  # [px,px,3] float64
     return np.ascontiguousarray(scaled.transpose(2, 0, 1), dtype=np.float32)  # [3,px,px]
 
@@ -312,14 +324,9 @@ def _bilinear(image: Image.Image, size: tuple[int, int], background: Color) -> n
 
 
 def _centred(image: Image.Image, size: tuple[int, int], background: Color) -> Image.Image:
-    (width, height), ratio = size, image.width / image.height
-    if ratio > width / height:  # divided twice, as theirs: the last bit decides what is rounded down
-        height = max(1, int(width / ratio))
-    else:
-        width = max(1, int(height * ratio))
+    left, top, width, height = inside(image.size, size)
     canvas = Image.new("RGB", size, background)
-    place = (size[0] - width) // 2, (size[1] - height) // 2
-    canvas.paste(image.resize((width, height), Image.Resampling.LANCZOS), place)
+    canvas.paste(image.resize((width, height), Image.Resampling.LANCZOS), (left, top))
     return canvas
 
 
@@ -333,6 +340,29 @@ def _resampled(pixels: np.ndarray, axis: int, length: int) -> np.ndarray:
     return pixels.take(first, axis) * (1 - part) + pixels.take(second, axis) * part
 
 
+def _bicubic(image: Image.Image, size: tuple[int, int], background: Color) -> np.ndarray:
+    """torch's interpolate(mode="bicubic", align_corners=False), which samples 16 pixels each."""
+    pixels = np.asarray(image)  # [h,w,3]
+    for axis, length in ((0, size[1]), (1, size[0])):
+        places = (np.arange(length) + 0.5) * (pixels.shape[axis] / length) - 0.5
+        first = np.floor(places).astype(np.int64)
+        part = places - first
+        total = np.zeros((), np.float32)
+        for tap in range(-1, 3):  # what is beyond an edge is as the edge
+            weight = np.expand_dims(_cubic(np.abs(part - tap)), tuple({0, 1, 2} - {axis}))
+            index = np.clip(first + tap, 0, pixels.shape[axis] - 1)
+            total = total + pixels.take(index, axis) * weight.astype(np.float32)
+        pixels = total
+    return pixels
+
+
+def _cubic(x: np.ndarray) -> np.ndarray:
+    """The weight of a pixel at distance x, of 0 to 2: Keys' cubic convolution with torch's a."""
+    a = -0.75
+    near = ((a + 2) * x - (a + 3)) * x * x + 1
+    return np.where(x <= 1, near, ((x - 5) * x + 8) * x * a - 4 * a)
+
+
 _FITS: dict[str, Callable[[Image.Image, tuple[int, int], Color], Image.Image | np.ndarray]] = {
     "whole": _whole,
     "middle": _middle,
@@ -341,6 +371,7 @@ _FITS: dict[str, Callable[[Image.Image, tuple[int, int], Color], Image.Image | n
     "stretched": _stretched,
     "bilinear": _bilinear,
     "centred": _centred,
+    "bicubic": _bicubic,
 }
 
 

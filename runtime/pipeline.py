@@ -25,6 +25,7 @@ from . import noise as noises
 from .backends import Backend, check_choice, open_backend
 from .bundle_format.find import Bundle
 from .bundle_format.graph_list import CONCEPT_GRAPHS, FRAME_GRAPHS, other_expert
+from .canvas import canvas_of
 from .causal import run_causal, spans
 from .guidance import Guidance
 from .pixels import to_uint8
@@ -236,7 +237,7 @@ class Pipeline:
         if noise is not None:
             starts = noises.from_array(noise, self.manifest.denoised, request.samples)
         tokens = tokenised(request, guidance, self.manifest, self._tokenizer)
-        concepts, frames = self._read_pictures(request)
+        concepts, seen, frames, area = self._read_pictures(request)
         remarks = vocabulary.remarks(request, self.manifest, self._tokenizer.read)
         vocabulary.warn(remarks, strict)
 
@@ -247,10 +248,10 @@ class Pipeline:
             backend.load(graph for graph in self.manifest.graphs if graph not in skipped)
         with _timed(seconds, "encode"):
             known: dict[str, Any] = self._branch_texts(request, guidance, tokens)
-            known["concept_tokens"] = self._concept_tokens(concepts, tokens)  # [N,Q,Dc]
+            known["concept_tokens"] = self._concept_tokens(concepts, seen, tokens)  # [N,Q,Dc]
             given = None
             if self.manifest.conditioning is not None:
-                given = frame_conditioning.channels(backend, frames, self.manifest, self._empty)
+                given = frame_conditioning.channels(backend, frames, self.manifest, self._empty, area)
                 known["given"] = given  # [1,Cg,F,H,W]
         with _timed(seconds, "condition"):
             known["concept_mask"] = self._concept_mask(guidance, len(concepts))  # [K,N]
@@ -276,18 +277,28 @@ class Pipeline:
                 videos.append(Video(video, self.manifest.fps, *about))
         return videos
 
-    def _read_pictures(self, request: Request) -> tuple[tuple[Concept, ...], dict[int, np.ndarray]]:
-        """The concepts with their pictures as the picture encoder sees them, uint8 [px,px,3], and the frames
-        of the video that they are. One picture at a time: each may be large."""
+    def _read_pictures(
+        self, request: Request
+    ) -> tuple[tuple[Concept, ...], list[np.ndarray], dict[int, np.ndarray], np.ndarray | None]:
+        """The concepts with their pictures, uint8 [px,px,3]; what the picture encoder sees, these or one
+        canvas of all, [px,px,3]; the frames of the video that they are; and of a canvas which part of it
+        they are, bool [H,W]. One picture at a time: each may be large."""
         how, size = self.manifest.pictures, self.manifest.shapes.picture_size
+        canvas = canvas_of(self.manifest, len(request.concepts))
         concepts: list[Concept] = []
         frames: dict[int, np.ndarray] = {}
         for index, (label, picture) in enumerate((c.label, c.image) for c in request.concepts):
             image = pictures.read(picture, how.background, f"the picture of {label!r}")
-            concepts.append(Concept(label, pictures.prepare(image, how, size)))
+            if canvas is not None:
+                canvas.place(index, image)
+                concepts.append(Concept(label, pictures.fit(image, (size, size), "whole", how.background)))
+            else:
+                concepts.append(Concept(label, pictures.prepare(image, how, size)))
             frames |= frame_conditioning.fitted(image, index, label, self.manifest)
             del image  # before the next one is read
-        return tuple(concepts), frames
+        if canvas is not None:
+            return tuple(concepts), [canvas.seen()], {0: canvas.pixels}, canvas.area()
+        return tuple(concepts), [np.asarray(concept.image) for concept in concepts], frames, None
 
     def _concept_mask(self, guidance: Guidance, count: int) -> np.ndarray:
         """Which branch sees which concept, bool [K,N]."""
@@ -318,16 +329,18 @@ class Pipeline:
             "text_bias": padding_bias([len(tokens[text]) for text in texts], length, whole),
         }
 
-    def _concept_tokens(self, concepts: tuple[Concept, ...], tokens: dict[str, tuple[int, ...]]) -> Any:
-        """Pictures and labels → concept tokens [N,Q,Dc] on the device; places without a concept hold anything
-        finite.
+    def _concept_tokens(
+        self, concepts: tuple[Concept, ...], seen: list[np.ndarray], tokens: dict[str, tuple[int, ...]]
+    ) -> Any:
+        """What the picture encoder sees, and labels → concept tokens [N,Q,Dc] on the device; places without a
+        concept hold anything finite.
         """
         shapes, images = self.manifest.shapes, self.manifest.pictures
         if not concepts or "image_encoder" not in self.manifest.graphs:
             return np.zeros((shapes.concepts, shapes.queries, shapes.concept_width), np.float32)
         pixels = np.zeros((shapes.concepts, 3, shapes.picture_size, shapes.picture_size), np.float32)
-        for i, concept in enumerate(concepts):
-            pixels[i] = pictures.normalise(np.asarray(concept.image), images.mean, images.std)
+        for i, picture in enumerate(seen):
+            pixels[i] = pictures.normalise(picture, images.mean, images.std)
         known: dict[str, Any] = {"pixels": pixels}
         for name in CONCEPT_GRAPHS:
             if (graph := self.manifest.graphs.get(name)) is not None:

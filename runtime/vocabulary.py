@@ -37,7 +37,7 @@ def remarks(request: Request, manifest: Manifest, read: Callable[[str], str]) ->
         `Tokenizer.read`.
     """
     caption = read(request.prompt).split()
-    named = manifest.reads_labels or manifest.takes_references
+    named = manifest.reads_labels or manifest.caption_names
     labels = {c.label: read(c.label).split() for c in request.concepts} if named else {}
     found = _labels_in(caption, labels)
     if manifest.vocabulary is not None and not manifest.vocabulary.open:

@@ -170,6 +170,7 @@ def _from_wan_model(told: dict[str, Any], shape: _Shapes) -> dict[str, Any]:
     values |= {
         "_class_name": "WanTransformer3DModel",
         "_model_type": kind,
+        "_name_or_path": told.get("_name_or_path"),
         "patch_size": list(shape("patch_embedding.weight", 5)[2:]),
         "attention_head_dim": width // heads,
         "text_dim": shape("condition_embedder.text_embedder.linear_1.weight", 2)[1],

@@ -2,8 +2,9 @@
 
 The numbers are those of Wan's own programs (Wan2.1 generate.py, Wan2.2 wan/configs/*.py), for what a layout
 leaves open: where diffusers' files say a thing (the scheduler's shift, boundary_ratio), they win. The
-programs of SkyReels-V3 (reference_to_video_pipeline.py, generate_video.py) and of Phantom (generate.py; of
-its 14B the README's commands) make their schedulers themselves: there a file says nothing.
+programs of MAGREF (generate.py, magref_14B.py), SkyReels-V3 (reference_to_video_pipeline.py,
+generate_video.py) and Phantom (generate.py; of its 14B the README's commands) make their schedulers
+themselves: there a file says nothing.
 """
 
 from __future__ import annotations
@@ -11,8 +12,16 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from .base import Base
+from .magref import is_magref
 from .wan_image_to_video import expands_timesteps, is_vace
 from .wan_references import is_phantom, is_v3
+
+NEGATIVE = (
+    "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，"
+    "JPEG压缩残留，丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，"
+    "手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走"
+)
+"""The caption of what is not wanted that Wan's own programs have (wan/configs/shared_config.py)."""
 
 
 @dataclass(frozen=True)
@@ -45,17 +54,13 @@ class Release:
     frames: int = 81
 
 
-NEGATIVE = (
-    "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，"
-    "JPEG压缩残留，丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，"
-    "手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走"
-)
-"""The negative prompt of Wan2.1's own programs (wan/configs/shared_config.py)."""
-
 T2V = Release("Wan2.1 T2V", shift=5.0)
 I2V = Release("Wan2.1 I2V", shift=3.0, steps=40)
 FLF2V = Release("Wan2.1 FLF2V", shift=16.0)
 VACE = Release("Wan2.1 VACE", shift=16.0)
+MAGREF = replace(
+    I2V, name="MAGREF", solver="unipc_wan", negative="镜头晃动，" + NEGATIVE, own_scheduler=True, fps=15.0
+)
 V3 = Release(
     "SkyReels-V3 R2V",
     shift=5.0,
@@ -102,4 +107,6 @@ def release_of(base: Base) -> Release:
         return PHANTOM if config.get("num_layers", 40) < 40 else PHANTOM_14B
     if config.get("image_dim") is None:
         return T2V
+    if is_magref(base):
+        return MAGREF
     return I2V if config.get("pos_embed_seq_len") is None else FLF2V

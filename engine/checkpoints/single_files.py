@@ -177,7 +177,7 @@ def open_files(place: Path, given: Mapping[str, Weights]) -> Base:
     found = [weights for weights in found if weights.kind not in given]
     kinds = {weights.kind for weights in found} | set(given)
     _require(place, kinds, "transformer", "vae", "text_encoder")
-    parts = {**_chosen(place, found), **given}
+    parts = {**_chosen(place, found, given.get("transformer")), **given}
     if parts["transformer"].part.config.get("image_dim") is not None:
         _require(place, set(parts), "image_encoder")
     return base_of(place, layout, parts)
@@ -308,8 +308,9 @@ def _kind_of_config(values: Mapping[str, Any]) -> str | None:
     return next((kinds[name] for name in found if isinstance(name, str) and name in kinds), None)
 
 
-def _chosen(place: Path, found: list[Weights]) -> dict[str, Weights]:
-    """One of each part. Raises WeightsError where there are more and nothing tells which."""
+def _chosen(place: Path, found: list[Weights], given: Weights | None) -> dict[str, Weights]:
+    """One of each part; given: the transformer, where it lies elsewhere. Raises WeightsError where there are
+    more and nothing tells which."""
     chosen: dict[str, Weights] = {}
     transformers = [weights for weights in found if weights.kind == "transformer"]
     if len(transformers) == 2 and {weights.expert for weights in transformers} == {"high", "low"}:
@@ -326,12 +327,13 @@ def _chosen(place: Path, found: list[Weights]) -> dict[str, Weights]:
             f"{place} has {len(transformers)} transformers ({names}): say which with --transformer FILE, and "
             "--transformer-2 FILE for a low-noise expert"
         )
-    config = chosen["transformer"].part.config if chosen else {}
+    transformer = chosen.get("transformer", given)
+    config = {} if transformer is None else transformer.part.config
     for kind in ("vae", "text_encoder", "image_encoder"):
         several = [weights for weights in found if weights.kind == kind]
-        if kind == "image_encoder" and chosen and config.get("image_dim") is None:
+        if kind == "image_encoder" and transformer is not None and config.get("image_dim") is None:
             continue  # it lies there for another model
-        if kind == "vae" and len(several) > 1 and chosen:
+        if kind == "vae" and len(several) > 1 and transformer is not None:
             fits = [w for w in several if w.part.config.get("z_dim") == config.get("out_channels")]
             several = fits or several
         if len(several) > 1:

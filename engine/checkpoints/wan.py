@@ -121,7 +121,8 @@ def read_sampling(base: Base) -> Sampling:
     """What scheduler/scheduler_config.json asks for; without such a file, what the release does.
     Raises ConfigError where no solver gives that.
 
-    SkyReels-A2's programs put a scheduler of their own into its place, which this gives.
+    SkyReels-A2's programs put a scheduler of their own into its place, which this gives, as does a release's
+    `own_scheduler`.
     """
     if is_a2(base):
         return Sampling("unipc", 8.0)

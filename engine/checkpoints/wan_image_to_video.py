@@ -1,8 +1,9 @@
 """Which image-to-video model a base is, and what it does with pictures.
 
-Five are known: Wan2.1's of a first frame, Wan2.1's of a first and a last one (which tells the two apart by a
-table of positions), SkyReels-A2, whose own classes have other names, Wan2.2's A14B, which has no picture
-encoder, and VACE, whose pictures are a control that blocks of its own read.
+Six are known: Wan2.1's of a first frame, Wan2.1's of a first and a last one (which tells the two apart by a
+table of positions), MAGREF, which is told by what it is called (magref.py), SkyReels-A2, whose own classes
+have other names, Wan2.2's A14B, which has no picture encoder, and VACE, whose pictures are a control that
+blocks of its own read.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from ..transformer_config import TransformerConfig
 from .base import Base
 from .derived import VACE_CLASS
 from .diffusers_folder import LAYOUT, PROCESSOR
+from .magref import is_magref
 
 A2_TRANSFORMER = "A2Model"
 A2_PIPELINES = ("A2Pipeline", "WanA2Pipeline")
@@ -54,6 +56,8 @@ def read_concept(
         given, pictures = "references", A2_REFERENCES
         if transformer.pos_embed_seq_len is not None:
             raise ConfigError(f"{base.where}: SkyReels-A2 has no pos_embed_seq_len")
+    elif is_magref(base):
+        given, pictures = "canvas", 1
     else:
         given, pictures = ("first", 1) if transformer.pos_embed_seq_len is None else ("first_last", 2)
     width = image_encoder["hidden_size"]

@@ -21,6 +21,7 @@ from ...runtime.bundle_format import tensorrt_engines as stored
 from ...runtime.bundle_format.find import Bundle
 from ...runtime.bundle_format.schema import Manifest, TensorSpec
 from ...runtime.bundle_format.tensorrt_engines import Engines
+from ...runtime.frame_conditioning import lengths
 
 KINDS = {
     "float32": "TYPE_FP32",
@@ -110,7 +111,8 @@ def graph_config(
 
 def pipeline_config(manifest: Manifest) -> str:
     """config.pbtxt of the model around them; LABELS, PICTURES and the rest may be left out."""
-    s = manifest.shapes
+    s, (least, most) = manifest.shapes, lengths(manifest)
+    frames = most if least == most else -1
     lines = [
         f'name: "{NAME}"',
         'backend: "python"',
@@ -122,7 +124,7 @@ def pipeline_config(manifest: Manifest) -> str:
         _tensor("input", "STEPS", "TYPE_INT64", (1,), True),
         _tensor("input", "GUIDANCE", "TYPE_FP32", (1,), True),
         *([] if manifest.experts is None else [_tensor("input", "GUIDANCE_2", "TYPE_FP32", (1,), True)]),
-        _tensor("output", "FRAMES", "TYPE_UINT8", (s.frames, s.height, s.width, 3)),
+        _tensor("output", "FRAMES", "TYPE_UINT8", (frames, s.height, s.width, 3)),
         "instance_group [ { count: 1 kind: KIND_CPU } ]",
         'parameters { key: "FORCE_CPU_ONLY_INPUT_TENSORS" value { string_value: "yes" } }',
     ]

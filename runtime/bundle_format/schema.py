@@ -43,7 +43,8 @@ LONGEST_TEXT = 10_000  # characters
 MOST_ENTRIES = 20_000  # of a vocabulary
 GUIDED_FIRST = ("caption", "concepts")
 KINDS = ("frames", "behind", "canvas", "grids")
-FITS = ("whole", "middle", "padded", "cut", "stretched", "bilinear", "centred")
+FITS = ("whole", "middle", "padded", "cut", "stretched", "bilinear", "centred", "bicubic")
+MOST_ON_CANVAS = 8  # see runtime/canvas.py
 
 
 @dataclass(frozen=True)
@@ -134,7 +135,7 @@ class FrameConditioning:
     video's, one each: then placements count latent frames, all of them, and what the steps make of the
     pictures' is not decoded (VACE's control). kind: one of KINDS, `frames` unless format 6 says otherwise:
     `behind`, each picture is a clean latent frame behind the video's that steps do not make, and placements
-    count these.
+    count these; `canvas`, all pictures together are the first frame, and what is dropped is dropped once.
     """
 
     placements: tuple[FramePlacement, ...] = stored_as("places")
@@ -156,6 +157,14 @@ class FrameConditioning:
         require(self.beside == 0 or right, "beside must be one latent frame for each picture, all required")
         tokens = places == [(n, 1) for n in range(most)] and self.required > 0 and not self.dropped_frames
         require(not self.by_branch or (tokens and not self.beside), f"{self.kind} must be numbered in order")
+        if self.kind == "canvas":
+            shared = set(self.placements) == {FramePlacement(0, 1, "centred")} and self.required == 1
+            told = f"a canvas is the first frame, of 1 to {MOST_ON_CANVAS} centred pictures"
+            require(shared and most <= MOST_ON_CANVAS and not self.beside, told)
+
+    def leading(self, pictures: int) -> int:
+        """How many frames at the start of a video from so many pictures are left out."""
+        return self.dropped_frames * (min(pictures, 1) if self.kind == "canvas" else pictures)
 
     @property
     def by_branch(self) -> bool:
@@ -330,18 +339,23 @@ class Manifest:
         require(self.format > 4 or conditioning.required > 0, "before format 5 a picture is required")
         few = shapes.branches <= 2 or conditioning.by_branch
         require(few, "given frames are the same in at most 2 guidance branches")
-        require(len(placements) == shapes.concepts, "given must have a place for each concept")
+        canvas = conditioning.kind == "canvas"  # which is one picture to the picture encoder
+        places = 1 if canvas else len(placements)
+        require(places == shapes.concepts, "given must have a place for each concept")
+        small = shapes.width < 4 or shapes.height < 2
+        require(not (canvas and small), "a canvas needs room for 8 cells")
         require(self.format > 4 or conditioning.beside == 0, "pictures beside the video are of format 5")
         if conditioning.by_branch:  # whose pictures are nothing of the video
             return
         total = self.denoised[1] if conditioning.beside else shapes.frames
-        taken = sorted((p.frames(total) for p in placements), key=lambda frames: frames.start)
+        own = set(placements) if canvas else placements
+        taken = sorted((p.frames(total) for p in own), key=lambda frames: frames.start)
         ends = [0, *(frames.stop for frames in taken)]
         inside = ends[-1] <= total
         apart = all(frames.start >= end for frames, end in zip(taken, ends, strict=False))
         free = sum(map(len, taken)) < total
         require(inside and apart and free, "given frames must differ and leave some free")
-        dropped = conditioning.dropped_frames * len(placements)
+        dropped = conditioning.leading(len(placements))
         require(dropped < shapes.frames, "given frames leave nothing of the video")
 
     @property
@@ -395,6 +409,8 @@ class Manifest:
         """How many concepts a request may have, pictures that are frames alone among them; none for a base
         alone, whatever the shapes leave room for."""
         pictured = "image_encoder" in self.graphs or self.conditioning is not None
+        if self.conditioning is not None and self.conditioning.kind == "canvas":
+            return len(self.conditioning.placements)
         return self.shapes.concepts if pictured else 0
 
     @property
@@ -403,11 +419,13 @@ class Manifest:
         return any(graph.input("label_text") is not None for graph in self.graphs.values())
 
     @property
-    def takes_references(self) -> bool:
-        """Whether pictures are references, which nothing but the caption's words tell the model of, not
-        frames of the video itself."""
+    def caption_names(self) -> bool:
+        """Whether the model was trained with captions that name each picture, which it tells apart by nothing
+        else: labels are then the words for it."""
         conditioning = self.conditioning
-        return conditioning is not None and (conditioning.beside > 0 or conditioning.kind != "frames")
+        return conditioning is not None and (
+            conditioning.beside > 0 or conditioning.kind in ("behind", "canvas")
+        )
 
     @property
     def token_ids(self) -> int | None:

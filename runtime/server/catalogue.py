@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ...errors import InputError
 from .. import pictures, vocabulary
 from ..bundle_format.find import Bundle
+from ..frame_conditioning import lengths
 from ..request import Concept, Request
 from ..tokenizer import Tokenizer, tokenised
 
@@ -32,9 +33,14 @@ class Served:
         return f"{self.manifest.shapes.width}x{self.manifest.shapes.height}"
 
     @property
+    def frames(self) -> int:
+        """How many its videos have, of the fewest pictures."""
+        return lengths(self.manifest)[1]
+
+    @property
     def seconds(self) -> str:
         """How long its videos are."""
-        return f"{round(self.manifest.shapes.frames / self.manifest.fps, 3):g}"
+        return f"{round(self.frames / self.manifest.fps, 3):g}"
 
     def check(self, request: Request) -> list[str]:
         """What there is to warn of. Raises InputError for what the bundle cannot do; pictures are read."""
@@ -53,7 +59,7 @@ class Served:
         return {
             "size": self.size,
             "seconds": self.seconds,
-            "frames": m.shapes.frames,
+            "frames": self.frames,
             "fps": m.fps,
             "concepts": {"least": least, "most": m.concepts},
             "reads_labels": m.reads_labels,

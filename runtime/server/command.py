@@ -54,6 +54,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument(
         "--backend", metavar="NAME", default="onnxruntime", help="onnxruntime or torch (onnxruntime)"
     )
+    what.add_argument(
+        "--gpu", action="append", metavar="ID", help="CUDA device of a worker; repeatable: each in turn"
+    )
     what.add_argument("--precision", metavar="P", help="of the engines for --device tensorrt or rtx")
     what.add_argument(
         "--threads", type=int, metavar="N", help="CPU threads of each worker (its share of the CPUs)"

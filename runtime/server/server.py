@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import logging
 import socket
 import sqlite3
@@ -44,8 +45,9 @@ def serve(args: argparse.Namespace, options: dict[str, Any], hosts: tuple[str, .
         except (sqlite3.Error, ValueError) as error:
             raise InputError(f"cannot read the jobs in {str(folder.database)!r}: {error}") from None
         measures = Measures()
+        gpus = itertools.cycle(args.gpu or [None])
         workers = [
-            ProcessWorker(served.name, {**options, "place": str(served.folder)})
+            ProcessWorker(served.name, {**options, "place": str(served.folder)}, next(gpus))
             for served in catalogue
             for _ in range(args.workers)
         ]

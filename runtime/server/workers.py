@@ -94,11 +94,13 @@ class Worker(Protocol):
 class ProcessWorker:
     """A worker that is a process of its own on this machine.
 
-    bundle: its name; options: what Pipeline.from_bundle takes, as JSON, and `place`, the bundle's path.
+    bundle: its name; options: what Pipeline.from_bundle takes, as JSON, and `place`, the bundle's path; gpu:
+    the one that it sees, None for all.
     """
 
-    def __init__(self, bundle: str, options: dict[str, Any]) -> None:
+    def __init__(self, bundle: str, options: dict[str, Any], gpu: str | None = None) -> None:
         self.bundle, self._options = bundle, options
+        self._own = {} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu}
         self._process: asyncio.subprocess.Process | None = None
 
     @property
@@ -116,7 +118,7 @@ class ProcessWorker:
             stdout=asyncio.subprocess.PIPE,
             limit=LONGEST_LINE,
             start_new_session=True,  # a Ctrl-C is the server's, which drains
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)} | self._own,
         )
         self._tell(self._options)
         answer = await self._answer()

@@ -260,8 +260,10 @@ def test_given_frames_are_the_recipe_s_condition(a2, a2_bundle, assert_close):
 
 
 def test_what_the_bundles_are(first, first_bundle, a2, a2_bundle, command):
+    from conceptmaster.export.triton_server.repository import pipeline_config
     from conceptmaster.runtime.bundle_format.manifest import load
     from conceptmaster.runtime.bundle_format.schema import FramePlacement
+    from conceptmaster.runtime.frame_conditioning import lengths
 
     graphs = {"text_encoder", "image_encoder", "condition", "denoise", "encode_first", "encode"}
     for bundle, most, defaults, fps in (
@@ -273,6 +275,9 @@ def test_what_the_bundles_are(first, first_bundle, a2, a2_bundle, command):
         assert set(manifest.graphs) == graphs | {"decode_first", "decode"}
         assert (manifest.concepts, manifest.fps, manifest.format) == (most, fps, 3)
         assert not manifest.reads_labels  # so that none is warned of
+        dropped = (4, 12) if most == 3 else (0, 0)
+        assert lengths(manifest) == (FRAMES - dropped[1], FRAMES - dropped[0])
+        assert ("dims: [-1," in pipeline_config(manifest).partition("FRAMES")[2]) == (most == 3)
         assert (d.solver, d.shift, d.steps, d.guidance) == defaults
     assert load(first_bundle).conditioning.placements == (FramePlacement(0, 1, "stretched"),)
     places = (FramePlacement(0, 1, "padded"), FramePlacement(1, 4, "padded"), FramePlacement(5, 4, "cut"))

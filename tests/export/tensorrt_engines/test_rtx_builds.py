@@ -24,7 +24,6 @@ import onnx  # noqa: E402
 from onnxscript import ir  # noqa: E402
 
 from conceptmaster.cli import main  # noqa: E402
-from conceptmaster.engine.presets import preset  # noqa: E402
 from conceptmaster.errors import ExportError  # noqa: E402
 from conceptmaster.export.onnx_graphs.concept_node import (  # noqa: E402
     BIASED,
@@ -55,7 +54,7 @@ EVERYTHING = [
 QUICK = [(g, p, TARGETS[i % 3]) for g in GRAPHS for i, p in enumerate(PRECISIONS[:3])]
 QUICK.append(("denoise", "fp8", 89))
 
-from conceptmaster.benchmarks.random_base import VIT_H, like_a2  # noqa: E402
+from conceptmaster.engine.presets import VIT_H, from_pictures, preset  # noqa: E402
 
 
 def build(source, tmp_path, precision, capability):
@@ -150,9 +149,9 @@ def build_apart(source, tmp_path, precision):
 VIT = VIT_H | {"num_hidden_layers": 1, "intermediate_size": 16}
 
 
-def wan(blocks, size=None, image_to_video=False, name="wan2.1-1.3b"):
+def wan(blocks, size=None, image_to_video=None, name="wan2.1-1.3b"):
     """The graphs' specs of Wan2.1 1.3B's width, or of another, with so few blocks; random weights, small
-    encoders."""
+    encoders. image_to_video: how many pictures, and how they are given."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     from conceptmaster.engine.checkpoints.source import random_source
@@ -170,7 +169,7 @@ def wan(blocks, size=None, image_to_video=False, name="wan2.1-1.3b"):
         **(size or {"frames": 17 if image_to_video else 5, "height": 64, "width": 64}),
     )
     if image_to_video:
-        config = dataclasses.replace(like_a2(config), image_encoder=VIT)
+        config = dataclasses.replace(from_pictures(config, *image_to_video), image_encoder=VIT)
     source = random_source(config)
     # In full size denoise alone is exported, and nothing is run for its shapes; a decoder's own tensors would
     # be fake, too.
@@ -205,11 +204,30 @@ def test_an_image_to_video_model_builds(tmp_path):
     """`denoise` with a base's own attention to its pictures, at Wan's width."""
     from conceptmaster.export.onnx_graphs.trace import export_graph
 
-    export_graph(wan(2, image_to_video=True)["denoise"], tmp_path / "denoise.onnx")
+    specs = wan(2, image_to_video=(3, "references"))
+    export_graph(specs["denoise"], tmp_path / "denoise.onnx")
     for precision in PRECISIONS[:3]:
         built = build_apart(tmp_path / "denoise.onnx", tmp_path, precision)
         whole, apart = built.whole_attention, built.decomposed_attention
         assert (whole, apart) == ((0, 6) if precision == "fp32" else (6, 0))
+
+
+@pytest.mark.slow
+def test_magref_builds(tmp_path):
+    """Two blocks at their real width, with the tokens of one canvas."""
+    from conceptmaster.export.onnx_graphs.trace import export_graph
+
+    if available() < EXPERT << 30:
+        pytest.skip(f"needs {EXPERT} GiB of memory")
+    specs = wan(2, image_to_video=(1, "canvas"), name="wan2.1-14b")
+    for name in ("condition", "denoise"):
+        export_graph(specs.pop(name), tmp_path / f"{name}.onnx")
+    specs.clear()  # gigabytes
+    for name, attentions in (("condition", 0), ("denoise", 6)):
+        for precision in PRECISIONS[:3]:
+            built = build_apart(tmp_path / f"{name}.onnx", tmp_path, precision)
+            whole = attentions if precision != "fp32" else 0
+            assert (built.whole_attention, built.decomposed_attention) == (whole, attentions - whole)
 
 
 @pytest.mark.slow

@@ -1,0 +1,81 @@
+"""References on one canvas that is the first frame of the video: MAGREF's own way.
+
+The frame is cut into as many cells as there are references, or a few more, row by row; each reference is
+scaled into its cell, uncut (Lanczos), on white. What the model is told of the first latent frame is the area
+that references fill, not that all of it is known. The picture encoder sees the whole canvas, as one picture.
+So MAGREF's subject2video.py does it (`process_refimg`, `resize_and_pad`), but that it shuffles references and
+cells; here the first reference stands in the first cell, the second in the second.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from . import pictures
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from .bundle_format.schema import Manifest
+
+GRIDS = {1: (1, 1), 2: (2, 1), 3: (3, 1), 4: (2, 2), 6: (3, 2), 8: (4, 2)}
+"""Columns and rows of a canvas by its number of cells."""
+
+Cell = tuple[int, int, int, int]  # left, top, right, bottom, in pixels
+
+
+def cells(count: int, size: tuple[int, int]) -> list[Cell]:
+    """The cells of a canvas for `count` references, in the order in which they are taken: the fewest of GRIDS
+    that are enough, so that of five references one cell stays free.
+
+    size: width and height. Sides are rounded down; the last column and the last row get what is left.
+    """
+    columns, rows = GRIDS[min(number for number in GRIDS if number >= count)]
+    xs = [*(column * (size[0] // columns) for column in range(columns)), size[0]]
+    ys = [*(row * (size[1] // rows) for row in range(rows)), size[1]]
+    return [(xs[c], ys[r], xs[c + 1], ys[r + 1]) for r in range(rows) for c in range(columns)]
+
+
+class Canvas:
+    """A frame of the video with references on it.
+
+    pixels: uint8 [height,width,3]; filled: bool [height,width], where a reference is.
+    """
+
+    def __init__(self, manifest: Manifest, count: int) -> None:
+        """An empty one, for `count` references."""
+        shapes, self._background = manifest.shapes, manifest.pictures.background
+        self.pixels = np.empty((shapes.height, shapes.width, 3), np.uint8)
+        self.pixels[:] = self._background
+        self.filled = np.zeros((shapes.height, shapes.width), bool)
+        self._space = shapes.space
+        self._how, self._side = manifest.pictures, shapes.picture_size
+        self._cells = cells(count, (shapes.width, shapes.height))
+
+    def place(self, index: int, image: Image) -> None:
+        """Puts reference number `index` into its cell."""
+        left, top, right, bottom = self._cells[index]
+        size = right - left, bottom - top
+        self.pixels[top:bottom, left:right] = pictures.fit(image, size, "centred", self._background)
+        x, y, width, height = pictures.inside(image.size, size)
+        self.filled[top + y : top + y + height, left + x : left + x + width] = True
+
+    def area(self) -> np.ndarray:
+        """Which latents see a pixel that is filled, bool [H,W]."""
+        height, width = (side // self._space for side in self.filled.shape)
+        blocks = self.filled.reshape(height, self._space, width, self._space)
+        return np.asarray(blocks.any(axis=(1, 3)))  # [H,W]
+
+    def seen(self) -> np.ndarray:
+        """The canvas as the picture encoder sees it, 0..255 [px,px,3]."""
+        image = pictures.read(self.pixels, self._background, "the canvas")
+        return pictures.prepare(image, self._how, self._side)
+
+
+def canvas_of(manifest: Manifest, count: int) -> Canvas | None:
+    """An empty canvas for a request of `count` references; None for a bundle whose pictures are on none."""
+    if manifest.conditioning is None or manifest.conditioning.kind != "canvas":
+        return None
+    return Canvas(manifest, count)
