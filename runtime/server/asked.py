@@ -9,12 +9,12 @@ engine's request. A picture comes with the request: nothing is ever fetched.
 from __future__ import annotations
 
 import base64
-import binascii
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ...untrusted import parse_json
 from .catalogue import Served
 from .refusals import Refused
 
@@ -36,6 +36,9 @@ OTHERS = (
 KNOWN = (*OTHERS, *WHOLE, *NUMBERS, *TEXTS, *IGNORED)
 DATA_URL = re.compile(r"data:[\w.+/-]*(?:;[\w.+-]+=[\w.+-]+)*;base64,", re.ASCII)
 LARGEST_PICTURE = 32 * 2**20  # bytes
+LARGEST_DATA_URL = LARGEST_PICTURE // 3 * 4 + 256
+LONGEST_PROMPT = 10_000  # characters, also of a negative one and of a label
+MOST_ITEMS = 10_000  # commas, brackets and braces of JSON: each value costs far more memory than its text
 MOST_PICTURES = 16  # of a request, whatever its bundle takes
 
 
@@ -89,6 +92,7 @@ class Asked:
         """The pictures with what they show. Raises Refused where that is needed and not said."""
         named = []
         for number, (label, data) in enumerate(self.pictures, 1):
+            _text({"label": label}, "label")
             if not label and served.manifest.reads_labels:
                 raise Refused(
                     f"picture {number} has no label: say what it shows, in the prompt's own words",
@@ -98,16 +102,31 @@ class Asked:
         return named
 
 
-def from_form(fields: Sequence[tuple[str, str]], files: Sequence[bytes]) -> Asked:
-    """Of a form: its text fields and the files called input_reference, in their order. Raises Refused."""
+def parse(data: bytes) -> Any:
+    """The value that a body of JSON says. Raises ValueError."""
+    if sum(map(data.count, (b",", b"[", b"{"))) > MOST_ITEMS:
+        raise ValueError("holds more values than any request needs")
+    return parse_json(data)
+
+
+def from_form(parts: Sequence[tuple[str, str | bytes]]) -> Asked:
+    """Of a form: its texts, and its files as bytes, in their order. Raises Refused."""
     values: dict[str, Any] = {}
-    labels = [value for name, value in fields if name in ("label", "label[]")]
-    for name, value in fields:
-        if name in ("label", "label[]"):
-            continue
-        if name in values:
+    labels: list[str] = []
+    files: list[bytes] = []
+    for name, value in parts:
+        if name in ("input_reference", "input_reference[]"):
+            files.append(_of_data_url(value) if isinstance(value, str) else value)
+        elif isinstance(value, bytes):
+            raise Refused(
+                f"a file called {name!r:.60}: pictures are called input_reference", param="input_reference"
+            )
+        elif name in ("label", "label[]"):
+            labels.append(value)
+        elif name in values:
             raise Refused(f"{name!r:.60} is there twice", param=_param(name))
-        values[name] = value
+        else:
+            values[name] = value
     _check_names(values)
     if labels and len(labels) != len(files):
         raise Refused(
@@ -147,17 +166,20 @@ def _picture(entry: dict[str, Any]) -> tuple[str | None, bytes]:
     if not isinstance(address, str):
         shape = '{"type": "image_url", "image_url": {"url": "data:image/png;base64,…"}, "label": "cat"}'
         raise Refused(f"a picture must be {shape}", param="input_references")
+    return label, _of_data_url(address)
+
+
+def _of_data_url(address: str) -> bytes:
     if (found := DATA_URL.match(address)) is None:
         raise Refused(
             f"pictures are not fetched, from {address!r:.60} neither: send a data: URL, or upload it",
-            param="input_references",
+            param="input_reference",
             code="remote_url_refused",
         )
     try:
-        data = base64.b64decode(address[found.end() :], validate=True)
-    except (binascii.Error, ValueError):
-        raise Refused("a picture's data: URL is not base64", param="input_references") from None
-    return label, data
+        return base64.b64decode(address[found.end() :], validate=True)
+    except ValueError:
+        raise Refused("a picture's data: URL is not base64", param="input_reference") from None
 
 
 def check_pictures(pictures: Sequence[tuple[str | None, bytes]]) -> None:
@@ -195,6 +217,10 @@ def _text(values: Mapping[str, Any], name: str) -> str | None:
     value = values.get(name)
     if value is not None and not isinstance(value, str):
         raise Refused(f"{name} must be text, not {value!r:.60}", param=name)
+    if value is not None and len(value) > LONGEST_PROMPT:
+        raise Refused(
+            f"{name} has {len(value)} characters, {LONGEST_PROMPT} are the most", param=name, code="too_long"
+        )
     return value
 
 

@@ -20,6 +20,7 @@ from urllib.parse import urlsplit
 
 import httpx
 
+from ...atomic_write import replacing
 from .jobs import Job
 from .refusals import Refused
 
@@ -71,13 +72,14 @@ class Callbacks:
             for pause in (0.0, *PAUSES):
                 await asyncio.sleep(pause)
                 try:
-                    answer = await client.post(
-                        job.callback_url, content=body, headers=self._headers(id, body)
-                    )
-                    if answer.is_success:
-                        return True
+                    headers = self._headers(id, body)
+                    async with client.stream(
+                        "POST", job.callback_url, content=body, headers=headers
+                    ) as answer:
+                        if answer.is_success:  # what it says besides is not read
+                            return True
                     why = f"it answered {answer.status_code}"
-                except httpx.HTTPError as error:
+                except (httpx.HTTPError, httpx.InvalidURL) as error:
                     why = type(error).__name__
                 log.warning("the callback of %s was not taken: %s", job.id, why)
         return False
@@ -100,6 +102,7 @@ def secret_of(path: Path) -> str:
         return path.read_text(encoding="ascii").strip()
     except FileNotFoundError:
         secret = PREFIX + base64.b64encode(secrets.token_bytes(32)).decode()
-        path.touch(mode=0o600)
-        path.write_text(secret + "\n", encoding="ascii")
+        with replacing(path) as temporary:
+            temporary.write_text(secret + "\n", encoding="ascii")
+        path.chmod(0o600)
         return secret

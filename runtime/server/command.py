@@ -166,7 +166,10 @@ def _check(args: argparse.Namespace) -> None:
             "--no-auth"
         )
     if args.public_url is not None:
-        parts = urlsplit(args.public_url)
+        try:
+            parts = urlsplit(args.public_url)
+        except ValueError:
+            parts = urlsplit("")
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise InputError(
                 f"--public-url must be an address like https://videos.example.org, not {args.public_url!r}"

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import sqlite3
 import time
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import suppress
 from typing import Any
 
 from . import jobs
@@ -59,13 +59,14 @@ class Dispatcher:
         self._ready: set[int] = set()
         self._changed = asyncio.Condition()
         self._tasks: list[asyncio.Task[None]] = []
-        self._draining = False
+        self._looked: set[str] = set()
+        self.held = asyncio.Event()  # no more jobs are taken
+        self._held_since, self._hurried = 0.0, False
         self._mean: dict[str, float] = {}  # seconds of a job, by bundle, lately
 
     async def start(self) -> None:
-        """Sweeps what an earlier server left, and starts every worker. Raises WorkerLost where the first of a
-        bundle does not come up: no job could be made."""
-        self.folder.sweep(self.store.known_jobs(), self.store.known_pictures())
+        """Starts every worker. Raises WorkerLost where the first of a bundle does not come up: no job could
+        be made."""
         first = {worker.bundle: worker for worker in reversed(self._workers)}
         await asyncio.gather(*(worker.start() for worker in first.values()))
         started = set(map(id, first.values()))
@@ -75,15 +76,18 @@ class Dispatcher:
         self._tasks.append(asyncio.create_task(self._expire()))
 
     def hold(self) -> None:
-        """Takes no more jobs and begins none; what is being made goes on."""
-        self._draining = True
+        """Takes no more jobs and begins none; what is being made goes on. The second time: `drain` no longer
+        waits for it."""
+        self._hurried = self.held.is_set()
+        self._held_since = self._held_since or time.monotonic()
+        self.held.set()
 
     async def drain(self, seconds: float) -> None:
-        """Begins nothing new, waits for what is being made, at most so long, then ends the workers. What was
-        not finished is queued, for the next server."""
-        self.hold()
-        end = time.monotonic() + seconds
-        while self._making and time.monotonic() < end:
+        """Waits for what is being made, at most so long since `hold`, then ends the workers. What was not
+        finished is queued, for the next server."""
+        if not self.held.is_set():
+            self.hold()
+        while self._making and not self._hurried and time.monotonic() < self._held_since + seconds:
             await asyncio.sleep(0.05)
         for task in self._tasks:
             task.cancel()
@@ -94,7 +98,7 @@ class Dispatcher:
     def ready(self) -> bool:
         """Whether every bundle has a worker, and jobs are taken."""
         able = {worker.bundle for worker in self._workers if id(worker) in self._ready}
-        return not self._draining and able == {worker.bundle for worker in self._workers}
+        return not self.held.is_set() and able == {worker.bundle for worker in self._workers}
 
     @property
     def workers_ready(self) -> int:
@@ -128,14 +132,28 @@ class Dispatcher:
                 before[job.bundle] += 1
         return found
 
-    async def submit(self, job: Job, repeat: str | None = None) -> None:
-        """Takes a job. Raises QueueFull."""
-        if self.waiting() >= self._most or self._draining:
+    def check_room(self, bundle: str) -> None:
+        """Raises QueueFull where no job is taken."""
+        if self.held.is_set() or self.waiting() >= self._most:
             self._measures.refused()
-            raise QueueFull(self._wait(job.bundle))
+            raise QueueFull(self._wait(bundle))
+
+    async def submit(self, job: Job, repeat: str | None = None) -> None:
+        """Takes a job. Raises sqlite3.Error where it cannot be kept."""
         self.store.add(job, repeat)
         self.events.tell(job, "status")
         await self._wake()
+
+    def look(self, job: Job) -> None:
+        """Somebody looks at a job that is being made: from now on it has previews, which cost time."""
+        worker = self._making.get(job.id)
+        if worker is not None and job.status == jobs.IN_PROGRESS and job.id not in self._looked:
+            self._looked.add(job.id)
+            worker.look(job.id)
+
+    def makes(self, id: str) -> bool:
+        """Whether a worker has the job."""
+        return id in self._making
 
     async def cancel(self, job: Job) -> Job:
         """Ends a job that is not finished; whoever makes it stops within a step."""
@@ -164,7 +182,7 @@ class Dispatcher:
             while True:
                 for job in self.store.active():
                     free = job.status == jobs.QUEUED and job.id not in self._making
-                    if free and job.bundle == worker.bundle and not self._draining:
+                    if free and job.bundle == worker.bundle and not self.held.is_set():
                         self._making[job.id] = worker
                         return job
                 await self._changed.wait()
@@ -185,79 +203,90 @@ class Dispatcher:
             gone.cancel()
 
     async def _work(self, worker: Worker, started: bool) -> None:
-        """A worker's life: started again whenever it dies, after a while that doubles while that fails."""
-        pause = 1.0
+        """A worker's life: started again whenever it dies, at once, or after a while that doubles as long as
+        no job gets made."""
+        pause = 0.0
         while True:
             try:
                 if not started:
                     await worker.start()
-                started, pause = True, 1.0
-                self._ready.add(id(worker))
-                self._measures.workers(len(self._ready))
+                self._set_ready(worker, True)
                 while True:
                     await self._make(worker, await self._taken(worker))
+                    pause = 0.0
             except WorkerLost as error:
-                self._ready.discard(id(worker))
-                self._measures.workers(len(self._ready))
                 log.error("a worker for %s: %s", worker.bundle, error)
-                if started:
-                    started = False  # at once
-                    continue
-                await asyncio.sleep(pause)
-                pause = min(2 * pause, SLOWEST_RESTART)
+            except sqlite3.Error as error:
+                log.error("the jobs cannot be written: %s", error)
+                await worker.stop()
             except Exception:
                 log.exception("a worker for %s: this should not happen", worker.bundle)
                 await worker.stop()
-                self._ready.discard(id(worker))
-                started = False
-                await asyncio.sleep(pause)
-                pause = min(2 * pause, SLOWEST_RESTART)
+            self._set_ready(worker, False)
+            started = False
+            await asyncio.sleep(pause)
+            pause = min(max(1.0, 2 * pause), SLOWEST_RESTART)
+
+    def _set_ready(self, worker: Worker, ready: bool) -> None:
+        (self._ready.add if ready else self._ready.discard)(id(worker))
+        self._measures.workers(len(self._ready))
+
+    def _still(self, id: str) -> Job | None:
+        """The job as it is now, unless it has ended."""
+        job = self.store.get(id)
+        return job if job is not None and job.active else None
 
     async def _make(self, worker: Worker, job: Job) -> None:
-        """One job, to its end or to its worker's. Raises WorkerLost, when the job is looked after."""
-        request = {name: value for name, value in job.request.items() if name != "concepts"}
-        concepts = tuple((c["label"], self.folder.picture(c["sha256"])) for c in job.request["concepts"])
+        """One job, to its end or to its worker's. Raises WorkerLost and sqlite3.Error, when the job is looked
+        after."""
+        id = job.id
         try:
-            task = Task(job.id, request, concepts, self.folder.begin(job.id))
-            made = await worker.make(task, lambda said: self._heard(job.id, said))
-            if (now := self.store.get(job.id)) is not None and now.active:
-                self.folder.finish(job.id)
+            if self._still(id) is None:  # it ended in the moment in which it was taken
+                return
+            request = {name: value for name, value in job.request.items() if name != "concepts"}
+            concepts = tuple((c["label"], self.folder.picture(c["sha256"])) for c in job.request["concepts"])
+            task = Task(id, request, concepts, self.folder.begin(id))
+            made = await worker.make(task, lambda said: self._heard(id, said))
+            if (now := self._still(id)) is not None:
+                self.folder.finish(id)
                 self._end(now, jobs.COMPLETED, warnings=tuple(made["warnings"]), seconds=made["seconds"])
         except JobCancelled:
             pass  # it was told when it was asked for
         except JobFailed as error:
-            if (now := self.store.get(job.id)) is not None and now.active:
-                self._end(now, jobs.FAILED, error=(error.code, str(error)))
-        except WorkerLost as error:
-            self._lost(job.id, str(error))
-            raise
+            self._fail(id, error.code, str(error))
         except OSError as error:
-            if (now := self.store.get(job.id)) is not None and now.active:
-                self._end(
-                    now, jobs.FAILED, error=("storage", f"its files could not be kept: {error.strerror}")
-                )
+            self._fail(id, "storage", f"its files could not be kept: {error.strerror}")
+        except Exception as error:
+            self._lost(id, str(error) if isinstance(error, WorkerLost) else "something went wrong")
             raise
         finally:
-            del self._making[job.id]
-            now = self.store.get(job.id)
+            del self._making[id]
+            self._looked.discard(id)
+            if (now := self._still(id)) is not None:  # nobody makes it now, so it waits
+                self.store.note(id, status=jobs.QUEUED, started_at=None, step=0)
+                if now.status != jobs.QUEUED:
+                    self.events.tell(now, "status")
+            now = self.store.get(id)
             if now is None or now.status != jobs.COMPLETED:
-                self.folder.drop(job.id)
+                self.folder.drop(id)
             await self._wake()
 
     def _heard(self, id: str, said: dict[str, Any]) -> None:
-        job = self.store.get(id)
-        if job is None or not job.active:
+        job = self._still(id)
+        if job is None:
             return
         if said["say"] == "begun":
             self._measures.waited(time.time() - job.created_at)
-            self.store.change(id, status=jobs.IN_PROGRESS, started_at=time.time())
+            self.store.note(id, status=jobs.IN_PROGRESS, started_at=time.time())
             self._tell_waiting(job.bundle)
             self.events.tell(job, "status")
         elif said["say"] == "step":
-            self.store.advance(id, int(said["step"]), int(said["steps"]))
+            self.store.note(id, step=int(said["step"]), steps=int(said["steps"]))
             self.events.tell(job, "step")
         elif said["say"] == "preview":
             self.events.tell(job, "preview")
+        if self.events.watched(job) and (now := self._still(id)) is not None:
+            self.look(now)
 
     def _tell_waiting(self, bundle: str) -> None:
         """Those behind have moved up."""
@@ -265,9 +294,13 @@ class Dispatcher:
             job for job in self.store.active() if job.bundle == bundle and job.status == jobs.QUEUED
         )
 
+    def _fail(self, id: str, code: str, message: str) -> None:
+        if (job := self._still(id)) is not None:
+            self._end(job, jobs.FAILED, error=(code, message))
+
     def _lost(self, id: str, why: str) -> None:
         """A worker died with this job: once more, unless it has taken too many with it."""
-        job = self.store.get(id)
+        job = self._still(id)
         if job is None or job.status != jobs.IN_PROGRESS:  # it was not this job that killed it
             return
         if job.deaths + 1 >= MOST_DEATHS:
@@ -298,16 +331,17 @@ class Dispatcher:
         return max(1, round(self._mean.get(bundle, 5.0) / max(1, workers)))
 
     async def _expire(self) -> None:
-        """Lets go of files whose time has come, now and then."""
+        """Lets go of files whose time has come, now and then, and later of all else that is known of them."""
         while True:
-            for job in self.store.due(time.time()):
-                self.folder.drop(job.id)
-                self.folder.drop_pictures(self.store.release(job.id))
-                self.store.change(
-                    job.id,
-                    status=jobs.EXPIRED if job.status == jobs.COMPLETED else job.status,
-                    expires_at=None,
-                )
-                self.events.tell(job, "status")
-            with suppress(asyncio.TimeoutError):
-                await asyncio.sleep(BETWEEN_SWEEPS)
+            try:
+                for job in self.store.due(time.time()):
+                    if job.status == jobs.COMPLETED:
+                        self.folder.drop(job.id)
+                        self.folder.drop_pictures(self.store.release(job.id))
+                        self.store.change(job.id, status=jobs.EXPIRED)
+                    else:
+                        self.folder.drop_pictures(self.store.delete(job.id))
+                    self.events.tell(job, "status")
+            except (OSError, sqlite3.Error, ValueError) as error:
+                log.error("what has expired could not be deleted: %s", error)
+            await asyncio.sleep(BETWEEN_SWEEPS)

@@ -16,7 +16,8 @@ class Changes:
     """What has changed since it was last taken: job and "status", "step" or "preview", in that order, each
     once. Whoever takes it looks at the jobs as they are then, so a slow stream misses only what is past."""
 
-    def __init__(self) -> None:
+    def __init__(self, watching: bool) -> None:
+        self.watching = watching
         self._found: dict[tuple[str, str], None] = {}
         self._some = asyncio.Event()
 
@@ -56,22 +57,26 @@ class Events:
             for changes in self._of_owner.get(owner, ()):
                 changes.put(*QUEUE)
 
+    def watched(self, job: Job) -> bool:
+        """Whether anybody looks at what becomes of a job."""
+        return job.owner in self._of_owner or any(c.watching for c in self._of_job.get(job.id, ()))
+
     @contextmanager
-    def of(self, job: str) -> Iterator[Changes]:
-        """What is told of a job from here on."""
-        with _listening(self._of_job, job) as changes:
+    def of(self, job: str, watching: bool = True) -> Iterator[Changes]:
+        """What is told of a job from here on. watching: not only for its end."""
+        with _listening(self._of_job, job, watching) as changes:
             yield changes
 
     @contextmanager
     def of_owner(self, owner: str) -> Iterator[Changes]:
         """What is told of all jobs of an owner from here on, new ones, too."""
-        with _listening(self._of_owner, owner) as changes:
+        with _listening(self._of_owner, owner, True) as changes:
             yield changes
 
 
 @contextmanager
-def _listening(listeners: defaultdict[str, list[Changes]], name: str) -> Iterator[Changes]:
-    changes = Changes()
+def _listening(listeners: defaultdict[str, list[Changes]], name: str, watching: bool) -> Iterator[Changes]:
+    changes = Changes(watching)
     listeners[name].append(changes)
     try:
         yield changes

@@ -11,12 +11,14 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import secrets
 import shutil
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from ...atomic_write import replacing
+from ...atomic_write import sync
 from ...errors import InputError
 
 try:
@@ -53,14 +55,24 @@ class Folder:
         """Where the jobs are."""
         return self.path / "jobs.sqlite"
 
-    def add_picture(self, data: bytes) -> str:
-        """Stores a picture; returns its SHA-256. Raises OSError."""
-        digest = hashlib.sha256(data).hexdigest()
-        path = self.picture(digest)
-        if not path.exists():
-            with replacing(path) as temporary:
-                temporary.write_bytes(data)
-        return digest
+    def receive(self, pictures: Sequence[bytes]) -> list[tuple[str, Path]]:
+        """Writes pictures, each under a name of its own that nobody else deletes; returns that and its
+        SHA-256. Raises OSError."""
+        names = [self.pictures / f"received-{secrets.token_hex(16)}" for _ in pictures]
+        try:
+            for data, path in zip(pictures, names, strict=True):
+                path.write_bytes(data)
+                sync(path)
+        except OSError:
+            for path in names:
+                path.unlink(missing_ok=True)
+            raise
+        return [(hashlib.sha256(data).hexdigest(), path) for data, path in zip(pictures, names, strict=True)]
+
+    def keep(self, received: Iterable[tuple[str, Path]]) -> None:
+        """Gives pictures the names that jobs know them by. Raises OSError."""
+        for digest, path in received:
+            os.replace(path, self.picture(digest))
 
     def picture(self, digest: str) -> Path:
         """Where a picture is."""

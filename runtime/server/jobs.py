@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +24,7 @@ create table if not exists jobs (
     status text not null, created_at real not null, expires_at real, data text not null
 );
 create index if not exists jobs_by_owner on jobs (owner, number);
+create index if not exists jobs_by_expiry on jobs (status, expires_at);
 create table if not exists pictures (job text not null, sha256 text not null);
 create index if not exists pictures_by_sha256 on pictures (sha256);
 create index if not exists pictures_by_job on pictures (job);
@@ -34,6 +35,7 @@ create table if not exists repeats (
 """
 COLUMNS = ("id", "owner", "status", "created_at", "expires_at")
 FORMAT = 1
+FORGOTTEN = 30 * 24 * 3600.0  # seconds after a job has expired
 
 
 @dataclass(frozen=True)
@@ -88,24 +90,23 @@ class Store:
     def __init__(self, path: Path) -> None:
         """Opens or makes the file. Jobs that were being made when their server died are queued once more.
 
-        Raises ValueError for a file of a later version.
+        Raises ValueError for a file of a later version, and for one that is damaged.
         """
         self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
         self._db.execute("pragma journal_mode=wal")
         self._db.execute("pragma synchronous=full")  # what was accepted outlives a power cut
         version = self._db.execute("pragma user_version").fetchone()[0]
         if version > FORMAT:
-            raise ValueError(f"has format {version}, this version reads up to {FORMAT}")
+            raise ValueError(f"it has format {version}, and this version reads up to {FORMAT}")
+        if (found := self._db.execute("pragma quick_check(1)").fetchone()[0]) != "ok":
+            raise ValueError(f"it is damaged ({found})")
         self._db.executescript(f"begin; {SCHEMA} pragma user_version={FORMAT}; commit;")
         self._active: dict[str, Job] = {}
         for (row,) in self._db.execute(
             "select data from jobs where status in (?, ?) order by number", (QUEUED, IN_PROGRESS)
         ).fetchall():
             job = _job(row)
-            self._active[job.id] = job
-        for job in list(self._active.values()):
-            if job.status == IN_PROGRESS:
-                self.change(job.id, status=QUEUED, started_at=None, step=0)
+            self._active[job.id] = dataclasses.replace(job, status=QUEUED, started_at=None, step=0)
 
     def close(self) -> None:
         """Nothing may be asked of it afterwards."""
@@ -162,12 +163,10 @@ class Store:
             self._active.pop(id, None)
         return job
 
-    def advance(self, id: str, step: int, steps: int) -> Job | None:
-        """A step was made. In memory alone: after a restart the job begins anew."""
-        job = self._active.get(id)
-        if job is not None:
-            job = self._active[id] = dataclasses.replace(job, step=step, steps=steps)
-        return job
+    def note(self, id: str, **fields: Any) -> None:
+        """How far a job is that still has to be made. In memory alone: after a restart it begins anew."""
+        if (job := self._active.get(id)) is not None:
+            self._active[id] = dataclasses.replace(job, **fields)
 
     def page(
         self, owner: str, limit: int, after: str | None = None, ascending: bool = False
@@ -197,24 +196,29 @@ class Store:
             self._db.execute("delete from pictures where job = ?", (id,))
             self._db.execute("delete from repeats where job = ?", (id,))
             self._db.execute("delete from jobs where id = ?", (id,))
-            free = [digest for digest in dict.fromkeys(held) if not self._held(digest)]
         self._active.pop(id, None)
-        return free
+        return self.unheld(held)
 
     def release(self, id: str) -> list[str]:
         """A finished job lets go of its pictures; returns those that no other job has."""
         with self._transaction():
             held = [row[0] for row in self._db.execute("select sha256 from pictures where job = ?", (id,))]
             self._db.execute("delete from pictures where job = ?", (id,))
-            return [digest for digest in dict.fromkeys(held) if not self._held(digest)]
+        return self.unheld(held)
 
     def due(self, now: float) -> list[Job]:
-        """Finished jobs whose files may go."""
+        """Finished jobs whose files may go, and expired ones that may be forgotten."""
         rows = self._db.execute(
-            "select data from jobs where expires_at <= ? and status in (?, ?, ?)",
-            (now, COMPLETED, FAILED, CANCELLED),
+            "select data from jobs where status in (?, ?, ?) and expires_at <= ? "
+            "or status = ? and expires_at <= ? limit 1000",
+            (COMPLETED, FAILED, CANCELLED, now, EXPIRED, now - FORGOTTEN),
         )
         return [_job(row) for (row,) in rows.fetchall()]
+
+    def unheld(self, pictures: Iterable[str]) -> list[str]:
+        """Those that no job has."""
+        held = "select 1 from pictures where sha256 = ?"
+        return [p for p in dict.fromkeys(pictures) if self._db.execute(held, (p,)).fetchone() is None]
 
     def untold(self) -> list[Job]:
         """Finished jobs whose callback_url has not been told."""
@@ -233,9 +237,6 @@ class Store:
         """Every job's id."""
         return {row[0] for row in self._db.execute("select id from jobs")}
 
-    def _held(self, digest: str) -> bool:
-        return self._db.execute("select 1 from pictures where sha256 = ?", (digest,)).fetchone() is not None
-
     @contextmanager
     def _transaction(self) -> Iterator[None]:
         self._db.execute("begin immediate")
@@ -252,12 +253,10 @@ def _text(job: Job) -> str:
 
 
 def _job(text: str) -> Job:
-    values = json.loads(text)
-    error = values["error"]
-    return Job(
-        **{
-            **values,
-            "error": None if error is None else (error[0], error[1]),
-            "warnings": tuple(values["warnings"]),
-        }
-    )
+    """Raises ValueError for a row that another program wrote."""
+    try:
+        values = json.loads(text)
+        error = None if values["error"] is None else tuple(values["error"])
+        return Job(**{**values, "error": error, "warnings": tuple(values["warnings"])})
+    except (ValueError, TypeError, KeyError):
+        raise ValueError("it holds a job that is none of this version's") from None

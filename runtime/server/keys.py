@@ -83,12 +83,14 @@ def new_key(name: str, path: Path) -> str:
     """
     if not re.fullmatch(r"[A-Za-z0-9._-]{1,64}", name):
         raise InputError(f"a key's name is made of letters, digits and . _ -, not {name!r:.80}")
-    if path.exists() and name in Keys(path)._hashes:
+    if path.exists() and path.stat().st_size and name in Keys(path)._hashes:
         raise InputError(f"{str(path)!r} has a key called {name!r} already")
     key = PREFIX + secrets.token_urlsafe(32)
     path.touch(mode=0o600)
-    with path.open("a", encoding="utf-8") as file:
-        file.write(f"{name} sha256:{_hash(key)}\n")
+    with path.open("a+", encoding="utf-8") as file:
+        file.seek(0)
+        ends = file.read()[-1:] in ("", "\n")
+        file.write(f"{'' if ends else chr(10)}{name} sha256:{_hash(key)}\n")
     return key
 
 

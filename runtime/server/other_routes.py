@@ -7,8 +7,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
-from ...untrusted import parse_json
-from . import answers, described, measures
+from . import answers, asked, described, measures
 from .refusals import Refused
 from .serving import COOKIE, Owner, Serving
 
@@ -65,7 +64,7 @@ async def sign_in(request: Request, service: Serving) -> Response:
     if service.keys is None:
         return response
     try:
-        value = parse_json(await request.body())
+        value = asked.parse(await request.body())
         key = value.get("key") if isinstance(value, dict) else None
     except ValueError:
         key = None

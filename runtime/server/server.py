@@ -8,6 +8,7 @@ import itertools
 import logging
 import socket
 import sqlite3
+from contextlib import suppress
 from types import FrameType
 from typing import Any
 
@@ -66,6 +67,7 @@ def serve(args: argparse.Namespace, options: dict[str, Any], hosts: tuple[str, .
             (args.public_url or "").startswith("https"),
             args.drain,
         )
+        folder.sweep(store.known_jobs(), store.known_pictures())
         try:
             return asyncio.run(_run(service, listening, args.verbose))
         finally:
@@ -86,30 +88,42 @@ def _listen(host: str, port: int) -> socket.socket:
 
 
 async def _run(service: Service, listening: socket.socket, verbose: bool) -> int:
-    try:
-        await service.dispatcher.start()
-    except WorkerLost as error:
-        await service.dispatcher.drain(0)
-        raise GenerationError(f"no worker came up: {error}") from None
     config = uvicorn.Config(
         create_app(service),  # type: ignore[arg-type]
         log_config=None,
         access_log=verbose,
         server_header=False,
+        ws="none",
         timeout_graceful_shutdown=int(service.drain) + 5,
     )
+    server = _Server(config, service)
     host, port = listening.getsockname()[:2]
     address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-    print(f"http://{address} serves {', '.join(service.catalogue.names)}", flush=True)
+
+    async def load() -> None:
+        try:
+            await service.dispatcher.start()
+            print(f"http://{address} serves {', '.join(service.catalogue.names)}", flush=True)
+        except WorkerLost:
+            server.should_exit = True
+            raise
+
+    loading = asyncio.create_task(load())
+    with suppress(KeyboardInterrupt):  # the signal that ended it, which uvicorn raises once more
+        await server.serve(sockets=[listening])
+    if not loading.done():
+        loading.cancel()
     try:
-        await _Server(config, service).serve(sockets=[listening])
-    except KeyboardInterrupt:  # the signal that ended it, which uvicorn raises once more
+        await loading
+    except WorkerLost as error:
+        raise GenerationError(f"no worker came up: {error}") from None
+    except asyncio.CancelledError:
         pass
     return 0
 
 
 class _Server(uvicorn.Server):
-    """A signal stops the queue at once, not when the last client is gone."""
+    """A signal stops the queue at once, not when the last client is gone; a second one ends it all."""
 
     def __init__(self, config: uvicorn.Config, service: Service) -> None:
         super().__init__(config)
@@ -118,4 +132,5 @@ class _Server(uvicorn.Server):
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """uvicorn's handler."""
         self._service.dispatcher.hold()
+        self.force_exit = self.should_exit
         super().handle_exit(sig, frame)

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import secrets
+import sqlite3
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from ...errors import InputError
 from ...untrusted import printable
 from ..bundle_format.strict_json import checksum
+from ..request import Request
 from . import answers, asked
 from .asked import Asked
 from .callbacks import Callbacks
@@ -21,6 +25,8 @@ from .jobs import Job
 from .keys import Keys
 from .measures import Measures
 from .refusals import Refused, not_found
+
+log = logging.getLogger(__name__)
 
 PICTURES_AT_ONCE = 2  # that are decoded to be looked at: each may be large
 
@@ -92,48 +98,67 @@ class Service:
         asked.check_pictures(asked_for.pictures)
         self.callbacks.check(asked_for.callback_url)
         values, named = asked_for.request(served), asked_for.labelled(served)
-        try:
+
+        def looked_at() -> tuple[Request, list[str]]:
             request = as_request(values, named)
+            return request.resolve(served.manifest)[0], served.check(request)
+
+        try:
             async with self.looking:
-                warned = await asyncio.to_thread(served.check, request)
-            resolved, _ = request.resolve(served.manifest)
+                request, warned = await asyncio.to_thread(looked_at)
         except InputError as error:
             raise Refused(printable(error)) from None
-        assert resolved.steps is not None
-        digests = [await asyncio.to_thread(self.folder.add_picture, data) for _, data in named]
-        values |= {"seed": request.seed, "samples": request.samples}
-        values["concepts"] = [
-            {"label": label, "sha256": digest} for (label, _), digest in zip(named, digests, strict=True)
-        ]
-        digest = checksum({"bundle": served.name, "request": values, "callback": asked_for.callback_url})
-        if repeat is not None and (known := self.dispatcher.store.repeated(owner, repeat)) is not None:
-            if known[0] != digest:
+        assert request.steps is not None
+        received: list[tuple[str, Path]] = []
+        try:
+            received = await asyncio.to_thread(self.folder.receive, [data for _, data in named])
+            values |= {"seed": request.seed, "samples": request.samples}
+            values["concepts"] = [
+                {"label": label, "sha256": sha256}
+                for (label, _), (sha256, _) in zip(named, received, strict=True)
+            ]
+            what = {"bundle": served.name, "request": values, "callback": asked_for.callback_url}
+            job = Job(
+                id=f"video_{secrets.token_hex(16)}",
+                owner=owner,
+                bundle=served.name,
+                request=values,
+                digest=checksum(what),
+                created_at=time.time(),
+                steps=request.steps * request.samples,
+                warnings=tuple(warned),
+                callback_url=asked_for.callback_url,
+            )
+            return await self._take(job, repeat, received)
+        except (OSError, sqlite3.Error) as error:
+            log.error("a job could not be kept: %s", error)
+            message = "the server cannot keep your request: its disk is full, or fails"
+            raise Refused(message, status=507, code="storage") from None
+        finally:
+            for _, path in received:
+                path.unlink(missing_ok=True)
+
+    async def _take(self, job: Job, repeat: str | None, received: list[tuple[str, Path]]) -> Job:
+        """The job, or that of its Idempotency-Key. From here until it is kept there is no await: the same
+        request, or one that deletes the same picture, comes before or after."""
+        store = self.dispatcher.store
+        if repeat is not None and (known := store.repeated(job.owner, repeat)) is not None:
+            if known[0] != job.digest:
                 raise Refused(
                     "this Idempotency-Key was used for another request",
                     status=409,
                     code="idempotency_key_reused",
                 )
-            return self.job(known[1], owner)
-        if self.dispatcher.waiting(owner) >= self.limits.per_owner:
+            return self.job(known[1], job.owner)
+        if self.dispatcher.waiting(job.owner) >= self.limits.per_owner:
             raise Refused(
                 f"{self.limits.per_owner} of your videos wait already, which is the most",
                 status=429,
                 code="too_many_waiting",
                 headers={"retry-after": "5"},
             )
-        job = Job(
-            id=f"video_{secrets.token_hex(16)}",
-            owner=owner,
-            bundle=served.name,
-            request=values,
-            digest=digest,
-            created_at=time.time(),
-            steps=resolved.steps * request.samples,
-            warnings=tuple(warned),
-            callback_url=asked_for.callback_url,
-        )
         try:
-            await self.dispatcher.submit(job, repeat)
+            self.dispatcher.check_room(job.bundle)
         except QueueFull as error:
             raise Refused(
                 "the queue is full: try again later",
@@ -141,6 +166,12 @@ class Service:
                 code="queue_full",
                 headers={"retry-after": str(error.retry_after)},
             ) from None
+        self.folder.keep(received)
+        try:
+            await self.dispatcher.submit(job, repeat)
+        except sqlite3.Error:
+            self.folder.drop_pictures(store.unheld(job.pictures))
+            raise
         if job.callback_url is not None:
             self.follow(job.id)
         return job
@@ -159,7 +190,7 @@ class Service:
 
     async def ended(self, id: str) -> Job | None:
         """A job once it has ended; None where it was deleted."""
-        with self.dispatcher.events.of(id) as changes:
+        with self.dispatcher.events.of(id, watching=False) as changes:
             while (job := self.dispatcher.store.get(id)) is not None and job.active:
                 await changes.take()
         return job

@@ -47,7 +47,7 @@ async def _of_one(service: Service, id: str) -> AsyncIterator[Event]:
                 if (job := service.dispatcher.store.get(id)) is None:
                     yield _event("deleted", {"id": id})
                     return
-                yield _told(service, job, what)
+                yield _told(service, job, what if job.active else "status")  # its end is always told
                 if not job.active:
                     return
             found = [what for _, what in await changes.take()]

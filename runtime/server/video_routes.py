@@ -7,9 +7,10 @@ from typing import Annotated, Literal
 
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import FileResponse, JSONResponse, Response
+from python_multipart.exceptions import FormParserError
 from starlette.datastructures import UploadFile
 
-from ...untrusted import parse_json, printable
+from ...untrusted import printable
 from ..pictures import media_type
 from . import asked, described, jobs
 from .asked import Asked
@@ -30,25 +31,22 @@ router = APIRouter()
 async def asked_of(request: Request) -> Asked:
     """What the body of a POST says. Raises Refused."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind in ("multipart/form-data", "application/x-www-form-urlencoded"):
-        async with request.form(
-            max_files=asked.MOST_PICTURES, max_fields=MOST_FIELDS, max_part_size=asked.LARGEST_PICTURE
-        ) as form:
-            texts, files = [], []
-            for name, value in form.multi_items():
-                if not isinstance(value, UploadFile):
-                    texts.append((name, value))
-                elif name in ("input_reference", "input_reference[]"):
-                    files.append(await value.read(asked.LARGEST_PICTURE + 1))
-                else:
-                    raise Refused(
-                        f"a file called {name!r:.60}: pictures are called input_reference",
-                        param="input_reference",
-                    )
-            return asked.from_form(texts, files)
-    if kind == "application/json":
+    if kind == "multipart/form-data":
         try:
-            return asked.from_json(parse_json(await request.body()))
+            async with request.form(
+                max_files=asked.MOST_PICTURES, max_fields=MOST_FIELDS, max_part_size=asked.LARGEST_DATA_URL
+            ) as form:
+                parts = [
+                    (name, await value.read() if isinstance(value, UploadFile) else value)
+                    for name, value in form.multi_items()
+                ]
+        except FormParserError as error:
+            raise Refused(f"the form cannot be read: {printable(error, 200)}") from None
+        return await asyncio.to_thread(asked.from_form, parts)
+    if kind == "application/json":
+        data = await request.body()
+        try:
+            return await asyncio.to_thread(lambda: asked.from_json(asked.parse(data)))
         except ValueError as error:
             raise Refused(f"the body {printable(error, 200)}") from None
     raise Refused("send multipart/form-data or application/json", status=415, code="unsupported_media_type")
@@ -73,19 +71,27 @@ async def create(request: Request, owner: Owner, service: Serving) -> Response:
 
 @router.post("/v1/videos/sync", openapi_extra=described.CREATE, responses=described.FILE)
 async def create_and_wait(request: Request, owner: Owner, service: Serving) -> Response:
-    """Asks for a video and waits for its file. A client that leaves cancels it."""
-    job = await service.submit(await asked_of(request), owner, _repeat_of(request))
+    """Asks for a video and waits for its file. A client that leaves cancels it, unless it gave an
+    Idempotency-Key, with which it may come again."""
+    repeat = _repeat_of(request)
+    job = await service.submit(await asked_of(request), owner, repeat)
     waiting = asyncio.create_task(service.ended(job.id))
     gone = asyncio.create_task(_disconnected(request))
+    held = asyncio.create_task(service.dispatcher.held.wait())
     try:
+        await asyncio.wait({waiting, gone, held}, return_when=asyncio.FIRST_COMPLETED)
+        if held.done() and not gone.done() and not service.dispatcher.makes(job.id):
+            headers = {"retry-after": "5"}
+            raise Refused("the server is stopping", status=503, code="stopping", headers=headers)
         await asyncio.wait({waiting, gone}, return_when=asyncio.FIRST_COMPLETED)
         if not waiting.done():
-            await service.dispatcher.cancel(job)
             return Response(status_code=499)
         ended = waiting.result()
     finally:
-        waiting.cancel()
-        gone.cancel()
+        if not waiting.done() and repeat is None:
+            await service.dispatcher.cancel(job)
+        for task in (waiting, gone, held):
+            task.cancel()
     if ended is None or ended.status != jobs.COMPLETED:
         raise _unfinished(job.id, ended)
     return _file(service, request, ended, "video", 0)
@@ -112,6 +118,7 @@ async def list_all(
     return JSONResponse({"object": "list", "data": data, "has_more": found[1], **ends})
 
 
+@router.head("/v1/videos/{id}", include_in_schema=False)
 @router.get("/v1/videos/{id}", responses=described.VIDEO)
 async def retrieve(id: str, owner: Owner, service: Serving) -> Response:
     """One video, as far as it is."""
@@ -131,6 +138,7 @@ async def cancel(id: str, owner: Owner, service: Serving) -> Response:
     return _answer(service, await service.dispatcher.cancel(service.job(id, owner)))
 
 
+@router.head("/v1/videos/{id}/content", include_in_schema=False)
 @router.get("/v1/videos/{id}/content", responses=described.FILE)
 async def content(
     request: Request,
@@ -152,7 +160,9 @@ async def content(
 @router.get("/v1/videos/{id}/preview", responses=described.FILE)
 async def preview(id: str, owner: Owner, service: Serving) -> Response:
     """What a video that is being made looks like so far: one frame."""
-    path = service.folder.preview(service.job(id, owner).id)
+    job = service.job(id, owner)
+    service.dispatcher.look(job)
+    path = service.folder.preview(job.id)
     try:
         data = path.read_bytes()
     except OSError:
@@ -206,7 +216,8 @@ def _file(service: Service, request: Request, job: Job, kind: str, sample: int) 
 
 def _known(request: Request, tag: str) -> bool:
     """Whether the client has it already."""
-    return tag in (part.strip() for part in request.headers.get("if-none-match", "").split(","))
+    known = [part.strip().removeprefix("W/") for part in request.headers.get("if-none-match", "").split(",")]
+    return tag in known or "*" in known
 
 
 async def _disconnected(request: Request) -> None:

@@ -40,6 +40,7 @@ class Line:
         os.dup2(2, 1)  # whoever prints, prints for people
         self.tasks: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
         self.cancelled: set[str] = set()
+        self.looked: set[str] = set()
         self._lock = threading.Lock()
 
     def say(self, what: str, **more: Any) -> None:
@@ -56,6 +57,8 @@ class Line:
             told = json.loads(text)
             if told.get("do") == "cancel":
                 self.cancelled.add(told["id"])
+            elif told.get("do") == "look":
+                self.looked.add(told["id"])
             else:
                 self.tasks.put(told)
         os._exit(0)
@@ -119,6 +122,7 @@ def _answered(pipeline: Pipeline, line: Line, task: dict[str, Any]) -> bool:
             )
     finally:
         line.cancelled.discard(id)
+        line.looked.discard(id)
     return True
 
 
@@ -132,7 +136,8 @@ def _make(pipeline: Pipeline, line: Line, task: dict[str, Any]) -> tuple[list[st
     def heard(step: int, steps: int, preview: Any) -> bool:
         nonlocal shown
         line.say("step", id=id, step=step, steps=steps)
-        if id not in line.cancelled and step < steps and time.monotonic() - shown >= BETWEEN_PREVIEWS:
+        wanted = id in line.looked and id not in line.cancelled and step < steps
+        if wanted and time.monotonic() - shown >= BETWEEN_PREVIEWS:
             _save_picture(preview(), folder / PREVIEW)
             shown = time.monotonic()
             line.say("preview", id=id)

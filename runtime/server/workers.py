@@ -43,7 +43,7 @@ class JobCancelled(Exception):
 @dataclass(frozen=True)
 class Task:
     """A job as a worker gets it. request: fields of runtime.Request without its concepts; concepts: label and
-    picture's file; folder: where its files go; previews: whether anybody looks."""
+    picture's file; folder: where its files go."""
 
     id: str
     request: dict[str, Any]
@@ -86,6 +86,9 @@ class Worker(Protocol):
 
     def cancel(self, id: str) -> None:
         """Stops the task of this id, if that is being made, within a step: `make` raises JobCancelled."""
+
+    def look(self, id: str) -> None:
+        """Somebody looks: the task of this id, if that is being made, is to have previews from now on."""
 
     async def stop(self) -> None:
         """Ends it, whatever it does."""
@@ -153,6 +156,11 @@ class ProcessWorker:
         """See Worker."""
         with suppress(WorkerLost):
             self._tell({"do": "cancel", "id": id})
+
+    def look(self, id: str) -> None:
+        """See Worker."""
+        with suppress(WorkerLost):
+            self._tell({"do": "look", "id": id})
 
     async def stop(self) -> None:
         """See Worker."""
