@@ -30,6 +30,7 @@ from .causal import run_causal, spans
 from .guidance import Guidance
 from .pixels import to_uint8
 from .progress import bar
+from .recent import Recent
 from .request import Concept, Request
 from .solver import STATES, Schedule, make_schedule
 from .tokenizer import Tokenizer, padded, padding_bias, tokenised
@@ -45,6 +46,7 @@ request. preview() decodes the model's current estimate of a frame at the start,
 False (NumPy's, too) cancels."""
 
 CACHED_TEXTS = 32  # encoded strings kept per pipeline
+CACHED_PICTURES = 2**27  # bytes of encoded pictures kept per pipeline
 
 
 class Pipeline:
@@ -64,6 +66,7 @@ class Pipeline:
             self._tokenizer = Tokenizer(path, bundle.manifest.token_ids)
         self._text = functools.lru_cache(CACHED_TEXTS)(self._encode_text)
         self._empty = functools.lru_cache(1)(self._encode_nothing)
+        self._pictured = Recent(CACHED_PICTURES)
 
     @classmethod
     def from_bundle(
@@ -108,6 +111,7 @@ class Pipeline:
         self._backend = None
         self._text.cache_clear()
         self._empty.cache_clear()
+        self._pictured.clear()
 
     def __enter__(self) -> Self:
         _ = self.backend  # a closed pipeline says so
@@ -248,10 +252,16 @@ class Pipeline:
             backend.load(graph for graph in self.manifest.graphs if graph not in skipped)
         with _timed(seconds, "encode"):
             known: dict[str, Any] = self._branch_texts(request, guidance, tokens)
-            known["concept_tokens"] = self._concept_tokens(concepts, seen, tokens)  # [N,Q,Dc]
+            known["concept_tokens"] = self._pictured.get(
+                ([concept.label for concept in concepts], seen),
+                lambda: backend.to_host(self._concept_tokens(concepts, seen, tokens)),
+            )  # [N,Q,Dc]
             given = None
             if self.manifest.conditioning is not None:
-                given = frame_conditioning.channels(backend, frames, self.manifest, self._empty, area)
+                given = self._pictured.get(
+                    (frames, area),
+                    lambda: frame_conditioning.channels(backend, frames, self.manifest, self._empty, area),
+                )
                 known["given"] = given  # [1,Cg,F,H,W]
         with _timed(seconds, "condition"):
             known["concept_mask"] = self._concept_mask(guidance, len(concepts))  # [K,N]
