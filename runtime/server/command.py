@@ -94,7 +94,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="H",
         help="that callback_url may name; repeatable",
     )
-    parser.add_argument("--verbose", action="store_true", help="log every request")
+    parser.add_argument(
+        "--verbose", action="store_true", help="log every request, and what is odd about pictures, by label"
+    )
     add_torch_options(parser.add_argument_group("with --backend torch"))
 
 
@@ -128,7 +130,7 @@ def worker_options(args: argparse.Namespace) -> dict[str, Any]:
         "precision": args.precision,
         "threads": args.threads,
         "options": None if options is None else dataclasses.asdict(options),
-        "level": logging.INFO if args.verbose else logging.WARNING,
+        "verbose": args.verbose,
     }
 
 

@@ -23,6 +23,7 @@ from .dispatcher import Dispatcher
 from .folder import Folder
 from .jobs import Store
 from .keys import Keys
+from .logs import keep_quiet
 from .measures import Measures
 from .service import Limits, Service
 from .workers import ProcessWorker, WorkerLost
@@ -35,6 +36,8 @@ def serve(args: argparse.Namespace, options: dict[str, Any], hosts: tuple[str, .
 
     Raises InputError, what Bundle.open raises, and GenerationError where no worker comes up.
     """
+    if not args.verbose:
+        keep_quiet()
     keys = None if args.api_key_file is None else Keys(args.api_key_file)
     catalogue = Catalogue(args.bundle or ["sprites"])
     count = args.workers * len(catalogue.names)

@@ -27,6 +27,7 @@ from ..commands import what_the_system_says
 from ..pipeline import Pipeline
 from ..request import Concept, Request
 from .folder import KINDS, PREVIEW
+from .logs import keep_quiet
 
 BETWEEN_PREVIEWS = 0.5  # seconds; a preview costs a decoded frame
 THUMBNAIL = 512  # the longest side in pixels
@@ -69,7 +70,9 @@ def main() -> int:
     line = Line()
     threading.Thread(target=line.listen, daemon=True).start()
     options = line.tasks.get()
-    logging.basicConfig(level=options.pop("level"), format="conceptmaster: worker: %(message)s")
+    logging.basicConfig(level=logging.WARNING, format="conceptmaster: worker: %(message)s")
+    if not options.pop("verbose"):
+        keep_quiet()
     try:
         pipeline = _open(options)
         pipeline.load()

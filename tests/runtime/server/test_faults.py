@@ -213,9 +213,9 @@ def test_a_worker_out_of_memory_fails_its_job_and_is_replaced(
     (worker,) = server.workers()
     with open(f"/proc/{worker}/statm") as file:
         held = int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
-    resource.prlimit(worker, resource.RLIMIT_AS, (held + 2**25, resource.RLIM_INFINITY))
+    resource.prlimit(worker, resource.RLIMIT_AS, (held + 2**27, resource.RLIM_INFINITY))
     large = tmp_path / "large.png"
-    Image.new("RGB", (6000, 6000)).save(large)
+    Image.new("RGB", (8000, 8000)).save(large)
     id, next_one = server.ask(large)["id"], server.ask(pictures["ball"])["id"]
     video = server.wait(id)
     assert (video["status"], video["error"]["code"]) == ("failed", "out_of_memory")
