@@ -190,7 +190,7 @@ class _Writer:
             self._shards(self.folder / part.name, "model", part, self._dtype(part), lambda name: name)
         elif self.layout == "wan" and part.name == "transformer" and self.config.concept.given == "behind":
             # Phantom's own: without a configuration, of 1.3B one file, as `conceptmaster convert` makes it
-            if self.config.transformer.num_layers < 40:
+            if "14b" not in self.config.name:
                 self._file(part)
             else:
                 self._shards(self.folder, "Phantom_Wan_14B", part, self._dtype(part), layouts.wan_transformer)

@@ -53,7 +53,11 @@ def tensors(source: Source) -> dict[str, torch.Tensor]:
     return found | {f"vae.{name}": value for name, value in source.vae.state_dict().items()}
 
 
-@pytest.mark.parametrize("name", ["wan2.1-1.3b", "wan2.2-ti2v-5b", "wan2.2-t2v-a14b", "wan2.2-i2v-a14b"])
+WAN = ["wan2.1-1.3b", "wan2.2-ti2v-5b", "wan2.2-t2v-a14b", "wan2.2-i2v-a14b"]
+PHANTOM = ["phantom-wan-1.3b", "phantom-wan-14b"]  # one file, or shards, without a configuration
+
+
+@pytest.mark.parametrize("name", [*WAN, *PHANTOM])
 @pytest.mark.parametrize("layout", ["wan", "comfyui"])
 def test_each_layout_is_the_same_model(tmp_path: Path, name: str, layout: str) -> None:
     plain, other = opened(tmp_path, name, "diffusers"), opened(tmp_path, name, layout)
@@ -64,6 +68,16 @@ def test_each_layout_is_the_same_model(tmp_path: Path, name: str, layout: str) -
     expected, found = tensors(plain), tensors(other)
     assert found.keys() == expected.keys()
     assert [key for key in expected if not torch.equal(found[key], expected[key])] == []
+
+
+def test_what_takes_references_is_known_again(tmp_path: Path) -> None:
+    """A class tells SkyReels-V3, a file's name Phantom."""
+    source = opened(tmp_path, "skyreels-v3-r2v-14b", "diffusers")
+    concept = preset("skyreels-v3-r2v-14b").concept
+    assert source.model.config.concept == concept and source.model.config.fps == 24
+    phantom = opened(tmp_path, "phantom-wan-14b", "wan")
+    assert phantom.model.config.concept == preset("phantom-wan-14b").concept
+    assert "Phantom_Wan_14B.safetensors.index.json" in phantom.origin.files
 
 
 @pytest.mark.parametrize(("bits", "error"), [("fp8", 0.0626), ("fp8-scaled", 0.0626), ("Q8_0", 0.01)])

@@ -11,6 +11,7 @@ torch = pytest.importorskip("torch")
 from conceptmaster.engine.checkpoints.safetensors_io import load_strict  # noqa: E402
 from conceptmaster.engine.dit import ConceptDiT  # noqa: E402
 from conceptmaster.engine.fused import fuse  # noqa: E402
+from conceptmaster.engine.presets import preset  # noqa: E402
 from conceptmaster.engine.step import DenoiseStep  # noqa: E402
 from conceptmaster.errors import ConfigError  # noqa: E402
 
@@ -114,6 +115,21 @@ def test_what_a_configuration_says(behind):
     rows = ConceptDiT(config).positions.cos.shape[0]
     _, frames, height, width = config.latent_shape
     assert rows == (frames + 4) * (height // 2) * (width // 2)
+
+
+@pytest.mark.parametrize(
+    ("name", "frames", "pictures"),
+    [("phantom-wan-1.3b", 21, 1), ("phantom-wan-14b", 31, 1), ("skyreels-v3-r2v-14b", 31, 4)],
+)
+def test_released_sizes_have_diffusers_keys_and_shapes(name, frames, pictures):
+    config = preset(name)
+    with torch.device("meta"):
+        model, wan = ConceptDiT(config), upstream(config)
+    found = {key: value.shape for key, value in model.state_dict().items()}
+    assert found == {key: value.shape for key, value in wan.state_dict().items()}
+    assert config.latent_shape[1] == config.denoised_shape[1] == frames
+    grid = config.latent_shape[2] // 2 * (config.latent_shape[3] // 2)
+    assert model.positions.cos.shape == ((frames + pictures) * grid, 1, 64)
 
 
 @pytest.mark.parametrize(

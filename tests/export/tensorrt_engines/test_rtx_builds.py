@@ -287,6 +287,26 @@ def test_vace_builds(tmp_path, name):
             assert (built.whole_attention, built.decomposed_attention) == (whole, attentions - whole)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["phantom-wan-1.3b", "skyreels-v3-r2v-14b"])
+def test_references_behind_the_video_build(tmp_path, name):
+    """Two blocks at their real width: Phantom's 1.3B with one reference, SkyReels-V3's with four. Phantom's
+    14B has the latter's graphs with fewer of them."""
+    from conceptmaster.export.onnx_graphs.trace import export_graph
+
+    if available() < EXPERT << 30 and "14b" in name:
+        pytest.skip(f"needs {EXPERT} GiB of memory")
+    specs = wan(2, name=name)
+    for graph in ("condition", "denoise"):
+        export_graph(specs.pop(graph), tmp_path / f"{graph}.onnx")
+    specs.clear()  # gigabytes
+    for graph, attentions in (("condition", 0), ("denoise", 4)):
+        for precision in PRECISIONS[:3]:
+            built = build_apart(tmp_path / f"{graph}.onnx", tmp_path, precision)
+            whole = attentions if precision != "fp32" else 0
+            assert (built.whole_attention, built.decomposed_attention) == (whole, attentions - whole)
+
+
 def available():
     """Bytes of memory that are free or can be freed; 0 where the system does not say."""
     try:

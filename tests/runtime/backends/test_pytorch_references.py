@@ -1,4 +1,4 @@
-"""The memory that a step of VACE takes: held to the plan."""
+"""The memory that a step takes with references, of VACE and behind the video: held to the plan."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import pytest
 torch = pytest.importorskip("torch")
 
 
-def test_the_plan_holds_what_a_step_of_vace_keeps_alive(peak_memory):
+@pytest.mark.parametrize("name", ["wan2.1-vace-1.3b", "phantom-wan-1.3b"])
+def test_the_plan_holds_what_a_step_keeps_alive(peak_memory, name):
     from conceptmaster.engine.dit import ConceptDiT
     from conceptmaster.engine.fused import fuse
     from conceptmaster.engine.presets import preset
@@ -17,14 +18,9 @@ def test_the_plan_holds_what_a_step_of_vace_keeps_alive(peak_memory):
     from conceptmaster.runtime.backends.pytorch import memory_plan
     from conceptmaster.runtime.bundle_format.schema import Shapes
 
-    config = preset("wan2.1-vace-1.3b")
-    sizes = {
-        "num_attention_heads": 2,
-        "ffn_dim": 1024,
-        "num_layers": 4,
-        "vace_layers": (0, 2),
-        "text_dim": 16,
-    }
+    config, vace = preset(name), "vace" in name
+    sizes = {"num_attention_heads": 2, "ffn_dim": 1024, "num_layers": 4, "text_dim": 16}
+    sizes |= {"vace_layers": (0, 2)} if vace else {}
     config = dataclasses.replace(
         config,
         transformer=dataclasses.replace(config.transformer, **sizes),
@@ -38,7 +34,9 @@ def test_the_plan_holds_what_a_step_of_vace_keeps_alive(peak_memory):
     with torch.inference_mode():
         model = fuse(ConceptDiT(config).eval())
         kv = Condition(model)(torch.randn(2, 512, 16))
-        state, given = torch.randn(4, *config.denoised_shape), torch.randn(1, 96, *config.denoised_shape[1:])
+        state = torch.randn(4, *config.denoised_shape)
+        frames = config.denoised_shape[1] if vace else 3
+        given = torch.randn(1, config.conditioning_channels, frames, *config.denoised_shape[2:])
         inputs = (
             state,
             torch.ones(1),
