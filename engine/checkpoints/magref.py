@@ -26,11 +26,11 @@ def is_magref(base: Base) -> bool:
     if part.config.get("pos_embed_seq_len") is not None:
         return False
     said: list[Any] = [part.config.get("_name_or_path"), base.index.get("_name_or_path")]
-    names = [*said, *_names(part.where), *_names(base.where)]
+    names = [*said, *names_at(part.where), *names_at(base.where)]
     return any(isinstance(name, str) and NAME in name.lower() for name in names)
 
 
-def _names(where: Path) -> list[str]:
+def names_at(where: Path) -> list[str]:
     """What a folder is called, or a file and its folder; of a snapshot of the Hub the model, too."""
     found: list[str] = []
     for path in (Path(os.path.abspath(where)), where.resolve()):  # as it is called, and behind links

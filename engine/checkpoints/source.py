@@ -266,7 +266,7 @@ def _open_base(place: str | Path, choices: Choices, tokenizer: Path | None) -> S
     local = Path(place).exists()
     name = (folder.stem if folder.is_file() else folder.resolve().name) or "base"
     name = name if local else str(place).partition("/")[2]
-    base = told(base, name, choices.references)
+    base = told(base, choices.references)
     release, adapter = release_of(base), None if choices.adapter is None else read_adapter(choices.adapter)
     config = read_config(
         base,

@@ -7,8 +7,8 @@ VACE, whose blocks tell it, and two whose transformer is a plain text-to-video o
   references, and places without one are zero latents.
 * Phantom has Wan's own keys, shapes and configuration: nothing in its tensors tells it. It is told by a name
   with "phantom" in it, as all its files have (Phantom-Wan-1.3B.pth, Phantom_Wan_14B.safetensors.index.json,
-  ComfyUI's and GGUF's too), or by a number of references, which no other text-to-video transformer takes. Its
-  program takes 1 to 4, and no place stays empty.
+  ComfyUI's and GGUF's too), see magref.py for which names count; or by a number of references, which no other
+  text-to-video transformer takes. Its program takes 1 to 4, and no place stays empty.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from ..config import ConceptConfig
 from ..transformer_config import TransformerConfig
 from .base import Base
 from .derived import VACE_CLASS
+from .magref import names_at
 from .wan_image_to_video import control, expands_timesteps, refuse_adapter
 
 V3_TRANSFORMERS = ("SkyReelsC1WanI2v3DModel", "SkyReelsA2WanI2v3DModel")
@@ -38,11 +39,8 @@ V3_SIDES = (
 rounded down to 16."""
 
 
-def told(base: Base, name: str, references: int | None) -> Base:
-    """`base` with its pipeline's name in the index, where files' names or a number of references tell it.
-
-    Args: name: of the place, as people know it.
-    """
+def told(base: Base, references: int | None) -> Base:
+    """`base` with its pipeline's name in the index, where names or a number of references tell it."""
     part = base.part("transformer")
     same = part.config.get("in_channels") == part.config.get("out_channels", part.config.get("in_channels"))
     plain = part.config.get("_class_name") != VACE_CLASS and part.config.get("image_dim") is None
@@ -50,9 +48,10 @@ def told(base: Base, name: str, references: int | None) -> Base:
         return base
     if base.index.get("_class_name", "WanPipeline") != "WanPipeline":
         return base
-    inside = part.where.is_relative_to(base.where)
-    names = [part.where.name, *([base.where.name, name] if inside else [])]
-    found = [pipeline for pipeline, pattern in NAMES.items() if any(map(pattern.search, names))]
+    names = [part.config.get("_name_or_path"), *names_at(part.where)]
+    if part.where.is_relative_to(base.where):  # else the folder is called after another transformer
+        names += [base.index.get("_name_or_path"), *names_at(base.where)]
+    found = [kind for kind, pattern in NAMES.items() if any(pattern.search(str(name)) for name in names)]
     if not found and references is None:
         return base
     return replace(base, index={**base.index, "_class_name": (found or [PHANTOM])[0]})

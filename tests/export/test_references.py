@@ -345,7 +345,7 @@ def test_releases_by_their_size():
 
     for layers, fps, frames in ((30, 16.0, 81), (40, 24.0, 121)):
         part = Part({"in_channels": 16, "num_layers": layers}, {}, Path("Phantom.safetensors"), Path())
-        release = release_of(told(Base(Path("x"), "", {"transformer": part}), "x", None))
+        release = release_of(told(Base(Path("x"), "", {"transformer": part}), None))
         assert (release.fps, release.frames, release.size) == (fps, frames, (832, 480))
 
 
