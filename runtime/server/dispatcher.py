@@ -136,7 +136,7 @@ class Dispatcher:
         """Raises QueueFull where no job is taken."""
         if self.held.is_set() or self.waiting() >= self._most:
             self._measures.refused()
-            raise QueueFull(self._wait(bundle))
+            raise QueueFull(max(1, round(self.pace(bundle))))
 
     async def submit(self, job: Job, repeat: str | None = None) -> None:
         """Takes a job. Raises sqlite3.Error where it cannot be kept."""
@@ -325,10 +325,10 @@ class Dispatcher:
         self.events.tell(job, "status")
         return ended
 
-    def _wait(self, bundle: str) -> int:
-        """Seconds until a place should be free."""
+    def pace(self, bundle: str) -> float:
+        """Seconds from one job's end to the next one's, as it was lately; 0 before the first."""
         workers = sum(worker.bundle == bundle for worker in self._workers)
-        return max(1, round(self._mean.get(bundle, 5.0) / max(1, workers)))
+        return self._mean.get(bundle, 0.0) / max(1, workers)
 
     async def _expire(self) -> None:
         """Lets go of files whose time has come, now and then, and later of all else that is known of them."""

@@ -94,7 +94,6 @@ class Store:
         """
         self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
         self._db.execute("pragma journal_mode=wal")
-        self._db.execute("pragma synchronous=full")  # what was accepted outlives a power cut
         version = self._db.execute("pragma user_version").fetchone()[0]
         if version > FORMAT:
             raise ValueError(f"it has format {version}, and this version reads up to {FORMAT}")
@@ -114,6 +113,7 @@ class Store:
 
     def add(self, job: Job, repeat: str | None = None) -> None:
         """Accepts a job: once this returns it is not lost. repeat: its Idempotency-Key."""
+        self._db.execute("pragma synchronous=full")  # what was accepted outlives a power cut
         with self._transaction():
             self._db.execute(
                 f"insert into jobs ({', '.join(COLUMNS)}, data) values (?, ?, ?, ?, ?, ?)",
@@ -127,6 +127,7 @@ class Store:
                     "insert into repeats values (?, ?, ?, ?, ?)",
                     (job.owner, repeat, job.digest, job.id, job.created_at),
                 )
+        self._db.execute("pragma synchronous=normal")  # what became of it may have to be made again
         self._active[job.id] = job
 
     def repeated(self, owner: str, key: str) -> tuple[str, str] | None:

@@ -20,7 +20,7 @@ from .refusals import Refused, not_found
 from .service import Service
 from .serving import Owner, Serving
 
-POLL = {"openai-poll-after-ms": "500"}
+SHORTEST_POLL, LONGEST_POLL = 500, 10_000  # milliseconds
 MOST_FIELDS = 64
 LONGEST_REPEAT = 255  # characters of an Idempotency-Key
 TYPES = {".mp4": "video/mp4", ".webp": "image/webp", ".png": "image/png"}
@@ -60,7 +60,11 @@ def _repeat_of(request: Request) -> str | None:
 
 
 def _answer(service: Service, job: Job) -> Response:
-    return JSONResponse(service.video(job), headers=POLL if job.active else None)
+    """The video, and when it is worth asking again: sooner where fewer jobs are before it."""
+    video = service.video(job)
+    wait = 1000 * service.dispatcher.pace(job.bundle) * (video["queue_position"] or 0) / 2
+    pause = round(min(max(SHORTEST_POLL, wait), LONGEST_POLL))
+    return JSONResponse(video, headers={"openai-poll-after-ms": str(pause)} if job.active else None)
 
 
 @router.post("/v1/videos", openapi_extra=described.CREATE, responses=described.VIDEO)

@@ -17,10 +17,11 @@ import time
 import traceback
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from ...atomic_write import replacing
+from ...atomic_write import replacing, sync
 from ...errors import Cancelled, ConceptMasterError, InputError, RequestWarning, is_out_of_memory
 from .. import animation
 from ..commands import what_the_system_says
@@ -141,7 +142,8 @@ def _make(pipeline: Pipeline, line: Line, task: dict[str, Any]) -> tuple[list[st
         line.say("step", id=id, step=step, steps=steps)
         wanted = id in line.looked and id not in line.cancelled and step < steps
         if wanted and time.monotonic() - shown >= BETWEEN_PREVIEWS:
-            _save_picture(preview(), folder / PREVIEW)
+            with replacing(folder / PREVIEW) as temporary:
+                animation.save_still(preview(), temporary, THUMBNAIL)
             shown = time.monotonic()
             line.say("preview", id=id)
         return id not in line.cancelled
@@ -150,14 +152,18 @@ def _make(pipeline: Pipeline, line: Line, task: dict[str, Any]) -> tuple[list[st
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RequestWarning)  # the video has them
         videos = pipeline.generate(request, callback=heard)
-    start = time.perf_counter()
+    start, written = time.perf_counter(), list[Path]()
     for number, video in enumerate(videos):
         if id in line.cancelled:
             raise Cancelled("cancelled while the files were written")
         places = {kind: folder / f"{kind}-{number}{suffix}" for kind, suffix in KINDS.items()}
-        video.save(places["video"])
-        video.save_sheet(places["spritesheet"])
-        _save_picture(video.frames[len(video.frames) // 2], places["thumbnail"])
+        with places["video"].open("wb") as file:  # nobody sees them before all are there
+            video.save(file, format="mp4")
+        video.sheet().save(places["spritesheet"], compress_level=1)  # a third of the time, a fifth larger
+        animation.save_still(video.frames[len(video.frames) // 2], places["thumbnail"], THUMBNAIL)
+        written += places.values()
+    with ThreadPoolExecutor() as pool:  # the disk takes them together
+        list(pool.map(sync, written))
     seconds = dict(_stages(videos)) | {"write": time.perf_counter() - start}
     return list(videos[0].warnings), {stage: round(value, 4) for stage, value in seconds.items()}
 
@@ -166,11 +172,6 @@ def _stages(videos: list[Any]) -> Iterator[tuple[str, float]]:
     for stage, value in videos[0].seconds.items():
         own = stage in ("denoise", "decode")
         yield stage, sum(video.seconds[stage] for video in videos) if own else value
-
-
-def _save_picture(frame: Any, path: Path) -> None:
-    with replacing(path) as temporary:
-        animation.save_still(frame, temporary, THUMBNAIL)
 
 
 def _one_line(error: Exception) -> str:
