@@ -18,7 +18,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 REQUEST := examples/sprites/requests/first/request.json
 
-.PHONY: help video test test-slow lint bench gpu clean
+.PHONY: help video test test-slow lint bench bench-serve gpu clean
 .DEFAULT_GOAL := help
 
 help:
@@ -27,6 +27,7 @@ help:
 	@echo "make test-slow  the tests that take minutes"
 	@echo "make lint       ruff and mypy"
 	@echo "make bench      the latency suite"
+	@echo "make bench-serve  50 clients, 1,000 requests, killed workers: the server under load (minutes)"
 	@echo "make gpu        check kernels and model on a GPU, then measure them against their rivals (9 minutes)"
 	@echo "make clean      remove $(VENV), build outputs and caches; out/ stays"
 
@@ -49,6 +50,9 @@ lint: $(VENV)/.dev
 
 bench: $(VENV)/.dev
 	$(BIN)/pytest benchmarks --benchmark-only $(ARGS)
+
+bench-serve: $(VENV)/.dev
+	$(BIN)/python -m conceptmaster.benchmarks.serving $(ARGS)
 
 # Installs nothing: it needs a PyTorch built for CUDA, and runs in whatever environment PYTHON is of.
 gpu:

@@ -5,9 +5,9 @@
 First the requests' videos are made by `conceptmaster generate --requests`: what is right, and how fast it is
 alone. Then so many clients ask a server for them, poll as OpenAI's client does, cancel and delete some, and
 download and compare the rest, while workers are killed now and then (SIGKILL); all of it by one seed, but for
-the moments. Then once more without any of that: throughput against `generate` alone, as videos by the clock,
-and as processor time, which tells more on a machine that others use, too. The clients' own time counts as the
-machine's. `--write` also writes benchmarks/results/serving.json.
+the moments. Then others (--plain), without any of that: throughput against `generate` alone, as videos by the
+clock, and as processor time, which tells more on a machine that others use, too. The clients' own time counts
+as the machine's. `--write` also writes benchmarks/results/serving.json.
 """
 
 from __future__ import annotations
@@ -54,9 +54,10 @@ class Options:
 
     bundle: str
     requests: int
-    clients: int
-    plain: int
     steps: int
+    plain: int
+    plain_steps: int
+    clients: int
     workers: int
     threads: int
     seed: int
@@ -83,7 +84,7 @@ def rate(files: Sequence[Path]) -> float:
 # `generate` alone.
 
 
-def alone(count: int, options: Options, folder: Path) -> tuple[list[Path], float]:
+def alone(count: int, steps: int, options: Options, folder: Path) -> tuple[list[Path], float]:
     """`generate --requests` for so many; the videos, and the processor's seconds for all of it."""
     folder.mkdir()
     lines = folder / "requests.jsonl"
@@ -91,7 +92,7 @@ def alone(count: int, options: Options, folder: Path) -> tuple[list[Path], float
         (folder / name).write_bytes((FOLDER / name).read_bytes())
     with lines.open("w") as file:
         for number in range(count):
-            file.write(json.dumps({**scene(number % SCENES, options.steps), "name": str(number)}) + "\n")
+            file.write(json.dumps({**scene(number % SCENES, steps), "name": str(number)}) + "\n")
     before = os.times()
     command = ["generate", "--requests", str(lines), "--bundle", options.bundle, "--quiet"]
     threads = ["--threads", str(options.threads)]
@@ -149,8 +150,9 @@ class Server:
 class Load:
     """Clients, and what they found."""
 
-    def __init__(self, server: Server, options: Options, right: list[str], faults: bool) -> None:
-        self.server, self.options, self.right, self.faults = server, options, right, faults
+    def __init__(self, server: Server, options: Options, right: list[str], steps: int, faults: bool) -> None:
+        self.server, self.options, self.right = server, options, right
+        self.steps, self.faults = steps, faults
         self.found: Counter[str] = Counter()
         self.kills = 0
         self.memory: list[tuple[int, int]] = []
@@ -176,7 +178,7 @@ class Load:
     async def _one(self, http: httpx.AsyncClient, number: int) -> str:
         dice = random.Random(f"{self.options.seed} {number}")
         fate, patience = dice.random(), dice.uniform(0.0, 0.5 * self.options.clients)
-        request = scene(number % SCENES, self.options.steps)
+        request = scene(number % SCENES, self.steps)
         parts: list[Any] = [(name, (None, str(request[name]))) for name in ("prompt", "seed", "steps")]
         for concept in request["concepts"]:
             parts.append(("label", (None, concept["label"])))
@@ -259,11 +261,12 @@ def _flat(memory: list[tuple[int, int]], which: int) -> dict[str, float]:
     }
 
 
-def loaded(options: Options, folder: Path, right: list[str], count: int, faults: bool) -> dict[str, Any]:
+def loaded(options: Options, folder: Path, right: list[str], faults: bool) -> dict[str, Any]:
     """One run against a fresh server."""
+    count, steps = (options.requests, options.steps) if faults else (options.plain, options.plain_steps)
     server = Server(options, folder)
     try:
-        load = Load(server, options, right, faults)
+        load = Load(server, options, right, steps, faults)
         before, own, start = server.cpu(), time.process_time(), time.perf_counter()
         asyncio.run(load.run(count))
         seconds, cpu, own = time.perf_counter() - start, server.cpu() - before, time.process_time() - own
@@ -285,20 +288,25 @@ def loaded(options: Options, folder: Path, right: list[str], count: int, faults:
     }
 
 
+def _right(steps: int, options: Options, folder: Path) -> tuple[list[str], float]:
+    """SHA-256 of each scene's video, and the processor's seconds for all of it."""
+    files, cpu = alone(SCENES, steps, options, folder)
+    return [hashlib.sha256(path.read_bytes()).hexdigest() for path in files], cpu
+
+
 def measured(options: Options) -> dict[str, Any]:
     """The whole report."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        _, opening = alone(SCENES, options, folder / "scenes")
-        files = [folder / "scenes" / f"{number}.mp4" for number in range(SCENES)]
-        right = [hashlib.sha256(path.read_bytes()).hexdigest() for path in files]
-        report: dict[str, Any] = {"faults": loaded(options, folder / "faults", right, options.requests, True)}
+        right, opening = _right(options.steps, options, folder / "right")
+        report: dict[str, Any] = {"faults": loaded(options, folder / "faults", right, True)}
         _say(report)
+        right, opening = _right(options.plain_steps, options, folder / "plain-right")
         halves = []  # before and behind the server's run: a machine that others use is not always as fast
         for half in ("before", "behind"):
             if half == "behind":
-                report["plain"] = loaded(options, folder / "plain", right, options.plain, False)
-            videos, cpu = alone(options.plain // 2, options, folder / half)
+                report["plain"] = loaded(options, folder / "plain", right, False)
+            videos, cpu = alone(options.plain // 2, options.plain_steps, options, folder / half)
             halves.append((rate(videos), (cpu - opening) / (len(videos) - SCENES)))
     speed, cpu = (statistics.mean(half[i] for half in halves) for i in (0, 1))
     report["generate_alone"] = {"videos_per_second": round(speed, 4), "cpu_s_per_video": round(cpu, 4)}
@@ -321,16 +329,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     parser.add_argument("--bundle", default="sprites")
-    defaults = {
-        "requests": 1000,
-        "clients": 50,
-        "plain": 300,
-        "steps": 4,
-        "workers": 1,
-        "threads": 1,
-        "seed": 0,
-    }
-    for option, default in defaults.items():
+    numbers = {"requests": 1000, "steps": 1, "plain": 200, "plain-steps": 4, "clients": 50}
+    for option, default in {**numbers, "workers": 1, "threads": 1, "seed": 0}.items():
         parser.add_argument(f"--{option}", type=int, default=default, metavar="N", help=f"({default})")
     parser.add_argument("--write", action="store_true", help=f"also write {REPORT.relative_to(ROOT)}")
     given = vars(parser.parse_args(argv))
