@@ -101,6 +101,8 @@ def _describe(manifest: Manifest, sizes: dict[str, int], folder: Path) -> str:
         f"concepts  up to {manifest.concepts}, {_seen(manifest)} {s.picture_size}×{s.picture_size}, "
         f"{s.queries} tokens{' each' if s.concepts == manifest.concepts else ''}"
         if "image_encoder" in manifest.graphs
+        else f"concepts  up to {manifest.concepts}"
+        if manifest.concepts
         else "concepts  none: a base alone",
         *([] if manifest.conditioning is None else [f"pictures  {_placements(manifest.conditioning)}"]),
         f"text      {manifest.prompt_tokens} tokens, labels {s.label_tokens}",

@@ -142,7 +142,7 @@ class Request:
         least = 0 if manifest.conditioning is None else manifest.conditioning.required
         if len(self.concepts) < least:
             need = "a picture" if least == 1 else f"{least} pictures"
-            if manifest.conditioning is not None and manifest.conditioning.kind == "canvas":
+            if manifest.caption_names and least < most:
                 need = f"{least} to {most} pictures"
             raise InputError(
                 f"the bundle {manifest.name!r} makes videos out of pictures: give it {need}, each with "

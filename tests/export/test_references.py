@@ -412,9 +412,7 @@ def test_what_the_bundles_are(base, v3, phantom, exported, command, tmp_path):
             concepts = [x for i in range(count) for x in ("--concept", f"thing {i}", tmp_path / "a.png")]
             args = ("--prompt", PROMPT, *concepts, "--output", tmp_path / "a.npy")
             code, out, err = command("generate", "--bundle", bundle, *args)
-            message = (
-                f"takes at most {most}" if count else "give it " + ("a picture", "2 pictures")[least - 1]
-            )
+            message = f"takes at most {most}" if count else f"give it {('1 to 4', '2')[least - 1]} pictures"
             assert (code, out) == (2, "") and err.count("\n") == 1 and message in err, err
     code, out, err = command("verify", bundles[1], "--source", base, "--transformer", phantom)
     assert (code, err) == (0, "") and out.count("ok") == len(names)
