@@ -253,7 +253,7 @@ def test_graphs_of_other_sizes(
     size = ("--size", f"{width}x{height}", "--frames", FRAMES, "--quiet")
     scales, places = ((), 4) if place == "v3" else ((5.0, 7.5), None)
     frames = restated(parts, images, noise, scales, places, width, height)
-    for name, more in (("whole", ()), ("short", ("--text-tokens", 40))):
+    for name, more in (("whole", ()), ("short", ("--text-tokens", 80))):
         code, _, err = command("export", *where, "--output", tmp_path / name, *size, *more)
         assert code == 0, err
         held(generated(tmp_path / name, images, noise), frames)
