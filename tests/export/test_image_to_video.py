@@ -143,6 +143,7 @@ def test_a_first_frame_gives_the_pipeline_s_frames(first, first_bundle, generate
     image, noise = picture(0, *size), noise_for(0)
     expected = upstream(first[0], noise, image)
     held(generated(first_bundle, [image], noise), expected)
+    held(generated(first_bundle, [image], noise, "--backend", "torch", "--weights", first[1]), expected)
     other = generated(first_bundle, [picture(1, *size)], noise)
     assert abs(other - expected).max() > 5
 
@@ -152,7 +153,9 @@ def test_a_first_and_a_last_frame_give_the_pipeline_s_frames(saved, exported, ge
     pipeline, folder = saved("tiny-flf2v", positions=10)
     images, noise = [picture(0, 80, 60), picture(1, 64, 64)], noise_for(1)
     expected = upstream(pipeline, noise, images[0], last_image=images[1])
-    held(generated(exported(folder), images, noise), expected)
+    bundle = exported(folder)
+    held(generated(bundle, images, noise), expected)
+    held(generated(bundle, images, noise, "--backend", "torch", "--weights", folder), expected)
 
 
 @pytest.mark.slow
