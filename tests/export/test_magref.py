@@ -15,9 +15,9 @@ import pytest
 torch = pytest.importorskip("torch")
 
 PROMPT, NEGATIVE = "a red ball &amp; two\n quick cats  run up", "the rain"
-WIDTH, HEIGHT, FRAMES, STEPS, GUIDANCE, SHIFT = 64, 48, 13, 3, 5.0, 3.0
+WIDTH, HEIGHT, FRAMES, STEPS, GUIDANCE, SHIFT = 64, 48, 9, 3, 5.0, 3.0
 SIZE = ("--size", f"{WIDTH}x{HEIGHT}", "--frames", FRAMES)
-LATENT = (4, 4, HEIGHT // 8, WIDTH // 8)
+LATENT = (4, 3, HEIGHT // 8, WIDTH // 8)
 GRAPHS = {"text_encoder", "image_encoder", "condition", "denoise", "encode_first", "encode", "decode_first"}
 GRAPHS |= {"decode"}
 
