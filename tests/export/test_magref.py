@@ -451,6 +451,22 @@ def test_what_a_manifest_may_say_of_a_canvas():
             FrameConditioning(places, least, 4, beside, "canvas")
 
 
+def test_its_published_sizes_are_those_of_wan_s_i2v_14b():
+    import diffusers
+
+    from conceptmaster.engine.dit import ConceptDiT
+    from conceptmaster.engine.presets import preset
+
+    sizes = {"num_attention_heads": 40, "num_layers": 40, "ffn_dim": 13824}
+    pictures = {"in_channels": 36, "image_dim": 1280, "added_kv_proj_dim": 5120}
+    with torch.device("meta"):
+        theirs = diffusers.WanTransformer3DModel(**sizes, **pictures).state_dict()
+        ours = ConceptDiT(preset("magref-14b")).state_dict()
+    assert {k: v.shape for k, v in ours.items()} == {
+        k: v.shape for k, v in theirs.items() if "norm_added_q" not in k
+    }
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", ["diffusers", "wan", "comfyui"])
 def test_random_folders_of_its_sizes(layout, tmp_path):
