@@ -168,6 +168,22 @@ def wan_config(transformer: Mapping[str, Any], model_type: str) -> dict[str, Any
     }
 
 
+def bernini_config(boundary: float | None) -> dict[str, Any]:
+    """What the config.json at the root of a Bernini-R's folder says, of two experts or of one transformer."""
+    return {
+        "model_type": "bernini_renderer",
+        "architectures": ["BerniniRendererModel"],
+        "wan22_base": "ByteDance/Bernini-R-Diffusers",
+        "skip_transformer_1": False,
+        "skip_transformer_2": boundary is None,
+        "switch_dit_boundary": 0 if boundary is None else boundary,
+        "max_sequence_length": 512,
+        "shift": 3.0,
+        "use_unipc": True,
+        "use_src_id_rotary_emb": True,
+    }
+
+
 def scaled_fp8(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
     """A tensor as a file of scaled fp8 has it: of the matrices of blocks eight bits and a scale."""
     if tensor.ndim != 2 or not LINEAR.fullmatch(name):

@@ -121,12 +121,15 @@ def write_base(
         _json(folder / "scheduler" / "scheduler_config.json", SCHEDULER | {"flow_shift": shift})
         if index := index_of(config):
             _json(folder / "model_index.json", index)
+        if config.concept.given == "grids":
+            _json(folder / "config.json", layouts.bernini_config(config.boundary))
 
 
 def index_of(config: ModelConfig) -> dict[str, Any]:
     """What model_index.json must say of a base of these sizes; nothing of Wan2.1's."""
     boundary = getattr(config, "boundary", None)
-    found: dict[str, Any] = {} if boundary is None else {"boundary_ratio": boundary}
+    own = boundary is not None and config.concept.given != "grids"  # whose own file says it
+    found: dict[str, Any] = {"boundary_ratio": boundary} if own else {}
     if config.concept.given == "behind" and config.concept.fewest is None:
         found["_class_name"] = PHANTOM
     return found | ({"expand_timesteps": True} if config.concept.given == "clean" else {})
@@ -274,7 +277,7 @@ def _names(part: Part, own: bool, config: ModelConfig) -> Callable[[str], str]:
 def _model_type(config: ModelConfig) -> str:
     """What Wan's own config.json calls the kind of model."""
     given = config.concept.given
-    kinds = {"none": "t2v", "first_last": "flf2v", "clean": "ti2v", "control": "vace"}
+    kinds = {"none": "t2v", "grids": "t2v", "first_last": "flf2v", "clean": "ti2v", "control": "vace"}
     return kinds.get(given, "i2v")
 
 

@@ -96,12 +96,35 @@ class Injector(nn.Module):
         return self.to_out(concept_injection(q, keys, values, mask).flatten(-2))  # [B,S,D]
 
 
+class Among(NamedTuple):
+    """Who sees whom in self-attention, where some tokens are pictures' (grids.py): the first `blind` of the
+    branches see the `video` first tokens alone; mask: bool [R,S+P] which the others see, None for all."""
+
+    video: int
+    blind: int
+    mask: Tensor | None = None
+
+
+def attention_among(q: Tensor, k: Tensor, v: Tensor, among: Among | None) -> Tensor:
+    """Self-attention, each [K,S,A,E] -> [K,S,A,E]; zero for a blind branch's tokens that are not video."""
+    if among is None:
+        return attention(q, k, v)
+    blind, video = among.blind, among.video
+    seeing = attention(q[blind:], k[blind:], v[blind:], among.mask)  # [R,S+P,A,E]
+    if not blind:
+        return seeing
+    alone = attention(q[:blind, :video], k[:blind, :video], v[:blind, :video])  # [K-R,S,A,E]
+    alone = torch.cat((alone, torch.zeros_like(q[:blind, video:])), dim=1)  # [K-R,S+P,A,E]
+    return torch.cat((alone, seeing))  # [K,S+P,A,E]
+
+
 class BlockConditions(NamedTuple):
     """Keys and values that one block attends to: text [K,T,A,E], concepts [K,C,A,E], or [R,C,A,E] where only
     the last R branches see any (standalone).
 
     Those of the concepts are None where the injection is `merged` or `none`. text_bias [K,T] (`merged`:
-    [K,T+C], with the mask in it): None where every key counts once.
+    [K,T+C], with the mask in it): None where every key counts once. among: of self-attention, None where all
+    see all.
     """
 
     text_keys: Tensor
@@ -109,6 +132,7 @@ class BlockConditions(NamedTuple):
     concept_keys: Tensor | None
     concept_values: Tensor | None
     text_bias: Tensor | None = None
+    among: Among | None = None
 
 
 KEYS_VALUES = BlockConditions._fields[:4]
@@ -173,7 +197,8 @@ class Block(nn.Module):
 
         h = scaled(self.norm1(x), 1 + scale, shift).type_as(x)
         k, v = self.attn1.keys_values(h)
-        out = self.attn1.output(attention(rotate(self.attn1.queries(h), *rotary), rotate(k, *rotary), v))
+        q, k = rotate(self.attn1.queries(h), *rotary), rotate(k, *rotary)
+        out = self.attn1.output(attention_among(q, k, v, kv.among))
         x = (wide(x) + scaled(out, gate)).type_as(x)  # [K,S,D]
 
         q = self.attn2.queries(self.norm2(x).type_as(x))  # [K or 1,S,A,E]

@@ -13,12 +13,15 @@ from .transformer_config import TransformerConfig
 ENCODERS = ("qformer", "mlp")
 BINDINGS = ("dam", "none", "concat_mlp", "self_attention")
 INJECTIONS = ("standalone", "shared_query", "merged")
-FRAME_CONDITIONINGS = ("none", "first", "first_last", "references", "clean", "control", "behind", "canvas")
 ENCODED = ("first", "first_last", "references", "canvas")
-"""Those of a base with a picture encoder."""
-ALONE = ("none", "first_last", "clean", "control", "behind")
-"""Those of a base without a picture encoder."""
+"""How pictures are frames of a base with a picture encoder."""
+ALONE = ("none", "first_last", "clean", "control", "behind", "grids")
+"""Of a base without one."""
 VAES = ("wan", "blocks")
+RULES = ("linear", "projected")
+"""How guidance branches are added up: `projected` is guidance.py's."""
+PATCH = 16
+"""Pixels of a side of a patch, where pictures keep their own size: Bernini rounds their sides to it."""
 
 
 MOST_TABLE = 2**25
@@ -45,11 +48,13 @@ class ConceptConfig:
     picture, which a request may leave out, is the first latent frame, at time 0 while the others have the
     step's: Wan2.2's TI2V-5B, diffusers' `expand_timesteps`), `control` (each of `max_concepts` pictures is a
     latent frame of its own beside the video's, told to VACE's own blocks, and is not decoded), `behind` (each
-    is a clean latent frame behind the video's, see references.py: Phantom's and SkyReels-V3's), or `none`, as
-    for every other injection.
+    is a clean latent frame behind the video's, see references.py: Phantom's and SkyReels-V3's), `grids` (each
+    of at most `max_concepts` keeps its own size, on a grid of its own: Bernini-R's), or `none`, as for every
+    other injection.
 
     fewest: of `behind` how many pictures a request has at least, where places without one are zero latents;
-    None for all of them.
+    None for all of them. side: of `grids` the pixels that the longer side of a picture has at most; None for
+    others.
     """
 
     max_concepts: int = 4
@@ -66,6 +71,7 @@ class ConceptConfig:
     injection: str = "standalone"
     given: str = "none"
     fewest: int | None = None
+    side: int | None = None
 
     def __post_init__(self) -> None:
         """Raises ConfigError for a value that cannot be built."""
@@ -75,7 +81,7 @@ class ConceptConfig:
         check_choice(self, "encoder", ENCODERS)
         check_choice(self, "binding", BINDINGS)
         check_choice(self, "injection", (*INJECTIONS, "none", "base"))
-        check_choice(self, "given", FRAME_CONDITIONINGS)
+        check_choice(self, "given", (*ENCODED, *ALONE))
         kinds = {"base": ENCODED, "none": ALONE}.get(self.injection, ("none",))
         require(
             self.given in kinds,
@@ -92,6 +98,12 @@ class ConceptConfig:
             fewest,
             f"ConceptConfig.fewest must be 1 to {self.max_concepts} for 'behind' and None for others, got "
             f"{self.fewest!r:.60}",
+        )
+        side = self.side is not None and is_whole(self.side, MOST["picture_size"]) and self.side % PATCH == 0
+        require(
+            side if self.given == "grids" else self.side is None,
+            f"ConceptConfig.side must be a multiple of {PATCH} up to {MOST['picture_size']} for 'grids' and "
+            f"None for others, got {self.side!r:.60}",
         )
         require(
             self.width % self.heads == 0,
@@ -116,7 +128,7 @@ class ConceptConfig:
     @property
     def min_latent_frames(self) -> int:
         """The fewest latent frames of a video of which pictures leave one to be made."""
-        if self.given in ("none", "control", "behind"):
+        if self.given in ("none", "control", "behind", "grids"):
             return 1
         return 1 + (self.max_concepts if self.takes_pictures else 1)
 
@@ -134,6 +146,7 @@ class ModelConfig:
     transformers' UMT5Config and CLIPVisionConfig and of diffusers' AutoencoderKLWan; with `"kind": "blocks"`
     in it `vae` is that of this project's BlockVAE. boundary: of a base of two transformers, experts for high
     and for low noise, the time in 0..1 from which on, upwards, the first runs; None for one transformer.
+    guidance_rule: how guidance branches are added up, one of RULES.
     Change a field with `dataclasses.replace`, which validates again.
     """
 
@@ -149,6 +162,7 @@ class ModelConfig:
     width: int = 832
     fps: float = 16.0
     boundary: float | None = None
+    guidance_rule: str = "linear"
     latent_shape: tuple[int, int, int, int] = field(init=False, compare=False)
     """Channels, frames, height and width of one video's latents (Cz, F, H, W)."""
     denoised_shape: tuple[int, int, int, int] = field(init=False, compare=False)
@@ -163,6 +177,7 @@ class ModelConfig:
             self.boundary is None or 0 < self.boundary < 1,
             f"ModelConfig.boundary must be between 0 and 1, got {self.boundary}",
         )
+        check_choice(self, "guidance_rule", RULES)
         require(isinstance(self.vae, dict), f"the vae must be an object, got {self.vae!r:.60}")
         kind = self.vae.get("kind", "wan")
         require(kind in VAES, f"vae['kind'] must be one of {', '.join(VAES)}, got {kind!r:.60}")
@@ -185,13 +200,13 @@ class ModelConfig:
             self._check_pictures()
         if concept.injection == "base":
             self._check_base()
-        if concept.given in ("none", "clean", "control", "behind"):
+        if concept.given in ("none", "clean", "control", "behind", "grids"):
             self._match("vae", "z_dim", transformer.in_channels, "transformer.in_channels")
         else:
             self._check_given()
         if concept.given == "clean":
             self._check_clean()
-        if concept.given == "behind":
+        if concept.given in ("behind", "grids"):
             self._check_tokens()
         self._check_control()
         self._match("vae", "z_dim", transformer.out_channels, "transformer.out_channels")
@@ -206,6 +221,7 @@ class ModelConfig:
         behind = concept.max_concepts if concept.given == "behind" else 0
         shown = (denoised[0] + behind, *denoised[1:])
         tokens = math.prod(n // p for n, p in zip(shown, transformer.patch_size, strict=True))
+        tokens += concept.max_concepts * ((concept.side or 0) // PATCH) ** 2
         require(
             max(channels * math.prod(denoised), head * tokens) <= MOST_TABLE,
             f"a video of {self.frames} frames of {self.width}x{self.height} is too large: {tokens} tokens",
@@ -217,14 +233,15 @@ class ModelConfig:
     def conditioning_channels(self) -> int:
         """Channels that hold the conditioned frames: a mask for each video frame of a latent one (`clean`:
         for a latent one), then latents. `control`: latents of what is kept and of what is made anew, then a
-        mask for each pixel of a latent one. `behind`: latents alone. 0 where no pictures are frames."""
+        mask for each pixel of a latent one. `behind`: latents alone. `grids`: which picture is where, then
+        latents. 0 where no pictures are frames."""
         if self.concept.given == "none":
             return 0
         if self.concept.given == "behind":
             return int(self._entry("vae", "z_dim"))
         if self.concept.given == "control":
             return int(2 * self._entry("vae", "z_dim") + self._entry("vae", "scale_factor_spatial") ** 2)
-        masks = 1 if self.concept.given == "clean" else self._entry("vae", "scale_factor_temporal")
+        masks = 1 if self.concept.given in ("clean", "grids") else self._entry("vae", "scale_factor_temporal")
         return int(masks + self._entry("vae", "z_dim"))
 
     def _check_pictures(self) -> None:
@@ -286,6 +303,13 @@ class ModelConfig:
         require(
             self.transformer.position_channels == 0, "pictures behind the video need no position_channels"
         )
+        if self.concept.given == "grids":
+            space, patch = self._entry("vae", "scale_factor_spatial"), self.transformer.patch_size[1:]
+            whole = all(space * side == PATCH for side in patch)
+            require(whole, f"pictures of their own size need patches of {PATCH} pixels a side")
+            require(not self.vae.get("is_residual"), "pictures of their own size need Wan2.1's VAE")
+            most = PATCH * self.transformer.rope_max_seq_len
+            require((self.concept.side or 0) <= most, f"ConceptConfig.side must be {most} at most")
 
     def _check_control(self) -> None:
         """What VACE's blocks read is what pictures give."""
@@ -358,8 +382,11 @@ class ModelConfig:
         del values["latent_shape"], values["denoised_shape"]
         if self.boundary is None:  # so that what has one transformer is stored as ever
             del values["boundary"]
-        if self.concept.fewest is None:
-            del values["concept"]["fewest"]
+        for name in ("fewest", "side"):
+            if values["concept"][name] is None:
+                del values["concept"][name]
+        if self.guidance_rule == "linear":
+            del values["guidance_rule"]
         own = values["transformer"]
         own["patch_size"] = list(self.transformer.patch_size)
         for name in ("vace_layers", "vace_in_channels"):  # and what is no VACE

@@ -28,7 +28,7 @@ from .embedders import ConditionEmbedder
 from .frame_times import scaled, with_clean
 from .layers import WideLayerNorm
 from .positions import Positions
-from .references import AS_TOKENS, with_pictures
+from .references import AS_TOKENS, with_grids, with_pictures
 
 MIN_SIGMA = 0.05
 """Where the network predicts data, its distance to the latents is divided by at least this noise level."""
@@ -160,8 +160,9 @@ class ConceptDiT(nn.Module):
         [K or 1,Cg,F,H,W] (where pictures are frames): a mask of the frames that are pictures, then their
         latents; where they are `clean` of the first latent frame alone, [K or 1,Cg,1,H,W], and None for no
         picture; where they are a `control` what VACE's own blocks read; where they are tokens of their own
-        (references.py), which a branch may not see by concept_mask, their latents [K or 1,Cz,N,H,W]. Returns
-        [K,Cz,F,H,W].
+        (references.py), which a branch may not see by concept_mask, their latents [K or 1,Cz,N,H,W]; on
+        grids of their own with the channel in front, float32 [1,1+Cz,N,side,side], and then kv may have
+        `kept` int64 [P'], the places that are pictures. Returns [K,Cz,F,H,W].
 
         guidance [K], whose sum is one: latents and time are those of all branches, and what returns is
         sum over k of guidance_k velocity_k, [1,Cz,F,H,W]. What follows the last norm is linear, so it is
@@ -176,8 +177,11 @@ class ConceptDiT(nn.Module):
         placed, rotary = self.positions(known)  # [K,Cz+Cg+p,F,H,W]
         patches = self.patch_embedding(placed)  # [K,D,f,h,w]
         grid, x = patches.shape[2:], patches.flatten(2).transpose(1, 2)  # x [K,S,D]
-        tokens = x.shape[1]
-        if conditioning is not None and self.config.concept.given in AS_TOKENS:
+        tokens, among = x.shape[1], None
+        if conditioning is not None and self.config.concept.given == "grids":
+            told = conditioning, concept_mask, kv["text_keys"].shape[1], kv.get("kept")
+            x, rotary, among = with_grids(x, rotary, self.patch_embedding, *told)  # [K,S+P,D]
+        elif conditioning is not None and self.config.concept.given in AS_TOKENS:
             x = with_pictures(x, self.patch_embedding, conditioning, concept_mask)  # [K,S+R,D]
 
         embedding, modulation = self.condition_embedder.time(frame_time)  # [K,D], [K,6,D], or [K,F,…]
@@ -196,7 +200,8 @@ class ConceptDiT(nn.Module):
         controls = self._control_blocks()
         count = len(self.blocks) + len(controls)
         conditions = [kv[name].unbind(0) if name in kv else [None] * count for name in KEYS_VALUES]
-        own = [BlockConditions(*parts)._replace(text_bias=bias) for parts in zip(*conditions, strict=True)]
+        every = (BlockConditions(*parts) for parts in zip(*conditions, strict=True))
+        own = [one._replace(text_bias=bias, among=among) for one in every]
         control, later = self._control(conditioning, x), iter(own[len(self.blocks) :])
         for layer, (block, kv_) in enumerate(zip(self.blocks, own, strict=False)):
             x = block(x, modulation, rotary, kv_, mask)  # [K,S,D]

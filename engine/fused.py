@@ -35,7 +35,7 @@ from ..kernels.fp8_linear import Fp8Linear, Quantised, why_no_fp8
 from ..kernels.modulate import modulate, residual, residual_modulate
 from ..kernels.qk_norm_rope import inverse_rms, qk_norm_rope
 from ..kernels.self_attention import WAYS, self_attention, ways
-from .blocks import Attention, Block, BlockConditions, DeferredResidual
+from .blocks import Among, Attention, Block, BlockConditions, DeferredResidual
 from .dit import ConceptDiT
 from .tiers import TIERS, EightBits, quantise
 
@@ -91,17 +91,25 @@ class SelfAttention(nn.Module):
         """From now on attention is in fp8, where it can be (kernels/fp8_attention.py)."""
         self.qk_steps = query_key_steps(self.norm_q.weight.detach(), self.norm_k.weight.detach())
 
-    def forward(self, h: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    def forward(self, h: Tensor, rotary: tuple[Tensor, Tensor], among: Among | None = None) -> Tensor:
         """h [K,S,D], rotary two [S,1,E/2] -> [K,S,D]."""
+        if among is not None and among.blind:
+            blind, video = among.blind, among.video
+            first, last = h[:blind, :video].contiguous(), h[blind:].contiguous()
+            alone = self(first, (rotary[0][:video], rotary[1][:video]))  # [K-R,S,D]
+            alone = F.pad(alone, (0, 0, 0, h.shape[1] - video))  # [K-R,S+P,D]
+            return torch.cat((alone, self(last, rotary, among._replace(blind=0))))  # [K,S+P,D]
         q, k, v = self.to_qkv(h).chunk(3, dim=-1)  # [K,S,D] each
         shape = (*h.shape[:2], self.heads, h.shape[-1] // self.heads)
-        if self.qk_steps is not None and cudnn_attends(h.device, shape):
+        mask = None if among is None else among.mask
+        if self.qk_steps is not None and mask is None and cudnn_attends(h.device, shape):
             weights = self.norm_q.weight, self.norm_k.weight
             given = qkv_to_fp8(q, k, v, *weights, *rotary, self.qk_steps, _eps(self.norm_q))
             out8, scale = fp8_attention(*given)  # [K,S,A,E], [1]
             return self._output(Quantised(out8.flatten(-2), scale), h.dtype)
         q, k = qk_norm_rope(q, k, self.norm_q.weight, self.norm_k.weight, *rotary, eps=_eps(self.norm_q))
-        out = self_attention(q, k, v.unflatten(-1, (self.heads, -1)), self.way)  # [K,S,A,E]
+        v = v.unflatten(-1, (self.heads, -1))
+        out = self_attention(q, k, v, self.way) if mask is None else attention(q, k, v, mask)  # [K,S,A,E]
         return self.to_out[0](out.flatten(-2))
 
     def _output(self, out: Quantised, dtype: torch.dtype) -> Tensor:
@@ -171,7 +179,7 @@ class FusedBlock(nn.Module):
         else:
             x = x.contiguous()  # patches come with their channels first
             h = modulate(x, scale, shift, eps=block.norm1.eps)  # [K,S,D]
-        out = self.attn1(h, rotary)  # [K,S,D]
+        out = self.attn1(h, rotary, kv.among)  # [K,S,D]
 
         to_out = block.attn2.to_out[0]
         later = to_out.bias if isinstance(to_out, nn.Linear) else None

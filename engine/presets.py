@@ -257,6 +257,13 @@ def _behind(name: str, heads: int, layers: int, ffn_dim: int, count: int = 1, **
     return replace(_wan(name, heads, layers, ffn_dim), concept=concept, image_encoder={}, **more)
 
 
+def _bernini(base: ModelConfig, name: str) -> ModelConfig:
+    """Bernini-R on a Wan of text alone; with four references."""
+    concept = ConceptConfig(injection="none", given="grids", side=848)
+    own = replace(base, name=name, concept=concept, image_encoder={}, guidance_rule="projected")
+    return replace(own, width=848, height=480)
+
+
 # Statistics of Wan2.2's VAE of 48 channels, as Wan2.2's own vae2_2.py has them.
 _WAN22_MEAN = [-0.2289, -0.0052, -0.1323, -0.2339, -0.2799, 0.0174, 0.1838, 0.1557]
 _WAN22_MEAN += [-0.1382, 0.0542, 0.2813, 0.0891, 0.1570, -0.0098, 0.0375, -0.1825]
@@ -314,6 +321,8 @@ _BUILDERS = {
     "skyreels-v3-r2v-14b": lambda: _behind(
         "skyreels-v3-r2v-14b", 40, 40, 13824, count=4, width=1280, height=720, frames=121, fps=24.0
     ),
+    "bernini-r-1.3b": lambda: _bernini(preset("wan2.1-1.3b"), "bernini-r-1.3b"),
+    "bernini-r-14b": lambda: _bernini(preset("wan2.2-t2v-a14b"), "bernini-r-14b"),
     "wan2.2-t2v-a14b": lambda: _wan_experts("wan2.2-t2v-a14b", boundary=0.875, pictures=False),
     "wan2.2-i2v-a14b": lambda: _wan_experts("wan2.2-i2v-a14b", boundary=0.9, pictures=True),
     "wan2.2-ti2v-5b": _wan22_5b,

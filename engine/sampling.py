@@ -9,7 +9,8 @@ from dataclasses import dataclass
 class Sampling:
     """Solver, shift of its time, steps and guidance, as the source names them; where it does not, what
     diffusers' WanPipeline does when it is told nothing. guidance_2: of two experts that of the second, None
-    is the same; branches: how many guidance branches its own program has where it guides, None for two.
+    is the same; scale_2: what all scales are multiplied with for it, where it has none of its own; branches:
+    how many guidance branches its own program has where it guides, None for two.
     Checked by whoever samples."""
 
     solver: str
@@ -20,6 +21,7 @@ class Sampling:
     negative: str = ""
     guidance_2: float | None = None
     branches: int | None = None
+    scale_2: float = 1.0
 
     @property
     def guided(self) -> bool:

@@ -15,13 +15,19 @@ from torch import Tensor, nn
 
 from .blocks import KEYS_VALUES
 from .dit import ConceptDiT
+from .guidance import projected
 from .model import ConceptMaster
 from .references import AS_TOKENS
+from .vae.wan_area_encoder import EncodeArea
 from .vae.wan_decoder import streaming_decoders
 from .vae.wan_encoder import EncodePicture, streaming_encoders
 
 if TYPE_CHECKING:
     from .vae.wan_decoder import VAE
+
+
+DATA = 2
+"""The state's slot of the newest estimate of the data (runtime/solver.py)."""
 
 
 def condition_names(injection: str) -> tuple[str, ...]:
@@ -82,27 +88,38 @@ class DenoiseStep(nn.Module):
     ) -> Tensor:
         """`update` with the guided velocity at the state's first row."""
         named = dict(zip(self.names, known, strict=True))
-        return update(state, self.velocity(state, time, guidance, concept_mask, **named), coefficients)
+        found = self.velocity(state, time, guidance, coefficients, concept_mask, **named)
+        return update(state, found, coefficients)
 
     def velocity(
         self,
         state: Tensor,
         time: Tensor,
         guidance: Tensor,
+        coefficients: Tensor,
         concept_mask: Tensor | None = None,
         given: Tensor | None = None,
         **conditions: Tensor,
     ) -> Tensor:
-        """sum over k of guidance_k velocity_k(state_0), float32 [1,Cz*F*H*W]; the guidance's sum is one.
+        """sum over k of guidance_k velocity_k(state_0), float32 [1,Cz*F*H*W]; the guidance's sum is one. Or
+        what guidance.py makes of them.
 
         concept_mask: None where every concept of `conditions` is seen, and for `none`; conditions: what
         `Condition` gave, by name, and perhaps text_bias.
         """
-        dtype = self.transformer.patch_embedding.weight.dtype
-        frames = None if given is None else given.to(dtype)
+        config, dtype = self.transformer.config, self.transformer.patch_embedding.weight.dtype
+        frames = given
+        if given is not None and config.concept.given != "grids":  # whose numbers are no latents alone
+            frames = given.to(dtype)
+        elif concept_mask is not None and given is not None:
+            concept_mask = concept_mask[min(1, len(guidance) - 1) :]  # the first of several sees none
         latents = state[:1].to(dtype)  # [1,Cz,F,H,W]
-        found = self.transformer.denoise(latents, time, conditions, concept_mask, frames, guidance)
-        return found.flatten(1).float()
+        known = latents, time, conditions, concept_mask, frames
+        if config.guidance_rule == "linear":
+            return self.transformer.denoise(*known, guidance).flatten(1).float()
+        # every solver's third row is the estimate of the data, state_0 - sigma velocity
+        sigma = -coefficients[DATA, -1:]  # [1]
+        return projected(self.transformer.denoise(*known), state[:1], sigma, guidance).flatten(1)
 
 
 def update(state: Tensor, velocity: Tensor, coefficients: Tensor) -> Tensor:
@@ -135,7 +152,9 @@ def graph_modules(
     for name, transformer in experts.items():
         modules |= expert_modules(name, transformer, biased, seeing)
     modules |= zip(("decode_first", "decode"), streaming_decoders(vae), strict=True)
-    if model.config.concept.given in ("clean", *AS_TOKENS):  # so it is Wan's VAE
+    if model.config.concept.given == "grids":  # so it is Wan's VAE
+        modules["encode_first"] = EncodeArea(cast("Any", vae)).eval()
+    elif model.config.concept.given in ("clean", *AS_TOKENS):
         modules["encode_first"] = EncodePicture(cast("Any", vae)).eval()
     elif model.config.conditioning_channels:
         pair = streaming_encoders(cast("Any", vae))

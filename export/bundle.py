@@ -38,7 +38,7 @@ from .graphs import GraphSpec, graph_specs
 from .onnx_graphs.int8 import precision_of, quantise
 from .onnx_graphs.trace import describe, export_graph
 from .onnx_graphs.weights_16bit import narrow_in_place
-from .recipes import conditioning_of, pictures_of, text_of, tile_of
+from .recipes import conditioning_of, pictures_of, text_of, tile_of, wording_of
 from .verify import Row, check, check_small, checked_specs
 
 TOLD = {"vocabulary": Vocabulary, "ranges": Ranges}
@@ -131,6 +131,7 @@ def write_bundle(
             experts=experts,
             whole_text=whole,
             guided_first="concepts" if concept.given in AS_TOKENS and branches == 3 else "caption",
+            **wording_of(source.model.config),
             **told,
         )
         if not manifest.needs_format_6:
@@ -162,8 +163,9 @@ def _experts(config: ModelConfig, sampling: Sampling, branches: int) -> tuple[Ex
         if sampling.guidance_2 is not None:
             raise InputError("a guidance of a second expert (guidance_2): the source has one transformer")
         return None
-    second = None if branches == 1 else sampling.guidance_2  # without a second branch nothing is guided
-    return Expert(EXPERTS[0], config.boundary), Expert(EXPERTS[1], 0.0, second)
+    # without a second branch nothing is guided
+    second, scale = (None, 1.0) if branches == 1 else (sampling.guidance_2, sampling.scale_2)
+    return Expert(EXPERTS[0], config.boundary), Expert(EXPERTS[1], 0.0, second, scale)
 
 
 def _record(origin: Origin) -> SourceRecord:
@@ -222,7 +224,8 @@ def _defaults(sampling: Sampling, branches: int) -> Defaults:
         raise InputError("the source's default concept_guidance needs 3 guidance branches: --branches 3")
     try:
         given = dataclasses.asdict(sampling)
-        del given["guidance_2"], given["branches"]  # which is its expert's, and the shapes'
+        for own in ("guidance_2", "scale_2", "branches"):  # which are its expert's, and the shapes'
+            del given[own]
         defaults = Defaults(**given)
     except (TypeError, ValueError) as error:
         raise InputError(f"no request can have these defaults (options, defaults.json): {error}") from error

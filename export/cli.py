@@ -125,6 +125,12 @@ def add_export_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="R",
         help="of VACE and Phantom: how many pictures each request has (1)",
     )
+    base.add_argument(
+        "--reference-side",
+        type=int,
+        metavar="PIXELS",
+        help="of Bernini-R: what the longer side of a picture is at most, which is never enlarged (848)",
+    )
     _add_base_arguments(base)
     _add_output_arguments(parser)
 
@@ -136,6 +142,7 @@ def run_export(args: argparse.Namespace) -> int:
     from .bundle import write_bundle
 
     choices = replace(_choices(args), size=args.size, frames=args.frames, references=args.references)
+    choices = replace(choices, reference_side=args.reference_side)
     source = _with_defaults(open_source(args.source, choices), args)
     rows = write_bundle(
         source,

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 
 from ..engine.checkpoints.lazy_weights import faked, stored_weights
 from ..engine.concepts import VisualOnly
-from ..engine.config import ModelConfig
+from ..engine.config import PATCH, ModelConfig
 from ..engine.model import ConceptMaster
+from ..engine.references import AS_TOKENS
 from ..engine.step import condition_names, graph_modules
 from ..kernels.cross_attention import padding_bias
 from ..runtime.bundle_format.graph_list import (
@@ -106,7 +107,8 @@ def graph_specs(
 def _specs(samples: _Samples) -> list[GraphSpec]:
     """The specs by what `samples` gives; each graph's sample is the method of its name."""
     concept = samples.model.config.concept
-    kind = {"none": BASE, "clean": TEXT_OR_IMAGE, "behind": REFERENCES}.get(concept.given, FRAMES_ALONE)
+    kinds = {"none": BASE, "clean": TEXT_OR_IMAGE} | dict.fromkeys(AS_TOKENS, REFERENCES)
+    kind = kinds.get(concept.given, FRAMES_ALONE)
     if concept.takes_pictures:
         kind = CONCEPTS if concept.has_modules else IMAGE_TO_VIDEO
     specs = []
@@ -211,8 +213,22 @@ class _Samples:
         }
 
     def encode_first(self, seed: int) -> Sample:
-        """A picture of smooth colours in -1..1."""
-        return {"frames": self._frames(seed, 1)}
+        """A picture of smooth colours in -1..1; of a size of its own with what is picture."""
+        if self.config.concept.side is None:
+            return {"frames": self._frames(seed, 1)}
+        side, space = self.config.concept.side, self.config.vae["scale_factor_spatial"]
+        area = torch.zeros(1, 1, 1, side // space, side // space)
+        height, width = self._own_size(seed)
+        area[..., :height, :width] = 1.0
+        return {"frames": self._frames(seed, 1, (side, side)), "area": area}
+
+    def _own_size(self, seed: int) -> tuple[int, int]:
+        """Height and width in latents, whole patches, of a picture of its own size."""
+        g = torch.Generator().manual_seed(seed)
+        most = (self.config.concept.side or 0) // PATCH
+        height, width = torch.randint(1, most + 1, (2,), generator=g).tolist()
+        whole = PATCH // self.config.vae["scale_factor_spatial"]
+        return height * whole, width * whole
 
     def encode(self, seed: int) -> Sample:
         """Another picture, in each frame, and the state that the first left."""
@@ -228,6 +244,11 @@ class _Samples:
         if self.config.concept.given == "clean":
             clean = self._first("encode_first", seed)[0]
             return torch.cat((torch.ones_like(clean[:, :1]), clean), dim=1) * float(seed % 2 == 0)
+        if self.config.concept.side is not None:  # of each place its picture's number, then latents
+            every = range(self.config.concept.max_concepts)
+            made = [self._causal("encode_first", self.encode_first(seed + n)) for n in every]
+            areas = [(n + 1) * self.encode_first(seed + n)["area"] for n in every]
+            return torch.cat((torch.cat(areas, dim=2), torch.cat([m for m, _ in made], dim=2)), dim=1)
         if self.config.concept.given == "behind":
             every = range(self.config.concept.max_concepts)
             return torch.cat([self._first("encode_first", seed + n)[0] for n in every], dim=2)
@@ -290,10 +311,10 @@ class _Samples:
         made, *states = self.modules[graph](*sample.values())
         return made, {f"state_{i:02}": state for i, state in enumerate(states)}
 
-    def _frames(self, seed: int, count: int) -> Tensor:
+    def _frames(self, seed: int, count: int, size: tuple[int, int] | None = None) -> Tensor:
         g = torch.Generator().manual_seed(seed)
         coarse = torch.randn(count, 3, 4, 4, generator=g)
-        size = (self.config.height, self.config.width)
+        size = size or (self.config.height, self.config.width)
         frames = nn.functional.interpolate(coarse, size=size, mode="bilinear").clamp(-1.0, 1.0)
         return frames.permute(0, 2, 3, 1).contiguous()  # [f,height,width,3]
 
@@ -325,8 +346,8 @@ class _Samples:
         bias = padding_bias(lengths, self.config.text_tokens, whole)  # [K,T]
         seen = torch.zeros(self.branches, c.max_concepts, dtype=torch.bool)
         # where they are frames every branch sees all, where they are tokens of their own all but the first
-        first = {"none": -1, "behind": min(1, self.branches - 1)}.get(c.given, 0)
-        seen[first:] = present  # [K,N]
+        first = {"none": -1} | dict.fromkeys(AS_TOKENS, min(1, self.branches - 1))
+        seen[first.get(c.given, 0) :] = present  # [K,N]
         if not c.takes_pictures:
             known = {"concept_tokens": torch.zeros(c.max_concepts, c.tokens_per_concept, c.width)}
         else:

@@ -11,17 +11,13 @@ the end.
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from ..engine.config import ModelConfig
 from ..engine.encoders import CLIP_MEAN, CLIP_STD
 from ..errors import InputError
-from ..runtime.bundle_format.schema import (
-    MOST_ON_CANVAS,
-    FrameConditioning,
-    FramePlacement,
-    Pictures,
-    Tile,
-)
+from ..runtime.bundle_format.pictured import MOST_ON_CANVAS, FrameConditioning, FramePlacement, Pictures
+from ..runtime.bundle_format.shapes import Tile
 
 WHITE = (255, 255, 255)
 LEAST_TILE = 4  # latents of a side: a quarter of it, which tiles share, is one
@@ -52,6 +48,10 @@ def conditioning_of(config: ModelConfig) -> FrameConditioning | None:
         count = config.concept.max_concepts
         beside = tuple(FramePlacement(count - 1 - i, 1, "bilinear") for i in range(count))
         return FrameConditioning(beside, required=count, dropped_frames=0, beside=count)
+    if kind == "grids":
+        count = config.concept.max_concepts
+        own = tuple(FramePlacement(number, 1, "own") for number in range(count))
+        return FrameConditioning(own, 1, dropped_frames=0, kind=kind, side=config.concept.side or 0)
     if kind == "behind":
         count = config.concept.max_concepts
         behind = tuple(FramePlacement(number, 1, "centred") for number in range(count))
@@ -68,6 +68,15 @@ def conditioning_of(config: ModelConfig) -> FrameConditioning | None:
         fit = "padded" if latent_frame < 2 else "cut"
         places.append(FramePlacement(1 + following * (latent_frame - 1), following, fit))
     return FrameConditioning(tuple(places), required=1, dropped_frames=following)
+
+
+def wording_of(config: ModelConfig) -> dict[str, Any]:
+    """What stands in a prompt beside a caption, by the manifest's keys: Bernini's, read in its
+    prompt_enhancer.py (the task r2v) and its test cases."""
+    if config.concept.given != "grids":
+        return {}
+    prefix = "You are a helpful assistant specialized in subject-to-video generation."
+    return {"prompt_prefix": prefix, "picture_name": "image"}
 
 
 def tile_of(config: ModelConfig, size: tuple[int, int] | None) -> Tile | None:

@@ -13,7 +13,7 @@ from onnxscript import ir
 
 from ..engine.checkpoints.lazy_weights import stored_weights
 from ..engine.checkpoints.source import Source
-from ..engine.config import ModelConfig
+from ..engine.config import PATCH, ModelConfig
 from ..errors import ExportError, OutOfMemory, is_out_of_memory
 from ..runtime.backends.onnxruntime_module import onnxruntime, session_options
 from ..runtime.bundle_format.find import Bundle
@@ -158,6 +158,9 @@ def small_video(config: ModelConfig) -> ModelConfig:
     patch, vae = config.transformer.patch_size, config.vae
     time, space = vae["scale_factor_temporal"], vae["scale_factor_spatial"]
     latent_frames = patch[0] * max(2, -(-config.concept.min_latent_frames // patch[0]))
+    if config.concept.side is not None:
+        side = min(config.concept.side, 6 * PATCH)
+        config = replace(config, concept=replace(config.concept, side=side))
     if not config.concept.has_modules:  # which reads no labels
         config = replace(config, concept=replace(config.concept, label_tokens=1))
     return replace(

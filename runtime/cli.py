@@ -14,7 +14,8 @@ from . import generate_command
 from .commands import Command, in_module, run_program
 
 if TYPE_CHECKING:
-    from .bundle_format.schema import FrameConditioning, Manifest, TensorSpec
+    from .bundle_format.pictured import FrameConditioning
+    from .bundle_format.schema import Manifest, TensorSpec
 
 
 def main(argv: Sequence[str] | None = None, extra_commands: Sequence[Command] = ()) -> int:
@@ -59,6 +60,9 @@ def _placements(conditioning: FrameConditioning) -> str:
     if conditioning.kind == "behind":
         least = f"{conditioning.required} to " if conditioning.required < len(placements) else ""
         return f"{least}{len(placements)}, as clean latent frames behind the video's"
+    if conditioning.kind == "grids":
+        least = f"{conditioning.required} to " if conditioning.required < len(placements) else ""
+        return f"{least}{len(placements)}, each of its own size, up to {conditioning.side} pixels a side"
     where = ", ".join(f"frame {placement.first} (× {placement.count})" for placement in placements)
     if conditioning.kind == "canvas":
         cells = f"{conditioning.required} to {len(placements)}, in cells of one canvas, which is frame 0"

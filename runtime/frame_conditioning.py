@@ -15,6 +15,8 @@ them is a control: the latents of what is kept and of what is made anew, then a 
 made anew. A picture is kept, of the video nothing is: it is empty, and encoded, once for all requests. So
 diffusers' WanVACEPipeline does it with references alone.
 
+Of Bernini each picture keeps its size, see grids.py.
+
 Of Phantom and SkyReels-V3 each picture is a clean latent frame behind the video's, which no step changes; a
 place that no picture fills has zero latents.
 
@@ -34,6 +36,7 @@ import numpy as np
 
 from . import pictures
 from .causal import run_causal, spans
+from .grids import own_grids
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -56,6 +59,8 @@ def fitted(image: Image, index: int, label: str, manifest: Manifest) -> dict[int
     if manifest.conditioning is None or manifest.conditioning.kind == "canvas":
         return {}
     size = (manifest.shapes.width, manifest.shapes.height)
+    if side := manifest.conditioning.side:
+        size = (side, side)
     place = manifest.conditioning.placements[index]
     ratio = (image.width * size[1]) / (image.height * size[0])
     if place.fit == "stretched" and max(ratio, 1 / ratio) > MAX_STRETCH:
@@ -104,10 +109,12 @@ def channels(
 ) -> np.ndarray:
     """What `fitted` gave → the mask and the latents, float32 [1,t+Cz,F,H,W]; of a picture that may be left
     out [1,1+Cz,1,H,W]; of pictures beside the video the control, [1,2*Cz+p,F,H,W] with p pixels of a latent;
-    of pictures behind it their latents alone, [1,Cz,N,H,W].
+    of pictures behind it their latents alone, [1,Cz,N,H,W]; of pictures of their own size see `own_grids`.
     empty: gives `encoded` of no frames, where that is known already; area: bool [H,W], of a frame what is
     known, all of it where it is None."""
     shapes = manifest.shapes
+    if manifest.conditioning is not None and manifest.conditioning.kind == "grids":
+        return own_grids(backend, frames, manifest)
     if manifest.conditioning is not None and manifest.conditioning.kind == "behind":
         behind = np.zeros((1, shapes.latent[0], shapes.concepts, *shapes.latent[2:]), np.float32)
         for number, picture in frames.items():

@@ -15,11 +15,12 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from ..errors import InputError, OutOfMemory
+from .grids import own_size
 from .picture_colors import Color, to_srgb
 from .picture_metadata import TIFF, without_metadata
 
 if TYPE_CHECKING:
-    from .bundle_format.schema import Pictures
+    from .bundle_format.pictured import Pictures
 
 log = logging.getLogger(__name__)
 
@@ -100,8 +101,8 @@ def fit(image: Image.Image, size: tuple[int, int], how: str, background: Color) 
         diffusers' way), `bilinear` (as `whole`, but without antialiasing, in float32: the way of diffusers'
         WanVACEPipeline), `centred` (as `whole`, but sides rounded down and by Lanczos: the way of Phantom,
         SkyReels-V3 and MAGREF), `bicubic` (as `stretched`, but in float32 and without antialiasing: the way
-        of Wan's own programs with what CLIP sees). All are bicubic with antialiasing where nothing else is
-        said; `stretched` is Lanczos's.
+        of Wan's own programs with what CLIP sees), `own` (its own size, whole patches, within a square: see
+        grids.py). All are bicubic with antialiasing where nothing else is said; `stretched` is Lanczos's.
     """
     return np.array(_FITS[how](image, size, background))
 
@@ -330,6 +331,11 @@ def _centred(image: Image.Image, size: tuple[int, int], background: Color) -> Im
     return canvas
 
 
+def _own(image: Image.Image, size: tuple[int, int], background: Color) -> Image.Image:
+    found = own_size(image.size, max(size))
+    return image if found == image.size else image.resize(found, Image.Resampling.BICUBIC)
+
+
 def _resampled(pixels: np.ndarray, axis: int, length: int) -> np.ndarray:
     """Linear between the two nearest along an axis, whose new places are centred on the old ones; float32."""
     old = pixels.shape[axis]
@@ -372,6 +378,7 @@ _FITS: dict[str, Callable[[Image.Image, tuple[int, int], Color], Image.Image | n
     "bilinear": _bilinear,
     "centred": _centred,
     "bicubic": _bicubic,
+    "own": _own,
 }
 
 

@@ -28,6 +28,7 @@ from .bundle_format.graph_list import CONCEPT_GRAPHS, FRAME_GRAPHS, other_expert
 from .canvas import canvas_of
 from .causal import run_causal, spans
 from .guidance import Guidance
+from .naming import spoken
 from .pixels import to_uint8
 from .progress import bar
 from .recent import Recent
@@ -331,7 +332,8 @@ class Pipeline:
         self, request: Request, guidance: Guidance, tokens: dict[str, tuple[int, ...]]
     ) -> dict[str, np.ndarray]:
         """text [K,T,Dt], and text_bias [K,T], for what lets one key stand for all padding."""
-        texts = [request.prompt if caption else request.negative or "" for caption in guidance.caption]
+        prompt = spoken(request, self.manifest)
+        texts = [prompt if caption else request.negative or "" for caption in guidance.caption]
         length = self.manifest.shapes.text_tokens
         whole = self.manifest.whole_text or length
         return {

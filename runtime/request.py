@@ -128,8 +128,9 @@ class Request:
                 f"guidance_2 is of a second expert, and the bundle {manifest.name!r} has one transformer: "
                 "leave it out"
             )
+        scale = 1.0 if manifest.experts is None else manifest.experts[1].scale
         if self.guidance is not None and "guidance_2" in defaults:
-            defaults["guidance_2"] = self.guidance
+            defaults["guidance_2"] = self.guidance * scale
         missing = {name: value for name, value in defaults.items() if getattr(self, name) is None}
         if self.guidance is not None and self.concept_guidance is None:
             del missing["concept_guidance"]  # a scale given alone is the joint scale
@@ -142,7 +143,7 @@ class Request:
         least = 0 if manifest.conditioning is None else manifest.conditioning.required
         if len(self.concepts) < least:
             need = "a picture" if least == 1 else f"{least} pictures"
-            if manifest.caption_names and least < most:
+            if least < most and manifest.conditioning is not None and manifest.conditioning.kind != "frames":
                 need = f"{least} to {most} pictures"
             raise InputError(
                 f"the bundle {manifest.name!r} makes videos out of pictures: give it {need}, each with "
@@ -158,7 +159,8 @@ class Request:
         concept, first = resolved.concept_guidance, manifest.guided_first
         guidance = make_guidance(branches, resolved.guidance, concept, first)
         if resolved.guidance_2 is not None:
-            second = make_guidance(branches, resolved.guidance_2, concept, first)
+            own = None if concept is None else concept * scale
+            second = make_guidance(branches, resolved.guidance_2, own, first)
             guidance = replace(guidance, weights_2=second.weights)
         return resolved, guidance
 

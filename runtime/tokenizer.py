@@ -14,6 +14,7 @@ from ..errors import BundleError, InputError
 from ..tokenizer_file import encode, normalised, read_tokenizer
 from .bundle_format.manifest import REPAIR
 from .cleaning import clean
+from .naming import spoken
 
 if TYPE_CHECKING:
     from .bundle_format.schema import Manifest
@@ -75,13 +76,17 @@ class Tokenizer:
 def tokenised(
     request: Request, guidance: Guidance, manifest: Manifest, tokenizer: Tokenizer
 ) -> dict[str, tuple[int, ...]]:
-    """Every text of a request (its prompt, what the unguided branch reads, its labels), each with its tokens.
+    """Every text of a request (its prompt, as it is and as it is `spoken`, what the unguided branch reads,
+    the labels), each with its tokens.
 
     Raises: InputError for a text that is too long, for a prompt or a label of which the bundle reads nothing,
         and for two labels that it reads alike.
     """
     shapes, bundle = manifest.shapes, f"the bundle {manifest.name!r}"
+    whole = spoken(request, manifest)
     texts = [("no text", ""), ("the prompt", request.prompt)]
+    if whole != request.prompt:
+        texts.insert(1, ("the prompt, with its prefix and the pictures' names,", whole))
     if request.negative and not all(guidance.caption):
         texts.append(("the negative prompt", request.negative))
     tokens = {

@@ -170,3 +170,48 @@ def wan_folder(wan_parts: Callable[..., dict[str, Any]], tmp_path_factory: pytes
     )
     CLIPVisionModelWithProjection(clip).save_pretrained(folder / "image_encoder")
     return folder
+
+
+@pytest.fixture(scope="session")
+def with_own_grids() -> Callable[..., Any]:
+    """`with_own_grids(transformer, latents, pictures, sources, time, text)`: the velocity as Bernini's own
+    program has it, by the modules of diffusers' WanTransformer3DModel: pictures' latents [1,C,1,h,w], each
+    embedded by itself, their tokens in front of the video's and behind the last block left out; of each the
+    rotary table of a grid of its own, as complex numbers of float32, times the phase of its source."""
+    import torch
+
+    def rows(transformer: Any, latents: Any, source: float) -> Any:
+        head, (pf, ph, pw) = transformer.config.attention_head_dim, transformer.config.patch_size
+        frames, height, width = latents.shape[2] // pf, latents.shape[3] // ph, latents.shape[4] // pw
+        side = 2 * (head // 6)
+        tables = []
+        for axis, (length, dim) in enumerate(
+            zip((frames, height, width), (head - 2 * side, side, side), strict=True)
+        ):
+            angles = torch.outer(torch.arange(length).float(), 1 / 10000 ** (torch.arange(0, dim, 2) / dim))
+            shape = [1, 1, 1, dim // 2]
+            shape[axis] = length
+            table = torch.polar(torch.ones_like(angles), angles).view(shape)
+            tables.append(table.expand(frames, height, width, -1))
+        phase = float(source) / 10000 ** (torch.arange(0, head, 2) / head)
+        return torch.cat(tables, dim=-1).flatten(0, 2) * torch.polar(torch.ones_like(phase), phase)
+
+    @torch.no_grad()  # type: ignore[untyped-decorator]
+    def forward(transformer: Any, latents: Any, pictures: Any, sources: Any, time: Any, text: Any) -> Any:
+        every = [*pictures, latents]
+        tokens = [transformer.patch_embedding(part).flatten(2).transpose(1, 2) for part in every]
+        numbers = [*sources, 0.0]
+        table = torch.cat([rows(transformer, p, n) for p, n in zip(every, numbers, strict=True)])
+        rotary = [part.repeat_interleave(2, dim=1)[None, :, None] for part in (table.real, table.imag)]
+        x = torch.cat(tokens, dim=1)
+        temb, projected, text, _ = transformer.condition_embedder(time, text, None)
+        for block in transformer.blocks:
+            x = block(x, text, projected.unflatten(1, (6, -1)), tuple(rotary))
+        shift, scale = (transformer.scale_shift_table + temb.unsqueeze(1)).chunk(2, dim=1)
+        x = transformer.proj_out((transformer.norm_out(x.float()) * (1 + scale) + shift).type_as(x))
+        pf, ph, pw = transformer.config.patch_size
+        f, h, w = latents.shape[2] // pf, latents.shape[3] // ph, latents.shape[4] // pw
+        x = x[:, -f * h * w :].reshape(1, f, h, w, pf, ph, pw, -1).permute(0, 7, 1, 4, 2, 5, 3, 6)
+        return x.flatten(6, 7).flatten(4, 5).flatten(2, 3)
+
+    return forward

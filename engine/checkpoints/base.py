@@ -40,6 +40,7 @@ class Base:
 
     where: the folder, or one of the files; layout: in words; parts: out of PARTS; index: what
     model_index.json says, or the layout implies ("_class_name", "boundary_ratio", "expand_timesteps");
+    root: what a config.json beside the parts says of the whole (bernini.py);
     scheduler, processor: what scheduler_config.json and preprocessor_config.json say, None without;
     tokenizer: the tokenizer.json, which may be missing, a SentencePiece model's file, or a tokenizer.json's
     text, where it lay in the weights; files: all that was read, by the name under which it
@@ -50,6 +51,7 @@ class Base:
     layout: str
     parts: Mapping[str, Part]
     index: Mapping[str, Any] = field(default_factory=dict)
+    root: Mapping[str, Any] = field(default_factory=dict)
     scheduler: Mapping[str, Any] | None = None
     processor: Mapping[str, Any] | None = None
     tokenizer: str | Path | None = None

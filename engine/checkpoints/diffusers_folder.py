@@ -13,6 +13,7 @@ from pathlib import Path
 from ...errors import MissingDependency, WeightsError, how_to_install
 from ...hashed import identities
 from .base import PARTS, Base, Part
+from .bernini import ROOT, check_root, index_of, is_bernini, skips
 from .derived import derive
 from .spellings import as_diffusers
 from .weight_files import read_json, shards, stored_tensors
@@ -48,21 +49,27 @@ def open_folder(folder: Path, without: Collection[str] = ()) -> Base:
     Args: without: parts whose tensors lie elsewhere; their config.json is read where there is one.
     Raises: WeightsError.
     """
-    files = {name: folder / name for name in files_of(folder, without)}
+    path = folder / ROOT
+    root = read_json(path) if path.is_file() else {}
+    check_root(path, root)
+    names = files_of(folder, (*without, *(["transformer_2"] if skips(root) else [])))
+    files = {name: folder / name for name in [*names, *([ROOT] if is_bernini(root) else [])]}
     held = identities(files.values())
     parts = {}
     for name in PARTS:
         part, told = folder / name, folder / name / "config.json"
         if name in without and told.is_file():
             parts[name] = Part(read_json(told), {}, part, told)
-        elif name not in without and part.is_dir():
+        elif name not in without and part.is_dir() and f"{name}/config.json" in files:
             tensors = as_diffusers(name, stored_tensors(part), part)
             parts[name] = Part(derive(name, tensors, part, read_json(told)), tensors, part, told)
     index, scheduler, processor = (
         read_json(folder / name) if name in files else None for name in (INDEX, SCHEDULER, PROCESSOR)
     )
-    tokenizer = folder / TOKENIZER
-    return Base(folder, LAYOUT, parts, index or {}, scheduler, processor, tokenizer, files, held)
+    tokenizer, index = folder / TOKENIZER, index or {}
+    if is_bernini(root):
+        index = index_of(path, root, index)
+    return Base(folder, LAYOUT, parts, index, root, scheduler, processor, tokenizer, files, held)
 
 
 def locate(place: str | Path, revision: str | None = None) -> Path:

@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from .base import Base
+from .bernini import is_bernini
 from .magref import is_magref
 from .wan_image_to_video import expands_timesteps, is_vace
 from .wan_references import is_phantom, is_v3
@@ -32,7 +33,8 @@ class Release:
     where there are two; concept_guidance: of the pictures, where these have a branch of their own; branches:
     of guidance where any scale is not 1, None for two; negative: the caption of what is not wanted;
     own_scheduler: whether solver and shift are the release's whatever a scheduler's file says; guidance_2: of
-    the second expert, which is the low-noise one; boundary: where the second
+    the second expert, which is the low-noise one; scale_2: what all scales are multiplied with for it where
+    it has none of its own; boundary: where the second
     begins, as a fraction of the time; expand_timesteps: each token has a time of its own; fps, size (width
     and height in pixels), frames: of the video.
     """
@@ -47,6 +49,7 @@ class Release:
     negative: str = ""
     own_scheduler: bool = False
     guidance_2: float | None = None
+    scale_2: float = 1.0
     boundary: float | None = None
     expand_timesteps: bool = False
     fps: float = 16.0
@@ -91,9 +94,26 @@ TI2V_5B = Release("Wan2.2 TI2V-5B", shift=5.0, expand_timesteps=True, fps=24.0, 
 TI2V_CHANNELS = 48
 
 
+BERNINI = Release(
+    "Bernini-R 1.3B",
+    shift=5.0,
+    solver="unipc_wan",
+    steps=40,
+    guidance=4.0,
+    concept_guidance=4.5,
+    branches=3,
+    negative=NEGATIVE,
+    own_scheduler=True,
+    size=(848, 480),
+)
+BERNINI_14B = replace(BERNINI, name="Bernini-R", scale_2=0.8, boundary=0.875)
+
+
 def release_of(base: Base) -> Release:
     """The release that `base` is, or is most like. Raises WeightsError where it has no transformer."""
     config = base.part("transformer").config
+    if is_bernini(base.root):
+        return BERNINI_14B if "transformer_2" in base.parts else BERNINI
     if expands_timesteps(base) or config.get("in_channels") == TI2V_CHANNELS:
         return TI2V_5B
     from_pictures = config.get("in_channels") != config.get("out_channels", config.get("in_channels"))

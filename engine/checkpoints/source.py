@@ -91,7 +91,8 @@ class Choices:
     """What a base leaves open; None is its default. Trained weights and presets leave nothing open.
 
     size: width and height in pixels; frames: of the video; references: how many pictures each request of a
-    VACE or a Phantom has; adapter: a file of `save_adapter`; revision: a
+    VACE or a Phantom has, or a Bernini-R at most; reference_side: pixels that the longer side of a picture of
+    the last has at most; adapter: a file of `save_adapter`; revision: a
     branch, tag or commit of a model in the Hugging Face Hub; loras: merged into the transformer one after the
     other; parts: files, or folders with shards, of base.PARTS, which replace those of the place; tokenizer: a
     tokenizer.json or a SentencePiece model, which replaces that of the place.
@@ -105,6 +106,7 @@ class Choices:
     parts: Mapping[str, Path] = field(default_factory=dict)
     tokenizer: Path | None = None
     references: int | None = None
+    reference_side: int | None = None
 
 
 @dataclass(frozen=True)
@@ -275,6 +277,7 @@ def _open_base(place: str | Path, choices: Choices, tokenizer: Path | None) -> S
         release.frames if choices.frames is None else choices.frames,
         adapter.concept if adapter else None,
         choices.references,
+        choices.reference_side,
     )
     _check_experts(choices.loras, config, base.where)
     if adapter:

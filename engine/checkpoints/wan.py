@@ -26,6 +26,7 @@ from ..sampling import Sampling
 from ..transformer_config import TransformerConfig
 from ..vae.wan_decoder import build_vae
 from .base import Base, Part
+from .bernini import own_grids
 from .derived import VACE_CLASS
 from .diffusers_folder import LAYOUT, SCHEDULER
 from .lazy_weights import settle, stream
@@ -161,6 +162,7 @@ def _sampling(release: Release, solver: str, shift: float) -> Sampling:
         release.negative,
         release.guidance_2,
         release.branches,
+        release.scale_2,
     )
 
 
@@ -171,12 +173,14 @@ def read_config(
     frames: int,
     concept: ConceptConfig | None = None,
     references: int | None = None,
+    reference_side: int | None = None,
 ) -> ModelConfig:
     """The configuration of `base`, for videos of one shape.
 
     Args: name: the model's; size: width and height in pixels; frames: of the video; concept: the adapter's.
         Without it a base that has an image_encoder gets a new adapter as wide as its picture tokens, and one
-        that has none takes no concepts. references: how many pictures a VACE or a Phantom takes (one).
+        that has none takes no concepts. references: how many pictures a VACE or a Phantom takes (one);
+        with reference_side, for a Bernini-R, see `own_grids`.
     Raises: ConfigError for what the engine cannot honour, and for a video that the base cannot make: that one
         names the nearest that it can; WeightsError for files that are missing or broken.
     """
@@ -196,7 +200,9 @@ def read_config(
     image_encoder: dict[str, Any] = {}
     if "image_encoder" in base.parts:
         image_encoder = _encoder(base.part("image_encoder"), "clip_vision_model", IMAGE_SIZES, IMAGE_OPTIONS)
-    if (own := read_references(base, transformer, concept, references)) is not None:
+    if (own := own_grids(base, concept, references, reference_side)) is not None:
+        concept, image_encoder = own, {}
+    elif (own := read_references(base, transformer, concept, references)) is not None:
         concept, image_encoder = own, {}
     elif transformer.image_dim is not None:
         concept = _own_concept(base, transformer, image_encoder, concept)
@@ -229,6 +235,7 @@ def read_config(
         width=transformer.patch_size[2] * vae["scale_factor_spatial"],
         fps=A2_FPS if concept.given == "references" else release_of(base).fps,
         boundary=boundary,
+        guidance_rule="projected" if concept.given == "grids" else "linear",
     )
     _check_video(config, size, frames, own_size(base, size))
     return dataclasses.replace(config, width=size[0], height=size[1], frames=frames)

@@ -62,7 +62,8 @@ def _check(manifest: Manifest) -> None:
     collapsed = manifest.whole_text is not None
     experts = 1 if manifest.experts is None else len(manifest.experts)
     known = manifest.graphs, manifest.shapes, conditioning is not None, manifest.decoded, collapsed, kind
-    signatures.check(*known, experts, manifest.denoised)
+    side = 0 if conditioning is None else conditioning.side
+    signatures.check(*known, experts, manifest.denoised, side)
 
 
 def _check_external(graph: Path, listed: set[Path]) -> None:

@@ -1,11 +1,12 @@
 """What manifest.json says: a bundle's graphs, their shapes, and what a request gets by default.
 
 Each dataclass is one JSON object and refuses values that cannot be. A bundle is written in the oldest format
-that has what it needs. Format 6 adds the key `guided_first`, the kind of pictures that are frames, and the
-solver `unipc_wan`. Format 5 adds the key `experts`, a picture that a request may leave out, pictures that
-stand beside the video, and LoRAs that were merged in part. Format 4 adds the key `whole_text`; format 3 what
-the bundle was made from (source_record.py) and the keys `vocabulary`, `ranges` and `boxes`. Format 2 had none
-of them; format 1 neither conditioning frames, nor tiles, nor a choice of how pictures are fitted. A key that
+that has what it needs. Format 6 adds the keys `guided_first`, `prompt_prefix` and `picture_name`, a scale of
+an expert, the kind of pictures that are frames, and the solver `unipc_wan`. Format 5 adds the key `experts`,
+a picture that a request may leave out, pictures that stand beside the video, and LoRAs that were merged in
+part. Format 4 adds the key `whole_text`; format 3 what the bundle was made from (source_record.py) and the
+keys `vocabulary`, `ranges` and `boxes`. Format 2 had none of them; format 1 neither conditioning frames, nor
+tiles, nor a choice of how pictures are fitted. A key that
 a format does not have is read as absent.
 """
 
@@ -18,10 +19,9 @@ from dataclasses import dataclass
 
 from ..solver import SHIFTS, SOLVERS, TRAINED_STEPS
 from .hashed_file import HashedFile, check_file
+from .pictured import FrameConditioning, Pictures
 from .shapes import (
     LONGEST_NAME,
-    LONGEST_SIDE,
-    MOST_FRAMES,
     MOST_TILES,
     MOST_TOKENS,
     Shapes,
@@ -42,9 +42,6 @@ MOST_GUIDANCE = 1e6  # far from overflow in float32
 LONGEST_TEXT = 10_000  # characters
 MOST_ENTRIES = 20_000  # of a vocabulary
 GUIDED_FIRST = ("caption", "concepts")
-KINDS = ("frames", "behind", "canvas", "grids")
-FITS = ("whole", "middle", "padded", "cut", "stretched", "bilinear", "centred", "bicubic")
-MOST_ON_CANVAS = 8  # see runtime/canvas.py
 
 
 @dataclass(frozen=True)
@@ -78,98 +75,6 @@ class GraphFile:
     def output(self, name: str) -> TensorSpec | None:
         """The output called `name`, or None."""
         return next((spec for spec in self.outputs if spec.name == name), None)
-
-
-@dataclass(frozen=True)
-class Pictures:
-    """How the picture encoder's pictures are prepared: fitted into its square (`fit`, one of FITS, see
-    pictures.py), then (pixel / 255 - mean) / std per channel.
-
-    background: RGB, where a picture leaves the square free or is transparent; padded_to: None, or the side of
-    a square in pixels that a picture is padded and scaled to before.
-    """
-
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-    background: tuple[int, int, int]
-    fit: str = "whole"
-    padded_to: int | None = None
-
-    def __post_init__(self) -> None:
-        require(self.fit in FITS, f"unknown fit {self.fit!r:.80}")
-        padded_to = LONGEST_SIDE if self.padded_to is None else self.padded_to
-        require(0 < padded_to <= LONGEST_SIDE, f"padded_to must be 1 to {LONGEST_SIDE}")
-        require(all(math.isfinite(mean) for mean in self.mean), "mean must be finite")
-        require(all(0 < std < math.inf for std in self.std), "std must be positive")
-        require(all(0 <= channel <= 255 for channel in self.background), "background must be 0 to 255")
-
-
-@dataclass(frozen=True)
-class FramePlacement:
-    """Where one picture stands in the video: `count` frames from frame `first` on (negative: counted from the
-    end). fit: how it is fitted into a frame, one of FITS."""
-
-    first: int
-    count: int
-    fit: str
-
-    def __post_init__(self) -> None:
-        require(0 < self.count <= MOST_FRAMES, f"count must be 1 to {MOST_FRAMES}")
-        require(abs(self.first) <= MOST_FRAMES, f"first must be {-MOST_FRAMES} to {MOST_FRAMES}")
-        require(self.fit in FITS, f"unknown fit {self.fit!r:.80}")
-
-    def frames(self, total: int) -> range:
-        """The frames' numbers in a video of `total` frames."""
-        first = self.first if self.first >= 0 else total + self.first
-        return range(first, first + self.count)
-
-
-@dataclass(frozen=True)
-class FrameConditioning:
-    """How the pictures of an image-to-video model are frames of its video, too.
-
-    placements: of the first picture, the second, …; required: how many pictures a request must have, at most
-    as many as there are placements; dropped_frames: video frames that each picture costs at the start: they
-    are made and decoded, then left out. Where none is required, the one picture is the first latent frame
-    itself, which is never noisy. beside: how many latent frames the pictures are that stand beside the
-    video's, one each: then placements count latent frames, all of them, and what the steps make of the
-    pictures' is not decoded (VACE's control). kind: one of KINDS, `frames` unless format 6 says otherwise:
-    `behind`, each picture is a clean latent frame behind the video's that steps do not make, and placements
-    count these; `canvas`, all pictures together are the first frame, and what is dropped is dropped once.
-    """
-
-    placements: tuple[FramePlacement, ...] = stored_as("places")
-    required: int = stored_as("least")
-    dropped_frames: int = stored_as("dropped")
-    beside: int = added(0)
-    kind: str = added("frames")
-
-    def __post_init__(self) -> None:
-        require(self.kind in KINDS, f"unknown kind {self.kind!r:.80}")
-        most = len(self.placements)
-        require(0 <= self.required <= most, f"least must be 0 to {most}, not {self.required}")
-        places = [(place.first, place.count) for place in self.placements]
-        first = places == [(0, 1)] and not self.dropped_frames
-        require(self.required > 0 or first, "a picture that may be left out must be the first frame")
-        require(0 <= self.dropped_frames <= MOST_FRAMES, f"dropped must be 0 to {MOST_FRAMES}")
-        alone = [count for _, count in places] == [1] * self.beside and self.required == most
-        right = alone and self.dropped_frames == 0
-        require(self.beside == 0 or right, "beside must be one latent frame for each picture, all required")
-        tokens = places == [(n, 1) for n in range(most)] and self.required > 0 and not self.dropped_frames
-        require(not self.by_branch or (tokens and not self.beside), f"{self.kind} must be numbered in order")
-        if self.kind == "canvas":
-            shared = set(self.placements) == {FramePlacement(0, 1, "centred")} and self.required == 1
-            told = f"a canvas is the first frame, of 1 to {MOST_ON_CANVAS} centred pictures"
-            require(shared and most <= MOST_ON_CANVAS and not self.beside, told)
-
-    def leading(self, pictures: int) -> int:
-        """How many frames at the start of a video from so many pictures are left out."""
-        return self.dropped_frames * (min(pictures, 1) if self.kind == "canvas" else pictures)
-
-    @property
-    def by_branch(self) -> bool:
-        """Whether a guidance branch may be without the pictures: where they are tokens of their own."""
-        return self.kind in ("behind", "grids")
 
 
 @dataclass(frozen=True)
@@ -246,16 +151,19 @@ class Boxes:
 @dataclass(frozen=True)
 class Expert:
     """One of two transformers, which runs while the time (1 is noise, 0 the video) is at least `boundary`;
-    guidance: its default scale, None for the bundle's."""
+    guidance: its default scale, None for the bundle's; scale: what a request's scales, but that of this very
+    expert, are multiplied with for it."""
 
     name: str
     boundary: float
     guidance: float | None = None
+    scale: float = added(1.0)
 
     def __post_init__(self) -> None:
         require(self.name in EXPERTS, f"{self.name!r:.80} is no expert's name")
         require(0 <= self.boundary < 1, "boundary must be 0 to 1")
         require(0 <= (self.guidance or 0.0) <= MOST_GUIDANCE, f"guidance: 0 to {MOST_GUIDANCE:g}")
+        require(0 < self.scale <= 1, "scale must be above 0 and at most 1")
 
 
 @dataclass(frozen=True)
@@ -269,7 +177,9 @@ class Manifest:
     may be asked for; boxes: None where a request cannot have any; experts: the one of high noise and that
     of low, None for one transformer alone. whole_text: None, or how many tokens text has for
     the model, of which the graphs take shapes.text_tokens: one of these stands for all padding. guided_first:
-    of three guidance branches, whether the second has the caption or the concepts alone.
+    of three guidance branches, whether the second has the caption or the concepts alone. prompt_prefix: what
+    stands in front of every prompt; picture_name: what prompts call the pictures, with a number from 0 on
+    behind, see naming.py.
     """
 
     format: int
@@ -292,6 +202,8 @@ class Manifest:
     experts: tuple[Expert, ...] | None = None
     whole_text: int | None = None
     guided_first: str = added("caption")
+    prompt_prefix: str = added("")
+    picture_name: str = added("")
 
     def __post_init__(self) -> None:
         require(self.format in READABLE, f"format must be {', '.join(map(str, READABLE))}")
@@ -313,6 +225,9 @@ class Manifest:
             right = 1 < self.shapes.text_tokens < self.whole_text <= MOST_TOKENS
             require(right and self.format > 3, "whole_text must be more than text_tokens, and of format 4")
         require(self.guided_first in GUIDED_FIRST, f"unknown guided_first {self.guided_first!r:.80}")
+        plain = self.picture_name.isascii() and (self.picture_name.isalpha() or not self.picture_name)
+        require(plain and len(self.picture_name) <= 30, "picture_name must be a word of letters")
+        require(len(self.prompt_prefix) <= LONGEST_TEXT, f"prompt_prefix: {LONGEST_TEXT} characters at most")
         require(self.format > 5 or not self.needs_format_6, "a key, a kind or a solver of format 6")
 
     def _check_format_3(self) -> None:
@@ -362,7 +277,9 @@ class Manifest:
     def needs_format_6(self) -> bool:
         """Whether an older reader would take it for something else, or refuse it."""
         kind = "frames" if self.conditioning is None else self.conditioning.kind
-        return (self.guided_first, kind) != ("caption", "frames") or self.defaults.solver == "unipc_wan"
+        told = (self.guided_first, kind, self.prompt_prefix, self.picture_name)
+        scaled = any(expert.scale != 1 for expert in self.experts or ())
+        return told != ("caption", "frames", "", "") or scaled or self.defaults.solver == "unipc_wan"
 
     @property
     def denoised(self) -> tuple[int, int, int, int]:
@@ -381,7 +298,7 @@ class Manifest:
         """The default guidance, and guidance_2 where there are two experts."""
         if self.experts is None:
             return {"guidance": self.defaults.guidance}
-        own = (self.defaults.guidance if e.guidance is None else e.guidance for e in self.experts)
+        own = (self.defaults.guidance * e.scale if e.guidance is None else e.guidance for e in self.experts)
         return dict(zip(("guidance", "guidance_2"), own, strict=True))
 
     @property

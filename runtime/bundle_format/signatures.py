@@ -34,26 +34,31 @@ def check(
     kind: str = "frames",
     experts: int = 1,
     denoised: tuple[int, int, int, int] | None = None,
+    side: int = 0,
 ) -> None:
     """Every input must be something that the pipeline has, in its dtype and shape; the outputs that the
     pipeline reads must be there; the frames must add up. A graph need not use all that it is offered.
     conditioned: whether the bundle's pictures are frames; decoded: height and width, in latents, of what
     the decoder takes at once; collapsed: whether one key stands for all padding of a text, which then must
-    come with a bias; kind: of the pictures that are frames, one of KINDS of schema.py, or `clean` where the
+    come with a bias; kind: of the pictures that are frames, one of pictured.py's KINDS, or `clean` where the
     one picture is the first latent frame itself; experts: how many transformers there are, 1 or 2; denoised:
-    the latents that steps make, where some of them stand beside the video's (None: none do).
+    the latents that steps make, where some of them stand beside the video's (None: none do); side: of the
+    square in which each picture is, in pixels, where these have a size of their own.
 
     Raises: ValueError for the first difference.
     """
     pictured = bool(set(CONCEPT_GRAPHS) & set(graphs))
     kinds = (FRAMES_ALONE, IMAGE_TO_VIDEO) if conditioned else (BASE, CONCEPTS)
-    own = {"clean": TEXT_OR_IMAGE, "behind": REFERENCES}
+    own = {"clean": TEXT_OR_IMAGE, "behind": REFERENCES, "grids": REFERENCES}
     expected = graphs_of(own.get(kind, kinds[pictured]), shapes.latent[1], experts)
     names = [graph.name for graph in expected]
     if set(graphs) != set(names):
         raise ValueError(f"the graphs must be {', '.join(names)}; they are {', '.join(graphs):.300}")
     denoised = denoised or shapes.latent
-    inputs = _inputs(shapes, decoded, kind, denoised)
+    if side % shapes.space:
+        raise ValueError(f"a side of {side} pixels is not one of whole latents of {shapes.space}")
+    own_sides = (side // shapes.space,) * 2 if side else None
+    inputs = _inputs(shapes, decoded, kind, denoised, own_sides)
     for graph in expected:
         sources = [upstream(graph.name, graphs)]
         if graph.runs == LATER_FRAMES:
@@ -61,7 +66,7 @@ def check(
         for source in sources:
             passed_on = {} if source is None else _passed_on(graphs[source])
             _check_inputs(graph.name, graphs[graph.name], inputs.get(graph.name, {}) | passed_on)
-    for name, output, made in _outputs(shapes, upstream("condition", graphs), denoised):
+    for name, output, made in _outputs(shapes, upstream("condition", graphs), denoised, own_sides):
         if name not in graphs:
             continue
         found = graphs[name].output(output)
@@ -76,15 +81,21 @@ def check(
 
 
 def _inputs(
-    s: Shapes, decoded: tuple[int, int], kind: str, denoised: tuple[int, ...]
+    s: Shapes,
+    decoded: tuple[int, int],
+    kind: str,
+    denoised: tuple[int, ...],
+    own_sides: tuple[int, int] | None,
 ) -> dict[str, dict[str, Kind]]:
+    """own_sides: in latents, of pictures of a size of their own."""
     branches, latent = s.branches, s.latent
     mask: Kind = ("bool", (branches, s.concepts))
     decoder: dict[str, Kind] = {"latents": ("float32", (1, latent[0], 1, *decoded))}
     following = s.frames_per_latent
-    known = {"clean": (1 + latent[0], 1), "behind": (latent[0], s.concepts)}.get(
-        kind, (following + latent[0], latent[1])
-    )
+    kinds = {"clean": (1 + latent[0], 1), "behind": (latent[0], s.concepts)}
+    kinds["grids"] = (1 + latent[0], s.concepts)
+    known = kinds.get(kind, (following + latent[0], latent[1]))
+    sides = own_sides or latent[2:]
     if denoised != latent:  # of what is kept, of what is made anew, and a mask of each pixel
         known = (2 * latent[0] + s.space**2, denoised[1])
     condition = {"text": ("float32", (branches, s.text_tokens, s.text_width)), "concept_mask": mask}
@@ -95,7 +106,7 @@ def _inputs(
         "guidance": ("float32", (branches,)),
         "coefficients": ("float32", (s.solver_states, s.solver_states + 1)),
         "text_bias": ("float32", (branches, s.text_tokens)),
-        "given": ("float32", (1, *known, *latent[2:])),
+        "given": ("float32", (1, *known, *sides)),
     }
     return {
         "text_encoder": {
@@ -109,16 +120,26 @@ def _inputs(
         },
         **{name: step for name in STEP_GRAPHS},
         **{condition_of(name): condition for name in STEP_GRAPHS},
-        "encode_first": {"frames": ("float32", (1, s.height, s.width, 3))},
+        "encode_first": _picture(s, own_sides),
         "encode": {"frames": ("float32", (following, s.height, s.width, 3))},
         "decode_first": decoder,
         "decode": decoder,
     }
 
 
-def _outputs(s: Shapes, makes_concepts: str | None, denoised: tuple[int, ...]) -> list[tuple[str, str, Kind]]:
+def _picture(s: Shapes, own_sides: tuple[int, int] | None) -> dict[str, Kind]:
+    """What the encoder of a first frame gets; of pictures of a size of their own, what is picture, too."""
+    if own_sides is None:
+        return {"frames": ("float32", (1, s.height, s.width, 3))}
+    pixels = (side * s.space for side in own_sides)
+    return {"frames": ("float32", (1, *pixels, 3)), "area": ("float32", (1, 1, 1, *own_sides))}
+
+
+def _outputs(
+    s: Shapes, makes_concepts: str | None, denoised: tuple[int, ...], own_sides: tuple[int, int] | None
+) -> list[tuple[str, str, Kind]]:
     """(graph, output, kind); makes_concepts: the graph that gives the concept tokens, None for none."""
-    latents: Kind = ("float32", (1, s.latent[0], 1, *s.latent[2:]))
+    latents: Kind = ("float32", (1, s.latent[0], 1, *(own_sides or s.latent[2:])))
     return [
         (makes_concepts or "", "concept_tokens", ("float32", (s.concepts, s.queries, s.concept_width))),
         ("encode_first", "latents", latents),

@@ -94,3 +94,11 @@ def test_fewer_bits_are_near(tmp_path: Path, bits: str, error: float) -> None:
         coarse += not torch.equal(own, value)
         assert ((own - value).abs() <= error * value.abs().max(-1, keepdim=True).values).all(), key
     assert coarse > 10
+
+
+@pytest.mark.parametrize("name", ["bernini-r-1.3b", "bernini-r-14b"])
+def test_bernini_is_known_by_its_root(tmp_path: Path, name: str) -> None:
+    config = opened(tmp_path, name, "diffusers").model.config
+    wanted = preset(name)
+    assert (config.concept, config.boundary) == (wanted.concept, wanted.boundary)
+    assert (config.guidance_rule, config.transformer.in_channels) == ("projected", 16)

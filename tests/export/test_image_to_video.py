@@ -265,7 +265,7 @@ def test_given_frames_are_the_recipe_s_condition(a2, a2_bundle, assert_close):
 def test_what_the_bundles_are(first, first_bundle, a2, a2_bundle, command):
     from conceptmaster.export.triton_server.repository import pipeline_config
     from conceptmaster.runtime.bundle_format.manifest import load
-    from conceptmaster.runtime.bundle_format.schema import FramePlacement
+    from conceptmaster.runtime.bundle_format.pictured import FramePlacement
     from conceptmaster.runtime.frame_conditioning import lengths
 
     graphs = {"text_encoder", "image_encoder", "condition", "denoise", "encode_first", "encode"}

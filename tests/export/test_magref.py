@@ -238,7 +238,7 @@ def test_the_canvas_and_what_clip_sees_of_it():
     from PIL import Image
 
     from conceptmaster.runtime import pictures
-    from conceptmaster.runtime.bundle_format.schema import Pictures
+    from conceptmaster.runtime.bundle_format.pictured import Pictures
     from conceptmaster.runtime.canvas import Canvas
 
     class Shapes:
@@ -434,7 +434,7 @@ def saved_flf2v(image_to_video_parts, tmp_path):
 
 
 def test_what_a_manifest_may_say_of_a_canvas():
-    from conceptmaster.runtime.bundle_format.schema import FrameConditioning, FramePlacement
+    from conceptmaster.runtime.bundle_format.pictured import FrameConditioning, FramePlacement
 
     cell = FramePlacement(0, 1, "centred")
     good = FrameConditioning((cell,) * 8, 1, 4, kind="canvas")

@@ -148,7 +148,7 @@ def test_a_picture_is_fitted_as_there():
 
 
 def test_what_a_manifest_may_say_of_pictures_beside_the_video():
-    from conceptmaster.runtime.bundle_format.schema import FrameConditioning, FramePlacement
+    from conceptmaster.runtime.bundle_format.pictured import FrameConditioning, FramePlacement
 
     two = tuple(FramePlacement(n, 1, "bilinear") for n in (1, 0))
     assert FrameConditioning(two, 2, 0, 2).beside == 2

@@ -12,11 +12,11 @@ import pytest
 from conceptmaster.hashed import sha256_file
 from conceptmaster.runtime.bundle_format import manifest as manifests
 from conceptmaster.runtime.bundle_format.hashed_file import HashedFile
+from conceptmaster.runtime.bundle_format.pictured import Pictures
 from conceptmaster.runtime.bundle_format.schema import (
     Defaults,
     GraphFile,
     Manifest,
-    Pictures,
     Shapes,
     TensorSpec,
 )

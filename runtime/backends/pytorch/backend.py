@@ -175,6 +175,8 @@ class TorchBackend:
             tensors = {s.name: self._to_device(inputs[s.name], graph, s) for s in wanted}
             if "concept_mask" in tensors:
                 self._cut(graph, tensors, Seen.of(torch.as_tensor(inputs["concept_mask"]), self._config))
+            if graph in STEP_GRAPHS and self._config.concept.side is not None:
+                tensors["kept"] = self._pictured(inputs["given"])
             if graph in STEP_GRAPHS and "step" in inputs:
                 tensors["step"] = inputs["step"]
             if isinstance(bias := inputs.get("text_bias"), np.ndarray) and _is_condition(graph):
@@ -236,6 +238,13 @@ class TorchBackend:
         given = inputs.get("given")
         return self._manifest.begins_clean and isinstance(given, np.ndarray) and not given[:, 0].any()
 
+    def _pictured(self, given: np.ndarray) -> torch.Tensor:
+        """Of all patches of pictures of their own size, [1,1+Cz,N,H,W] on the host, those that are picture,
+        int64 [P']: the step then has no others, and needs no mask."""
+        _, down, across = self._config.transformer.patch_size
+        places = np.flatnonzero(given[0, 0, :, ::down, ::across])
+        return torch.from_numpy(places).to(self._device)
+
     def _build(self) -> dict[str, Module]:
         options = self._options
         adapter = None if options.adapter is None else Path(options.adapter)
@@ -253,6 +262,8 @@ class TorchBackend:
         if not isinstance(source.vae, BlockVAE):
             dtype = getattr(torch, self._demand.vae_dtype)
             modules |= fused_modules(source.vae, set(modules), dtype)
+        if self._config.concept.side is not None:
+            modules["encode_first"] = _Cropped(modules["encode_first"])
         self._capture = cuda_graphs() if self._device.type == "cuda" else None  # one pool of memory for all
         for name in self._manifest.graphs:
             if BY_NAME[name].expert:
@@ -363,6 +374,22 @@ class _ShortText(torch.nn.Module):
         kept = _bucket(int(mask.sum(1).max()), ids.shape[1])
         text = self.encoder(ids[:, :kept], mask[:, :kept])  # [B,kept,Dt]
         return torch.nn.functional.pad(text, (0, 0, 0, ids.shape[1] - kept))  # [B,T,Dt]
+
+
+class _Cropped(torch.nn.Module):
+    """An encoder of pictures of their own size that gets each without the rest of its square."""
+
+    def __init__(self, encoder: torch.nn.Module) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, frames: torch.Tensor, area: torch.Tensor) -> tuple[torch.Tensor]:
+        """As `EncodeArea.forward`."""
+        height, width = (int(area[0, 0, 0].any(dim=axis).sum()) for axis in (1, 0))
+        space = frames.shape[1] // area.shape[3]
+        latents = self.encoder(frames[:, : height * space, : width * space])[0]  # [1,Cz,1,height,width]
+        rest = (0, area.shape[4] - width, 0, area.shape[3] - height)
+        return (torch.nn.functional.pad(latents, rest),)
 
 
 def _without_padding(condition: Module, tensors: dict[str, Any]) -> Mapping[str, Any]:

@@ -109,6 +109,8 @@ def plan(demand: Demand) -> dict[str, int]:
     latent = (frames + (pictures if given == "control" else 0), *sides)
     shown = (latent[0] + (pictures if given == "behind" else 0), *sides)  # by the transformer
     tokens = math.prod(n // p for n, p in zip(shown, model["patch_size"], strict=True))
+    if side := concept.get("side"):  # each picture's square
+        tokens += pictures * math.prod(side // shapes.space // p for p in model["patch_size"][1:])
     concepts = shapes.concepts * shapes.queries
     rows = shapes.branches * tokens  # K*S
 

@@ -188,7 +188,7 @@ class Stepper:
             del self.programs[next(iter(self.programs))]
 
     def _step(self, state: Tensor, coefficients: Tensor, **inputs: Tensor) -> tuple[Tensor, Tensor]:
-        velocity = self.denoise.velocity(state, **inputs)
+        velocity = self.denoise.velocity(state, coefficients=coefficients, **inputs)
         return update(state, velocity, coefficients), velocity
 
 

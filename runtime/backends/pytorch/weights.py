@@ -50,7 +50,9 @@ def open_weights(
         conditioning, size = bundle.manifest.conditioning, (shapes.width, shapes.height)
         own = conditioning is not None and (conditioning.beside or conditioning.by_branch)
         references = shapes.concepts if own else None
+        side = None if conditioning is None else conditioning.side or None
         given = dataclasses.replace(given, size=size, frames=shapes.frames, references=references)
+        given = dataclasses.replace(given, reference_side=side)
         if record is not None:
             given = _recorded(record, place, given, bundle)
     source = open_source(place, given, bundle.tokenizer)

@@ -158,11 +158,12 @@ def wan(blocks, size=None, image_to_video=None, name="wan2.1-1.3b"):
     from conceptmaster.export.graphs import graph_specs
 
     config, tiny = preset(name), preset("tiny")
+    own = {} if config.concept.side is None else {"side": 96}
     depth = {"num_layers": blocks, **({"vace_layers": (0,)} if config.transformer.vace_layers else {})}
     config = dataclasses.replace(
         config,
         transformer=dataclasses.replace(config.transformer, text_dim=16, **depth),
-        concept=dataclasses.replace(config.concept, picture_size=16, picture_tokens=4, picture_dim=16),
+        concept=dataclasses.replace(config.concept, picture_size=16, picture_tokens=4, picture_dim=16, **own),
         text_encoder=tiny.text_encoder,
         image_encoder=tiny.image_encoder,
         boundary=None,  # of two experts the first: the other is the same
@@ -227,6 +228,26 @@ def test_magref_builds(tmp_path):
         for precision in PRECISIONS[:3]:
             built = build_apart(tmp_path / f"{name}.onnx", tmp_path, precision)
             whole = attentions if precision != "fp32" else 0
+            assert (built.whole_attention, built.decomposed_attention) == (whole, attentions - whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["bernini-r-1.3b", "bernini-r-14b"])
+def test_pictures_of_their_own_size_build(tmp_path, name):
+    """Two blocks at their real width with four pictures, guided by projection, and the encoder of these."""
+    from conceptmaster.export.onnx_graphs.trace import export_graph
+
+    if available() < EXPERT << 30 and "14b" in name:
+        pytest.skip(f"needs {EXPERT} GiB of memory")
+    specs = wan(2, name=name)
+    graphs = {"condition": 0, "denoise": 6, **({"encode_first": 1} if name == "bernini-r-1.3b" else {})}
+    for graph in graphs:
+        export_graph(specs.pop(graph), tmp_path / f"{graph}.onnx")
+    specs.clear()  # gigabytes
+    for graph, attentions in graphs.items():
+        for precision in PRECISIONS[:3]:
+            built = build_apart(tmp_path / f"{graph}.onnx", tmp_path, precision)
+            whole = attentions if precision != "fp32" and graph == "denoise" else 0
             assert (built.whole_attention, built.decomposed_attention) == (whole, attentions - whole)
 
 

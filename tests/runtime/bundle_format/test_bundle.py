@@ -463,7 +463,7 @@ def test_saving_is_whole_or_not_at_all(own: Path) -> None:
 
 
 def test_only_a_first_frame_may_be_left_out():
-    from conceptmaster.runtime.bundle_format.schema import FrameConditioning, FramePlacement
+    from conceptmaster.runtime.bundle_format.pictured import FrameConditioning, FramePlacement
 
     first = FramePlacement(0, 1, "stretched")
     assert FrameConditioning((first,), 0, 0).required == 0
