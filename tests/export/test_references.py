@@ -30,6 +30,7 @@ def picture(seed, width, height):
 
 
 PICTURES = [picture(0, 64, 48), picture(1, 190, 50), picture(2, 33, 101), picture(3, 200, 147)]
+PICTURES[3].putalpha(picture(4, 200, 147).convert("L"))  # which is laid over white
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +121,9 @@ def fitted(image, width, height):
         size = width, int(width / ratio)
     else:
         size = int(height * ratio), height
-    image = image.convert("RGB").resize(size, Image.Resampling.LANCZOS)
+    white = Image.new("RGBA", image.size, "white")
+    white.alpha_composite(image.convert("RGBA"))
+    image = white.convert("RGB").resize(size, Image.Resampling.LANCZOS)
     left, top = (width - size[0]) // 2, (height - size[1]) // 2
     borders = left, top, width - size[0] - left, height - size[1] - top
     image = ImageOps.expand(image, borders, fill=(255, 255, 255))
@@ -239,6 +242,23 @@ def test_any_number_of_branches(
     weights = [where] if where.is_dir() else [base, "--transformer", where]
     found = generated(bundle, images, noise, "--backend", "torch", "--weights", *weights, *asked)
     held(found, restated(parts, images, noise, scales, 4 if place == "v3" else None))
+
+
+def test_a_picture_is_fitted_as_there():
+    """Pixel by pixel, of all shapes; where theirs has no side left, ours has one pixel."""
+    from PIL import Image
+
+    from conceptmaster.runtime.pictures import fit
+
+    rng, white = np.random.default_rng(0), (255, 255, 255)
+    for _ in range(60):
+        (w, h), (width, height) = rng.integers(8, 200, 2), 16 * rng.integers(3, 20, 2)
+        size = int(width), int(height)
+        image = Image.fromarray(rng.integers(0, 256, (h, w, 3), dtype=np.uint8))
+        theirs = (fitted(image, *size).permute(1, 2, 0).double() + 1) * 127.5
+        assert np.array_equal(fit(image, size, "centred", white), theirs.round().numpy())
+    thin = fit(Image.new("RGB", (2000, 1)), (64, 48), "centred", white)
+    assert (thin < 255).any(axis=2).sum() == 64
 
 
 @pytest.mark.slow
