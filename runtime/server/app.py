@@ -61,6 +61,8 @@ def create_app(service: Service) -> Guard:
         responses=described.ERRORS,
     )
     app.state.service = service
+    describe = app.openapi
+    app.openapi = lambda: described.without_422(describe())  # type: ignore[method-assign]
     _errors(app)
     app.include_router(streams.router)
     app.include_router(video_routes.router)

@@ -16,6 +16,16 @@ def version() -> str:
     return printable(__version__)
 
 
+def without_422(schema: dict[str, Any]) -> dict[str, Any]:
+    """FastAPI's description of the API without its own errors: here they are 400."""
+    for path in schema["paths"].values():
+        for operation in path.values():
+            operation["responses"].pop("422", None)
+    for name in ("HTTPValidationError", "ValidationError"):
+        schema.get("components", {}).get("schemas", {}).pop(name, None)
+    return schema
+
+
 def _object(**properties: Any) -> dict[str, Any]:
     return {"type": "object", "properties": properties, "required": list(properties)}
 
@@ -102,14 +112,16 @@ ERRORS: dict[int | str, dict[str, Any]] = {
         (401, "an API key is needed"),
         (403, "not allowed"),
         (404, "there is no such thing"),
+        (408, "the body did not come to its end"),
         (409, "not in this state"),
         (410, "its files have expired"),
         (413, "too large"),
         (415, "neither a form nor JSON"),
         (421, "another host's name"),
-        (422, "the request is wrong"),
         (429, "the queue is full"),
         (500, "a fault of the server"),
+        (503, "too much at once, or stopping"),
+        (507, "its disk is full"),
     )
 }
 VIDEO = _answer("the video", _VIDEO)

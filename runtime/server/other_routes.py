@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
 
 from . import answers, asked, described, measures
 from .refusals import Refused
@@ -43,7 +43,7 @@ async def ready(service: Serving) -> Response:
     return JSONResponse(about, 200 if able else 503)
 
 
-@router.get("/metrics")
+@router.get("/metrics", response_class=PlainTextResponse)
 async def metrics(owner: Owner, service: Serving) -> Response:
     """For Prometheus."""
     return Response(service.measures.text(), media_type=measures.CONTENT_TYPE)

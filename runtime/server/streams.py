@@ -22,7 +22,7 @@ from .serving import Owner, Serving
 
 Event = dict[str, str]
 
-router = APIRouter()
+router = APIRouter(default_response_class=Response)  # each says itself what it answers
 
 
 @router.get("/v1/videos/{id}/events", responses=described.EVENTS)

@@ -25,7 +25,7 @@ MOST_FIELDS = 64
 LONGEST_REPEAT = 255  # characters of an Idempotency-Key
 TYPES = {".mp4": "video/mp4", ".webp": "image/webp", ".png": "image/png"}
 
-router = APIRouter()
+router = APIRouter(default_response_class=Response)  # each says itself what it answers
 
 
 async def asked_of(request: Request) -> Asked:
