@@ -343,6 +343,15 @@ def test_a_name_or_a_number_of_references_tells_phantom(base, phantom, tmp_path,
     assert negative.startswith(WAN_NEGATIVE) and negative.endswith("三条腿，背景人很多，倒着走")
 
 
+def test_a_name_tells_a_single_file_of_skyreels_v3(base, phantom, tmp_path):
+    """As ComfyUI has it, in Wan's names and without a class."""
+    file = tmp_path / "Wan21-SkyReelsV3-R2V_fp16.safetensors"
+    shutil.copy(phantom, file)
+    shutil.copy(phantom.with_suffix(".json"), file.with_suffix(".json"))
+    found = what(opened(base, parts={"transformer": file}))
+    assert found == ("unipc_wan", 5.0, 8, 1.0, None, 24.0, 4, 1, "")
+
+
 def test_without_either_it_is_plain(base, phantom, tmp_path):
     """A folder's name tells of the transformer in it, and not of one that lies elsewhere."""
     file = tmp_path / "wan.safetensors"
