@@ -21,7 +21,6 @@ from typing import Any, Protocol
 log = logging.getLogger(__name__)
 
 LONGEST_LINE = 2**20  # bytes of an answer
-ENDING = 5.0  # seconds that a process has to end in when it has closed its output
 PACKAGE = __name__.partition(".")[0]
 
 
@@ -190,12 +189,9 @@ class ProcessWorker:
                 return answer
         except ValueError:  # a line without end, or none of JSON
             line = b""
-        try:
-            raise WorkerLost(_how(await asyncio.wait_for(process.wait(), ENDING)))
-        except TimeoutError:
-            with suppress(ProcessLookupError):
-                process.kill()
-            raise WorkerLost(_how(await process.wait())) from None
+        with suppress(ProcessLookupError):
+            process.kill()
+        raise WorkerLost(_how(await process.wait()))
 
 
 def _how(code: int) -> str:

@@ -65,8 +65,10 @@ async function showAccount() {
 
 // ---- the start
 
-function showExamples(model) {
-  const found = examplesFor(model);
+// Of the first model that has any.
+function showExamples(models) {
+  const model = models.find((each) => examplesFor(each).length);
+  const found = model ? examplesFor(model) : [];
   $("empty-text").textContent = found.length
     ? "Your videos will be here. Begin with one of these, in one click:"
     : "Your videos will be here.";
@@ -82,7 +84,7 @@ function showExamples(model) {
         make("strong", {}, "Make this video"),
       );
       button.addEventListener("click", async () => {
-        await composer.fillExample(example);
+        await composer.fillExample(example, model.id);
         await composer.submit(send);
       });
       return make("li", {}, button);
@@ -99,7 +101,7 @@ async function refresh() {
     if (JSON.stringify(models) !== served) {
       served = JSON.stringify(models);
       composer.setModels(models);
-      showExamples(models[0]);
+      showExamples(models);
     }
     await videos.load();
     say($("banner"), "");
@@ -121,7 +123,7 @@ async function start() {
   }
   api.listen(
     {
-      status: (video) => videos.show(video),
+      status: (video) => videos.told(video),
       step: videos.step,
       preview: videos.preview,
       queue: videos.places,

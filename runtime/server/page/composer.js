@@ -45,7 +45,7 @@ export function start(send) {
   $("example").addEventListener("click", () => {
     const fitting = examplesFor(model());
     lastExample = (lastExample + 1) % fitting.length;
-    fillExample(fitting[lastExample]);
+    fillExample(fitting[lastExample], model().id);
   });
   $("composer").addEventListener("submit", (event) => {
     event.preventDefault();
@@ -298,9 +298,9 @@ export function fill(wanted) {
   nameButton();
 }
 
-export async function fillExample(example) {
+export async function fillExample(example, id) {
   const named = example.pictures.map(async ({ label, path }) => ({ label, file: await (await fetch(path)).blob() }));
-  fill({ ...example, model: $("model").value, pictures: await Promise.all(named) });
+  fill({ ...example, model: id, pictures: await Promise.all(named) });
 }
 
 export async function submit(send) {

@@ -8,6 +8,7 @@ import { colour, marked } from "./words.js";
 const SURE = 4000; // milliseconds in which a second press deletes
 const SMALL = 256; // pixels of a side below which pictures are enlarged with their pixels seen
 const STATES = {
+  // in the order in which a video has them
   queued: "Waiting",
   in_progress: "Being made",
   completed: "Done",
@@ -17,6 +18,7 @@ const STATES = {
 };
 
 const cards = new Map(); // by id: {video, node, kind of media shown}
+const ORDER = Object.keys(STATES);
 const active = ({ status }) => status === "queued" || status === "in_progress";
 // Finished, and its files are gone: so is what it was made of.
 const gone = (video) => !active(video) && video.expires_at === null;
@@ -48,10 +50,17 @@ export async function load(after) {
   showWhole();
 }
 
-// Shows a video; after: the id of the one that it stands behind, if it is new here.
+// Shows a video; after: the id of the one that it stands behind, if it is new here. What was answered may have been
+// overtaken by what was told since: such an answer changes nothing.
 export function show(video, after) {
+  const card = cards.get(video.id);
+  if (card && ORDER.indexOf(video.status) < ORDER.indexOf(card.video.status)) return card;
+  return told(video, after);
+}
+
+// Shows what the stream tells, which is always the last word.
+export function told(video, after) {
   let card = cards.get(video.id);
-  if (card && !active(card.video) && active(video)) return card; // an answer that was overtaken
   if (!card) {
     card = { video, node: clone("card"), shown: null };
     fillCard(card);
@@ -150,8 +159,9 @@ function fillCard(card) {
 }
 
 async function act(card, button, action) {
+  if (card.busy) return;
   const error = card.node.querySelector(".error");
-  button.disabled = true;
+  card.busy = true;
   try {
     await action(button);
     if (card.video.status !== "failed") say(error, "");
@@ -159,8 +169,7 @@ async function act(card, button, action) {
     if (problem.status === 404) drop(card.video.id);
     else say(error, problem.message);
   } finally {
-    button.disabled = false;
-    if (document.activeElement === document.body && button.isConnected && !button.hidden) button.focus();
+    card.busy = false;
   }
 }
 
@@ -195,6 +204,8 @@ async function removeIfSure({ video }, button) {
 function render(card) {
   const { video, node } = card;
   const part = (name) => node.querySelector(name);
+  const focused = node.querySelector(".actions :focus");
+  node.dataset.id = video.id;
   node.dataset.status = video.status;
   renderState(card);
   renderReferences(card);
@@ -213,6 +224,7 @@ function render(card) {
   ]) {
     part(name).hidden = !shown;
   }
+  if (focused?.hidden) node.querySelector(".actions > :not([hidden])").focus();
   part(".download").href = there.completed ? api.content(video.id, "video", 0) : "";
   part(".download").download = `${video.id}.mp4`;
   const kind = there.completed ? "videos" : there.active ? video.status : "nothing";

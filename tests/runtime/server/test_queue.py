@@ -29,6 +29,7 @@ from conceptmaster.runtime.server.workers import Hear, JobCancelled, JobFailed, 
 
 from .conftest import PROMPT
 
+
 pytestmark = pytest.mark.anyio
 
 
