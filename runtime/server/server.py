@@ -30,6 +30,8 @@ from .workers import ProcessWorker, WorkerLost
 
 log = logging.getLogger(__name__)
 
+BACKLOG = 2048  # connections that wait to be taken
+
 
 def serve(args: argparse.Namespace, options: dict[str, Any], hosts: tuple[str, ...] | None) -> int:
     """Until a signal ends it; returns the exit code.
@@ -84,6 +86,7 @@ def _listen(host: str, port: int) -> socket.socket:
     found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         found.bind((host.strip("[]"), port))
+        found.listen(BACKLOG)
     except OSError as error:
         found.close()
         raise InputError(f"cannot listen at {host}:{port}: {error.strerror}; --port says another") from None

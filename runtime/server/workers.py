@@ -21,6 +21,7 @@ from typing import Any, Protocol
 log = logging.getLogger(__name__)
 
 LONGEST_LINE = 2**20  # bytes of an answer
+ENDING = 5.0  # seconds that a process has to end in when it has closed its output
 PACKAGE = __name__.partition(".")[0]
 
 
@@ -189,9 +190,12 @@ class ProcessWorker:
                 return answer
         except ValueError:  # a line without end, or none of JSON
             line = b""
-        with suppress(ProcessLookupError):
-            process.kill()
-        raise WorkerLost(_how(await process.wait()))
+        try:
+            raise WorkerLost(_how(await asyncio.wait_for(process.wait(), ENDING)))
+        except TimeoutError:
+            with suppress(ProcessLookupError):
+                process.kill()
+            raise WorkerLost(_how(await process.wait())) from None
 
 
 def _how(code: int) -> str:

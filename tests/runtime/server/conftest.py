@@ -97,13 +97,25 @@ Start = Callable[..., Any]
 def serving(
     bundle: Path, environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[..., Any]:
-    """`with serving("--option", …, data=folder) as server:`; it ends with the block if it still runs."""
+    """`with serving("--option", …, data=folder) as server:`; it ends with the block if it still runs. With a
+    port it is given before it is ready."""
 
     @contextmanager
-    def start(*options: str, data: Path | None = None, api_key: str = "none") -> Iterator[Server]:
+    def start(
+        *options: str, data: Path | None = None, api_key: str = "none", port: int = 0
+    ) -> Iterator[Server]:
         log = tmp_path_factory.mktemp("log") / "stderr"
         keep = [] if data is None else ["--data", str(data)]
-        command = [sys.executable, "-m", "conceptmaster", "serve", "--port", "0", "--bundle", str(bundle)]
+        command = [
+            sys.executable,
+            "-m",
+            "conceptmaster",
+            "serve",
+            "--port",
+            str(port),
+            "--bundle",
+            str(bundle),
+        ]
         with log.open("w") as errors:
             process = subprocess.Popen(
                 [*command, "--threads", "1", *keep, *options],
@@ -114,9 +126,12 @@ def serving(
             )
         try:
             assert process.stdout is not None
-            said = process.stdout.readline()
-            assert said.startswith("http://"), log.read_text()
-            yield Server(process, log, said.split()[0], api_key)
+            url = f"http://127.0.0.1:{port}"
+            if not port:  # it says it when a worker is there
+                said = process.stdout.readline()
+                assert said.startswith("http://"), log.read_text()
+                url = said.split()[0]
+            yield Server(process, log, url, api_key)
         finally:
             process.kill()
             process.wait()

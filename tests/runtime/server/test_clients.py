@@ -7,6 +7,7 @@ import http.server
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import threading
 import time
@@ -150,7 +151,8 @@ def _option(server: Server, name: str) -> str:
 
 
 def test_the_commands_of_the_help_work(server: Server, pictures: dict[str, Path]) -> None:
-    pytest.importorskip("shutil").which("curl") or pytest.skip("there is no curl")
+    if shutil.which("curl") is None:
+        pytest.skip("there is no curl")
     found = re.search(r"^  (curl (?:.*\\\n)*.*)$", SERVE, re.M)
     assert found is not None
     command = found[1].replace("\\\n", " ").replace("localhost:8000", server.url.removeprefix("http://"))

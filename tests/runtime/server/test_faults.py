@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import re
 import resource
+import shutil
 import signal
+import socket
 import sqlite3
 import subprocess
 import sys
@@ -223,6 +225,55 @@ def test_a_worker_out_of_memory_fails_its_job_and_is_replaced(
     assert server.workers() != [worker]
 
 
+def test_jobs_are_taken_while_the_bundle_is_loaded(start_server: StartServer, tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    server = start_server(data=tmp_path / "jobs", port=port)
+    (worker,) = waited(server.workers)
+    os.kill(worker, signal.SIGSTOP)
+
+    def live() -> bool:
+        with suppress(httpx.ConnectError):
+            return server.http.get("/health/live").status_code == 200
+        return False
+
+    waited(live)
+    assert server.http.get("/health/ready").status_code == 503
+    id = server.ask()["id"]
+    assert (server.get(id)["status"], server.get(id)["queue_position"]) == ("queued", 0)
+    os.kill(worker, signal.SIGCONT)
+    assert server.wait(id)["status"] == "completed"
+    assert server.http.get("/health/ready").status_code == 200
+
+
+@pytest.mark.slow
+def test_several_bundles_with_several_workers_each(
+    start_server: StartServer, bundle: Path, tmp_path: Path
+) -> None:
+    other = shutil.copytree(bundle, tmp_path / "other")
+    server = start_server("--bundle", str(other), "--workers", "2", data=tmp_path / "jobs")
+    waited(lambda: server.http.get("/health/ready").json()["workers"] == 4)
+    assert [model.id for model in server.openai.models.list()] == ["fake", "other"]
+    long = {name: [server.ask(model=name, **LONG)["id"] for _ in range(3)] for name in ("fake", "other")}
+    for ids in long.values():  # two at once, of each
+        for id in ids[:2]:
+            server.wait(id, in_progress)
+        assert server.get(ids[2])["queue_position"] == 0
+    before = server.workers()
+    for pid in before:
+        os.kill(pid, signal.SIGKILL)
+    waited(lambda: not set(before) & set(server.workers()))
+    waited(lambda: server.http.get("/health/ready").json()["workers"] == 4)
+    for ids in long.values():
+        for id in ids:  # the third as soon as one of the others is gone
+            server.wait(id, in_progress)
+            server.http.delete(f"/v1/videos/{id}")
+    for name in long:
+        video = server.wait(server.ask(model=name)["id"])
+        assert (video["status"], video["model"]) == ("completed", name)
+
+
 # What stops it before it begins: one line each.
 
 
@@ -261,6 +312,12 @@ def test_what_cannot_work_is_said_in_one_line(
             sqlite3.connect(folder / "jobs.sqlite").execute(damage)
         code, said = refused(environment, *ours, "--port", "0", "--data", str(folder))
         assert code == 2 and "cannot read the jobs in" in said
+    (tmp_path / "stub").mkdir()
+    missing = "raise ModuleNotFoundError('none', name='sse_starlette')"
+    (tmp_path / "stub" / "sse_starlette.py").write_text(missing)
+    path = f"{tmp_path / 'stub'}{os.pathsep}{environment['PYTHONPATH']}"
+    code, said = refused(environment | {"PYTHONPATH": path}, *ours, "--port", "0")
+    assert code == 1 and "sse_starlette is not installed" in said and "pip install '.[serve]'" in said
     (tmp_path / "file").write_text("")
     code, said = refused(environment, *ours, "--data", str(tmp_path / "file"))
     assert (code, said.count("\n")) == (2, 1) and "cannot keep jobs in" in said

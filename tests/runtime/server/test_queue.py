@@ -29,7 +29,6 @@ from conceptmaster.runtime.server.workers import Hear, JobCancelled, JobFailed, 
 
 from .conftest import PROMPT
 
-
 pytestmark = pytest.mark.anyio
 
 
