@@ -92,6 +92,7 @@ class Store:
 
         Raises ValueError for a file of a later version, and for one that is damaged.
         """
+        path.touch(mode=0o600)
         self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
         self._db.execute("pragma journal_mode=wal")
         version = self._db.execute("pragma user_version").fetchone()[0]

@@ -386,6 +386,7 @@ def test_a_store_that_is_damaged_or_foreign_is_refused(tmp_path: Path) -> None:
     store = Store(path)
     job = jobs.Job("video_1", "", "fake", {"prompt": PROMPT, "concepts": []}, "", 0.0)
     store.add(job)
+    assert path.stat().st_mode & 0o777 == 0o600
     store.close()
     database = sqlite3.connect(path)
     for data in ("{}", json.dumps({"error": None, "warnings": [], "id": 1}), "nothing", "[]"):
