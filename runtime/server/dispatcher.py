@@ -133,8 +133,8 @@ class Dispatcher:
         return found
 
     def check_room(self, bundle: str) -> None:
-        """Raises QueueFull where no job is taken."""
-        if self.held.is_set() or self.waiting() >= self._most:
+        """Raises QueueFull."""
+        if self.waiting() >= self._most:
             self._measures.refused()
             raise QueueFull(max(1, round(self.pace(bundle))))
 

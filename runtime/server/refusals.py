@@ -30,6 +30,11 @@ class Refused(Exception):
         return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
 
 
+def stopping() -> Refused:
+    """No more jobs are taken."""
+    return Refused("the server is stopping", status=503, code="stopping", headers={"retry-after": "5"})
+
+
 def not_found(id: str) -> Refused:
     """No such video, or not this client's."""
     return Refused(f"there is no video {id!r:.80}", status=404, code="not_found")

@@ -106,25 +106,23 @@ async def _run(service: Service, listening: socket.socket, verbose: bool) -> int
     host, port = listening.getsockname()[:2]
     address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
+    failed: list[WorkerLost] = []
+
     async def load() -> None:
         try:
             await service.dispatcher.start()
             print(f"http://{address} serves {', '.join(service.catalogue.names)}", flush=True)
-        except WorkerLost:
-            server.should_exit = True
-            raise
+        except WorkerLost as error:
+            if not service.dispatcher.held.is_set():  # else it was told to stop meanwhile
+                failed.append(error)
+                server.should_exit = True
 
     loading = asyncio.create_task(load())
     with suppress(KeyboardInterrupt):  # the signal that ended it, which uvicorn raises once more
         await server.serve(sockets=[listening])
-    if not loading.done():
-        loading.cancel()
-    try:
-        await loading
-    except WorkerLost as error:
-        raise GenerationError(f"no worker came up: {error}") from None
-    except asyncio.CancelledError:
-        pass
+    loading.cancel()
+    if failed:
+        raise GenerationError(f"no worker came up: {failed[0]}")
     return 0
 
 

@@ -24,7 +24,7 @@ from .folder import Folder
 from .jobs import Job
 from .keys import Keys
 from .measures import Measures
-from .refusals import Refused, not_found
+from .refusals import Refused, not_found, stopping
 
 log = logging.getLogger(__name__)
 
@@ -150,6 +150,8 @@ class Service:
                     code="idempotency_key_reused",
                 )
             return self.job(known[1], job.owner)
+        if self.dispatcher.held.is_set():
+            raise stopping()
         if self.dispatcher.waiting(job.owner) >= self.limits.per_owner:
             raise Refused(
                 f"{self.limits.per_owner} of your videos wait already, which is the most",

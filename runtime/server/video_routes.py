@@ -16,7 +16,7 @@ from . import asked, described, jobs
 from .asked import Asked
 from .folder import KINDS
 from .jobs import Job
-from .refusals import Refused, not_found
+from .refusals import Refused, not_found, stopping
 from .service import Service
 from .serving import Owner, Serving
 
@@ -85,8 +85,7 @@ async def create_and_wait(request: Request, owner: Owner, service: Serving) -> R
     try:
         await asyncio.wait({waiting, gone, held}, return_when=asyncio.FIRST_COMPLETED)
         if held.done() and not gone.done() and not service.dispatcher.makes(job.id):
-            headers = {"retry-after": "5"}
-            raise Refused("the server is stopping", status=503, code="stopping", headers=headers)
+            raise stopping()
         await asyncio.wait({waiting, gone}, return_when=asyncio.FIRST_COMPLETED)
         if not waiting.done():
             return Response(status_code=499)

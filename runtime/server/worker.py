@@ -30,7 +30,8 @@ from ..request import Concept, Request
 from .folder import KINDS, PREVIEW
 from .logs import keep_quiet
 
-BETWEEN_PREVIEWS = 0.5  # seconds; a preview costs a decoded frame
+BETWEEN_PREVIEWS = 0.5  # seconds
+PREVIEWS = 0.1  # of the time of a job; each costs a decoded frame
 THUMBNAIL = 512  # the longest side in pixels
 
 
@@ -135,16 +136,17 @@ def _make(pipeline: Pipeline, line: Line, task: dict[str, Any]) -> tuple[list[st
     id, folder = task["id"], Path(task["folder"])
     concepts = tuple(Concept(label, Path(path)) for label, path in task["concepts"])
     request = Request(concepts=concepts, **task["request"])
-    shown = time.monotonic()
+    again = time.monotonic() + BETWEEN_PREVIEWS
 
     def heard(step: int, steps: int, preview: Any) -> bool:
-        nonlocal shown
+        nonlocal again
         line.say("step", id=id, step=step, steps=steps)
         wanted = id in line.looked and id not in line.cancelled and step < steps
-        if wanted and time.monotonic() - shown >= BETWEEN_PREVIEWS:
+        if wanted and (start := time.monotonic()) >= again:
             with replacing(folder / PREVIEW) as temporary:
                 animation.save_still(preview(), temporary, THUMBNAIL)
-            shown = time.monotonic()
+            end = time.monotonic()
+            again = end + max(BETWEEN_PREVIEWS, (end - start) / PREVIEWS)
             line.say("preview", id=id)
         return id not in line.cancelled
 

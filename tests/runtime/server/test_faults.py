@@ -232,19 +232,31 @@ def test_jobs_are_taken_while_the_bundle_is_loaded(start_server: StartServer, tm
     server = start_server(data=tmp_path / "jobs", port=port)
     (worker,) = waited(server.workers)
     os.kill(worker, signal.SIGSTOP)
-
-    def live() -> bool:
-        with suppress(httpx.ConnectError):
-            return server.http.get("/health/live").status_code == 200
-        return False
-
-    waited(live)
+    waited(lambda: _live(server))
     assert server.http.get("/health/ready").status_code == 503
     id = server.ask()["id"]
     assert (server.get(id)["status"], server.get(id)["queue_position"]) == ("queued", 0)
     os.kill(worker, signal.SIGCONT)
     assert server.wait(id)["status"] == "completed"
     assert server.http.get("/health/ready").status_code == 200
+
+
+def test_a_signal_while_the_bundle_is_loaded_ends_it(start_server: StartServer, tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    server = start_server(data=tmp_path / "jobs", port=port)
+    (worker,) = waited(server.workers)
+    os.kill(worker, signal.SIGSTOP)
+    waited(lambda: _live(server))
+    assert server.stop() == 0
+    assert "error" not in server.log.read_text() and not _alive(worker)
+
+
+def _live(server: Server) -> bool:
+    with suppress(httpx.ConnectError):
+        return server.http.get("/health/live").status_code == 200
+    return False
 
 
 @pytest.mark.slow
