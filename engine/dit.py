@@ -174,7 +174,10 @@ class ConceptDiT(nn.Module):
         elif conditioning is not None and self.config.concept.given not in ("control", *AS_TOKENS):
             shared = conditioning.expand(latents.shape[0], -1, -1, -1, -1)  # [K,Cg,F,H,W]
             known = torch.cat((latents, shared), dim=1)  # [K,Cz+Cg,F,H,W]
-        placed, rotary = self.positions(known)  # [K,Cz+Cg+p,F,H,W]
+        square = None
+        if conditioning is not None and self.config.concept.given == "grids":
+            square = conditioning.shape[-1] // self.config.transformer.patch_size[-1]
+        placed, rotary = self.positions(known, square)  # [K,Cz+Cg+p,F,H,W]
         patches = self.patch_embedding(placed)  # [K,D,f,h,w]
         grid, x = patches.shape[2:], patches.flatten(2).transpose(1, 2)  # x [K,S,D]
         tokens, among = x.shape[1], None

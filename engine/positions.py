@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .config import ModelConfig
+from .config import PATCH, ModelConfig
 from .references import placed
 from .transformer_config import TransformerConfig
 
@@ -79,32 +79,35 @@ class Positions(Constants):
     planes: Tensor
 
     def __init__(self, config: ModelConfig) -> None:
-        cos, sin, planes = self._tables(config, config.denoised_shape[1:])
+        square = (config.concept.side or 0) // PATCH
+        cos, sin, planes = self._tables(config, config.denoised_shape[1:], square)
         super().__init__(cos=cos, sin=sin, planes=planes)
-        self.config = config
+        self.config, self.square = config, square
 
     @staticmethod
-    def _tables(config: ModelConfig, latents: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    def _tables(config: ModelConfig, latents: tuple[int, ...], square: int) -> tuple[Tensor, Tensor, Tensor]:
         f, h, w = latents
         pf, ph, pw = config.transformer.patch_size
-        places = placed(config, (f // pf, h // ph, w // pw))  # [S+R,3]
+        places = placed(config, (f // pf, h // ph, w // pw), square)  # [S+R,3]
         most, grid = config.transformer.rope_max_seq_len, tuple(int(n) + 1 for n in places.max(axis=0))
         if max(grid) > most:
             raise ValueError(f"{grid} patches: a side exceeds rope_max_seq_len ({most})")
         planes = position_table(config.transformer.position_channels, (f, h, w))
         return *rotary_tables(config.transformer, places), planes
 
-    def forward(self, latents: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    def forward(self, latents: Tensor, square: int | None = None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """latents [B,Cz,F,H,W] -> (latents [B,Cz+p,F,H,W] with position channels behind, rotary (cos, sin)).
 
-        cos and sin are float32 [S+R,1,E/2]. Raises ValueError for a side, pictures and all, that is longer
-        than rope_max_seq_len patches.
+        square: of pictures on grids of their own, the patches of a side of what each is in; None for the
+        configuration's. cos and sin are float32 [S+R,1,E/2]. Raises ValueError for a side, pictures and all,
+        that is longer than rope_max_seq_len patches.
         """
         shape = tuple(latents.shape[2:])
-        if shape == self.config.denoised_shape[1:]:
+        square = self.square if square is None else square
+        if shape == self.config.denoised_shape[1:] and square == self.square:
             cos, sin, planes = self.cos, self.sin, self.planes
         else:
-            cos, sin, planes = (t.to(latents.device) for t in self._tables(self.config, shape))
+            cos, sin, planes = (t.to(latents.device) for t in self._tables(self.config, shape, square))
         if self.config.transformer.position_channels:
             planes = planes.to(latents.dtype).expand(latents.shape[0], -1, -1, -1, -1)
             latents = torch.cat((latents, planes), dim=1)  # [B,Cz+p,F,H,W]

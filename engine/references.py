@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from .blocks import Among
-from .config import PATCH, ModelConfig
+from .config import ModelConfig
 
 AS_TOKENS = ("behind", "grids")
 """What `ConceptConfig.given` is where pictures are tokens of their own."""
@@ -34,16 +34,16 @@ AS_TOKENS = ("behind", "grids")
 Rotary = tuple[Tensor, Tensor]
 
 
-def placed(config: ModelConfig, grid: tuple[int, int, int]) -> np.ndarray:
-    """Where every patch is, of a video of so many patches (frames, rows, columns), then of the pictures:
-    whole numbers [S+P,3] on the same axes."""
+def placed(config: ModelConfig, grid: tuple[int, int, int], square: int) -> np.ndarray:
+    """Where every patch is, of a video of so many patches (frames, rows, columns), then of the pictures, on
+    grids of their own in squares of `square` patches a side: whole numbers [S+P,3] on the same axes."""
     frames, rows, columns = grid
     if config.concept.given == "behind":
         frames += config.concept.max_concepts
     places = np.indices((frames, rows, columns)).reshape(3, -1).T
     if config.concept.side is not None:
-        square = np.indices((1, *[config.concept.side // PATCH] * 2)).reshape(3, -1).T
-        places = np.concatenate((places, *[square] * config.concept.max_concepts))
+        own = np.indices((1, square, square)).reshape(3, -1).T
+        places = np.concatenate((places, *[own] * config.concept.max_concepts))
     return places
 
 

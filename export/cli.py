@@ -43,8 +43,8 @@ With a CLIP in image_encoder/ it takes concepts, which show once it has a traine
 bundle makes videos from captions alone.
 An image-to-video base takes its pictures itself: a first frame, a first and a last one, or, of SkyReels-A2,
 up to three references; Wan2.2's I2V-A14B a first frame and perhaps a last one, its TI2V-5B a first frame or
-none; VACE and Phantom as many references as --references says, SkyReels-V3 1 to 4, MAGREF 1 to 8. A base with
-a LoRA for few steps, and a bundle without guidance, which takes half the time:
+none; VACE and Phantom as many references as --references says, Bernini-R up to as many, SkyReels-V3 1 to 4,
+MAGREF 1 to 8. A base with a LoRA for few steps, and a bundle without guidance, which takes half the time:
 
   conceptmaster export wan/ --output fast --lora few-steps.safetensors --solver euler --steps 4 --guidance 1
 """
@@ -123,7 +123,7 @@ def add_export_arguments(parser: argparse.ArgumentParser) -> None:
         "--references",
         type=int,
         metavar="R",
-        help="of VACE and Phantom: how many pictures each request has (1)",
+        help="of VACE and Phantom: how many pictures each request has (1); of Bernini-R at most (4)",
     )
     base.add_argument(
         "--reference-side",

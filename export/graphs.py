@@ -11,6 +11,7 @@ one latent frame.
 from __future__ import annotations
 
 import functools
+import random
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -224,11 +225,10 @@ class _Samples:
 
     def _own_size(self, seed: int) -> tuple[int, int]:
         """Height and width in latents, whole patches, of a picture of its own size."""
-        g = torch.Generator().manual_seed(seed)
+        drawn = random.Random(seed)  # numbers that the host knows, also where tensors have no values
         most = (self.config.concept.side or 0) // PATCH
-        height, width = torch.randint(1, most + 1, (2,), generator=g).tolist()
         whole = PATCH // self.config.vae["scale_factor_spatial"]
-        return height * whole, width * whole
+        return drawn.randint(1, most) * whole, drawn.randint(1, most) * whole
 
     def encode(self, seed: int) -> Sample:
         """Another picture, in each frame, and the state that the first left."""

@@ -96,6 +96,12 @@ def _tiles(manifest: Manifest) -> str:
     )
 
 
+def _prompt(manifest: Manifest) -> str:
+    """What stands in prompts beside captions."""
+    name, prefix = manifest.picture_name, manifest.prompt_prefix
+    return f"prompt    behind {prefix!r}; the pictures are {name}0, {name}1, …, told behind their labels"
+
+
 def _describe(manifest: Manifest, sizes: dict[str, int], folder: Path) -> str:
     s, d = manifest.shapes, manifest.defaults
     lines = [
@@ -109,6 +115,7 @@ def _describe(manifest: Manifest, sizes: dict[str, int], folder: Path) -> str:
         if manifest.concepts
         else "concepts  none: a base alone",
         *([] if manifest.conditioning is None else [f"pictures  {_placements(manifest.conditioning)}"]),
+        *([_prompt(manifest)] if manifest.picture_name else []),
         f"text      {manifest.prompt_tokens} tokens, labels {s.label_tokens}",
         f"latents   {' × '.join(map(str, s.latent))} (channels, frames, height, width)",
         *([] if manifest.tile is None else [f"decoding  {_tiles(manifest)}"]),

@@ -108,6 +108,20 @@ def test_each_branch_is_the_packed_sequence(
 
 
 @torch.no_grad()
+def test_squares_of_another_side(grids, randomise, assert_close, with_own_grids):
+    """Than the configuration's: what graphs of a small video are compared at."""
+    wan = randomise(upstream(grids()))
+    x, time, text, pictures = arguments(grids(), 1, 1)
+    expected = with_own_grids(wan, x, pictures, [1.0], time, text)
+    for side in (160, 96):
+        model = ConceptDiT(grids(side=side)).eval()
+        load_strict(model, wan.state_dict())
+        mask = torch.tensor([[True, False, False]])
+        found = model.denoise(x, time, keys_values(model, text), mask, packed(grids(), pictures, [1.0]))
+        assert_close(found, expected)
+
+
+@torch.no_grad()
 def test_a_picture_that_fills_its_square_needs_no_mask(grids, randomise, assert_close, with_own_grids):
     config = grids(max_concepts=1)
     wan = randomise(upstream(config))

@@ -314,6 +314,7 @@ def test_what_the_bundle_is(one, bundles, command):
     assert (told.guidance, told.concept_guidance) == (4.0, 4.5) and told.negative.startswith("色调艳丽，过曝")
     code, out, _ = command("inspect", bundle)
     assert code == 0 and "1 to 4, each of its own size, up to 96 pixels a side" in out
+    assert f"behind {PREFIX!r}; the pictures are image0, image1, …" in out
     code, out, err = command("verify", bundle, "--source", folder)
     assert (code, err) == (0, "") and out.count("ok") == len(names)
 
@@ -395,8 +396,19 @@ def test_the_second_transformer_of_a_folder_that_skips_it_is_not_read(two, tmp_p
 
 
 @pytest.mark.slow
+def test_the_published_side(one, with_own_grids, generated, command, tmp_path):
+    """Where nothing is said: large pictures have a longer side of 848 pixels."""
+    (parts, folder), images, noise = one, [picture(8, 1000, 700), picture(9, 300, 130)], noise_for(5)
+    args = ("export", folder, "--output", tmp_path / "large", *SIZE[:4], "--no-graphs", "--quiet")
+    code, _, err = command(*args)
+    assert code == 0, err
+    frames = expected(parts, with_own_grids, images, noise, said_of(2), side=848)
+    held(generated(tmp_path / "large", images, noise, "--backend", "torch", "--weights", folder), frames)
+
+
+@pytest.mark.slow
 def test_more_of_it_with_graphs(one, with_own_grids, generated, command, tmp_path):
-    """Few words, tiles and eight bits; another size."""
+    """Few words, and tiles; another size."""
     (parts, folder), images = one, PICTURES[:2]
     noise = noise_for(4, (4, 2, 10, 4))
     args = (
@@ -413,17 +425,23 @@ def test_more_of_it_with_graphs(one, with_own_grids, generated, command, tmp_pat
         "--quiet",
     )
     frames = expected(parts, with_own_grids, images, noise, said_of(2), side=64)
-    for name, more in (
-        ("short", ("--text-tokens", 500)),
-        ("tiles", ("--tile", "32x32")),
-        ("int8", ("--int8",)),
-    ):
+    for name, more in (("short", ("--text-tokens", 500)), ("tiles", ("--tile", "32x32"))):
         code, _, err = command(*args, "--output", tmp_path / name, *more)
         assert code == 0, err
         found = generated(tmp_path / name, images, noise)
         if name == "short":
             held(found, frames)
         assert found.shape == frames.shape
+
+
+@pytest.mark.slow
+def test_eight_bits(wan_parts, generated, command, tmp_path):
+    """Of weights that are not drawn to show every rounding."""
+    folder = save(wan_parts(), tmp_path / "plain")
+    args = ("export", folder, "--output", tmp_path / "int8", *SIZE, "--references", 2, "--int8", "--quiet")
+    code, _, err = command(*args)
+    assert code == 0, err
+    assert generated(tmp_path / "int8", PICTURES[:2], noise_for(1)).std() > 5
 
 
 @pytest.mark.slow
