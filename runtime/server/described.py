@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from ...untrusted import printable
+from ..request import MAX_GUIDANCE, MAX_SAMPLES, MAX_SEED
+from ..solver import SHIFTS, SOLVERS, TRAINED_STEPS
 from . import asked
 from .jobs import STATUSES
 
@@ -66,15 +68,22 @@ _VIDEO = _object(
 _MODEL = _object(id=_TEXT, object={"const": "model"}, created=_WHOLE, owned_by=_TEXT)
 
 _FILE = {"type": "string", "format": "binary"}
+_WORDS = {"type": "string", "maxLength": asked.LONGEST_PROMPT}
+_SCALE = {"type": "number", "minimum": 0, "maximum": MAX_GUIDANCE}
 _FIELDS: dict[str, Any] = {
-    "prompt": _TEXT,
-    "model": _TEXT,
-    "size": _TEXT,
-    "seconds": _TEXT,
-    "callback_url": _TEXT,
-    **dict.fromkeys(asked.WHOLE, _WHOLE),
-    **dict.fromkeys(asked.NUMBERS, _NUMBER),
-    **dict.fromkeys(asked.TEXTS, _TEXT),
+    "prompt": {**_WORDS, "minLength": 1},
+    "model": {"type": "string", "description": "a bundle's name; without it the first of /v1/models"},
+    "size": {"type": "string", "description": "the model's, which is fixed"},
+    "seconds": {"type": "string", "description": "the model's, which is fixed"},
+    "callback_url": {"type": "string", "format": "uri"},
+    "n": {"type": "integer", "minimum": 1, "maximum": MAX_SAMPLES},
+    "seed": {"type": "integer", "minimum": 0, "maximum": MAX_SEED},
+    "steps": {"type": "integer", "minimum": 1, "maximum": TRAINED_STEPS},
+    **dict.fromkeys(asked.NUMBERS, _SCALE),
+    "shift": {"type": "number", "minimum": SHIFTS[0], "maximum": SHIFTS[1]},
+    "negative_prompt": _WORDS,
+    "solver": {"enum": list(SOLVERS)},
+    **dict.fromkeys(asked.IGNORED, {}),
 }
 _REFERENCE = {
     "type": "object",
@@ -87,19 +96,26 @@ _REFERENCE = {
 }
 _FORM = {
     **_FIELDS,
-    "input_reference": {"type": "array", "items": _FILE},
-    "label": {"type": "array", "items": _TEXT, "description": "what each picture shows, in the same order"},
+    "input_reference": {"type": "array", "items": _FILE, "maxItems": asked.MOST_PICTURES},
+    "label": {"type": "array", "items": _WORDS, "description": "what each picture shows, in the same order"},
 }
-_JSON = {**_FIELDS, "input_references": {"type": "array", "items": _REFERENCE}}
+_JSON = {
+    **_FIELDS,
+    "input_reference": {"type": "string", "description": "a data: URL in base64; the same as one of them"},
+    "label": _WORDS,
+    "input_references": {"type": "array", "items": _REFERENCE, "maxItems": asked.MOST_PICTURES},
+}
+
+
+def _whole_object(properties: dict[str, Any]) -> dict[str, Any]:
+    known: dict[str, Any] = {"type": "object", "properties": properties, "required": ["prompt"]}
+    return {"schema": known | {"additionalProperties": False}}
+
+
 CREATE: dict[str, Any] = {
     "requestBody": {
         "required": True,
-        "content": {
-            "multipart/form-data": {
-                "schema": {"type": "object", "properties": _FORM, "required": ["prompt"]}
-            },
-            "application/json": {"schema": {"type": "object", "properties": _JSON, "required": ["prompt"]}},
-        },
+        "content": {"multipart/form-data": _whole_object(_FORM), "application/json": _whole_object(_JSON)},
     }
 }
 SESSION: dict[str, Any] = {

@@ -20,6 +20,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from conceptmaster.runtime.server.asked import KNOWN
+
 from .conftest import PROMPT, Server
 
 SETTINGS = settings(deadline=None, max_examples=60, suppress_health_check=list(HealthCheck))
@@ -46,6 +48,14 @@ def sound(answer: httpx.Response, described: dict[str, Any], path: str, method: 
     if answer.status_code >= 400:
         error = answer.json()["error"]
         assert set(error) == {"message", "type", "param", "code"} and error["message"]
+
+
+def test_every_field_is_described(described: dict[str, Any]) -> None:
+    content = described["paths"]["/v1/videos"]["post"]["requestBody"]["content"]
+    form, value = (
+        content[kind]["schema"]["properties"] for kind in ("multipart/form-data", "application/json")
+    )
+    assert set(form) | set(value) == set(KNOWN) and set(value) - set(form) == {"input_references"}
 
 
 # Bodies.
