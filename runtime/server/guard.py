@@ -10,6 +10,7 @@ import asyncio
 import ipaddress
 import json
 from collections.abc import Awaitable, Callable, Iterable
+from contextlib import suppress
 from typing import Any
 
 from .refusals import Refused
@@ -37,6 +38,7 @@ SMALL = 2**16  # bytes of a body of any request but one for a video
 BODIES = ("/v1/videos", "/v1/videos/sync")
 AT_ONCE = 4  # of the largest bodies; what more comes in at the same time is to come again
 PATIENCE = 30.0  # seconds in which a client must send some more of its body
+LINGERING, LINGER = 2**24, 2.0  # bytes and seconds of a body that is not wanted
 
 
 class Guard:
@@ -83,6 +85,8 @@ class Guard:
                 own = {name for name, _ in message.get("headers", ())}
                 added = [(k.encode(), v.encode()) for k, v in HEADERS.items() if k.encode() not in own]
                 message = {**message, "headers": [*message.get("headers", ()), *added]}
+            elif not whole and not message.get("more_body", False):
+                await _rest(receive)
             await send(message)
 
         try:
@@ -122,6 +126,16 @@ class Guard:
         length = headers.get(b"content-length", "0")
         if length.isdecimal() and len(length) < 20 and int(length) > most:
             raise _too_large(most)
+
+
+async def _rest(receive: Receive) -> None:
+    """Takes some more of a body that nobody wants: who still sends when the connection is closed may not see
+    the answer."""
+    left = LINGERING
+    with suppress(TimeoutError):
+        async with asyncio.timeout(LINGER):
+            while left > 0 and (message := await receive()).get("more_body", False):
+                left -= len(message["body"])
 
 
 def _too_large(most: int) -> Refused:
