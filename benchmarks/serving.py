@@ -1,13 +1,13 @@
 """A server under load: is anything lost or wrong, what does it wait, what does it cost? No GPU is needed.
 
-    python -m conceptmaster.benchmarks.serving [--write] [--requests N] [--clients N] [--steps N] …
+    python -m conceptmaster.benchmarks.serving [--requests N] [--plain N] [--clients N] … [--write FILE]
 
-First the requests' videos are made by `conceptmaster generate --requests`: what is right, and how fast it is
-alone. Then so many clients ask a server for them, poll as OpenAI's client does, cancel and delete some, and
-download and compare the rest, while workers are killed now and then (SIGKILL); all of it by one seed, but for
-the moments. Then others (--plain), without any of that: throughput against `generate` alone, as videos by the
-clock, and as processor time, which tells more on a machine that others use, too. The clients' own time counts
-as the machine's. `--write` also writes benchmarks/results/serving.json.
+So many clients ask a server for videos, poll as OpenAI's client does, cancel and delete some, and download
+and compare the rest with what `conceptmaster generate --requests` makes, while workers are killed now and
+then (SIGKILL); all of it by one seed, but for the moments. Then (--plain) without any of that, in turn with
+`generate --requests` alone, round by round, as a machine that others use is not always as fast: throughput
+by the clock, and by processor time, of the workers alone and of all. The clients' own time is the machine's,
+too. `--requests 0` or `--plain 0` leaves one out.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ from typing import Any
 
 import httpx
 
-from .reports import RESULTS, ROOT, commit, machine, write
+from .reports import ROOT, commit, machine, write
 
-REPORT = RESULTS / "serving.json"
+ROUNDS = 6
 PICTURES = {"flower": "1.png", "rocket": "2.png"}
 FOLDER = ROOT / "examples/sprites/requests/first"
 SCENES = 12
@@ -123,14 +123,14 @@ class Server:
         tasks = Path(f"/proc/{pid}/task")
         return [int(w) for task in tasks.iterdir() for w in (task / "children").read_text().split()]
 
-    def cpu(self) -> float:
-        """Seconds of the processor that it and its workers have had, those that were waited for, too."""
-        total = 0.0
-        for pid in (self.process.pid, *self.workers()):
+    def cpu(self) -> tuple[float, float]:
+        """Seconds of the processor that it, and its workers, have had."""
+        found = [0.0, 0.0]
+        for place, pid in [(0, self.process.pid), *((1, pid) for pid in self.workers())]:
             with contextlib.suppress(OSError):
                 fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-                total += sum(map(int, fields[11:15])) / TICKS
-        return total
+                found[place] += sum(map(int, fields[11:13])) / TICKS
+        return found[0], found[1]
 
     def memory(self) -> tuple[int, int]:
         """Resident bytes of the server, and of its largest worker."""
@@ -140,6 +140,10 @@ class Server:
                 pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
                 found[place] = max(found[place], pages * os.sysconf("SC_PAGE_SIZE"))
         return found[0], found[1]
+
+    def videos(self) -> list[Path]:
+        """Finished ones."""
+        return list(self.folder.glob("videos/*/video-0.mp4"))
 
     def stop(self) -> None:
         """As a supervisor would."""
@@ -157,9 +161,9 @@ class Load:
         self.kills = 0
         self.memory: list[tuple[int, int]] = []
 
-    async def run(self, count: int) -> None:
+    async def run(self, requests: range) -> None:
         """All of the requests."""
-        numbers = iter(range(count))
+        numbers = iter(requests)
         limits = httpx.Limits(max_connections=self.options.clients)
         async with httpx.AsyncClient(
             base_url=self.server.url, timeout=PATIENCE, limits=limits, trust_env=False
@@ -261,30 +265,67 @@ def _flat(memory: list[tuple[int, int]], which: int) -> dict[str, float]:
     }
 
 
-def loaded(options: Options, folder: Path, right: list[str], faults: bool) -> dict[str, Any]:
-    """One run against a fresh server."""
-    count, steps = (options.requests, options.steps) if faults else (options.plain, options.plain_steps)
-    server = Server(options, folder)
+def with_faults(options: Options, folder: Path) -> dict[str, Any]:
+    """Cancels, deletes and killed workers."""
+    right, _ = _right(options.steps, options, folder / "right")
+    server = Server(options, folder / "server")
     try:
-        load = Load(server, options, right, steps, faults)
-        before, own, start = server.cpu(), time.process_time(), time.perf_counter()
-        asyncio.run(load.run(count))
-        seconds, cpu, own = time.perf_counter() - start, server.cpu() - before, time.process_time() - own
-        videos = [path for path in folder.glob("videos/*/video-0.mp4")]
-        speed = rate(videos)
+        load = Load(server, options, right, options.steps, True)
+        start = time.perf_counter()
+        asyncio.run(load.run(range(options.requests)))
+        seconds = time.perf_counter() - start
         server.stop()
     finally:
         server.process.kill()
     return {
-        "requests": count,
         "became": dict(sorted(load.found.items())),
         "worker_kills": load.kills,
-        **waits(folder),
+        **waits(server.folder),
         "memory_mb": {"server": _flat(load.memory, 0), "worker": _flat(load.memory, 1)},
         "seconds": round(seconds, 1),
-        "videos_per_second": round(speed, 4),
-        "server_cpu_s_per_video": round(cpu / len(videos), 4),
-        "clients_cpu_s_per_video": round(own / len(videos), 4),
+    }
+
+
+def without(options: Options, folder: Path) -> dict[str, Any]:
+    """In turn with `generate` alone."""
+    right, opening = _right(options.plain_steps, options, folder / "right")
+    count, rows = options.plain // ROUNDS, []
+    server = Server(options, folder / "server")
+    try:
+        load = Load(server, options, right, options.plain_steps, False)
+        asyncio.run(load.run(range(SCENES)))  # so that all has been loaded
+        for number in range(ROUNDS):
+            videos, cpu = alone(count, options.plain_steps, options, folder / f"alone-{number}")
+            known, before, own = set(server.videos()), server.cpu(), time.process_time()
+            asyncio.run(load.run(range(number * count, (number + 1) * count)))
+            after, own = server.cpu(), time.process_time() - own
+            made = [path for path in server.videos() if path not in known]
+            rows.append(
+                {
+                    "alone_per_s": rate(videos),
+                    "served_per_s": rate(made),
+                    "alone_cpu_s": (cpu - opening) / (count - SCENES),
+                    "worker_cpu_s": (after[1] - before[1]) / count,
+                    "server_cpu_s": (after[0] - before[0]) / count,
+                    "clients_cpu_s": own / count,
+                }
+            )
+            _say(rows[-1])
+        server.stop()
+    finally:
+        server.process.kill()
+    middle = {name: statistics.median(row[name] for row in rows) for name in rows[0]}
+    alone_cpu, worker, http = (middle[f"{name}_cpu_s"] for name in ("alone", "worker", "server"))
+    return {
+        "became": dict(sorted(load.found.items())),
+        **waits(server.folder),
+        "rounds": [{name: round(value, 4) for name, value in row.items()} for row in rows],
+        "median": {name: round(value, 4) for name, value in middle.items()},
+        "throughput_against_alone": {
+            "by_the_clock": round(statistics.median(r["served_per_s"] / r["alone_per_s"] for r in rows), 3),
+            "by_the_workers_processor_time": round(alone_cpu / worker, 3),
+            "by_all_processor_time": round(alone_cpu / (worker + http), 3),
+        },
     }
 
 
@@ -292,30 +333,6 @@ def _right(steps: int, options: Options, folder: Path) -> tuple[list[str], float
     """SHA-256 of each scene's video, and the processor's seconds for all of it."""
     files, cpu = alone(SCENES, steps, options, folder)
     return [hashlib.sha256(path.read_bytes()).hexdigest() for path in files], cpu
-
-
-def measured(options: Options) -> dict[str, Any]:
-    """The whole report."""
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        right, opening = _right(options.steps, options, folder / "right")
-        report: dict[str, Any] = {"faults": loaded(options, folder / "faults", right, True)}
-        _say(report)
-        right, opening = _right(options.plain_steps, options, folder / "plain-right")
-        halves = []  # before and behind the server's run: a machine that others use is not always as fast
-        for half in ("before", "behind"):
-            if half == "behind":
-                report["plain"] = loaded(options, folder / "plain", right, False)
-            videos, cpu = alone(options.plain // 2, options.plain_steps, options, folder / half)
-            halves.append((rate(videos), (cpu - opening) / (len(videos) - SCENES)))
-    speed, cpu = (statistics.mean(half[i] for half in halves) for i in (0, 1))
-    report["generate_alone"] = {"videos_per_second": round(speed, 4), "cpu_s_per_video": round(cpu, 4)}
-    plain = report["plain"]
-    report["throughput_ratio"] = {
-        "by_the_clock": round(plain["videos_per_second"] / speed, 3),
-        "by_processor_time": round(cpu / plain["server_cpu_s_per_video"], 3),
-    }
-    return report
 
 
 def _say(value: Any) -> None:
@@ -332,22 +349,32 @@ def main(argv: Sequence[str] | None = None) -> int:
     numbers = {"requests": 1000, "steps": 1, "plain": 200, "plain-steps": 4, "clients": 50}
     for option, default in {**numbers, "workers": 1, "threads": 1, "seed": 0}.items():
         parser.add_argument(f"--{option}", type=int, default=default, metavar="N", help=f"({default})")
-    parser.add_argument("--write", action="store_true", help=f"also write {REPORT.relative_to(ROOT)}")
+    parser.add_argument("--write", type=Path, metavar="FILE", help="where the report goes, too")
     given = vars(parser.parse_args(argv))
-    writing = given.pop("write")
+    place = given.pop("write")
     options = Options(**given)
-    about = {
+    report: dict[str, Any] = {
         "command": " ".join([parser.prog, *(sys.argv[1:] if argv is None else argv)]),
         "commit": commit(),
         "machine": machine(("numpy", "onnxruntime", "fastapi", "starlette", "uvicorn", "sse-starlette")),
         "options": dataclasses.asdict(options),
     }
-    report = {**about, **measured(options)}
+    with tempfile.TemporaryDirectory() as name:
+        for run, count, measure in (
+            ("faults", options.requests, with_faults),
+            ("plain", options.plain, without),
+        ):
+            if count:
+                folder = Path(name) / run
+                folder.mkdir()
+                report[run] = measure(options, folder)
+                _say(report[run])
     print(json.dumps(report, indent=1))
-    if writing:
-        write(report, REPORT)
-    wrong = [set(report[run]["became"]) - {"right", "cancelled", "deleted"} for run in ("faults", "plain")]
-    return int(any(wrong) or any(report[run]["left_unfinished"] for run in ("faults", "plain")))
+    if place is not None:
+        write(report, place)
+    runs = [report[run] for run in ("faults", "plain") if run in report]
+    wrong = any(set(run["became"]) - {"right", "cancelled", "deleted"} for run in runs)
+    return int(wrong or any(run["left_unfinished"] for run in runs))
 
 
 if __name__ == "__main__":

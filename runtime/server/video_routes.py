@@ -60,9 +60,9 @@ def _repeat_of(request: Request) -> str | None:
 
 
 def _answer(service: Service, job: Job) -> Response:
-    """The video, and when it is worth asking again: sooner where fewer jobs are before it."""
+    """The video, and when it is worth asking again: when most of what is before it should be done."""
     video = service.video(job)
-    wait = 1000 * service.dispatcher.pace(job.bundle) * (video["queue_position"] or 0) / 2
+    wait = 800 * service.dispatcher.pace(job.bundle) * (video["queue_position"] or 0)
     pause = round(min(max(SHORTEST_POLL, wait), LONGEST_POLL))
     return JSONResponse(video, headers={"openai-poll-after-ms": str(pause)} if job.active else None)
 
