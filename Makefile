@@ -16,13 +16,15 @@ ARGS ?=
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
+PORT ?= 8000
 REQUEST := examples/sprites/requests/first/request.json
 
-.PHONY: help video test test-slow lint bench bench-serve gpu clean
+.PHONY: help video serve test test-slow lint bench bench-serve gpu clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make video      install what generating needs (no torch), write out/video.mp4 and out/sheet.png"
+	@echo "make serve      install what the server needs, show its page at http://127.0.0.1:$(PORT) (PORT=8000)"
 	@echo "make test       install everything, run the tests"
 	@echo "make test-slow  the tests that take minutes"
 	@echo "make lint       ruff and mypy"
@@ -37,6 +39,11 @@ video: $(VENV)/.base
 		--output out/video.mp4 --sheet out/sheet.png
 	@echo "video: $(CURDIR)/out/video.mp4"
 	@echo "sheet: $(CURDIR)/out/sheet.png"
+
+serve: $(VENV)/.serve
+	@mkdir -p out
+	@echo "starting: its page will be at http://127.0.0.1:$(PORT), its jobs are in out/jobs, Ctrl-C ends it"
+	$(BIN)/conceptmaster serve --data out/jobs --port $(PORT) $(ARGS)
 
 test: $(VENV)/.dev
 	$(TEST) -n $(PROCESSES) --dist loadfile $(ARGS)
@@ -77,6 +84,11 @@ $(VENV)/.created:
 $(VENV)/.base: $(VENV)/.created setup.py pyproject.toml
 	@echo "installing conceptmaster and what generating needs into $(VENV)"
 	@$(PIP) install -e .
+	@touch $@
+
+$(VENV)/.serve: $(VENV)/.base
+	@echo "installing what the server needs"
+	@$(PIP) install -e '.[serve]'
 	@touch $@
 
 $(VENV)/.torch: $(VENV)/.created

@@ -85,7 +85,6 @@ function modelChanged() {
   $("negative_prompt").placeholder ||= "what should not be seen";
   $("labels").replaceChildren(...(vocabulary?.labels ?? []).map((value) => make("option", { value })));
   $("example").hidden = !examplesFor(model()).length;
-  lastExample = -1;
   showVocabulary(vocabulary);
   picturesChanged();
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -192,6 +193,16 @@ def test_an_example_in_one_click_and_then_another_seed(empty: Any, open_page: Op
     wait_until(sent(page, page.get_by_role("button", name="New seed").click), "completed")
     second = newest_video(empty)
     assert second["seed"] != 5 and second["labels"] == first["labels"]
+
+
+def test_every_example_can_be_filled_in(sprites: Any, open_page: Open) -> None:
+    page = open_page(sprites)
+    page.get_by_label("Model").select_option("sprites")
+    for folder in ("first", "twins", "three", "first"):
+        request = json.loads((REQUESTS / folder / "request.json").read_text())
+        page.get_by_role("button", name="Fill in an example").click()
+        expect(page.get_by_label("What happens")).to_have_value(request["prompt"])
+        expect(page.locator(".tile")).to_have_count(len(request["concepts"]))
 
 
 def test_what_was_made_can_be_put_into_the_form(sprites: Any, open_page: Open) -> None:
