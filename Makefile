@@ -86,8 +86,8 @@ $(VENV)/.base: $(VENV)/.created setup.py pyproject.toml
 	@$(PIP) install -e .
 	@touch $@
 
-$(VENV)/.serve: $(VENV)/.base
-	@echo "installing what the server needs"
+$(VENV)/.serve: $(VENV)/.created setup.py pyproject.toml
+	@echo "installing conceptmaster[serve] into $(VENV)"
 	@$(PIP) install -e '.[serve]'
 	@touch $@
 
