@@ -3,8 +3,8 @@
 Bernini's references are called image0, image1, … in the captions that it was trained with: "The marble statue
 from image0, wearing the black T-shirt from image2, …" (its assets/testcases/r2v). So behind the first place
 where a caption has a label, as whole words, `from image0` is added. A picture that the caption calls by its
-name is left to it, and so is a caption that names all. The prefix is what its program puts in front, with
-nothing between.
+name is left to it, with the words that its label is and those in front of the name, and so is a caption that
+names all. The prefix is what its program puts in front, with nothing between.
 """
 
 from __future__ import annotations
@@ -34,7 +34,9 @@ def spoken(request: Request, manifest: Manifest) -> str:
 
 def named(caption: str, labels: list[str], name: str) -> str:
     """`caption`, cleaned as the labels are, with `name` and a number for each of them. Raises as `spoken`."""
-    said = {int(number) for number in re.findall(rf"(?<!\w){name}(\d{{1,9}})(?!\w)", caption)}
+    spelled, how = rf"(?<!\w){name}(0|[1-9][0-9]*)(?!\w)", re.IGNORECASE | re.ASCII
+    said = {int(number[:9]) for number in re.findall(spelled, caption, how)}
+    behind = re.compile(rf"\s+from\s+{spelled}", how)
     if said and max(said) >= len(labels):
         have = f"{name}0" if len(labels) == 1 else f"{name}0 to {name}{len(labels) - 1}"
         raise InputError(
@@ -43,11 +45,16 @@ def named(caption: str, labels: list[str], name: str) -> str:
         )  # fmt: skip
     taken: dict[int, int] = {}  # where a label begins → its number
     ends: dict[int, int] = {}
-    for number in sorted(set(range(len(labels))) - said, key=lambda n: -len(labels[n])):
+    for number in sorted(range(len(labels)), key=lambda n: -len(labels[n])):
         label = labels[number]
         places = [found.span() for found in _whole(label).finditer(caption)]
-        places.sort(key=lambda place: caption[place[1] : place[1] + 1] in ("'", "’"))  # an owner's come last
-        free = next((p for p in places if all(p[1] <= at or p[0] >= ends[at] for at in taken)), None)
+        unused = [p for p in places if all(p[1] <= at or p[0] >= ends[at] for at in taken)]
+        if number in said:  # these words are its own
+            taken, ends = taken | {start: number for start, _ in unused}, ends | dict(unused)
+            continue
+        unused = [place for place in unused if not behind.match(caption, place[1])]
+        unused.sort(key=lambda place: caption[place[1] : place[1] + 1] in ("'", "’"))  # an owner's come last
+        free, places = next(iter(unused), None), [p for p in places if not behind.match(caption, p[1])]
         if free is None and places:
             at = next(at for at in taken if any(p[0] < ends[at] and p[1] > at for p in places))
             other = labels[taken[at]]
@@ -61,7 +68,7 @@ def named(caption: str, labels: list[str], name: str) -> str:
                 f"name, {name}{number}"
             )
         taken[free[0]], ends[free[0]] = number, free[1]
-    for at in sorted(taken, reverse=True):
+    for at in sorted((at for at in taken if taken[at] not in said), reverse=True):
         end = ends[at]
         space = " " if caption[end : end + 1].isalnum() else ""  # in a script without spaces
         caption = f"{caption[:end]} from {name}{taken[at]}{space}{caption[end:]}"

@@ -25,6 +25,12 @@ from conceptmaster.runtime.pictures import fit
         ("a catfish and a cat", ["cat"], "a catfish and a cat from image0"),
         ("the statue from image0 sits", ["statue"], "the statue from image0 sits"),
         ("image1 beside the cat", ["cat", "dog"], "image1 beside the cat from image0"),
+        ("cat food from image1, a cat", ["cat", "cat food"], "cat food from image1, a cat from image0"),
+        ("image1 is cat food, a cat", ["cat", "cat food"], "image1 is cat food, a cat from image0"),
+        ("cat from image1, cat", ["cat", "dog"], "cat from image1, cat from image0"),
+        ("Image0 runs", ["cat"], "Image0 runs"),
+        ("image0里的猫在跑", ["猫"], "image0里的猫在跑"),
+        ("image00 and a cat", ["cat"], "image00 and a cat from image0"),
         ("image0, image1 and image10", [str(n) for n in range(11)], None),
         ("a c++ (beta) mug", ["c++ (beta) mug"], "a c++ (beta) mug from image0"),
         ("猫在跑", ["猫"], "猫 from image0 在跑"),
@@ -53,6 +59,8 @@ def test_a_caption_is_told_which_picture_is_which(caption, labels, said):
         ("image0 and image2", ["cat", "dog"], "names image2, but the pictures are image0 to image1"),
         ("image1 runs", ["cat"], "names image1, but the pictures are image0"),
         ("image0 runs", [], "names image0, and there are no pictures"),
+        ("image123456789012 and a cat", ["cat"], "but the pictures are image0"),
+        ("cat food from image1", ["cat", "cat food"], "labels 'cat food' and 'cat' stand for the same words"),
     ],
 )
 def test_a_picture_that_cannot_be_asked_for(caption, labels, message):
