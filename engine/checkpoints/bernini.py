@@ -14,6 +14,7 @@ from ...errors import ConfigError
 from ..checked import MOST, is_number, is_whole
 from ..config import PATCH, ConceptConfig
 from .base import Base
+from .derived import VACE_CLASS
 
 ROOT = "config.json"
 RENDERER = "bernini_renderer"
@@ -83,6 +84,14 @@ def own_grids(
         return None
     if adapter is not None:
         raise ConfigError(f"{base.where} is a Bernini-R, which takes pictures itself: no adapter")
+    transformer = base.part("transformer")
+    channels, made = (transformer.config.get(name) for name in ("in_channels", "out_channels"))
+    plain = transformer.config.get("_class_name") != VACE_CLASS and made in (None, channels)
+    if not plain or transformer.config.get("image_dim") is not None:
+        raise ConfigError(
+            f"{base.where / ROOT} says that the model is Bernini-R, whose transformer is a text-to-video "
+            f"one: {transformer.told} is another"
+        )
     count, side = REFERENCES if references is None else references, SIDE if side is None else side
     if not is_whole(count, most := MOST["max_concepts"]):
         raise ConfigError(f"references must be 1 to {most}, got {count!r:.60}")

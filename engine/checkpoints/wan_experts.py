@@ -11,6 +11,7 @@ from ...errors import ConfigError
 from ..checked import is_number
 from ..transformer_config import TransformerConfig
 from .base import Base
+from .bernini import SKIPPED, is_bernini
 from .diffusers_folder import INDEX, LAYOUT
 from .releases import release_of
 
@@ -36,9 +37,10 @@ def read_boundary(base: Base, first: TransformerConfig, second: TransformerConfi
         )
     if second is None:
         if named or said is not None:
-            why = "names one" if named else f"has boundary_ratio {said:g}"
+            why = f"{INDEX} " + ("names one" if named else f"has boundary_ratio {said:g}")
+            why = f"config.json does not say {SKIPPED}" if is_bernini(base.root) else why
             raise ConfigError(
-                f"{base.where} has no transformer_2, the expert for low noise, but its {INDEX} {why}: "
+                f"{base.where} has no transformer_2, the expert for low noise, but its {why}: "
                 "one expert alone makes no video"
             )
         where = base.part("transformer").where

@@ -27,9 +27,10 @@ A2_TRANSFORMER = "A2Model"
 A2_PIPELINES = ("A2Pipeline", "WanA2Pipeline")
 """What SkyReels-A2's programs call their classes. Its weights are otherwise a Wan2.1 of a first frame."""
 VACE_PIPELINE = "WanVACEPipeline"
+IMAGE_PIPELINE = "WanImageToVideoPipeline"
 PIPELINES = (
     "WanPipeline",
-    "WanImageToVideoPipeline",
+    IMAGE_PIPELINE,
     "WanVideoToVideoPipeline",
     VACE_PIPELINE,
     *A2_PIPELINES,

@@ -21,9 +21,10 @@ from ..checked import is_whole
 from ..config import ConceptConfig
 from ..transformer_config import TransformerConfig
 from .base import Base
+from .bernini import RENDERER, is_bernini
 from .derived import VACE_CLASS
 from .magref import names_at
-from .wan_image_to_video import control, expands_timesteps, refuse_adapter
+from .wan_image_to_video import IMAGE_PIPELINE, control, expands_timesteps, refuse_adapter
 
 V3_TRANSFORMERS = ("SkyReelsC1WanI2v3DModel", "SkyReelsA2WanI2v3DModel")
 V3, PHANTOM = "WanSkyReelsA2WanT2VPipeline", "Phantom_Wan_S2V"
@@ -40,17 +41,26 @@ rounded down to 16."""
 
 
 def told(base: Base, references: int | None) -> Base:
-    """`base` with its pipeline's name in the index, where names or a number of references tell it."""
+    """`base` with its pipeline's name in the index, where names or a number of references tell it. Raises
+    ConfigError for a name that is Bernini's, without the file that tells it."""
     part = base.part("transformer")
     same = part.config.get("in_channels") == part.config.get("out_channels", part.config.get("in_channels"))
     plain = part.config.get("_class_name") != VACE_CLASS and part.config.get("image_dim") is None
-    if not (same and plain) or "transformer_2" in base.parts or expands_timesteps(base) or is_v3(base):
+    if not (same and plain) or expands_timesteps(base) or is_v3(base) or is_bernini(base.root):
         return base
     if base.index.get("_class_name", "WanPipeline") != "WanPipeline":
         return base
     names = [part.config.get("_name_or_path"), *names_at(part.where)]
     if part.where.is_relative_to(base.where):  # else the folder is called after another transformer
         names += [base.index.get("_name_or_path"), *names_at(base.where)]
+    if any("bernini" in str(name).lower() for name in names):
+        raise ConfigError(
+            f"{part.where} is called Bernini, which is told by a config.json with model_type "
+            f"{RENDERER!r} at the root of its folder in diffusers' layout: put it there, or rename "
+            "what is none"
+        )
+    if "transformer_2" in base.parts:
+        return base
     found = [kind for kind, pattern in NAMES.items() if any(pattern.search(str(name)) for name in names)]
     if not found and references is None:
         return base
@@ -84,8 +94,14 @@ def read_references(
     if not (v3 or phantom):
         if references is not None:
             raise ConfigError(
-                f"{base.where} takes no number of references: VACE does, and Phantom, which has a plain "
-                "text-to-video transformer of Wan2.1's"
+                f"{base.where} takes no number of references: VACE, Phantom and Bernini-R do; MAGREF takes 1 "
+                "to 8 from any bundle"
+            )
+        pictures = transformer.image_dim is not None or transformer.in_channels != transformer.out_channels
+        if base.index.get("_class_name") == IMAGE_PIPELINE and not (pictures or expands_timesteps(base)):
+            raise ConfigError(
+                f"{base.where} is of a {IMAGE_PIPELINE}, but its transformer has no channels for pictures: "
+                "that of a text-to-video model is a WanPipeline"
             )
         return None
     refuse_adapter(base, adapter)

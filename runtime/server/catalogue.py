@@ -63,6 +63,7 @@ class Served:
             "fps": m.fps,
             "concepts": {"least": least, "most": m.concepts},
             "reads_labels": m.reads_labels,
+            "prompt_names_pictures": m.reads_labels or m.caption_names or bool(m.picture_name),
             "defaults": {"steps": m.defaults.steps, "negative_prompt": m.defaults.negative} | m.scales,
             "vocabulary": None
             if known is None

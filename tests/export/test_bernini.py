@@ -357,7 +357,10 @@ def change(path, **changes):
         ({"skip_transformer_1": True}, "skip_transformer_1 must be False"),
         ({"skip_transformer_2": 1}, "skip_transformer_2 must be true or false"),
         ({"skip_transformer_2": False}, "switch_dit_boundary must be between 0 and 1, got 0"),
-        ({"skip_transformer_2": False, "switch_dit_boundary": 0.9}, "has no transformer_2"),
+        (
+            {"skip_transformer_2": False, "switch_dit_boundary": 0.9},
+            "config.json does not say skip_transformer_2",
+        ),
     ],
 )
 def test_an_odd_folder_is_refused_by_name(one, command, tmp_path, changes, message):
@@ -379,6 +382,31 @@ def test_what_can_be_chosen(one, wan_folder, command, tmp_path):
         args = ("--output", tmp_path / "out", *SIZE[:4], *options, "--no-graphs")
         code, out, err = command("export", place, *args)
         assert (code, out) == (2, "") and err.count("\n") == 1 and message in err, err
+
+
+@pytest.mark.parametrize("changes", [{"image_dim": 8}, {"_class_name": "WanVACETransformer3DModel"}])
+def test_another_transformer_than_its_own(one, command, tmp_path, changes):
+    own = tmp_path / "own"
+    shutil.copytree(one[1], own)
+    change(own / "transformer" / "config.json", **changes)
+    code, _, err = command("export", own, "--output", tmp_path / "out", *SIZE, "--no-graphs")
+    assert code == 2 and err.count("\n") == 1 and str(own / "transformer") in err, err
+
+
+@pytest.mark.parametrize("experts", [1, 2])
+def test_without_its_file_a_name_is_refused(one, two, command, tmp_path, experts):
+    own = tmp_path / "Bernini-R"
+    shutil.copytree((one, two)[experts - 1][1], own)
+    (own / "config.json").unlink()
+    index = {"_class_name": "WanPipeline"} | ({"boundary_ratio": 0.875} if experts == 2 else {})
+    (own / "model_index.json").write_text(json.dumps(index))
+    for options in ((), ("--references", 2)):
+        args = ("--output", tmp_path / "out", *SIZE[:4], *options, "--no-graphs")
+        code, out, err = command("export", own, *args)
+        assert (code, out) == (2, "") and err.count("\n") == 1, err
+        assert "is told by a config.json with model_type 'bernini_renderer'" in err
+    plain = own.rename(tmp_path / "wan")
+    assert command("export", plain, "--output", tmp_path / "out", *SIZE[:4], "--no-graphs")[0] == 0
 
 
 def test_the_second_transformer_of_a_folder_that_skips_it_is_not_read(two, tmp_path):

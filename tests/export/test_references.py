@@ -399,6 +399,16 @@ def test_what_cannot_be_is_refused_in_a_line(base, v3, phantom, command, tmp_pat
     assert (code, out) == (2, "") and err.count("\n") == 1 and message in err, err
 
 
+@pytest.mark.parametrize("options", [(), ("--references", 2)])
+def test_a_text_to_video_transformer_under_another_pipelines_name(base, command, tmp_path, options):
+    own = tmp_path / "own"
+    shutil.copytree(base, own)
+    change(own / "model_index.json", _class_name="WanImageToVideoPipeline")
+    code, _, err = command("export", own, "--output", tmp_path / "out", *SIZE, "--no-graphs", *options)
+    message = "takes no number of references" if options else "its transformer has no channels for pictures"
+    assert code == 2 and err.count("\n") == 1 and message in err, err
+
+
 def test_a_pickle_is_to_be_converted(base, phantom, command, tmp_path):
     """As Phantom's 1.3B is published; then the same bundle comes out of what `convert` writes."""
     from safetensors.torch import load_file

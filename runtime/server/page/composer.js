@@ -171,7 +171,7 @@ function picturesChanged() {
     node.querySelector(".before").disabled = at === 0;
     node.querySelector(".after").disabled = at === last;
     node.querySelector(".moves").hidden = last === 0;
-    node.querySelector(".label").hidden = !model().reads_labels;
+    node.querySelector(".label").hidden = !model().prompt_names_pictures;
   });
   const nodes = pictures.map(({ node }) => node);
   if ([...$("pictures").children].some((node, at) => node !== nodes[at]) || nodes.length !== $("pictures").children.length) {
@@ -213,7 +213,7 @@ function hint() {
   const prompt = $("prompt").value;
   const found = [];
   if (prompt.trim()) {
-    const labels = model().reads_labels ? pictures.map(({ label }) => label) : [];
+    const labels = model().prompt_names_pictures ? pictures.map(({ label }) => label) : [];
     for (const label of missing(prompt, labels)) {
       const button = make("button", { type: "button", className: "quiet" }, "Add it");
       button.addEventListener("click", () => insert(label));
