@@ -35,13 +35,7 @@ from conceptmaster.examples.sprites.training.learning import (
 )
 from conceptmaster.examples.sprites.training.loop import Log, LoopOptions, log_to, random_of
 from conceptmaster.examples.sprites.training.loop import train as run_loop
-from conceptmaster.examples.sprites.training.noising import (
-    DECOY_HELD,
-    HELD_SIGMA,
-    decoy_noise,
-    normal,
-    random_sigma,
-)
+from conceptmaster.examples.sprites.training.noising import decoy_noise, normal, random_sigma
 from conceptmaster.examples.sprites.training.train_model import ADAM_NAMES
 from conceptmaster.examples.sprites.training.train_vae import load_vae, write_vae
 
@@ -218,7 +212,6 @@ class Drawn:
     captions: Captions
     noise: Tensor
     sigma: Tensor
-    held: Tensor
     window: slice | None
 
     @classmethod
@@ -241,15 +234,14 @@ class Drawn:
         noise = normal(rng, tuple(batch.latents.shape), device)
         sigma = random_sigma(rng, len(noise), device, options.high)
         # The sprites' function asks of a batch what this one has, too.
-        noise, astray = decoy_noise(batch, noise, sigma, rng, options.decoys)  # type: ignore[arg-type]
-        held = torch.where(astray, DECOY_HELD, HELD_SIGMA)
-        return cls(trainee, device, batch, captions, noise, sigma, held, window)
+        noise, _ = decoy_noise(batch, noise, sigma, rng, options.decoys)  # type: ignore[arg-type]
+        return cls(trainee, device, batch, captions, noise, sigma, window)
 
     def losses(self) -> dict[str, Tensor]:
         """Those of the trainee."""
         with cheapest_attention(self.device), autocast(self.device):
             losses: dict[str, Tensor] = self.trainee(
-                self.batch, self.captions, self.noise, self.sigma, self.held, self.window
+                self.batch, self.captions, self.noise, self.sigma, self.window
             )
         return losses
 

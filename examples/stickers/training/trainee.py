@@ -1,8 +1,9 @@
 """The model with what only training needs: heads that ask early for what the concepts must carry.
 
 None of the heads is shipped. ``layout`` asks the middle block where every concept is and ``look`` how what is
-there looks, ``story`` asks the caption for places, ``portrait`` asks the visual queries how a concept looks,
-each for its own square of the upright picture.
+there looks, ``story`` asks the caption for places, ``scenery`` asks it, as the transformer reads it, for the
+background, ``portrait`` asks the visual queries how a concept looks, each for its own square of the upright
+picture.
 """
 
 from __future__ import annotations
@@ -31,7 +32,12 @@ SHARP = 0.25
 """What the likeness of two words is multiplied by."""
 RARE = -2.0
 """Logit of a place's being covered that the story head begins with, as the layout head does."""
-LAYOUT_WEIGHT, STORY_WEIGHT, PORTRAIT_WEIGHT, LOOK_WEIGHT = 4.0, 0.5, 2.0, 3.0
+FLOW_WEIGHT, LAYOUT_WEIGHT, STORY_WEIGHT, SCENERY_WEIGHT = 5.0, 4.0, 0.5, 1.0
+PORTRAIT_WEIGHT, LOOK_WEIGHT = 2.0, 3.0
+BARE = 0.05
+"""Of a place in the latents concepts cover at most so much where it is background."""
+LEAST_SPREAD = 1e-4
+"""Backgrounds of a batch that differ less count as if they differed so much."""
 THUMBNAIL = 8
 """Side of the picture of a concept that the middle block's tokens are asked for."""
 LOOK_COVERAGE = 0.4
@@ -76,6 +82,8 @@ class Trainee(nn.Module):
         self.portrait = UprightHead(concept.width)
         width = config.transformer.width
         self.look = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 3 * THUMBNAIL**2))
+        channels, _, rows, _ = config.latent_shape
+        self.scenery = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, channels * rows))
         self.middle = config.transformer.num_layers // 2 - 1
 
     @property
@@ -137,14 +145,14 @@ class Trainee(nn.Module):
         captions: Captions,
         noise: Tensor,
         sigma: Tensor,
-        held: Tensor,
         frames: slice | None = None,
     ) -> dict[str, Tensor]:
         """Losses: ``total`` and its parts. ``noise`` like the latents, ``sigma`` [B] in 0..1; ``frames``:
         which latent frames of whole clips the batch has, None for all.
 
-        Below the level ``held`` [B] the loss counts the data's error, not the velocity's, which is 1/sigma
-        times that.
+        The loss counts the data's error, not the velocity's, which is 1/sigma times that: at low levels,
+        where a narrow model cannot give its input back and a sampler of four steps never comes, it would
+        outweigh the high ones, where captions are followed, five to one.
         """
         s = sigma[:, None, None, None, None]
         noisy = (1 - s) * batch.latents + s * noise
@@ -154,27 +162,27 @@ class Trainee(nn.Module):
         label, named = self.read(*both).split([len(batch.filled), len(captions.filled)])
         with only(self.model.transformer, frames):
             velocity, hidden, told = self._velocity(batch, noisy, sigma, text, label)
-        return self.asked(batch, noise, s, held, velocity, hidden, *told, captions, named, beside)
+        return self.asked(batch, noise, s, velocity, hidden, *told, text, captions, named, beside)
 
     def asked(
         self,
         batch: Batch,
         noise: Tensor,
         s: Tensor,
-        held: Tensor,
         velocity: Tensor,
         hidden: Tensor,
         concepts: Tensor,
         visual: Tensor,
+        text: Tensor,
         captions: Captions,
         named: Tensor,
         beside: Tensor,
     ) -> dict[str, Tensor]:
-        """The losses of what came out, see ``forward``; ``beside`` and ``named``: the text of captions alone
-        and of their labels."""
+        """The losses of what came out, see ``forward``; ``text``: the batch's; ``beside`` and ``named``: that
+        of captions alone and of their labels."""
         weight = 1 + FOREGROUND * batch.coverage.sum(1, keepdim=True).clamp(max=1)  # [B,1,F,H,W]
-        counted = s.clamp(min=MIN_SIGMA) / torch.maximum(s, held[:, None, None, None, None])
-        error = (velocity.float() - (noise - batch.latents)).square() * weight * counted.square()
+        missed = (velocity.float() - (noise - batch.latents)) * s.clamp(min=MIN_SIGMA)
+        error = missed.square() * weight
         flow = error.mean() / weight.mean()
         target = self._tokens_covered(batch.coverage)  # [B,N,S]
         layout = coverage_loss(self.layout(hidden.float(), concepts.float()), target, batch.concept_mask)
@@ -182,10 +190,25 @@ class Trainee(nn.Module):
         difference = self.portrait(visual.float()) - batch.portraits.flatten(0, 1)[batch.filled]
         portrait = difference.abs().mean() + difference.square().mean()
         look = self._looks(batch, hidden, target)
-        total = flow + LAYOUT_WEIGHT * layout + STORY_WEIGHT * story
-        total = total + PORTRAIT_WEIGHT * portrait + LOOK_WEIGHT * look
-        losses = {"flow": flow, "layout": layout, "story": story, "portrait": portrait, "look": look}
-        return {"total": total, **losses}
+        scenery = self._scenery(batch, text)
+        total = FLOW_WEIGHT * flow + LAYOUT_WEIGHT * layout + STORY_WEIGHT * story
+        total = total + SCENERY_WEIGHT * scenery + PORTRAIT_WEIGHT * portrait + LOOK_WEIGHT * look
+        losses = {"flow": flow, "layout": layout, "story": story, "scenery": scenery}
+        return {"total": total, **losses, "portrait": portrait, "look": look}
+
+    def _scenery(self, batch: Batch, text: Tensor) -> Tensor:
+        """The error of what the caption's embedding in the transformer tells of the background, the latents'
+        means by rows; as a share of what these means differ in the batch."""
+        mask = batch.token_mask[..., None]
+        embedded = self.model.transformer.condition_embedder.text_embedder(text).float()  # [B,T,D]
+        pooled = (embedded * mask).sum(1) / mask.sum(1)  # [B,D]
+        bare = (batch.coverage.sum(1, keepdim=True) <= BARE).float()  # [B,1,F,H,W]
+        count = bare.sum((2, 4))  # [B,1,H]
+        wanted = (batch.latents * bare).sum((2, 4)) / count.clamp(min=1)  # [B,Cz,H]
+        seen = (count > 0).float()
+        spread = ((wanted - wanted.mean(0)).square() * seen).mean().clamp(min=LEAST_SPREAD)
+        error = (self.scenery(pooled).view_as(wanted) - wanted).square()
+        return (error * seen).mean() / spread
 
     def _looks(self, batch: Batch, hidden: Tensor, coverage: Tensor) -> Tensor:
         """The error of what the middle block's tokens [B,S,D] tell of the look of the concept that covers

@@ -22,8 +22,8 @@ class _Window(nn.Module):
         super().__init__()
         self.whole, self.frames = positions, frames
 
-    def forward(self, latents: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """As of ``Positions``, for latents of these frames alone."""
+    def forward(self, latents: Tensor, square: int | None = None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """As of ``Positions``, for latents of these frames alone; ``square`` is None."""
         whole, frames = self.whole, self.frames
         planes = whole.planes[:, :, frames].to(latents.dtype).expand(len(latents), -1, -1, -1, -1)
         count = whole.planes.shape[2]

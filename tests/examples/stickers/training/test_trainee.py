@@ -61,11 +61,11 @@ def asked(rings, window=None, seed=0, dropped=SOME_DROPPED):
     rng = np.random.default_rng(seed)
     batch, captions = pool.batch(rng, 8, dropped, window, apart=False), told.captions(rng, 4)
     noise, sigma = normal(rng, tuple(batch.latents.shape), "cpu"), random_sigma(rng, 8)
-    noise, astray = decoy_noise(batch, noise, sigma, rng, 0.5)
-    return batch, captions, noise, sigma, torch.where(astray, 0.6, 0.2), window
+    noise, _ = decoy_noise(batch, noise, sigma, rng, 0.5)
+    return batch, captions, noise, sigma, window
 
 
-def of_filled_slots(own, batch, captions, noise, sigma, held, window):
+def of_filled_slots(own, batch, captions, noise, sigma, window):
     """The losses, from rows that are picked by what the batch holds."""
     model, filled = own.model, batch.label_mask.any(-1)
     s = sigma[:, None, None, None, None]
@@ -82,8 +82,7 @@ def of_filled_slots(own, batch, captions, noise, sigma, held, window):
         velocity = model.transformer(noisy, sigma * 1000, text, concepts, batch.concept_mask)
     handle.remove()
     weight = 1 + 3 * batch.coverage.sum(1, keepdim=True).clamp(max=1)
-    counted = s.clamp(min=MIN_SIGMA) / torch.maximum(s, held[:, None, None, None, None])
-    error = (velocity - (noise - batch.latents)).square() * weight * counted.square()
+    error = (velocity - (noise - batch.latents)).square() * weight * s.clamp(min=MIN_SIGMA).square()
     target = F.avg_pool3d(batch.coverage.flatten(0, 1)[:, None], (1, 2, 2)).flatten(1)  # [B*N,S]
     shown = batch.concept_mask.flatten()
     logits = own.layout(kept[0], concepts).flatten(0, 1)
@@ -96,9 +95,25 @@ def of_filled_slots(own, batch, captions, noise, sigma, held, window):
         "flow": error.mean() / weight.mean(),
         "layout": F.binary_cross_entropy_with_logits(logits[shown], target[shown]),
         "story": of_captions(own, captions),
+        "scenery": of_background(own, batch, text),
         "portrait": difference.abs().mean() + difference.square().mean(),
         "look": (own.look(kept[0][rows, columns]) - wanted).square().mean(),
     }
+
+
+def of_background(own, batch, text):
+    embedded = own.model.transformer.condition_embedder.text_embedder(text)
+    free = batch.coverage.sum(1) <= 0.05  # [B,F,H,W]
+    wanted, told = torch.zeros(len(text), *batch.latents.shape[1::2][:2]), []
+    seen = torch.zeros(len(text), 1, wanted.shape[2])
+    for clip in range(len(text)):
+        told.append(own.scenery(embedded[clip][batch.token_mask[clip]].mean(0)))
+        for row in range(wanted.shape[2]):
+            if (bare := free[clip, :, row]).any():
+                wanted[clip, :, row] = batch.latents[clip, :, :, row][:, bare].mean(1)
+                seen[clip, 0, row] = 1
+    error = (torch.stack(told).view_as(wanted) - wanted).square() * seen
+    return error.mean() / ((wanted - wanted.mean(0)).square() * seen).mean()
 
 
 def of_captions(own, captions):
@@ -115,7 +130,7 @@ def of_captions(own, captions):
 
 
 def gradients(own, losses):
-    weights = {"flow": 1.0, "layout": 4.0, "story": 0.5, "portrait": 2.0, "look": 3.0}
+    weights = {"flow": 5.0, "layout": 4.0, "story": 0.5, "scenery": 1.0, "portrait": 2.0, "look": 3.0}
     own.zero_grad()
     sum(weights[name] * losses[name] for name in weights).backward()
     return {name: p.grad.clone() for name, p in own.named_parameters() if p.grad is not None}
