@@ -31,11 +31,15 @@ def is_magref(base: Base) -> bool:
 
 
 def names_at(where: Path) -> list[str]:
-    """What a folder is called, or a file and its folder; of a snapshot of the Hub the model, too."""
+    """What a folder is called, or a file and its folder; of a transformer/ what that lies in, too; of a
+    snapshot of the Hub the model."""
     found: list[str] = []
     for path in (Path(os.path.abspath(where)), where.resolve()):  # as it is called, and behind links
         folder = path.parent if where.is_file() else path
         found += [path.name, folder.name]
+        if folder.name in ("transformer", "transformer_2"):
+            folder = folder.parent
+            found.append(folder.name)
         if folder.parent.name == "snapshots":
             found.append(folder.parent.parent.name)
     return found

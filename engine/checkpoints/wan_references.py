@@ -13,6 +13,7 @@ VACE, whose blocks tell it, and two whose transformer is a plain text-to-video o
 
 from __future__ import annotations
 
+import logging
 import re
 from dataclasses import replace
 
@@ -25,6 +26,8 @@ from .bernini import RENDERER, is_bernini
 from .derived import VACE_CLASS
 from .magref import names_at
 from .wan_image_to_video import IMAGE_PIPELINE, control, expands_timesteps, refuse_adapter
+
+log = logging.getLogger(__name__)
 
 V3_TRANSFORMERS = ("SkyReelsC1WanI2v3DModel", "SkyReelsA2WanI2v3DModel")
 V3, PHANTOM = "WanSkyReelsA2WanT2VPipeline", "Phantom_Wan_S2V"
@@ -64,6 +67,8 @@ def told(base: Base, references: int | None) -> Base:
     found = [kind for kind, pattern in NAMES.items() if any(pattern.search(str(name)) for name in names)]
     if not found and references is None:
         return base
+    if not found and is_whole(references, MOST):
+        log.warning("%s: nothing calls it a Phantom, it is run as one because of the references", part.where)
     return replace(base, index={**base.index, "_class_name": (found or [PHANTOM])[0]})
 
 

@@ -409,6 +409,15 @@ def test_without_its_file_a_name_is_refused(one, two, command, tmp_path, experts
     assert command("export", plain, "--output", tmp_path / "out", *SIZE[:4], "--no-graphs")[0] == 0
 
 
+def test_a_transformer_of_its_folder_in_another_base(one, wan_folder, command, tmp_path):
+    own = tmp_path / "Bernini-R"
+    shutil.copytree(one[1], own)
+    args = ("--output", tmp_path / "out", *SIZE[:4], "--no-graphs")
+    for given in (own / "transformer", next((own / "transformer").glob("*.safetensors"))):
+        code, _, err = command("export", wan_folder, "--transformer", given, *args)
+        assert code == 2 and "is called Bernini" in err, err
+
+
 def test_the_second_transformer_of_a_folder_that_skips_it_is_not_read(two, tmp_path):
     from conceptmaster.engine.checkpoints.source import Choices, open_source
 

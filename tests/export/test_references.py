@@ -334,12 +334,13 @@ def test_a_class_tells_skyreels_v3(base, tmp_path, transformer, index):
         ("renamed.safetensors", 2),
     ],
 )
-def test_a_name_or_a_number_of_references_tells_phantom(base, phantom, tmp_path, name, references):
+def test_a_name_or_a_number_of_references_tells_phantom(base, phantom, tmp_path, caplog, name, references):
     file = tmp_path / name
     shutil.copy(phantom, file)
     shutil.copy(phantom.with_suffix(".json"), file.with_suffix(".json"))
     *found, negative = what(opened(base, parts={"transformer": file}, references=references))
     assert found == ["unipc_wan", 5.0, 50, 7.5, 5.0, 16.0, references or 1, None]
+    assert ("nothing calls it a Phantom" in caplog.text) == (name == "renamed.safetensors")
     assert negative.startswith(WAN_NEGATIVE) and negative.endswith("三条腿，背景人很多，倒着走")
 
 
