@@ -77,7 +77,7 @@ def tokenised(
     request: Request, guidance: Guidance, manifest: Manifest, tokenizer: Tokenizer
 ) -> dict[str, tuple[int, ...]]:
     """Every text of a request (its prompt, as it is and as it is `spoken`, what the unguided branch reads,
-    the labels), each with its tokens.
+    the labels where the model reads them), each with its tokens.
 
     Raises: InputError for a text that is too long, for a prompt or a label of which the bundle reads nothing,
         and for two labels that it reads alike.
@@ -92,10 +92,10 @@ def tokenised(
     tokens = {
         text: tokenizer.encode(text, manifest.prompt_tokens, what, manifest.cut) for what, text in texts
     }
-    named = [(f"the label {c.label!r}", c.label) for c in request.concepts]
+    labels = [c.label for c in request.concepts] if manifest.reads_labels else []
+    named = [(f"the label {label!r}", label) for label in labels]
     tokens |= {label: tokenizer.encode(label, shapes.label_tokens, what) for what, label in named}
     texts += named
-    labels = [c.label for c in request.concepts] if manifest.reads_labels else []
     for what, text in texts:
         if text in (request.prompt, *labels) and tokens[text] == tokens[""]:
             raise InputError(f"{what} is empty: {bundle} reads no word of it")

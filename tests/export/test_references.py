@@ -467,3 +467,5 @@ def test_a_caption_names_its_references(v3, exported):
             pipeline("a red ball", [Concept("red ball", PICTURES[0]), Concept("dog", PICTURES[1])], steps=1)
         with pytest.raises(InputError, match="the label 'dog'"):
             pipeline("a red ball", [Concept("dog", PICTURES[1])], steps=1, strict=True)
+        long = "very " * 40 + "red ball"  # nothing reads it, so it may be as long as the caption is
+        pipeline(f"a {long}", [Concept(long, PICTURES[0])], steps=1, strict=True)
