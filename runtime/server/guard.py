@@ -38,7 +38,7 @@ SMALL = 2**16  # bytes of a body of any request but one for a video
 BODIES = ("/v1/videos", "/v1/videos/sync")
 AT_ONCE = 4  # of the largest bodies; what more comes in at the same time is to come again
 PATIENCE = 30.0  # seconds in which a client must send some more of its body
-LINGERING, LINGER = 2**24, 2.0  # bytes and seconds of a body that is not wanted
+LINGERING, LINGER = 2**24, 10.0  # bytes and seconds of a body that is not wanted
 
 
 class Guard:
