@@ -81,7 +81,7 @@ class ConceptConfig:
         check_choice(self, "encoder", ENCODERS)
         check_choice(self, "binding", BINDINGS)
         check_choice(self, "injection", (*INJECTIONS, "none", "base"))
-        check_choice(self, "given", (*ENCODED, *ALONE))
+        check_choice(self, "given", tuple(dict.fromkeys((*ALONE, *ENCODED))))
         kinds = {"base": ENCODED, "none": ALONE}.get(self.injection, ("none",))
         require(
             self.given in kinds,

@@ -68,7 +68,7 @@ def refused(values: Any, word: str = ".", known: int | None = 7) -> None:
     start = time.monotonic()
     with pytest.raises(ValueError, match=word) as caught:
         check(data, known)
-    assert len(str(caught.value)) < 400 and time.monotonic() - start < 5
+    assert len(str(caught.value)) < 400 and time.monotonic() - start < 60
 
 
 @pytest.mark.parametrize("model", MODELS)

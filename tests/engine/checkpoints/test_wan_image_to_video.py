@@ -168,7 +168,7 @@ def test_pictures_are_read_before_clip_s_last_layer(tiny_base, randomise, assert
         ("concept", {"injection": "shared_query", "given": "none"}, "injection must be 'base' where"),
         ("concept", {"given": "none"}, "given must be 'first' or .* where the injection is 'base'"),
         ("concept", {"given": "first"}, "max_concepts must be 1 for 'first', got 3"),
-        ("concept", {"given": "last"}, "given must be one of none, first, first_last, references"),
+        ("concept", {"given": "last"}, "given must be one of none, first_last, .*references, canvas, got"),
         ("concept", {"picture_tokens": 4}, "picture_tokens must be 5"),
         ("concept", {"width": 24, "heads": 2}, "concept.width \\(24\\) must equal transformer.image_dim"),
         (None, {"frames": 9}, "frames must be at least 13"),

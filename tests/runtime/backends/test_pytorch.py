@@ -277,7 +277,7 @@ def test_a_linear_change_is_predicted_exactly():
         def __init__(self):
             torch.nn.Module.__init__(self)
 
-        def velocity(self, state, time, guidance, concept_mask):
+        def velocity(self, state, time, guidance, concept_mask, coefficients):
             return state[:1].flatten(1) + 3
 
     mask, guidance = torch.ones(1, 1, dtype=torch.bool), torch.ones(1)
