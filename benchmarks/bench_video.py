@@ -57,6 +57,7 @@ def test_video(benchmark: Any, capsys: pytest.CaptureFixture[str]) -> None:
 
     def generate(name: str) -> None:
         pipelines[name]._text.cache_clear()
+        pipelines[name]._pictured.clear()
         stages[name] = dict(pipelines[name].generate(request)[0].seconds)
 
     measured = alternate(

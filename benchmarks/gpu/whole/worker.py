@@ -108,7 +108,8 @@ class Session:
             torch.cuda.reset_peak_memory_stats()
         if self.meter is not None:
             self.meter.clear()
-            self.pipeline._text.cache_clear()  # a caption is encoded once for each pipeline
+            self.pipeline._text.cache_clear()  # captions and pictures are encoded once for each pipeline
+            self.pipeline._pictured.clear()
         begin = self.order["started"] if self.first is None else time.time()
         with self._in_plain_torch() if video["plain"] else contextlib.nullcontext():
             told = _generate([*self.order["arguments"], *video["arguments"]])
