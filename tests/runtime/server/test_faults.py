@@ -226,13 +226,7 @@ def test_a_worker_out_of_memory_fails_its_job_and_is_replaced(
 
 
 def test_jobs_are_taken_while_the_bundle_is_loaded(start_server: StartServer, tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    server = start_server(data=tmp_path / "jobs", port=port)
-    (worker,) = waited(server.workers)
-    os.kill(worker, signal.SIGSTOP)
-    waited(lambda: _live(server))
+    server, worker = _loading(start_server, tmp_path)
     assert server.http.get("/health/ready").status_code == 503
     id = server.ask()["id"]
     assert (server.get(id)["status"], server.get(id)["queue_position"]) == ("queued", 0)
@@ -242,15 +236,21 @@ def test_jobs_are_taken_while_the_bundle_is_loaded(start_server: StartServer, tm
 
 
 def test_a_signal_while_the_bundle_is_loaded_ends_it(start_server: StartServer, tmp_path: Path) -> None:
+    server, worker = _loading(start_server, tmp_path)
+    assert server.stop() == 0
+    assert "error" not in server.log.read_text() and not _alive(worker)
+
+
+def _loading(start_server: StartServer, folder: Path) -> tuple[Server, int]:
+    """A server that answers, and its worker's process, which is held while it loads the bundle."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    server = start_server(data=tmp_path / "jobs", port=port)
+    server = start_server(data=folder / "jobs", port=port)
     (worker,) = waited(server.workers)
     os.kill(worker, signal.SIGSTOP)
     waited(lambda: _live(server))
-    assert server.stop() == 0
-    assert "error" not in server.log.read_text() and not _alive(worker)
+    return server, worker
 
 
 def _live(server: Server) -> bool:
