@@ -39,6 +39,7 @@ PACKAGES = [
     "conceptmaster.runtime.backends.pytorch",
     "conceptmaster.runtime.bundle_format",
     "conceptmaster.runtime.server",
+    "conceptmaster.runtime.workers",
 ]
 
 PACKAGE_DATA = {

@@ -14,12 +14,12 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+from ..workers.interface import JobCancelled, JobFailed, Task, Worker, WorkerLost
 from . import jobs
 from .events import Events
 from .folder import Folder
 from .jobs import Job, Store
 from .measures import Measures
-from .workers import JobCancelled, JobFailed, Task, Worker, WorkerLost
 
 log = logging.getLogger(__name__)
 

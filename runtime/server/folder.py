@@ -20,6 +20,7 @@ from typing import Any
 
 from ...atomic_write import sync
 from ...errors import InputError
+from ..workers.interface import KINDS, PREVIEW
 
 try:
     import fcntl
@@ -27,9 +28,6 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 SHA256 = re.compile(r"[0-9a-f]{64}")
-KINDS = {"video": ".mp4", "thumbnail": ".webp", "spritesheet": ".png"}
-"""The files that are made of each sample, by the names of OpenAI's variants of a video's content."""
-PREVIEW = "preview.webp"
 
 
 class Folder:

@@ -16,6 +16,9 @@ import uvicorn
 
 from ...errors import GenerationError, InputError
 from ..cpus import usable
+from ..logs import keep_quiet
+from ..workers.interface import WorkerLost
+from ..workers.process import ProcessWorker
 from .app import create_app
 from .callbacks import Callbacks, secret_of
 from .catalogue import Catalogue
@@ -23,10 +26,8 @@ from .dispatcher import Dispatcher
 from .folder import Folder
 from .jobs import Store
 from .keys import Keys
-from .logs import keep_quiet
 from .measures import Measures
 from .service import Limits, Service
-from .workers import ProcessWorker, WorkerLost
 
 log = logging.getLogger(__name__)
 

@@ -12,9 +12,9 @@ from starlette.datastructures import UploadFile
 
 from ...untrusted import printable
 from ..pictures import media_type
+from ..workers.interface import KINDS
 from . import asked, described, jobs
 from .asked import Asked
-from .folder import KINDS
 from .jobs import Job
 from .refusals import Refused, not_found, stopping
 from .service import Service

@@ -25,7 +25,7 @@ from conceptmaster.runtime.server.jobs import Store
 from conceptmaster.runtime.server.keys import Keys, new_key
 from conceptmaster.runtime.server.measures import Measures
 from conceptmaster.runtime.server.service import Limits, Service
-from conceptmaster.runtime.server.workers import Hear, JobCancelled, JobFailed, Task, WorkerLost
+from conceptmaster.runtime.workers.interface import Hear, JobCancelled, JobFailed, Task, WorkerLost
 
 from .conftest import PROMPT
 

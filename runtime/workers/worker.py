@@ -1,4 +1,4 @@
-"""The process that makes videos: `python -m conceptmaster.runtime.server.worker`, started by workers.py.
+"""The process that makes videos: `python -m conceptmaster.runtime.workers.worker`, started by process.py.
 
 Reads lines of JSON from standard input: first the options, then tasks and cancels; answers in lines on what
 was its standard output, and sends everything else that is printed to standard error. The end of its input is
@@ -25,10 +25,10 @@ from ...atomic_write import replacing, sync
 from ...errors import Cancelled, ConceptMasterError, InputError, RequestWarning, is_out_of_memory
 from .. import animation
 from ..commands import what_the_system_says
+from ..logs import keep_quiet
 from ..pipeline import Pipeline
 from ..request import Concept, Request
-from .folder import KINDS, PREVIEW
-from .logs import keep_quiet
+from .interface import KINDS, PREVIEW
 
 BETWEEN_PREVIEWS = 0.5  # seconds
 PREVIEWS = 0.1  # of the time of a job; each costs a decoded frame

@@ -1,8 +1,7 @@
-"""Who makes a job: the one interface that the queue knows, and the worker that is a process on this machine.
+"""The worker that is a process on this machine, worker.py.
 
-A worker loads one bundle and makes one job at a time. It is told of a task in one line of JSON and answers
-with lines: `ready`; `begun`; `step`; `preview`; then `done`, `failed` or `cancelled`. It ends when nobody
-writes to it any more, so it outlives no server.
+It is told of a task in one line of JSON and answers with lines: `ready`; `begun`; `step`; `preview`; then
+`done`, `failed` or `cancelled`. It ends when nobody writes to it any more, so it outlives no server.
 """
 
 from __future__ import annotations
@@ -12,87 +11,16 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
+
+from .interface import Hear, JobCancelled, JobFailed, Task, WorkerLost
 
 log = logging.getLogger(__name__)
 
 LONGEST_LINE = 2**20  # bytes of an answer
 ENDING = 5.0  # seconds that a process has to end in when it has closed its output
 PACKAGE = __name__.partition(".")[0]
-
-
-class WorkerLost(Exception):
-    """The worker died, or never came up. `str(error)` says what is known of it in one line."""
-
-
-class JobFailed(Exception):
-    """The worker refused the job, and lives. code: a word for programs; `str(error)`: one line for people."""
-
-    def __init__(self, code: str, message: str) -> None:
-        super().__init__(message)
-        self.code = code
-
-
-class JobCancelled(Exception):
-    """The worker stopped, as it was told to."""
-
-
-@dataclass(frozen=True)
-class Task:
-    """A job as a worker gets it. request: fields of runtime.Request without its concepts; concepts: label and
-    picture's file; folder: where its files go."""
-
-    id: str
-    request: dict[str, Any]
-    concepts: tuple[tuple[str, Path], ...]
-    folder: Path
-
-    def to_json(self) -> dict[str, Any]:
-        """What `worker.py` reads."""
-        concepts = [[label, str(path)] for label, path in self.concepts]
-        return {
-            "do": "make",
-            "id": self.id,
-            "request": self.request,
-            "concepts": concepts,
-            "folder": str(self.folder),
-        }
-
-
-Hear = Callable[[dict[str, Any]], None]
-"""Called with what a worker says of a task before its last word: {"say": "begun"}, {"say": "step", "step": n,
-"steps": m}, {"say": "preview"}."""
-
-
-class Worker(Protocol):
-    """Makes jobs of one bundle, one at a time. Another kind, on other machines, has these names, too."""
-
-    bundle: str
-
-    async def start(self) -> None:
-        """Loads the bundle. Raises WorkerLost."""
-
-    async def make(self, task: Task, hear: Hear) -> dict[str, Any]:
-        """Makes a task; returns {"warnings": […], "seconds": {…}}.
-
-        Raises WorkerLost, JobFailed, JobCancelled.
-        """
-
-    async def gone(self) -> str:
-        """Waits until it has died while nothing was asked of it; why, in one line."""
-
-    def cancel(self, id: str) -> None:
-        """Stops the task of this id, if that is being made, within a step: `make` raises JobCancelled."""
-
-    def look(self, id: str) -> None:
-        """Somebody looks: the task of this id, if that is being made, is to have previews from now on."""
-
-    async def stop(self) -> None:
-        """Ends it, whatever it does."""
 
 
 class ProcessWorker:
@@ -117,7 +45,7 @@ class ProcessWorker:
         self._process = await asyncio.create_subprocess_exec(
             sys.executable,
             "-m",
-            f"{PACKAGE}.runtime.server.worker",
+            f"{PACKAGE}.runtime.workers.worker",
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             limit=LONGEST_LINE,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 
-from .. import frame_conditioning, picture_colors, pictures, sheet
+from . import frame_conditioning, picture_colors, pictures, sheet
 
 TELLING = (frame_conditioning, picture_colors, pictures, sheet)
 """Their warnings name what a picture shows."""

@@ -1,0 +1,1 @@
+"""Who makes a job: processes on this machine, or on others."""

@@ -1,0 +1,86 @@
+"""Who makes a job: the one interface that a queue knows.
+
+A worker loads one bundle, and makes one job at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+KINDS = {"video": ".mp4", "thumbnail": ".webp", "spritesheet": ".png"}
+"""The files that are made of each sample, by the names of OpenAI's variants of a video's content."""
+PREVIEW = "preview.webp"
+"""The newest look at a job that is being made, in its folder."""
+
+
+class WorkerLost(Exception):
+    """The worker died, or never came up. `str(error)` says what is known of it in one line."""
+
+
+class JobFailed(Exception):
+    """The worker refused the job, and lives. code: a word for programs; `str(error)`: one line for people."""
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class JobCancelled(Exception):
+    """The worker stopped, as it was told to."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """A job as a worker gets it. request: fields of runtime.Request without its concepts; concepts: label and
+    picture's file; folder: where its files go."""
+
+    id: str
+    request: dict[str, Any]
+    concepts: tuple[tuple[str, Path], ...]
+    folder: Path
+
+    def to_json(self) -> dict[str, Any]:
+        """What `worker.py` reads."""
+        concepts = [[label, str(path)] for label, path in self.concepts]
+        return {
+            "do": "make",
+            "id": self.id,
+            "request": self.request,
+            "concepts": concepts,
+            "folder": str(self.folder),
+        }
+
+
+Hear = Callable[[dict[str, Any]], None]
+"""Called with what a worker says of a task before its last word: {"say": "begun"}, {"say": "step", "step": n,
+"steps": m}, {"say": "preview"}."""
+
+
+class Worker(Protocol):
+    """Makes jobs of one bundle, one at a time. Another kind, on other machines, has these names, too."""
+
+    bundle: str
+
+    async def start(self) -> None:
+        """Loads the bundle. Raises WorkerLost."""
+
+    async def make(self, task: Task, hear: Hear) -> dict[str, Any]:
+        """Makes a task; returns {"warnings": […], "seconds": {…}}.
+
+        Raises WorkerLost, JobFailed, JobCancelled.
+        """
+
+    async def gone(self) -> str:
+        """Waits until it has died while nothing was asked of it; why, in one line."""
+
+    def cancel(self, id: str) -> None:
+        """Stops the task of this id, if that is being made, within a step: `make` raises JobCancelled."""
+
+    def look(self, id: str) -> None:
+        """Somebody looks: the task of this id, if that is being made, is to have previews from now on."""
+
+    async def stop(self) -> None:
+        """Ends it, whatever it does."""
