@@ -14,6 +14,9 @@ KINDS = {"video": ".mp4", "thumbnail": ".webp", "spritesheet": ".png"}
 """The files that are made of each sample, by the names of OpenAI's variants of a video's content."""
 PREVIEW = "preview.webp"
 """The newest look at a job that is being made, in its folder."""
+FRAMES, PICTURES = "frames-{}.npy", "pictures.npy"
+"""Of a task that asks for frames, instead of KINDS: each sample's, uint8 [F,H,W,3], and the concepts' pictures
+as the model saw them, uint8 [N,px,px,3], where there are concepts."""
 
 
 class WorkerLost(Exception):
@@ -35,12 +38,15 @@ class JobCancelled(Exception):
 @dataclass(frozen=True)
 class Task:
     """A job as a worker gets it. request: fields of runtime.Request without its concepts; concepts: label and
-    picture's file; folder: where its files go."""
+    picture's file; folder: where its files go; frames: whether these are frames, not KINDS; strict: see
+    Pipeline.generate."""
 
     id: str
     request: dict[str, Any]
     concepts: tuple[tuple[str, Path], ...]
     folder: Path
+    frames: bool = False
+    strict: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """What `worker.py` reads."""
@@ -51,12 +57,15 @@ class Task:
             "request": self.request,
             "concepts": concepts,
             "folder": str(self.folder),
+            "frames": self.frames,
+            "strict": self.strict,
         }
 
 
 Hear = Callable[[dict[str, Any]], None]
 """Called with what a worker says of a task before its last word: {"say": "begun"}, {"say": "step", "step": n,
-"steps": m}, {"say": "preview"}."""
+"steps": m}, {"say": "preview"}, {"say": "alive"}. A worker says something about every second, but for what it
+computes in one piece."""
 
 
 class Worker(Protocol):

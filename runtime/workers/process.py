@@ -18,6 +18,7 @@ from .interface import Hear, JobCancelled, JobFailed, Task, WorkerLost
 
 log = logging.getLogger(__name__)
 
+LOADING = 3600.0  # seconds that a bundle may take to load
 LONGEST_LINE = 2**20  # bytes of an answer
 ENDING = 5.0  # seconds that a process has to end in when it has closed its output
 PACKAGE = __name__.partition(".")[0]
@@ -53,7 +54,11 @@ class ProcessWorker:
             env=os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)} | self._own,
         )
         self._tell(self._options)
-        answer = await self._answer()
+        try:
+            async with asyncio.timeout(LOADING):
+                answer = await self._answer()
+        except TimeoutError:
+            answer = {"message": f"it did not load its bundle in {LOADING:g} seconds"}
         if answer.get("say") != "ready":
             await self.stop()
             raise WorkerLost(str(answer.get("message", "it did not come up")))

@@ -7,6 +7,7 @@ the end of its server, and so of this process.
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -16,10 +17,12 @@ import threading
 import time
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from ...atomic_write import replacing, sync
 from ...errors import Cancelled, ConceptMasterError, InputError, RequestWarning, is_out_of_memory
@@ -28,8 +31,12 @@ from ..commands import what_the_system_says
 from ..logs import keep_quiet
 from ..pipeline import Pipeline
 from ..request import Concept, Request
-from .interface import KINDS, PREVIEW
+from .interface import FRAMES, KINDS, PICTURES, PREVIEW
 
+if TYPE_CHECKING:
+    from ..video import Video
+
+BETWEEN_SIGNS = 1.0  # seconds between two signs of life
 BETWEEN_PREVIEWS = 0.5  # seconds
 PREVIEWS = 0.1  # of the time of a job; each costs a decoded frame
 THUMBNAIL = 512  # the longest side in pixels
@@ -42,9 +49,11 @@ class Line:
         self._out = os.fdopen(os.dup(1), "w", encoding="utf-8", buffering=1)
         os.dup2(2, 1)  # whoever prints, prints for people
         self.tasks: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+        self.making: str | None = None
         self.cancelled: set[str] = set()
         self.looked: set[str] = set()
         self._lock = threading.Lock()
+        self._sign = 0.0  # when the next sign of life is due
 
     def say(self, what: str, **more: Any) -> None:
         """One line. What the server is no longer there to hear is lost, as this process soon is."""
@@ -53,6 +62,12 @@ class Line:
                 self._out.write(json.dumps({"say": what, **more}) + "\n")
             except OSError:
                 os._exit(1)
+
+    def live(self) -> None:
+        """A sign of life, now and then: whoever hears nothing for long replaces this process."""
+        if (now := time.monotonic()) >= self._sign:
+            self._sign = now + BETWEEN_SIGNS
+            self.say("alive", id=self.making)
 
     def listen(self) -> None:
         """Until the server is gone; then so is this process, whatever it was making."""
@@ -78,12 +93,14 @@ def main() -> int:
     try:
         pipeline = _open(options)
         pipeline.load()
+        _tell_of_graphs(pipeline, line)
     except Exception as error:
         line.say("lost", message=_one_line(error))
         return 1
     line.say("ready")
     while True:
         task = line.tasks.get()
+        line.making = task["id"]
         if not _answered(pipeline, line, task):
             return 1
 
@@ -98,6 +115,17 @@ def _open(options: dict[str, Any]) -> Pipeline:
         }
         torch_options = TorchOptions(**lists)
     return Pipeline.from_bundle(options.pop("place"), options=torch_options, **options)
+
+
+def _tell_of_graphs(pipeline: Pipeline, line: Line) -> None:
+    """Every graph that is run is a sign of life."""
+    run = pipeline.backend.run
+
+    def told(graph: str, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        line.live()
+        return run(graph, inputs)
+
+    pipeline.backend.run = told  # type: ignore[method-assign]
 
 
 def _answered(pipeline: Pipeline, line: Line, task: dict[str, Any]) -> bool:
@@ -116,7 +144,8 @@ def _answered(pipeline: Pipeline, line: Line, task: dict[str, Any]) -> bool:
         if isinstance(error, InputError):
             line.say("failed", id=id, code="invalid_request", message=_one_line(error))
         elif isinstance(error, (ConceptMasterError, OSError)):
-            line.say("failed", id=id, code="failed", message=_one_line(error))
+            full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+            line.say("failed", id=id, code="storage" if full else "failed", message=_one_line(error))
         else:
             traceback.print_exc()
             line.say(
@@ -132,7 +161,7 @@ def _answered(pipeline: Pipeline, line: Line, task: dict[str, Any]) -> bool:
 
 
 def _make(pipeline: Pipeline, line: Line, task: dict[str, Any]) -> tuple[list[str], dict[str, float]]:
-    """The videos and what goes with them, into the task's folder; their warnings and seconds by stage."""
+    """What the task asks for, into its folder; the videos' warnings and seconds by stage."""
     id, folder = task["id"], Path(task["folder"])
     concepts = tuple(Concept(label, Path(path)) for label, path in task["concepts"])
     request = Request(concepts=concepts, **task["request"])
@@ -153,24 +182,45 @@ def _make(pipeline: Pipeline, line: Line, task: dict[str, Any]) -> tuple[list[st
     line.say("begun", id=id)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RequestWarning)  # the video has them
-        videos = pipeline.generate(request, callback=heard)
+        videos = pipeline.generate(request, callback=heard, strict=task["strict"])
     start, written = time.perf_counter(), list[Path]()
-    for number, video in enumerate(videos):
+    for path in _frames(videos, folder) if task["frames"] else _files(videos, folder):
+        line.live()
         if id in line.cancelled:
             raise Cancelled("cancelled while the files were written")
-        places = {kind: folder / f"{kind}-{number}{suffix}" for kind, suffix in KINDS.items()}
-        with places["video"].open("wb") as file:  # nobody sees them before all are there
-            video.save(file, format="mp4")
-        video.sheet().save(places["spritesheet"], compress_level=1)  # a third of the time, a fifth larger
-        animation.save_still(video.frames[len(video.frames) // 2], places["thumbnail"], THUMBNAIL)
-        written += places.values()
-    with ThreadPoolExecutor() as pool:  # the disk takes them together
-        list(pool.map(sync, written))
+        written.append(path)
+    if not task["frames"]:
+        with ThreadPoolExecutor() as pool:  # the disk takes them together
+            list(pool.map(sync, written))
     seconds = dict(_stages(videos)) | {"write": time.perf_counter() - start}
     return list(videos[0].warnings), {stage: round(value, 4) for stage, value in seconds.items()}
 
 
-def _stages(videos: list[Any]) -> Iterator[tuple[str, float]]:
+def _files(videos: list[Video], folder: Path) -> Iterator[Path]:
+    """Writes KINDS of each; yields each file when it is written."""
+    for number, video in enumerate(videos):
+        places = {kind: folder / f"{kind}-{number}{suffix}" for kind, suffix in KINDS.items()}
+        with places["video"].open("wb") as file:  # nobody sees them before all are there
+            video.save(file, format="mp4")
+        yield places["video"]
+        video.sheet().save(places["spritesheet"], compress_level=1)  # a third of the time, a fifth larger
+        yield places["spritesheet"]
+        animation.save_still(video.frames[len(video.frames) // 2], places["thumbnail"], THUMBNAIL)
+        yield places["thumbnail"]
+
+
+def _frames(videos: list[Video], folder: Path) -> Iterator[Path]:
+    """Writes FRAMES of each, and PICTURES; yields each file when it is written. They are read at once."""
+    arrays = {FRAMES.format(number): video.frames for number, video in enumerate(videos)}
+    if videos[0].concepts:
+        arrays[PICTURES] = np.stack([np.asarray(concept.image) for concept in videos[0].concepts])
+    for name, array in arrays.items():
+        with (folder / name).open("wb") as file:
+            np.save(file, array, allow_pickle=False)
+        yield folder / name
+
+
+def _stages(videos: list[Video]) -> Iterator[tuple[str, float]]:
     for stage, value in videos[0].seconds.items():
         own = stage in ("denoise", "decode")
         yield stage, sum(video.seconds[stage] for video in videos) if own else value
