@@ -39,7 +39,7 @@ OPEN_NAMES = {"conceptmaster.__version__"}
 
 # Optional dependencies: in this folder, one file imports it, and no other, except for types alone.
 ONE_FILE = {
-    "runtime": {"av", "cuda", "ftfy", "onnxruntime", "PIL", "tensorrt", "tokenizers", "tqdm"},
+    "runtime": {"av", "cuda", "ftfy", "onnxruntime", "PIL", "ray", "tensorrt", "tokenizers", "tqdm"},
     "engine": {"diffusers", "huggingface_hub", "safetensors", "tqdm", "transformers"},
 }
 # (folder, dependency): (how many files, why)

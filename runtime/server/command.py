@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib
+import importlib.util
 import ipaddress
 import logging
 import tempfile
@@ -56,6 +57,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     what.add_argument(
         "--gpu", action="append", metavar="ID", help="CUDA device of a worker; repeatable: each in turn"
+    )
+    what.add_argument(
+        "--ray",
+        metavar="ADDRESS",
+        help="workers are on the nodes of this Ray cluster; local: of one of its own",
+    )
+    what.add_argument(
+        "--gpus-per-worker", type=int, default=1, metavar="N", help="with --ray, of one node (1)"
     )
     what.add_argument("--precision", metavar="P", help="of the engines for --device tensorrt or rtx")
     what.add_argument(
@@ -154,7 +163,7 @@ def _new_key(args: argparse.Namespace) -> int:
 def _check(args: argparse.Namespace) -> None:
     check_choice(args.device, args.threads, args.backend, args.precision)
     ranges = {"port": (0, 65535), "workers": (1, 256), "max_queue": (1, 10**6), "max_body": (1, 4096)}
-    ranges |= {"max_queue_per_key": (1, 10**6)}
+    ranges |= {"max_queue_per_key": (1, 10**6), "gpus_per_worker": (1, 64)}
     for name, (least, most) in ranges.items():
         value = getattr(args, name)
         if value is not None and not least <= value <= most:
@@ -162,6 +171,8 @@ def _check(args: argparse.Namespace) -> None:
     for name in ("keep", "drain"):
         if not 0 <= getattr(args, name) < 1e6:
             raise InputError(f"--{name} must be 0 or more, not {getattr(args, name):g}")
+    if args.ray is not None:
+        _check_ray(args)
     if not _is_local(args.host) and args.api_key_file is None and not args.no_auth:
         raise InputError(
             f"--host {args.host} lets others in: give --api-key-file FILE (--new-key makes keys), or say "
@@ -176,6 +187,20 @@ def _check(args: argparse.Namespace) -> None:
             raise InputError(
                 f"--public-url must be an address like https://videos.example.org, not {args.public_url!r}"
             )
+
+
+def _check_ray(args: argparse.Namespace) -> None:
+    if args.gpu:
+        raise InputError("--gpu is for workers on this machine: with --ray, Ray gives each worker its GPUs")
+    if importlib.util.find_spec("ray") is None:
+        raise not_loaded("ray", how_to_install("ray"), ModuleNotFoundError("none", name="ray"))
+    if args.ray.startswith("ray://"):
+        raise InputError(
+            "--ray takes no ray://: run this on a node of the cluster, and give its head's address, HOST:6379"
+        )
+    host, _, port = args.ray.rpartition(":")
+    if args.ray not in ("local", "auto") and not (host and port.isdecimal() and int(port) < 65536):
+        raise InputError(f"--ray must be local, auto, or HOST:PORT of a cluster's head, not {args.ray!r}")
 
 
 def _is_local(host: str) -> bool:

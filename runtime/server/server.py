@@ -8,6 +8,7 @@ import itertools
 import logging
 import socket
 import sqlite3
+from collections.abc import Iterator
 from contextlib import suppress
 from types import FrameType
 from typing import Any
@@ -17,8 +18,9 @@ import uvicorn
 from ...errors import GenerationError, InputError
 from ..cpus import usable
 from ..logs import keep_quiet
-from ..workers.interface import WorkerLost
+from ..workers.interface import Worker, WorkerLost
 from ..workers.process import ProcessWorker
+from ..workers.ray_worker import Gateway, Needs, RayWorker
 from .app import create_app
 from .callbacks import Callbacks, secret_of
 from .catalogue import Catalogue
@@ -52,12 +54,8 @@ def serve(args: argparse.Namespace, options: dict[str, Any], hosts: tuple[str, .
         except (sqlite3.Error, ValueError) as error:
             raise InputError(f"cannot read the jobs in {str(folder.database)!r}: {error}") from None
         measures = Measures()
-        gpus = itertools.cycle(args.gpu or [None])
-        workers = [
-            ProcessWorker(served.name, {**options, "place": str(served.folder)}, next(gpus))
-            for served in catalogue
-            for _ in range(args.workers)
-        ]
+        gateway = None if args.ray is None else Gateway(args.ray, max(usable(), count * options["threads"]))
+        workers = list(_workers(args, options, catalogue, gateway))
         keep = args.keep * 3600.0
         dispatcher = Dispatcher(store, folder, workers, measures, most=args.max_queue, keep=keep)
         measures.watch(dispatcher.waiting)
@@ -75,9 +73,23 @@ def serve(args: argparse.Namespace, options: dict[str, Any], hosts: tuple[str, .
         )
         folder.sweep(store.known_jobs(), store.known_pictures())
         try:
-            return asyncio.run(_run(service, listening, args.verbose))
+            return asyncio.run(_run(service, listening, gateway, args.verbose))
         finally:
             store.close()
+
+
+def _workers(
+    args: argparse.Namespace, options: dict[str, Any], catalogue: Catalogue, gateway: Gateway | None
+) -> Iterator[Worker]:
+    gpus = itertools.cycle(args.gpu or [None])
+    needs = Needs(0, args.gpus_per_worker) if args.device != "cpu" else Needs(options["threads"], 0)
+    for served in catalogue:
+        own = {**options, "place": str(served.folder)}
+        for _ in range(args.workers):
+            if gateway is None:
+                yield ProcessWorker(served.name, own, next(gpus))
+            else:
+                yield RayWorker(served.name, own, gateway, needs)
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -94,7 +106,7 @@ def _listen(host: str, port: int) -> socket.socket:
     return found
 
 
-async def _run(service: Service, listening: socket.socket, verbose: bool) -> int:
+async def _run(service: Service, listening: socket.socket, gateway: Gateway | None, verbose: bool) -> int:
     config = uvicorn.Config(
         create_app(service),  # type: ignore[arg-type]
         log_config=None,
@@ -122,6 +134,8 @@ async def _run(service: Service, listening: socket.socket, verbose: bool) -> int
     with suppress(KeyboardInterrupt):  # the signal that ended it, which uvicorn raises once more
         await server.serve(sockets=[listening])
     loading.cancel()
+    if gateway is not None:
+        await gateway.close()
     if failed:
         raise GenerationError(f"no worker came up: {failed[0]}")
     return 0

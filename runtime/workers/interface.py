@@ -5,7 +5,7 @@ A worker loads one bundle, and makes one job at a time.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -61,6 +61,13 @@ class Task:
             "strict": self.strict,
         }
 
+    @classmethod
+    def from_json(cls, told: dict[str, Any]) -> Task:
+        """What `to_json` gave."""
+        concepts = tuple((label, Path(path)) for label, path in told["concepts"])
+        folder = Path(told["folder"])
+        return cls(told["id"], told["request"], concepts, folder, told["frames"], told["strict"])
+
 
 Hear = Callable[[dict[str, Any]], None]
 """Called with what a worker says of a task before its last word: {"say": "begun"}, {"say": "step", "step": n,
@@ -93,3 +100,20 @@ class Worker(Protocol):
 
     async def stop(self) -> None:
         """Ends it, whatever it does."""
+
+
+async def last_word(
+    answer: Callable[[], Awaitable[dict[str, Any]]], task: Task, hear: Hear
+) -> dict[str, Any]:
+    """Hears what is said of a task until its last word: what Worker.make gives and raises."""
+    while True:
+        said = await answer()
+        if said.get("id") != task.id:
+            continue
+        if said["say"] == "done":
+            return {"warnings": said["warnings"], "seconds": said["seconds"]}
+        if said["say"] == "cancelled":
+            raise JobCancelled
+        if said["say"] == "failed":
+            raise JobFailed(str(said["code"]), str(said["message"]))
+        hear(said)
