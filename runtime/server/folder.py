@@ -2,7 +2,8 @@
 
 jobs.sqlite       see jobs.py
 pictures/SHA256   what clients sent, by what it is, so that nothing of a request names a file
-making/JOB        what a worker is writing; moved to videos/JOB when all of it is there
+making/JOB-TRY    what a worker is writing, each in a folder of its own, so that what an earlier worker still
+                  writes counts for nothing; moved to videos/JOB when all of it is there
 videos/JOB/       video-0.mp4, thumbnail-0.webp, spritesheet-0.png, …, preview.webp while it is made
 """
 
@@ -36,6 +37,7 @@ class Folder:
     def __init__(self, path: Path) -> None:
         self.path = path.absolute()
         self.pictures, self.making, self.videos = (self.path / n for n in ("pictures", "making", "videos"))
+        self._tries: dict[str, Path] = {}
         try:
             for folder in (self.path, self.pictures, self.making, self.videos):
                 folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -83,22 +85,23 @@ class Folder:
             self.picture(digest).unlink(missing_ok=True)
 
     def begin(self, job: str) -> Path:
-        """An empty folder for what a worker makes."""
-        place = self.making / job
-        shutil.rmtree(place, ignore_errors=True)
+        """An empty folder for what a worker makes, which no worker before has had."""
+        self.drop(job)
+        place = self._tries[job] = self.making / f"{job}-{secrets.token_hex(8)}"
         place.mkdir(mode=0o700)
         return place
 
     def finish(self, job: str) -> None:
         """All of a job's files are there: from now on they are what clients get."""
-        (self.making / job / PREVIEW).unlink(missing_ok=True)
+        self.preview(job).unlink(missing_ok=True)
         shutil.rmtree(self.videos / job, ignore_errors=True)
-        os.replace(self.making / job, self.videos / job)
+        os.replace(self._tries.pop(job), self.videos / job)
 
     def drop(self, job: str) -> None:
         """Deletes what was made of a job."""
-        for folder in (self.making, self.videos):
-            shutil.rmtree(folder / job, ignore_errors=True)
+        for folder in (self._tries.pop(job, None), self.videos / job):
+            if folder is not None:
+                shutil.rmtree(folder, ignore_errors=True)
 
     def result(self, job: str, kind: str, sample: int) -> Path:
         """A file of a finished job; kind: of KINDS."""
@@ -106,7 +109,7 @@ class Folder:
 
     def preview(self, job: str) -> Path:
         """The newest preview of a job that is being made."""
-        return self.making / job / PREVIEW
+        return self._tries.get(job, self.making) / PREVIEW
 
     def sweep(self, jobs: set[str], pictures: set[str]) -> None:
         """Deletes what no job has: a server that was killed leaves it."""
