@@ -51,6 +51,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--bundle", action="append", metavar="NAME", help="shipped bundle or a path; repeatable (sprites)"
     )
     what.add_argument("--workers", type=int, default=1, metavar="N", help="processes for each bundle (1)")
+    what.add_argument(
+        "--max-workers",
+        type=int,
+        metavar="M",
+        help="with --ray: as many as jobs wait, --workers to M for each bundle (--workers)",
+    )
     what.add_argument("--device", metavar="NAME", default="cpu", help="cpu, cuda, tensorrt or rtx (cpu)")
     what.add_argument(
         "--backend", metavar="NAME", default="onnxruntime", help="onnxruntime or torch (onnxruntime)"
@@ -85,6 +91,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=60.0,
         metavar="SECONDS",
         help="to finish what is begun, at SIGTERM (60)",
+    )
+    limits.add_argument(
+        "--step-timeout",
+        type=float,
+        default=600.0,
+        metavar="SECONDS",
+        help="a worker that says nothing of its job for so long, as it does at every step, is replaced (600)",
+    )
+    limits.add_argument(
+        "--idle",
+        type=float,
+        default=60.0,
+        metavar="SECONDS",
+        help="without a job, after which a worker beyond --workers is let go (60)",
     )
     who = parser.add_argument_group("who may ask")
     who.add_argument("--api-key-file", type=Path, metavar="FILE", help="keys, as hashes: NAME sha256:HEX")
@@ -163,14 +183,21 @@ def _new_key(args: argparse.Namespace) -> int:
 def _check(args: argparse.Namespace) -> None:
     check_choice(args.device, args.threads, args.backend, args.precision)
     ranges = {"port": (0, 65535), "workers": (1, 256), "max_queue": (1, 10**6), "max_body": (1, 4096)}
-    ranges |= {"max_queue_per_key": (1, 10**6), "gpus_per_worker": (1, 64)}
+    ranges |= {"max_queue_per_key": (1, 10**6), "gpus_per_worker": (1, 64), "max_workers": (1, 4096)}
     for name, (least, most) in ranges.items():
         value = getattr(args, name)
         if value is not None and not least <= value <= most:
             raise InputError(f"--{name.replace('_', '-')} must be {least} to {most}, not {value}")
-    for name in ("keep", "drain"):
+    for name in ("keep", "drain", "idle"):
         if not 0 <= getattr(args, name) < 1e6:
             raise InputError(f"--{name} must be 0 or more, not {getattr(args, name):g}")
+    if not 0 < args.step_timeout < 1e6:
+        raise InputError(f"--step-timeout must be more than 0 seconds, not {args.step_timeout:g}")
+    if args.max_workers is not None:
+        if args.ray is None:
+            raise InputError("--max-workers goes with --ray: processes on this machine are --workers, always")
+        if args.max_workers < args.workers:
+            raise InputError(f"--max-workers {args.max_workers} is less than --workers {args.workers}")
     if args.ray is not None:
         _check_ray(args)
     if not _is_local(args.host) and args.api_key_file is None and not args.no_auth:

@@ -10,11 +10,11 @@ import asyncio
 import logging
 import sqlite3
 import time
-from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
 from ..workers.interface import JobCancelled, JobFailed, Task, Worker, WorkerLost
+from ..workers.team import MOST_DEATHS, Team, make_in_time
 from . import jobs
 from .events import Events
 from .folder import Folder
@@ -23,8 +23,6 @@ from .measures import Measures
 
 log = logging.getLogger(__name__)
 
-MOST_DEATHS = 2  # workers that may die with a job
-SLOWEST_RESTART = 60.0  # seconds between two tries to start a worker
 BETWEEN_SWEEPS = 5.0  # seconds between two looks for what has expired
 
 
@@ -39,7 +37,9 @@ class QueueFull(Exception):
 class Dispatcher:
     """Hands jobs to workers.
 
-    most: jobs that may wait; keep: seconds for which a finished job's files stay.
+    workers: of all bundles; most: jobs that may wait; keep: seconds for which a finished job's
+    files stay; patience: seconds in which a worker must say something of its job, or it is replaced; always,
+    idle: of each bundle, see Team.
     """
 
     def __init__(
@@ -51,29 +51,37 @@ class Dispatcher:
         *,
         most: int,
         keep: float,
+        patience: float = 600.0,
+        always: int | None = None,
+        idle: float = 60.0,
     ) -> None:
         self.store, self.folder, self.events = store, folder, Events()
-        self._workers, self._measures = list(workers), measures
-        self._most, self._keep = most, keep
+        self._measures, self._most, self._keep, self._patience = measures, most, keep, patience
         self._making: dict[str, Worker] = {}
-        self._ready: set[int] = set()
-        self._changed = asyncio.Condition()
-        self._tasks: list[asyncio.Task[None]] = []
+        self._teams = {
+            bundle: Team(
+                [worker for worker in workers if worker.bundle == bundle],
+                self._claim,
+                self._make,
+                always=always,
+                idle=idle,
+                changed=self._count_workers,
+            )
+            for bundle in dict.fromkeys(worker.bundle for worker in workers)
+        }
+        self._sweeping: asyncio.Task[None] | None = None
         self._looked: set[str] = set()
         self.held = asyncio.Event()  # no more jobs are taken
         self._held_since, self._hurried = 0.0, False
         self._mean: dict[str, float] = {}  # seconds of a job, by bundle, lately
+        for job in store.active():
+            self._wait(job)
 
     async def start(self) -> None:
-        """Starts every worker. Raises WorkerLost where the first of a bundle does not come up: no job could
-        be made."""
-        first = {worker.bundle: worker for worker in reversed(self._workers)}
-        await asyncio.gather(*(worker.start() for worker in first.values()))
-        started = set(map(id, first.values()))
-        self._tasks = [
-            asyncio.create_task(self._work(worker, id(worker) in started)) for worker in self._workers
-        ]
-        self._tasks.append(asyncio.create_task(self._expire()))
+        """Starts every worker that is always there. Raises WorkerLost where the first of a bundle does not
+        come up: no job could be made."""
+        await asyncio.gather(*(team.start() for team in self._teams.values()))
+        self._sweeping = asyncio.create_task(self._expire())
 
     def hold(self) -> None:
         """Takes no more jobs and begins none; what is being made goes on. The second time: `drain` no longer
@@ -89,48 +97,32 @@ class Dispatcher:
             self.hold()
         while self._making and not self._hurried and time.monotonic() < self._held_since + seconds:
             await asyncio.sleep(0.05)
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-        await asyncio.gather(*(worker.stop() for worker in self._workers))
+        if self._sweeping is not None:
+            self._sweeping.cancel()
+        await asyncio.gather(*(team.stop() for team in self._teams.values()))
 
     @property
     def ready(self) -> bool:
         """Whether every bundle has a worker, and jobs are taken."""
-        able = {worker.bundle for worker in self._workers if id(worker) in self._ready}
-        return not self.held.is_set() and able == {worker.bundle for worker in self._workers}
+        return not self.held.is_set() and all(team.ready for team in self._teams.values())
 
     @property
     def workers_ready(self) -> int:
         """How many workers are loaded."""
-        return len(self._ready)
+        return sum(team.ready for team in self._teams.values())
 
     def waiting(self, owner: str | None = None) -> int:
         """Jobs that nobody makes yet, of all or of one owner."""
-        every = (job for job in self.store.active() if job.status == jobs.QUEUED)
-        return sum(owner is None or job.owner == owner for job in every)
+        return self.store.waiting.count(owner)
 
     def place(self, job: Job) -> int | None:
         """How many jobs of the same bundle are before it; None once it is begun."""
-        if job.status != jobs.QUEUED:
-            return None
-        before = 0
-        for other in self.store.active():
-            if other.id == job.id:
-                break
-            before += other.bundle == job.bundle and other.status == jobs.QUEUED
-        return before
+        number = self.store.number(job) if job.status == jobs.QUEUED else None
+        return None if number is None else self.store.waiting.place(number, job.bundle)
 
     def places(self, owner: str) -> dict[str, int]:
         """`place` of every job of an owner that is not begun."""
-        before: Counter[str] = Counter()
-        found = {}
-        for job in self.store.active():
-            if job.status == jobs.QUEUED:
-                if job.owner == owner:
-                    found[job.id] = before[job.bundle]
-                before[job.bundle] += 1
-        return found
+        return self.store.waiting.places(owner)
 
     def check_room(self, bundle: str) -> None:
         """Raises QueueFull."""
@@ -142,7 +134,7 @@ class Dispatcher:
         """Takes a job. Raises sqlite3.Error where it cannot be kept."""
         self.store.add(job, repeat)
         self.events.tell(job, "status")
-        await self._wake()
+        self._wait(job)
 
     def look(self, job: Job) -> None:
         """Somebody looks at a job that is being made: from now on it has previews, which cost time."""
@@ -172,64 +164,27 @@ class Dispatcher:
             self.folder.drop(job.id)
         self.events.tell(job, "status")
 
-    async def _wake(self) -> None:
-        async with self._changed:
-            self._changed.notify_all()
+    def _wait(self, job: Job) -> None:
+        """It is to be made, in its place; of a bundle that is not served (any more) it waits for that."""
+        number, team = self.store.number(job), self._teams.get(job.bundle)
+        if number is not None and team is not None:
+            team.put(number, job.id)
+            self._count_jobs(job.bundle)
 
-    async def _next(self, worker: Worker) -> Job:
-        """The oldest job that waits for this worker's bundle, which from here on is the worker's."""
-        async with self._changed:
-            while True:
-                for job in self.store.active():
-                    free = job.status == jobs.QUEUED and job.id not in self._making
-                    if free and job.bundle == worker.bundle and not self.held.is_set():
-                        self._making[job.id] = worker
-                        return job
-                await self._changed.wait()
+    def _claim(self, worker: Worker, id: str) -> Job | None:
+        """A job that waits, which from here on is the worker's."""
+        job = self.store.queued(id)
+        if job is None or id in self._making or self.held.is_set():
+            return None
+        self._making[id] = worker
+        return job
 
-    async def _taken(self, worker: Worker) -> Job:
-        """As `_next`. Raises WorkerLost where the worker dies before there is one."""
-        job, gone = asyncio.create_task(self._next(worker)), asyncio.create_task(worker.gone())
-        try:
-            await asyncio.wait({job, gone}, return_when=asyncio.FIRST_COMPLETED)
-            if not gone.done():
-                return job.result()
-            if job.done():
-                del self._making[job.result().id]
-                await self._wake()
-            raise WorkerLost(gone.result())
-        finally:
-            job.cancel()
-            gone.cancel()
+    def _count_jobs(self, bundle: str) -> None:
+        if (team := self._teams.get(bundle)) is not None and not self.held.is_set():
+            team.want(self.store.active_in(bundle))
 
-    async def _work(self, worker: Worker, started: bool) -> None:
-        """A worker's life: started again whenever it dies, at once, or after a while that doubles as long as
-        no job gets made."""
-        pause = 0.0
-        while True:
-            try:
-                if not started:
-                    await worker.start()
-                self._set_ready(worker, True)
-                while True:
-                    await self._make(worker, await self._taken(worker))
-                    pause = 0.0
-            except WorkerLost as error:
-                log.error("a worker for %s: %s", worker.bundle, error)
-            except sqlite3.Error as error:
-                log.error("the jobs cannot be written: %s", error)
-                await worker.stop()
-            except Exception:
-                log.exception("a worker for %s: this should not happen", worker.bundle)
-                await worker.stop()
-            self._set_ready(worker, False)
-            started = False
-            await asyncio.sleep(pause)
-            pause = min(max(1.0, 2 * pause), SLOWEST_RESTART)
-
-    def _set_ready(self, worker: Worker, ready: bool) -> None:
-        (self._ready.add if ready else self._ready.discard)(id(worker))
-        self._measures.workers(len(self._ready))
+    def _count_workers(self) -> None:
+        self._measures.workers(self.workers_ready, sum(team.wanted for team in self._teams.values()))
 
     def _still(self, id: str) -> Job | None:
         """The job as it is now, unless it has ended."""
@@ -237,8 +192,8 @@ class Dispatcher:
         return job if job is not None and job.active else None
 
     async def _make(self, worker: Worker, job: Job) -> None:
-        """One job, to its end or to its worker's. Raises WorkerLost and sqlite3.Error, when the job is looked
-        after."""
+        """One job, to its end or to its worker's. Raises WorkerLost, and anything else that makes the worker
+        unfit, when the job is looked after."""
         id = job.id
         try:
             if self._still(id) is None:  # it ended in the moment in which it was taken
@@ -246,7 +201,7 @@ class Dispatcher:
             request = {name: value for name, value in job.request.items() if name != "concepts"}
             concepts = tuple((c["label"], self.folder.picture(c["sha256"])) for c in job.request["concepts"])
             task = Task(id, request, concepts, self.folder.begin(id))
-            made = await worker.make(task, lambda said: self._heard(id, said))
+            made = await make_in_time(worker, task, lambda said: self._heard(id, said), self._patience)
             if (now := self._still(id)) is not None:
                 self.folder.finish(id)
                 self._end(now, jobs.COMPLETED, warnings=tuple(made["warnings"]), seconds=made["seconds"])
@@ -256,6 +211,8 @@ class Dispatcher:
             self._fail(id, error.code, str(error))
         except OSError as error:
             self._fail(id, "storage", f"its files could not be kept: {error.strerror}")
+        except sqlite3.Error as error:
+            raise WorkerLost(f"the jobs cannot be written: {error}") from None
         except Exception as error:
             self._lost(id, str(error) if isinstance(error, WorkerLost) else "something went wrong")
             raise
@@ -269,7 +226,8 @@ class Dispatcher:
             now = self.store.get(id)
             if now is None or now.status != jobs.COMPLETED:
                 self.folder.drop(id)
-            await self._wake()
+            if now is not None and now.active:
+                self._wait(now)
 
     def _heard(self, id: str, said: dict[str, Any]) -> None:
         job = self._still(id)
@@ -290,8 +248,10 @@ class Dispatcher:
 
     def _tell_waiting(self, bundle: str) -> None:
         """Those behind have moved up."""
+        waiting = self.store.waiting
         self.events.tell_moved(
-            job for job in self.store.active() if job.bundle == bundle and job.status == jobs.QUEUED
+            lambda id: (job := self.store.queued(id)) is not None and job.bundle == bundle,
+            lambda owner: bundle in waiting.bundles(owner),
         )
 
     def _fail(self, id: str, code: str, message: str) -> None:
@@ -322,13 +282,14 @@ class Dispatcher:
             self._measures.made(took)
         self._measures.ended(status)
         self._tell_waiting(job.bundle)
+        self._count_jobs(job.bundle)
         self.events.tell(job, "status")
         return ended
 
     def pace(self, bundle: str) -> float:
         """Seconds from one job's end to the next one's, as it was lately; 0 before the first."""
-        workers = sum(worker.bundle == bundle for worker in self._workers)
-        return self._mean.get(bundle, 0.0) / max(1, workers)
+        team = self._teams.get(bundle)
+        return 0.0 if team is None else self._mean.get(bundle, 0.0) / team.wanted
 
     async def _expire(self) -> None:
         """Lets go of files whose time has come, now and then, and later of all else that is known of them."""

@@ -9,11 +9,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import sqlite3
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from .waiting import Waiting
 
 QUEUED, IN_PROGRESS = "queued", "in_progress"
 COMPLETED, FAILED, CANCELLED, EXPIRED = "completed", "failed", "cancelled", "expired"
@@ -101,12 +104,16 @@ class Store:
         if (found := self._db.execute("pragma quick_check(1)").fetchone()[0]) != "ok":
             raise ValueError(f"it is damaged ({found})")
         self._db.executescript(f"begin; {SCHEMA} pragma user_version={FORMAT}; commit;")
+        self.waiting = Waiting()
         self._active: dict[str, Job] = {}
-        for (row,) in self._db.execute(
-            "select data from jobs where status in (?, ?) order by number", (QUEUED, IN_PROGRESS)
+        self._numbers: dict[str, int] = {}  # of these, in the order in which they came
+        self._counts: Counter[str] = Counter()  # of these, by bundle
+        for number, row in self._db.execute(
+            "select number, data from jobs where status in (?, ?) order by number", (QUEUED, IN_PROGRESS)
         ).fetchall():
-            job = _job(row)
-            self._active[job.id] = dataclasses.replace(job, status=QUEUED, started_at=None, step=0)
+            job = dataclasses.replace(_job(row), status=QUEUED, started_at=None, step=0)
+            self._numbers[job.id] = number
+            self._set(job.id, job)
 
     def close(self) -> None:
         """Nothing may be asked of it afterwards."""
@@ -116,10 +123,11 @@ class Store:
         """Accepts a job: once this returns it is not lost. repeat: its Idempotency-Key."""
         self._db.execute("pragma synchronous=full")  # what was accepted outlives a power cut
         with self._transaction():
-            self._db.execute(
+            number = self._db.execute(
                 f"insert into jobs ({', '.join(COLUMNS)}, data) values (?, ?, ?, ?, ?, ?)",
                 (*(getattr(job, name) for name in COLUMNS), _text(job)),
-            )
+            ).lastrowid
+            assert number is not None
             self._db.executemany(
                 "insert into pictures values (?, ?)", [(job.id, digest) for digest in job.pictures]
             )
@@ -129,7 +137,8 @@ class Store:
                     (job.owner, repeat, job.digest, job.id, job.created_at),
                 )
         self._db.execute("pragma synchronous=normal")  # what became of it may have to be made again
-        self._active[job.id] = job
+        self._numbers[job.id] = number
+        self._set(job.id, job)
 
     def repeated(self, owner: str, key: str) -> tuple[str, str] | None:
         """What was asked for under an Idempotency-Key before: its digest and the job's id."""
@@ -149,6 +158,19 @@ class Store:
         """Those that are queued or being made, the oldest first."""
         return list(self._active.values())
 
+    def active_in(self, bundle: str) -> int:
+        """How many of a bundle are queued or being made."""
+        return self._counts[bundle]
+
+    def queued(self, id: str) -> Job | None:
+        """A job that waits; None for any other."""
+        job = self._active.get(id)
+        return job if job is not None and job.status == QUEUED else None
+
+    def number(self, job: Job) -> int | None:
+        """Tells the order of jobs that still have to be made; None for any other."""
+        return self._numbers.get(job.id)
+
     def change(self, id: str, **fields: Any) -> Job | None:
         """Changes a job and writes it; None where it is gone."""
         job = self.get(id)
@@ -159,16 +181,28 @@ class Store:
             "update jobs set status = ?, expires_at = ?, data = ? where id = ?",
             (job.status, job.expires_at, _text(job), id),
         )
-        if job.active:
-            self._active[id] = job  # where it stands, it stays
-        else:
-            self._active.pop(id, None)
+        self._set(id, job if job.active else None)
         return job
 
     def note(self, id: str, **fields: Any) -> None:
         """How far a job is that still has to be made. In memory alone: after a restart it begins anew."""
         if (job := self._active.get(id)) is not None:
-            self._active[id] = dataclasses.replace(job, **fields)
+            self._set(id, dataclasses.replace(job, **fields))
+
+    def _set(self, id: str, job: Job | None) -> None:
+        """What is kept in memory of a job: None once it does not have to be made any more."""
+        before = self._active.get(id)
+        if before is not None and before.status == QUEUED and (job is None or job.status != QUEUED):
+            self.waiting.remove(self._numbers[id], before)
+        if job is not None and job.status == QUEUED and (before is None or before.status != QUEUED):
+            self.waiting.add(self._numbers[id], job)
+        if before is None and job is not None:
+            self._counts[job.bundle] += 1
+        if job is not None:
+            self._active[id] = job  # where it stands, it stays
+        elif before is not None:
+            self._counts[before.bundle] -= 1
+            del self._active[id], self._numbers[id]
 
     def page(
         self, owner: str, limit: int, after: str | None = None, ascending: bool = False
@@ -198,7 +232,7 @@ class Store:
             self._db.execute("delete from pictures where job = ?", (id,))
             self._db.execute("delete from repeats where job = ?", (id,))
             self._db.execute("delete from jobs where id = ?", (id,))
-        self._active.pop(id, None)
+        self._set(id, None)
         return self.unheld(held)
 
     def release(self, id: str) -> list[str]:

@@ -25,6 +25,8 @@ class Measures:
         self._refused = Counter(f"{name}_refused", "Jobs that a full queue refused", registry=self._registry)
         self._waiting = Gauge(f"{name}_queue_length", "Jobs that wait", registry=self._registry)
         self._workers = Gauge(f"{name}_workers_ready", "Workers that are loaded", registry=self._registry)
+        wanted = "Workers that there should be: one for each job, within the bounds"
+        self._wanted = Gauge(f"{name}_workers_wanted", wanted, registry=self._registry)
         waited = "Seconds from POST to the first computation"
         self._waited = Histogram(
             f"{name}_queue_wait_seconds", waited, buckets=SECONDS, registry=self._registry
@@ -52,9 +54,10 @@ class Measures:
         """A job was finished so long after it was begun."""
         self._made.observe(seconds)
 
-    def workers(self, count: int) -> None:
-        """So many workers are loaded."""
-        self._workers.set(count)
+    def workers(self, ready: int, wanted: int) -> None:
+        """So many workers are loaded, and so many there should be."""
+        self._workers.set(ready)
+        self._wanted.set(wanted)
 
     def text(self) -> bytes:
         """What /metrics answers."""

@@ -45,7 +45,7 @@ def serve(args: argparse.Namespace, options: dict[str, Any], hosts: tuple[str, .
         keep_quiet()
     keys = None if args.api_key_file is None else Keys(args.api_key_file)
     catalogue = Catalogue(args.bundle or ["sprites"])
-    count = args.workers * len(catalogue.names)
+    count = (args.max_workers or args.workers) * len(catalogue.names)
     options["threads"] = options["threads"] or max(1, usable() // count)
     listening = _listen(args.host, args.port)
     with listening, Folder(args.data) as folder:
@@ -56,8 +56,17 @@ def serve(args: argparse.Namespace, options: dict[str, Any], hosts: tuple[str, .
         measures = Measures()
         gateway = None if args.ray is None else Gateway(args.ray, max(usable(), count * options["threads"]))
         workers = list(_workers(args, options, catalogue, gateway))
-        keep = args.keep * 3600.0
-        dispatcher = Dispatcher(store, folder, workers, measures, most=args.max_queue, keep=keep)
+        dispatcher = Dispatcher(
+            store,
+            folder,
+            workers,
+            measures,
+            most=args.max_queue,
+            keep=args.keep * 3600.0,
+            patience=args.step_timeout,
+            always=args.workers,
+            idle=args.idle,
+        )
         measures.watch(dispatcher.waiting)
         service = Service(
             catalogue,
@@ -85,7 +94,7 @@ def _workers(
     needs = Needs(0, args.gpus_per_worker) if args.device != "cpu" else Needs(options["threads"], 0)
     for served in catalogue:
         own = {**options, "place": str(served.folder)}
-        for _ in range(args.workers):
+        for _ in range(args.max_workers or args.workers):
             if gateway is None:
                 yield ProcessWorker(served.name, own, next(gpus))
             else:

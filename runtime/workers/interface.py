@@ -15,8 +15,8 @@ KINDS = {"video": ".mp4", "thumbnail": ".webp", "spritesheet": ".png"}
 PREVIEW = "preview.webp"
 """The newest look at a job that is being made, in its folder."""
 FRAMES, PICTURES = "frames-{}.npy", "pictures.npy"
-"""Of a task that asks for frames, instead of KINDS: each sample's, uint8 [F,H,W,3], and the concepts' pictures
-as the model saw them, uint8 [N,px,px,3], where there are concepts."""
+"""Of a task that asks for frames, instead of KINDS: each sample's, uint8 [F,H,W,3], and the concepts'
+pictures as the model saw them, uint8 [N,px,px,3], where there are concepts."""
 
 
 class WorkerLost(Exception):

@@ -67,6 +67,29 @@ def test_a_job_that_kills_two_workers_has_failed_and_the_next_is_made(faulty: Se
     assert faulty.wait(next_one)["status"] == "completed"
 
 
+def test_a_worker_that_hangs_is_replaced_and_another_makes_its_job(
+    start_server: StartServer, tmp_path: Path
+) -> None:
+    server = start_server("--workers", "2", "--step-timeout", "3", data=tmp_path / "jobs")
+    waited(lambda: server.http.get("/health/ready").json()["workers"] == 2)
+    right = server.content(server.wait(server.ask(seed="4", **SLOW)["id"])["id"])
+    id, before = server.ask(seed="4", **SLOW)["id"], {pid: _ticks(pid) for pid in server.workers()}
+    server.wait(id, in_progress)
+    (hung,) = [pid for pid, ticks in before.items() if _ticks(pid) > ticks + 1]
+    os.kill(hung, signal.SIGSTOP)
+    assert server.wait(id)["status"] == "completed"
+    assert server.content(id) == right
+    waited(lambda: hung not in server.workers() and len(server.workers()) == 2)
+    said = [line for line in server.log.read_text().splitlines() if "said nothing" in line]
+    assert len(said) == 1 and "it said nothing for 3 seconds, so it was stopped" in said[0]
+
+
+def _ticks(pid: int) -> int:
+    """What a process has had of the processor."""
+    with open(f"/proc/{pid}/stat") as file:
+        return sum(map(int, file.read().split(") ")[1].split()[11:13]))
+
+
 def test_an_idle_worker_that_dies_is_replaced(faulty: Server) -> None:
     waited(lambda: faulty.http.get("/health/ready").status_code == 200)
     kill_worker(faulty)

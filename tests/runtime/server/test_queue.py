@@ -25,6 +25,7 @@ from conceptmaster.runtime.server.jobs import Store
 from conceptmaster.runtime.server.keys import Keys, new_key
 from conceptmaster.runtime.server.measures import Measures
 from conceptmaster.runtime.server.service import Limits, Service
+from conceptmaster.runtime.workers import team
 from conceptmaster.runtime.workers.interface import Hear, JobCancelled, JobFailed, Task, WorkerLost
 
 from .conftest import PROMPT
@@ -163,17 +164,17 @@ async def test_a_job_that_ends_in_the_moment_in_which_it_is_taken_is_not_made(st
     async with stage() as s:
         (await s.ask()).json()
         ids = [(await s.ask()).json()["id"] for _ in range(3)]
-        taken = s.service.dispatcher._taken
+        team = s.service.dispatcher._teams["fake"]
+        make = team._make
 
-        async def late(worker: Any) -> jobs.Job:
-            job = await taken(worker)
+        async def late(worker: Any, job: jobs.Job) -> None:
             if job.id == ids[0]:
                 await s.service.dispatcher.cancel(job)
             if job.id == ids[1]:
                 await s.service.dispatcher.delete(job)
-            return job
+            await make(worker, job)
 
-        s.service.dispatcher._taken = late
+        team._make = late
         for _ in range(2):
             s.worker.let.release()
         await s.until(ids[2], "completed")
@@ -184,7 +185,7 @@ async def test_a_job_that_ends_in_the_moment_in_which_it_is_taken_is_not_made(st
 async def test_a_full_disk_while_a_job_ends_makes_it_wait(
     stage: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(dispatchers, "SLOWEST_RESTART", 0.01)
+    monkeypatch.setattr(team, "SLOWEST_RESTART", 0.01)
     async with stage() as s:
         id = (await s.ask()).json()["id"]
         await s.until(id, "in_progress")
