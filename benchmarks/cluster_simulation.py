@@ -2,12 +2,12 @@
 
     python -m conceptmaster.benchmarks.cluster_simulation [--gpus N …] [--mix NAME …] … [--write FILE]
 
-The server's own dispatcher, jobs in SQLite and folders run in a loop whose clock jumps to the next timer
-(virtual_clock.py), over workers that only wait (simulated_cluster.py). So what jobs wait is simulated, and
-the same for the same seed; what the head's processor takes for a job is measured, on this machine: without
-HTTP, and with one wake-up of the loop in the place of each line that a worker says. Waiting does not know of
-that time: where `head_busy` comes near 1, the head is what jobs would wait for. Without options for what to
-run, all of SUITE.
+The server's own queue, jobs in SQLite, folders and ends of Ray workers run in a loop whose clock jumps to the
+next timer (virtual_clock.py), over a cluster that only waits (simulated_cluster.py). So what jobs wait is
+simulated, and the same for the same seed; what the head's processor takes for a job is measured, on this
+machine: without HTTP, without the process that speaks with Ray, and with a timer of the loop in the place of
+reading each line that a worker says. Waiting does not know of that time: where `head_busy` comes near 1, the
+head is what jobs would wait for. Without options for what to run, all of SUITE.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from conceptmaster.runtime.server.jobs import Job, Store
 from conceptmaster.runtime.server.measures import Measures
 
 from .reports import commit, machine, write
-from .simulated_cluster import GPUS, LOADING, REPAIR, Watch, nodes
+from .simulated_cluster import GPUS, HANGS, LOADING, NOTICED, REPAIR, Watch, cluster
 from .virtual_clock import EPOCH, virtual_time
 
 JOBS = 20_000  # of a run whose hours are not given
@@ -111,7 +111,7 @@ SUITE = (
 
 @dataclass(frozen=True)
 class Arrival:
-    """A job that comes at a time of the loop. timings: see SimulatedWorker."""
+    """A job that comes at a time of the loop. timings: see SimulatedGateway."""
 
     time: float
     id: str
@@ -182,11 +182,11 @@ async def _run(
     came: list[Arrival], gpus: dict[str, int], mtbf: float, seed: int, store: Store, folder: Folder
 ) -> Run:
     loop, watch, measures = asyncio.get_running_loop(), Watch(), Counted()
-    every = [node for bundle, count in gpus.items() for node in nodes(bundle, count, mtbf, seed, watch)]
-    workers = [worker for node in every for worker in node.workers]
+    timings = {arrival.id: arrival.timings for arrival in came}
+    workers, nodes = cluster(gpus, timings, mtbf, seed, watch)
     dispatcher = Dispatcher(store, folder, workers, measures, most=10**9, keep=KEEP)
     await dispatcher.start()
-    failing = [asyncio.create_task(node.fail()) for node in every if mtbf < math.inf]
+    failing = [asyncio.create_task(node.fail()) for node in nodes if mtbf < math.inf]
     warm = OPEN + WARM_UP * (came[-1].time - OPEN)
     begun, before = 0.0, 0
     for arrival in came:
@@ -206,7 +206,8 @@ async def _run(
 
 def _job(arrival: Arrival, watch: Watch) -> Job:
     own = time.thread_time()
-    request = {"prompt": "a ball rolls left", "concepts": [], "seed": 0, "timings": arrival.timings}
+    concepts = [{"label": label, "sha256": digest * 64} for label, digest in (("cat", "a"), ("car", "b"))]
+    request = {"prompt": "a cat beside a red car", "concepts": concepts, "seed": 0, "samples": 1}
     job = Job(arrival.id, "", arrival.bundle, request, "", EPOCH + arrival.time)
     watch.own += time.thread_time() - own
     return job
@@ -214,11 +215,11 @@ def _job(arrival: Arrival, watch: Watch) -> Job:
 
 def shares(kinds: Sequence[Kind], gpus: int) -> dict[str, int]:
     """GPUs of each bundle, by the work that is asked of it."""
-    work = Counter[str]()
+    work = dict.fromkeys((kind.bundle for kind in kinds), 0.0)
     for kind in kinds:
         work[kind.bundle] += kind.share * kind.seconds
     first, *others = work
-    found = {bundle: round(gpus * work[bundle] / work.total()) for bundle in others}
+    found = {bundle: round(gpus * work[bundle] / sum(work.values())) for bundle in others}
     return {first: gpus - sum(found.values())} | found
 
 
@@ -271,7 +272,8 @@ def queue_figures(runs: Sequence[Run], gpus: int) -> dict[str, Any]:
         "became": dict(sorted(became.items())),
         "lost": sum(len(run.came) for run in runs) - made - became["failed"],
         "failures_of_nodes": sum(run.watch.failures for run in runs),
-        "made_again": sum(run.watch.deaths for run in runs),
+        "hangs": sum(run.watch.hangs for run in runs),
+        "broken_off": sum(run.watch.broken_off for run in runs),
         "wait_s": _spread(waits),
         "latency_s": _spread(latencies),
         "utilisation": round(work / (gpus * seconds), 4),
@@ -297,10 +299,10 @@ def _spread(values: list[float]) -> dict[str, float]:
 def chosen(given: argparse.Namespace) -> list[Scenario]:
     """Every combination of what was asked for; SUITE where nothing was."""
     names = ("mix", "gpus", "load", "mtbf", "heads")
-    asked = {name: getattr(given, name) for name in names if getattr(given, name) is not None}
+    asked: dict[str, list[Any]] = {name: getattr(given, name) for name in names if getattr(given, name)}
     if not asked:
         return [dataclasses.replace(s, seed=given.seed, hours=given.hours or s.hours) for s in SUITE]
-    asked = {"mix": ["few-step"], "gpus": [1000]} | asked
+    asked = {"mix": ["few-step"], "gpus": [1000], **asked}
     every = (dict(zip(asked, values, strict=True)) for values in itertools.product(*asked.values()))
     return [Scenario(**values, hours=given.hours, seed=given.seed) for values in every]
 
@@ -326,7 +328,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         "command": " ".join([parser.prog, *(sys.argv[1:] if argv is None else argv)]),
         "commit": commit(),
         "machine": machine(()),
-        "chosen": {"gpus_of_a_node": GPUS, "repair_s": REPAIR, "loading_s": LOADING, "keep_s": KEEP},
+        "chosen": {
+            "gpus_of_a_node": GPUS,
+            "loading_s": LOADING,
+            "repair_s": REPAIR,
+            "noticed_s": NOTICED,
+            "hangs": HANGS,
+            "keep_s": KEEP,
+        },
         "mixes": {
             name: [{**dataclasses.asdict(kind), "seconds": round(kind.seconds, 2)} for kind in kinds]
             for name, kinds in MIXES.items()

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import concurrent.futures
 import contextlib
 import selectors
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 from unittest import mock
 
@@ -16,8 +15,7 @@ EPOCH = 1.7e9  # Unix time at which every run begins
 
 
 class VirtualLoop(asyncio.SelectorEventLoop):
-    """Where nothing is ready, the time is at once that of the next timer. Work for other threads is done in
-    this one, as a thread's end has no place in a time like this."""
+    """Where nothing is ready, the time is at once that of the next timer. Other threads have no place in it."""
 
     def __init__(self) -> None:
         self._now = 0.0
@@ -30,15 +28,6 @@ class VirtualLoop(asyncio.SelectorEventLoop):
     def jump(self, seconds: float) -> None:
         """So much later."""
         self._now += seconds
-
-    def run_in_executor(self, executor: Any, func: Callable[..., Any], *args: Any) -> Any:
-        """Calls it at once."""
-        done: concurrent.futures.Future[Any] = concurrent.futures.Future()
-        try:
-            done.set_result(func(*args))
-        except Exception as error:
-            done.set_exception(error)
-        return asyncio.wrap_future(done, loop=self)
 
 
 class _Selector(selectors.DefaultSelector):  # type: ignore[misc,valid-type]
