@@ -16,7 +16,7 @@ from ..world import drawing, grounds
 from ..world.atlas import Atlas
 from ..world.looks import random_look
 from ..world.scenes import MAX_CONCEPTS, Scene, Wish, generator
-from .batches import REFERENCES, Captions, for_clip
+from .batches import BARE, REFERENCES, Captions, for_clip
 from .scenery import Page, Writer
 
 
@@ -106,6 +106,25 @@ class Artist(Writer):
         g = torch.Generator(self.device).manual_seed(seed)
         seen = drawing.references(dressed, cast.stretch, g)
         return for_clip(seen), drawing.upright(dressed, cast.stretch).float() / 127.5 - 1
+
+    @torch.no_grad()
+    def backgrounds(self, seeds: range, wish: Wish) -> dict[str, Tensor]:
+        """Each background as it is on average in the clips of these seeds, by its name: the normalised
+        latents' means by rows, where no concept is, [Cz,H]."""
+        mean, deviation = (
+            torch.tensor(self.config.vae[name], device=self.device)[:, None]
+            for name in ("latents_mean", "latents_std")
+        )
+        sums: dict[str, Tensor] = {}  # [Cz+1,H], the last their number
+        for start in range(seeds.start, seeds.stop, 16 * self.chunk):
+            scenes = self.scenes(range(start, min(start + 16 * self.chunk, seeds.stop)), wish)
+            drawn = self.draw(scenes, start, decoys=False)
+            covered = (drawn["coverage"].float() / 255).sum(1, keepdim=True)  # [B,1,F,H,W]
+            bare = (covered <= BARE).float()
+            latents = torch.cat((drawn["latents"].float() * bare, bare), 1).sum((2, 4))  # [B,Cz+1,H]
+            for scene, each in zip(scenes, latents, strict=True):
+                sums[scene.ground] = sums[scene.ground] + each if scene.ground in sums else each
+        return {name: (one[:-1] / one[-1:].clamp(min=1) - mean) / deviation for name, one in sums.items()}
 
     def captions(self, seeds: range, wish: Wish) -> Captions:
         """Sentences of scenes that are not drawn."""

@@ -25,6 +25,8 @@ from .options import Dropped, Supply
 
 REFERENCES = 2
 """Reference pictures of every concept of a clip, of which a batch takes one."""
+BARE = 0.05
+"""Of a place in the latents concepts cover at most so much where it is background."""
 FEW = 2
 """Concepts of a clip that has few."""
 SHARES = 0.22, 0.48, 0.22, 0.08

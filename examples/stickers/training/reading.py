@@ -1,11 +1,13 @@
-"""Teach the text encoder, with the story head, to read captions of any words, before any video.
+"""Teach the text encoder, with the story and scenery heads, to read captions of any words, before any video.
 
-Cheap, and decisive: where captions tell the video no places when joint training begins, they go on telling
-none for long. An encoder that attends evenly at first stays on that plateau; one whose heads begin by looking
-at a word's neighbours leaves it within a hundred steps.
+Cheap, and decisive: where captions tell the video no places, or no backgrounds, when joint training begins,
+they go on telling none for long. An encoder that attends evenly at first stays on that plateau; one whose
+heads begin by looking at a word's neighbours leaves it within a hundred steps.
 """
 
 from __future__ import annotations
+
+import copy
 
 import torch
 from torch import nn
@@ -28,8 +30,14 @@ from .trainee import Trainee
 
 READ = 1 << 45
 """First seed of what is read here."""
+DRAWN = 1600
+"""Clips that tell what backgrounds look like."""
 RATE, FAST_RATE = 0.012, 0.02
-"""Of matrices, and of all else."""
+"""Of matrices, and of all else in an encoder that is fresh."""
+WARM = 20
+"""Steps in which they rise."""
+KEPT = 0.1
+"""Weight of how far embeddings move that are to stay, as a share of them."""
 NEAR, AROUND, AWAY = 0.6, 0.3, 8.0
 """How much less, by the word, heads attend that look one way and both ways; and to what is the other way."""
 MOST = 128
@@ -59,19 +67,52 @@ def look_near(encoder: TextEncoder) -> None:
             table[0, head] = 0.0  # itself
 
 
-def learn_to_read(trainee: Trainee, artist: Artist, steps: int, size: int, device: str) -> list[float]:
-    """Train on ``steps`` batches of ``size`` captions; returns the mean losses of every 25 steps."""
-    parts = nn.ModuleDict({"text": trainee.model.text_encoder, "story": trainee.story})
-    optimizer = MuonAdamW(parts.named_parameters(), RATE, FAST_RATE, adam_names=(*ADAM_NAMES, *FAST_NAMES))
-    losses: list[float] = []
+def learn_to_read(
+    trainee: Trainee, artist: Artist, steps: int, size: int, device: str, keep: bool
+) -> dict[str, list[float]]:
+    """Train on ``steps`` batches of ``size`` captions; returns the mean losses of every 25 steps, by head.
+
+    ``keep``: the transformer has learned to read these embeddings, which are therefore to stay near what they
+    are; what is asked for comes in beside it.
+    """
+    read = {
+        "text": trainee.model.text_encoder,
+        "embedder": trainee.model.transformer.condition_embedder.text_embedder,
+    }
+    parts = nn.ModuleDict(read | {"story": trainee.story, "scenery": trainee.scenery})
+    before = copy.deepcopy(nn.ModuleDict(read)).requires_grad_(False)
+    table = artist.backgrounds(range(READ - DRAWN, READ), Wish(foreign=0.0))
+    unknown = torch.stack(list(table.values())).mean(0)
+    others = RATE / 4 if keep else FAST_RATE
+    optimizer = MuonAdamW(parts.named_parameters(), RATE, others, adam_names=(*ADAM_NAMES, *FAST_NAMES))
+    losses: dict[str, list[float]] = {"story": [], "scenery": [], "moved": []}
     for step in tqdm(range(steps), desc="read", disable=None):
-        captions = artist.captions(range(READ + step * size, READ + (step + 1) * size), Wish(foreign=0.0))
-        optimizer.set_scale(min(1.0, (steps - step) / (0.3 * steps)))
+        seeds, wish = range(READ + step * size, READ + (step + 1) * size), Wish(foreign=0.0)
+        captions = artist.captions(seeds, wish)
+        wanted = torch.stack([table.get(scene.ground, unknown) for scene in artist.scenes(seeds, wish)])
+        optimizer.set_scale(min(1.0, (step + 1) / WARM, (steps - step) / (0.4 * steps)))
         with cheapest_attention(device), autocast(device):
-            loss = trainee.reading(captions)
+            text = trainee.read(captions.token_ids, captions.token_mask)
+            embedded = trainee.embedded(text)
+            told = trainee.told_scenery(embedded, captions.token_mask).view_as(wanted)
+            found = {
+                "story": trainee.reading(captions, text),
+                "scenery": (told - wanted).square().mean() / (wanted - wanted.mean(0)).square().mean(),
+                "moved": embedded.new_zeros(()),
+            }
+            if keep:
+                old = before["text"](captions.token_ids, captions.token_mask)
+                old = before["embedder"](old).float()
+                shown = captions.token_mask[..., None]
+                found["moved"] = ((embedded - old).square() * shown).sum() / (old.square() * shown).sum()
+            loss = found["story"] + found["scenery"] + KEPT * found["moved"]
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         check_norm(gradient_norm(parts.parameters(), 2.0))
         optimizer.step()
-        losses.append(float(loss.detach()))
-    return [round(sum(part) / len(part), 4) for k in range(0, steps, 25) if (part := losses[k : k + 25])]
+        for name, value in found.items():
+            losses[name].append(float(value.detach()))
+    return {
+        name: [round(sum(part) / len(part), 4) for k in range(0, steps, 25) if (part := every[k : k + 25])]
+        for name, every in losses.items()
+    }

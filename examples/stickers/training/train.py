@@ -128,8 +128,9 @@ def train(
             if options.seeing:
                 log({"phase": "see", "portrait": learn_to_see(trainee, artist, options.seeing, device)})
             if options.reading:
-                read = learn_to_read(trainee, artist, options.reading, options.captions, device)
-                log({"phase": "read", "story": read})
+                keep = start is not None
+                read = learn_to_read(trainee, artist, options.reading, options.captions, device, keep)
+                log({"phase": "read"} | read)
             writing = time.perf_counter()
             log({"step": 0} | publish(0))
             now = time.perf_counter()

@@ -23,7 +23,7 @@ from conceptmaster.examples.sprites.training.heads import LayoutHead, coverage_l
 from conceptmaster.examples.sprites.training.train_pictures import UprightHead
 
 from ..world.tokens import END_ID
-from .batches import Batch, Captions
+from .batches import BARE, Batch, Captions
 from .windows import only
 
 FOREGROUND = 3.0
@@ -34,8 +34,6 @@ RARE = -2.0
 """Logit of a place's being covered that the story head begins with, as the layout head does."""
 FLOW_WEIGHT, LAYOUT_WEIGHT, STORY_WEIGHT, SCENERY_WEIGHT = 5.0, 4.0, 0.5, 1.0
 PORTRAIT_WEIGHT, LOOK_WEIGHT = 2.0, 3.0
-BARE = 0.05
-"""Of a place in the latents concepts cover at most so much where it is background."""
 LEAST_SPREAD = 1e-4
 """Backgrounds of a batch that differ less count as if they differed so much."""
 THUMBNAIL = 8
@@ -199,16 +197,23 @@ class Trainee(nn.Module):
     def _scenery(self, batch: Batch, text: Tensor) -> Tensor:
         """The error of what the caption's embedding in the transformer tells of the background, the latents'
         means by rows; as a share of what these means differ in the batch."""
-        mask = batch.token_mask[..., None]
-        embedded = self.model.transformer.condition_embedder.text_embedder(text).float()  # [B,T,D]
-        pooled = (embedded * mask).sum(1) / mask.sum(1)  # [B,D]
         bare = (batch.coverage.sum(1, keepdim=True) <= BARE).float()  # [B,1,F,H,W]
         count = bare.sum((2, 4))  # [B,1,H]
         wanted = (batch.latents * bare).sum((2, 4)) / count.clamp(min=1)  # [B,Cz,H]
         seen = (count > 0).float()
         spread = ((wanted - wanted.mean(0)).square() * seen).mean().clamp(min=LEAST_SPREAD)
-        error = (self.scenery(pooled).view_as(wanted) - wanted).square()
+        embedded = self.embedded(text)
+        error = (self.told_scenery(embedded, batch.token_mask).view_as(wanted) - wanted).square()
         return (error * seen).mean() / spread
+
+    def embedded(self, text: Tensor) -> Tensor:
+        """Text [B,T,Dt] as the transformer reads it, [B,T,D]."""
+        return self.model.transformer.condition_embedder.text_embedder(text).float()
+
+    def told_scenery(self, embedded: Tensor, mask: Tensor) -> Tensor:
+        """What embedded captions tell of the background, [B,Cz*H]; ``mask`` bool [B,T]."""
+        shown = mask[..., None]
+        return self.scenery((embedded * shown).sum(1) / shown.sum(1))
 
     def _looks(self, batch: Batch, hidden: Tensor, coverage: Tensor) -> Tensor:
         """The error of what the middle block's tokens [B,S,D] tell of the look of the concept that covers
@@ -220,9 +225,9 @@ class Trainee(nn.Module):
         error = (self.look(hidden.float()) - wanted).square()
         return masked_mean(error, (most > LOOK_COVERAGE)[..., None])
 
-    def reading(self, captions: Captions) -> Tensor:
-        """The story head's loss on captions alone."""
-        return self._story(captions, self.read(*_labels(captions)), self.read(*_captions(captions)))
+    def reading(self, captions: Captions, text: Tensor) -> Tensor:
+        """The story head's loss on captions alone, as text [B,T,Dt]."""
+        return self._story(captions, self.read(*_labels(captions)), text)
 
     def _story(self, captions: Captions, label: Tensor, text: Tensor) -> Tensor:
         """Of captions as text [B,T,Dt] with that of their labels, [M,L,Dt]."""
