@@ -45,10 +45,11 @@ from .video_file import SUFFIXES, check_options, enlargement
 
 if TYPE_CHECKING:
     from .pipeline import Pipeline
+    from .workers.remote import RemotePipeline
 
 log = logging.getLogger(__name__)
 
-MOST_JOBS = 64
+MOST_JOBS, MOST_WORKERS = 64, 4096
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -97,7 +98,7 @@ def run(
     args: argparse.Namespace,
     given: dict[str, Any],
     how: dict[str, Any],
-    open_pipeline: Callable[[], Pipeline],
+    open_pipeline: Callable[[], Pipeline | RemotePipeline],
 ) -> int:
     """Makes what is not made yet; returns 0, or 1 if a line failed.
 
@@ -125,8 +126,11 @@ def run(
     wrong = [line for line in lines if line.status == "failed"]
     if wrong and len(wrong) < len(lines):
         log.warning("%s: left out, the others are made", _numbers(wrong))
+    left = [line for line in lines if line.status == "left"]
     try:
-        _make_all(pipeline, asked, [line for line in lines if line.status == "left"], args, scale)
+        if left:
+            with pipeline:  # whose workers, where it has some, are started now
+                _make_all(pipeline, asked, left, args, scale)
     finally:
         _report(lines, args, pipeline.manifest.name, time.perf_counter() - start)
     return int(any(line.status == "failed" for line in lines))
@@ -136,8 +140,9 @@ def _check(args: argparse.Namespace) -> None:
     for option in ("prompt", "concept", "request", "noise"):
         if getattr(args, option) is not None:
             raise InputError(f"--{option} is for one request: leave it out, or --requests")
-    if args.jobs is not None and not 1 <= args.jobs <= MOST_JOBS:
-        raise InputError(f"--jobs must be 1 to {MOST_JOBS}, not {args.jobs}")
+    most = MOST_JOBS if args.ray is None else MOST_WORKERS
+    if args.jobs is not None and not 1 <= args.jobs <= most:
+        raise InputError(f"--jobs must be 1 to {most}, not {args.jobs}")
     for option in ("output", "sheet", "frames"):
         name = getattr(args, option)
         if name is not None and "{name}" not in name:
@@ -239,7 +244,11 @@ def _failing(line: Line) -> Iterator[None]:
 
 
 def _make_all(
-    pipeline: Pipeline, asked: batch_record.Asked, lines: list[Line], args: argparse.Namespace, scale: int
+    pipeline: Pipeline | RemotePipeline,
+    asked: batch_record.Asked,
+    lines: list[Line],
+    args: argparse.Namespace,
+    scale: int,
 ) -> None:
     stop = threading.Event()
 
@@ -262,7 +271,9 @@ def _make_all(
         return line
 
     shows = args.progress or (sys.stderr.isatty() and not args.quiet)
-    pool = ThreadPoolExecutor(args.jobs or 1, thread_name_prefix="request")
+    # a worker elsewhere makes the next while the one before is written here
+    at_once = (args.jobs or 1) * (1 if args.ray is None else 2)
+    pool = ThreadPoolExecutor(at_once, thread_name_prefix="request")
     with warnings.catch_warnings(), bar(len(lines), "requests", shows) as advance:
         warnings.simplefilter("ignore", RequestWarning)  # they are told of each line, below
         try:

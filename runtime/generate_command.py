@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError
 from ..untrusted import LARGEST_JSON, open_plain, parse_json
+from .workers import on_ray
 
 if TYPE_CHECKING:
     import numpy as np
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from .pipeline import Pipeline
     from .request import Request
     from .video import Video
+    from .workers.remote import RemotePipeline
 
 GENERATE = """\
 Generates a video in which every concept looks like its own picture.
@@ -91,7 +93,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     how.add_argument("--threads", type=int, metavar="N", help="CPU threads (one per usable CPU)")
     how.add_argument(
-        "--jobs", type=int, metavar="N", help="of a batch: requests at a time, over one pipeline (1)"
+        "--jobs",
+        type=int,
+        metavar="N",
+        help="of a batch: requests at a time, over one pipeline, or with --ray over a worker each (1)",
     )
     how.add_argument("--device", metavar="NAME", default="cpu", help="cpu, cuda, tensorrt or rtx (cpu)")
     how.add_argument(
@@ -109,6 +114,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "does not know, numbers that it was not made for (`inspect` lists them)",
     )
     add_torch_options(parser.add_argument_group("with --backend torch"))
+    on_ray.add_arguments(parser.add_argument_group("of a batch: on the machines of a Ray cluster"))
     out = parser.add_argument_group("output")
     out.add_argument(
         "--output",
@@ -206,9 +212,12 @@ def run(args: argparse.Namespace) -> int:
         options = torch_options(args)
         how = {name: getattr(args, name) for name in ("backend", "device", "precision", "strict")}
         how |= {} if options is None else dataclasses.asdict(options)
-        return batch.run(args, overrides(args), how, lambda: open_pipeline(args))
+        on_ray.check(args)
+        return batch.run(args, overrides(args), how, lambda: open_batch(args))
     if args.jobs is not None:
         raise InputError("--jobs goes with --requests")
+    if args.ray is not None:
+        raise InputError("--ray goes with --requests: one request is a file of one line")
     start = time.perf_counter()
     from .video_file import check_options, enlargement
 
@@ -262,6 +271,39 @@ def open_pipeline(args: argparse.Namespace) -> Pipeline:
         options=torch_options(args),
         precision=args.precision,
     )
+
+
+def open_batch(args: argparse.Namespace) -> Pipeline | RemotePipeline:
+    """What makes a batch: a pipeline here, or workers elsewhere. Raises what `Bundle.open` raises, and
+    `Pipeline.from_bundle`."""
+    if args.ray is None:
+        return open_pipeline(args)
+    from .backends import check_choice
+    from .bundle_format.find import Bundle
+    from .cpus import usable
+    from .workers.ray_worker import Gateway
+    from .workers.remote import RemotePipeline
+
+    check_choice(args.device, args.threads, args.backend, args.precision)
+    bundle, count = Bundle.open(args.bundle), args.jobs or 1
+    options = worker_options(args) | {"place": str(bundle.folder)}
+    options["threads"] = options["threads"] or max(1, usable() // count)
+    gateway = Gateway(args.ray, max(usable(), count * options["threads"]))
+    workers = on_ray.workers(args, bundle.manifest.name, options, gateway, count)
+    return RemotePipeline(bundle, workers, args.step_timeout, gateway.close)
+
+
+def worker_options(args: argparse.Namespace) -> dict[str, Any]:
+    """What a worker opens its bundle with, but the bundle."""
+    options = torch_options(args)
+    return {
+        "device": args.device,
+        "backend": args.backend,
+        "precision": args.precision,
+        "threads": args.threads,
+        "options": None if options is None else dataclasses.asdict(options),
+        "verbose": args.verbose,
+    }
 
 
 def overrides(args: argparse.Namespace) -> dict[str, Any]:

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import importlib
-import importlib.util
 import ipaddress
 import logging
 import tempfile
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlsplit
 
 from ...errors import InputError, how_to_install, not_loaded
 from ..backends import check_choice
-from ..generate_command import add_torch_options, torch_options
+from ..generate_command import add_torch_options, worker_options
+from ..workers import on_ray
 
 log = logging.getLogger(__name__)
 
@@ -64,14 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument(
         "--gpu", action="append", metavar="ID", help="CUDA device of a worker; repeatable: each in turn"
     )
-    what.add_argument(
-        "--ray",
-        metavar="ADDRESS",
-        help="workers are on the nodes of this Ray cluster; local: of one of its own",
-    )
-    what.add_argument(
-        "--gpus-per-worker", type=int, default=1, metavar="N", help="with --ray, of one node (1)"
-    )
+    on_ray.add_arguments(what)
     what.add_argument("--precision", metavar="P", help="of the engines for --device tensorrt or rtx")
     what.add_argument(
         "--threads", type=int, metavar="N", help="CPU threads of each worker (its share of the CPUs)"
@@ -91,13 +82,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=60.0,
         metavar="SECONDS",
         help="to finish what is begun, at SIGTERM (60)",
-    )
-    limits.add_argument(
-        "--step-timeout",
-        type=float,
-        default=600.0,
-        metavar="SECONDS",
-        help="a worker that says nothing of its job for so long, as it does at every step, is replaced (600)",
     )
     limits.add_argument(
         "--idle",
@@ -150,19 +134,6 @@ def run(args: argparse.Namespace) -> int:
         return server.serve(args, worker_options(args), hosts(args))
 
 
-def worker_options(args: argparse.Namespace) -> dict[str, Any]:
-    """What a worker opens its bundle with, but the bundle."""
-    options = torch_options(args)
-    return {
-        "device": args.device,
-        "backend": args.backend,
-        "precision": args.precision,
-        "threads": args.threads,
-        "options": None if options is None else dataclasses.asdict(options),
-        "verbose": args.verbose,
-    }
-
-
 def hosts(args: argparse.Namespace) -> tuple[str, ...] | None:
     """The names that requests may call the server by; None for any, where that is what was asked for."""
     public = () if args.public_url is None else ((urlsplit(args.public_url).hostname or "").lower(),)
@@ -183,7 +154,7 @@ def _new_key(args: argparse.Namespace) -> int:
 def _check(args: argparse.Namespace) -> None:
     check_choice(args.device, args.threads, args.backend, args.precision)
     ranges = {"port": (0, 65535), "workers": (1, 256), "max_queue": (1, 10**6), "max_body": (1, 4096)}
-    ranges |= {"max_queue_per_key": (1, 10**6), "gpus_per_worker": (1, 64), "max_workers": (1, 4096)}
+    ranges |= {"max_queue_per_key": (1, 10**6), "max_workers": (1, 4096)}
     for name, (least, most) in ranges.items():
         value = getattr(args, name)
         if value is not None and not least <= value <= most:
@@ -191,15 +162,14 @@ def _check(args: argparse.Namespace) -> None:
     for name in ("keep", "drain", "idle"):
         if not 0 <= getattr(args, name) < 1e6:
             raise InputError(f"--{name} must be 0 or more, not {getattr(args, name):g}")
-    if not 0 < args.step_timeout < 1e6:
-        raise InputError(f"--step-timeout must be more than 0 seconds, not {args.step_timeout:g}")
     if args.max_workers is not None:
         if args.ray is None:
             raise InputError("--max-workers goes with --ray: processes on this machine are --workers, always")
         if args.max_workers < args.workers:
             raise InputError(f"--max-workers {args.max_workers} is less than --workers {args.workers}")
-    if args.ray is not None:
-        _check_ray(args)
+    if args.ray is not None and args.gpu:
+        raise InputError("--gpu is for workers on this machine: with --ray, Ray gives each worker its GPUs")
+    on_ray.check(args)
     if not _is_local(args.host) and args.api_key_file is None and not args.no_auth:
         raise InputError(
             f"--host {args.host} lets others in: give --api-key-file FILE (--new-key makes keys), or say "
@@ -214,20 +184,6 @@ def _check(args: argparse.Namespace) -> None:
             raise InputError(
                 f"--public-url must be an address like https://videos.example.org, not {args.public_url!r}"
             )
-
-
-def _check_ray(args: argparse.Namespace) -> None:
-    if args.gpu:
-        raise InputError("--gpu is for workers on this machine: with --ray, Ray gives each worker its GPUs")
-    if importlib.util.find_spec("ray") is None:
-        raise not_loaded("ray", how_to_install("ray"), ModuleNotFoundError("none", name="ray"))
-    if args.ray.startswith("ray://"):
-        raise InputError(
-            "--ray takes no ray://: run this on a node of the cluster, and give its head's address, HOST:6379"
-        )
-    host, _, port = args.ray.rpartition(":")
-    if args.ray not in ("local", "auto") and not (host and port.isdecimal() and int(port) < 65536):
-        raise InputError(f"--ray must be local, auto, or HOST:PORT of a cluster's head, not {args.ray!r}")
 
 
 def _is_local(host: str) -> bool:

@@ -18,9 +18,10 @@ import uvicorn
 from ...errors import GenerationError, InputError
 from ..cpus import usable
 from ..logs import keep_quiet
+from ..workers import on_ray
 from ..workers.interface import Worker, WorkerLost
 from ..workers.process import ProcessWorker
-from ..workers.ray_worker import Gateway, Needs, RayWorker
+from ..workers.ray_worker import Gateway
 from .app import create_app
 from .callbacks import Callbacks, secret_of
 from .catalogue import Catalogue
@@ -91,14 +92,12 @@ def _workers(
     args: argparse.Namespace, options: dict[str, Any], catalogue: Catalogue, gateway: Gateway | None
 ) -> Iterator[Worker]:
     gpus = itertools.cycle(args.gpu or [None])
-    needs = Needs(0, args.gpus_per_worker) if args.device != "cpu" else Needs(options["threads"], 0)
     for served in catalogue:
         own = {**options, "place": str(served.folder)}
-        for _ in range(args.max_workers or args.workers):
-            if gateway is None:
-                yield ProcessWorker(served.name, own, next(gpus))
-            else:
-                yield RayWorker(served.name, own, gateway, needs)
+        if gateway is None:
+            yield from (ProcessWorker(served.name, own, next(gpus)) for _ in range(args.workers))
+        else:
+            yield from on_ray.workers(args, served.name, own, gateway, args.max_workers or args.workers)
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ...atomic_write import replacing, sync
-from ...errors import Cancelled, ConceptMasterError, InputError, RequestWarning, is_out_of_memory
+from ...errors import BundleError, Cancelled, ConceptMasterError, InputError, RequestWarning, is_out_of_memory
 from .. import animation
 from ..commands import what_the_system_says
 from ..logs import keep_quiet
@@ -143,6 +143,8 @@ def _answered(pipeline: Pipeline, line: Line, task: dict[str, Any]) -> bool:
             return False
         if isinstance(error, InputError):
             line.say("failed", id=id, code="invalid_request", message=_one_line(error))
+        elif isinstance(error, BundleError):
+            line.say("failed", id=id, code="damaged_bundle", message=_one_line(error))
         elif isinstance(error, (ConceptMasterError, OSError)):
             full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
             line.say("failed", id=id, code="storage" if full else "failed", message=_one_line(error))
