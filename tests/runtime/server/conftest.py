@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,9 @@ from typing import Any
 import pytest
 
 import conceptmaster
+from conceptmaster.benchmarks.ray_nodes import Nodes
+from conceptmaster.runtime.pipeline import Pipeline
+from conceptmaster.runtime.request import Request
 from conceptmaster.runtime.server.command import NEEDED
 
 pytest.importorskip("openai")
@@ -98,11 +101,15 @@ def serving(
     bundle: Path, environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[..., Any]:
     """`with serving("--option", …, data=folder) as server:`; it ends with the block if it still runs. With a
-    port it is given before it is ready."""
+    port it is given before it is ready. more: of its environment."""
 
     @contextmanager
     def start(
-        *options: str, data: Path | None = None, api_key: str = "none", port: int = 0
+        *options: str,
+        data: Path | None = None,
+        api_key: str = "none",
+        port: int = 0,
+        more: Mapping[str, str] | None = None,
     ) -> Iterator[Server]:
         log = tmp_path_factory.mktemp("log") / "stderr"
         keep = [] if data is None else ["--data", str(data)]
@@ -119,7 +126,7 @@ def serving(
         with log.open("w") as errors:
             process = subprocess.Popen(
                 [*command, "--threads", "1", *keep, *options],
-                env=environment,
+                env=environment | dict(more or {}),
                 stdout=subprocess.PIPE,
                 stderr=errors,
                 text=True,
@@ -153,3 +160,24 @@ def start_server(serving: Start) -> Iterator[Callable[..., Server]]:
     """`start_server("--option", …, data=folder)`, which ends with the test."""
     with ExitStack() as stack:
         yield lambda *options, **more: stack.enter_context(serving(*options, **more))
+
+
+@pytest.fixture(scope="module")
+def right(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., bytes]:
+    """`right(seed, …)`: the file of a video that one process makes."""
+    pipeline = Pipeline.from_bundle(bundle, threads=1)
+
+    def make(seed: int, **fields: int) -> bytes:
+        path = tmp_path_factory.mktemp("right") / "video.mp4"
+        pipeline.generate(Request(PROMPT, seed=seed, **fields))[0].save(path)
+        return path.read_bytes()
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def nodes(environment: dict[str, str]) -> Iterator[Nodes]:
+    """The head of a Ray cluster, which has a CPU."""
+    pytest.importorskip("ray")
+    with Nodes(environment=environment) as running:
+        yield running

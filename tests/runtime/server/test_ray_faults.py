@@ -1,0 +1,188 @@
+"""What goes wrong between a server, Ray and its nodes, done for real: minutes, so slow."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import pytest
+
+import conceptmaster
+from conceptmaster.benchmarks.ray_nodes import ENVIRONMENT, HEALTH, Nodes, called
+
+from .conftest import Server, waited
+from .test_faults import SLOW, in_progress
+
+pytestmark = pytest.mark.slow
+DEAD = HEALTH["health_check_failure_threshold"] * HEALTH["health_check_period_ms"] / 1000 + 10
+
+
+@pytest.fixture
+def join(serving: Callable, nodes: Nodes, tmp_path: Path) -> Callable[..., AbstractContextManager[Server]]:
+    """`with join("--option", …) as server:`, a server whose jobs are kept."""
+
+    def start(*options: str) -> AbstractContextManager[Server]:
+        return serving("--ray", nodes.address, *options, data=tmp_path / "jobs", more=ENVIRONMENT)
+
+    return start
+
+
+def gateway(server: Server) -> int:
+    (pid,) = [pid for pid in server.workers() if "runtime.workers.gateway" in called(pid)]
+    return pid
+
+
+def test_a_gateway_that_is_killed_is_started_again(
+    join: Callable,
+    nodes: Nodes,
+    right: Callable[..., bytes],
+) -> None:
+    with join() as server:
+        id = server.ask(seed="4", **SLOW)["id"]
+        server.wait(id, in_progress)
+        (worker,) = nodes.workers(nodes.head)
+        os.kill(gateway(server), signal.SIGKILL)
+        assert server.wait(id)["status"] == "completed"
+        assert server.content(id) == right(4, steps=1000, samples=3)
+        assert worker not in nodes.workers(nodes.head)
+        assert "the process that speaks with Ray ended (signal 9)" in server.log.read_text()
+
+
+def test_a_node_that_was_cut_off_counts_for_nothing_when_it_comes_back(
+    join: Callable,
+    nodes: Nodes,
+    right: Callable[..., bytes],
+) -> None:
+    second = nodes.add()
+    with join("--workers", "2") as server:
+        waited(lambda: server.http.get("/health/ready").json()["workers"] == 2)
+        asked = [server.ask(seed=str(seed), **SLOW)["id"] for seed in range(2)]
+        for id in asked:
+            server.wait(id, in_progress)
+        (worker,) = nodes.workers(second)
+        nodes.signal(second, signal.SIGSTOP)
+        for id in asked:
+            assert server.wait(id)["status"] == "completed"
+        before = [(server.get(id), server.content(id)) for id in asked]
+        nodes.signal(second, signal.SIGCONT)
+        waited(lambda: not called(worker))  # its node ends itself: the others hold it for dead
+        assert [(server.get(id), server.content(id)) for id in asked] == before
+        for seed, (_, content) in enumerate(before):
+            assert content == right(seed, steps=1000, samples=3)
+        assert server.wait(server.ask()["id"])["status"] == "completed"
+
+
+def test_a_head_that_is_started_again(
+    serving: Callable,
+    environment: dict[str, str],
+    right: Callable[..., bytes],
+    tmp_path: Path,
+) -> None:
+    with (
+        Nodes(environment=environment) as nodes,
+        serving("--ray", nodes.address, data=tmp_path / "jobs", more=ENVIRONMENT) as server,
+    ):
+        id = server.ask(seed="4", **SLOW)["id"]
+        server.wait(id, in_progress)
+        nodes.end_head()
+        nodes.start_head()
+        assert server.wait(id)["status"] == "completed"
+        assert server.content(id) == right(4, steps=1000, samples=3)
+        assert server.wait(server.ask()["id"])["status"] == "completed"
+
+
+def test_a_node_with_another_version_is_named(
+    serving: Callable, environment: dict[str, str], tmp_path: Path
+) -> None:
+    root, other = Path(conceptmaster.__file__).parent, tmp_path / "path" / "conceptmaster"
+    other.mkdir(parents=True)
+    for path in root.iterdir():
+        if path.name != "__init__.py":
+            (other / path.name).symlink_to(path)
+    text = (root / "__init__.py").read_text()
+    (other / "__init__.py").write_text(text.replace(conceptmaster.__version__, "0.0.7"))
+    with Nodes(0, environment=environment) as nodes:
+        nodes.add(env={"PYTHONPATH": str(tmp_path / "path")})
+        said = fails_to_start(serving, nodes)
+    wanted = f"has conceptmaster 0.0.7, the server {conceptmaster.__version__}: install the same there"
+    assert re.search(rf"no worker came up: node \S+ {re.escape(wanted)}$", said)
+
+
+def test_a_node_without_the_package_is_told(
+    serving: Callable, environment: dict[str, str], tmp_path: Path
+) -> None:
+    with Nodes(0, environment=environment) as nodes:
+        nodes.add(env={"PYTHONPATH": str(tmp_path)})
+        said = fails_to_start(serving, nodes)
+    assert "a node has no conceptmaster: install version" in said
+
+
+def fails_to_start(serving: Callable, nodes: Nodes) -> str:
+    """The last line of a server that ends."""
+    with pytest.raises(AssertionError) as caught, serving("--ray", nodes.address, more=ENVIRONMENT):
+        pass
+    return str(caught.value).split("\nassert ")[0].splitlines()[-1]
+
+
+@pytest.fixture
+def apart(environment: dict[str, str], bundle: Path, tmp_path: Path) -> Iterator[Callable[..., Nodes]]:
+    """`apart("command")`: a node that does not see the bundle; tmp_path / "cache" is its cache."""
+    pytest.importorskip("ray")
+    (tmp_path / "cache").mkdir()
+    with Nodes(0, environment=environment) as nodes:
+
+        def add(command: str = "true") -> Nodes:
+            try:
+                hide = f"mount -t tmpfs none {bundle.parent}; {command}"
+                nodes.add_apart(hide, env={"XDG_CACHE_HOME": str(tmp_path / "cache")})
+            except OSError:
+                pytest.skip("no mounts of its own are allowed here")
+            return nodes
+
+        yield add
+
+
+def test_a_bundle_is_brought_to_a_node_once_and_again_where_it_is_damaged(
+    apart: Callable[..., Nodes],
+    join_to: Callable,
+    tmp_path: Path,
+    right: Callable[..., bytes],
+) -> None:
+    nodes = apart()
+    contents = []
+    for damage in (False, False, True):
+        graphs = sorted((tmp_path / "cache").rglob("denoise.onnx"))
+        assert len(graphs) == bool(contents)
+        before = [path.stat().st_mtime_ns for path in graphs]
+        if damage:
+            data = bytearray(graphs[0].read_bytes())
+            data[len(data) // 2] ^= 1
+            graphs[0].write_bytes(data)
+        with join_to(nodes) as server:
+            video = server.wait(server.ask(seed="3", steps="7")["id"])
+            assert video["status"] == "completed"
+            contents.append(server.content(video["id"]))
+        (graph,) = (tmp_path / "cache").rglob("denoise.onnx")
+        assert [graph.stat().st_mtime_ns] == before or damage or len(contents) == 1
+    assert set(contents) == {right(3, steps=7)}
+    assert not list((tmp_path / "cache").rglob("*.part"))
+
+
+@pytest.fixture
+def join_to(serving: Callable) -> Callable[[Nodes], AbstractContextManager[Server]]:
+    """`with join_to(nodes) as server:`."""
+    return lambda nodes: serving("--ray", nodes.address, more=ENVIRONMENT)
+
+
+def test_a_node_whose_disk_is_full_says_so(
+    apart: Callable[..., Nodes], serving: Callable, tmp_path: Path
+) -> None:
+    nodes = apart(f"mount -t tmpfs -o size=20k none {tmp_path}/cache")
+    said = fails_to_start(serving, nodes)
+    assert re.search(
+        r"node \S+ cannot have the bundle: the bundle takes \d+ bytes, and '.*' has \d+ left$", said
+    )
