@@ -55,7 +55,9 @@ def serve(args: argparse.Namespace, options: dict[str, Any], hosts: tuple[str, .
         except (sqlite3.Error, ValueError) as error:
             raise InputError(f"cannot read the jobs in {str(folder.database)!r}: {error}") from None
         measures = Measures()
-        gateway = None if args.ray is None else Gateway(args.ray, max(usable(), count * options["threads"]))
+        gateway = None
+        if args.ray is not None:
+            gateway = Gateway(args.ray, max(usable(), count * options["threads"]), args.verbose)
         workers = list(_workers(args, options, catalogue, gateway))
         dispatcher = Dispatcher(
             store,

@@ -6,8 +6,11 @@ Imports no ray: the gateway makes an actor of this class, whose calls are answer
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
 import tempfile
+import threading
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -28,6 +31,7 @@ class Actor:
     def __init__(self, bundle: str) -> None:
         self._bundle = bundle
         self._worker: ProcessWorker | None = None
+        threading.Thread(target=_end_with, args=[os.getppid()], daemon=True).start()
 
     async def where(self) -> str:
         """The node's name: said as soon as there is a node."""
@@ -112,6 +116,13 @@ class Actor:
         """Ends the worker's process."""
         if self._worker is not None:
             await self._worker.stop()
+
+
+def _end_with(parent: int) -> None:
+    """Ends this process when its node's part of Ray has ended, which waits for what an actor still does."""
+    while os.getppid() == parent:
+        time.sleep(1.0)
+    os._exit(1)
 
 
 def _lost(why: str) -> Said:

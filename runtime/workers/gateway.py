@@ -31,6 +31,8 @@ REACHING = 5.0  # seconds for an address to answer
 PLACING = 10.0  # seconds after which it is said that a worker waits for a node
 STORE = 512 * 2**20  # bytes of a Ray of our own for what is on its way
 ENDING = 10.0  # seconds for Ray to end
+BETWEEN_LOOKS = 5.0  # seconds between two looks at whether the cluster is there
+SILENCE = 30.0  # seconds for its head to answer
 
 
 class Line:
@@ -53,6 +55,10 @@ def main() -> int:
     told = json.loads(sys.stdin.readline() or "null")
     if told is None:
         return 0
+    if not told["verbose"]:  # Ray writes of what it survives, and of whatever ends, at length
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, 1)
+        os.dup2(nowhere, 2)
     with ExitStack() as stack:
         try:
             ray = _join(told["address"], told["cpus"], stack)
@@ -104,16 +110,39 @@ class Cluster:
         self._ray, self._line = ray, line
         self._actors: dict[int, Any] = {}
         self._sources: dict[str, Any] = {}
+        self._known: set[int] = set()
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def run(self) -> None:
-        """Until the end of the input."""
+        """Until the end of the input, or of the cluster."""
         loop = asyncio.get_running_loop()
+        watching = loop.create_task(self._watch())
         while text := await loop.run_in_executor(None, sys.stdin.readline):
             told = json.loads(text)
             task = loop.create_task(self._do(told))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
+        watching.cancel()
+
+    async def _watch(self) -> None:
+        """Ends this process when the cluster's head, or this machine's node, is not there any more: Ray waits
+        for both, or for what nobody knows any more."""
+        here = self._ray.get_runtime_context().get_node_id()
+        why = ""
+        while not why:
+            await asyncio.sleep(BETWEEN_LOOKS)
+            try:
+                async with asyncio.timeout(SILENCE):
+                    nodes = await asyncio.to_thread(self._ray.nodes)
+                if not any(node["NodeID"] == here and node["Alive"] for node in nodes):
+                    why = "the Ray cluster does not know this machine's node any more"
+            except TimeoutError:
+                why = f"the head of the Ray cluster has not answered for {SILENCE:g} seconds"
+            except Exception as error:
+                why = f"the Ray cluster is not there any more: {_one_line(error)}"
+        for number in self._known:
+            self._line.say("lost", worker=number, message=why)
+        os._exit(1)
 
     async def _do(self, told: dict[str, Any]) -> None:
         number, life, do = told["worker"], told["life"], told["do"]
@@ -125,6 +154,7 @@ class Cluster:
             needs = told["needs"]
             own = {"num_cpus": needs["cpus"], "num_gpus": needs["gpus"], "max_restarts": 0}
             self._actors[number] = self._ray.remote(Actor).options(**own).remote(told["bundle"])
+        self._known.add(number)
         actor = self._actors.get(number)
         try:
             if actor is None:

@@ -35,11 +35,12 @@ class Needs:
 class Gateway:
     """The process that speaks with Ray, for all of its workers; started by the first one.
 
-    address: of the cluster, as ray.init takes it, "local" for one of its own; cpus: that one's.
+    address: of the cluster, as ray.init takes it, "local" for one of its own; cpus: that one's; verbose: what
+    Ray writes is shown.
     """
 
-    def __init__(self, address: str, cpus: int) -> None:
-        self._told = {"address": address, "cpus": cpus}
+    def __init__(self, address: str, cpus: int, verbose: bool = False) -> None:
+        self._told = {"address": address, "cpus": cpus, "verbose": verbose}
         self._lines = Lines("runtime.workers.gateway", "the process that speaks with Ray", QUIET)
         self._hears: dict[int, Callable[[dict[str, Any]], None]] = {}
         self._numbers = itertools.count()
