@@ -62,13 +62,9 @@ class Nodes:
         self._holders.append(self._start(prefix, env))
         return int(_ask(self._holders[-1], cpus=cpus, join=self.address)["node"])
 
-    def end_head(self) -> None:
-        """Ends the process that the cluster is told by (GCS), at once."""
-        _ask(self._holders[0], do="end head")
-
-    def start_head(self) -> None:
-        """Starts it again at the same address; it remembers nothing."""
-        _ask(self._holders[0], do="start head")
+    def start_head_again(self) -> None:
+        """The head dies, with what only it knows, and another one starts at its address."""
+        self.head = int(_ask(self._holders[0], again=True)["node"])
 
     def kill(self, node: int) -> None:
         """All processes of a node at once, as when a machine dies."""
@@ -159,17 +155,15 @@ def main() -> int:
 
 
 def _do(cluster: Any, told: dict[str, Any]) -> dict[str, Any]:
-    if told.get("do") == "end head":
-        cluster.head_node.kill_gcs_server()
-        return {}
-    if told.get("do") == "start head":
-        cluster.head_node.start_gcs_server()
-        return {}
-    common = {"num_cpus": told["cpus"], "node_ip_address": "127.0.0.1"}
+    common = {"num_cpus": told.get("cpus", 1), "node_ip_address": "127.0.0.1"}
     if "join" in told:
         node = _join(told["join"], common)
-    elif cluster.head_node is None:
+    elif cluster.head_node is None or "again" in told:
         own = {"include_dashboard": False, "include_log_monitor": False, "_system_config": HEALTH}
+        if cluster.head_node is not None:
+            own["gcs_server_port"] = int(cluster.address.rpartition(":")[2])
+            cluster.head_node.kill_all_processes(check_alive=False, allow_graceful=False)
+            cluster.head_node = None
         node = cluster.add_node(**common, **own)
     else:
         node = cluster.add_node(**common, env_vars=told["env"])

@@ -56,7 +56,7 @@ class Actor:
 
             return await self._open(options, await fetch(parcel, read))
         except (ConceptMasterError, OSError) as error:
-            why = error.strerror if isinstance(error, OSError) else error
+            why = f"{error.filename!r}: {error.strerror}" if isinstance(error, OSError) else error
             return _lost(f"cannot have the bundle: {why}")
 
     async def _open(self, options: dict[str, Any], place: Path) -> Said:

@@ -111,6 +111,7 @@ class Cluster:
         self._actors: dict[int, Any] = {}
         self._sources: dict[str, Any] = {}
         self._known: set[int] = set()
+        self._where: dict[int, str] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def run(self) -> None:
@@ -160,7 +161,7 @@ class Cluster:
             if actor is None:
                 raise ConceptMasterError("it is not running")
             if do == "start":
-                await self._start(actor, told["options"], told["needs"], say)
+                await self._start(actor, number, told, say)
             elif do == "make":
                 await self._make(actor, told["task"], say)
             elif do == "stop":
@@ -169,17 +170,22 @@ class Cluster:
                 await getattr(actor, do).remote(told["id"])
         except Exception as error:
             self._end(number, actor)
-            say("lost", message=_one_line(error))
+            ours = isinstance(error, ConceptMasterError) or number not in self._where
+            say(
+                "lost",
+                message=_one_line(error) if ours else f"node {self._where[number]}: {_one_line(error)}",
+            )
 
     def _end(self, number: int, actor: Any) -> None:
         if actor is not None and self._actors.get(number) is actor:
             del self._actors[number]
             self._ray.kill(actor)
 
-    async def _start(self, actor: Any, options: dict[str, Any], needs: dict[str, float], say: Any) -> None:
+    async def _start(self, actor: Any, number: int, told: dict[str, Any], say: Any) -> None:
         """Until the worker's process is gone."""
+        options = dict(told["options"])
         parcel = await asyncio.to_thread(Parcel.of, options.pop("place"))
-        where = await self._placed(actor, needs, say)
+        where = self._where[number] = await self._placed(actor, told["needs"], say)
         said = await actor.start.remote(options, parcel, __version__)
         if said["say"] == "wanted":
             try:
@@ -252,8 +258,8 @@ def _amount(cpus: float, gpus: float) -> str:
 def _one_line(error: BaseException) -> str:
     """What a program, or Ray, says of an error; of its tracebacks the end."""
     text = str(error)
-    if "No module named 'conceptmaster" in text:
-        return f"a node has no conceptmaster: install version {__version__} there"
+    if "No module named 'conceptmaster" in text or "from 'conceptmaster" in text:
+        return f"a node has no conceptmaster {__version__}: install it there"
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     if not lines:
         return type(error).__name__
