@@ -192,8 +192,8 @@ class Dispatcher:
         return job if job is not None and job.active else None
 
     async def _make(self, worker: Worker, job: Job) -> None:
-        """One job, to its end or to its worker's. Raises WorkerLost, and anything else that makes the worker
-        unfit, when the job is looked after."""
+        """One job, to its end or to its worker's. Raises WorkerLost, and what a worker should be ended for,
+        when the job is looked after."""
         id = job.id
         try:
             if self._still(id) is None:  # it ended in the moment in which it was taken
@@ -212,6 +212,7 @@ class Dispatcher:
         except OSError as error:
             self._fail(id, "storage", f"its files could not be kept: {error.strerror}")
         except sqlite3.Error as error:
+            await worker.stop()
             raise WorkerLost(f"the jobs cannot be written: {error}") from None
         except Exception as error:
             self._lost(id, str(error) if isinstance(error, WorkerLost) else "something went wrong")

@@ -11,6 +11,7 @@ import heapq
 import logging
 from asyncio import FIRST_COMPLETED
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from typing import Any, Generic, TypeVar
 
 from .interface import Hear, Task, Worker, WorkerLost
@@ -19,13 +20,14 @@ log = logging.getLogger(__name__)
 
 MOST_DEATHS = 2  # workers that may die with a job
 SLOWEST_RESTART = 60.0  # seconds between two tries to start a worker
+STOPPING = 10.0  # seconds for a worker that says nothing
 
 Job = TypeVar("Job")
 
 
 async def make_in_time(worker: Worker, task: Task, hear: Hear, patience: float) -> dict[str, Any]:
     """`worker.make`. Raises what it raises, and WorkerLost where the worker says nothing for `patience`
-    seconds; it is still to be stopped. Nothing is heard of it afterwards."""
+    seconds: it is stopped, and nothing is heard of it afterwards."""
     clock, over = asyncio.get_running_loop().time, False
 
     def heard(said: dict[str, Any]) -> None:
@@ -39,6 +41,8 @@ async def make_in_time(worker: Worker, task: Task, hear: Hear, patience: float) 
     except TimeoutError:
         if not deadline.expired():
             raise
+        with suppress(TimeoutError):  # whoever waits for a disk does not even die
+            await asyncio.wait_for(worker.stop(), STOPPING)
         raise WorkerLost(f"it said nothing for {patience:g} seconds, so it was stopped") from None
     finally:
         over = True
@@ -48,9 +52,9 @@ class Team(Generic[Job]):
     """Hands jobs to workers of one bundle.
 
     claim: the job of an id, which from then on is the worker's; None where it is not to be made (any more);
-    make: makes it, and raises WorkerLost, or anything else, where the worker is not fit for the next; always:
-    how many workers are always there, None for all; idle: seconds without a job after which one of the others
-    is stopped; changed: called when `ready` or `wanted` may have changed.
+    make: makes it, and raises WorkerLost where the worker has ended, else what it should be ended for;
+    always: how many workers are always there, None for all; idle: seconds without a job after which one of
+    the others is stopped; changed: called when `ready` or `wanted` may have changed.
     """
 
     def __init__(
@@ -156,10 +160,11 @@ class Team(Generic[Job]):
                 log.error("a worker for %s: %s", self.bundle, error)
             except Exception:
                 log.exception("a worker for %s: this should not happen", self.bundle)
+                await worker.stop()
             finally:
                 self._set_ready(index, False)
-            await worker.stop()
             if self._let_go(index):
+                await worker.stop()
                 return
             started = False
             await asyncio.sleep(pause)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import json
 import sqlite3
+import time
 from collections.abc import Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -180,6 +181,82 @@ async def test_a_job_that_ends_in_the_moment_in_which_it_is_taken_is_not_made(st
         await s.until(ids[2], "completed")
         assert s.store.get(ids[0]).status == "cancelled" and s.store.get(ids[1]) is None
         assert s.worker.made[1:] == [ids[2]]
+
+
+class Late(Puppet):
+    """A Worker that hangs in its first job, is held for dead, and goes on all the same."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.again, self.stopped = asyncio.Event(), asyncio.Event()
+        self.late: asyncio.Task[None] | None = None
+
+    async def make(self, task: Task, hear: Hear) -> dict[str, Any]:
+        if self.late is not None:
+            return await super().make(task, hear)
+        hear({"say": "begun", "id": task.id})
+        self.late = asyncio.create_task(self._late(task, hear))
+        await asyncio.Event().wait()
+        return {}
+
+    async def _late(self, task: Task, hear: Hear) -> None:
+        await self.again.wait()
+        for name in ("video-0.mp4", "thumbnail-0.webp", "spritesheet-0.png"):
+            with suppress(OSError):
+                (task.folder / name).write_bytes(b"late")
+        hear({"say": "step", "id": task.id, "step": 7, "steps": 9})
+        hear({"say": "begun", "id": task.id})
+
+    async def stop(self) -> None:
+        self.stopped.set()
+
+
+@pytest.mark.parametrize("when", ["while the other makes it", "when the other has made it"])
+async def test_of_two_workers_that_answer_for_one_job_the_one_that_is_waited_for_counts(
+    stage: Callable, when: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with stage() as s:
+        late, other = Late(), Puppet()
+        queue = Dispatcher(s.store, s.folder, [late, other], Measures(), most=9, keep=99.0, patience=1.0)
+        await queue.start()
+        request = {"prompt": PROMPT, "seed": 1, "concepts": []}
+        await queue.submit(jobs.Job("twice", "", "fake", request, "digest", time.time()))
+        await s.until("twice", "in_progress")
+        await late.stopped.wait()
+        while s.store.get("twice").deaths == 0:
+            await asyncio.sleep(0.01)
+        if when.startswith("while"):
+            await s.until("twice", "in_progress")
+            late.again.set()
+            await late.late
+            assert s.store.get("twice").step == 0
+        other.let.release()
+        job = await s.until("twice", "completed")
+        late.again.set()
+        await late.late
+        assert (await s.http.get("/v1/videos/twice/content")).content == b"made"
+        assert s.store.get("twice") == job and other.made == ["twice"]
+        assert [record.message for record in caplog.records] == [
+            "a worker for fake: it said nothing for 1 seconds, so it was stopped"
+        ]
+        await queue.drain(0)
+
+
+async def test_a_job_with_which_two_workers_hang_has_failed(stage: Callable) -> None:
+    async with stage() as s:
+        workers = [Late(), Late()]
+        queue = Dispatcher(s.store, s.folder, workers, Measures(), most=9, keep=99.0, patience=0.1)
+        await queue.start()
+        request = {"prompt": PROMPT, "seed": 1, "concepts": []}
+        for id in ("first", "next"):
+            await queue.submit(jobs.Job(id, "", "fake", request, "digest", time.time()))
+        await s.until("first", "failed")
+        assert (await s.http.get("/v1/videos/first")).json()["error"] == {
+            "code": "worker_lost",
+            "message": "2 workers died while they made it; the last: it said nothing for 0.1 seconds, "
+            "so it was stopped",
+        }
+        await queue.drain(0)
 
 
 async def test_a_full_disk_while_a_job_ends_makes_it_wait(
