@@ -7,7 +7,8 @@ and compare the rest with what `conceptmaster generate --requests` makes, while 
 then (SIGKILL); all of it by one seed, but for the moments. Then (--plain) without any of that, in turn with
 `generate --requests` alone, round by round, as a machine that others use is not always as fast: throughput
 by the clock, and by processor time, of the workers alone and of all. The clients' own time is the machine's,
-too. `--requests 0` or `--plain 0` leaves one out.
+too. `--requests 0` or `--plain 0` leaves one out. With `--nodes N` the workers are on so many Ray nodes of
+this machine, one on each, and what is killed is a worker's process, its actor, a node, or the gateway to Ray.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from typing import Any
 
 import httpx
 
+from .ray_nodes import Nodes, below
 from .reports import ROOT, commit, machine, write
 
 ROUNDS = 6
@@ -41,7 +43,7 @@ PICTURES = {"flower": "1.png", "rocket": "2.png"}
 FOLDER = ROOT / "examples/sprites/requests/first"
 SCENES = 12
 CANCELLED, DELETED = 0.08, 0.04  # of the requests
-BETWEEN_KILLS = (15, 45)  # videos
+SHARES = (4, 3, 2, 1)  # of kills, of workers' processes, actors, nodes and the gateway
 SAMPLE = 1.0  # seconds between two looks at the memory
 PATIENCE = 600.0
 TICKS = os.sysconf("SC_CLK_TCK")
@@ -61,6 +63,8 @@ class Options:
     workers: int
     threads: int
     seed: int
+    nodes: int
+    kills: int
 
 
 def scene(number: int, steps: int) -> dict[str, Any]:
@@ -108,20 +112,41 @@ def alone(count: int, steps: int, options: Options, folder: Path) -> tuple[list[
 class Server:
     """`conceptmaster serve` in a folder of its own."""
 
-    def __init__(self, options: Options, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, options: Options, folder: Path, nodes: Nodes | None = None) -> None:
+        self.folder, self.nodes = folder, nodes
+        self.others = [] if nodes is None else [nodes.add(options.threads) for _ in range(options.nodes)]
         command = ["serve", "--bundle", options.bundle, "--port", "0", "--data", str(folder)]
         numbers = {"workers": options.workers, "threads": options.threads, "max-queue": 2 * options.clients}
         given = [word for name, value in numbers.items() for word in (f"--{name}", str(value))]
-        self.process = subprocess.Popen([*PROGRAM, *command, *given], stdout=subprocess.PIPE, text=True)
+        own = os.environ if nodes is None else nodes.environment
+        if nodes is not None:
+            given += ["--ray", nodes.address, "--workers", str(options.nodes)]
+        pipe = subprocess.PIPE
+        self.process = subprocess.Popen([*PROGRAM, *command, *given], stdout=pipe, text=True, env=own)
         assert self.process.stdout is not None
         self.url = self.process.stdout.readline().split()[0]
 
     def workers(self) -> list[int]:
         """Process ids."""
-        pid = self.process.pid
-        tasks = Path(f"/proc/{pid}/task")
-        return [int(w) for task in tasks.iterdir() for w in (task / "children").read_text().split()]
+        return below(self.process.pid) if self.nodes is None else self.nodes.workers(*self.others)
+
+    def kill(self, dice: random.Random) -> str:
+        """Kills something; what, "" where it was not there."""
+        if self.nodes is None:
+            found = {"worker": self.workers()}
+        else:
+            actors, gateway = self.nodes.actors(*self.others), below(self.process.pid)[:1]
+            found = {"worker": self.workers(), "actor": actors, "node": self.others, "gateway": gateway}
+        (what,) = dice.choices(list(found), SHARES[: len(found)])
+        if not found[what]:
+            return ""
+        victim = dice.choice(found[what])
+        if self.nodes is not None and what == "node":
+            self.nodes.kill(victim)
+            self.others = [node for node in self.others if node != victim] + [self.nodes.add()]
+        else:
+            os.kill(victim, signal.SIGKILL)
+        return what
 
     def cpu(self) -> tuple[float, float]:
         """Seconds of the processor that it, and its workers, have had."""
@@ -158,7 +183,7 @@ class Load:
         self.server, self.options, self.right = server, options, right
         self.steps, self.faults = steps, faults
         self.found: Counter[str] = Counter()
-        self.kills = 0
+        self.kills: Counter[str] = Counter()
         self.memory: list[tuple[int, int]] = []
 
     async def run(self, requests: range) -> None:
@@ -214,14 +239,16 @@ class Load:
 
     async def _kill(self) -> None:
         dice = random.Random(self.options.seed)
-        next_one = dice.randint(*BETWEEN_KILLS)
-        while True:
+        between = 0.6 * self.options.requests / self.options.kills  # some take longer than that
+        next_one = dice.uniform(0.5, 1.5) * between
+        while self.kills.total() < self.options.kills:
             await asyncio.sleep(0.05)
-            workers = self.server.workers()
-            if sum(self.found.values()) >= next_one and workers:
-                os.kill(dice.choice(workers), signal.SIGKILL)
-                self.kills += 1
-                next_one += dice.randint(*BETWEEN_KILLS)
+            if self.found.total() < next_one:
+                continue
+            with contextlib.suppress(ProcessLookupError):
+                if what := await asyncio.to_thread(self.server.kill, dice):
+                    self.kills[what] += 1
+                    next_one = max(next_one, self.found.total()) + dice.uniform(0.5, 1.5) * between
 
     async def _watch(self) -> None:
         while True:
@@ -268,7 +295,12 @@ def _flat(memory: list[tuple[int, int]], which: int) -> dict[str, float]:
 def with_faults(options: Options, folder: Path) -> dict[str, Any]:
     """Cancels, deletes and killed workers."""
     right, _ = _right(options.steps, options, folder / "right")
-    server = Server(options, folder / "server")
+    with Nodes(0) if options.nodes else contextlib.nullcontext() as nodes:
+        return _with_faults(options, folder, right, nodes)
+
+
+def _with_faults(options: Options, folder: Path, right: list[str], nodes: Nodes | None) -> dict[str, Any]:
+    server = Server(options, folder / "server", nodes)
     try:
         load = Load(server, options, right, options.steps, True)
         start = time.perf_counter()
@@ -279,7 +311,7 @@ def with_faults(options: Options, folder: Path) -> dict[str, Any]:
         server.process.kill()
     return {
         "became": dict(sorted(load.found.items())),
-        "worker_kills": load.kills,
+        "kills": dict(sorted(load.kills.items())),
         **waits(server.folder),
         "memory_mb": {"server": _flat(load.memory, 0), "worker": _flat(load.memory, 1)},
         "seconds": round(seconds, 1),
@@ -346,8 +378,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     parser.add_argument("--bundle", default="sprites")
-    numbers = {"requests": 1000, "steps": 1, "plain": 200, "plain-steps": 4, "clients": 50}
-    for option, default in {**numbers, "workers": 1, "threads": 1, "seed": 0}.items():
+    numbers = {"requests": 1000, "steps": 1, "plain": 200, "plain-steps": 4, "clients": 50, "workers": 1}
+    numbers |= {"threads": 1, "seed": 0, "nodes": 0, "kills": 33}
+    for option, default in numbers.items():
         parser.add_argument(f"--{option}", type=int, default=default, metavar="N", help=f"({default})")
     parser.add_argument("--write", type=Path, metavar="FILE", help="where the report goes, too")
     given = vars(parser.parse_args(argv))
