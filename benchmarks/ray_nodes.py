@@ -27,6 +27,8 @@ ENVIRONMENT = {
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # off: all of it stays at 127.0.0.1
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_memory_monitor_refresh_ms": "0",
+    "RAY_AUTH_MODE": "token",
+    "RAY_AUTH_TOKEN": "known-to-all-who-read-this-but-heard-of-on-this-machine-alone",
 }
 """Of whoever joins, too."""
 HEALTH = {

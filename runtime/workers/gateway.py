@@ -12,6 +12,7 @@ import asyncio
 import json
 import logging
 import os
+import secrets
 import socket
 import sys
 import tempfile
@@ -78,6 +79,8 @@ def _join(address: str, cpus: int, stack: ExitStack) -> Any:
     """The module ray, which is part of a cluster now."""
     if address == "local":
         os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # else it is reached from other machines, too
+        os.environ.setdefault("RAY_AUTH_MODE", "token")  # nor by another user of this one
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # else it is kept in the home folder
     try:
         import ray
     except ImportError as error:
@@ -99,7 +102,8 @@ def _join(address: str, cpus: int, stack: ExitStack) -> Any:
     try:
         ray.init(address, **quiet)
     except Exception as error:
-        raise ConceptMasterError(f"cannot join the Ray at {address}: {_one_line(error)}") from error
+        asks = "; where it asks for a token, RAY_AUTH_TOKEN is what it asks for"
+        raise ConceptMasterError(f"cannot join the Ray at {address}: {_one_line(error)}{asks}") from error
     return ray
 
 
