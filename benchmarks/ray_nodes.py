@@ -89,10 +89,10 @@ class Nodes:
     def close(self) -> None:
         """Ends all of them."""
         for holder in reversed(self._holders):
-            holder.communicate()
             with contextlib.suppress(subprocess.TimeoutExpired):
-                holder.wait(PATIENCE)
+                holder.communicate(timeout=PATIENCE)
             holder.kill()
+            holder.wait()
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def __enter__(self) -> Nodes:

@@ -207,8 +207,9 @@ class Cluster:
         where = asyncio.ensure_future(actor.where.remote())
         if not (await asyncio.wait({where}, timeout=PLACING))[0]:
             nodes = [node["Resources"] for node in await asyncio.to_thread(self._ray.nodes) if node["Alive"]]
-            has = "; ".join(_amount(node.get("CPU", 0), node.get("GPU", 0)) for node in nodes)
-            say("waits", message=f"no node has {_amount(**needs)} free; in all, the nodes have: {has}")
+            has = [_amount(node.get("CPU", 0), node.get("GPU", 0)) for node in nodes]
+            all_of_it = "; ".join(filter(None, has)) or "nothing"
+            say("waits", message=f"no node has {_amount(**needs)} free; in all, the nodes have: {all_of_it}")
         return str(await where)
 
     def _source(self, parcel: Parcel) -> Any:
@@ -256,7 +257,7 @@ def _append(path: Path, data: bytes) -> None:
 
 def _amount(cpus: float, gpus: float) -> str:
     parts = [f"{n:g} {name}" for n, name in ((cpus, "CPUs"), (gpus, "GPUs")) if n]
-    return " and ".join(parts) or "nothing"
+    return " and ".join(parts)
 
 
 def _one_line(error: BaseException) -> str:
