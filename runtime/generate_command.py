@@ -288,7 +288,7 @@ def open_batch(args: argparse.Namespace) -> Pipeline | RemotePipeline:
     bundle, count = Bundle.open(args.bundle), args.jobs or 1
     options = worker_options(args) | {"place": str(bundle.folder)}
     options["threads"] = options["threads"] or max(1, usable() // count)
-    gateway = Gateway(args.ray, max(usable(), count * options["threads"]))
+    gateway = Gateway(args.ray, max(usable(), count * options["threads"]), args.verbose)
     workers = on_ray.workers(args, bundle.manifest.name, options, gateway, count)
     return RemotePipeline(bundle, workers, args.step_timeout, gateway.close)
 

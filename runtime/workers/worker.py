@@ -7,11 +7,13 @@ the end of its server, and so of this process.
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import json
 import logging
 import os
 import queue
+import signal
 import sys
 import threading
 import time
@@ -84,6 +86,7 @@ class Line:
 
 def main() -> int:
     """Loads the bundle, then makes task after task."""
+    _end_with_parent()
     line = Line()
     threading.Thread(target=line.listen, daemon=True).start()
     options = line.tasks.get()
@@ -103,6 +106,12 @@ def main() -> int:
         line.making = task["id"]
         if not _answered(pipeline, line, task):
             return 1
+
+
+def _end_with_parent() -> None:
+    """On Linux also where this process hangs, or is held, and does not see the end of its input."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def _open(options: dict[str, Any]) -> Pipeline:

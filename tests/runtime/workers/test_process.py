@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +67,35 @@ async def test_a_bundle_that_does_not_load_in_time_is_no_worker(
     with pytest.raises(WorkerLost, match="did not load its bundle in 0.01 seconds"):
         await worker.start()
     assert worker.pid is None
+
+
+STARTS = """\
+import asyncio, json, sys
+from conceptmaster.runtime.workers.process import ProcessWorker
+
+async def main():
+    worker = ProcessWorker("fake", json.loads(sys.argv[1]))
+    await worker.start()
+    print(worker.pid, flush=True)
+    await asyncio.Event().wait()
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the end of its input ends it")
+async def test_a_process_that_is_held_ends_with_the_one_that_started_it(bundle: Path) -> None:
+    options = json.dumps({**OPTIONS, "options": None, "place": str(bundle)})
+    with subprocess.Popen(
+        [sys.executable, "-c", STARTS, options], stdout=subprocess.PIPE, text=True
+    ) as starter:
+        assert starter.stdout is not None
+        pid = int(starter.stdout.readline())
+        os.kill(pid, signal.SIGSTOP)
+        starter.kill()
+    async with asyncio.timeout(60):
+        while Path(f"/proc/{pid}").exists() and " Z " not in Path(f"/proc/{pid}/stat").read_text():
+            await asyncio.sleep(0.01)
 
 
 async def test_a_process_that_is_held_can_be_stopped(worker: ProcessWorker) -> None:
