@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
+import subprocess
+import sys
+import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 
 import pytest
 
 import conceptmaster
-from conceptmaster.benchmarks.ray_nodes import ENVIRONMENT, HEALTH, Nodes, called
+from conceptmaster.benchmarks.ray_nodes import ENVIRONMENT, Nodes, below, called
 
 from .conftest import Server, waited
 from .test_faults import SLOW, in_progress
 
 pytestmark = pytest.mark.slow
-DEAD = HEALTH["health_check_failure_threshold"] * HEALTH["health_check_period_ms"] / 1000 + 10
 
 
 @pytest.fixture
@@ -185,3 +188,49 @@ def test_a_node_whose_disk_is_full_says_so(
     nodes = apart(f"mount -t tmpfs -o size=32k none {tmp_path}/cache")
     said = fails_to_start(serving, nodes)
     assert re.search(r"node \S+ cannot have the bundle: .*(and '.*' has \d+ left|No space left)", said)
+
+
+@pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGKILL])
+def test_a_ray_of_its_own_stays_on_this_machine_and_ends_with_its_server(
+    serving: Callable, tmp_path: Path, right: Callable[..., bytes], sign: int
+) -> None:
+    pytest.importorskip("ray")
+    with tempfile.TemporaryDirectory(dir="/tmp") as short:
+        own = {"HOME": str(tmp_path), "TMPDIR": short, "RAY_memory_monitor_refresh_ms": "0"}
+        with serving("--ray", "local", more=own, data=tmp_path / "jobs") as server:
+            video = server.wait(server.ask(seed="3", steps="7")["id"])
+            assert video["status"] == "completed" and server.content(video["id"]) == right(3, steps=7)
+            parts = below(server.process.pid)
+            assert any("ray::Actor" in called(pid) for pid in parts)
+            listening = {address for pid in [server.process.pid, *parts] for address in addresses(pid)}
+            assert listening == {"0100007F", "0000000000000000FFFF00000100007F"}  # 127.0.0.1
+            server.stop(sign)
+            waited(lambda: not any(map(called, parts)))
+            assert "Traceback" not in server.log.read_text()
+        waited(lambda: not list(Path(short).iterdir()))
+    assert not (tmp_path / ".ray").exists()
+
+
+def addresses(pid: int) -> set[str]:
+    """At which a process listens, as the kernel writes them."""
+    sockets = set()
+    for path in Path(f"/proc/{pid}/fd").iterdir():
+        with suppress(FileNotFoundError):
+            sockets.add(os.readlink(path))
+    found = set()
+    for table in ("tcp", "tcp6"):
+        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
+            fields = line.split()
+            if fields[3] == "0A" and f"socket:[{fields[9]}]" in sockets:
+                found.add(fields[1].rpartition(":")[0])
+    return found
+
+
+def test_random_kills_lose_nothing(environment: dict[str, str]) -> None:
+    pytest.importorskip("ray")
+    command = [sys.executable, "-m", "conceptmaster.benchmarks.serving", "--nodes", "2", "--requests", "60"]
+    options = ["--kills", "6", "--plain", "0", "--clients", "10"]
+    done = subprocess.run([*command, *options], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)["faults"]
+    assert sum(found["kills"].values()) >= 4 and sum(found["became"].values()) == 60
