@@ -140,6 +140,19 @@ def _pack(args: argparse.Namespace) -> int:
     return 0
 
 
+def _add_weights(parser: argparse.ArgumentParser) -> None:
+    parser.description = "Writes a training's weights in 16 bits, as `conceptmaster export` reads them."
+    parser.add_argument("--training", type=Path, required=True, metavar="DIR", help="the training's folder")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="the weights' folder")
+
+
+def _weights(args: argparse.Namespace) -> int:
+    from .training.shipping import collect
+
+    collect(args.training, args.output)
+    return 0
+
+
 def _add_score(parser: argparse.ArgumentParser) -> None:
     from .scoring.options import Options
 
@@ -203,5 +216,6 @@ COMMANDS = (
     Command("train", "train the model", _add_train, _train, "train"),
     Command("decoder", "train the VAE's network beside it", _add_decoder, _decoder, "train"),
     Command("pack", "make a small checkpoint of a training", _add_pack, _pack, "train"),
+    Command("weights", "write what `conceptmaster export` reads", _add_weights, _weights, "train"),
     Command("score", "measure whether a bundle binds pictures never trained on", _add_score, _score, "train"),
 )
