@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         InputError,
         MissingDependency,
         OutOfMemory,
+        RanksLost,
         RequestWarning,
         WeightsError,
     )
@@ -47,6 +48,7 @@ __all__ = [
     "MissingDependency",
     "OutOfMemory",
     "Pipeline",
+    "RanksLost",
     "Request",
     "RequestWarning",
     "Video",

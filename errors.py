@@ -53,6 +53,11 @@ class Cancelled(ConceptMasterError):
     """The caller's callback stopped the generation between two steps. Nothing was written. Exit code 1."""
 
 
+class RanksLost(ConceptMasterError, RuntimeError):
+    """Of several processes that make one request together one ended, hung, or is not like the others; what
+    they had is lost, and the bundle must be opened again. Exit code 1."""
+
+
 class OutOfMemory(ConceptMasterError, MemoryError):
     """A request needs more memory than there is; the message says what would fit. Exit code 1."""
 

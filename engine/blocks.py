@@ -8,6 +8,7 @@ latent frames (f of patches), S video tokens, D width, A heads, E head width, Dc
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -23,7 +24,11 @@ from ..kernels.cross_attention import (
 from ..kernels.qk_norm_rope import rotate
 from .frame_times import scaled
 from .layers import FeedForward, WideLayerNorm
+from .parts import Part
 from .transformer_config import TransformerConfig
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Self-attention in which all see all: each [K,S,A,E] -> [K,S,A,E]."""
 
 
 class Attention(nn.Module):
@@ -105,15 +110,27 @@ class Among(NamedTuple):
     mask: Tensor | None = None
 
 
-def attention_among(q: Tensor, k: Tensor, v: Tensor, among: Among | None) -> Tensor:
-    """Self-attention, each [K,S,A,E] -> [K,S,A,E]; zero for a blind branch's tokens that are not video."""
+def attention_among(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    among: Among | None,
+    part: Part | None = None,
+    attend: Attend = attention,
+) -> Tensor:
+    """Self-attention, each [K,S,A,E] -> [K,S,A,E]; zero for a blind branch's tokens that are not video. part:
+    whose tokens these are, None where all are there; attend: without a mask."""
+    if part is not None:
+        q, k, v = part.by_heads(q, k, v)  # [K,S,A/u,E] each
+        return part.by_tokens(attention_among(q, k, v, among, None, attend))
     if among is None:
-        return attention(q, k, v)
+        return attend(q, k, v)
     blind, video = among.blind, among.video
-    seeing = attention(q[blind:], k[blind:], v[blind:], among.mask)  # [R,S+P,A,E]
+    last = q[blind:], k[blind:], v[blind:]
+    seeing = attend(*last) if among.mask is None else attention(*last, among.mask)  # [R,S+P,A,E]
     if not blind:
         return seeing
-    alone = attention(q[:blind, :video], k[:blind, :video], v[:blind, :video])  # [K-R,S,A,E]
+    alone = attend(q[:blind, :video], k[:blind, :video], v[:blind, :video])  # [K-R,S,A,E]
     alone = torch.cat((alone, torch.zeros_like(q[:blind, video:])), dim=1)  # [K-R,S+P,A,E]
     return torch.cat((alone, seeing))  # [K,S+P,A,E]
 
@@ -124,7 +141,7 @@ class BlockConditions(NamedTuple):
 
     Those of the concepts are None where the injection is `merged` or `none`. text_bias [K,T] (`merged`:
     [K,T+C], with the mask in it): None where every key counts once. among: of self-attention, None where all
-    see all.
+    see all; part: whose of the tokens are here, None where all are.
     """
 
     text_keys: Tensor
@@ -133,6 +150,7 @@ class BlockConditions(NamedTuple):
     concept_values: Tensor | None
     text_bias: Tensor | None = None
     among: Among | None = None
+    part: Part | None = None
 
 
 KEYS_VALUES = BlockConditions._fields[:4]
@@ -198,7 +216,7 @@ class Block(nn.Module):
         h = scaled(self.norm1(x), 1 + scale, shift).type_as(x)
         k, v = self.attn1.keys_values(h)
         q, k = rotate(self.attn1.queries(h), *rotary), rotate(k, *rotary)
-        out = self.attn1.output(attention_among(q, k, v, kv.among))
+        out = self.attn1.output(attention_among(q, k, v, kv.among, kv.part))
         x = (wide(x) + scaled(out, gate)).type_as(x)  # [K,S,D]
 
         q = self.attn2.queries(self.norm2(x).type_as(x))  # [K or 1,S,A,E]

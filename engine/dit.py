@@ -27,8 +27,10 @@ from .config import ModelConfig
 from .embedders import ConditionEmbedder
 from .frame_times import scaled, with_clean
 from .layers import WideLayerNorm
+from .parts import Part
 from .positions import Positions
 from .references import AS_TOKENS, with_grids, with_pictures
+from .shares import Share
 
 MIN_SIGMA = 0.05
 """Where the network predicts data, its distance to the latents is divided by at least this noise level."""
@@ -151,6 +153,7 @@ class ConceptDiT(nn.Module):
         concept_mask: Tensor | None,
         conditioning: Tensor | None = None,
         guidance: Tensor | None = None,
+        share: Share | None = None,
     ) -> Tensor:
         """The velocity (noise minus data) at these latents.
 
@@ -167,6 +170,10 @@ class ConceptDiT(nn.Module):
         guidance [K], whose sum is one: latents and time are those of all branches, and what returns is
         sum over k of guidance_k velocity_k, [1,Cz,F,H,W]. What follows the last norm is linear, so it is
         done once.
+
+        share: a rank's: everything by branch is that of its branches, and what returns is what the network
+        predicts for its branches and its tokens, before it becomes a velocity (see `velocity`), in float32
+        and zero for other tokens, [K',Cz,F,H,W].
         """
         known, frame_time = latents, time
         if conditioning is not None and self.config.concept.given == "clean":
@@ -186,8 +193,16 @@ class ConceptDiT(nn.Module):
             x, rotary, among = with_grids(x, rotary, self.patch_embedding, *told)  # [K,S+P,D]
         elif conditioning is not None and self.config.concept.given in AS_TOKENS:
             x = with_pictures(x, self.patch_embedding, conditioning, concept_mask)  # [K,S+R,D]
+        elif self.config.concept.given == "grids":  # whose rows are in the tables, too
+            rotary = rotary[0][:tokens], rotary[1][:tokens]
 
         embedding, modulation = self.condition_embedder.time(frame_time)  # [K,D], [K,6,D], or [K,F,…]
+        part = None
+        if share is not None:
+            part = share.part(x.shape[1], 1 if modulation.dim() == 3 else modulation.shape[1])
+        if part is not None:
+            x, (cos, sin) = part.own(x), (part.own(table[None])[0] for table in rotary)
+            rotary = cos, sin
         mask = None if concept_mask is None else self._token_mask(concept_mask)  # [K,C]
         bias = kv.get("text_bias")  # [K,T]
         if self.config.concept.injection == "merged":
@@ -204,8 +219,8 @@ class ConceptDiT(nn.Module):
         count = len(self.blocks) + len(controls)
         conditions = [kv[name].unbind(0) if name in kv else [None] * count for name in KEYS_VALUES]
         every = (BlockConditions(*parts) for parts in zip(*conditions, strict=True))
-        own = [one._replace(text_bias=bias, among=among) for one in every]
-        control, later = self._control(conditioning, x), iter(own[len(self.blocks) :])
+        own = [one._replace(text_bias=bias, among=among, part=part) for one in every]
+        control, later = self._control(conditioning, x, part), iter(own[len(self.blocks) :])
         for layer, (block, kv_) in enumerate(zip(self.blocks, own, strict=False)):
             x = block(x, modulation, rotary, kv_, mask)  # [K,S,D]
             if (beside := controls.get(layer)) is not None:
@@ -218,12 +233,21 @@ class ConceptDiT(nn.Module):
             _, last = residual_modulate(*x, *vectors, eps=self.norm_out.eps)  # [K,S,D]
         else:
             last = scaled(self.norm_out(x), 1 + scale, shift)  # [K,S,D]
+        if share is not None:
+            last = F.linear(wide(last), wide(self.proj_out.weight), wide(self.proj_out.bias))
+            last = last if part is None else part.placed(last)  # [K',S+R,pf*ph*pw*Cz]
+            return self._unpatch(last[:, :tokens], grid)  # [K',Cz,F,H,W]
         last = last[:, :tokens]  # without the pictures'
         if guidance is not None:
             last = wide(last)
             last = (guidance.type_as(last)[None] @ last.flatten(1)).unflatten(1, last.shape[1:])  # [1,S,D]
         last = last.to(self.proj_out.weight.dtype)
         output = self._unpatch(self.proj_out(last), grid)  # [K or 1,Cz,F,H,W]
+        return self.velocity(output, latents, time)
+
+    def velocity(self, output: Tensor, latents: Tensor, time: Tensor) -> Tensor:
+        """What the network predicts [K,Cz,F,H,W] at these latents and this time, see `denoise`, as a velocity
+        [K,Cz,F,H,W]."""
         if self.config.transformer.prediction == "velocity":
             return output
         sigma = (time / 1000.0).clamp(min=MIN_SIGMA)[:, None, None, None, None]  # [K,1,1,1,1]
@@ -238,12 +262,13 @@ class ConceptDiT(nn.Module):
             else dict(zip(layers, cast("list[ControlBlock]", self.vace_blocks), strict=True))
         )
 
-    def _control(self, control: Tensor | None, x: Tensor) -> Tensor | None:
+    def _control(self, control: Tensor | None, x: Tensor, part: Part | None) -> Tensor | None:
         """What the first of VACE's blocks takes: control [1,Cg,F,H,W] and the video's tokens [K or 1,S,D],
-        before any block, -> [K or 1,S,D]; None of any other model."""
+        before any block, -> [K or 1,S,D]; None of any other model. part: whose tokens x is."""
         if control is None or self.config.concept.given != "control":
             return None
         patches = self.vace_patch_embedding(control).flatten(2).transpose(1, 2)  # [1,S,D]
+        patches = patches if part is None else part.own(patches)
         return cast("Tensor", next(iter(self._control_blocks().values())).proj_in(patches) + x)
 
     def forward(

@@ -35,8 +35,9 @@ from ..kernels.fp8_linear import Fp8Linear, Quantised, why_no_fp8
 from ..kernels.modulate import modulate, residual, residual_modulate
 from ..kernels.qk_norm_rope import inverse_rms, qk_norm_rope
 from ..kernels.self_attention import WAYS, self_attention, ways
-from .blocks import Among, Attention, Block, BlockConditions, DeferredResidual
+from .blocks import Among, Attention, Block, BlockConditions, DeferredResidual, attention_among
 from .dit import ConceptDiT
+from .parts import Part
 from .tiers import TIERS, EightBits, quantise
 
 WIDE = ("time_embedder.", "scale_shift_table", "norm1.", "norm2.", "norm3.", "injector.norm.")
@@ -91,9 +92,16 @@ class SelfAttention(nn.Module):
         """From now on attention is in fp8, where it can be (kernels/fp8_attention.py)."""
         self.qk_steps = query_key_steps(self.norm_q.weight.detach(), self.norm_k.weight.detach())
 
-    def forward(self, h: Tensor, rotary: tuple[Tensor, Tensor], among: Among | None = None) -> Tensor:
-        """h [K,S,D], rotary two [S,1,E/2] -> [K,S,D]."""
-        if among is not None and among.blind:
+    def forward(
+        self,
+        h: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        among: Among | None = None,
+        part: Part | None = None,
+    ) -> Tensor:
+        """h [K,S,D], rotary two [S,1,E/2] -> [K,S,D]; see BlockConditions. Of a part attention is in 16 bits
+        in every tier."""
+        if part is None and among is not None and among.blind:
             blind, video = among.blind, among.video
             first, last = h[:blind, :video].contiguous(), h[blind:].contiguous()
             alone = self(first, (rotary[0][:video], rotary[1][:video]))  # [K-R,S,D]
@@ -102,15 +110,21 @@ class SelfAttention(nn.Module):
         q, k, v = self.to_qkv(h).chunk(3, dim=-1)  # [K,S,D] each
         shape = (*h.shape[:2], self.heads, h.shape[-1] // self.heads)
         mask = None if among is None else among.mask
-        if self.qk_steps is not None and mask is None and cudnn_attends(h.device, shape):
+        if self.qk_steps is not None and mask is None and part is None and cudnn_attends(h.device, shape):
             weights = self.norm_q.weight, self.norm_k.weight
             given = qkv_to_fp8(q, k, v, *weights, *rotary, self.qk_steps, _eps(self.norm_q))
             out8, scale = fp8_attention(*given)  # [K,S,A,E], [1]
             return self._output(Quantised(out8.flatten(-2), scale), h.dtype)
         q, k = qk_norm_rope(q, k, self.norm_q.weight, self.norm_k.weight, *rotary, eps=_eps(self.norm_q))
         v = v.unflatten(-1, (self.heads, -1))
-        out = self_attention(q, k, v, self.way) if mask is None else attention(q, k, v, mask)  # [K,S,A,E]
+        if part is not None:
+            out = attention_among(q, k, v, among, part, self._attend)  # [K,S,A,E]
+        else:
+            out = self._attend(q, k, v) if mask is None else attention(q, k, v, mask)  # [K,S,A,E]
         return self.to_out[0](out.flatten(-2))
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return self_attention(q, k, v, self.way)
 
     def _output(self, out: Quantised, dtype: torch.dtype) -> Tensor:
         """[K,S,D] -> [K,S,D], by the last layer: in fp8 as it is, where that takes it so."""
@@ -179,7 +193,7 @@ class FusedBlock(nn.Module):
         else:
             x = x.contiguous()  # patches come with their channels first
             h = modulate(x, scale, shift, eps=block.norm1.eps)  # [K,S,D]
-        out = self.attn1(h, rotary, kv.among)  # [K,S,D]
+        out = self.attn1(h, rotary, kv.among, kv.part)  # [K,S,D]
 
         to_out = block.attn2.to_out[0]
         later = to_out.bias if isinstance(to_out, nn.Linear) else None

@@ -18,6 +18,7 @@ from .dit import ConceptDiT
 from .guidance import projected
 from .model import ConceptMaster
 from .references import AS_TOKENS
+from .shares import Share
 from .vae.wan_area_encoder import EncodeArea
 from .vae.wan_decoder import streaming_decoders
 from .vae.wan_encoder import EncodePicture, streaming_encoders
@@ -107,19 +108,62 @@ class DenoiseStep(nn.Module):
         concept_mask: None where every concept of `conditions` is seen, and for `none`; conditions: what
         `Condition` gave, by name, and perhaps text_bias.
         """
-        config, dtype = self.transformer.config, self.transformer.patch_embedding.weight.dtype
-        frames = given
-        if given is not None and config.concept.given != "grids":  # whose numbers are no latents alone
-            frames = given.to(dtype)
-        elif concept_mask is not None and given is not None:
-            concept_mask = concept_mask[min(1, len(guidance) - 1) :]  # the first of several sees none
-        latents = state[:1].to(dtype)  # [1,Cz,F,H,W]
+        concept_mask, frames = self._pictured(concept_mask, given, len(guidance))
+        latents = self._latents(state)  # [1,Cz,F,H,W]
         known = latents, time, conditions, concept_mask, frames
-        if config.guidance_rule == "linear":
+        if self.transformer.config.guidance_rule == "linear":
             return self.transformer.denoise(*known, guidance).flatten(1).float()
+        return self._projected(self.transformer.denoise(*known), state, coefficients, guidance)
+
+    def told(
+        self,
+        share: Share,
+        state: Tensor,
+        time: Tensor,
+        concept_mask: Tensor | None = None,
+        given: Tensor | None = None,
+        **conditions: Tensor,
+    ) -> Tensor:
+        """A rank's share of what the network predicts for all branches, float32 [K,Cz,F,H,W]: zero elsewhere,
+        so that the sum over the ranks is the whole, to the bit. state: its first row is enough; the rest as
+        in `velocity`."""
+        concept_mask, frames = self._pictured(concept_mask, given, share.branches)
+        concept_mask = None if concept_mask is None else share.of(concept_mask)
+        if concept_mask is not None and not len(concept_mask) and self._own_grids:
+            concept_mask = frames = None  # none of its branches sees a picture
+        known = self._latents(state), time, share.conditions(conditions), concept_mask, frames
+        return share.placed(self.transformer.denoise(*known, share=share))
+
+    def guided(
+        self, told: Tensor, state: Tensor, time: Tensor, guidance: Tensor, coefficients: Tensor
+    ) -> Tensor:
+        """What `velocity` gives, of the sum of what the ranks told."""
+        velocities = self.transformer.velocity(told, self._latents(state).float(), time)  # [K,Cz,F,H,W]
+        if self.transformer.config.guidance_rule == "linear":
+            return guidance[None] @ velocities.flatten(1)
+        return self._projected(velocities, state, coefficients, guidance)
+
+    @property
+    def _own_grids(self) -> bool:
+        return self.transformer.config.concept.given == "grids"
+
+    def _latents(self, state: Tensor) -> Tensor:
+        return state[:1].to(self.transformer.patch_embedding.weight.dtype)
+
+    def _pictured(
+        self, concept_mask: Tensor | None, given: Tensor | None, branches: int
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Mask and frames as the transformer takes them."""
+        if given is not None and not self._own_grids:  # whose numbers are no latents alone
+            given = given.to(self.transformer.patch_embedding.weight.dtype)
+        elif concept_mask is not None and given is not None:
+            concept_mask = concept_mask[min(1, branches - 1) :]  # the first of several sees none
+        return concept_mask, given
+
+    def _projected(self, velocities: Tensor, state: Tensor, coefficients: Tensor, guidance: Tensor) -> Tensor:
         # every solver's third row is the estimate of the data, state_0 - sigma velocity
         sigma = -coefficients[DATA, -1:]  # [1]
-        return projected(self.transformer.denoise(*known), state[:1], sigma, guidance).flatten(1)
+        return projected(velocities, state[:1], sigma, guidance).flatten(1)
 
 
 def update(state: Tensor, velocity: Tensor, coefficients: Tensor) -> Tensor:

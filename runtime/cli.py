@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..untrusted import printable
 from . import generate_command
+from .backends import torchrun
 from .commands import Command, in_module, run_program
 
 if TYPE_CHECKING:
@@ -19,10 +21,16 @@ if TYPE_CHECKING:
 
 
 def main(argv: Sequence[str] | None = None, extra_commands: Sequence[Command] = ()) -> int:
-    """Runs one command and returns its exit code, see ``commands.py``.
+    """Runs one command and returns its exit code, see ``commands.py``. Of several ranks that torchrun has
+    started the first runs it, the others do what that tells them.
 
     Args: argv: the arguments, sys.argv's if None; extra_commands: commands that live outside the runtime.
     """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if torchrun.rank() and arguments[:1] == ["generate"] and not {"--help", "-h"} & set(arguments):
+        from .backends.pytorch import follower
+
+        return follower.main()
     description = "Videos of several named, pictured things."
     return run_program("conceptmaster", description, [*COMMANDS, *extra_commands], argv)
 

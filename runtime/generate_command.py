@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError
 from ..untrusted import LARGEST_JSON, open_plain, parse_json
+from .backends import torchrun
 from .workers import on_ray
 
 if TYPE_CHECKING:
@@ -270,6 +271,7 @@ def open_pipeline(args: argparse.Namespace) -> Pipeline:
         backend=args.backend,
         options=torch_options(args),
         precision=args.precision,
+        gpus=None if torchrun.world() > 1 else args.gpus_per_worker,
     )
 
 
@@ -284,7 +286,9 @@ def open_batch(args: argparse.Namespace) -> Pipeline | RemotePipeline:
     from .workers.ray_worker import Gateway
     from .workers.remote import RemotePipeline
 
-    check_choice(args.device, args.threads, args.backend, args.precision)
+    check_choice(args.device, args.threads, args.backend, args.precision, args.gpus_per_worker)
+    if torchrun.world() > 1:
+        raise InputError("with --ray, workers start their ranks themselves (--gpus-per-worker), not torchrun")
     bundle, count = Bundle.open(args.bundle), args.jobs or 1
     options = worker_options(args) | {"place": str(bundle.folder)}
     options["threads"] = options["threads"] or max(1, usable() // count)
@@ -301,6 +305,7 @@ def worker_options(args: argparse.Namespace) -> dict[str, Any]:
         "backend": args.backend,
         "precision": args.precision,
         "threads": args.threads,
+        "gpus": args.gpus_per_worker,
         "options": None if options is None else dataclasses.asdict(options),
         "verbose": args.verbose,
     }

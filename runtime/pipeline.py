@@ -79,18 +79,18 @@ class Pipeline:
         backend: str = "onnxruntime",
         options: TorchOptions | None = None,
         precision: str | None = None,
+        gpus: int | None = 1,
     ) -> Pipeline:
         """Opens and verifies a bundle: the name of a shipped one ("sprites") or a path.
 
         Args: device: "cpu", "cuda", "tensorrt" or "rtx"; threads: CPU threads, None for one per CPU that
-            this process may use; backend: "onnxruntime" or "torch"; options: of the latter; precision: of
-            the engines that "tensorrt" and "rtx" run, None for the only one that they are built in.
-        Raises: InputError (no such bundle, device or backend), BundleError (not sound), MissingDependency,
-            OutOfMemory.
+            this process may use; backend: "onnxruntime" or "torch"; options: of the latter, and gpus: how many
+            make a request together (None: torchrun's); precision: of TensorRT's engines, None for the only.
+        Raises: InputError, BundleError (not sound), MissingDependency, OutOfMemory, RanksLost.
         """
-        check_choice(device, threads, backend, precision)  # before files are hashed, which may take minutes
+        check_choice(device, threads, backend, precision, gpus)  # before files are hashed, for minutes
         bundle = Bundle.open(name_or_path)
-        return cls(bundle, open_backend(bundle, device, threads, backend, options, precision))
+        return cls(bundle, open_backend(bundle, device, threads, backend, options, precision, gpus))
 
     @property
     def backend(self) -> Backend:

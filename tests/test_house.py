@@ -33,7 +33,8 @@ LAZY_ARROWS = {"cli.py": {"export"}}
 # What single files may import besides. The torch backend runs the engine's modules: it is the one part of the
 # runtime that is loaded only when it is asked for.
 TORCH_BACKEND = "runtime/backends/pytorch"
-FILE_ARROWS = {f"{TORCH_BACKEND}/{name}.py": {"engine"} for name in ("backend", "stepper", "weights")}
+TORCH_FILES = ("backend", "leader", "ranks", "shared_step", "stepper", "weights")
+FILE_ARROWS = {f"{TORCH_BACKEND}/{name}.py": {"engine"} for name in TORCH_FILES}
 # The version is a plain string in the root's __init__.py; it may be read from anywhere.
 OPEN_NAMES = {"conceptmaster.__version__"}
 

@@ -50,10 +50,15 @@ class Backend(Protocol):
 
 
 def check_choice(
-    device: str, threads: int | None, name: str = "onnxruntime", precision: str | None = None
+    device: str,
+    threads: int | None,
+    name: str = "onnxruntime",
+    precision: str | None = None,
+    gpus: int | None = 1,
 ) -> None:
     """Raises InputError for arguments of `open_backend` that no bundle goes with: an unknown backend or
-    device, a number of threads beyond reason, a precision where no engines run."""
+    device, a number of threads beyond reason, a precision where no engines run, several GPUs of another
+    backend than torch."""
     if name not in BACKENDS:
         raise InputError(f"unknown backend {name!r}: choose one of {', '.join(BACKENDS)}")
     if device not in DEVICES:
@@ -64,6 +69,10 @@ def check_choice(
         raise InputError("precision chooses between engines: it goes with the device tensorrt or rtx")
     if name == "torch" and device not in ("cpu", "cuda"):
         raise InputError(f"the backend torch runs on cpu or cuda, not on {device!r}")
+    if gpus is not None and (isinstance(gpus, bool) or not isinstance(gpus, int) or gpus < 1):
+        raise InputError(f"gpus must be a number of GPUs, 1 or more, not {gpus!r:.60}")
+    if gpus != 1 and name != "torch":
+        raise InputError(f"one request on several GPUs is for the backend torch, not {name}: --backend torch")
 
 
 def open_backend(
@@ -73,21 +82,22 @@ def open_backend(
     name: str = "onnxruntime",
     options: TorchOptions | None = None,
     precision: str | None = None,
+    gpus: int | None = 1,
 ) -> Backend:
     """The backend `name` (one of BACKENDS) for `device`; "tensorrt" and "rtx" run engines that are
     built.
 
     threads: CPU threads, None for one per CPU that is usable (torch: as PyTorch has it); options: of the
     torch backend; precision: of the engines, fp32, fp16, bf16 or fp8, None for the only one that they are
-    built in.
+    built in; gpus: how many make one request together, of the torch backend; None: as torchrun has it.
     Raises: InputError for an unknown or absent device, an unknown backend, or options of another one;
         MissingDependency; what the backend raises.
     """
-    check_choice(device, threads, name, precision)
+    check_choice(device, threads, name, precision, gpus)
     if name == "torch":
         from .pytorch.backend import TorchBackend
 
-        return TorchBackend(bundle, device, threads, options)
+        return TorchBackend(bundle, device, threads, options, gpus)
     bundle.with_graphs()
     if options is not None:
         raise InputError(f"the backend {name} has no such options: they are for the backend torch")

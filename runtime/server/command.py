@@ -60,7 +60,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--backend", metavar="NAME", default="onnxruntime", help="onnxruntime or torch (onnxruntime)"
     )
     what.add_argument(
-        "--gpu", action="append", metavar="ID", help="CUDA device of a worker; repeatable: each in turn"
+        "--gpu",
+        action="append",
+        metavar="ID",
+        help="CUDA device of a worker, or several (0,1); repeatable: each in turn",
     )
     on_ray.add_arguments(what)
     what.add_argument("--precision", metavar="P", help="of the engines for --device tensorrt or rtx")
@@ -152,7 +155,13 @@ def _new_key(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> None:
-    check_choice(args.device, args.threads, args.backend, args.precision)
+    check_choice(args.device, args.threads, args.backend, args.precision, args.gpus_per_worker)
+    for gpu in args.gpu or ():
+        if (count := len(gpu.split(","))) != args.gpus_per_worker:
+            raise InputError(
+                f"--gpu {gpu} names {count} GPU{'s' if count > 1 else ''} of a worker, --gpus-per-worker "
+                f"{args.gpus_per_worker}"
+            )
     ranges = {"port": (0, 65535), "workers": (1, 256), "max_queue": (1, 10**6), "max_body": (1, 4096)}
     ranges |= {"max_queue_per_key": (1, 10**6), "max_workers": (1, 4096)}
     for name, (least, most) in ranges.items():

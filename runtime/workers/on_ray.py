@@ -21,7 +21,11 @@ def add_arguments(group: argparse._ArgumentGroup) -> None:
         help="workers are on the nodes of this Ray cluster; local: of one of its own",
     )
     group.add_argument(
-        "--gpus-per-worker", type=int, default=1, metavar="N", help="with --ray, of one node (1)"
+        "--gpus-per-worker",
+        type=int,
+        default=1,
+        metavar="N",
+        help="GPUs of one machine that make a request together, with --backend torch (1)",
     )
     group.add_argument(
         "--step-timeout",

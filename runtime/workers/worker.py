@@ -119,10 +119,7 @@ def _open(options: dict[str, Any]) -> Pipeline:
     if torch_options is not None:
         from ..backends.pytorch.options import TorchOptions
 
-        lists: dict[str, Any] = {
-            name: tuple(v) if isinstance(v, list) else v for name, v in torch_options.items()
-        }
-        torch_options = TorchOptions(**lists)
+        torch_options = TorchOptions.from_plain(torch_options)
     return Pipeline.from_bundle(options.pop("place"), options=torch_options, **options)
 
 

@@ -13,7 +13,7 @@ import logging
 import math
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -38,7 +38,9 @@ from ...bundle_format.graph_list import (
     STEP_GRAPHS,
     other_expert,
 )
+from .. import torchrun
 from . import memory_plan
+from .memory_plan import VAE
 from .options import TorchOptions
 
 try:
@@ -54,6 +56,9 @@ try:
     from ....engine.vae.block_vae import BlockVAE
     from ....engine.vae.wan_fused import fused_modules
     from .causal import causal_half, of_any_length
+    from .encoders import Cropped, ShortText, bucket
+    from .leader import Leader
+    from .shared_step import SharedStep
     from .stepper import Capture, Carried, Stepper, cuda_graphs
     from .weights import count_weights, open_weights
 except (ImportError, MemoryError) as error:
@@ -64,13 +69,15 @@ except (ImportError, MemoryError) as error:
 if TYPE_CHECKING:
     from ...bundle_format.find import Bundle
     from ...bundle_format.schema import TensorSpec
+    from .ranks import Ranks
 
 log = logging.getLogger(__name__)
 
-TEXT_BUCKET = 32
-"""A text's tokens are so many, or a multiple."""
 CONDITION_INPUTS = ("text", "concept_tokens", "concept_mask")
 """Of `engine.step.Condition`, in its order; a bundle may have fewer of them."""
+REQUEST_INPUTS = (*CONDITION_INPUTS, "given", "text_bias")
+"""What stays the same from step to step, as the pipeline gives it to `condition`, too."""
+EACH_STEP = {"state", "time", "guidance", "coefficients"}
 
 Module = Callable[[dict[str, Any]], Mapping[str, Any]]
 
@@ -81,15 +88,24 @@ class TorchBackend:
     Weights are loaded once, at the first `load` or `run`, and stay on the device; of two experts each when it
     is asked for, and where the plan has no room for both, one is let go before the other is loaded anew. May
     be used from several threads at once; one runs after the other. threads: for the whole process, None as
-    PyTorch has it.
+    PyTorch has it; gpus: how many make one request together, on the CPU processes, which this
+    one starts; None: those that torchrun has started, of which this is rank 0; follows: another rank's, which
+    has a transformer alone.
 
     Raises: InputError when `device` is not there, for a bundle in int8, or without weights; OutOfMemory,
     before anything is loaded, when the plan exceeds the memory that is free.
     """
 
     def __init__(
-        self, bundle: Bundle, device: str, threads: int | None, options: TorchOptions | None = None
+        self,
+        bundle: Bundle,
+        device: str,
+        threads: int | None,
+        options: TorchOptions | None = None,
+        gpus: int | None = 1,
+        follows: Ranks | None = None,
     ) -> None:
+        ranks = gpus or torchrun.world() if follows is None else follows.world
         self._options = options = (options or TorchOptions()).from_here()
         if device == "cuda" and not torch.cuda.is_available():
             built = "it is built without CUDA" if torch.version.cuda is None else "it sees no GPU"
@@ -100,7 +116,7 @@ class TorchBackend:
                 "fp32 bundles, whose weights it runs: take such a bundle, or the backend onnxruntime"
             )
         if threads is not None:
-            torch.set_num_threads(threads)
+            torch.set_num_threads(max(1, threads // ranks))
         self._bundle, self._manifest = bundle, bundle.manifest
         self._device = torch.device(device)
         self._dtype_name = options.dtype or ("bfloat16" if device == "cuda" else "float32")
@@ -117,12 +133,13 @@ class TorchBackend:
         self._demand = memory_plan.Demand(
             config.to_dict(),  # with what the manifest leaves out
             self._manifest.shapes,
-            count_weights(config),
+            {part: n for part, n in count_weights(config).items() if follows is None or _steps(part)},
             self._dtype_name,
-            graphs=device == "cuda",
+            graphs=device == "cuda" and ranks == 1,
             decoded=self._manifest.decoded,
             vae_dtype=options.vae_dtype if config.vae.get("kind") != "blocks" else "float32",
             states=sum(math.prod(spec.shape) for spec in states),
+            ranks=ranks,
         ).fastest(_free_memory(self._device))
         self._transformers: dict[str, ConceptDiT] = {}  # as they were opened
         self.steppers: dict[str, Stepper] = {}
@@ -132,6 +149,11 @@ class TorchBackend:
         if options.lossy:
             log.warning("lossy: %s (errors: docs/performance.md)", ", ".join(options.lossy))
         self._check_memory()
+        self._leader = None
+        if ranks > 1 and follows is None:
+            cuts = [self._manifest.shapes.branches, *([1] if options.skip_guidance else [])]
+            heads = config.transformer.num_attention_heads
+            self._leader = Leader(gpus, bundle, device, threads, options, cuts, heads)
 
     @property
     def stepper(self) -> Stepper | None:
@@ -153,8 +175,9 @@ class TorchBackend:
         """Loads the weights; of two experts, where there is room for one, that which stands first in
         `graphs`. Raises as the class, and BundleError for damaged weights."""
         loaded: set[str] = set()
-        with self._lock, self._out_of_memory():
-            if not self._modules:
+        graphs = list(graphs)
+        with self._lock, self._out_of_memory(), self._with_others(graphs):
+            if not self._transformers:
                 self._modules = self._build()
             for graph in graphs:
                 if loaded.isdisjoint(other_expert(graph)) or not self._demand.swapped:
@@ -169,21 +192,29 @@ class TorchBackend:
         """
         with self._lock, torch.inference_mode(), self._out_of_memory():
             self.load([graph])  # another thread may have let go of it
-            signature = self._manifest.graphs[graph]
-            absent = "given" if self._without_picture(inputs) else ""
-            wanted = [spec for spec in signature.inputs if spec.name != absent]
-            tensors = {s.name: self._to_device(inputs[s.name], graph, s) for s in wanted}
-            if "concept_mask" in tensors:
-                self._cut(graph, tensors, Seen.of(torch.as_tensor(inputs["concept_mask"]), self._config))
-            if graph in STEP_GRAPHS and self._config.concept.side is not None:
-                tensors["kept"] = self._pictured(inputs["given"])
-            if graph in STEP_GRAPHS and "step" in inputs:
-                tensors["step"] = inputs["step"]
-            if isinstance(bias := inputs.get("text_bias"), np.ndarray) and _is_condition(graph):
-                tensors["text_bias"] = torch.from_numpy(bias).to(self._device)
-            elif isinstance(bias, torch.Tensor) and graph in STEP_GRAPHS:
-                tensors["text_bias"] = bias
-            return dict(self._modules[graph](tensors))
+            held = dict[str, Any]()
+            if self._leader is not None and _is_condition(graph):
+                request = {name: self.to_host(inputs[name]) for name in REQUEST_INPUTS if name in inputs}
+                held["held"] = self._leader.condition(graph, request)
+            return {**self._modules[graph](self.taken(graph, inputs)), **held}
+
+    def taken(self, graph: str, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """What the module of `graph` takes out of the inputs; what they lack of EACH_STEP is left out."""
+        signature = self._manifest.graphs[graph]
+        absent = EACH_STEP - inputs.keys() | ({"given"} if self._without_picture(inputs) else set())
+        wanted = [spec for spec in signature.inputs if spec.name not in absent]
+        tensors = {s.name: self._to_device(inputs[s.name], graph, s) for s in wanted}
+        if "concept_mask" in tensors:
+            self._cut(graph, tensors, Seen.of(torch.as_tensor(inputs["concept_mask"]), self._config))
+        if graph in STEP_GRAPHS and self._config.concept.side is not None:
+            tensors["kept"] = self._pictured(inputs["given"])
+        if graph in STEP_GRAPHS:
+            tensors |= {name: inputs[name] for name in ("step", "held") if name in inputs}
+        if isinstance(bias := inputs.get("text_bias"), np.ndarray) and _is_condition(graph):
+            tensors["text_bias"] = torch.from_numpy(bias).to(self._device)
+        elif isinstance(bias, torch.Tensor) and graph in STEP_GRAPHS:
+            tensors["text_bias"] = bias
+        return tensors
 
     def to_host(self, array: Any) -> np.ndarray:
         """An array as NumPy; waits until it is computed."""
@@ -207,6 +238,8 @@ class TorchBackend:
     def close(self) -> None:
         """Lets the weights go."""
         with self._lock:
+            if self._leader is not None:
+                self._leader.close()
             self._modules, self._transformers, self.steppers = {}, {}, {}
 
     def _to_device(self, array: Any, graph: str, spec: TensorSpec) -> Any:
@@ -255,6 +288,8 @@ class TorchBackend:
         source = open_weights(self._bundle, place, choices)
         log.info("weights of %s", source.origin.name)
         self._transformers = source.model.experts()
+        if VAE not in self._demand.elements:  # a follower's
+            return {}
         for part, module in source.model.named_children():
             if part not in self._transformers:
                 settle(module, self._device, self._dtype)
@@ -263,8 +298,8 @@ class TorchBackend:
             dtype = getattr(torch, self._demand.vae_dtype)
             modules |= fused_modules(source.vae, set(modules), dtype)
         if self._config.concept.side is not None:
-            modules["encode_first"] = _Cropped(modules["encode_first"])
-        self._capture = cuda_graphs() if self._device.type == "cuda" else None  # one pool of memory for all
+            modules["encode_first"] = Cropped(modules["encode_first"])
+        self._capture = cuda_graphs() if self._demand.graphs else None  # one pool of memory for all
         for name in self._manifest.graphs:
             if BY_NAME[name].expert:
                 continue
@@ -274,7 +309,7 @@ class TorchBackend:
                 capture = self._capture if replayed else None
                 found[name] = causal_half(self._manifest.graphs[name], module, capture)
             elif BY_NAME[name].runs == EACH_TEXT:
-                short = _ShortText(module.to(self._dtype))
+                short = ShortText(module.to(self._dtype))
                 found[name] = self._called(name, short, self._dtype)
             else:
                 found[name] = self._called(name, module.to(self._dtype), self._dtype)
@@ -303,7 +338,10 @@ class TorchBackend:
                 called = self._called(own, module, self._dtype, for_the_step=True)
                 self._modules[own] = functools.partial(_without_padding, called)
             else:
-                self.steppers[own] = self._stepper(cast("DenoiseStep", module), self._capture)
+                step = cast("DenoiseStep", module)
+                if self._leader is not None:
+                    step = SharedStep(step.transformer, self._leader, own)
+                self.steppers[own] = self._stepper(step, self._capture)
                 self._modules[own] = functools.partial(self._denoise, own)
 
     def _stepper(self, denoise: DenoiseStep, capture: Capture | None) -> Stepper:
@@ -327,6 +365,13 @@ class TorchBackend:
             }
 
         return call
+
+    def _with_others(self, graphs: list[str]) -> AbstractContextManager[None]:
+        """Other ranks load what is not there of these graphs, if it is theirs, too."""
+        if self._leader is None:
+            return nullcontext()
+        missing = [graph for graph in graphs if BY_NAME[graph].expert and graph not in self._modules]
+        return self._leader.loading(missing)
 
     def _denoise(self, graph: str, tensors: dict[str, Any]) -> Mapping[str, Any]:
         state, step = tensors.pop("state"), tensors.pop("step", None)
@@ -362,49 +407,19 @@ def _is_condition(graph: str) -> bool:
     return BY_NAME[graph].runs == ONCE and BY_NAME[graph].expert > 0
 
 
-class _ShortText(torch.nn.Module):
-    """A text encoder that reads no padding: what it makes of real tokens does not depend on that."""
-
-    def __init__(self, encoder: torch.nn.Module) -> None:
-        super().__init__()
-        self.encoder = encoder
-
-    def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """ids int64 [B,T], mask bool [B,T], real tokens first -> text [B,T,Dt], exactly zero where masked."""
-        kept = _bucket(int(mask.sum(1).max()), ids.shape[1])
-        text = self.encoder(ids[:, :kept], mask[:, :kept])  # [B,kept,Dt]
-        return torch.nn.functional.pad(text, (0, 0, 0, ids.shape[1] - kept))  # [B,T,Dt]
-
-
-class _Cropped(torch.nn.Module):
-    """An encoder of pictures of their own size that gets each without the rest of its square."""
-
-    def __init__(self, encoder: torch.nn.Module) -> None:
-        super().__init__()
-        self.encoder = encoder
-
-    def forward(self, frames: torch.Tensor, area: torch.Tensor) -> tuple[torch.Tensor]:
-        """As `EncodeArea.forward`."""
-        height, width = (int(area[0, 0, 0].any(dim=axis).sum()) for axis in (1, 0))
-        space = frames.shape[1] // area.shape[3]
-        latents = self.encoder(frames[:, : height * space, : width * space])[0]  # [1,Cz,1,height,width]
-        rest = (0, area.shape[4] - width, 0, area.shape[3] - height)
-        return (torch.nn.functional.pad(latents, rest),)
-
-
 def _without_padding(condition: Module, tensors: dict[str, Any]) -> Mapping[str, Any]:
     """`condition` of the tokens that text_bias [K,T] leaves, if it is there, and the bias of these for the
     step: their number, rounded up, so that few shapes are captured."""
     bias = tensors.pop("text_bias", None)
     if bias is None:
         return condition(tensors)
-    kept = _bucket(int(bias.isfinite().sum(1).max()), bias.shape[1])
+    kept = bucket(int(bias.isfinite().sum(1).max()), bias.shape[1])
     short = condition(tensors | {"text": tensors["text"][:, :kept]})
     return {**short, "text_bias": bias[:, :kept].contiguous()}
 
 
-def _bucket(count: int, most: int) -> int:
-    return min(most, -(-count // TEXT_BUCKET) * TEXT_BUCKET)
+def _steps(part: str) -> bool:
+    return part.startswith("transformer")
 
 
 def _floating(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

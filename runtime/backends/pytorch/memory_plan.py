@@ -39,7 +39,8 @@ class Demand:
     graphs: whether steps are replayed as CUDA graphs, whose inputs are held twice; decoded: height and width
     in latents of what the decoder takes at once, None for a whole frame; vae_dtype: of the video autoencoder;
     states: elements of the decoder's causal state; latent_frames: how many the decoder takes a call;
-    swapped: whether of two experts one is held at a time.
+    swapped: whether of two experts one is held at a time; ranks: how many share a step. One of them that
+    decodes nothing has no video autoencoder.
     """
 
     model: Mapping[str, Any]
@@ -52,6 +53,7 @@ class Demand:
     states: int = 0
     latent_frames: int = 1
     swapped: bool = False
+    ranks: int = 1
 
     @property
     def experts(self) -> int:
@@ -112,7 +114,7 @@ def plan(demand: Demand) -> dict[str, int]:
     if side := concept.get("side"):  # each picture's square
         tokens += pictures * math.prod(side // shapes.space // p for p in model["patch_size"][1:])
     concepts = shapes.concepts * shapes.queries
-    rows = shapes.branches * tokens  # K*S
+    rows = -(-shapes.branches * tokens // demand.ranks)  # K*S, or a rank's
 
     sizes = {VAE: BYTES[demand.vae_dtype]}
     held = {part: n for part, n in demand.elements.items() if part != SECOND or demand.experts > 1}
@@ -126,13 +128,14 @@ def plan(demand: Demand) -> dict[str, int]:
 
     wide = max(4, size)
     moments = {
-        "attention": 8 * width * size,  # x, its norm, q, k, v, both rotated, what comes out
+        # x, its norm, q, k, v, both rotated, what comes out; with others q, k and v on their way
+        "attention": (8 + 6 * (demand.ranks > 1)) * width * size,
         "cross-attention": (5 * width + heads * concepts) * size,
         "feed-forward": (2 * width + 2 * model["ffn_dim"]) * size,
         "sums": width * (3 * size + 3 * wide),  # in plain torch
     }
     step = rows * (max(moments.values()) + 2 * width * size * bool(controls)) + 4 * state  # control, hint
-    decode, kept = _decoding(demand)
+    decode, kept = _decoding(demand) if VAE in demand.elements else (0, 0)
     found = {
         "weights": weights,
         "keys and values": keys * (1 + demand.experts * demand.graphs),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +101,16 @@ class TorchOptions:
             given[name] = tuple(os.path.join(os.getcwd(), file) for file in getattr(self, name))
         return replace(self, weights=weights, **given)
 
+    def to_plain(self) -> dict[str, Any]:
+        """As JSON has it."""
+        return {name: _plain(value) for name, value in asdict(self).items()}
+
+    @classmethod
+    def from_plain(cls, data: dict[str, Any]) -> TorchOptions:
+        """Those that `to_plain` gave."""
+        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
+        return cls(**values)
+
     @property
     def parts(self) -> dict[str, Path]:
         """The files of single parts that are given, by the names of PARTS."""
@@ -115,3 +125,9 @@ class TorchOptions:
             if value := getattr(self, name):
                 found.append(f"--{name.replace('_', '-')} {value:g}")
         return found
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [_plain(each) for each in value]
+    return os.fspath(value) if isinstance(value, os.PathLike) else value

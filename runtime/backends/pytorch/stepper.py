@@ -147,10 +147,7 @@ class Stepper:
             self.exactly = not self.bits.step(step, steps)
             compute_exactly(self.denoise, self.exactly)
         if len(inputs["guidance"]) > 1 and step >= steps * (1 - self.skip_guidance):
-            inputs = inputs | {"guidance": inputs["guidance"].new_ones(1)}
-            inputs |= {name: inputs[name][:, -1:] for name in KEYS_VALUES if name in inputs}
-            rows = {"concept_mask", "text_bias"} & inputs.keys()
-            inputs |= {name: inputs[name][-1:] for name in rows}
+            inputs = last_branch(inputs) | {"guidance": inputs["guidance"].new_ones(1)}
         if not self.step_cache:
             return Carried(self._run(carried.state, inputs)[0])
         memory, latents = carried.memory, carried.state[:1].flatten(1)
@@ -190,6 +187,13 @@ class Stepper:
     def _step(self, state: Tensor, coefficients: Tensor, **inputs: Tensor) -> tuple[Tensor, Tensor]:
         velocity = self.denoise.velocity(state, coefficients=coefficients, **inputs)
         return update(state, velocity, coefficients), velocity
+
+
+def last_branch(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What is by branch of the last one alone, which reads the caption and sees the concepts."""
+    found = inputs | {name: inputs[name][:, -1:] for name in KEYS_VALUES if name in inputs}
+    rows = {"concept_mask", "text_bias"} & inputs.keys()
+    return found | {name: inputs[name][-1:] for name in rows}
 
 
 def _predicted(memory: Memory, latents: Tensor) -> float | None:
