@@ -84,8 +84,8 @@ class Pipeline:
         """Opens and verifies a bundle: the name of a shipped one ("sprites") or a path.
 
         Args: device: "cpu", "cuda", "tensorrt" or "rtx"; threads: CPU threads, None for one per CPU that
-            this process may use; backend: "onnxruntime" or "torch"; options: of the latter, and gpus: how many
-            make a request together (None: torchrun's); precision: of TensorRT's engines, None for the only.
+            this process may use; backend: "onnxruntime" or "torch"; options: of the latter, and gpus: how
+            many make a request together (None: torchrun's); precision: of TensorRT's engines, None: the one.
         Raises: InputError, BundleError (not sound), MissingDependency, OutOfMemory, RanksLost.
         """
         check_choice(device, threads, backend, precision, gpus)  # before files are hashed, for minutes

@@ -27,7 +27,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ...atomic_write import replacing, sync
-from ...errors import BundleError, Cancelled, ConceptMasterError, InputError, RequestWarning, is_out_of_memory
+from ...errors import (
+    BundleError,
+    Cancelled,
+    ConceptMasterError,
+    InputError,
+    RanksLost,
+    RequestWarning,
+    is_out_of_memory,
+)
 from .. import animation
 from ..commands import what_the_system_says
 from ..logs import keep_quiet
@@ -39,6 +47,8 @@ if TYPE_CHECKING:
     from ..video import Video
 
 BETWEEN_SIGNS = 1.0  # seconds between two signs of life
+log = logging.getLogger(__name__)
+
 BETWEEN_PREVIEWS = 0.5  # seconds
 PREVIEWS = 0.1  # of the time of a job; each costs a decoded frame
 THUMBNAIL = 512  # the longest side in pixels
@@ -142,6 +152,9 @@ def _answered(pipeline: Pipeline, line: Line, task: dict[str, Any]) -> bool:
         line.say("done", id=id, warnings=warned, seconds=seconds)
     except Cancelled:
         line.say("cancelled", id=id)
+    except RanksLost as error:  # no more of this process: another makes the job
+        log.error("%s", error)
+        return False
     except Exception as error:
         if is_out_of_memory(error):  # what it holds is best let go with all the rest
             message = "out of memory: ask for fewer videos at once, or for a smaller bundle"

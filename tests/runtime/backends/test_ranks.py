@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import dataclasses
 import json
@@ -27,6 +28,8 @@ from conceptmaster.engine.presets import preset  # noqa: E402
 from conceptmaster.export.bundle import write_bundle  # noqa: E402
 from conceptmaster.kernels.tolerances import RELATIVE_L2  # noqa: E402
 from conceptmaster.runtime.backends.pytorch import leader  # noqa: E402
+from conceptmaster.runtime.workers.interface import FRAMES, Task, WorkerLost  # noqa: E402
+from conceptmaster.runtime.workers.process import ProcessWorker  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).parent))
 from rank_script import latents_of  # noqa: E402
@@ -288,3 +291,35 @@ def test_wrong_arguments_are_told_once(model, tmp_path):
     )
     (line,) = [line for line in done.stderr.splitlines() if "conceptmaster: error:" in line]
     assert done.returncode and line.endswith("not onnxruntime: --backend torch")
+
+
+@pytest.mark.slow
+def test_a_worker_of_several_ranks_is_one_worker(model, tmp_path):
+    """As the server has it: it makes what one process makes, is lost with one of its ranks, and takes all of
+    them along."""
+    folder = model("one_branch")
+    options = {"device": "cpu", "backend": "torch", "precision": None, "threads": 2, "verbose": False}
+    worker = ProcessWorker("tiny", options | {"gpus": 2, "options": None, "place": str(folder)})
+    asked = {"prompt": "a ball", "seed": 5, "steps": 4}
+
+    async def use():
+        await worker.start()
+        (follower,) = children(worker.pid)
+        await worker.make(Task("a", asked, (), tmp_path, frames=True), lambda said: None)
+
+        def kill(said):
+            if said.get("step") == 2:
+                os.kill(follower, signal.SIGKILL)
+
+        with pytest.raises(WorkerLost, match="exit code 1"):
+            await worker.make(Task("b", asked | {"steps": 1000}, (), tmp_path, frames=True), kill)
+        await worker.start()  # as the dispatcher does
+        process, (follower,) = worker.pid, children(worker.pid)
+        os.kill(process, signal.SIGKILL)
+        await worker.gone()
+        wait_until(lambda: not Path(f"/proc/{follower}").exists())
+
+    asyncio.run(use())
+    with Pipeline.from_bundle(folder, backend="torch", threads=1) as pipeline:
+        (video,) = pipeline.generate(Request(**asked))
+    assert np.abs(np.load(tmp_path / FRAMES.format(0)).astype(int) - video.frames).max() <= 1
