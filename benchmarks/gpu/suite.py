@@ -85,7 +85,7 @@ def _whole_in_8_bits(s: Setting) -> None:
         s.report["high"] = {"missing": no_fp8() or "a kernel of it is red"}
 
 
-VIDEOS = ("whole", "sprites", "high")
+VIDEOS = ("whole", "sprites", "high", "ranks")
 """Parts that make whole videos."""
 PARTS = {
     "whole": Part(lambda s: videos.whole(s.job("whole"), Base(s.scratch, s.size)), 90.0, USES_CONCEPTS),
@@ -95,6 +95,7 @@ PARTS = {
     "ladder": Part(lambda s: ladder.ladder(s.size, s.job("ladder", 3), _high(s)), 40.0, USES_CONCEPTS),
     "questions": Part(lambda s: questions.questions(s.job("questions", setting.ROUNDS)), 10.0),
     "high": Part(_whole_in_8_bits, 60.0, USES_CONCEPTS),
+    "ranks": Part(lambda s: videos.ranks(s.job("ranks"), Base(s.scratch, s.size)), 60.0, USES_CONCEPTS),
     "concepts": Part(lambda s: _sizes(s, True), 12.0, USES_CONCEPTS),
     "compiled": Part(_compiled, 30.0, USES),
     "full": Part(lambda s: further.full(s.size, s.job("full")), 25.0, USES),

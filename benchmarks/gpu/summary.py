@@ -15,7 +15,7 @@ def summary(report: dict[str, Any]) -> list[str]:
 
 
 def _videos(report: dict[str, Any]) -> Iterator[str]:
-    for part in ("whole", "sprites", "high"):
+    for part in ("whole", "sprites", "high", "ranks"):
         for title, entry in report.get(part, {}).items():
             if not isinstance(entry, dict):
                 continue

@@ -16,6 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+
+from conceptmaster.errors import MissingDependency
 
 from ...reports import ROOT
 from ..job import Job
@@ -31,6 +34,8 @@ LEAST_DB = 40.0
 MOST_APART = 5e-2
 """Relative L2 of the latents of two ways to compute the same in bfloat16, after four steps. A forward of
 either is 0.011 from float32."""
+RANKS = (2, 4, 8)
+"""How many GPUs make a request together."""
 PROMPT = "a ball and a cat move from left to right over a green meadow while a drum and a kite stand still"
 PICTURES = {
     "ball": ROOT / "examples" / "pictures" / "ball.png",
@@ -121,6 +126,29 @@ def high(job: Job, base: Base) -> None:
         _make(replace(way, name=f"{way.name}, high", options=tier, plain=False, spare=60.0), job, base)
 
 
+def ranks(job: Job, base: Base) -> None:
+    """The base's guided video on one GPU, then on 2, 4 and 8 together, of those that are there: frames held
+    to those of one, and seconds."""
+    there = 2 if job.small else torch.cuda.device_count()
+    if there < 2:
+        raise MissingDependency("there is one GPU: what several make together was not measured")
+    steps = ("--steps", "2" if job.small else "10")
+    way = replace(_ways(job.small)[1], options=steps)
+    arguments = _prepared(way, job, base, job.found.setdefault("bundle", {}))
+    one = base.folder / "frames-1.npy"
+    for count in (1, *(n for n in RANKS if n <= there)):
+        frames = base.folder / f"frames-{count}.npy"
+        own = (*_out(base.folder, "video"), "--frames", str(frames), "--gpus-per-worker", str(count))
+        title = f"{count} GPU{'s' if count > 1 else ''}"
+        make(title, arguments, [Ordered("cold", own), Ordered("warm", own)], job)
+        if not (one.exists() and frames.exists()):
+            return  # no time was left
+        decibels = job.found[title]["psnr_db"] = psnr(np.load(frames), np.load(one))
+        job.say(f"ranks: {title} {decibels:.1f} dB from one, {LEAST_DB:.0f} are the least")
+        if not decibels >= LEAST_DB:
+            job.found[title]["wrong"] = f"{decibels:.1f} dB from what one GPU makes"
+
+
 def _make(way: Way, job: Job, base: Base) -> None:
     """A bundle of the base and its videos, as far as there is time."""
     found: dict[str, Any] = job.found.setdefault(way.name, {})
@@ -129,6 +157,18 @@ def _make(way: Way, job: Job, base: Base) -> None:
         found["left_out"] = f"no time was left: {job.left():.0f} s, {needs:.0f} are needed"
         job.say(f"{way.name}: {found['left_out']}")
         return
+    arguments = _prepared(way, job, base, found)
+    own = tuple(_out(base.folder, "video"))
+    videos = [Ordered("cold", own, needs), Ordered("warm", own, spare=0.0 if job.small else way.spare)]
+    if way.plain:
+        videos.append(Ordered("plain", own, plain=True))
+    made = make(way.name, arguments, videos, job)
+    if way.plain:
+        _hold_to_plain(found, made["plain"] if "plain" in made else {}, job)
+
+
+def _prepared(way: Way, job: Job, base: Base, found: dict[str, Any]) -> list[str]:
+    """The arguments of `generate`, whose bundle and request are there."""
     base.write(job)
     bundle = base.folder / f"bundle-{way.bundle}"
     if not bundle.exists():
@@ -140,14 +180,16 @@ def _make(way: Way, job: Job, base: Base) -> None:
     concepts = concepts[: base.config.concept.max_concepts]
     request.write_text(json.dumps({"prompt": PROMPT, "concepts": concepts, "seed": 7}), "utf-8")
     arguments = ["--request", str(request), "--bundle", str(bundle), "--weights", str(base.weights)]
-    arguments += ["--adapter", str(base.adapter), "--backend", "torch", "--device", job.device, *way.options]
-    own = tuple(_out(base.folder, "video"))
-    videos = [Ordered("cold", own, needs), Ordered("warm", own, spare=0.0 if job.small else way.spare)]
-    if way.plain:
-        videos.append(Ordered("plain", own, plain=True))
-    made = make(way.name, arguments, videos, job)
-    if way.plain:
-        _hold_to_plain(found, made["plain"] if "plain" in made else {}, job)
+    return [
+        *arguments,
+        "--adapter",
+        str(base.adapter),
+        "--backend",
+        "torch",
+        "--device",
+        job.device,
+        *way.options,
+    ]
 
 
 def _hold_to_plain(found: dict[str, Any], plain: dict[str, Any], job: Job) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -136,10 +137,19 @@ class Followers:
     it ends with this process, however that ends. store: where they meet."""
 
     def __init__(self, world: int) -> None:
-        served = dist.TCPStore(LOOPBACK[0], 0, world, is_master=True, wait_for_workers=False)
+        listening = socket.create_server((LOOPBACK[0], 0))  # TCPStore's own would be open to the network
+        port = listening.getsockname()[1]
+        served = dist.TCPStore(
+            LOOPBACK[0],
+            port,
+            world,
+            is_master=True,
+            wait_for_workers=False,
+            master_listen_fd=listening.detach(),
+        )
         self.store = dist.PrefixStore(f"{PREFIX}0", served)  # it is their first meeting
         path = os.pathsep.join(p for p in sys.path if p)
-        known = {"MASTER_ADDR": LOOPBACK[0], "MASTER_PORT": served.port, "WORLD_SIZE": world}
+        known = {"MASTER_ADDR": LOOPBACK[0], "MASTER_PORT": port, "WORLD_SIZE": world}
         self.processes = [
             subprocess.Popen(
                 [sys.executable, "-m", f"{PACKAGE}.runtime.backends.pytorch.follower"],

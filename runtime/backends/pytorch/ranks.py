@@ -180,11 +180,11 @@ class Ranks:
         """Until all ranks have come so far that nothing keeps them from meeting."""
         names = [f"here/{rank}" for rank in range(self.world)]
         self._store.set(names[self.rank], "1")
-        until = time.monotonic() + self._patience
+        until = time.monotonic() + max(PATIENCE, self._patience)
         while not self._store.check(names):
             why = self._told() or self._ended()
             if why is None and time.monotonic() > until:
-                why = f"not all of {self.world} ranks came up in {self._patience:g} seconds"
+                why = f"not all of {self.world} ranks came up in {PATIENCE:g} seconds"
             if why is not None:
                 raise Gone if self.rank else RanksLost(why)
             time.sleep(POLL / 10)

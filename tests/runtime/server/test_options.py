@@ -14,6 +14,8 @@ from conceptmaster.cli import main
         (["--step-timeout", "nan"], "--step-timeout must be more than 0 seconds, not nan"),
         (["--idle", "-1"], "--idle must be 0 or more, not -1"),
         (["--max-workers", "2"], "--max-workers goes with --ray"),
+        (["--gpus-per-worker", "2"], "several GPUs is for the backend torch, not onnxruntime"),
+        (["--gpus-per-worker", "2", "--backend", "torch", "--gpu", "0"], "--gpu 0 names 1 GPU of a worker"),
         (["--max-workers", "0", "--ray", "local"], "--max-workers must be 1 to 4096, not 0"),
         (["--max-workers", "2", "--workers", "3", "--ray", "local"], "is less than --workers 3"),
     ],
