@@ -38,6 +38,7 @@ from ...bundle_format.graph_list import (
     STEP_GRAPHS,
     other_expert,
 )
+from ...cpus import usable
 from .. import torchrun
 from . import memory_plan
 from .memory_plan import VAE
@@ -87,10 +88,10 @@ class TorchBackend:
 
     Weights are loaded once, at the first `load` or `run`, and stay on the device; of two experts each when it
     is asked for, and where the plan has no room for both, one is let go before the other is loaded anew. May
-    be used from several threads at once; one runs after the other. threads: for the whole process, None as
-    PyTorch has it; gpus: how many make one request together, on the CPU processes, which this
-    one starts; None: those that torchrun has started, of which this is rank 0; follows: another rank's, which
-    has a transformer alone.
+    be used from several threads at once; one runs after the other. threads: for the whole process, of all
+    ranks together, None as PyTorch has it; gpus: how many ranks make one request together, which this process
+    starts; None: those that torchrun has started, of which this is rank 0; follows: what another rank is one
+    of, which has a transformer alone.
 
     Raises: InputError when `device` is not there, for a bundle in int8, or without weights; OutOfMemory,
     before anything is loaded, when the plan exceeds the memory that is free.
@@ -115,8 +116,8 @@ class TorchBackend:
                 f"the bundle {str(bundle.folder)!r} is {bundle.manifest.precision}, the torch backend is for "
                 "fp32 bundles, whose weights it runs: take such a bundle, or the backend onnxruntime"
             )
-        if threads is not None:
-            torch.set_num_threads(max(1, threads // ranks))
+        if threads is not None or ranks > 1:
+            torch.set_num_threads(max(1, (threads or usable()) // ranks))
         self._bundle, self._manifest = bundle, bundle.manifest
         self._device = torch.device(device)
         self._dtype_name = options.dtype or ("bfloat16" if device == "cuda" else "float32")

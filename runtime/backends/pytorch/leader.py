@@ -71,7 +71,7 @@ class Leader:
             if followers is None:
                 self.ranks = Ranks(*meet(), where)
             else:
-                self.ranks = Ranks(followers.store, 0, world, where, followers.ended)
+                self.ranks = Ranks(followers.store, 0, world, where, followers)
         except BaseException:
             if followers is not None:
                 followers.stop()

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -42,7 +42,15 @@ DEVICE = "device"
 PREFIX = "conceptmaster/"
 _MEETINGS = itertools.count()
 
-Ended = Callable[[], str | None]
+
+class Others(Protocol):
+    """The processes of other ranks, where this one has started them."""
+
+    def ended(self) -> str | None:
+        """Which has ended, in words; None where none has."""
+
+    def stop(self) -> None:
+        """Ends them."""
 
 
 class Gone(Exception):
@@ -53,8 +61,8 @@ class Ranks:
     """One of `world` ranks; a group of them is the default one of torch.distributed, of which a process has
     one at a time.
 
-    store: what torch.distributed calls so; device: where tensors are; ended: tells which rank's process has
-    ended, in words, None where none has. Every rank makes this at the same time. Raises RanksLost.
+    store: what torch.distributed calls so; device: where tensors are. Every rank makes this at the same
+    time. Raises RanksLost.
     """
 
     def __init__(
@@ -63,12 +71,12 @@ class Ranks:
         rank: int,
         world: int,
         device: torch.device,
-        ended: Ended = lambda: None,
+        others: Others | None = None,
     ) -> None:
         self.rank, self.world, self.device = rank, world, device
         self.broken = False
         """Whether something was left in the middle, so that nothing more can be done together."""
-        self._store, self._ended = store, ended
+        self._store, self._others = store, others
         if rank == 0:
             store.set(DEVICE, device.type)
         self._shares: dict[int, Share] = {}
@@ -174,7 +182,7 @@ class Ranks:
         except RuntimeError as error:
             if self.rank:
                 raise Gone from error
-            raise RanksLost(self._why()) from error
+            raise RanksLost(self._why(error)) from error
 
     def _wait_for_all(self) -> None:
         """Until all ranks have come so far that nothing keeps them from meeting."""
@@ -182,24 +190,27 @@ class Ranks:
         self._store.set(names[self.rank], "1")
         until = time.monotonic() + max(PATIENCE, self._patience)
         while not self._store.check(names):
-            why = self._told() or self._ended()
+            why = self._told() or self._ended_one()
             if why is None and time.monotonic() > until:
                 why = f"not all of {self.world} ranks came up in {PATIENCE:g} seconds"
             if why is not None:
                 raise Gone if self.rank else RanksLost(why)
             time.sleep(POLL / 10)
 
+    def _ended_one(self) -> str | None:
+        return None if self._others is None else self._others.ended()
+
     def _told(self) -> str | None:
         """What a rank says that it has failed of."""
         return str(self._store.get(ERROR), "utf-8") if self._store.check([ERROR]) else None
 
-    def _why(self) -> str:
-        """Why others do not answer, after a moment for them to say so."""
+    def _why(self, error: RuntimeError) -> str:
+        """Why others do not answer, after a moment for them to say so; what torch says of it is the least."""
         for _ in range(20):
-            if (why := self._told() or self._ended()) is not None:
+            if (why := self._told() or self._ended_one()) is not None:
                 return why
             time.sleep(POLL / 5)
-        return "the process of another rank has ended"
+        return f"ranks that belong together have lost each other ({' '.join(str(error).split()):.200})"
 
     def _watch(self) -> None:
         while not self.broken:
@@ -213,9 +224,11 @@ class Ranks:
                 why = f"{who} does not answer for {self._patience:g} seconds (${TIMEOUT})"
             elif self.rank == 0 and waited > 10 * POLL:  # else the main thread is told, and says it better
                 with suppress(RuntimeError):
-                    why = self._told() or self._ended()
+                    why = self._told() or self._ended_one()
             if why is not None and self._busy == since:
                 print(f"conceptmaster: error: {why}", file=sys.stderr, flush=True)
+                if self._others is not None:
+                    self._others.stop()
                 os._exit(1)
 
 
