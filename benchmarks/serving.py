@@ -47,6 +47,7 @@ SHARES = (4, 3, 2, 1)  # of kills, of workers' processes, actors, nodes and the 
 SAMPLE = 1.0  # seconds between two looks at the memory
 PATIENCE = 600.0
 TICKS = os.sysconf("SC_CLK_TCK")
+PACKAGES = ("numpy", "onnxruntime", "fastapi", "starlette", "uvicorn", "sse-starlette", "ray")
 PROGRAM = [sys.executable, "-m", "conceptmaster"]
 
 
@@ -389,7 +390,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     report: dict[str, Any] = {
         "command": " ".join([parser.prog, *(sys.argv[1:] if argv is None else argv)]),
         "commit": commit(),
-        "machine": machine(("numpy", "onnxruntime", "fastapi", "starlette", "uvicorn", "sse-starlette")),
+        "machine": machine(PACKAGES),
         "options": dataclasses.asdict(options),
     }
     with tempfile.TemporaryDirectory() as name:

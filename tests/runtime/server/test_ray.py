@@ -95,7 +95,6 @@ def test_a_node_that_dies_in_the_middle_loses_nothing(
         assert served.wait(id)["status"] == "completed"
         assert served.content(id) == right(seed, steps=1000, samples=3)
     assert served.http.get("/health/ready").json()["workers"] == 1
-    waited(lambda: "a worker for fake waits: no node has 1 CPUs free" in served.log.read_text())
     third = nodes.add()
     waited(lambda: served.http.get("/health/ready").json()["workers"] == 2)
     assert len(nodes.workers(third)) == 1

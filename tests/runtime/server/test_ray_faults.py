@@ -70,6 +70,8 @@ def test_a_node_that_was_cut_off_counts_for_nothing_when_it_comes_back(
         nodes.signal(second, signal.SIGSTOP)
         for id in asked:
             assert server.wait(id)["status"] == "completed"
+        waits = "a worker for fake waits: no node has 1 CPUs free; in all, the nodes have: 1 CPUs\n"
+        waited(lambda: waits in server.log.read_text())
         before = [(server.get(id), server.content(id)) for id in asked]
         nodes.signal(second, signal.SIGCONT)
         waited(lambda: not called(worker))  # its node ends itself: the others hold it for dead
