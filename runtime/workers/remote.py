@@ -9,6 +9,7 @@ import itertools
 import tempfile
 import threading
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from concurrent.futures import Future
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,12 +60,13 @@ class RemotePipeline:
         """Starts the workers. Raises GenerationError where the first does not come up."""
         with self._stack as stack:  # what is entered is left again if this is interrupted
             self._folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="conceptmaster-")))
-            self._loop = asyncio.new_event_loop()
-            stack.callback(self._loop.close)
-            thread = threading.Thread(target=self._loop.run_forever, daemon=True)
-            stack.callback(thread.join)
-            stack.callback(self._loop.call_soon_threadsafe, self._loop.stop)
+            running: Future[asyncio.AbstractEventLoop] = Future()
+            over = asyncio.Event()
+            thread = threading.Thread(target=lambda: asyncio.run(_loop(running, over)), daemon=True)
             thread.start()
+            self._loop = running.result()
+            stack.callback(thread.join)
+            stack.callback(self._loop.call_soon_threadsafe, over.set)
             stack.callback(lambda: self._wait_for(self._stop()))
             try:
                 self._wait_for(self._team.start())
@@ -153,6 +155,13 @@ class RemotePipeline:
             Video(array, self.manifest.fps, seed, *about)
             for array, seed in zip(frames, request.seeds, strict=True)
         ]
+
+
+async def _loop(running: Future[asyncio.AbstractEventLoop], over: asyncio.Event) -> None:
+    """Gives away its event loop, and keeps it until it is over."""
+    running.set_result(asyncio.get_running_loop())
+    await over.wait()
+    await asyncio.sleep(0.01)  # in which the pipes of processes that have ended are closed
 
 
 def _tell(job: _Job, outcome: list[Video] | Exception) -> None:
