@@ -246,7 +246,9 @@ class Cluster:
                 wrong = f"its files could not be kept: {error.strerror}"
             if wrong and what in ("done", "failed", "cancelled"):
                 say("failed", id=id, code="storage", message=wrong)
-            elif what != "file":
+            elif what == "file":
+                say("alive", id=id)  # many may take long
+            else:
                 say(what, **{**said, "id": id})
 
 
