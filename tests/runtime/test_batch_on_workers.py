@@ -5,6 +5,7 @@ Here the workers are processes of this machine; workers/test_batch_on_ray.py has
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
@@ -17,7 +18,7 @@ import pytest
 
 from conceptmaster.cli import main
 from conceptmaster.runtime.workers import on_ray
-from conceptmaster.runtime.workers.interface import Hear, Task
+from conceptmaster.runtime.workers.interface import Hear, JobFailed, Task
 from conceptmaster.runtime.workers.process import ProcessWorker
 
 from .test_batch import Batch, arguments, batch, cat, requests, statuses  # noqa: F401
@@ -178,6 +179,33 @@ def test_what_cannot_work_is_one_line(
     assert word in captured.err and captured.err.count("\n") == 1 and captured.out == ""
     assert main(["generate", "--prompt", "a cat", "--ray", "local"]) == 2
     assert "--ray goes with --requests: one request is a file of one line" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("code", "ends"),
+    [("storage", True), ("damaged_bundle", True), ("out_of_memory", False), ("failed", False)],
+)
+def test_what_every_line_would_meet_ends_it(
+    batch: Batch,  # noqa: F811
+    workers: list[Mortal],
+    monkeypatch: pytest.MonkeyPatch,
+    code: str,
+    ends: bool,
+) -> None:
+    async def make(self: Mortal, task: Task, hear: Hear) -> dict[str, Any]:
+        raise JobFailed(code, "this is what is said")
+
+    async def start(self: Mortal) -> None: ...
+
+    async def gone(self: Mortal) -> str:
+        return str(await asyncio.Event().wait())
+
+    for function in (make, start, gone):
+        monkeypatch.setattr(Mortal, function.__name__, function)
+    requests(*(cat(seed=seed) for seed in range(5)))
+    report = batch("--ray", "local", code=1)
+    assert "this is what is said" in report["said"]
+    assert (report["left"] > 0) == ends and (report["failed"] == 5) != ends
 
 
 def test_workers_that_do_not_come_up_end_it(
