@@ -15,7 +15,7 @@ EPOCH = 1.7e9  # Unix time at which every run begins
 
 
 class VirtualLoop(asyncio.SelectorEventLoop):
-    """Where nothing is ready, the time is at once that of the next timer. Other threads have no place in it."""
+    """Where nothing is ready, the time is at once that of the next timer. It knows no other threads."""
 
     def __init__(self) -> None:
         self._now = 0.0
