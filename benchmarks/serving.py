@@ -113,12 +113,12 @@ def alone(count: int, steps: int, options: Options, folder: Path) -> tuple[list[
 class Server:
     """`conceptmaster serve` in a folder of its own."""
 
-    def __init__(self, options: Options, folder: Path, nodes: Nodes | None = None) -> None:
+    def __init__(self, options: Options, folder: Path, nodes: Nodes | None = None, *more: str) -> None:
         self.folder, self.nodes = folder, nodes
         self.others = [] if nodes is None else [nodes.add(options.threads) for _ in range(options.nodes)]
         command = ["serve", "--bundle", options.bundle, "--port", "0", "--data", str(folder)]
         numbers = {"workers": options.workers, "threads": options.threads, "max-queue": 2 * options.clients}
-        given = [word for name, value in numbers.items() for word in (f"--{name}", str(value))]
+        given = [word for name, value in numbers.items() for word in (f"--{name}", str(value))] + [*more]
         own = os.environ if nodes is None else nodes.environment
         if nodes is not None:
             given += ["--ray", nodes.address, "--workers", str(options.nodes)]
