@@ -8,10 +8,12 @@ COPY . .
 RUN pip wheel --no-cache-dir --no-deps --wheel-dir /wheels .
 
 FROM python:3.12-slim
-# What pip installs besides the runtime: "serve" on a CPU.
+# What pip installs besides the runtime: "serve" on a CPU. For a node of a Ray cluster with GPUs (docs/cluster.md)
+# --build-arg EXTRAS=serve,ray,gpu, and for KubeRay, which asks Ray whether it lives, --build-arg ALSO='ray[default]'.
 ARG EXTRAS=serve
+ARG ALSO=
 COPY --from=build /wheels /wheels
-RUN pip install --no-cache-dir "$(echo /wheels/*.whl)[${EXTRAS}]" \
+RUN pip install --no-cache-dir "$(echo /wheels/*.whl)[${EXTRAS}]" ${ALSO} \
     && rm -r /wheels \
     && useradd --uid 10001 --create-home conceptmaster \
     && install -d -o conceptmaster /data
