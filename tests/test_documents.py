@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import os
 import re
+import secrets
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -132,9 +135,17 @@ def installed(clone) -> Path:
     return clone
 
 
+def end_all_with(variable: str) -> None:
+    """Ends what was started with this in its environment and is still there, as Ray's nodes are."""
+    for file in Path("/proc").glob("[0-9]*/environ"):
+        with suppress(OSError):
+            if variable.encode() in file.read_bytes().split(b"\0"):
+                os.kill(int(file.parent.name), signal.SIGKILL)
+
+
 def run(clone: Path, blocks: list[Block], before: str = "") -> None:
     """Runs the blocks in one shell, in the clone; the place of one that fails is in the error."""
-    script, python = [f"set -euo pipefail\n{before}"], ""
+    script, python = [f"set -euo pipefail\ntrap 'kill $(jobs -p)' EXIT\n{before}"], ""
     for block in blocks:
         if block.reason is not None:
             continue
@@ -149,8 +160,14 @@ def run(clone: Path, blocks: list[Block], before: str = "") -> None:
             script.append(block.text)
     hidden = ("PYTHONPATH", "VIRTUAL_ENV", "PYTEST_CURRENT_TEST", "MYPYPATH")
     environment = {name: value for name, value in os.environ.items() if name not in hidden}
+    environment["CONCEPTMASTER_DOCUMENT"] = mark = secrets.token_hex(16)
     command = ["bash", "-c", "\n".join(script)]
-    done = subprocess.run(command, cwd=clone, env=environment, capture_output=True, text=True, timeout=3600)
+    try:
+        done = subprocess.run(
+            command, cwd=clone, env=environment, capture_output=True, text=True, timeout=3600
+        )
+    finally:
+        end_all_with(f"CONCEPTMASTER_DOCUMENT={mark}")
     assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
 
 
