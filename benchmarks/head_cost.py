@@ -16,13 +16,13 @@ import json
 import sys
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import httpx
 
+from .ray_nodes import below
 from .reports import commit, machine, write
 from .serving import FOLDER, PATIENCE, TICKS, Options, Server, scene
 
@@ -96,26 +96,16 @@ def of_ray(server: Server, jobs: int) -> dict[str, Any]:
 
 def by_kind(pid: int) -> dict[str, float]:
     """The processor's seconds of a process and of all below it, by what they are."""
-    parents, found = dict[int, int](), Counter[str]()
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-        except OSError:
-            continue
-    for one in parents:
-        above = one
-        while above > 1 and above != pid:
-            above = parents.get(above, 0)
-        if above != pid:
-            continue
+    found = dict.fromkeys(("server", *KINDS, "others"), 0.0)
+    for one in (pid, *below(pid)):
         try:
             name = Path(f"/proc/{one}/cmdline").read_text().replace("\0", " ")
             fields = Path(f"/proc/{one}/stat").read_text().rpartition(")")[2].split()
         except OSError:
             continue
         kind = "server" if one == pid else next((kind for kind in KINDS if kind in name[:200]), "others")
-        found[kind] += sum(map(int, fields[11:13])) / TICKS  # type: ignore[assignment]
-    return dict(found)
+        found[kind] += sum(map(int, fields[11:13])) / TICKS
+    return found
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -138,8 +128,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not count:
             continue
         with tempfile.TemporaryDirectory() as folder:
-            options = Options("sprites", count, 1, 0, 0, count + 10, 1, 1, 0)
-            server = Server(options, Path(folder), more)
+            options = Options("sprites", count, 1, 0, 0, count + 10, 1, 1, 0, 0, 0)
+            server = Server(options, Path(folder), None, *more)
             try:
                 report[name] = measure(server, count)
                 server.stop()

@@ -145,7 +145,7 @@ def end_all_with(variable: str) -> None:
 
 def run(clone: Path, blocks: list[Block], before: str = "") -> None:
     """Runs the blocks in one shell, in the clone; the place of one that fails is in the error."""
-    script, python = [f"set -euo pipefail\ntrap 'kill $(jobs -p)' EXIT\n{before}"], ""
+    script, python = [f"set -euo pipefail\ntrap 'kill $(jobs -p) 2> /dev/null || true' EXIT\n{before}"], ""
     for block in blocks:
         if block.reason is not None:
             continue
