@@ -292,6 +292,13 @@ class Dispatcher:
         team = self._teams.get(bundle)
         return 0.0 if team is None else self._mean.get(bundle, 0.0) / team.wanted
 
+    def expected(self, job: Job, place: int | None) -> float:
+        """Seconds until a job that waits in this place should begin; with None, until one that is being made
+        should be finished. As it was lately; 0 before the first."""
+        if place is not None:
+            return place * self.pace(job.bundle)
+        return self._mean.get(job.bundle, 0.0) * (1 - job.step / max(1, job.steps))
+
     async def _expire(self) -> None:
         """Lets go of files whose time has come, now and then, and later of all else that is known of them."""
         while True:

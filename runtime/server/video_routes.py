@@ -60,9 +60,10 @@ def _repeat_of(request: Request) -> str | None:
 
 
 def _answer(service: Service, job: Job) -> Response:
-    """The video, and when it is worth asking again: when most of what is before it should be done."""
+    """The video, and when it is worth asking again: when most of what is before it, or of itself, should be
+    done. A thousand clients that ask twice a second would be the most that the server has to do."""
     video = service.video(job)
-    wait = 800 * service.dispatcher.pace(job.bundle) * (video["queue_position"] or 0)
+    wait = 800 * service.dispatcher.expected(job, video["queue_position"])
     pause = round(min(max(SHORTEST_POLL, wait), LONGEST_POLL))
     return JSONResponse(video, headers={"openai-poll-after-ms": str(pause)} if job.active else None)
 

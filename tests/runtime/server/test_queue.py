@@ -141,6 +141,23 @@ async def test_a_full_queue_refuses_and_says_when_to_come_again(stage: Callable)
         assert (await s.ask()).status_code == 200
 
 
+async def test_whoever_asks_is_told_to_ask_again_when_most_of_it_should_be_done(stage: Callable) -> None:
+    async with stage() as s:
+        first, second, third = [(await s.ask()).json()["id"] for _ in range(3)]
+
+        async def pause(id: str) -> int:
+            return int((await s.http.get(f"/v1/videos/{id}")).headers["openai-poll-after-ms"])
+
+        await s.until(first, "in_progress")
+        assert await pause(first) == 500  # nobody knows yet how long one takes
+        s.service.dispatcher._mean["fake"] = 5.0
+        assert (await pause(first), await pause(third)) == (4000, 4000)
+        s.store.note(first, step=3, steps=4)
+        assert await pause(first) == 1000
+        s.service.dispatcher._mean["fake"] = 300.0
+        assert (await pause(first), await pause(second)) == (10_000, 500)
+
+
 async def test_jobs_are_made_in_order_and_by_what_the_worker_says(stage: Callable) -> None:
     async def refuse(task: Task) -> None:
         raise JobFailed("invalid_request", "this cannot be made")
