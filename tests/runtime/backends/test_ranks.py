@@ -137,7 +137,7 @@ def made_over(ranks, jobs, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_every_model_over_ranks_is_what_one_process_makes(model, picture, ranks, tmp_path, assert_close):
-    """Latents, by the table's row of float32; measured: 7e-7 of the largest at most."""
+    """Latents, by the table's row of float32; measured: 8e-7 of the largest at most."""
     jobs = [job(model, picture, name) for name in MODELS]
     jobs += [
         job(model, picture, "standalone", options=options)
