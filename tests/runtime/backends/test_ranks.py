@@ -241,9 +241,8 @@ import sys
 from conceptmaster import Pipeline, Request
 with Pipeline.from_bundle(sys.argv[1], backend="torch", threads=1, gpus=2) as pipeline:
     print("open", flush=True)
-    pipeline.generate(
-        Request("a ball", steps=1000, seed=1), callback=lambda n, *_: print("step", flush=True) if n == 3 else None
-    )
+    request = Request("a ball", steps=1000, seed=1)
+    pipeline.generate(request, callback=lambda n, *_: print("step", flush=True) if n == 3 else None)
 """
 
 
