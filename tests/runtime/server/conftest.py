@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -167,6 +168,7 @@ def right(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..
     """`right(seed, …)`: the file of a video that one process makes."""
     pipeline = Pipeline.from_bundle(bundle, threads=1)
 
+    @cache
     def make(seed: int, **fields: int) -> bytes:
         path = tmp_path_factory.mktemp("right") / "video.mp4"
         pipeline.generate(Request(PROMPT, seed=seed, **fields))[0].save(path)
