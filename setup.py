@@ -44,7 +44,7 @@ PACKAGES = [
 
 PACKAGE_DATA = {
     "conceptmaster": ["py.typed"],
-    # sprites-int8 stays in the repository: with it a wheel would pass 40 MB
+    # sprites-int8 and stickers stay in the repository: with either a wheel would pass 40 MB
     "conceptmaster.runtime": ["bundles/sprites/*.json", "bundles/sprites/*.onnx"],
     "conceptmaster.runtime.server": ["page/*"],
     "conceptmaster.examples.sprites": ["baseline.json", "requests/**/*.json", "requests/**/*.png"],

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from conceptmaster.atomic_write import check_output
 from conceptmaster.errors import InputError
 from conceptmaster.examples.sprites.arguments import (
     add_device,
@@ -25,6 +26,7 @@ from conceptmaster.runtime.commands import Command, run_program
 from conceptmaster.runtime.cpus import usable
 
 ATLAS = Path("stickers-atlas.npz")
+SHEET_ROWS = 8
 OPEN = ("batch_size", "lr", "captions", "log_every", "workers", "seeing", "reading")
 """Options whose defaults depend on others."""
 
@@ -167,6 +169,7 @@ def _add_score(parser: argparse.ArgumentParser) -> None:
         "--truth", action="store_true", help="score the true videos: what a perfect model gets"
     )
     parser.add_argument("--shuffled", action="store_true", help="with --truth: the next request's: chance")
+    parser.add_argument("--sheet", metavar="FILE.png", help=f"also draw the first {SHEET_ROWS} requests")
     parser.add_argument(
         "--json", action="store_true", help="last line on standard output: the report, one line"
     )
@@ -175,7 +178,7 @@ def _add_score(parser: argparse.ArgumentParser) -> None:
 
 def _score(args: argparse.Namespace) -> int:
     from .scoring.options import Options
-    from .scoring.score import asked, score
+    from .scoring.score import asked, rows, score
 
     if args.shuffled and not args.truth:
         raise InputError("--shuffled needs --truth")
@@ -183,7 +186,12 @@ def _score(args: argparse.Namespace) -> int:
     options = options_from(
         Options, args, places=not args.no_places, controls=not args.no_controls, source=source
     )
-    report, _ = score(options, progress=not args.quiet)
+    sheet = None if args.sheet is None else check_output(Path(args.sheet), (".png",))
+    report, results = score(options, keep=SHEET_ROWS if sheet else 0, progress=not args.quiet)
+    if sheet is not None:
+        from conceptmaster.examples.sprites.scoring.sheet import save_sheet
+
+        save_sheet(rows(options, results[:SHEET_ROWS]), sheet)
     print(_table(report, asked(options)))
     if args.json:
         print(json.dumps(report))

@@ -16,6 +16,7 @@ import numpy as np
 from conceptmaster import __version__
 from conceptmaster.examples.sprites.scoring import judging
 from conceptmaster.examples.sprites.scoring.judging import Generate, Result, Won, check_world, judged
+from conceptmaster.examples.sprites.scoring.sheet import TITLES, Row
 from conceptmaster.runtime.bundle_format.schema import Manifest
 from conceptmaster.runtime.request import Request
 
@@ -95,6 +96,20 @@ def score(
         "versions": {"conceptmaster": __version__, "numpy": np.__version__},
     }
     return report, results
+
+
+def rows(options: Options, results: list[Result]) -> list[Row]:
+    """Scored requests with the videos that were kept, for a sheet."""
+    world = Stickers(options)
+    found = []
+    for result in results:
+        scene = world.scene(result.seed)
+        videos = {TITLES[name]: frames for name, frames in result.videos.items()}
+        caption = f"seed {scene.seed}: {tell(scene)}"
+        found.append(
+            Row(caption, references(scene, world.atlas), {"truth": world.true_video(scene), **videos})
+        )
+    return found
 
 
 def asked(options: Options) -> tuple[str, ...]:
