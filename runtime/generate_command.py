@@ -207,18 +207,18 @@ def torch_options(args: argparse.Namespace) -> TorchOptions | None:
 def run(args: argparse.Namespace) -> int:
     """Generates; returns the exit code 0, of a batch 1 if a request failed. Raises what the pipeline
     raises."""
+    if args.ray is not None and args.requests is None:
+        raise InputError("--ray goes with --requests: one request is a file of one line")
+    on_ray.check(args)
     if args.requests is not None:
         from . import batch
 
         options = torch_options(args)
         how = {name: getattr(args, name) for name in ("backend", "device", "precision", "strict")}
         how |= {} if options is None else dataclasses.asdict(options)
-        on_ray.check(args)
         return batch.run(args, overrides(args), how, lambda: open_batch(args))
     if args.jobs is not None:
         raise InputError("--jobs goes with --requests")
-    if args.ray is not None:
-        raise InputError("--ray goes with --requests: one request is a file of one line")
     start = time.perf_counter()
     from .video_file import check_options, enlargement
 

@@ -22,12 +22,17 @@ def local_rank() -> int:
 
 
 def world() -> int:
-    """How many ranks there are, 1 where torchrun has not started this process."""
-    return _number("WORLD_SIZE") if all(os.environ.get(name) for name in VARIABLES) else 1
+    """How many ranks there are, 1 where torchrun has not started this process: where a variable is missing,
+    as those of MPI and Slurm are, or says what torchrun never says."""
+    if not all(os.environ.get(name) for name in VARIABLES):
+        return 1
+    world = _number("WORLD_SIZE")
+    sensible = 0 <= _number("RANK") < world and 0 <= _number("LOCAL_RANK") < world
+    return world if sensible else 1
 
 
 def _number(name: str) -> int:
     try:
-        return max(0, int(os.environ[name]))
+        return int(os.environ[name])
     except ValueError:
-        return 0
+        return -1

@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import secrets
+import select
 import socket
 import sys
 import tempfile
@@ -29,6 +30,7 @@ from .fetch import Parcel, Source
 from .interface import PREVIEW
 
 REACHING = 5.0  # seconds for an address to answer
+JOINING = 45.0  # seconds for a cluster to let this process join
 PLACING = 10.0  # seconds after which it is said that a worker waits for a node
 STORE = 512 * 2**20  # bytes of a Ray of our own for what is on its way
 ENDING = 10.0  # seconds for Ray to end
@@ -62,7 +64,7 @@ def main() -> int:
         os.dup2(nowhere, 2)
     with ExitStack() as stack:
         try:
-            ray = _join(told["address"], told["cpus"], stack)
+            ray = _join(told["address"], told["cpus"], stack, line)
         except Exception as error:
             line.say("lost", message=_one_line(error))
             return 1
@@ -75,7 +77,7 @@ def main() -> int:
     os._exit(0)  # not when the timer has run out
 
 
-def _join(address: str, cpus: int, stack: ExitStack) -> Any:
+def _join(address: str, cpus: int, stack: ExitStack, line: Line) -> Any:
     """The module ray, which is part of a cluster now."""
     if address == "local":
         os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # else it is reached from other machines, too
@@ -98,13 +100,32 @@ def _join(address: str, cpus: int, stack: ExitStack) -> Any:
         try:
             socket.create_connection((host.strip("[]"), int(port)), REACHING).close()
         except (OSError, ValueError) as error:
-            raise ConceptMasterError(f"no Ray answers at {address}: {error}") from error
+            why = getattr(error, "strerror", None) or error
+            raise ConceptMasterError(f"no Ray answers at {address}: {why}") from error
+    joined = threading.Event()
+    threading.Thread(target=_wait_in_vain, args=(address, joined, line), daemon=True).start()
     try:
         ray.init(address, **quiet)
     except Exception as error:
         asks = "; where it asks for a token, RAY_AUTH_TOKEN is what it asks for"
         raise ConceptMasterError(f"cannot join the Ray at {address}: {_one_line(error)}{asks}") from error
+    finally:
+        joined.set()
     return ray
+
+
+def _wait_in_vain(address: str, joined: threading.Event, line: Line) -> None:
+    """Ends this process when nobody waits for it any more, or it has waited too long to join: Ray itself
+    waits for ever for whoever listens there and says nothing, or speaks of something else."""
+    asked = select.poll()
+    asked.register(0, 0)  # for its end alone
+    ended = asked.poll(JOINING * 1000)
+    if joined.is_set():
+        return
+    if not ended:
+        waited = f"whoever listens there has not answered as its head for {JOINING:g} seconds"
+        line.say("lost", message=f"cannot join the Ray at {address}: {waited}")
+    os._exit(1)
 
 
 class Cluster:
