@@ -262,6 +262,9 @@ def open_pipeline(args: argparse.Namespace) -> Pipeline:
     """The pipeline that the arguments ask for. Raises what `Pipeline.from_bundle` raises."""
     from .pipeline import Pipeline
 
+    world, gpus = torchrun.world(), args.gpus_per_worker
+    if world > 1 and gpus not in (1, world):
+        raise InputError(f"torchrun has started {world} ranks, --gpus-per-worker says {gpus}: leave it out")
     if args.backend == "torch" and not args.quiet:  # which memory it plans is worth a line
         logging.getLogger(__name__.partition(".")[0]).setLevel(logging.INFO)  # until the command ends
     return Pipeline.from_bundle(
@@ -271,7 +274,7 @@ def open_pipeline(args: argparse.Namespace) -> Pipeline:
         backend=args.backend,
         options=torch_options(args),
         precision=args.precision,
-        gpus=None if torchrun.world() > 1 else args.gpus_per_worker,
+        gpus=None if world > 1 else gpus,
     )
 
 
