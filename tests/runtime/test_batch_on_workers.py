@@ -133,7 +133,7 @@ def test_an_interrupt_ends_its_workers(
     bundle: Path,
     tmp_path: Path,
 ) -> None:
-    requests(cat(seed=1), cat(name="long", **LONG), *(cat(seed=seed) for seed in range(2, 9)))
+    requests(cat(seed=1), *(cat(seed=seed, **LONG) for seed in range(2, 6)))
     given = arguments(bundle, "--ray", "local", output="out/{name}.npy")
     process = subprocess.Popen(
         [sys.executable, "-c", ON_PROCESSES, *given],
@@ -143,7 +143,7 @@ def test_an_interrupt_ends_its_workers(
         text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
-    assert process.stdout is not None and process.stdout.readline() == "out/1.npy\n"
+    assert process.stdout is not None and process.stdout.readline().startswith("out/")
     found = subprocess.run(["ps", "--ppid", str(process.pid), "-o", "pid="], capture_output=True, text=True)
     (worker,) = map(int, found.stdout.split())
     process.send_signal(signal.SIGINT)
@@ -151,7 +151,6 @@ def test_an_interrupt_ends_its_workers(
     assert (process.returncode, err) == (130, "conceptmaster: error: interrupted\n")
     report = json.loads(out.splitlines()[-1])
     status = {line["name"]: line["status"] for line in report["requests"]}
-    assert status["1"] == "made" and status["long"] == "left"  # others may have come before it
     assert set(status.values()) == {"made", "left"}
     made = [name for name, found in status.items() if found == "made"]
     assert {path.name for path in Path("out").iterdir()} == {
