@@ -26,6 +26,7 @@ from conceptmaster.examples.sprites.training.train_model import ADAM_NAMES
 
 from ..world.scenes import Wish
 from .artist import Artist
+from .batches import Captions
 from .trainee import Trainee
 
 READ = 1 << 45
@@ -87,9 +88,9 @@ def learn_to_read(
     optimizer = MuonAdamW(parts.named_parameters(), RATE, others, adam_names=(*ADAM_NAMES, *FAST_NAMES))
     losses: dict[str, list[float]] = {"story": [], "scenery": [], "moved": []}
     for step in tqdm(range(steps), desc="read", disable=None):
-        seeds, wish = range(READ + step * size, READ + (step + 1) * size), Wish(foreign=0.0)
-        captions = artist.captions(seeds, wish)
-        wanted = torch.stack([table.get(scene.ground, unknown) for scene in artist.scenes(seeds, wish)])
+        scenes = artist.scenes(range(READ + step * size, READ + (step + 1) * size), Wish(foreign=0.0))
+        captions = Captions.of(artist.told_of(scenes)).to(device)
+        wanted = torch.stack([table.get(scene.ground, unknown) for scene in scenes])
         optimizer.set_scale(min(1.0, (step + 1) / WARM, (steps - step) / (0.4 * steps)))
         with cheapest_attention(device), autocast(device):
             text = trainee.read(captions.token_ids, captions.token_mask)

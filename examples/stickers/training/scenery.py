@@ -112,7 +112,10 @@ class Writer:
     def told(self, seeds: range, wish: Wish) -> dict[str, Tensor]:
         """The words of scenes that are not drawn, and what they tell, laid out as discs: ``coverage``, as
         ``Captions`` has it."""
-        scenes = self.scenes(seeds, wish)
+        return self.told_of(self.scenes(seeds, wish))
+
+    def told_of(self, scenes: list[Scene]) -> dict[str, Tensor]:
+        """As ``told``, of scenes that are there."""
         covered = np.zeros((len(scenes), MAX_CONCEPTS, *self.config.latent_shape[1:]), np.float32)
         for row, scene in enumerate(scenes):
             for slot, actor in enumerate(scene.actors):
