@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .config import PATCH, ModelConfig
+from .concept_config import PATCH
+from .config import ModelConfig
 from .references import placed
 from .transformer_config import TransformerConfig
 

@@ -7,7 +7,8 @@ from dataclasses import replace
 from typing import Any
 
 from ..errors import ConfigError
-from .config import ConceptConfig, ModelConfig
+from .concept_config import ConceptConfig
+from .config import ModelConfig
 from .transformer_config import TransformerConfig
 
 

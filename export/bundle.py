@@ -10,7 +10,8 @@ from typing import Any
 
 from .. import __version__
 from ..engine.checkpoints.source import Origin, Source
-from ..engine.config import ConceptConfig, ModelConfig
+from ..engine.concept_config import ConceptConfig
+from ..engine.config import ModelConfig
 from ..engine.references import AS_TOKENS
 from ..engine.sampling import Sampling
 from ..errors import ExportError, InputError

@@ -20,8 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from ..engine.checkpoints.lazy_weights import faked, stored_weights
+from ..engine.concept_config import PATCH
 from ..engine.concepts import VisualOnly
-from ..engine.config import PATCH, ModelConfig
+from ..engine.config import ModelConfig
 from ..engine.model import ConceptMaster
 from ..engine.references import AS_TOKENS
 from ..engine.step import condition_names, graph_modules

@@ -13,7 +13,8 @@ from onnxscript import ir
 
 from ..engine.checkpoints.lazy_weights import stored_weights
 from ..engine.checkpoints.source import Source
-from ..engine.config import PATCH, ModelConfig
+from ..engine.concept_config import PATCH
+from ..engine.config import ModelConfig
 from ..errors import ExportError, OutOfMemory, is_out_of_memory
 from ..runtime.backends.onnxruntime_module import onnxruntime, session_options
 from ..runtime.bundle_format.find import Bundle

@@ -18,7 +18,8 @@ from torch import Tensor
 from ...errors import ConfigError, WeightsError
 from ...untrusted import parse_json
 from ..checked import check_types
-from ..config import ConceptConfig, ModelConfig
+from ..concept_config import ConceptConfig
+from ..config import ModelConfig
 from ..model import ConceptMaster
 from .safetensors_io import check_strict, load, load_strict, on_meta, save
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from ...errors import ConfigError
 from ..checked import MOST, is_number, is_whole
-from ..config import PATCH, ConceptConfig
+from ..concept_config import PATCH, ConceptConfig
 from .base import Base
 from .derived import VACE_CLASS
 

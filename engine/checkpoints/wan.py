@@ -17,8 +17,9 @@ import torch
 
 from ...errors import ConfigError, WeightsError
 from ..checked import MOST, WIDEST, is_number, is_whole
+from ..concept_config import ConceptConfig
 from ..concepts import concept_binder, concept_encoder
-from ..config import ConceptConfig, ModelConfig
+from ..config import ModelConfig
 from ..dit import ConceptDiT
 from ..model import ConceptMaster
 from ..presets import preset

@@ -15,7 +15,7 @@ from typing import Any
 
 from ...errors import ConfigError
 from ..checked import MOST, is_number
-from ..config import ConceptConfig
+from ..concept_config import ConceptConfig
 from ..encoders import CLIP_MEAN, CLIP_STD
 from ..transformer_config import TransformerConfig
 from .base import Base

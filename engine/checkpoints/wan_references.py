@@ -19,7 +19,7 @@ from dataclasses import replace
 
 from ...errors import ConfigError
 from ..checked import is_whole
-from ..config import ConceptConfig
+from ..concept_config import ConceptConfig
 from ..transformer_config import TransformerConfig
 from .base import Base
 from .bernini import RENDERER, is_bernini

@@ -13,7 +13,8 @@ pytest.importorskip("diffusers")
 from conceptmaster.benchmarks.layouts import LINEAR  # noqa: E402
 from conceptmaster.benchmarks.random_base import write_base  # noqa: E402
 from conceptmaster.engine.checkpoints.source import Choices, Source, open_source  # noqa: E402
-from conceptmaster.engine.config import ConceptConfig, ModelConfig  # noqa: E402
+from conceptmaster.engine.concept_config import ConceptConfig  # noqa: E402
+from conceptmaster.engine.config import ModelConfig  # noqa: E402
 from conceptmaster.engine.presets import preset  # noqa: E402
 
 SIZE = Choices(size=(64, 64), frames=9)

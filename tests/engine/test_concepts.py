@@ -6,8 +6,8 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from conceptmaster.engine.concept_config import BINDINGS, ENCODERS  # noqa: E402
 from conceptmaster.engine.concepts import concept_binder, concept_encoder, mean_label  # noqa: E402
-from conceptmaster.engine.config import BINDINGS, ENCODERS  # noqa: E402
 
 
 def pair(config, count, seed=0, dtype=torch.float32):

@@ -5,7 +5,8 @@ import json
 
 import pytest
 
-from conceptmaster.engine.config import ConceptConfig, ModelConfig
+from conceptmaster.engine.concept_config import ConceptConfig
+from conceptmaster.engine.config import ModelConfig
 from conceptmaster.engine.presets import PRESETS, preset
 from conceptmaster.errors import ConfigError
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
 from conceptmaster.engine.checkpoints.safetensors_io import load_strict  # noqa: E402
-from conceptmaster.engine.config import INJECTIONS  # noqa: E402
+from conceptmaster.engine.concept_config import INJECTIONS  # noqa: E402
 from conceptmaster.engine.dit import ConceptDiT  # noqa: E402
 from conceptmaster.engine.fused import fuse  # noqa: E402
 from conceptmaster.engine.presets import PRESETS, preset  # noqa: E402

@@ -10,7 +10,7 @@ pytest.importorskip("transformers")
 from hypothesis import given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
-from conceptmaster.engine.config import INJECTIONS  # noqa: E402
+from conceptmaster.engine.concept_config import INJECTIONS  # noqa: E402
 from conceptmaster.engine.dit import ConceptDiT  # noqa: E402
 from conceptmaster.engine.model import ConceptMaster  # noqa: E402
 

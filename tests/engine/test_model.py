@@ -7,7 +7,7 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from conceptmaster.engine.config import BINDINGS, ENCODERS, INJECTIONS  # noqa: E402
+from conceptmaster.engine.concept_config import BINDINGS, ENCODERS, INJECTIONS  # noqa: E402
 from conceptmaster.engine.encoders import ImageEncoder, TextEncoder  # noqa: E402
 from conceptmaster.engine.model import ConceptMaster  # noqa: E402
 from conceptmaster.engine.presets import preset  # noqa: E402

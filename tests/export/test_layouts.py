@@ -18,7 +18,7 @@ def test_scaled_fp8_gives_the_frames_of_the_product_in_float16(command, tmp_path
     from safetensors.torch import load_file, save_file
 
     from conceptmaster.benchmarks import layouts, random_base
-    from conceptmaster.engine.config import ConceptConfig
+    from conceptmaster.engine.concept_config import ConceptConfig
     from conceptmaster.engine.presets import preset
 
     config = preset("wan2.1-1.3b")

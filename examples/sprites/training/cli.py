@@ -6,7 +6,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from conceptmaster.engine.config import BINDINGS, ENCODERS, INJECTIONS
+from conceptmaster.engine.concept_config import BINDINGS, ENCODERS, INJECTIONS
 
 from ..arguments import add_device, add_drawing, add_options, seed_range
 from .options import STAGES, TrainOptions

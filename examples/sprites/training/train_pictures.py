@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from conceptmaster.engine.concept_config import ConceptConfig
 from conceptmaster.engine.concepts import QFormerLayer
-from conceptmaster.engine.config import ConceptConfig
 from conceptmaster.engine.model import ConceptMaster
 
 from ..arguments import check_counts, check_shares

@@ -10,7 +10,7 @@ pytest.importorskip("transformers")
 
 from conceptmaster.engine.checkpoints.adapter import adapter_keys, load_adapter, read_adapter, save_adapter  # noqa: E402
 from conceptmaster.engine.checkpoints.safetensors_io import load, save  # noqa: E402
-from conceptmaster.engine.config import INJECTIONS  # noqa: E402
+from conceptmaster.engine.concept_config import INJECTIONS  # noqa: E402
 from conceptmaster.engine.model import ConceptMaster  # noqa: E402
 from conceptmaster.errors import WeightsError  # noqa: E402
 

@@ -20,7 +20,7 @@ from conceptmaster.engine.checkpoints.derived import derive  # noqa: E402
 from conceptmaster.engine.checkpoints.lazy_weights import Stored  # noqa: E402
 from conceptmaster.engine.checkpoints.source import Choices, open_source  # noqa: E402
 from conceptmaster.engine.checkpoints.spellings import as_diffusers, spelling_of  # noqa: E402
-from conceptmaster.engine.config import ConceptConfig  # noqa: E402
+from conceptmaster.engine.concept_config import ConceptConfig  # noqa: E402
 from conceptmaster.engine.presets import preset  # noqa: E402
 from conceptmaster.errors import InputError  # noqa: E402
 

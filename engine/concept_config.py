@@ -1,0 +1,127 @@
+"""What decides how pictures and labels become concept tokens, and where these enter the transformer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .checked import MOST, check_choice, check_positive, check_types, is_whole, require
+
+ENCODERS = ("qformer", "mlp")
+BINDINGS = ("dam", "none", "concat_mlp", "self_attention")
+INJECTIONS = ("standalone", "shared_query", "merged")
+ENCODED = ("first", "first_last", "references", "canvas")
+"""How pictures are frames of a base with a picture encoder."""
+ALONE = ("none", "first_last", "clean", "control", "behind", "grids")
+"""Of a base without one."""
+PATCH = 16
+"""Pixels of a side of a patch, where pictures keep their own size: Bernini rounds their sides to it."""
+
+
+@dataclass(frozen=True)
+class ConceptConfig:
+    """How pictures and labels become concept tokens, and where these enter the transformer.
+
+    encoder: `qformer` (learned queries) or `mlp` (the paper's row "without Q-Former"). binding: `dam`, `none`
+    (without DAM, labels unused), `concat_mlp` or `self_attention`. injection: `standalone` (an injector of
+    its own in every block), `shared_query` (own keys and values beside the text's, same query), `merged`
+    (concept tokens behind the caption's, through the text cross-attention), `none` (the base alone: it
+    takes no concepts and has none of the modules above) or `base` (an image-to-video base alone: pictures
+    through its own keys and values beside the text's; labels say nothing to it).
+
+    given: a base's frame conditioning, how pictures are also frames of the video. For `base`: `first` (the
+    one picture is the first frame), `first_last` (two, at both ends), `references` (each leads the video in a
+    latent frame of its own, which is then left out, as in SkyReels-A2), `canvas` (all of a request's pictures
+    on one canvas, which is the first frame, and the one picture that the picture encoder sees; the frames
+    around it are then left out: MAGREF). For `none`, where pictures are frames alone: `first_last`, of which
+    a request may leave out the last (Wan2.2's I2V-A14B, which has no picture encoder), `clean` (the one
+    picture, which a request may leave out, is the first latent frame, at time 0 while the others have the
+    step's: Wan2.2's TI2V-5B, diffusers' `expand_timesteps`), `control` (each of `max_concepts` pictures is a
+    latent frame of its own beside the video's, told to VACE's own blocks, and is not decoded), `behind` (each
+    is a clean latent frame behind the video's, see references.py: Phantom's and SkyReels-V3's), `grids` (each
+    of at most `max_concepts` keeps its own size, on a grid of its own: Bernini-R's), or `none`, as for every
+    other injection.
+
+    fewest: of `behind` how many pictures a request has at least, where places without one are zero latents;
+    None for all of them. side: of `grids` the pixels that the longer side of a picture has at most; None for
+    others.
+    """
+
+    max_concepts: int = 4
+    picture_size: int = 224
+    picture_tokens: int = 256
+    picture_dim: int = 768
+    label_tokens: int = 16
+    queries: int = 16
+    layers: int = 4
+    heads: int = 12
+    width: int = 768
+    encoder: str = "qformer"
+    binding: str = "dam"
+    injection: str = "standalone"
+    given: str = "none"
+    fewest: int | None = None
+    side: int | None = None
+
+    def __post_init__(self) -> None:
+        """Raises ConfigError for a value that cannot be built."""
+        check_positive(self, "max_concepts", "picture_size", "picture_tokens", "picture_dim", "label_tokens")
+        check_positive(self, "queries", "layers", "heads", "width")
+        check_types(self)
+        check_choice(self, "encoder", ENCODERS)
+        check_choice(self, "binding", BINDINGS)
+        check_choice(self, "injection", (*INJECTIONS, "none", "base"))
+        check_choice(self, "given", tuple(dict.fromkeys((*ALONE, *ENCODED))))
+        kinds = {"base": ENCODED, "none": ALONE}.get(self.injection, ("none",))
+        require(
+            self.given in kinds,
+            f"ConceptConfig.given must be {' or '.join(map(repr, kinds))} where the injection is "
+            f"{self.injection!r}, got {self.given!r}",
+        )
+        places = {"first": 1, "first_last": 2, "clean": 1, "canvas": 1}.get(self.given, self.max_concepts)
+        require(
+            self.max_concepts == places,
+            f"ConceptConfig.max_concepts must be {places} for {self.given!r}, got {self.max_concepts}",
+        )
+        fewest = self.fewest is None or (self.given == "behind" and is_whole(self.fewest, self.max_concepts))
+        require(
+            fewest,
+            f"ConceptConfig.fewest must be 1 to {self.max_concepts} for 'behind' and None for others, got "
+            f"{self.fewest!r:.60}",
+        )
+        side = self.side is not None and is_whole(self.side, MOST["picture_size"]) and self.side % PATCH == 0
+        require(
+            side if self.given == "grids" else self.side is None,
+            f"ConceptConfig.side must be a multiple of {PATCH} up to {MOST['picture_size']} for 'grids' and "
+            f"None for others, got {self.side!r:.60}",
+        )
+        require(
+            self.width % self.heads == 0,
+            f"ConceptConfig.width ({self.width}) must be a multiple of ConceptConfig.heads ({self.heads})",
+        )
+
+    @property
+    def tokens_per_concept(self) -> int:
+        """Q: tokens that one concept brings into the transformer; without a Q-Former every picture token."""
+        return self.queries if self.has_modules and self.encoder == "qformer" else self.picture_tokens
+
+    @property
+    def has_modules(self) -> bool:
+        """Whether there are an encoder and a binding, not a base alone."""
+        return self.injection not in ("none", "base")
+
+    @property
+    def takes_pictures(self) -> bool:
+        """Whether there is a picture encoder."""
+        return self.injection != "none"
+
+    @property
+    def min_latent_frames(self) -> int:
+        """The fewest latent frames of a video of which pictures leave one to be made."""
+        if self.given in ("none", "control", "behind", "grids"):
+            return 1
+        return 1 + (self.max_concepts if self.takes_pictures else 1)
+
+    @property
+    def concept_tokens(self) -> int:
+        """C: tokens of all concepts together, max_concepts * tokens_per_concept."""
+        return self.max_concepts * self.tokens_per_concept
