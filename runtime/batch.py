@@ -137,7 +137,7 @@ def run(
 
 
 def _check(args: argparse.Namespace) -> None:
-    for option in ("prompt", "concept", "request", "noise"):
+    for option in ("prompt", "concept", "box", "request", "noise"):
         if getattr(args, option) is not None:
             raise InputError(f"--{option} is for one request: leave it out, or --requests")
     most = MOST_JOBS if args.ray is None else MOST_WORKERS

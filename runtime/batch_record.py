@@ -51,6 +51,8 @@ class Asked:
         fields = {f.name: getattr(resolved, f.name) for f in dataclasses.fields(resolved)}
         if resolved.guidance_2 is None:
             del fields["guidance_2"]  # so that records of before it was there still say the same
+        if not resolved.boxes:
+            del fields["boxes"]
         fields["concepts"] = [[c.label, _picture(c.label, c.image)] for c in resolved.concepts]
         return checksum({"request": fields, **self.common})
 

@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 
     from .backends import Backend
     from .bundle_format.schema import Manifest, Shapes
+    from .guidance import Guidance
 
 log = logging.getLogger(__name__)
 
@@ -89,6 +90,13 @@ def seen(manifest: Manifest, concepts: tuple[bool, ...]) -> tuple[bool, ...]:
     conditioning = manifest.conditioning
     own = conditioning is None or conditioning.by_branch
     return tuple(concept or not own for concept in concepts)
+
+
+def concept_mask(manifest: Manifest, guidance: Guidance, count: int) -> np.ndarray:
+    """Which branch sees which of `count` concepts, bool [K,N]."""
+    mask = np.zeros((manifest.shapes.branches, manifest.shapes.concepts), bool)
+    mask[np.array(seen(manifest, guidance.concepts)), :count] = True
+    return mask
 
 
 def previewed(manifest: Manifest, count: int) -> int:

@@ -37,7 +37,8 @@ REQUEST = """\
 A request file is JSON; only "prompt" must be there, pictures are found beside the file:
   {"prompt": "a ball in the middle falls down", "concepts": [{"label": "ball", "image": "ball.png"}],
    "negative": "", "steps": 4, "guidance": 1.5, "concept_guidance": null, "solver": "unipc",
-   "shift": 3.0, "seed": 7, "samples": 1, "guidance_2": null}
+   "shift": 3.0, "seed": 7, "samples": 1, "guidance_2": null,
+   "boxes": {"ball": {"0": [0.1, 0.1, 0.5, 0.5], "16": [0.1, 0.5, 0.5, 0.9]}}}
 """
 
 
@@ -54,6 +55,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=None,
         help="a thing to show and its picture; repeat for more, each with its own label. Of an "
         "image-to-video bundle: a first frame, a last frame, or references, in this order",
+    )
+    what.add_argument(
+        "--box",
+        nargs=2,
+        action="append",
+        metavar=("LABEL", "X0,Y0,X1,Y1[@FRAME]"),
+        help="where a concept is, in fractions of the picture from its top left corner, of a bundle that "
+        "takes boxes; repeat for more concepts, and for one that moves: between two frames (counted from 0, "
+        "which is meant without one) its box moves evenly",
     )
     what.add_argument(
         "--request",
@@ -318,7 +328,12 @@ def overrides(args: argparse.Namespace) -> dict[str, Any]:
     """The fields of a request that options were given for."""
     scales = ("guidance", "guidance_2", "concept_guidance")
     names = ("negative", "steps", *scales, "solver", "shift", "seed", "samples")
-    return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    if args.box is not None:
+        from .boxes import read
+
+        given["boxes"] = read(args.box)
+    return given
 
 
 def _request(args: argparse.Namespace) -> Request:

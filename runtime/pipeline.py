@@ -12,14 +12,13 @@ from __future__ import annotations
 import functools
 import itertools
 import os
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, Self, overload
 
 import numpy as np
 
 from ..errors import Cancelled, GenerationError, InputError
+from . import boxes as placing
 from . import experts, frame_conditioning, pictures, tiles, vocabulary
 from . import noise as noises
 from .backends import Backend, check_choice, open_backend
@@ -30,7 +29,7 @@ from .causal import run_causal, spans
 from .guidance import Guidance
 from .naming import spoken
 from .pixels import to_uint8
-from .progress import bar
+from .progress import bar, timed
 from .recent import Recent
 from .request import Concept, Request
 from .solver import STATES, Schedule, make_schedule
@@ -146,6 +145,7 @@ class Pipeline:
         negative: str | None = None,
         solver: str | None = None,
         shift: float | None = None,
+        boxes: Mapping[str, Any] | None = None,
         samples: Literal[1] = 1,
         noise: np.ndarray | None = None,
         callback: Callback | None = None,
@@ -167,6 +167,7 @@ class Pipeline:
         negative: str | None = None,
         solver: str | None = None,
         shift: float | None = None,
+        boxes: Mapping[str, Any] | None = None,
         samples: int,
         noise: np.ndarray | None = None,
         callback: Callback | None = None,
@@ -187,6 +188,7 @@ class Pipeline:
         negative: str | None = None,
         solver: str | None = None,
         shift: float | None = None,
+        boxes: Mapping[str, Any] | None = None,
         samples: int = 1,
         noise: np.ndarray | None = None,
         callback: Callback | None = None,
@@ -207,6 +209,7 @@ class Pipeline:
             seed,
             samples,
             guidance_2,
+            {} if boxes is None else boxes,
         )
         videos = self.generate(request, noise=noise, callback=callback, progress=progress, strict=strict)
         return videos[0] if request.samples == 1 else videos
@@ -247,15 +250,16 @@ class Pipeline:
         vocabulary.warn(remarks, strict)
 
         seconds: dict[str, float] = {}
-        with _timed(seconds, "load"):
+        with timed(seconds, "load"):
             skipped = other_expert(graphs[0])  # which is made ready at its turn
             skipped |= set() if concepts else {*CONCEPT_GRAPHS, *FRAME_GRAPHS}
             backend.load(graph for graph in self.manifest.graphs if graph not in skipped)
-        with _timed(seconds, "encode"):
+        with timed(seconds, "encode"):
             known: dict[str, Any] = self._branch_texts(request, guidance, tokens)
+            box = placing.means(request, self.manifest) if self.manifest.takes("box") else None  # [N,4]
             known["concept_tokens"] = self._pictured.get(
-                ([concept.label for concept in concepts], seen),
-                lambda: backend.to_host(self._concept_tokens(concepts, seen, tokens)),
+                ([concept.label for concept in concepts], [*seen, box]),
+                lambda: backend.to_host(self._concept_tokens(concepts, seen, tokens, box)),
             )  # [N,Q,Dc]
             given = None
             if self.manifest.conditioning is not None:
@@ -264,8 +268,10 @@ class Pipeline:
                     lambda: frame_conditioning.channels(backend, frames, self.manifest, self._empty, area),
                 )
                 known["given"] = given  # [1,Cg,F,H,W]
-        with _timed(seconds, "condition"):
-            known["concept_mask"] = self._concept_mask(guidance, len(concepts))  # [K,N]
+        with timed(seconds, "condition"):
+            known["concept_mask"] = frame_conditioning.concept_mask(self.manifest, guidance, len(concepts))
+            if self.manifest.takes("boxes"):
+                known["boxes"] = placing.drawn(request, self.manifest)  # [S,N]
             conditions = experts.Conditions(backend, known, guidance)
             conditions.of(graphs[0])
 
@@ -277,12 +283,12 @@ class Pipeline:
             report = self._reporter(callback, steps, advance, shown)
             for seed, start in zip(request.seeds, starts, strict=True):
                 own = dict(seconds)
-                with _timed(own, "denoise"):
+                with timed(own, "denoise"):
                     if start is None:
                         start = noises.from_seed(seed, self.manifest.denoised)  # [Cz,F,H,W]
                     latents = self._denoise(start, conditions, graphs, schedule, report)  # [Cz,F,H,W]
                 latents = frame_conditioning.kept(latents, given, self.manifest)
-                with _timed(own, "decode"):
+                with timed(own, "decode"):
                     video = self._decode(latents, advance)[leading:]  # [frames,height,width,3]
                 about = (seed, request.prompt, concepts, own, tuple(remarks))
                 videos.append(Video(video, self.manifest.fps, *about))
@@ -311,13 +317,6 @@ class Pipeline:
             return tuple(concepts), [canvas.seen()], {0: canvas.pixels}, canvas.area()
         return tuple(concepts), [np.asarray(concept.image) for concept in concepts], frames, None
 
-    def _concept_mask(self, guidance: Guidance, count: int) -> np.ndarray:
-        """Which branch sees which concept, bool [K,N]."""
-        shapes = self.manifest.shapes
-        mask = np.zeros((shapes.branches, shapes.concepts), bool)
-        mask[np.array(frame_conditioning.seen(self.manifest, guidance.concepts)), :count] = True
-        return mask
-
     def _encode_text(self, tokens: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
         """One text → text [1,T,Dt] float32 (zero behind its end), mask [1,T]. Cached as `_text`."""
         ids, mask = padded(tokens, self.manifest.shapes.text_tokens)
@@ -342,10 +341,14 @@ class Pipeline:
         }
 
     def _concept_tokens(
-        self, concepts: tuple[Concept, ...], seen: list[np.ndarray], tokens: dict[str, tuple[int, ...]]
+        self,
+        concepts: tuple[Concept, ...],
+        seen: list[np.ndarray],
+        tokens: dict[str, tuple[int, ...]],
+        box: np.ndarray | None,
     ) -> Any:
-        """What the picture encoder sees, and labels → concept tokens [N,Q,Dc] on the device; places without a
-        concept hold anything finite.
+        """What the picture encoder sees, labels, and perhaps boxes [N,4] → concept tokens [N,Q,Dc] on the
+        device; places without a concept hold anything finite.
         """
         shapes, images = self.manifest.shapes, self.manifest.pictures
         if not concepts or "image_encoder" not in self.manifest.graphs:
@@ -357,7 +360,7 @@ class Pipeline:
         for name in CONCEPT_GRAPHS:
             if (graph := self.manifest.graphs.get(name)) is not None:
                 labels = {} if graph.input("label_text") is None else self._labels(concepts, tokens)
-                known = self.backend.run(name, known | labels)
+                known = self.backend.run(name, known | labels | {"box": box})
         return known["concept_tokens"]
 
     def _labels(
@@ -441,10 +444,3 @@ class Pipeline:
             for _ in call:
                 advance()
             yield frames
-
-
-@contextmanager
-def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
-    start = time.perf_counter()
-    yield
-    seconds[stage] = time.perf_counter() - start

@@ -1,8 +1,9 @@
-"""Progress bars on standard error. The only file that imports tqdm."""
+"""Progress bars on standard error, and the time that stages take. The only file that imports tqdm."""
 
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
@@ -27,6 +28,14 @@ def bar(total: int, label: str, show: bool) -> Iterator[Callable[[], object]]:
 
     with tqdm(desc=label, total=total, leave=False, file=sys.stderr) as drawn:
         yield drawn.update
+
+
+@contextmanager
+def timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
+    """Notes how long the block takes."""
+    start = time.perf_counter()
+    yield
+    seconds[stage] = time.perf_counter() - start
 
 
 def each(items: Sequence[T], label: str, show: bool) -> Iterator[T]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import numbers
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ import numpy as np
 
 from ..errors import InputError
 from ..untrusted import read_json
+from . import boxes as placing
 from .cleaning import clean
 from .guidance import Guidance, make_guidance
 from .solver import SHIFTS, SOLVERS, TRAINED_STEPS
@@ -70,7 +71,8 @@ class Request:
     guidance, concept_guidance: scales, see guidance.py; guidance_2: of a bundle of two experts the scale of
     the second, that of low noise (where guidance alone is given, that one); solver: one of solver.SOLVERS;
     shift: above 1 spends more steps on noise; seed: 0..2**63-1; samples: videos, 1..64, sample i starting
-    from seed + i.
+    from seed + i; boxes: where concepts may be, by their labels, see boxes.py: (x0, y0, x1, y1) in fractions
+    of the picture, or such boxes by video frame, {0: …, 16: …}, between which they move.
 
     Raises: InputError for the first field that is wrong.
     """
@@ -86,6 +88,7 @@ class Request:
     seed: int = 0
     samples: int = 1
     guidance_2: float | None = None
+    boxes: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         _text("the prompt", self.prompt)
@@ -95,6 +98,7 @@ class Request:
             raise InputError("concepts must be a sequence of Concept(label, image)")
         _set(self, "concepts", tuple(self.concepts))
         _check_labels(self.concepts)
+        _set(self, "boxes", placing.checked(self.boxes, [concept.label for concept in self.concepts]))
         if self.negative is not None:
             _text("the negative prompt", self.negative)
         if self.steps is not None:
@@ -119,7 +123,7 @@ class Request:
         one transformer, guidance_2, and what each guidance branch is told.
 
         Raises: InputError for more concepts than the bundle takes, fewer pictures than it needs, or guidance
-            that it cannot follow.
+            or boxes that it cannot follow.
         """
         names = ("negative", "steps", "guidance", "concept_guidance", "solver", "shift", "guidance_2")
         defaults = {name: getattr(manifest.defaults, name) for name in names[:-1]} | manifest.scales
@@ -153,6 +157,7 @@ class Request:
             raise InputError(
                 f"{len(self.concepts)} concepts, but the bundle {manifest.name!r} takes at most {most}"
             )
+        placing.fit(self.boxes, manifest)
         resolved = replace(self, **missing)
         assert resolved.guidance is not None
         branches = manifest.shapes.branches

@@ -55,15 +55,21 @@ def save(manifest: Manifest, folder: Path) -> Path:
 
 def _check(manifest: Manifest) -> None:
     """Raises ValueError for graphs that do not fit, and for what this version knows by name alone."""
-    if manifest.boxes is not None:
-        raise ValueError("has boxes, which this conceptmaster cannot honour: upgrade it")
+    grid = None
+    if (boxes := manifest.boxes) is not None:
+        grid = manifest.grid
+        if boxes.required or boxes.per_concept != grid[0]:
+            raise ValueError(
+                f"has boxes of another kind than one, or none, for each concept in each of {grid[0]} frames "
+                "of patches, which this conceptmaster cannot honour: upgrade it"
+            )
     conditioning = manifest.conditioning
     kind = "frames" if conditioning is None else "clean" if manifest.begins_clean else conditioning.kind
     collapsed = manifest.whole_text is not None
     experts = 1 if manifest.experts is None else len(manifest.experts)
     known = manifest.graphs, manifest.shapes, conditioning is not None, manifest.decoded, collapsed, kind
     side = 0 if conditioning is None else conditioning.side
-    signatures.check(*known, experts, manifest.denoised, side)
+    signatures.check(*known, experts, manifest.denoised, side, grid)
 
 
 def _check_external(graph: Path, listed: set[Path]) -> None:

@@ -139,7 +139,7 @@ class Ranges:
 @dataclass(frozen=True)
 class Boxes:
     """Where a request may say where its concepts are: `per_concept` boxes each, one for the whole video or
-    one for each latent frame; required: whether it must."""
+    one for each frame of patches (`Manifest.grid`); required: whether it must."""
 
     per_concept: int
     required: bool
@@ -289,6 +289,20 @@ class Manifest:
         return channels, frames + beside, sides[0], sides[1]
 
     @property
+    def grid(self) -> tuple[int, int, int]:
+        """Patches of the video by frame, row and column: f*h*w tokens, in this order. Raises ValueError where
+        the model's configuration does not say how large a patch is."""
+        part = self.model.get("transformer")
+        patch = part.get("patch_size") if isinstance(part, dict) else None
+        right = isinstance(patch, list) and len(patch) == 3 and all(type(side) is int for side in patch)
+        require(right, "boxes need the model's patch_size")
+        pairs = list(zip(self.shapes.latent[1:], patch or (), strict=True))
+        whole = all(side > 0 and size % side == 0 for size, side in pairs)
+        require(whole, f"the latents {list(self.shapes.latent)} do not divide into patches {patch!r:.60}")
+        frames, rows, columns = (size // side for size, side in pairs)
+        return frames, rows, columns
+
+    @property
     def begins_clean(self) -> bool:
         """Whether a request may have a picture that is the first latent frame itself, or none."""
         return self.conditioning is not None and self.conditioning.required == 0
@@ -343,6 +357,15 @@ class Manifest:
         return conditioning is not None and (
             conditioning.beside > 0 or conditioning.kind in ("behind", "canvas")
         )
+
+    @property
+    def takes_boxes(self) -> bool:
+        """Whether a request may say where its concepts are."""
+        return self.takes("boxes") or self.takes("box")
+
+    def takes(self, name: str) -> bool:
+        """Whether a graph has an input called `name`."""
+        return any(graph.input(name) is not None for graph in self.graphs.values())
 
     @property
     def token_ids(self) -> int | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 from .graph_list import (
@@ -35,6 +36,7 @@ def check(
     experts: int = 1,
     denoised: tuple[int, int, int, int] | None = None,
     side: int = 0,
+    grid: tuple[int, int, int] | None = None,
 ) -> None:
     """Every input must be something that the pipeline has, in its dtype and shape; the outputs that the
     pipeline reads must be there; the frames must add up. A graph need not use all that it is offered.
@@ -43,7 +45,8 @@ def check(
     come with a bias; kind: of the pictures that are frames, one of pictured.py's KINDS, or `clean` where the
     one picture is the first latent frame itself; experts: how many transformers there are, 1 or 2; denoised:
     the latents that steps make, where some of them stand beside the video's (None: none do); side: of the
-    square in which each picture is, in pixels, where these have a size of their own.
+    square in which each picture is, in pixels, where these have a size of their own; grid: the video's
+    patches, where a step is told which of them may see which concept.
 
     Raises: ValueError for the first difference.
     """
@@ -59,6 +62,9 @@ def check(
         raise ValueError(f"a side of {side} pixels is not one of whole latents of {shapes.space}")
     own_sides = (side // shapes.space,) * 2 if side else None
     inputs = _inputs(shapes, decoded, kind, denoised, own_sides)
+    if grid is not None:
+        for name in STEP_GRAPHS:
+            inputs[name] = {**inputs[name], "boxes": ("bool", (math.prod(grid), shapes.concepts))}
     for graph in expected:
         sources = [upstream(graph.name, graphs)]
         if graph.runs == LATER_FRAMES:
@@ -77,6 +83,8 @@ def check(
             raise ValueError(
                 f"the graph {name} must take 'text_bias' where there is whole_text, and only there"
             )
+        if grid is not None and graphs[name].input("boxes") is None:
+            raise ValueError(f"the graph {name} must take 'boxes' where the manifest has them")
     _check_frames(graphs, shapes, decoded)
 
 
@@ -90,6 +98,7 @@ def _inputs(
     """own_sides: in latents, of pictures of a size of their own."""
     branches, latent = s.branches, s.latent
     mask: Kind = ("bool", (branches, s.concepts))
+    box: dict[str, Kind] = {"box": ("float32", (s.concepts, 4))}
     decoder: dict[str, Kind] = {"latents": ("float32", (1, latent[0], 1, *decoded))}
     following = s.frames_per_latent
     kinds = {"clean": (1 + latent[0], 1), "behind": (latent[0], s.concepts)}
@@ -113,8 +122,10 @@ def _inputs(
             "token_ids": ("int64", (1, s.text_tokens)),
             "token_mask": ("bool", (1, s.text_tokens)),
         },
-        "image_encoder": {"pixels": ("float32", (s.concepts, 3, s.picture_size, s.picture_size))},
+        "image_encoder": {"pixels": ("float32", (s.concepts, 3, s.picture_size, s.picture_size)), **box},
+        "qformer": box,
         "dam": {
+            **box,
             "label_text": ("float32", (s.concepts, s.label_tokens, s.text_width)),
             "label_mask": ("bool", (s.concepts, s.label_tokens)),
         },

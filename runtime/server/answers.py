@@ -8,7 +8,7 @@ from .asked import NUMBERS, TEXTS
 from .catalogue import Catalogue, Served
 from .jobs import COMPLETED, Job
 
-OPTIONS = {"steps": "steps", **{name: name for name in NUMBERS}, **TEXTS}
+OPTIONS = {"steps": "steps", **{name: name for name in (*NUMBERS, "boxes")}, **TEXTS}
 """What a POST may ask for besides, and that field's name in runtime.Request."""
 
 

@@ -2,8 +2,8 @@
 
 `prompt`, `model`, `size`, `seconds`, `input_reference` are OpenAI's; as several pictures are the point here,
 parts `input_reference` and `label` may be repeated, in the same order, or JSON has `input_references`. `n`,
-`seed`, `steps`, `guidance`, `concept_guidance`, `guidance_2`, `negative_prompt`, `solver`, `shift` are this
-engine's request. A picture comes with the request: nothing is ever fetched.
+`seed`, `steps`, `guidance`, `concept_guidance`, `guidance_2`, `negative_prompt`, `solver`, `shift`, `boxes`
+(in a form as JSON) are this engine's request. A picture comes with the request: nothing is ever fetched.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ OTHERS = (
     "input_references",
     "label",
     "callback_url",
+    "boxes",
 )
 KNOWN = (*OTHERS, *WHOLE, *NUMBERS, *TEXTS, *IGNORED)
 DATA_URL = re.compile(r"data:[\w.+/-]*(?:;[\w.+-]+=[\w.+-]+)*;base64,", re.ASCII)
@@ -40,6 +41,7 @@ LARGEST_DATA_URL = LARGEST_PICTURE // 3 * 4 + 256
 LONGEST_PROMPT = 10_000  # characters, also of a negative one and of a label
 MOST_ITEMS = 10_000  # commas, brackets and braces of JSON: each value costs far more memory than its text
 MOST_PICTURES = 16  # of a request, whatever its bundle takes
+BOXES = '{"cat": [0.1, 0.2, 0.5, 0.8]}'
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,8 @@ class Asked:
         for name, own in TEXTS.items():
             if (text := _text(self.values, name)) is not None:
                 found[own] = text
+        if (boxes := _boxes(self.values)) is not None:
+            found["boxes"] = boxes
         return found
 
     def labelled(self, served: Served) -> list[tuple[str, bytes]]:
@@ -242,4 +246,17 @@ def _number(values: Mapping[str, Any], name: str) -> float | None:
             raise Refused(f"{name} must be a number, not {value!r:.60}", param=name) from None
     if isinstance(value, bool) or not (value is None or isinstance(value, (int, float))):
         raise Refused(f"{name} must be a number, not {value!r:.60}", param=name)
+    return value
+
+
+def _boxes(values: Mapping[str, Any]) -> Any:
+    """An object, of a form as the JSON that says it; what is in it, a Request checks."""
+    value = values.get("boxes")
+    if isinstance(value, str):
+        try:
+            value = parse(value.encode()) if value.strip() else None
+        except ValueError as error:
+            raise Refused(f"boxes: the text {error}", param="boxes") from None
+    if value is not None and not isinstance(value, dict):
+        raise Refused(f"boxes must be an object, {BOXES}, not {value!r:.60}", param="boxes")
     return value

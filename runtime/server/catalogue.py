@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,6 +63,7 @@ class Served:
             "fps": m.fps,
             "concepts": {"least": least, "most": m.concepts},
             "reads_labels": m.reads_labels,
+            "takes_boxes": m.takes_boxes,
             "prompt_names_pictures": m.reads_labels or m.caption_names or bool(m.picture_name),
             "defaults": {"steps": m.defaults.steps, "negative_prompt": m.defaults.negative} | m.scales,
             "vocabulary": None
@@ -109,4 +110,4 @@ class Catalogue:
 
 def as_request(values: dict[str, Any], images: Sequence[tuple[str, Any]]) -> Request:
     """A request of fields without concepts, and of labels with pictures. Raises InputError."""
-    return replace(Request(**values), concepts=tuple(Concept(label, image) for label, image in images))
+    return Request(concepts=tuple(Concept(label, image) for label, image in images), **values)

@@ -70,6 +70,23 @@ _MODEL = _object(id=_TEXT, object={"const": "model"}, created=_WHOLE, owned_by=_
 _FILE = {"type": "string", "format": "binary"}
 _WORDS = {"type": "string", "maxLength": asked.LONGEST_PROMPT}
 _SCALE = {"type": "number", "minimum": 0, "maximum": MAX_GUIDANCE}
+_BOX: dict[str, Any] = {
+    "type": "array",
+    "items": {"type": "number", "minimum": 0, "maximum": 1},
+    "minItems": 4,
+    "maxItems": 4,
+    "description": "x0, y0, x1, y1 in fractions of the picture",
+}
+_BOXES: dict[str, Any] = {
+    "type": "object",
+    "additionalProperties": {
+        "anyOf": [
+            _BOX,
+            {"type": "object", "patternProperties": {"^[0-9]+$": _BOX}, "additionalProperties": False},
+        ]
+    },
+    "description": "where concepts are, by their labels: a box each, or boxes by video frame",
+}
 _FIELDS: dict[str, Any] = {
     "prompt": {**_WORDS, "minLength": 1},
     "model": {"type": "string", "description": "a bundle's name; without it the first of /v1/models"},
@@ -83,6 +100,7 @@ _FIELDS: dict[str, Any] = {
     "shift": {"type": "number", "minimum": SHIFTS[0], "maximum": SHIFTS[1]},
     "negative_prompt": _WORDS,
     "solver": {"enum": list(SOLVERS)},
+    "boxes": _BOXES,
     **dict.fromkeys(asked.IGNORED, {}),
 }
 _REFERENCE = {
@@ -96,6 +114,7 @@ _REFERENCE = {
 }
 _FORM = {
     **_FIELDS,
+    "boxes": {"contentMediaType": "application/json", "contentSchema": _BOXES, "type": "string"},
     "input_reference": {"type": "array", "items": _FILE, "maxItems": asked.MOST_PICTURES},
     "label": {"type": "array", "items": _WORDS, "description": "what each picture shows, in the same order"},
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -406,6 +407,53 @@ def make_experts(bundle: Path, tmp_path: Path, edit_manifest: Callable) -> Calla
             data["experts"] = [{"name": "transformer", "boundary": boundary}, low]
             for name in ("condition", "denoise"):
                 data["graphs"][f"{name}_2"] = copy.deepcopy(data["graphs"][name])
+
+        edit_manifest(folder, change)
+        return folder
+
+    return make
+
+
+@pytest.fixture
+def placing(bundle: Path, tmp_path: Path, edit_manifest: Callable[..., None]) -> Callable[..., Path]:
+    """placing(patch=(1, 1, 1)): the fake bundle, which takes boxes in its `denoise`: they do
+    nothing there, but that they are read; and in its `qformer`, whose tokens they are added to."""
+
+    def make(patch: tuple[int, int, int] = (1, 1, 1)) -> Path:
+        import shutil
+
+        import onnx
+        from onnx.helper import make_node, make_tensor_value_info
+
+        folder = shutil.copytree(bundle, tmp_path / "placing")
+        shapes = manifests.load(folder).shapes
+        tokens = int(np.prod(shapes.latent[1:])) // int(np.prod(patch))
+        wanted = {
+            "denoise": ("boxes", onnx.TensorProto.BOOL, [tokens, shapes.concepts]),
+            "qformer": ("box", onnx.TensorProto.FLOAT, [shapes.concepts, 4]),
+        }
+        for name, (entry, kind, shape) in wanted.items():
+            model = onnx.load(folder / f"{name}.onnx")
+            graph, output = model.graph, model.graph.output[0].name
+            graph.input.append(make_tensor_value_info(entry, kind, shape))
+            for node in graph.node:
+                node.output[:] = ["before" if each == output else each for each in node.output]
+            graph.node.extend([
+                make_node("Cast", [entry], ["drawn"], to=1),
+                make_node("ReduceMean", ["drawn"], ["mean"], keepdims=0),  # [], of all of it
+                make_node("Add", ["before", "mean"], [output]),
+            ])  # fmt: skip
+            onnx.checker.check_model(model, full_check=True)
+            onnx.save(model, folder / f"{name}.onnx")
+
+        def change(data: dict[str, Any]) -> None:
+            data |= {"format": 3, "source": {"name": "weights", "files": []}}
+            data["boxes"] = {"per_concept": shapes.latent[1] // patch[0], "required": False}
+            data["model"] = {"name": "fake", "transformer": {"patch_size": list(patch)}}
+            for name, (entry, _, shape) in wanted.items():
+                dtype = "bool" if name == "denoise" else "float32"
+                data["graphs"][name]["inputs"].append({"name": entry, "dtype": dtype, "shape": shape})
+                data["graphs"][name]["sha256"] = sha256_file(folder / f"{name}.onnx")
 
         edit_manifest(folder, change)
         return folder

@@ -81,7 +81,8 @@ export async function create(wanted) {
     n: wanted.n,
     ...wanted.options,
   })) {
-    if (value !== undefined && value !== null && value !== "") form.append(name, value);
+    if (value === undefined || value === null || value === "") continue;
+    form.append(name, typeof value === "object" ? JSON.stringify(value) : value);
   }
   for (const { label, file } of wanted.pictures) {
     form.append("input_reference", file, "picture");

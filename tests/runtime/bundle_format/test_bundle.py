@@ -146,7 +146,11 @@ CHANGES: list[tuple[str, Callable[[dict], object], str]] = [
     ("format 3 without a source", lambda d: d.update(format=3), "says what the bundle was made from"),
     ("path as source", lambda d: d.update(format=3, source={"name": "/w", "files": []}), "neither a Hub id"),
     ("a graph without a file", lambda d: d["graphs"]["dam"].update(file="", sha256=""), "all graphs have"),
-    ("boxes", lambda d: _third(d, boxes={"per_concept": 1, "required": True}), "has boxes, which.*upgrade"),
+    (
+        "boxes",
+        lambda d: _third(d, boxes={"per_concept": 1, "required": True}),
+        "boxes need the model.s patch_size",
+    ),
     ("experts in format 4", lambda d: _third(d, format=4, experts=_experts(0.9, 0)), "are of format 5"),
     ("experts, one graph", lambda d: _third(d, format=5, experts=_experts(0.9, 0)), "the graphs must be"),
     ("experts the wrong way", lambda d: _third(d, format=5, experts=_experts(0, 0.9)), "above the last's"),

@@ -62,8 +62,8 @@ def test_every_field_is_described(described: dict[str, Any]) -> None:
 
 FIELDS = st.sampled_from(
     ["prompt", "model", "size", "seconds", "n", "seed", "steps", "guidance", "concept_guidance", "guidance_2",
-     "negative_prompt", "solver", "shift", "input_reference", "input_references", "label", "callback_url",
-     "user", "metadata"]
+     "negative_prompt", "solver", "shift", "boxes", "input_reference", "input_references", "label",
+     "callback_url", "user", "metadata"]
 )  # fmt: skip
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=30)
