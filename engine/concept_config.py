@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from .checked import MOST, check_choice, check_positive, check_types, is_whole, require
 
-ENCODERS = ("qformer", "mlp")
-BINDINGS = ("dam", "none", "concat_mlp", "self_attention")
+ENCODERS = ("qformer", "mlp", "joined_mlp")
+BINDINGS = ("dam", "none", "concat_mlp", "self_attention", "self_attention_ffn")
 INJECTIONS = ("standalone", "shared_query", "merged")
 ENCODED = ("first", "first_last", "references", "canvas")
 """How pictures are frames of a base with a picture encoder."""
@@ -21,12 +21,14 @@ PATCH = 16
 class ConceptConfig:
     """How pictures and labels become concept tokens, and where these enter the transformer.
 
-    encoder: `qformer` (learned queries) or `mlp` (the paper's row "without Q-Former"). binding: `dam`, `none`
-    (without DAM, labels unused), `concat_mlp` or `self_attention`. injection: `standalone` (an injector of
-    its own in every block), `shared_query` (own keys and values beside the text's, same query), `merged`
-    (concept tokens behind the caption's, through the text cross-attention), `none` (the base alone: it
-    takes no concepts and has none of the modules above) or `base` (an image-to-video base alone: pictures
-    through its own keys and values beside the text's; labels say nothing to it).
+    encoder: `qformer` (learned queries), `mlp` (the paper's row "without Q-Former") or `joined_mlp` (the
+    same with as many tokens as there are queries: neighbours of a row are joined first). binding: `dam`,
+    `none` (without DAM, labels unused), `concat_mlp`, `self_attention` or `self_attention_ffn` (with the
+    feed-forward that `dam` has, too). injection: `standalone` (an injector of its own in every block),
+    `shared_query` (own keys and values beside the text's, same query), `merged` (concept tokens behind the
+    caption's, through the text cross-attention), `none` (the base alone: it takes no concepts and has none of
+    the modules above) or `base` (an image-to-video base alone: pictures through its own keys and values
+    beside the text's; labels say nothing to it).
 
     given: a base's frame conditioning, how pictures are also frames of the video. For `base`: `first` (the
     one picture is the first frame), `first_last` (two, at both ends), `references` (each leads the video in a
@@ -95,14 +97,19 @@ class ConceptConfig:
             f"None for others, got {self.side!r:.60}",
         )
         require(
+            self.encoder != "joined_mlp" or self.picture_tokens % self.queries == 0,
+            f"ConceptConfig.picture_tokens ({self.picture_tokens}) must be a multiple of "
+            f"ConceptConfig.queries ({self.queries}) for 'joined_mlp'",
+        )
+        require(
             self.width % self.heads == 0,
             f"ConceptConfig.width ({self.width}) must be a multiple of ConceptConfig.heads ({self.heads})",
         )
 
     @property
     def tokens_per_concept(self) -> int:
-        """Q: tokens that one concept brings into the transformer; without a Q-Former every picture token."""
-        return self.queries if self.has_modules and self.encoder == "qformer" else self.picture_tokens
+        """Q: tokens that one concept brings into the transformer; of `mlp` every picture token."""
+        return self.queries if self.has_modules and self.encoder != "mlp" else self.picture_tokens
 
     @property
     def has_modules(self) -> bool:

@@ -81,15 +81,19 @@ class QFormer(nn.Module):
 
 
 class MLPEncoder(nn.Module):
-    """Without Q-Former: every picture token through a two-layer network, [M,P,Dp] -> [M,P,Dc]."""
+    """Without Q-Former: every picture token through a two-layer network, [M,P,Dp] -> [M,P,Dc]; `joined_mlp`:
+    P/Q neighbours of a row at a time, joined along channels, -> [M,Q,Dc]."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         c = config.concept
-        self.ffn = FeedForward(c.width, 4 * c.width, width_in=c.picture_dim)
+        self.joined = c.picture_tokens // c.tokens_per_concept
+        self.ffn = FeedForward(c.width, 4 * c.width, width_in=self.joined * c.picture_dim)
 
     def forward(self, picture_tokens: Tensor) -> Tensor:
-        """[M,P,Dp] -> [M,P,Dc]."""
+        """[M,P,Dp] -> [M,Q,Dc]."""
+        if self.joined > 1:
+            picture_tokens = picture_tokens.unflatten(1, (-1, self.joined)).flatten(2)  # [M,Q,Dp*P/Q]
         return self.ffn(picture_tokens)
 
 
@@ -157,7 +161,8 @@ class ConcatMLP(nn.Module):
 
 
 class PairSelfAttention(nn.Module):
-    """Variant: the mean label added to every visual token, then residual self-attention within the pair."""
+    """Variant: the mean label added to every visual token, then residual self-attention within the pair;
+    `self_attention_ffn`: and DAM's feed-forward behind it."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -165,17 +170,20 @@ class PairSelfAttention(nn.Module):
         self.proj_label = nn.Linear(config.transformer.text_dim, c.width)
         self.norm = nn.LayerNorm(c.width)
         self.attn = MultiHead(c.width, c.heads)
+        self.ffn = FeedForward(c.width, 4 * c.width) if c.binding == "self_attention_ffn" else None
 
     def forward(self, visual_queries: Tensor, label_text: Tensor, label_mask: Tensor) -> Tensor:
         """visual_queries [M,Q,Dc], label_text [M,L,Dt], label_mask bool [M,L] -> concept tokens [M,Q,Dc]."""
         x = visual_queries + mean_label(self.proj_label(label_text), label_mask)  # [M,Q,Dc]
         h = self.norm(x)
-        return x + self.attn(h, h)
+        x = x + self.attn(h, h)
+        return x if self.ffn is None else x + self.ffn(x)
 
 
 def concept_encoder(config: ModelConfig) -> nn.Module:
     """The encoder that `config.concept.encoder` names: picture tokens [M,P,Dp] -> visual tokens [M,Q,Dc]."""
-    return {"qformer": QFormer, "mlp": MLPEncoder}[config.concept.encoder](config)
+    encoders = {"qformer": QFormer, "mlp": MLPEncoder, "joined_mlp": MLPEncoder}
+    return encoders[config.concept.encoder](config)
 
 
 def concept_binder(config: ModelConfig) -> nn.Module:
@@ -185,5 +193,10 @@ def concept_binder(config: ModelConfig) -> nn.Module:
     """
     if config.concept.binding == "none":
         return VisualOnly()
-    binders = {"dam": DecoupleAttention, "concat_mlp": ConcatMLP, "self_attention": PairSelfAttention}
+    binders = {
+        "dam": DecoupleAttention,
+        "concat_mlp": ConcatMLP,
+        "self_attention": PairSelfAttention,
+        "self_attention_ffn": PairSelfAttention,
+    }
     return binders[config.concept.binding](config)

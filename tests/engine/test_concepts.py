@@ -88,6 +88,29 @@ def test_self_attention_starts_from_the_labelled_queries(tiny, randomise, assert
     assert_close(model(visual, label, mask), expected)
 
 
+def test_self_attention_with_its_feed_forward_is_the_old_one_and_what_dam_has(tiny, randomise, assert_close):
+    with_it = randomise(concept_binder(tiny(binding="self_attention_ffn")))
+    without = concept_binder(tiny(binding="self_attention"))
+    own = {n: value for n, value in with_it.state_dict().items() if not n.startswith("ffn.")}
+    without.load_state_dict(own)  # the weights of before load into the old value, strictly
+    dam = concept_binder(tiny())
+    assert {n: p.shape for n, p in with_it.ffn.named_parameters()} == {
+        n: p.shape for n, p in dam.ffn.named_parameters()
+    }
+    asked = pair(tiny(), 3)
+    x = without(*asked)
+    assert_close(with_it(*asked), x + with_it.ffn(x))
+
+
+def test_joined_tokens_are_a_network_of_neighbours(tiny, randomise, assert_close):
+    config = tiny(encoder="joined_mlp")
+    model, c = randomise(concept_encoder(config)), config.concept
+    pictures = torch.randn(2, c.picture_tokens, c.picture_dim, generator=torch.Generator().manual_seed(2))
+    size = c.picture_tokens // c.queries
+    parts = [torch.cat(list(pictures[:, q * size : (q + 1) * size].unbind(1)), 1) for q in range(c.queries)]
+    assert_close(model(pictures), torch.stack([model.ffn(part) for part in parts], 1))
+
+
 def test_mean_label(assert_close):
     label = torch.arange(12.0).view(2, 3, 2)
     mask = torch.tensor([[True, True, False], [False, False, False]])

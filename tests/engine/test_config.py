@@ -44,6 +44,7 @@ def test_parts_can_be_replaced():
 def test_tokens_per_concept():
     assert ConceptConfig(queries=16, max_concepts=3).concept_tokens == 48
     assert ConceptConfig(encoder="mlp").tokens_per_concept == 256
+    assert ConceptConfig(encoder="joined_mlp").tokens_per_concept == ConceptConfig().tokens_per_concept
 
 
 @pytest.mark.parametrize(
@@ -60,6 +61,7 @@ def test_tokens_per_concept():
         ({"text_dim": 32}, "d_model"),
         ({"in_channels": 8}, "z_dim"),
         ({"encoder": "resampler"}, "encoder must be one of qformer, mlp"),
+        ({"encoder": "joined_mlp", "queries": 3}, r"must be a multiple of ConceptConfig.queries \(3\) for"),
         ({"binding": "sum"}, "binding must be one of dam"),
         ({"injection": "adapter"}, "injection must be one of standalone"),
         ({"heads": 3}, "multiple of ConceptConfig.heads"),

@@ -49,9 +49,11 @@ def test_graph_equals_module(bundle, specs, run, assert_close, graph):
 # What a variant changes, and the graphs that it changes.
 VARIANTS = [
     ({"encoder": "mlp"}, 2, ("qformer",)),
+    ({"encoder": "joined_mlp"}, 2, ("qformer",)),
     ({"binding": "none"}, 2, ("dam",)),
     ({"binding": "concat_mlp"}, 2, ("dam",)),
     ({"binding": "self_attention"}, 2, ("dam",)),
+    ({"binding": "self_attention_ffn"}, 2, ("dam",)),
     ({"injection": "shared_query"}, 3, ("condition", "denoise")),
     ({"injection": "merged"}, 1, ("condition", "denoise")),
     ({"encoder": "mlp", "binding": "self_attention", "injection": "merged"}, 2, ("dam", "condition")),
