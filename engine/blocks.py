@@ -35,10 +35,12 @@ class Attention(nn.Module):
     """Projections and query/key normalisation (RMS across all heads) of one attention; `to_out` has its bias.
 
     With `added_width` it carries keys and values for concept tokens of that width beside the text's
-    (shared_query, base).
+    (shared_query, base); added_bias: theirs have one.
     """
 
-    def __init__(self, width: int, heads: int, eps: float, added_width: int | None = None) -> None:
+    def __init__(
+        self, width: int, heads: int, eps: float, added_width: int | None = None, added_bias: bool = True
+    ) -> None:
         super().__init__()
         self.heads = heads
         self.to_q = nn.Linear(width, width)
@@ -48,9 +50,16 @@ class Attention(nn.Module):
         self.norm_q = nn.RMSNorm(width, eps=eps)
         self.norm_k = nn.RMSNorm(width, eps=eps)
         if added_width is not None:
-            self.add_k_proj = nn.Linear(added_width, width)
-            self.add_v_proj = nn.Linear(added_width, width)
+            self.add_k_proj = nn.Linear(added_width, width, bias=added_bias)
+            self.add_v_proj = nn.Linear(added_width, width, bias=added_bias)
             self.norm_added_k = nn.RMSNorm(width, eps=eps)
+
+    @torch.no_grad()
+    def start_from_text(self, weight_of: Callable[[nn.Linear], Tensor]) -> None:
+        """Gives the concepts the keys and values that text has now, but for their biases (IP-Adapter)."""
+        for added, text in ((self.add_k_proj, self.to_k), (self.add_v_proj, self.to_v)):
+            added.weight.copy_(weight_of(text))
+        self.norm_added_k.weight.copy_(self.norm_k.weight)
 
     def queries(self, x: Tensor) -> Tensor:
         """[B,S,D] -> normalised queries [B,S,A,E]."""
@@ -169,7 +178,9 @@ class DeferredResidual(NamedTuple):
 class Block(nn.Module):
     """Self-attention, text cross-attention, concept injection, feed-forward."""
 
-    def __init__(self, config: TransformerConfig, concept_width: int, injection: str) -> None:
+    def __init__(
+        self, config: TransformerConfig, concept_width: int, injection: str, keys: str = "own"
+    ) -> None:
         super().__init__()
         width, heads, eps = config.width, config.num_attention_heads, config.eps
         # a base's own has brought the tokens to the transformer's width before
@@ -179,7 +190,7 @@ class Block(nn.Module):
         self.norm1 = WideLayerNorm(width, eps, elementwise_affine=False)
         self.attn1 = Attention(width, heads, eps)
         self.norm2 = WideLayerNorm(width, eps) if config.cross_attn_norm else nn.Identity()
-        self.attn2 = Attention(width, heads, eps, added_width=added)
+        self.attn2 = Attention(width, heads, eps, added, added_bias=keys == "own")
         self.norm3 = WideLayerNorm(width, eps, elementwise_affine=False)
         self.ffn = FeedForward(width, config.ffn_dim, width)
         if injection == "standalone":

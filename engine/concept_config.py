@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
-from .checked import MOST, check_choice, check_positive, check_types, is_whole, require
+from .checked import DEEPEST, MOST, check_choice, check_positive, check_types, is_number, is_whole, require
 
 ENCODERS = ("qformer", "mlp", "joined_mlp")
+RIVALS = ("image_embedding", "label_selected", "grounded")
+"""Encoders of other systems, see rival_encoders.py: IP-Adapter's, SSR-Encoder's and MS-Diffusion's."""
+ENCODER_INPUTS: dict[str, tuple[str, ...]] = {
+    "label_selected": ("label_text",),
+    "grounded": ("label_text", "label_mask", "box"),
+}
+"""What an encoder reads beside a picture's tokens, in the order in which it takes it."""
+KEYS = ("own", "text")
+MOST_TILED = 8
 BINDINGS = ("dam", "none", "concat_mlp", "self_attention", "self_attention_ffn")
 INJECTIONS = ("standalone", "shared_query", "merged")
 ENCODED = ("first", "first_last", "references", "canvas")
@@ -21,9 +32,12 @@ PATCH = 16
 class ConceptConfig:
     """How pictures and labels become concept tokens, and where these enter the transformer.
 
-    encoder: `qformer` (learned queries), `mlp` (the paper's row "without Q-Former") or `joined_mlp` (the
-    same with as many tokens as there are queries: neighbours of a row are joined first). binding: `dam`,
-    `none` (without DAM, labels unused), `concat_mlp`, `self_attention` or `self_attention_ffn` (with the
+    encoder: `qformer` (learned queries), `mlp` (the paper's row "without Q-Former"), `joined_mlp` (the
+    same with as many tokens as there are queries: neighbours of a row are joined first), or one of RIVALS:
+    `image_embedding` (IP-Adapter: tokens of CLIP's image embedding), `label_selected` (SSR-Encoder: what each
+    of the label's tokens looks for, in each of the picture encoder's `picture_layers`) or `grounded`
+    (MS-Diffusion: queries made of label and box, and `layers` that read the picture). binding: `dam`, `none`
+    (without DAM, labels unused), `concat_mlp`, `self_attention` or `self_attention_ffn` (with the
     feed-forward that `dam` has, too). injection: `standalone` (an injector of its own in every block),
     `shared_query` (own keys and values beside the text's, same query), `merged` (concept tokens behind the
     caption's, through the text cross-attention), `none` (the base alone: it takes no concepts and has none of
@@ -46,6 +60,11 @@ class ConceptConfig:
     fewest: of `behind` how many pictures a request has at least, where places without one are zero latents;
     None for all of them. side: of `grids` the pixels that the longer side of a picture has at most; None for
     others.
+
+    keys: where the injection is `shared_query`, `own` keys and values, which start silent, or `text`: they
+    start as the text's, without a bias (IP-Adapter). scale: what the concepts' attention is multiplied with
+    (its lambda). tiled: None, or how many pictures a request may have at most, all put on one picture, which
+    is the one concept that the model sees (as the paper ran IP-Adapter): labels say nothing to it.
     """
 
     max_concepts: int = 4
@@ -63,13 +82,17 @@ class ConceptConfig:
     given: str = "none"
     fewest: int | None = None
     side: int | None = None
+    keys: str = "own"
+    scale: float = 1.0
+    picture_layers: tuple[int, ...] | None = None
+    tiled: int | None = None
 
     def __post_init__(self) -> None:
         """Raises ConfigError for a value that cannot be built."""
         check_positive(self, "max_concepts", "picture_size", "picture_tokens", "picture_dim", "label_tokens")
         check_positive(self, "queries", "layers", "heads", "width")
         check_types(self)
-        check_choice(self, "encoder", ENCODERS)
+        check_choice(self, "encoder", (*ENCODERS, *RIVALS))
         check_choice(self, "binding", BINDINGS)
         check_choice(self, "injection", (*INJECTIONS, "none", "base"))
         check_choice(self, "given", tuple(dict.fromkeys((*ALONE, *ENCODED))))
@@ -105,11 +128,78 @@ class ConceptConfig:
             self.width % self.heads == 0,
             f"ConceptConfig.width ({self.width}) must be a multiple of ConceptConfig.heads ({self.heads})",
         )
+        self._check_injection()
+        self._check_rival()
+
+    def _check_injection(self) -> None:
+        """Keys, scale and tiled are there where they mean something."""
+        check_choice(self, "keys", KEYS)
+        require(
+            self.keys == "own" or self.injection == "shared_query",
+            f"ConceptConfig.keys must be 'own' where the injection is {self.injection!r}, got {self.keys!r}",
+        )
+        scaled = self.injection in ("standalone", "shared_query")
+        require(
+            self.scale == 1 or (scaled and is_number(self.scale, 100) and self.scale > 0),
+            "ConceptConfig.scale must be above 0, at most 100, and 1 unless the injection is standalone or "
+            f"shared_query, got {self.scale}",
+        )
+        alone = self.max_concepts == 1 and self.has_modules and not self.reads_labels
+        require(
+            self.tiled is None or (alone and is_whole(self.tiled, MOST_TILED)),
+            f"ConceptConfig.tiled must be None, or 1 to {MOST_TILED} where max_concepts is 1 and no label is "
+            f"read, got {self.tiled!r:.60}",
+        )
+
+    def _check_rival(self) -> None:
+        """What the encoders of other systems need."""
+        layers = self.picture_layers
+        require(
+            (layers is not None) == (self.encoder == "label_selected"),
+            "ConceptConfig.picture_layers must be there for 'label_selected' and nowhere else, got "
+            f"{layers!r:.60}",
+        )
+        if self.encoder in ENCODER_INPUTS:
+            require(
+                self.binding == "none",
+                f"ConceptConfig.binding must be 'none' for {self.encoder!r}, which reads the label itself, "
+                f"got {self.binding!r}",
+            )
+        if layers is None:
+            return
+        whole = isinstance(layers, (tuple, list)) and all(is_whole(layer, DEEPEST) for layer in layers)
+        require(
+            whole and len(layers) > 0 and sorted(set(layers)) == list(layers),
+            f"ConceptConfig.picture_layers must be numbers of layers, upwards from 1, got {layers!r:.60}",
+        )
+        object.__setattr__(self, "picture_layers", tuple(layers))
+        tokens = len(layers) * self.label_tokens
+        require(
+            self.queries == tokens,
+            f"ConceptConfig.queries must be {tokens}, one for each label token and each of picture_layers, "
+            f"got {self.queries}",
+        )
 
     @property
     def tokens_per_concept(self) -> int:
         """Q: tokens that one concept brings into the transformer; of `mlp` every picture token."""
         return self.queries if self.has_modules and self.encoder != "mlp" else self.picture_tokens
+
+    @property
+    def reads_labels(self) -> bool:
+        """Whether labels say anything to the concept modules."""
+        return self.binding != "none" or self.encoder in ENCODER_INPUTS
+
+    @property
+    def masks_tokens(self) -> bool:
+        """Whether a concept's tokens are masked one by one: token q is of the label's token q % L, and a
+        label's padding gives none. A mask of concepts [K,N] is then one of tokens, [K,C]."""
+        return self.encoder == "label_selected"
+
+    @property
+    def tokens_per_entry(self) -> int:
+        """How many tokens one entry of a mask of concepts is for."""
+        return 1 if self.masks_tokens else self.tokens_per_concept
 
     @property
     def has_modules(self) -> bool:
@@ -122,6 +212,16 @@ class ConceptConfig:
         return self.injection != "none"
 
     @property
+    def pictures(self) -> str:
+        """What the picture encoder gives of a picture, see encoders.py: `patches`, `hidden`, `embedding` or
+        `layers`."""
+        if self.injection == "base":
+            return "hidden"
+        return {"image_embedding": "embedding", "label_selected": "layers", "grounded": "hidden"}.get(
+            self.encoder, "patches"
+        )
+
+    @property
     def min_latent_frames(self) -> int:
         """The fewest latent frames of a video of which pictures leave one to be made."""
         if self.given in ("none", "control", "behind", "grids"):
@@ -132,3 +232,15 @@ class ConceptConfig:
     def concept_tokens(self) -> int:
         """C: tokens of all concepts together, max_concepts * tokens_per_concept."""
         return self.max_concepts * self.tokens_per_concept
+
+    def told(self) -> dict[str, Any]:
+        """The fields as JSON-ready values, without those that say nothing new: a model of before is stored as
+        ever."""
+        values = dataclasses.asdict(self)
+        fields = {field.name: field.default for field in dataclasses.fields(self)}
+        for name in ("fewest", "side", "keys", "scale", "picture_layers", "tiled"):
+            if values[name] == fields[name]:
+                del values[name]
+        if self.picture_layers is not None:
+            values["picture_layers"] = list(self.picture_layers)
+        return values

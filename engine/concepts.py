@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from ..kernels.cross_attention import attention
 from .config import ModelConfig
+from .layers import mean_label
+from .rival_encoders import EmbeddingTokens, GroundedResampler, LabelSelected
 
 
 class FeedForward(nn.Sequential):
@@ -138,13 +140,6 @@ class VisualOnly(nn.Module):
         return visual_queries
 
 
-def mean_label(label: Tensor, label_mask: Tensor) -> Tensor:
-    """Mean over a label's valid tokens: [M,L,D], bool [M,L] -> [M,1,D]; zero for a label without tokens."""
-    weight = label_mask[:, :, None].to(label.dtype)  # [M,L,1]
-    total = torch.where(label_mask[:, :, None], label, 0.0).sum(dim=1, keepdim=True)
-    return total / weight.sum(dim=1, keepdim=True).clamp(min=1.0)  # [M,1,D]
-
-
 class ConcatMLP(nn.Module):
     """Variant: the mean label joined to every visual token along channels, two layers back to width."""
 
@@ -181,8 +176,16 @@ class PairSelfAttention(nn.Module):
 
 
 def concept_encoder(config: ModelConfig) -> nn.Module:
-    """The encoder that `config.concept.encoder` names: picture tokens [M,P,Dp] -> visual tokens [M,Q,Dc]."""
-    encoders = {"qformer": QFormer, "mlp": MLPEncoder, "joined_mlp": MLPEncoder}
+    """The encoder that `config.concept.encoder` names: picture tokens [M,P,Dp], and of some what
+    ENCODER_INPUTS says -> visual tokens [M,Q,Dc]."""
+    encoders = {
+        "qformer": QFormer,
+        "mlp": MLPEncoder,
+        "joined_mlp": MLPEncoder,
+        "image_embedding": EmbeddingTokens,
+        "label_selected": LabelSelected,
+        "grounded": GroundedResampler,
+    }
     return encoders[config.concept.encoder](config)
 
 

@@ -79,6 +79,18 @@ class ModelConfig:
         )
         if concept.takes_pictures:
             self._check_pictures()
+        if concept.keys == "text":
+            require(
+                concept.width == transformer.width,
+                f"concept.width must be the transformer's ({transformer.width}) where keys are the text's, "
+                f"got {concept.width}",
+            )
+        if concept.encoder == "grounded":
+            require(
+                concept.picture_dim % concept.heads == 0,
+                f"concept.picture_dim ({concept.picture_dim}) must be a multiple of concept.heads "
+                f"({concept.heads}) for 'grounded'",
+            )
         if concept.injection == "base":
             self._check_base()
         if concept.given in ("none", "clean", "control", "behind", "grids"):
@@ -129,11 +141,14 @@ class ModelConfig:
         """The picture encoder gives what the concept part reads."""
         concept = self.concept
         self._match("image_encoder", "image_size", concept.picture_size, "concept.picture_size")
-        own = concept.injection == "base"  # which reads hidden states, the class token's too
-        width = "hidden_size" if own else "projection_dim"
+        hidden = concept.pictures in ("hidden", "layers")
+        width = "hidden_size" if hidden else "projection_dim"
         self._match("image_encoder", width, concept.picture_dim, "concept.picture_dim")
         grid = concept.picture_size // self._entry("image_encoder", "patch_size")
-        tokens = grid * grid + int(own)
+        layers = concept.picture_layers or (0,)
+        most = self._entry("image_encoder", "num_hidden_layers")
+        require(layers[-1] <= most, f"concept.picture_layers must be at most {most}, got {layers}")
+        tokens = 1 if concept.pictures == "embedding" else (grid * grid + int(hidden)) * len(layers)
         require(
             concept.picture_tokens == tokens,
             f"concept.picture_tokens must be {tokens}, got {concept.picture_tokens}",
@@ -263,9 +278,7 @@ class ModelConfig:
         del values["latent_shape"], values["denoised_shape"]
         if self.boundary is None:  # so that what has one transformer is stored as ever
             del values["boundary"]
-        for name in ("fewest", "side"):
-            if values["concept"][name] is None:
-                del values["concept"][name]
+        values["concept"] = self.concept.told()
         if self.guidance_rule == "linear":
             del values["guidance_rule"]
         own = values["transformer"]

@@ -14,6 +14,7 @@ concept width, Dt text width, Cg channels of the conditioned frames.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import cast
 
 import torch
@@ -54,6 +55,10 @@ def _initialise(modules: dict[str, nn.Module]) -> None:
             nn.init.zeros_(cast("nn.Linear", module).weight)
 
 
+def _own_weight(layer: nn.Linear) -> Tensor:
+    return layer.weight
+
+
 def _summed(x: Tensor | DeferredResidual) -> Tensor:
     """What a block gives, [K,S,D]."""
     return residual(*x) if isinstance(x, DeferredResidual) else x
@@ -85,7 +90,10 @@ class ConceptDiT(nn.Module):
         if config.concept.injection == "merged":
             self.concept_proj = nn.Linear(config.concept.width, c.width)
         self.blocks = nn.ModuleList(
-            [Block(c, config.concept.width, config.concept.injection) for _ in range(c.num_layers)]
+            [
+                Block(c, config.concept.width, config.concept.injection, config.concept.keys)
+                for _ in range(c.num_layers)
+            ]
         )
         if c.vace_layers is not None:
             assert c.vace_in_channels is not None
@@ -97,9 +105,18 @@ class ConceptDiT(nn.Module):
         self.proj_out = nn.Linear(c.width, c.out_channels * math.prod(c.patch_size))
         self.scale_shift_table = nn.Parameter(torch.randn(1, 2, c.width) / c.width**0.5)
         _initialise(dict(self.named_modules()))
+        self.start_from_text()
 
-    def initialise_concepts(self) -> None:
-        """New values on the CPU for all that a plain Wan2.1 transformer does not have: a silent injection.
+    def start_from_text(self, weight_of: Callable[[nn.Linear], Tensor] = _own_weight) -> None:
+        """Where the concepts' keys and values start as the text's, they are now what the text's are.
+        weight_of: reads a layer's weight, wherever it is."""
+        if self.config.concept.keys == "text":
+            for block in cast("list[Block]", list(self.blocks)):
+                block.attn2.start_from_text(weight_of)
+
+    def initialise_concepts(self, weight_of: Callable[[nn.Linear], Tensor] = _own_weight) -> None:
+        """New values on the CPU for all that a plain Wan2.1 transformer does not have: a silent injection, or
+        keys and values that start as the text's (see `start_from_text`).
 
         For a model that was built on the meta device, where nothing has values; the base is left alone.
         """
@@ -108,6 +125,7 @@ class ConceptDiT(nn.Module):
             module.to_empty(device="cpu", recurse=False)
             cast("nn.Linear", module).reset_parameters()
         _initialise(new)
+        self.start_from_text(weight_of)
 
     def concept_keys(self) -> set[str]:
         """State-dict keys that a Wan2.1 transformer does not have; an image-to-video one has all."""
@@ -118,8 +136,8 @@ class ConceptDiT(nn.Module):
         return self.config.concept.injection != "base" and any(part in key for part in new)
 
     def _token_mask(self, concept_mask: Tensor) -> Tensor:
-        """bool [K,N] -> bool [K,C]."""
-        q = self.config.concept.tokens_per_concept
+        """bool [K,N] -> bool [K,C]; where tokens are masked one by one it is [K,C] already."""
+        q = self.config.concept.tokens_per_entry
         return concept_mask[:, :, None].expand(-1, -1, q).flatten(1).contiguous()  # of one it is a view
 
     def condition(self, text: Tensor, concept_tokens: Tensor, concept_mask: Tensor) -> Conditions:
@@ -127,10 +145,13 @@ class ConceptDiT(nn.Module):
 
         text [K,T,Dt] (zero where padded: Wan attends to all T tokens; or T fewer of them, and then a
         text_bias for `denoise`), concept_tokens [K,N,Q,Dc], or [N,Q,Dc]
-        for the same concepts in every branch, concept_mask bool [K,N]. A masked concept's tokens are not
+        for the same concepts in every branch, concept_mask bool [K,N] ([K,C] where tokens are masked one by
+        one). A masked concept's tokens are not
         read, not even when they are NaN. Keys come out normalised. For `base` the tokens are the picture
         encoder's, [K,N,P,Dp].
         """
+        if self.config.concept.masks_tokens:
+            concept_tokens = concept_tokens.flatten(-3, -2).unsqueeze(-2)  # [K,C,1,Dc]
         text = self.condition_embedder.text_embedder(text)  # [K,T,D]
         concepts = torch.where(concept_mask[:, :, None, None], concept_tokens, 0.0).flatten(1, 2)  # [K,C,Dc]
         if self.condition_embedder.image_embedder is not None:
@@ -139,11 +160,14 @@ class ConceptDiT(nn.Module):
             text = torch.cat((text, self.concept_proj(concepts)), dim=1)  # [K,T+C,D]
         every = cast("list[Block]", [*self.blocks, *self._control_blocks().values()])
         blocks = [block.conditions(text, concepts) for block in every]
-        return {
+        found = {
             name: torch.stack(parts)  # [layers,K,T|C,A,E]
             for name, parts in zip(KEYS_VALUES, zip(*blocks, strict=True), strict=False)
             if parts[0] is not None
         }
+        if self.config.concept.scale != 1:
+            found["concept_values"] = found["concept_values"] * self.config.concept.scale
+        return found
 
     def denoise(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -33,30 +34,40 @@ class TextEncoder(nn.Module):
 class ImageEncoder(nn.Module):
     """CLIP's vision tower, random weights. `config`: arguments of CLIPVisionConfig.
 
-    hidden: False gives the last layer through CLIP's projection, which concept modules read; True the layer
-    before the last, the class token's too, which Wan's image-to-video models read: these have no projection.
+    gives: what of a picture it gives, [N,P,Dp]:
+    `patches`: the last layer's patch tokens (no class token), through the final layer norm and the projection
+    that CLIP itself applies to its class token;
+    `hidden`: what enters the last layer, the class token's too; so Wan's image-to-video models read it, and
+    MS-Diffusion;
+    `embedding`: CLIP's image embedding, P = 1;
+    `layers`: what leaves each of `layers` (counted from 1), the class token's too, one after the other.
+    bare: without CLIP's last norm and projection, which `hidden` and `layers` do not read, and which weights
+    files of Wan's do not have; with them the weights are the same whatever is read.
     """
 
-    def __init__(self, config: dict[str, Any], hidden: bool = False) -> None:
+    def __init__(
+        self, config: dict[str, Any], gives: str = "patches", layers: Sequence[int] = (), bare: bool = False
+    ) -> None:
         super().__init__()
         from transformers.models.clip.configuration_clip import CLIPVisionConfig
         from transformers.models.clip.modeling_clip import CLIPVisionModelWithProjection
 
         whole = CLIPVisionModelWithProjection(CLIPVisionConfig(**config))
-        self.hidden = hidden
-        self.model: Any = whole.vision_model if hidden else whole
+        self.gives, self.layers = gives, tuple(layers)
+        self.model: Any = whole.vision_model if bare else whole
         # No weights file has these numbers: built on the meta device they would have no values.
         embeddings = whole.vision_model.embeddings
         embeddings.position_ids = torch.arange(embeddings.num_positions, device="cpu")[None]
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """pixels [N,3,px,px], normalised as for CLIP -> picture tokens [N,P,Dp].
-
-        The last layer's patch tokens (no class token), through the final layer norm and the projection that
-        CLIP itself applies to its class token; or with `hidden` what enters the last layer.
-        """
-        if self.hidden:
-            return self.model(pixel_values=pixels, output_hidden_states=True).hidden_states[-2]
-        tower = self.model.vision_model
-        hidden = tower(pixel_values=pixels).last_hidden_state[:, 1:]  # [N,P,hidden]
-        return self.model.visual_projection(tower.post_layernorm(hidden))  # [N,P,Dp]
+        """pixels [N,3,px,px], normalised as for CLIP -> picture tokens [N,P,Dp]."""
+        if self.gives == "embedding":
+            return self.model(pixel_values=pixels).image_embeds[:, None]  # [N,1,Dp]
+        tower = getattr(self.model, "vision_model", self.model)
+        if self.gives == "patches":
+            hidden = tower(pixel_values=pixels).last_hidden_state[:, 1:]  # [N,P,hidden]
+            return self.model.visual_projection(tower.post_layernorm(hidden))  # [N,P,Dp]
+        states = tower(pixel_values=pixels, output_hidden_states=True).hidden_states
+        if self.gives == "hidden":
+            return states[-2]
+        return torch.cat([states[layer] for layer in self.layers], dim=1)

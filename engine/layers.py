@@ -49,3 +49,10 @@ class FeedForward(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[..., width] -> [..., width_out]."""
         return self.net(x)
+
+
+def mean_label(label: Tensor, label_mask: Tensor) -> Tensor:
+    """Mean over a label's valid tokens: [M,L,D], bool [M,L] -> [M,1,D]; zero for a label without tokens."""
+    weight = label_mask[:, :, None].to(label.dtype)  # [M,L,1]
+    total = torch.where(label_mask[:, :, None], label, 0.0).sum(dim=1, keepdim=True)
+    return total / weight.sum(dim=1, keepdim=True).clamp(min=1.0)  # [M,1,D]

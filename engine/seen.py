@@ -20,10 +20,12 @@ from .references import AS_TOKENS
 
 @dataclass(frozen=True)
 class Seen:
-    """mask: bool [R,N'] on the host, the last R of the branches; concepts: the N' that are left, of all."""
+    """mask: bool [R,N'] on the host, the last R of the branches; concepts: the N' that are left, of all.
+    by_token: tokens are masked one by one, so N counts tokens, each a concept of Q = 1."""
 
     mask: Tensor
     concepts: list[int]
+    by_token: bool = False
 
     @classmethod
     def of(cls, mask: Tensor, config: ModelConfig) -> Seen:
@@ -41,7 +43,7 @@ class Seen:
             first = 0
         if config.transformer.pos_embed_seq_len is not None and branches:
             concepts = list(range(mask.shape[1]))
-        return cls(mask[first:, concepts], concepts)
+        return cls(mask[first:, concepts], concepts, config.concept.masks_tokens)
 
     @property
     def partly(self) -> bool:
@@ -50,4 +52,6 @@ class Seen:
 
     def tokens(self, concept_tokens: Tensor) -> Tensor:
         """Those that are left, [N,Q,Dc] -> [N',Q,Dc]; as they are where all are."""
+        if self.by_token:
+            concept_tokens = concept_tokens.flatten(0, 1)[:, None]  # [C,1,Dc]
         return concept_tokens if len(self.concepts) == len(concept_tokens) else concept_tokens[self.concepts]

@@ -9,6 +9,7 @@ cells; here the first reference stands in the first cell, the second in the seco
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -22,17 +23,19 @@ if TYPE_CHECKING:
 
 GRIDS = {1: (1, 1), 2: (2, 1), 3: (3, 1), 4: (2, 2), 6: (3, 2), 8: (4, 2)}
 """Columns and rows of a canvas by its number of cells."""
+SQUARE = {1: (1, 1), 2: (2, 1), 4: (2, 2), 6: (3, 2), 9: (3, 3)}
+"""Of a square one, on which the picture encoder's pictures are tiled."""
 
 Cell = tuple[int, int, int, int]  # left, top, right, bottom, in pixels
 
 
-def cells(count: int, size: tuple[int, int]) -> list[Cell]:
-    """The cells of a canvas for `count` references, in the order in which they are taken: the fewest of GRIDS
+def cells(count: int, size: tuple[int, int], grids: Mapping[int, tuple[int, int]] = GRIDS) -> list[Cell]:
+    """The cells of a canvas for `count` references, in the order in which they are taken: the fewest of grids
     that are enough, so that of five references one cell stays free.
 
     size: width and height. Sides are rounded down; the last column and the last row get what is left.
     """
-    columns, rows = GRIDS[min(number for number in GRIDS if number >= count)]
+    columns, rows = grids[min(number for number in grids if number >= count)]
     xs = [*(column * (size[0] // columns) for column in range(columns)), size[0]]
     ys = [*(row * (size[1] // rows) for row in range(rows)), size[1]]
     return [(xs[c], ys[r], xs[c + 1], ys[r + 1]) for r in range(rows) for c in range(columns)]

@@ -65,7 +65,7 @@ def save_adapter(model: ConceptMaster, path: str | Path) -> None:
     keys = adapter_keys(model)
     if not keys:
         raise WeightsError(f"the model {model.config.name!r} has no adapter: it takes no concepts")
-    told = {k: v for k, v in dataclasses.asdict(model.config.concept).items() if v is not None}
+    told = model.config.concept.told()
     metadata = {
         "format": FORMAT,
         "concept": json.dumps(told),

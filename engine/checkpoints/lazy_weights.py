@@ -206,6 +206,12 @@ class _OnDemand:
         self._meta.clear()
 
 
+def weight_of(layer: nn.Linear) -> Tensor:
+    """A layer's weight, read for this once where it stays on disk."""
+    stored = _on_demand(layer).get("weight")
+    return layer.weight if stored is None else stored.read()
+
+
 def _on_demand(layer: nn.Module) -> dict[str, Stored]:
     """What of a layer's own parameters is on disk."""
     return next((owner.stored for owner in _owners(layer)), {})

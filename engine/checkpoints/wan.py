@@ -30,7 +30,7 @@ from .base import Base, Part
 from .bernini import own_grids
 from .derived import VACE_CLASS
 from .diffusers_folder import LAYOUT, SCHEDULER
-from .lazy_weights import settle, stream
+from .lazy_weights import settle, stream, weight_of
 from .releases import Release, release_of
 from .safetensors_io import on_meta
 from .wan_experts import read_boundary
@@ -246,7 +246,8 @@ def load_base(base: Base, config: ModelConfig) -> ConceptMaster:
     """The model of `config` with the weights of `base`, in evaluation mode and float32 on the CPU.
 
     Large ones stay on disk and are read when they are used (lazy_weights.py): no file may change.
-    Its concept part, if it has one, is new: it changes nothing in the video. Raises WeightsError that names
+    Its concept part, if it has one, is new: it changes nothing in the video, unless its keys start as the
+    text's. Raises WeightsError that names
     the part and lists every tensor that is missing, unexpected or mis-shaped.
     """
     model = on_meta(ConceptMaster, config, base.where)
@@ -258,7 +259,7 @@ def load_base(base: Base, config: ModelConfig) -> ConceptMaster:
     if config.concept.has_modules:
         model.qformer, model.dam = concept_encoder(config), concept_binder(config)
         for transformer in model.experts().values():
-            transformer.initialise_concepts()
+            transformer.initialise_concepts(weight_of)
     return model.eval()
 
 

@@ -62,7 +62,8 @@ class Batch(Tensors):
     latents and decoys (see ``decoys.py``) [B,Cz,F,H,W], token_ids/token_mask [B,T], pixels [B,N,3,px,px]
     (CLIP-normalised), foreign [B,N]: which of these show another noun, label_ids/label_mask [B,N,L],
     concept_mask [B,N], coverage [B,N,F,H,W] in 0..1, portraits [B,N,3,32,32] in -1..1, traits int64 [B,N,3]
-    (texture, accessory, noun), patterns [B,N,RUNS] (see ``clip_arrays.patterns``).
+    (texture, accessory, noun), patterns [B,N,RUNS] (see ``clip_arrays.patterns``), box [B,N,4] (see
+    ``boxes_of``; zero where it is left out).
     """
 
     latents: Tensor
@@ -78,6 +79,7 @@ class Batch(Tensors):
     portraits: Tensor
     traits: Tensor
     patterns: Tensor
+    box: Tensor
 
 
 def generator(rng: np.random.Generator, device: str) -> torch.Generator:
@@ -149,6 +151,10 @@ class Pool:
         strangers = self.arrays["foreign"][clips][each, which]
         own = references[each, torch.arange(MAX_CONCEPTS, device=self.device), view]
         pixels = torch.where(foreign[..., None, None, None], strangers, own) * filled[..., None, None, None]
+        coverage = slots("coverage").float() / 255
+        box = boxes_of(coverage)
+        if dropped.grounding:
+            box = torch.where((chance(MAX_CONCEPTS) < dropped.grounding)[..., None], 0.0, box)
         latents, decoys = (
             (self.arrays[name][clips].float() - self.mean) / self.std for name in ("latents", "decoys")
         )
@@ -162,10 +168,11 @@ class Pool:
             slots("label_ids"),
             slots("label_mask").bool(),
             filled & ~no_concepts[:, None],
-            slots("coverage").float() / 255,
+            coverage,
             _minus_one_to_one(slots("portraits")),
             slots("traits").long(),
             slots("patterns", torch.nan),
+            box,
         )
 
     def captions(self, rng: np.random.Generator, size: int) -> Captions:
@@ -174,6 +181,21 @@ class Pool:
         names = ("token_ids", "token_mask", "label_ids", "label_mask", "coverage")
         ids, mask, label_ids, label_mask, coverage = (self.arrays[name][clips] for name in names)
         return Captions(ids, mask, label_ids, label_mask, coverage.float() / 255)
+
+
+def boxes_of(coverage: Tensor) -> Tensor:
+    """The mean box of what is covered, over the frames that show any of it: coverage [B,N,F,H,W] -> left,
+    top, right, bottom in 0..1 of width and height, [B,N,4]; zero for what is never seen."""
+    sides = []
+    for axis in (-2, -1):  # columns are left where rows are reduced
+        inside = coverage.amax(axis) > 0  # [B,N,F,W|H]
+        size = inside.shape[-1]
+        first = inside.float().argmax(-1)  # [B,N,F]
+        sides.append((first / size, 1 - inside.flip(-1).float().argmax(-1) / size))
+    (left, right), (top, bottom) = sides
+    seen = coverage.flatten(-2).amax(-1, keepdim=True) > 0  # [B,N,F,1]
+    boxes = torch.stack((left, top, right, bottom), dim=-1) * seen  # [B,N,F,4]
+    return boxes.sum(-2) / seen.sum(-2).clamp(min=1)
 
 
 def new_pictures(rng: np.random.Generator, size: int, device: str, held_out: bool = False) -> Pictures:

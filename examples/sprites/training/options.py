@@ -18,13 +18,15 @@ FROZEN = ("text_encoder", "image_encoder", "qformer")
 
 @dataclass(frozen=True)
 class Dropped:
-    """How often training leaves out the concepts (pictures with their labels), the caption, and both; and how
-    often a picture is ``foreign`` (see ``decoys.py``), so that only its label says what it shows."""
+    """How often training leaves out the concepts (pictures with their labels), the caption, and both; how
+    often a picture is ``foreign`` (see ``decoys.py``), so that only its label says what it shows; and how
+    often an encoder that reads a concept's label and box is told neither."""
 
     concepts: float = 0.10
     caption: float = 0.06
     both: float = 0.06
     foreign: float = 0.0
+    grounding: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,8 @@ class TrainOptions:
     )
     decoys: float = option(0.0, "share of clips that go on from their decoy")
     foreign: float = option(0.0, "share of pictures that show the look on another noun")
+    bare: bool = option(False, "no training-only heads on what becomes of pictures and labels")
+    selection: float = option(0.1, "weight of SSR-Encoder's own loss, of an encoder like its")
     minutes: float | None = option(
         None, "train for so long, whatever number of steps that is (not: by steps)"
     )
@@ -60,6 +64,8 @@ class TrainOptions:
         check_counts(self, "steps", "batch_size", "log_every")
         check_counts(self, "picture_steps", "caption_steps", least=0)
         check_shares(self, "decoys", "foreign")
+        if not 0 <= self.selection <= 1:
+            raise InputError(f"--selection must lie between 0 and 1, got {self.selection}")
         if not 0 < self.lr < 1:
             raise InputError(f"--lr must lie between 0 and 1, got {self.lr}")
         if self.minutes is not None and not self.minutes > 0:

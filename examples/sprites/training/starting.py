@@ -15,7 +15,8 @@ from conceptmaster.engine.model import ConceptMaster
 def start_from(model: ConceptMaster, weights: Path) -> list[str]:
     """Take over the weights of a trained model, but for tensors that have another shape; returns the names of
     what stays fresh. With more latent channels than it had, the layers next to them take no notice of the new
-    ones at first, and tell their mean."""
+    ones at first, and tell their mean. Keys and values of concepts that start as the text's are then those of
+    the weights."""
     old, own = load(weights)[0], model.state_dict()
     _add_channels(old, model.config)
     taken = {name: old[name] for name in own if name in old and old[name].shape == own[name].shape}
@@ -23,6 +24,9 @@ def start_from(model: ConceptMaster, weights: Path) -> list[str]:
     tied = {own[name].data_ptr() for name in taken}
     fresh = {name: own[name] for name in own if name not in taken and own[name].data_ptr() not in tied}
     load_strict(model, taken | fresh)
+    if any("add_k_proj" in name for name in fresh):
+        for transformer in model.experts().values():
+            transformer.start_from_text()
     return sorted(fresh)
 
 

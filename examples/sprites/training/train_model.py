@@ -13,6 +13,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,9 +21,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from conceptmaster.engine.checkpoints.safetensors_io import save_model
+from conceptmaster.engine.concept_config import ENCODER_INPUTS, ENCODERS
 from conceptmaster.engine.config import ModelConfig
 from conceptmaster.engine.dit import MIN_SIGMA
 from conceptmaster.engine.model import ConceptMaster
+from conceptmaster.engine.rival_encoders import selection_loss
+from conceptmaster.errors import InputError
 
 from .attention import cheapest_attention
 from .batches import KEEP_ALL, Batch, Dropped, Pool
@@ -34,6 +38,7 @@ from .noising import DECOY_HELD, HELD_SIGMA, decoy_noise, normal, random_sigma
 from .options import TrainOptions
 from .probing import errors
 from .starting import start_from
+from .tiling import tiled
 from .train_captions import learn_captions
 from .train_pictures import PictureHeads, PictureOptions, Sight, TraitHead, learn_pictures, trait_losses
 
@@ -43,6 +48,8 @@ PICTURES = 128
 """Least number of pictures in a step that learns from pictures alone."""
 FOREGROUND = 3.0
 """Extra weight of the loss where a concept is."""
+GROUNDING_DROPPED = 0.1
+"""Share of concepts whose label and box an encoder that reads both is not told, as MS-Diffusion has it."""
 LAYOUT_WEIGHT, STORY_WEIGHT, PICTURE_WEIGHT, LOOK_WEIGHT = 1.0, 0.3, 0.3, 0.3
 LOOK_COVERAGE = 0.4
 """A video token is asked for the look of a concept that covers at least so much of it."""
@@ -57,17 +64,35 @@ ADAM_NAMES = (
     "proj_out",
     "embeddings",
     "places",
+    "grounding_latents",
 )
 """Tables and embeddings, which AdamW trains."""
 
 
-class Trainee(nn.Module):
-    """The model with its training-only heads; ``forward`` is the loss of one batch."""
+class Told(NamedTuple):
+    """What becomes of a batch's pictures and labels: concept tokens [B,N,Q,Dc] of the filled slots (zero
+    elsewhere; N = 1 where pictures are tiled), and of the M filled ones visual queries [M,Q,Dc], picture
+    tokens [M,P,Dp], and labels where they are read: text [M,L,Dt], mask bool [M,L]."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    concepts: Tensor
+    visual: Tensor
+    seen: Tensor
+    label_text: Tensor | None
+    label_mask: Tensor
+
+
+class Trainee(nn.Module):
+    """The model with its training-only heads; ``forward`` is the loss of one batch.
+
+    bare: without those that ask what becomes of pictures and labels, as it always is where all pictures are
+    tiled, so that no concept has tokens of its own. selection: the weight of ``selection_loss``.
+    """
+
+    def __init__(self, config: ModelConfig, bare: bool = False, selection: float = 0.1) -> None:
         super().__init__()
         self.model = ConceptMaster(config)
         concept = config.concept
+        self.bare, self.selection = bare or concept.tiled is not None, selection
         self.layout = LayoutHead(config.transformer.width, concept.width)
         grid = [n // p for n, p in zip(config.latent_shape[1:], config.transformer.patch_size, strict=True)]
         self.story = StoryHead(concept.width, config.transformer.text_dim, int(np.prod(grid)))
@@ -75,31 +100,35 @@ class Trainee(nn.Module):
         self.look = TraitHead(1, config.transformer.width)
         self.middle = config.transformer.num_layers // 2 - 1
 
-    def concepts(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """Concept tokens [B,N,Q,Dc] of the filled slots (zero elsewhere), and their visual queries [M,Q,Dc]
-        and picture tokens [M,P,Dp]."""
-        model, filled = self.model, batch.label_mask.any(-1)  # [B,N]
-        seen = model.image_encoder(batch.pixels[filled])  # [M,P,Dp]
-        visual = model.qformer(seen)  # [M,Q,Dc]
-        tokens = visual
-        if model.config.concept.binding != "none":
-            mask = batch.label_mask[filled]
-            tokens = model.dam(visual, model.text_encoder(batch.label_ids[filled], mask), mask)
+    def concepts(self, batch: Batch) -> Told:
+        """What becomes of its pictures and labels."""
+        model, concept = self.model, self.model.config.concept
+        filled = batch.label_mask.any(-1)  # [B,N]
+        pixels, mask = batch.pixels[filled], batch.label_mask[filled]  # [M,3,px,px], [M,L]
+        if concept.tiled is not None:
+            pixels, filled = tiled(batch.pixels, filled), filled.any(1, keepdim=True)  # [B,3,px,px], [B,1]
+            pixels = pixels[filled[:, 0]]
+        seen = model.image_encoder(pixels)  # [M,P,Dp]
+        known, label = {"label_mask": mask, "box": batch.box[batch.label_mask.any(-1)]}, None
+        if concept.reads_labels:
+            label = known["label_text"] = model.text_encoder(batch.label_ids[filled], mask)  # [M,L,Dt]
+        tokens, visual = model.bound(seen, known)  # [M,Q,Dc] each
         out = tokens.new_zeros((*filled.shape, *tokens.shape[1:]))
         out[filled] = tokens
-        return out, visual, seen
+        return Told(out, visual, seen, label, mask)
 
-    def velocity(
-        self, batch: Batch, noisy: Tensor, sigma: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor, Tensor]]:
+    def velocity(self, batch: Batch, noisy: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor, Told]:
         """Velocity [B,Cz,F,H,W], the middle block's tokens, text, and what ``concepts`` gives."""
         text = self.model.text_encoder(batch.token_ids, batch.token_mask)
-        told = self.concepts(batch)
+        told, mask = self.concepts(batch), batch.concept_mask
+        if self.model.config.concept.tiled is not None:
+            mask = mask.any(1, keepdim=True)  # [B,1]
         kept: list[Tensor] = []
         handle = self.model.transformer.blocks[self.middle].register_forward_hook(
             lambda *a: kept.append(a[2])
         )
-        velocity = self.model.transformer(noisy, sigma * 1000.0, text, told[0], batch.concept_mask)
+        seen = self.model.seen(mask, batch.label_mask)
+        velocity = self.model.transformer(noisy, sigma * 1000.0, text, told.concepts, seen)
         handle.remove()
         return velocity, kept[0], text, told
 
@@ -111,28 +140,47 @@ class Trainee(nn.Module):
         """
         s = sigma[:, None, None, None, None]
         noisy = (1 - s) * batch.latents + s * noise
-        velocity, hidden, text, (concepts, visual, seen) = self.velocity(batch, noisy, sigma)
+        velocity, hidden, text, told = self.velocity(batch, noisy, sigma)
         weight = foreground_weight(batch)  # [B,1,F,H,W]
         counted = s.clamp(min=MIN_SIGMA) / torch.maximum(s, held[:, None, None, None, None])
         error = (velocity.float() - (noise - batch.latents)).square() * weight * counted.square()
         flow = error.mean() / weight.mean()
         patch = self.model.config.transformer.patch_size
         target = F.avg_pool3d(batch.coverage.flatten(0, 1)[:, None], patch).flatten(1)  # [B*N,S]
-        logits = self.layout(hidden.float(), concepts.float()).flatten(0, 1)
+        look = self._look_losses(batch, hidden, target.view(*batch.concept_mask.shape, -1))
+        losses = {"flow": flow, "total": flow + LOOK_WEIGHT * look.pop("total")}
+        losses |= {f"look_{name}": value for name, value in look.items()}
+        if self.model.config.concept.encoder == "label_selected":
+            losses["selection"] = self._selection_loss(told)
+            losses["total"] = losses["total"] + self.selection * losses["selection"]
+        if not self.bare:
+            asked = self._concept_losses(batch, hidden, text, told, target)
+            losses["total"] = losses["total"] + asked.pop("total")
+            losses |= asked
+        return losses
+
+    def _selection_loss(self, told: Told) -> Tensor:
+        assert told.label_text is not None
+        label = self.model.transformer.condition_embedder.text_embedder(told.label_text)  # [M,L,D]
+        return selection_loss(told.visual.float(), label.float(), told.label_mask)
+
+    def _concept_losses(
+        self, batch: Batch, hidden: Tensor, text: Tensor, told: Told, target: Tensor
+    ) -> dict[str, Tensor]:
+        """What the heads that ask what becomes of pictures and labels find, as ``total`` and its parts;
+        target [B*N,S]: how much of a video token each concept covers."""
+        logits = self.layout(hidden.float(), told.concepts.float()).flatten(0, 1)
         shown = batch.concept_mask.flatten()
         layout = coverage_loss(logits, target, shown)
-        told = shown & (batch.token_mask.sum(1) > 1).repeat_interleave(batch.concept_mask.shape[1])
-        logits = self.story(concepts.float(), text.float(), batch.token_mask).flatten(0, 1)
-        story = coverage_loss(logits, target, told)
+        read = shown & (batch.token_mask.sum(1) > 1).repeat_interleave(batch.concept_mask.shape[1])
+        logits = self.story(told.concepts.float(), text.float(), batch.token_mask).flatten(0, 1)
+        story = coverage_loss(logits, target, read)
         filled = batch.label_mask.any(-1)
-        look = self._look_losses(batch, hidden, target.view(*batch.concept_mask.shape, -1))
         shows = ~batch.foreign[filled]  # what the picture alone says is asked where it shows the noun
         truth = [each[filled][shows] for each in (batch.portraits, batch.traits, batch.patterns)]
-        pictures = self.pictures(seen[shows], visual[shows].float(), *truth)
-        total = flow + LAYOUT_WEIGHT * layout + STORY_WEIGHT * story + LOOK_WEIGHT * look.pop("total")
-        total = total + PICTURE_WEIGHT * pictures.pop("total")
-        pictures |= {f"look_{name}": value for name, value in look.items()}
-        return {"total": total, "flow": flow, "layout": layout, "story": story, **pictures}
+        pictures = self.pictures(told.seen[shows], told.visual[shows].float(), *truth)
+        total = LAYOUT_WEIGHT * layout + STORY_WEIGHT * story + PICTURE_WEIGHT * pictures.pop("total")
+        return {"total": total, "layout": layout, "story": story, **pictures}
 
     def _look_losses(self, batch: Batch, hidden: Tensor, coverage: Tensor) -> dict[str, Tensor]:
         """What the middle block's tokens [B,S,D] know of the look of the concept that covers most of them;
@@ -197,7 +245,13 @@ def train_model(
     warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
     output.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(options.seed)
-    trainee = Trainee(config).to(device)
+    trainee = Trainee(config, options.bare, options.selection).to(device)
+    if (options.picture_steps or options.caption_steps) and (
+        trainee.bare or config.concept.encoder not in ENCODERS
+    ):
+        raise InputError(
+            "pictures and captions alone are learned with heads, by an encoder that reads no label"
+        )
     checkpoint = output / "training.safetensors"
     steps_done = saved_progress(checkpoint)["step"] if checkpoint.exists() else 0
     pool = open_data(int(steps_done) // REFRESHED)
@@ -213,7 +267,9 @@ def train_model(
 
     def losses_of(step: int) -> dict[str, Tensor]:
         rng = random_of(options.seed, step)
-        batch = pool.batch(rng, options.batch_size, Dropped(foreign=options.foreign))
+        grounding = GROUNDING_DROPPED if "box" in ENCODER_INPUTS.get(config.concept.encoder, ()) else 0.0
+        dropped = Dropped(foreign=options.foreign, grounding=grounding)
+        batch = pool.batch(rng, options.batch_size, dropped)
         noise = normal(rng, tuple(batch.latents.shape), device)
         sigma = random_sigma(rng, len(noise), device)
         noise, astray = decoy_noise(batch, noise, sigma, rng, options.decoys)

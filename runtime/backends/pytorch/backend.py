@@ -261,7 +261,7 @@ class TorchBackend:
         if "concept_tokens" in tensors:
             tensors["concept_tokens"] = seen.tokens(tensors["concept_tokens"])
         elif _is_condition(graph):
-            none = torch.zeros(len(seen.concepts), concept.tokens_per_concept, concept.width)
+            none = torch.zeros(len(seen.concepts), concept.tokens_per_entry, concept.width)
             tensors["concept_tokens"] = none.to(self._device)
         elif not seen.partly:
             del tensors["concept_mask"]

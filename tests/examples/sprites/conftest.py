@@ -58,7 +58,7 @@ def tokenizer():
     return build_tokenizer()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def folder(tmp_path_factory):
     """The VAE of a few clips, as `train` leaves it."""
     root = tmp_path_factory.mktemp("vae")
@@ -68,7 +68,7 @@ def folder(tmp_path_factory):
     return root
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def pool(folder):
     """A few clips, their latents normalised by other numbers than 0 and 1."""
     config = small_config()
