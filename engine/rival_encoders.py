@@ -10,6 +10,8 @@ picture width, Dc concept width, Dt text width.
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
@@ -133,7 +135,7 @@ class GroundedResampler(nn.Module):
         placed = (box[:, 2] > box[:, 0]) & (box[:, 3] > box[:, 1])  # [M]
         latents = torch.where(placed[:, None, None], latents, self.grounding_latents)
         picture = self.proj_in(picture_tokens)  # [M,P,Dp]
-        for attend, feed_forward in self.layers:
+        for attend, feed_forward in cast("list[nn.ModuleList]", list(self.layers)):
             latents = latents + attend(picture, latents)
             latents = latents + feed_forward(latents)
         return self.norm_out(self.proj_out(self.attention_norm(latents)))

@@ -26,6 +26,7 @@ def like(base: ModelConfig, system: str) -> ModelConfig:
     picture, concept = base.image_encoder, base.concept
     patches = (concept.picture_size // picture["patch_size"]) ** 2
     hidden: dict[str, Any] = {"picture_dim": picture["hidden_size"], "picture_tokens": patches + 1}
+    own: dict[str, Any]
     if system == "ip-adapter":
         own = {
             "encoder": "image_embedding",
@@ -52,5 +53,5 @@ def like(base: ModelConfig, system: str) -> ModelConfig:
     else:
         raise ConfigError(f"unknown system {system!r}; there are {', '.join(SYSTEMS)}")
     width = base.transformer.width
-    entered = {"width": width, "binding": "none", "injection": "shared_query", "keys": "text"}
+    entered: dict[str, Any] = {"width": width, "binding": "none", "injection": "shared_query", "keys": "text"}
     return replace(base, concept=replace(concept, **own, **entered))
