@@ -259,7 +259,7 @@ def test_a_model_of_before_is_stored_as_ever():
     [
         (
             {"encoder": "pooled"},
-            "encoder must be one of qformer, mlp, image_embedding, label_selected, grounded",
+            "encoder must be one of qformer, mlp, joined_mlp, image_embedding, label_selected",
         ),
         ({"keys": "text"}, "keys must be 'own' where the injection is 'standalone'"),
         ({"keys": "text", "injection": "shared_query"}, "concept.width must be the transformer's (24)"),
