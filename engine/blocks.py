@@ -104,10 +104,18 @@ class Injector(nn.Module):
         heads = (self.heads, -1)
         return self.norm_k(self.to_k(concepts)).unflatten(-1, heads), self.to_v(concepts).unflatten(-1, heads)
 
-    def forward(self, x: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
-        """x [B,S,D], keys and values [B,C,A,E], mask bool [B,C] or None -> what to add to x, [B,S,D]."""
+    def forward(
+        self,
+        x: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        mask: Tensor | None,
+        boxes: Tensor | None = None,
+    ) -> Tensor:
+        """x [B,S,D], keys and values [B,C,A,E], mask bool [B,C] or None, boxes bool [B or 1,S,N] or None ->
+        what to add to x, [B,S,D]."""
         q = self.norm_q(self.to_q(self.norm(x).type_as(x))).unflatten(-1, (self.heads, -1))  # [B,S,A,E]
-        return self.to_out(concept_injection(q, keys, values, mask).flatten(-2))  # [B,S,D]
+        return self.to_out(concept_injection(q, keys, values, mask, boxes).flatten(-2))  # [B,S,D]
 
 
 class Among(NamedTuple):
@@ -150,7 +158,8 @@ class BlockConditions(NamedTuple):
 
     Those of the concepts are None where the injection is `merged` or `none`. text_bias [K,T] (`merged`:
     [K,T+C], with the mask in it): None where every key counts once. among: of self-attention, None where all
-    see all; part: whose of the tokens are here, None where all are.
+    see all; part: whose of the tokens are here, None where all are. boxes bool [K or 1,S,N]: which
+    concept a token may see, None where all may see all.
     """
 
     text_keys: Tensor
@@ -160,6 +169,7 @@ class BlockConditions(NamedTuple):
     text_bias: Tensor | None = None
     among: Among | None = None
     part: Part | None = None
+    boxes: Tensor | None = None
 
 
 KEYS_VALUES = BlockConditions._fields[:4]
@@ -236,18 +246,22 @@ class Block(nn.Module):
         x = x + self.attn2.output(self._cross_attention(q, kv, mask))  # [K,S,D]
         if self.injection == "standalone":
             assert kv.concept_keys is not None and kv.concept_values is not None
-            x = self._inject(x, kv.concept_keys, kv.concept_values, mask)  # [K,S,D]
+            x = self._inject(x, kv.concept_keys, kv.concept_values, mask, kv.boxes)  # [K,S,D]
 
         h = scaled(self.norm3(x), 1 + ffn_scale, ffn_shift).type_as(x)
         return (wide(x) + scaled(wide(self.ffn(h)), ffn_gate)).type_as(x)  # [K,S,D]
 
-    def _inject(self, x: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
-        """x [K,S,D], keys and values [K or R,C,A,E], mask bool [K,C] -> x and the concepts, [K,S,D]."""
+    def _inject(
+        self, x: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, boxes: Tensor | None
+    ) -> Tensor:
+        """x [K,S,D], keys and values [K or R,C,A,E], mask bool [K,C], boxes bool [K or 1,S,N] -> x and the
+        concepts, [K,S,D]."""
         if len(keys) == len(x):
-            return x + self.injector(x, keys, values, mask)
+            return x + self.injector(x, keys, values, mask, boxes)
         blind, seeing = x.split([len(x) - len(keys), len(keys)])  # the first would get exactly zero
         mask = None if mask is None else mask[-len(keys) :]  # [R,C]
-        return torch.cat((blind, seeing + self.injector(seeing, keys, values, mask)))
+        boxes = None if boxes is None else boxes[-len(keys) :]  # [R or 1,S,N]
+        return torch.cat((blind, seeing + self.injector(seeing, keys, values, mask, boxes)))
 
     def _cross_attention(self, q: Tensor, kv: BlockConditions, mask: Tensor | None) -> Tensor:
         """[K,S,A,E] -> [K,S,A,E]: to the text, and to the concepts where these share the text's query."""
@@ -258,7 +272,7 @@ class Block(nn.Module):
         assert kv.concept_keys is not None and kv.concept_values is not None
         concepts = kv.concept_keys, kv.concept_values
         return decoupled_cross_attention(
-            q, kv.text_keys, kv.text_values, *concepts, mask, text_bias=kv.text_bias
+            q, kv.text_keys, kv.text_values, *concepts, mask, text_bias=kv.text_bias, boxes=kv.boxes
         )
 
 

@@ -20,6 +20,7 @@ KEYS = ("own", "text")
 MOST_TILED = 8
 BINDINGS = ("dam", "none", "concat_mlp", "self_attention", "self_attention_ffn")
 INJECTIONS = ("standalone", "shared_query", "merged")
+MASKS = ("none", "boxes")
 ENCODED = ("first", "first_last", "references", "canvas")
 """How pictures are frames of a base with a picture encoder."""
 ALONE = ("none", "first_last", "clean", "control", "behind", "grids")
@@ -57,6 +58,10 @@ class ConceptConfig:
     of at most `max_concepts` keeps its own size, on a grid of its own: Bernini-R's), or `none`, as for every
     other injection.
 
+    mask: what of the video may see a concept at all: `none` (all of it) or `boxes` (in each latent frame the
+    patches that the concept's box touches, as a request tells: MS-Diffusion, arXiv 2406.07209), for the
+    injections `standalone` and `shared_query`. No weight depends on it: any can be so.
+
     fewest: of `behind` how many pictures a request has at least, where places without one are zero latents;
     None for all of them. side: of `grids` the pixels that the longer side of a picture has at most; None for
     others.
@@ -86,6 +91,7 @@ class ConceptConfig:
     scale: float = 1.0
     picture_layers: tuple[int, ...] | None = None
     tiled: int | None = None
+    mask: str = "none"
 
     def __post_init__(self) -> None:
         """Raises ConfigError for a value that cannot be built."""
@@ -96,6 +102,12 @@ class ConceptConfig:
         check_choice(self, "binding", BINDINGS)
         check_choice(self, "injection", (*INJECTIONS, "none", "base"))
         check_choice(self, "given", tuple(dict.fromkeys((*ALONE, *ENCODED))))
+        check_choice(self, "mask", MASKS)
+        require(
+            self.mask == "none" or self.injection in INJECTIONS[:2],
+            f"ConceptConfig.mask {self.mask!r} is for the injections {' and '.join(INJECTIONS[:2])}, not for "
+            f"{self.injection!r}",
+        )
         kinds = {"base": ENCODED, "none": ALONE}.get(self.injection, ("none",))
         require(
             self.given in kinds,
@@ -238,7 +250,7 @@ class ConceptConfig:
         ever."""
         values = dataclasses.asdict(self)
         fields = {field.name: field.default for field in dataclasses.fields(self)}
-        for name in ("fewest", "side", "keys", "scale", "picture_layers", "tiled"):
+        for name in ("fewest", "side", "keys", "scale", "picture_layers", "tiled", "mask"):
             if values[name] == fields[name]:
                 del values[name]
         if self.picture_layers is not None:

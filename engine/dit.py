@@ -39,7 +39,8 @@ MIN_SIGMA = 0.05
 Conditions = dict[str, Tensor]
 """text_keys, text_values [layers,K,T,A,E], VACE's own blocks behind the others; concept_keys, concept_values
 [layers,K,C,A,E] unless the injection is `merged` or `none`. text_bias [K,T], which the caller may add, where
-one key stands for all padding: see `kernels.cross_attention.padding_bias`."""
+one key stands for all padding: see `kernels.cross_attention.padding_bias`; and of the mask `boxes` the
+request's, see `ConceptDiT.denoise`."""
 
 
 def _initialise(modules: dict[str, nn.Module]) -> None:
@@ -191,6 +192,11 @@ class ConceptDiT(nn.Module):
         grids of their own with the channel in front, float32 [1,1+Cz,N,side,side], and then kv may have
         `kept` int64 [P'], the places that are pictures. Returns [K,Cz,F,H,W].
 
+        kv may have `boxes`, too, bool [S,N], or [K or 1,S,N]: which concept a token of the video may see at
+        all (True: may), S = f*h*w patches in the order frame, row, column; a token that may see none gets
+        exactly nothing from concepts. Without them all may see all. Raises ValueError for boxes where the
+        configuration's mask is not `boxes`.
+
         guidance [K], whose sum is one: latents and time are those of all branches, and what returns is
         sum over k of guidance_k velocity_k, [1,Cz,F,H,W]. What follows the last norm is linear, so it is
         done once.
@@ -229,6 +235,7 @@ class ConceptDiT(nn.Module):
             rotary = cos, sin
         mask = None if concept_mask is None else self._token_mask(concept_mask)  # [K,C]
         bias = kv.get("text_bias")  # [K,T]
+        boxes = self._boxes(kv.get("boxes"), tokens, part)  # [K or 1,S,N]
         if self.config.concept.injection == "merged":
             keys = kv["text_keys"].shape[2]  # T+C
             if mask is None:
@@ -243,7 +250,7 @@ class ConceptDiT(nn.Module):
         count = len(self.blocks) + len(controls)
         conditions = [kv[name].unbind(0) if name in kv else [None] * count for name in KEYS_VALUES]
         every = (BlockConditions(*parts) for parts in zip(*conditions, strict=True))
-        own = [one._replace(text_bias=bias, among=among, part=part) for one in every]
+        own = [one._replace(text_bias=bias, among=among, part=part, boxes=boxes) for one in every]
         control, later = self._control(conditioning, x, part), iter(own[len(self.blocks) :])
         for layer, (block, kv_) in enumerate(zip(self.blocks, own, strict=False)):
             x = block(x, modulation, rotary, kv_, mask)  # [K,S,D]
@@ -268,6 +275,17 @@ class ConceptDiT(nn.Module):
         last = last.to(self.proj_out.weight.dtype)
         output = self._unpatch(self.proj_out(last), grid)  # [K or 1,Cz,F,H,W]
         return self.velocity(output, latents, time)
+
+    def _boxes(self, boxes: Tensor | None, tokens: int, part: Part | None) -> Tensor | None:
+        """[S,N] or [K or 1,S,N] -> [K or 1,S,N], or of a part's tokens."""
+        if boxes is None:
+            return None
+        if self.config.concept.mask != "boxes":
+            raise ValueError("boxes are for a model whose ConceptConfig.mask is 'boxes'")
+        boxes = boxes[None] if boxes.dim() == 2 else boxes  # [K or 1,S,N]
+        if boxes.shape[1] != tokens:
+            raise ValueError(f"boxes must be of the video's {tokens} tokens, not of {boxes.shape[1]}")
+        return boxes if part is None else part.own(boxes)
 
     def velocity(self, output: Tensor, latents: Tensor, time: Tensor) -> Tensor:
         """What the network predicts [K,Cz,F,H,W] at these latents and this time, see `denoise`, as a velocity
@@ -303,9 +321,12 @@ class ConceptDiT(nn.Module):
         concept_tokens: Tensor,
         concept_mask: Tensor,
         conditioning: Tensor | None = None,
+        boxes: Tensor | None = None,
     ) -> Tensor:
         """`condition`, then `denoise`, with their shapes."""
         kv = self.condition(text, concept_tokens, concept_mask)
+        if boxes is not None:
+            kv["boxes"] = boxes
         return self.denoise(latents, time, kv, concept_mask, conditioning)
 
     def _unpatch(self, x: Tensor, grid: torch.Size) -> Tensor:

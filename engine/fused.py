@@ -236,7 +236,8 @@ class FusedBlock(nn.Module):
         if alone < len(q):
             bias = None if kv.text_bias is None else kv.text_bias[last]
             own, concepts = (text[0][last], text[1][last]), (kv.concept_keys, kv.concept_values)
-            found.append(decoupled_cross_attention(q[last], *own, *concepts, mask, rms[last], bias))
+            boxes = _of_last(kv.boxes, len(kv.concept_keys))
+            found.append(decoupled_cross_attention(q[last], *own, *concepts, mask, rms[last], bias, boxes))
         return [part.flatten(-2) for part in found]
 
     def _inject(self, x: Tensor, kv: BlockConditions, mask: Tensor | None) -> None:
@@ -245,10 +246,11 @@ class FusedBlock(nn.Module):
         injector = self.block.injector
         h = modulate(x, *_vectors(injector.norm, x), plus_one=False, eps=injector.norm.eps)  # [R,S,D]
         q = injector.norm_q(injector.to_q(h)).unflatten(-1, (injector.heads, -1))  # [R,S,A,E]
+        boxes = _of_last(kv.boxes, len(x))  # [R or 1,S,N]
         if self.absorb:
-            absorbed_injection(x, q, kv.concept_keys, kv.concept_values, mask)
+            absorbed_injection(x, q, kv.concept_keys, kv.concept_values, mask, boxes)
         else:
-            out = concept_injection(q, kv.concept_keys, kv.concept_values, mask)  # [R,S,A,E]
+            out = concept_injection(q, kv.concept_keys, kv.concept_values, mask, boxes)  # [R,S,A,E]
             _add_product(x, out.flatten(-2), injector.to_out)
 
 
@@ -351,6 +353,11 @@ def _add_product(x: Tensor, rows: Tensor, linear: nn.Module) -> None:
         x.view(-1, x.shape[-1]).addmm_(rows.flatten(0, 1), linear.weight.t())
     else:
         x.add_(linear(rows))
+
+
+def _of_last(boxes: Tensor | None, branches: int) -> Tensor | None:
+    """Those of the last branches, [K or 1,S,N] -> [R or 1,S,N]."""
+    return None if boxes is None else boxes[-branches:]
 
 
 def _joined(*linears: nn.Linear) -> nn.Linear:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from torch import Tensor, nn
 
 from .concept_config import ENCODER_INPUTS
@@ -33,6 +35,14 @@ class ConceptMaster(nn.Module):
             self.dam = concept_binder(config)
         self.transformer = ConceptDiT(config)
         self.transformer_2 = None if config.boundary is None else ConceptDiT(config)
+
+    def mask_by(self, mask: str) -> None:
+        """Sets `ConceptConfig.mask`, of which no weight depends, from now on. Raises ConfigError where the
+        injection cannot have it."""
+        concept = dataclasses.replace(self.config.concept, mask=mask)
+        self.config = dataclasses.replace(self.config, concept=concept)
+        for transformer in self.experts().values():
+            transformer.config = self.config
 
     def experts(self) -> dict[str, ConceptDiT]:
         """Every transformer by its name, in the order in which they run."""
@@ -92,6 +102,7 @@ class ConceptMaster(nn.Module):
         concept_mask: Tensor,
         conditioning: Tensor | None = None,
         box: Tensor | None = None,
+        boxes: Tensor | None = None,
     ) -> Tensor:
         """The velocity (noise minus data) that the model predicts, with gradient everywhere; of two experts
         the first's, whatever the time.
@@ -99,13 +110,15 @@ class ConceptMaster(nn.Module):
         latents [B,Cz,F,H,W], time [B] (sigma * 1000), token_ids int64 [B,T], token_mask bool [B,T],
         pixels [B,N,3,px,px] (CLIP-normalised), label_ids int64 [B,N,L], label_mask bool [B,N,L],
         concept_mask bool [B,N] (False: padded or dropped), conditioning [B,Cg,F,H,W] for the
-        injection `base`, see `ConceptDiT.denoise`; box: as for `concepts`.
+        injection `base`, see `ConceptDiT.denoise`; box: as for `concepts`; boxes bool [B or 1,S,N] for the
+        mask `boxes`, as for `ConceptDiT.denoise`.
         Returns [B,Cz,F,H,W].
         """
         text = self.text_encoder(token_ids, token_mask)  # [B,T,Dt]
         concepts = self.concepts(pixels, label_ids, label_mask, box)  # [B,N,Q,Dc]
         seen = self.seen(concept_mask, label_mask)
-        return self.transformer(latents, time, text, concepts, seen, conditioning)  # [B,Cz,F,H,W]
+        known = latents, time, text, concepts, seen, conditioning, boxes
+        return self.transformer(*known)  # [B,Cz,F,H,W]
 
 
 def whole_boxes(like: Tensor) -> Tensor:

@@ -66,8 +66,9 @@ class DenoiseStep(nn.Module):
     """One step of the solver: guidance and update around the transformer.
 
     state [M,Cz,F,H,W], time [1] (sigma * 1000), concept_mask bool [K,N], guidance [K], coefficients
-    [M,M+1], for an image-to-video base its frame conditioning, called given, [1,Cg,F,H,W], then the tensors
-    of `Condition`, and if `biased`, where one of its keys stands for all padding, text_bias [K,T] -> next
+    [M,M+1], for an image-to-video base its frame conditioning, called given, [1,Cg,F,H,W], for the mask
+    `boxes` these, bool [S,N] of the video's tokens (see `ConceptDiT.denoise`), then the tensors of
+    `Condition`, and if `biased`, where one of its keys stands for all padding, text_bias [K,T] -> next
     state [M,Cz,F,H,W]. State and update are float32, whatever the transformer's dtype.
     """
 
@@ -75,8 +76,9 @@ class DenoiseStep(nn.Module):
         super().__init__()
         self.transformer = transformer
         frames = ["given"] if transformer.config.conditioning_channels else []
+        boxes = ["boxes"] if transformer.config.concept.mask == "boxes" else []
         keys_values = condition_names(transformer.config.concept.injection)
-        self.names = [*frames, *keys_values, *(["text_bias"] if biased else [])]
+        self.names = [*frames, *boxes, *keys_values, *(["text_bias"] if biased else [])]
 
     def forward(
         self,
@@ -106,7 +108,7 @@ class DenoiseStep(nn.Module):
         what guidance.py makes of them.
 
         concept_mask: None where every concept of `conditions` is seen, and for `none`; conditions: what
-        `Condition` gave, by name, and perhaps text_bias.
+        `Condition` gave, by name, and perhaps text_bias and boxes.
         """
         concept_mask, frames = self._pictured(concept_mask, given, len(guidance))
         latents = self._latents(state)  # [1,Cz,F,H,W]

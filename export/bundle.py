@@ -39,7 +39,7 @@ from .graphs import GraphSpec, graph_specs
 from .onnx_graphs.int8 import precision_of, quantise
 from .onnx_graphs.trace import describe, export_graph
 from .onnx_graphs.weights_16bit import narrow_in_place
-from .recipes import conditioning_of, pictures_of, text_of, tile_of, wording_of
+from .recipes import boxes_of, conditioning_of, pictures_of, text_of, tile_of, wording_of
 from .verify import Row, check, check_small, checked_specs
 
 TOLD = {"vocabulary": Vocabulary, "ranges": Ranges}
@@ -128,6 +128,7 @@ def write_bundle(
             graphs=graphs,
             conditioning=conditioning_of(source.model.config),
             tile=tiles,
+            boxes=boxes_of(config),
             source=record,
             experts=experts,
             whole_text=whole,

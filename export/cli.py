@@ -92,6 +92,12 @@ def add_export_arguments(parser: argparse.ArgumentParser) -> None:
         "the model reads, padding and all: 512 for Wan)",
     )
     parser.add_argument(
+        "--boxes",
+        action="store_true",
+        help="let requests say where their concepts are: outside of its box nothing of the video sees a "
+        "concept; needs no other weights",
+    )
+    parser.add_argument(
         "--no-graphs", action="store_true", help="manifest and tokenizer alone, for --backend torch: seconds"
     )
     parser.add_argument(
@@ -144,6 +150,8 @@ def run_export(args: argparse.Namespace) -> int:
     choices = replace(_choices(args), size=args.size, frames=args.frames, references=args.references)
     choices = replace(choices, reference_side=args.reference_side)
     source = _with_defaults(open_source(args.source, choices), args)
+    if args.boxes:
+        source.model.mask_by("boxes")
     rows = write_bundle(
         source,
         args.output,

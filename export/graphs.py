@@ -210,6 +210,7 @@ class _Samples:
             "guidance": guidance,
             "coefficients": coefficients,
             **({"given": self.conditioned(seed)} if self.config.conditioning_channels else {}),
+            **({"boxes": self.boxes(seed)} if self.config.concept.mask == "boxes" else {}),
             **self.conditions(condition_of(graph), seed),
             **({} if self.whole_text is None else self._kept(seed, "text_bias")),
         }
@@ -266,6 +267,19 @@ class _Samples:
         latents = torch.zeros(1, channels, frames, height, width)
         latents[:, :, :1] = self._first("encode_first", seed)[0]
         return torch.cat((mask, latents), dim=1)
+
+    def boxes(self, seed: int) -> Tensor:
+        """Of each concept a box of half the height and width, elsewhere in each frame of patches: bool [S,N].
+        Of few concepts there are tokens that see none."""
+        g = torch.Generator().manual_seed(seed + 3)
+        patch, concepts = self.config.transformer.patch_size, self.config.concept.max_concepts
+        frames, *sides = (n // side for n, side in zip(self.config.latent_shape[1:], patch, strict=True))
+        inside = []
+        for side in sides:
+            low = 0.5 * torch.rand(frames, 1, concepts, generator=g)
+            centre = (torch.arange(side)[:, None] + 0.5) / side
+            inside.append((low <= centre) & (centre < low + 0.5))  # [f,h,N], [f,w,N]
+        return (inside[0][:, :, None] & inside[1][:, None]).flatten(0, 2)  # [S,N]
 
     def decode_first(self, seed: int) -> Sample:
         """Latents of a frame, or of a tile."""

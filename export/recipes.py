@@ -17,6 +17,7 @@ from ..engine.config import ModelConfig
 from ..engine.encoders import CLIP_MEAN, CLIP_STD
 from ..errors import InputError
 from ..runtime.bundle_format.pictured import MOST_ON_CANVAS, FrameConditioning, FramePlacement, Pictures
+from ..runtime.bundle_format.schema import Boxes
 from ..runtime.bundle_format.shapes import Tile
 
 WHITE = (255, 255, 255)
@@ -68,6 +69,13 @@ def conditioning_of(config: ModelConfig) -> FrameConditioning | None:
         fit = "padded" if latent_frame < 2 else "cut"
         places.append(FramePlacement(1 + following * (latent_frame - 1), following, fit))
     return FrameConditioning(tuple(places), required=1, dropped_frames=following)
+
+
+def boxes_of(config: ModelConfig) -> Boxes | None:
+    """Where a request may say where its concepts are: a box for each frame of patches; None for nowhere."""
+    if config.concept.mask == "none":
+        return None
+    return Boxes(config.latent_shape[1] // config.transformer.patch_size[0], required=False)
 
 
 def wording_of(config: ModelConfig) -> dict[str, Any]:

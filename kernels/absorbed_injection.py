@@ -22,6 +22,7 @@ import math
 import torch
 from torch import Tensor
 
+from .boxes import by_query, check_boxes
 from .common import INTERPRETED, TorchOp, launch, power_of_two, tl, triton, wide
 
 MAX_CONCEPT_TOKENS = 256
@@ -41,14 +42,19 @@ def absorbed_values(v: Tensor, weight: Tensor) -> Tensor:
 # Reference.
 
 
-def concept_weights_reference(q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
+def concept_weights_reference(q: Tensor, k: Tensor, mask: Tensor | None, boxes: Tensor | None) -> Tensor:
     """`concept_weights` in plain torch."""
     logits = torch.einsum("bsae,bcae->bsac", wide(q), wide(k)) * q.shape[-1] ** -0.5  # [B,S,A,C]
-    if mask is None:
+    if mask is None and boxes is None:
         return logits.softmax(dim=-1).flatten(2).type_as(q)  # [B,S,A*C]
-    some = mask.any(dim=-1, keepdim=True)  # [B,1]
-    logits = logits.masked_fill(~(mask | ~some)[:, None, None], -math.inf)
-    weights = torch.where(some[:, :, None, None], logits.softmax(dim=-1), 0.0)
+    if boxes is not None:
+        allowed = by_query(boxes, mask, k.shape[1])[:, :, None]  # [B or 1,S,1,C]
+    else:
+        assert mask is not None
+        allowed = mask[:, None, None]  # [B,1,1,C]
+    some = allowed.any(dim=-1, keepdim=True)  # [B or 1,S or 1,1,1]
+    logits = logits.masked_fill(~(allowed | ~some), -math.inf)
+    weights = torch.where(some, logits.softmax(dim=-1), 0.0)
     return weights.flatten(2).type_as(q)  # [B,S,A*C]
 
 
@@ -113,33 +119,49 @@ def concept_weights_triton(out: Tensor, q: Tensor, k: Tensor, mask: Tensor | Non
 # The torch op.
 
 
-def _empty(q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
+def _empty(q: Tensor, k: Tensor, *allowed: Tensor | None) -> Tensor:
     return q.new_empty((*q.shape[:2], q.shape[2] * k.shape[1]))  # [B,S,A*C]
+
+
+def _cuda(q: Tensor, k: Tensor, mask: Tensor | None, boxes: Tensor | None) -> Tensor:
+    if boxes is not None:
+        return concept_weights_reference(q, k, mask, boxes)
+    return concept_weights_triton(_empty(q, k), q, k, mask)
 
 
 _weights = TorchOp(
     "concept_weights",
-    "q BSAE, k BCAE, mask? bool BC",
+    "q BSAE, k BCAE, mask? bool BC, boxes? bool bSN",
     reference=concept_weights_reference,
-    cuda=lambda *arguments: concept_weights_triton(_empty(*arguments), *arguments),
+    cuda=_cuda,
     empty=_empty,
+    further=lambda q, k, mask, boxes: check_boxes("concept_weights", k, boxes),
     limits={"C": MAX_CONCEPT_TOKENS},
 )
 
 
-def concept_weights(q: Tensor, k: Tensor, mask: Tensor | None = None) -> Tensor:
+def concept_weights(q: Tensor, k: Tensor, mask: Tensor | None = None, boxes: Tensor | None = None) -> Tensor:
     """Each head's softmax over the concept tokens, beside each other: q [B,S,A,E], k [B,C,A,E] -> [B,S,A*C].
 
-    mask bool [B,C]. Exactly zero where masked, and for a batch row whose concepts are all masked. Raises
-    ValueError for other shapes, mixed dtypes or devices, and more than `MAX_CONCEPT_TOKENS`.
+    mask bool [B,C], boxes bool [B or 1,S,N], see boxes.py. Exactly zero where one of them says so, also for
+    all keys of a token. Raises ValueError for other shapes, mixed dtypes or devices, and more than
+    `MAX_CONCEPT_TOKENS`.
     """
-    return _weights(q, k, mask)
+    return _weights(q, k, mask, boxes)
 
 
-def absorbed_injection(x: Tensor, q: Tensor, k: Tensor, values: Tensor, mask: Tensor | None = None) -> Tensor:
+def absorbed_injection(
+    x: Tensor,
+    q: Tensor,
+    k: Tensor,
+    values: Tensor,
+    mask: Tensor | None = None,
+    boxes: Tensor | None = None,
+) -> Tensor:
     """Adds W_O attention(q, k, v) to x, in place, and returns it; W_O is in the values already.
 
-    x [B,S,D], q normalised [B,S,A,E], k [B,C,A,E], values [B,A*C,D] from `absorbed_values`, mask bool [B,C].
-    A batch row whose concepts are all masked stays exactly as it is.
+    x [B,S,D], q normalised [B,S,A,E], k [B,C,A,E], values [B,A*C,D] from `absorbed_values`, mask bool [B,C],
+    boxes bool [B or 1,S,N]. A batch row whose concepts are all masked stays exactly as it is, and so does a
+    token outside of all boxes.
     """
-    return x.baddbmm_(concept_weights(q, k, mask), values)  # [B,S,D]
+    return x.baddbmm_(concept_weights(q, k, mask, boxes), values)  # [B,S,D]

@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .boxes import by_query, check_boxes
 from .common import TorchOp
 from .cross_attention_choice import cross_attention_cuda
 from .cross_attention_plain import MAX_WIDTH
@@ -32,14 +33,23 @@ from .cross_attention_plain import MAX_WIDTH
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, bias: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    boxes: Tensor | None = None,
 ) -> Tensor:
-    """Softmax attention, scaled by 1/sqrt(E), over the keys that the mask allows.
+    """Softmax attention, scaled by 1/sqrt(E), over the keys that mask and boxes allow.
 
     q [B,S,A,E], k and v [B,T,A,E], mask bool [B,T] (True: attend; None: every key), bias float32 [B,T]
     (float64 of float64): added to the logits of every query and head; minus infinity takes a key away, but
-    not a row's last one. Returns [B,S,A,E] in q's dtype. A batch row whose mask is all False returns zero.
+    not a row's last one. boxes bool [B or 1,S,N], see boxes.py, go without a bias. Returns [B,S,A,E] in q's
+    dtype. A batch row whose mask is all False returns zero, and so does a query that boxes leave no key.
     """
+    if boxes is not None:
+        assert bias is None
+        return _boxed_attention(q, k, v, mask, boxes)
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # [B,A,S|T,E]
     if mask is None and bias is None:
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)  # [B,S,A,E]
@@ -57,6 +67,14 @@ def attention(
     return out.transpose(1, 2)  # [B,S,A,E]
 
 
+def _boxed_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, boxes: Tensor) -> Tensor:
+    allowed = by_query(boxes, mask, k.shape[1])  # [B or 1,S,C]
+    some = allowed.any(dim=-1, keepdim=True)  # [B or 1,S,1]
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # [B,A,S|C,E]
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=(allowed | ~some)[:, None])  # [B,A,S,E]
+    return torch.where(some[:, None], out, 0.0).transpose(1, 2)  # [B,S,A,E]
+
+
 def _normalised(q: Tensor, inverse_rms: Tensor | None) -> Tensor:
     """Queries times their [B,S] numbers, in their dtype."""
     return q if inverse_rms is None else (q * inverse_rms[:, :, None, None]).type_as(q)  # [B,S,A,E]
@@ -71,11 +89,12 @@ def decoupled_cross_attention_reference(
     concept_mask: Tensor | None = None,
     inverse_rms: Tensor | None = None,
     text_bias: Tensor | None = None,
+    boxes: Tensor | None = None,
 ) -> Tensor:
     """`decoupled_cross_attention` in plain torch; for what inverse_rms and text_bias are, see there."""
     q = _normalised(q, inverse_rms)  # [B,S,A,E]
     text = attention(q, text_k, text_v, bias=text_bias)  # [B,S,A,E]
-    return text + attention(q, concept_k, concept_v, concept_mask)  # [B,S,A,E]
+    return text + attention(q, concept_k, concept_v, concept_mask, boxes=boxes)  # [B,S,A,E]
 
 
 def padding_bias(counts: Tensor, kept: int, tokens: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -98,22 +117,39 @@ def _alike(q: Tensor, *others: Tensor | None) -> Tensor:
     return q.new_empty(q.shape)  # [B,S,A,E]
 
 
+def _decoupled_cuda(
+    q: Tensor, tk: Tensor, tv: Tensor, ck: Tensor, cv: Tensor, mask: Tensor | None, rms: Tensor | None,
+    bias: Tensor | None, boxes: Tensor | None,
+) -> Tensor:  # fmt: skip
+    if boxes is not None:
+        return decoupled_cross_attention_reference(q, tk, tv, ck, cv, mask, rms, bias, boxes).contiguous()
+    return cross_attention_cuda(q, (tk, tv), (ck, cv), mask, rms, bias)
+
+
+def _injection_cuda(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, boxes: Tensor | None) -> Tensor:
+    if boxes is not None:
+        return attention(q, k, v, mask, None, boxes).contiguous()
+    return cross_attention_cuda(q, None, (k, v), mask)
+
+
 _decoupled = TorchOp(
     "decoupled_cross_attention",
     "q BSAE, text_k BTAE, text_v BTAE, concept_k BCAE, concept_v BCAE, concept_mask? bool BC, "
-    "inverse_rms? wide BS, text_bias? wide BT",
+    "inverse_rms? wide BS, text_bias? wide BT, boxes? bool bSN",
     reference=decoupled_cross_attention_reference,
-    cuda=lambda q, tk, tv, ck, cv, *rest: cross_attention_cuda(q, (tk, tv), (ck, cv), *rest),
+    cuda=_decoupled_cuda,
     empty=_alike,
+    further=lambda q, tk, tv, k, *rest: check_boxes("decoupled_cross_attention", k, rest[-1]),
     limits={"E": MAX_WIDTH},
     one_node=True,
 )
 _injection = TorchOp(
     "concept_injection",
-    "q BSAE, concept_k BCAE, concept_v BCAE, concept_mask? bool BC",
-    reference=attention,
-    cuda=lambda q, k, v, mask: cross_attention_cuda(q, None, (k, v), mask),
+    "q BSAE, concept_k BCAE, concept_v BCAE, concept_mask? bool BC, boxes? bool bSN",
+    reference=lambda q, k, v, mask, boxes: attention(q, k, v, mask, None, boxes),
+    cuda=_injection_cuda,
     empty=_alike,
+    further=lambda q, k, *rest: check_boxes("concept_injection", k, rest[-1]),
     limits={"E": MAX_WIDTH},
     one_node=True,
 )
@@ -140,15 +176,20 @@ def text_attention(
 
 
 def concept_injection(
-    q: Tensor, concept_k: Tensor, concept_v: Tensor, concept_mask: Tensor | None = None
+    q: Tensor,
+    concept_k: Tensor,
+    concept_v: Tensor,
+    concept_mask: Tensor | None = None,
+    boxes: Tensor | None = None,
 ) -> Tensor:
     """Attention of video queries to concept tokens: the core of ConceptMaster's injector (arXiv 2501.04698).
 
-    q [B,S,A,E], concept_k and concept_v [B,C,A,E], concept_mask bool [B,C]. Returns [B,S,A,E]; exactly zero
-    for a batch row whose concepts are all masked. Raises ValueError for other shapes, mixed dtypes or
-    devices, or a last axis that is not contiguous.
+    q [B,S,A,E], concept_k and concept_v [B,C,A,E], concept_mask bool [B,C], boxes bool [B or 1,S,N], see
+    boxes.py. Returns [B,S,A,E]; exactly zero for a batch row whose concepts are all masked, and for a query
+    outside of all boxes. Raises ValueError for other shapes, mixed dtypes or devices, or a last axis that is
+    not contiguous.
     """
-    return _injection(q, concept_k, concept_v, concept_mask)
+    return _injection(q, concept_k, concept_v, concept_mask, boxes)
 
 
 def decoupled_cross_attention(
@@ -160,6 +201,7 @@ def decoupled_cross_attention(
     concept_mask: Tensor | None = None,
     inverse_rms: Tensor | None = None,
     text_bias: Tensor | None = None,
+    boxes: Tensor | None = None,
 ) -> Tensor:
     """One query, two sets of keys, each with its own softmax; outputs summed (IP-Adapter, arXiv 2308.06721).
 
@@ -171,7 +213,7 @@ def decoupled_cross_attention(
     (float64 of float64). The norm's weight must be in the keys already: k * weight.
 
     text_bias, for text whose padding is one key: float32 [B,T] (float64 of float64), see `attention` and
-    `padding_bias`.
+    `padding_bias`. boxes: of the concepts, bool [B or 1,S,N], see boxes.py.
     Raises ValueError as `concept_injection`.
     """
-    return _decoupled(q, text_k, text_v, concept_k, concept_v, concept_mask, inverse_rms, text_bias)
+    return _decoupled(q, text_k, text_v, concept_k, concept_v, concept_mask, inverse_rms, text_bias, boxes)

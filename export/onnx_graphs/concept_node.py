@@ -4,13 +4,17 @@
     conceptmaster::DecoupledCrossAttention(q, text_k, text_v, k, v, mask) -> out
     conceptmaster::BiasedCrossAttention(q, text_k, text_v, k, v, mask, text_bias) -> out
 
-q and out are [B,S,D], keys and values [B,T,D] of the text and [B,C,D] of the concepts, mask is bool [B,C]
-(True: attend), text_bias float32 [B,T] whatever the others are; the attribute `heads` is A, D = A*E. ONNX
-Runtime, which knows no such operator, runs the body, made of standard operators; TensorRT, which looks for a
-plugin of that name first, takes the Triton kernel (see plugin.py), for which the node says two things that
-nobody else reads: `plugin_namespace` and `aot`.
+and each of them with one more input at its end and another name:
 
-Letters: B batch, S video tokens, T text tokens, C concept tokens, A heads, E head width, D = A*E.
+    conceptmaster::BoxedConceptInjection(q, k, v, mask, boxes) -> out, …
+
+q and out are [B,S,D], keys and values [B,T,D] of the text and [B,C,D] of the concepts, mask is bool [B,C]
+(True: attend), text_bias float32 [B,T] whatever the others are, boxes bool [1,S,N] (see kernels/boxes.py);
+the attribute `heads` is A, D = A*E. ONNX Runtime, which knows no such operator, runs the body, made of
+standard operators; TensorRT, which looks for a plugin of that name first, takes the Triton kernel (see
+plugin.py), for which the node says two things that nobody else reads: `plugin_namespace` and `aot`.
+
+Letters: B batch, S video tokens, T text tokens, N concepts, C concept tokens, A heads, E head width, D = A*E.
 """
 
 from __future__ import annotations
@@ -30,7 +34,9 @@ VERSION = 1
 INJECTION = "ConceptInjection"
 DECOUPLED = "DecoupledCrossAttention"
 BIASED = "BiasedCrossAttention"
-OWN_TYPES = {"mask": "tensor(bool)", "text_bias": "tensor(float)"}
+BOXED = "Boxed"
+"""In front of the name of a node that takes boxes, too."""
+OWN_TYPES = {"mask": "tensor(bool)", "boxes": "tensor(bool)", "text_bias": "tensor(float)"}
 """Of inputs that are not of the queries' type."""
 FOR_TENSORRT: dict[str, str | int] = {"plugin_namespace": DOMAIN, "aot": 1}
 """Attributes with which TensorRT's parser finds a plugin that was compiled ahead of time."""
@@ -59,7 +65,7 @@ _MASKED = """
 """
 # A mask of one row, as the one branch has that sees concepts, picks the keys out: time goes into those that
 # are there. Without any the first stands in and is replaced by zeros.
-_PICKED = """
+_PICK = """
     every = Constant<value_ints: ints = [-1]>()
     flags = Reshape(mask, every)
     number = Cast<to: int = 6>(flags)
@@ -75,6 +81,8 @@ _PICKED = """
     kept = Or(flags, stand_in)
     keys = Compress<axis: int = 1>(k, kept)
     values = Compress<axis: int = 1>(v, kept)
+"""
+_PICKED = f"""{_PICK}
     found = Attention<q_num_heads: int = @heads, kv_num_heads: int = @heads>(q, keys, values)
     zero = Constant<value_float: float = 0.0>()
     zero_alike = CastLike(zero, found)
@@ -98,18 +106,73 @@ _BODIES = {
     out = Add(text, concepts)""",
     ),
 }
+# Boxes of concepts, [1,S,N], as boxes of their keys, [1,S,C].
+_BY_KEY = """
+    one = Constant<value_ints: ints = [1]>()
+    all_keys = Shape<start: int = 1, end: int = 2>(k)
+    all_concepts = Shape<start: int = 2, end: int = 3>(boxes)
+    each = Div(all_keys, all_concepts)
+    fourth = Constant<value_ints: ints = [3]>()
+    apart = Unsqueeze(boxes, fourth)
+    times = Concat<axis: int = 0>(one, one, one, each)
+    spread = Expand(apart, times)
+    tokens = Shape<start: int = 0, end: int = 2>(boxes)
+    flat = Concat<axis: int = 0>(tokens, all_keys)
+    by_key = Reshape(spread, flat)
+"""
+# As `_MASKED`, where each query has a mask of its own.
+_BOXES = f"""{_BY_KEY}
+    by_row = Unsqueeze(mask, one)
+    inside = And(by_row, by_key)
+    number = Cast<to: int = 6>(inside)
+    last = Constant<value_ints: ints = [2]>()
+    largest = ReduceMax<keepdims: int = 1>(number, last)
+    some = Cast<to: int = 9>(largest)
+    none = Not(some)
+    allowed = Or(inside, none)
+    by_query = Unsqueeze(allowed, one)
+    found = Attention<q_num_heads: int = @heads, kv_num_heads: int = @heads>(q, k, v, by_query)
+    zero = Constant<value_float: float = 0.0>()
+    zero_alike = CastLike(zero, found)
+    concepts = Where(some, found, zero_alike)
+    middle = Constant<value_ints: ints = [1, 2]>()
+    rows = Shape<start: int = 1, end: int = 2>(q)
+    sizes = Concat<axis: int = 0>(one, one, rows, one)
+"""
+# As `_PICKED`; a query that sees none of the keys that are left attends to all of them.
+_PICKED_BOXES = f"""{_BY_KEY}{_PICK}
+    inside = Compress<axis: int = 2>(by_key, kept)
+    numbers = Cast<to: int = 6>(inside)
+    last = Constant<value_ints: ints = [2]>()
+    highest = ReduceMax<keepdims: int = 1>(numbers, last)
+    any = Cast<to: int = 9>(highest)
+    not_any = Not(any)
+    allowed = Or(inside, not_any)
+    by_query = Unsqueeze(allowed, one)
+    found = Attention<q_num_heads: int = @heads, kv_num_heads: int = @heads>(q, keys, values, by_query)
+    shown = And(any, some)
+    zero = Constant<value_float: float = 0.0>()
+    zero_alike = CastLike(zero, found)
+    out = Where(shown, found, zero_alike)
+"""
+_BODIES |= {
+    BOXED + name: (f"{inputs}, boxes", body.replace(_MASKED, _BOXES))
+    for name, (inputs, body) in _BODIES.items()
+}
+_OF_ONE_ROW = {INJECTION: _PICKED, BOXED + INJECTION: _PICKED_BOXES}
+NODES = tuple(_BODIES)
 
 
 @functools.cache
 def function_text(name: str, opset: int, one_row: bool = False) -> str:
     """The body of one of the nodes in ONNX's text form, in this opset (23 at least).
 
-    one_row: for a ConceptInjection whose mask has one row. It is faster, and has sizes that are known only
+    one_row: for an injection whose mask has one row. It is faster, and has sizes that are known only
     when it runs.
     """
     inputs, body = _BODIES[name]
-    if one_row and name == INJECTION:
-        body = _PICKED
+    if one_row:
+        body = _OF_ONE_ROW.get(name, body)
     header = f'<domain: "{DOMAIN}", opset_import: ["": {opset}]>'
     return f"{header}\n{name}<heads>({inputs}) => (out)\n{{{body}\n}}"
 
@@ -118,19 +181,30 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     """For torch's exporter, which must run under `kept_whole`: op -> what makes its node."""
     from onnxscript import opset23 as standard
 
-    def injection(q: Any, k: Any, v: Any, mask: Any) -> Any:
+    def injection(q: Any, k: Any, v: Any, mask: Any, boxes: Any) -> Any:
         heads, flat = _flattened(standard, q, k, v)
-        found = operator(INJECTION)(*flat, mask, heads=heads, **FOR_TENSORRT)
+        name, more = (INJECTION, []) if boxes is None else (BOXED + INJECTION, [boxes])
+        found = operator(name)(*flat, mask, *more, heads=heads, **FOR_TENSORRT)
         return standard.Reshape(found, _sizes(q))
 
     def decoupled(
-        q: Any, text_k: Any, text_v: Any, k: Any, v: Any, mask: Any, inverse_rms: Any, text_bias: Any
+        q: Any,
+        text_k: Any,
+        text_v: Any,
+        k: Any,
+        v: Any,
+        mask: Any,
+        inverse_rms: Any,
+        text_bias: Any,
+        boxes: Any,
     ) -> Any:
         if inverse_rms is not None:
             raise NotImplementedError("the node has no inverse_rms")
         heads, flat = _flattened(standard, q, text_k, text_v, k, v)
-        name, bias = (DECOUPLED, []) if text_bias is None else (BIASED, [text_bias])
-        found = operator(name)(*flat, mask, *bias, heads=heads, **FOR_TENSORRT)
+        name, more = (DECOUPLED, []) if text_bias is None else (BIASED, [text_bias])
+        if boxes is not None:
+            name, more = BOXED + name, [*more, boxes]
+        found = operator(name)(*flat, mask, *more, heads=heads, **FOR_TENSORRT)
         return standard.Reshape(found, _sizes(q))
 
     ops = torch.ops.conceptmaster
@@ -149,7 +223,7 @@ def add_functions(model: ir.Model) -> None:
         _drop_reshape(node)
     opset = model.opset_imports[""]
     model.opset_imports[DOMAIN] = VERSION
-    one_row = all(node.inputs[3].shape[0] == 1 for node in nodes if node.op_type == INJECTION)
+    one_row = all(node.inputs[3].shape[0] == 1 for node in nodes if node.op_type in _OF_ONE_ROW)
     for name in sorted({node.op_type for node in nodes}):
         _put(model, name, function_text(name, opset, one_row))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -88,6 +89,8 @@ GRIDS = {"injection": "none", "given": "grids", "max_concepts": 3, "side": 96}
 MODELS = {
     "standalone": {"position_channels": 6},
     "shared_query": {"injection": "shared_query"},
+    "boxes": {"mask": "boxes"},
+    "boxes, shared_query": {"mask": "boxes", "injection": "shared_query"},
     "merged": {"injection": "merged"},
     "none": {"injection": "none"},
     "sample": {"injection": "none", "prediction": "sample"},
@@ -144,6 +147,10 @@ def known_to(step, branches, seed=0):
         torch.arange(config.text_tokens) > 20, -torch.inf
     )
     state = torch.randn(4, *config.denoised_shape, generator=g)
+    if c.mask == "boxes":
+        tokens = (state.shape[2], state.shape[3] // 2, state.shape[4] // 2)
+        boxes = torch.rand(math.prod(tokens), c.max_concepts, generator=g) < 0.5  # [S,N]
+        known["boxes"] = boxes[:, seen.concepts]
     if c.given == "grids":
         given = torch.zeros(1, 5, 3, 12, 12)
         for n, (height, width) in enumerate([(4, 12), (6, 10)]):

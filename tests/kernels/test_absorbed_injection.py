@@ -86,7 +86,7 @@ def test_when_folding_wins():
 def test_the_op_is_registered_well():
     q, k, _, mask = tensors(2, 9, 3, 2, 8)
     torch.library.opcheck(
-        OPS.concept_weights.default, (q, k, mask), test_utils=("test_schema", "test_faketensor")
+        OPS.concept_weights.default, (q, k, mask, None), test_utils=("test_schema", "test_faketensor")
     )
 
 
@@ -101,7 +101,7 @@ def test_the_op_is_registered_well():
 )
 def test_bad_input_is_one_clear_error(change, words):
     q, k, _, mask = tensors(2, 9, 3, 2, 8)
-    given = {"q": q, "k": k, "mask": mask}
+    given = {"q": q, "k": k, "mask": mask, "boxes": None}
     given |= {name: edit(given[name]) for name, edit in change.items()}
     for call in (concept_weights, lambda **named: OPS.concept_weights(*named.values())):
         with pytest.raises(ValueError, match=words):

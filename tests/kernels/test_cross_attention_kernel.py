@@ -127,14 +127,14 @@ def test_the_op_is_registered_well():
     q, tk, tv, ck, cv, mask = tensors(2, 9, 6, 3, 2, 8)
     checks = ("test_schema", "test_faketensor")
     bias = padding_bias(torch.tensor([2, 5]), 6, 20)
-    given = (q, tk, tv, ck, cv, mask, None, bias)
+    given = (q, tk, tv, ck, cv, mask, None, bias, None)
     torch.library.opcheck(OPS.decoupled_cross_attention.default, given, test_utils=checks)
-    torch.library.opcheck(OPS.concept_injection.default, (q, ck, cv, mask), test_utils=checks)
+    torch.library.opcheck(OPS.concept_injection.default, (q, ck, cv, mask, None), test_utils=checks)
     torch.library.opcheck(OPS.biased_attention.default, (q, tk, tv, bias, None), test_utils=checks)
     both = decoupled_cross_attention(q, tk, tv, ck, cv, mask, text_bias=bias)
     assert torch.equal(OPS.decoupled_cross_attention(*given), both)
     assert torch.equal(OPS.biased_attention(q, tk, tv, bias, None), text_attention(q, tk, tv, bias))
-    assert torch.equal(OPS.concept_injection(q, ck, cv, None), concept_injection(q, ck, cv))
+    assert torch.equal(OPS.concept_injection(q, ck, cv, None, None), concept_injection(q, ck, cv))
 
 
 @pytest.mark.parametrize(
@@ -156,7 +156,7 @@ def test_the_op_is_registered_well():
 def test_bad_input_is_one_clear_error(change, words):
     names = ("q", "text_k", "text_v", "concept_k", "concept_v", "concept_mask")
     given = dict(zip(names, tensors(2, 9, 6, 3, 2, 8), strict=True))
-    given |= {"inverse_rms": None, "text_bias": padding_bias(torch.tensor([2, 5]), 6, 20)}
+    given |= {"inverse_rms": None, "text_bias": padding_bias(torch.tensor([2, 5]), 6, 20), "boxes": None}
     given |= {name: edit(given[name]) for name, edit in change.items()}
     op = OPS.decoupled_cross_attention
     for call in (decoupled_cross_attention, lambda **named: op(*named.values())):

@@ -76,7 +76,7 @@ log = logging.getLogger(__name__)
 
 CONDITION_INPUTS = ("text", "concept_tokens", "concept_mask")
 """Of `engine.step.Condition`, in its order; a bundle may have fewer of them."""
-REQUEST_INPUTS = (*CONDITION_INPUTS, "given", "text_bias")
+REQUEST_INPUTS = (*CONDITION_INPUTS, "given", "text_bias", "boxes")
 """What stays the same from step to step, as the pipeline gives it to `condition`, too."""
 EACH_STEP = {"state", "time", "guidance", "coefficients"}
 
@@ -206,7 +206,12 @@ class TorchBackend:
         wanted = [spec for spec in signature.inputs if spec.name not in absent]
         tensors = {s.name: self._to_device(inputs[s.name], graph, s) for s in wanted}
         if "concept_mask" in tensors:
-            self._cut(graph, tensors, Seen.of(torch.as_tensor(inputs["concept_mask"]), self._config))
+            seen = Seen.of(torch.as_tensor(inputs["concept_mask"]), self._config)
+            self._cut(graph, tensors, seen)
+            if tensors.pop("boxes", None) is not None:
+                tokens = self._config.concept.tokens_per_concept
+                boxes = seen.boxes(torch.as_tensor(inputs["boxes"]), tokens)
+                tensors |= {} if boxes is None else {"boxes": boxes.to(self._device)}  # [S,N']
         if graph in STEP_GRAPHS and self._config.concept.side is not None:
             tensors["kept"] = self._pictured(inputs["given"])
         if graph in STEP_GRAPHS:

@@ -139,9 +139,11 @@ def _find(
 
 
 def _check_model(bundle: Bundle, source: Source, place: str | Path) -> None:
-    """Raises InputError unless the source has the manifest's configuration, whatever its folder is called."""
+    """Raises InputError unless the source has the manifest's configuration, whatever its folder is called.
+    It gets the bundle's mask, of which no weight depends."""
     try:
         config = ModelConfig.from_dict(bundle.manifest.model)
+        source.model.mask_by(config.concept.mask)
         same = dataclasses.replace(source.model.config, name=config.name) == config
     except ConfigError:
         same = False

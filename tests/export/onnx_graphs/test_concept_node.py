@@ -12,6 +12,7 @@ inliner = pytest.importorskip("onnx.inliner")
 ort = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 
+from conceptmaster.engine.concept_config import MASKS  # noqa: E402
 from conceptmaster.export.onnx_graphs import concept_node  # noqa: E402
 from conceptmaster.kernels.cross_attention import (  # noqa: E402
     concept_injection,
@@ -19,9 +20,11 @@ from conceptmaster.kernels.cross_attention import (  # noqa: E402
     padding_bias,
 )
 
-NAMES = (concept_node.INJECTION, concept_node.DECOUPLED, concept_node.BIASED)
-OWN = {"mask": onnx.TensorProto.BOOL, "text_bias": onnx.TensorProto.FLOAT}
-B, S, T, C, A, E = 2, 5, 4, 6, 3, 8
+NAMES = concept_node.NODES
+INJECTIONS = [name for name in NAMES if name.endswith(concept_node.INJECTION)]
+BOOL = onnx.TensorProto.BOOL
+OWN = {"mask": BOOL, "boxes": BOOL, "text_bias": onnx.TensorProto.FLOAT}
+B, S, T, N, C, A, E = 2, 5, 4, 3, 6, 3, 8
 
 
 def one_node(name, dtype=None, one_row=False, **attributes):
@@ -29,7 +32,7 @@ def one_node(name, dtype=None, one_row=False, **attributes):
     dtype = dtype or onnx.TensorProto.FLOAT
     function = onnx.parser.parse_function(concept_node.function_text(name, 23, one_row))
     rows = 1 if one_row else B
-    sizes = {"mask": [rows, C], "text_bias": [rows, T], "q": [rows, S, A * E]}
+    sizes = {"mask": [rows, C], "boxes": [1, S, N], "text_bias": [rows, T], "q": [rows, S, A * E]}
     sizes |= {n: [rows, T, A * E] for n in ("text_k", "text_v")}
     info = onnx.helper.make_tensor_value_info
     inputs = [info(n, OWN.get(n, dtype), sizes.get(n, [rows, C, A * E])) for n in function.input]
@@ -52,14 +55,21 @@ def feed(seed=0):
     sizes = {"q": S, "text_k": T, "text_v": T, "k": C, "v": C}
     made = {name: torch.randn(B, size, A, E, generator=g) for name, size in sizes.items()}
     made["text_bias"] = padding_bias(torch.tensor([1, 3]), T, 20)
-    return made | {"mask": torch.tensor([[False] * C, [True, False, True, True, False, False]])}
+    boxes = torch.rand(1, S, N, generator=g) < 0.5
+    boxes[:, 0], boxes[:, 1] = False, True  # nothing, and everything
+    return made | {
+        "mask": torch.tensor([[False] * C, [True, False, True, True, False, False]]),
+        "boxes": boxes,
+    }
 
 
 def expected(name, x):
-    if name == concept_node.INJECTION:
-        return concept_injection(x["q"], x["k"], x["v"], x["mask"])
-    bias = {"text_bias": x["text_bias"]} if name == concept_node.BIASED else {}
-    return decoupled_cross_attention(*(x[n] for n in ("q", "text_k", "text_v", "k", "v", "mask")), **bias)
+    more = {"boxes": x["boxes"]} if name.startswith(concept_node.BOXED) else {}
+    if name in INJECTIONS:
+        return concept_injection(x["q"], x["k"], x["v"], x["mask"], **more)
+    if name.endswith(concept_node.BIASED):
+        more["text_bias"] = x["text_bias"]
+    return decoupled_cross_attention(*(x[n] for n in ("q", "text_k", "text_v", "k", "v", "mask")), **more)
 
 
 def run(model, x):
@@ -74,20 +84,29 @@ def test_the_body_is_the_torch_op(name, assert_close):
     x = feed()
     out = run(one_node(name), x)
     assert_close(out, expected(name, x))
-    if name == concept_node.INJECTION:
+    if name in INJECTIONS:
         assert not out[0].any()  # every concept masked: exactly nothing
+    if name.startswith(concept_node.BOXED):  # outside of every box, too
+        nothing = run(one_node(name), x | {"mask": torch.zeros(B, C, dtype=torch.bool)})
+        assert (out[:, 0] == nothing[:, 0]).all() and (out[1, 1] != nothing[1, 1]).any()
+        everywhere = run(one_node(name), x | {"boxes": torch.ones(1, S, N, dtype=torch.bool)})
+        plain = name.removeprefix(concept_node.BOXED)
+        assert (everywhere == run(one_node(plain), x)).all()
 
 
+@pytest.mark.parametrize("name", INJECTIONS)
 @pytest.mark.parametrize("seen", [[], [0], [5], [1, 3], range(C)])
-def test_of_a_mask_of_one_row_the_keys_are_picked_out(seen, assert_close):
+def test_of_a_mask_of_one_row_the_keys_are_picked_out(name, seen, assert_close):
     """The others may hold anything, not a number, too; where there is none, exactly nothing comes out."""
     x = {name: value[:1] for name, value in feed().items()}
     x["mask"] = torch.isin(torch.arange(C), torch.tensor(list(seen), dtype=torch.int64))[None]
-    model = one_node(concept_node.INJECTION, one_row=True)
+    model = one_node(name, one_row=True)
     onnx.checker.check_model(model, full_check=True)
     out = run(model, x)
-    assert_close(out, concept_injection(x["q"], x["k"], x["v"], x["mask"]))
+    assert_close(out, expected(name, x))
     assert out.any() == bool(seen)
+    if name.startswith(concept_node.BOXED):
+        assert not out[:, 0].any()
     if seen:
         x |= {n: torch.where(x["mask"][:, :, None, None], x[n], torch.nan) for n in "kv"}
         assert (run(model, x) == out).all()
@@ -96,7 +115,7 @@ def test_of_a_mask_of_one_row_the_keys_are_picked_out(seen, assert_close):
 @pytest.mark.parametrize("name", NAMES)
 def test_the_body_runs_in_half_precision(name, assert_close):
     x = {n: v if n in OWN else v.half() for n, v in feed().items()}
-    wide = {n: v if n == "mask" else v.double() for n, v in x.items()}
+    wide = {n: v if v.dtype == torch.bool else v.double() for n, v in x.items()}
     assert_close(run(one_node(name, onnx.TensorProto.FLOAT16), x), expected(name, wide), "float16")
 
 
@@ -153,11 +172,13 @@ def test_shapes_are_inferred_through_it_by_whoever_has_made_it(name):
         ("shared_query", 500, concept_node.BIASED),
     ],
 )
-def test_every_block_has_one(source_for, tmp_path, run, assert_close, injection, whole_text, name):
+@pytest.mark.parametrize("mask", MASKS)
+def test_every_block_has_one(source_for, tmp_path, run, assert_close, injection, whole_text, name, mask):
     from conceptmaster.export.graphs import graph_specs
     from conceptmaster.export.onnx_graphs.trace import export_graph
 
-    source = source_for(injection=injection)
+    source = source_for(injection=injection, mask=mask)
+    name = concept_node.BOXED + name if mask == "boxes" else name
     specs = graph_specs(source.model, source.vae, whole_text=whole_text)
     (spec,) = (s for s in specs if s.name == "denoise")
     path = tmp_path / "denoise.onnx"
