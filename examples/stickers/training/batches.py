@@ -22,6 +22,7 @@ from conceptmaster.examples.sprites.training.batches import Tensors, sent
 from ..world.scenes import MAX_CONCEPTS
 from ..world.tokens import END_ID
 from .options import Dropped, Supply
+from .placing import NOBODY
 
 REFERENCES = 2
 """Reference pictures of every concept of a clip, of which a batch takes one."""
@@ -29,6 +30,8 @@ BARE = 0.05
 """Of a place in the latents concepts cover at most so much where it is background."""
 FEW = 2
 """Concepts of a clip that has few."""
+READ = "token_ids", "token_mask", "label_ids", "label_mask", "coverage", "motion"
+"""What ``Captions`` has of what is told."""
 SHARES = 0.22, 0.48, 0.22, 0.08
 """Of the clips of one, two, three and four concepts, as ``scenes.random_scene`` makes them."""
 
@@ -39,7 +42,9 @@ class Batch(Tensors):
 
     latents and decoys [B,Cz,F,H,W], token_ids/token_mask [B,T], pixels [B,N,3,px,px] (CLIP-normalised),
     label_ids/label_mask [B,N,L], concept_mask [B,N]: what is filled and not left out, filled int64 [M]: the
-    filled ones of all B*N slots, coverage [B,N,F,H,W] in 0..1, portraits [B,N,3,32,32] in -1..1. A decoy is
+    filled ones of all B*N slots, coverage [B,N,F,H,W] in 0..1, portraits [B,N,3,32,32] in -1..1. track
+    [B,N,F,4,4]: of the four video frames of each latent one (the first has one, four times), see
+    ``Actor.track``. spot int64 [B,4], not by slots but as the caption tells them; see ``placing``. A decoy is
     the same clip with other pictures.
     """
 
@@ -54,11 +59,14 @@ class Batch(Tensors):
     filled: Tensor
     coverage: Tensor
     portraits: Tensor
+    track: Tensor
+    spot: Tensor
 
 
 @dataclass
 class Captions(Tensors):
-    """Sentences with their labels and what they tell; fields as in ``Batch``."""
+    """Sentences with their labels and what they tell; fields as in ``Batch``, and motion int64 [B,N] of
+    ``MOTIONS``."""
 
     token_ids: Tensor
     token_mask: Tensor
@@ -66,12 +74,13 @@ class Captions(Tensors):
     label_mask: Tensor
     filled: Tensor
     coverage: Tensor
+    motion: Tensor
 
     @classmethod
     def of(cls, told: dict[str, Tensor]) -> Self:
         """All of what ``Writer.told`` tells."""
         filled = torch.from_numpy(filled_slots(told["count"].numpy(), MAX_CONCEPTS))
-        return cls(**{name: value for name, value in told.items() if name != "count"}, filled=filled)
+        return cls(**{name: told[name] for name in READ}, filled=filled)
 
 
 def filled_slots(counts: np.ndarray, slots: int) -> np.ndarray:
@@ -138,7 +147,7 @@ class Told(Ring):
         rows = np.arange(size) if whole else self.some(rng, size, range(1, MAX_CONCEPTS + 1))
         device = self.held["token_ids"].device
         where = sent(rows, device)
-        told = {name: value[where] for name, value in self.held.items() if name != "count"}
+        told = {name: self.held[name][where] for name in READ}
         return Captions(**told, filled=sent(filled_slots(self.counts[rows], MAX_CONCEPTS), device))
 
 
@@ -205,4 +214,12 @@ class Pool(Ring):
             sent(filled_slots(counts, slots), device),
             held["coverage"][:, :, frames][spread, order].float() / 255,
             held["portraits"][spread, order].float() / 127.5 - 1,
+            by_latent_frame(held["track"])[:, :, frames][spread, order],
+            torch.where(silent, NOBODY, held["spot"][rows]),
         )
+
+
+def by_latent_frame(track: Tensor) -> Tensor:
+    """[B,N,1+4K,4] -> [B,N,1+K,4,4]."""
+    first = track[:, :, :1].expand(-1, -1, 4, -1)[:, :, None]
+    return torch.cat([first, track[:, :, 1:].unflatten(2, (-1, 4))], 2)

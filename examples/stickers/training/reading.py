@@ -27,7 +27,7 @@ from conceptmaster.examples.sprites.training.train_model import ADAM_NAMES
 from ..world.scenes import Wish
 from .artist import Artist
 from .batches import Captions
-from .trainee import Trainee
+from .trainee import MOTION_WEIGHT, Trainee
 
 READ = 1 << 45
 """First seed of what is read here."""
@@ -80,13 +80,14 @@ def learn_to_read(
         "text": trainee.model.text_encoder,
         "embedder": trainee.model.transformer.condition_embedder.text_embedder,
     }
-    parts = nn.ModuleDict(read | {"story": trainee.story, "scenery": trainee.scenery})
+    heads = {"story": trainee.story, "scenery": trainee.scenery, "motion": trainee.motion}
+    parts = nn.ModuleDict(read | heads)
     before = copy.deepcopy(nn.ModuleDict(read)).requires_grad_(False)
     table = artist.backgrounds(range(READ - DRAWN, READ), Wish(foreign=0.0))
     unknown = torch.stack(list(table.values())).mean(0)
     others = RATE / 4 if keep else FAST_RATE
     optimizer = MuonAdamW(parts.named_parameters(), RATE, others, adam_names=(*ADAM_NAMES, *FAST_NAMES))
-    losses: dict[str, list[float]] = {"story": [], "scenery": [], "moved": []}
+    losses: dict[str, list[float]] = {"story": [], "scenery": [], "motion": [], "moved": []}
     for step in tqdm(range(steps), desc="read", disable=None):
         scenes = artist.scenes(range(READ + step * size, READ + (step + 1) * size), Wish(foreign=0.0))
         captions = Captions.of(artist.told_of(scenes)).to(device)
@@ -96,8 +97,10 @@ def learn_to_read(
             text = trainee.read(captions.token_ids, captions.token_mask)
             embedded = trainee.embedded(text)
             told = trainee.told_scenery(embedded, captions.token_mask).view_as(wanted)
+            story, motion = trainee.reading(captions, text)
             found = {
-                "story": trainee.reading(captions, text),
+                "story": story,
+                "motion": motion,
                 "scenery": (told - wanted).square().mean() / (wanted - wanted.mean(0)).square().mean(),
                 "moved": embedded.new_zeros(()),
             }
@@ -106,7 +109,7 @@ def learn_to_read(
                 old = before["embedder"](old).float()
                 shown = captions.token_mask[..., None]
                 found["moved"] = ((embedded - old).square() * shown).sum() / (old.square() * shown).sum()
-            loss = found["story"] + found["scenery"] + KEPT * found["moved"]
+            loss = found["story"] + found["scenery"] + MOTION_WEIGHT * motion + KEPT * found["moved"]
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         check_norm(gradient_norm(parts.parameters(), 2.0))

@@ -22,8 +22,9 @@ from ..world.atlas import Atlas
 from ..world.captions import tell
 from ..world.drawing import Cast, Stage, cast_of
 from ..world.looks import Look, random_look
-from ..world.scenes import MAX_CONCEPTS, Actor, Scene, Wish, generator, random_scene
+from ..world.scenes import FRAMES, MAX_CONCEPTS, MOTIONS, Actor, Scene, Wish, generator, random_scene
 from ..world.tokens import fits, tokenise
+from .placing import NOBODY, spot_of
 
 TRIES = 1 << 40
 """Distance between the seeds that are tried for one clip, where a caption is too long for the model."""
@@ -75,17 +76,24 @@ class Writer:
             seed += TRIES
 
     def words(self, scenes: list[Scene]) -> dict[str, Tensor]:
-        """Token ids and masks of captions and labels, as ``Batch`` has them, and ``count`` [n], the number of
-        concepts."""
+        """Token ids and masks of captions and labels, as ``Batch`` has them, ``motion`` int64 [n,N] of
+        ``MOTIONS``, ``track`` float32 [n,N,F,4], ``spot`` int64 [n,N], see ``placing``, and ``count`` [n],
+        the number of concepts."""
         ids, mask = tokenise(self.tokenizer, [tell(scene) for scene in scenes], self.config.text_tokens)
         length = self.config.concept.label_tokens
         label_ids = np.zeros((len(scenes), MAX_CONCEPTS, length), np.int64)
         label_mask = np.zeros(label_ids.shape, bool)
+        motion, spot = np.zeros(label_ids.shape[:2], np.int64), np.full(label_ids.shape[:2], NOBODY)
+        track = np.zeros((*motion.shape, FRAMES, 4), np.float32)
         for row, scene in enumerate(scenes):
             count = len(scene.actors)
             found = tokenise(self.tokenizer, [actor.label for actor in scene.actors], length)
             label_ids[row, :count], label_mask[row, :count] = found
+            motion[row, :count] = [MOTIONS.index(actor.motion) for actor in scene.actors]
+            track[row, :count] = [actor.track() for actor in scene.actors]
+            spot[row, :count] = [spot_of(actor) for actor in scene.actors]
         arrays = {"token_ids": ids, "token_mask": mask, "label_ids": label_ids, "label_mask": label_mask}
+        arrays |= {"motion": motion, "track": track, "spot": spot}
         arrays["count"] = np.array([len(scene.actors) for scene in scenes])
         return {name: torch.from_numpy(value) for name, value in arrays.items()}
 

@@ -47,6 +47,7 @@ from .batches import Batch, Captions, Pool, Told
 from .components import add_components, doubled, halved
 from .options import Options, Supply
 from .packing import HEADS, pack_folder, state_of
+from .placing import placing_noise
 from .probing import probe
 from .reading import learn_to_read
 from .seeing import learn_to_see
@@ -232,7 +233,7 @@ class Drawn:
         size = options.batch_size if window is None else options.more * options.batch_size
         batch = pool.batch(rng, -(-size // shrunk), options.dropped, window, options.apart)
         captions = told.captions(rng, -(-options.captions // shrunk))
-        noise = normal(rng, tuple(batch.latents.shape), device)
+        noise = placing_noise(normal(rng, tuple(batch.latents.shape), device), batch.spot)
         sigma = random_sigma(rng, len(noise), device, options.high)
         # The sprites' function asks of a batch what this one has, too.
         noise, _ = decoy_noise(batch, noise, sigma, rng, options.decoys)  # type: ignore[arg-type]

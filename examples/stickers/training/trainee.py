@@ -1,9 +1,9 @@
 """The model with what only training needs: heads that ask early for what the concepts must carry.
 
-None of the heads is shipped. ``layout`` asks the middle block where every concept is and ``look`` how what is
-there looks, ``story`` asks the caption for places, ``scenery`` asks it, as the transformer reads it, for the
-background, ``portrait`` asks the visual queries how a concept looks, each for its own square of the upright
-picture.
+None of the heads is shipped. ``layout`` asks the middle block where every concept is, ``look`` how what is
+there looks and ``pose`` how it is turned, how large it is and where; ``story`` asks the caption for places,
+``motion`` and ``scenery`` ask it, as the transformer reads it, for motions and for the background;
+``portrait`` asks the visual queries how a concept looks, each for its own square of the upright picture.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from conceptmaster.engine.model import ConceptMaster
 from conceptmaster.examples.sprites.training.heads import LayoutHead, coverage_loss, masked_mean
 from conceptmaster.examples.sprites.training.train_pictures import UprightHead
 
+from ..world.scenes import MOTIONS
 from ..world.tokens import END_ID
 from .batches import BARE, Batch, Captions
 from .windows import only
@@ -32,14 +33,18 @@ SHARP = 0.25
 """What the likeness of two words is multiplied by."""
 RARE = -2.0
 """Logit of a place's being covered that the story head begins with, as the layout head does."""
-FLOW_WEIGHT, LAYOUT_WEIGHT, STORY_WEIGHT, SCENERY_WEIGHT = 5.0, 4.0, 0.5, 1.0
-PORTRAIT_WEIGHT, LOOK_WEIGHT = 2.0, 3.0
+FLOW_WEIGHT, LAYOUT_WEIGHT, STORY_WEIGHT, SCENERY_WEIGHT, MOTION_WEIGHT = 5.0, 4.0, 0.5, 1.0, 0.3
+PORTRAIT_WEIGHT, LOOK_WEIGHT, POSE_WEIGHT = 2.0, 3.0, 3.0
 LEAST_SPREAD = 1e-4
 """Backgrounds of a batch that differ less count as if they differed so much."""
 THUMBNAIL = 8
 """Side of the picture of a concept that the middle block's tokens are asked for."""
 LOOK_COVERAGE = 0.4
-"""A video token is asked for the look of a concept that covers at least so much of it."""
+"""A video token is asked for the look, and the pose, of a concept that covers at least so much of it."""
+POSES = 5
+"""Numbers of a pose: sine and cosine of the turn, size, and where the middle is, across and down."""
+USUAL, NEAR = 10.0, 8.0
+"""Units of a usual size, of which powers of two are told, and those in which places are told."""
 
 
 class StoryHead(nn.Module):
@@ -57,11 +62,14 @@ class StoryHead(nn.Module):
         self.net = nn.Sequential(nn.Linear(text_width, 256), nn.GELU(), nn.Linear(256, tokens))
         nn.init.constant_(self.net[-1].bias, RARE)  # type: ignore[arg-type]
 
-    def forward(self, named: Tensor, text: Tensor, mask: Tensor) -> Tensor:
-        """``mask`` bool [B,T]: the caption's tokens."""
+    def where(self, named: Tensor, text: Tensor, mask: Tensor) -> Tensor:
+        """Which words of the caption labels are, [B,N,T], in sum one; ``mask`` bool [B,T]: its tokens."""
         scores = torch.einsum("bni,bti->bnt", self.compare(named), self.compare(text)) * SHARP
-        found = scores.masked_fill(~mask[:, None], -torch.inf).softmax(-1) @ text  # [B,N,Dt]
-        return self.net(found)
+        return scores.masked_fill(~mask[:, None], -torch.inf).softmax(-1)
+
+    def forward(self, text: Tensor, where: Tensor) -> Tensor:
+        """The caption's text [B,T,Dt], and where labels are in it."""
+        return self.net(where @ text)
 
 
 class Trainee(nn.Module):
@@ -82,6 +90,8 @@ class Trainee(nn.Module):
         self.look = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 3 * THUMBNAIL**2))
         channels, _, rows, _ = config.latent_shape
         self.scenery = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, channels * rows))
+        self.motion = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, len(MOTIONS)))
+        self.pose = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 4 * POSES))
         self.middle = config.transformer.num_layers // 2 - 1
 
     @property
@@ -184,15 +194,16 @@ class Trainee(nn.Module):
         flow = error.mean() / weight.mean()
         target = self._tokens_covered(batch.coverage)  # [B,N,S]
         layout = coverage_loss(self.layout(hidden.float(), concepts.float()), target, batch.concept_mask)
-        story = self._story(captions, named, beside)
+        story, motion = self._story(captions, named, beside)
         difference = self.portrait(visual.float()) - batch.portraits.flatten(0, 1)[batch.filled]
         portrait = difference.abs().mean() + difference.square().mean()
-        look = self._looks(batch, hidden, target)
+        look, pose = self._looks(batch, hidden, target), self._poses(batch, hidden, target)
         scenery = self._scenery(batch, text)
         total = FLOW_WEIGHT * flow + LAYOUT_WEIGHT * layout + STORY_WEIGHT * story
-        total = total + SCENERY_WEIGHT * scenery + PORTRAIT_WEIGHT * portrait + LOOK_WEIGHT * look
-        losses = {"flow": flow, "layout": layout, "story": story, "scenery": scenery}
-        return {"total": total, **losses, "portrait": portrait, "look": look}
+        total = total + SCENERY_WEIGHT * scenery + MOTION_WEIGHT * motion
+        total = total + PORTRAIT_WEIGHT * portrait + LOOK_WEIGHT * look + POSE_WEIGHT * pose
+        losses = {"flow": flow, "layout": layout, "story": story, "scenery": scenery, "motion": motion}
+        return {"total": total, **losses, "portrait": portrait, "look": look, "pose": pose}
 
     def _scenery(self, batch: Batch, text: Tensor) -> Tensor:
         """The error of what the caption's embedding in the transformer tells of the background, the latents'
@@ -225,19 +236,43 @@ class Trainee(nn.Module):
         error = (self.look(hidden.float()) - wanted).square()
         return masked_mean(error, (most > LOOK_COVERAGE)[..., None])
 
-    def reading(self, captions: Captions, text: Tensor) -> Tensor:
-        """The story head's loss on captions alone, as text [B,T,Dt]."""
+    def _poses(self, batch: Batch, hidden: Tensor, coverage: Tensor) -> Tensor:
+        """The error of what the middle block's tokens [B,S,D] tell of the pose, in every frame, of the
+        concept that covers most of them, coverage [B,N,S]: where captions are followed, and of some poses
+        nothing else asks, such as how what spins is turned."""
+        most, which = (coverage * batch.concept_mask[..., None]).max(1)  # [B,S]
+        x, y, size, turn = batch.track.unbind(-1)  # [B,N,F,4]
+        poses = [turn.sin(), turn.cos(), 2 * (size.clamp(min=1) / USUAL).log2(), x / NEAR, y / NEAR]
+        tracks = torch.stack(poses, -1).flatten(3)  # [B,N,F,20]
+        rows, columns = (
+            n // p
+            for n, p in zip(
+                batch.coverage.shape[3:], self.model.config.transformer.patch_size[1:], strict=True
+            )
+        )
+        every = tracks.repeat_interleave(rows * columns, 2)  # [B,N,S,20]
+        wanted = every.gather(1, which[:, None, :, None].expand(-1, -1, -1, every.shape[-1]))[:, 0]
+        error = (self.pose(hidden.float()) - wanted).square()
+        return masked_mean(error, (most > LOOK_COVERAGE)[..., None])
+
+    def reading(self, captions: Captions, text: Tensor) -> tuple[Tensor, Tensor]:
+        """The losses of story and motion head on captions alone, as text [B,T,Dt]."""
         return self._story(captions, self.read(*_labels(captions)), text)
 
-    def _story(self, captions: Captions, label: Tensor, text: Tensor) -> Tensor:
+    def _story(self, captions: Captions, label: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
         """Of captions as text [B,T,Dt] with that of their labels, [M,L,Dt]."""
         ids, mask = _labels(captions)  # [M,L]
         words = mask & (ids != END_ID)
         named = (label * words[..., None]).sum(1) / words.sum(1, keepdim=True)  # [M,Dt]
         slots = captions.label_mask.shape[:2]  # [B,N]
         asked = named.new_zeros(slots.numel(), named.shape[-1]).index_copy(0, captions.filled, named)
-        logits = self.story(asked.unflatten(0, slots).float(), text.float(), captions.token_mask)
-        return coverage_loss(logits, self._tokens_covered(captions.coverage), captions.label_mask.any(-1))
+        where = self.story.where(asked.unflatten(0, slots).float(), text.float(), captions.token_mask)
+        there = captions.label_mask.any(-1)  # [B,N]
+        covered = self._tokens_covered(captions.coverage)
+        story = coverage_loss(self.story(text.float(), where), covered, there)
+        logits = self.motion(where @ self.embedded(text))  # [B,N,11]
+        missed = F.cross_entropy(logits.flatten(0, 1), captions.motion.flatten(), reduction="none")
+        return story, masked_mean(missed, there.flatten())
 
     def _tokens_covered(self, coverage: Tensor) -> Tensor:
         """How much of every video token concepts cover: [B,N,F,H,W] -> [B,N,S]."""

@@ -126,7 +126,7 @@ def random_scene(seed: int, atlas: Atlas, wish: Wish) -> Scene:
     nouns, pictures = _choose_pictures(rng, atlas, wish, count, twins)
     looks = [Look() if wish.plain else random_look(rng) for _ in pictures]
     colours = [shown_colour(atlas.colours[p], look) for p, look in zip(pictures, looks, strict=True)]
-    placed = wish.placed if wish.placed is not None else wish.plain or bool(rng.random() < 0.88)
+    placed = wish.placed if wish.placed is not None else wish.plain or bool(rng.random() < 0.8)
     tracks = _place(rng, count, placed, wish)
     labels = _labels(rng, atlas, wish, nouns, pictures, colours, tracks)
     actors = [
