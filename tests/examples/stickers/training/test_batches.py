@@ -54,6 +54,26 @@ def test_a_batch_has_what_its_clips_tell(artist):
     assert not torch.allclose(batch.latents, batch.decoys)
 
 
+def test_tracks_are_those_of_the_frames_that_are_seen_and_spots_as_the_caption_tells_them(artist):
+    made, frames = pool(artist), slice(1, 3)
+    made.at(0)
+    clips = np.arange(8)
+    batch = made.of(clips, np.random.default_rng(0), Dropped(0, 0, 0), frames)
+    scenes = artist.scenes(range(8), Wish())
+    for row, scene in enumerate(scenes):
+        tracks = [torch.from_numpy(actor.track()[1:9]).view(2, 4, 4) for actor in scene.actors]
+        shown = list(batch.track[row][batch.concept_mask[row]])
+        assert all(any(torch.equal(track, own) for own in shown) for track in tracks)
+        spots = batch.spot[row].tolist()
+        assert [spot >= 9 for spot in spots[: len(tracks)]] == [a.cell is not None for a in scene.actors]
+        assert spots[len(tracks) :] == [-1] * (4 - len(tracks))
+        for spot, actor in zip(spots, scene.actors, strict=False):
+            if actor.cell is not None:  # told places are those of the ninths
+                assert spot == 9 + actor.cell[0] + 3 * actor.cell[1]
+    silent = made.of(clips, np.random.default_rng(0), Dropped(concepts=0, caption=1, both=0), frames)
+    assert (silent.spot == -1).all()
+
+
 def test_captions_and_concepts_are_left_out_as_often_as_told(artist):
     made = pool(artist)
     made.at(0)

@@ -94,11 +94,23 @@ def of_filled_slots(own, batch, captions, noise, sigma, window):
     return {
         "flow": error.mean() / weight.mean(),
         "layout": F.binary_cross_entropy_with_logits(logits[shown], target[shown]),
-        "story": of_captions(own, captions),
+        **of_captions(own, captions),
         "scenery": of_background(own, batch, text),
         "portrait": difference.abs().mean() + difference.square().mean(),
         "look": (own.look(kept[0][rows, columns]) - wanted).square().mean(),
+        "pose": (own.pose(kept[0][rows, columns]) - poses_of(batch, rows, columns, which)).square().mean(),
     }
+
+
+def poses_of(batch, rows, columns, which):
+    """Turn, size and place in each of four frames, of the concept that is most of a token."""
+    grid = batch.coverage.shape[3] // 2 * (batch.coverage.shape[4] // 2)
+    found = []
+    for row, column in zip(rows.tolist(), columns.tolist(), strict=True):
+        x, y, size, turn = batch.track[row, which[row, column], column // grid].T.double()  # [4] each
+        each = [torch.sin(turn), torch.cos(turn), 2 * torch.log2(size / 10), x / 8, y / 8]
+        found.append(torch.stack(each, -1).flatten().float())
+    return torch.stack(found)
 
 
 def of_background(own, batch, text):
@@ -124,13 +136,20 @@ def of_captions(own, captions):
     looked_for = named.new_zeros((*filled.shape, named.shape[-1]))
     looked_for[filled] = named
     text = own.model.text_encoder(captions.token_ids, captions.token_mask)
-    logits = own.story(looked_for, text, captions.token_mask)[filled]
+    where = own.story.where(looked_for, text, captions.token_mask)
+    logits = own.story(text, where)[filled]
     target = F.avg_pool3d(captions.coverage.flatten(0, 1)[:, None], (1, 2, 2)).flatten(1)
-    return F.binary_cross_entropy_with_logits(logits, target[filled.flatten()])
+    embedded = own.model.transformer.condition_embedder.text_embedder(text)
+    motion = own.motion(where @ embedded)[filled].log_softmax(-1)
+    return {
+        "story": F.binary_cross_entropy_with_logits(logits, target[filled.flatten()]),
+        "motion": -motion[torch.arange(len(motion)), captions.motion[filled]].mean(),
+    }
 
 
 def gradients(own, losses):
-    weights = {"flow": 5.0, "layout": 4.0, "story": 0.5, "scenery": 1.0, "portrait": 2.0, "look": 3.0}
+    weights = {"flow": 5.0, "layout": 4.0, "story": 0.5, "scenery": 1.0, "motion": 0.3}
+    weights |= {"portrait": 2.0, "look": 3.0, "pose": 3.0}
     own.zero_grad()
     sum(weights[name] * losses[name] for name in weights).backward()
     return {name: p.grad.clone() for name, p in own.named_parameters() if p.grad is not None}
@@ -153,7 +172,7 @@ def test_a_step_is_what_the_filled_slots_alone_give(window, rings, assert_close)
 def test_a_batch_in_which_nothing_is_shown_asks_for_nothing(rings):
     own, arguments = learner(), asked(rings, dropped=Dropped(1, 0, 0))
     losses = own(*arguments)
-    assert losses["layout"] == losses["look"] == 0 and losses["flow"] > 0
+    assert losses["layout"] == losses["look"] == losses["pose"] == 0 and losses["flow"] > 0
     losses["total"].backward()
     assert all(p.grad.isfinite().all() for p in own.parameters() if p.grad is not None)
 
