@@ -31,12 +31,12 @@ def spot_of(actor: Actor) -> int:
     return 3 * row + column + (0 if actor.cell is None else NINTHS)
 
 
-def ninths(height: int, width: int, device: torch.device | str = "cpu") -> Tensor:
+def ninths(height: int, width: int) -> Tensor:
     """Which cells of a grid belong to each ninth, 0 or 1, float32 [9,H,W]."""
-    edges = torch.tensor(EDGES, device=device)
-    of = [torch.bucketize((torch.arange(n, device=device) + 0.5) / n, edges) for n in (height, width)]
-    number = 3 * of[0][:, None] + of[1]  # [H,W]
-    return (number == torch.arange(NINTHS, device=device)[:, None, None]).float()
+    rows, columns = (
+        torch.bucketize((torch.arange(n) + 0.5) / n, torch.tensor(EDGES)) for n in (height, width)
+    )
+    return (3 * rows[:, None] + columns == torch.arange(NINTHS)[:, None, None]).float()
 
 
 def brightness(noise: Tensor) -> Tensor:
@@ -46,7 +46,8 @@ def brightness(noise: Tensor) -> Tensor:
 
 def _directions(noise: Tensor) -> Tensor:
     """[9,H,W], of which each, in all frames of the channels together, has a length of one."""
-    cells = ninths(*noise.shape[3:], noise.device)
+    height, width = noise.shape[3:]
+    cells = ninths(height, width).to(noise.device)
     return cells / (CHANNELS * noise.shape[2] * cells.sum((1, 2))).sqrt()[:, None, None]
 
 
