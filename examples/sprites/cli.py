@@ -120,6 +120,7 @@ COMMANDS = (
     Command("score", "measure whether a bundle binds, on looks held out", _add_score, _score),
     _in_file("gate", "hold a bundle's score to the recorded baseline", "scoring"),
     _in_file("sweep", "score every solver, number of steps and guidance", "scoring"),
+    _in_file("place", "measure whether boxes place concepts", "scoring"),
     _in_file("gallery", "show the first requests, and the worst", "scoring"),
     _training("train", "train the shipped model from nothing"),
     _training("variants", "train and score the paper's variants from one base"),

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from conceptmaster.engine.config import ModelConfig
 from conceptmaster.engine.encoders import CLIP_MEAN, CLIP_STD
+from conceptmaster.runtime.boxes import SLACK
 
 from ..world.paint_many import draw_references
 from ..world.scenes import MAX_CONCEPTS, NOUNS, Actor, random_identity
@@ -63,7 +64,8 @@ class Batch(Tensors):
     (CLIP-normalised), foreign [B,N]: which of these show another noun, label_ids/label_mask [B,N,L],
     concept_mask [B,N], coverage [B,N,F,H,W] in 0..1, portraits [B,N,3,32,32] in -1..1, traits int64 [B,N,3]
     (texture, accessory, noun), patterns [B,N,RUNS] (see ``clip_arrays.patterns``), box [B,N,4] (see
-    ``boxes_of``; zero where it is left out).
+    ``boxes_of``; zero where it is left out), boxes bool [B,S,N]: which video token sees which concept (see
+    ``tokens_in``; all see all in clips that are not ``boxed``).
     """
 
     latents: Tensor
@@ -80,6 +82,7 @@ class Batch(Tensors):
     traits: Tensor
     patterns: Tensor
     box: Tensor
+    boxes: Tensor
 
 
 def generator(rng: np.random.Generator, device: str) -> torch.Generator:
@@ -106,6 +109,8 @@ class Pool:
     """
 
     def __init__(self, config: ModelConfig, device: str) -> None:
+        grid = zip(config.latent_shape[1:], config.transformer.patch_size, strict=True)
+        self.grid = tuple(size // patch for size, patch in grid)
         self.device, self.tokens = device, (config.text_tokens, config.concept.label_tokens)
         self.arrays: dict[str, Tensor] = {}
         numbers = [config.vae["latents_mean"], config.vae["latents_std"]]
@@ -152,17 +157,19 @@ class Pool:
         own = references[each, torch.arange(MAX_CONCEPTS, device=self.device), view]
         pixels = torch.where(foreign[..., None, None, None], strangers, own) * filled[..., None, None, None]
         coverage = slots("coverage").float() / 255
-        box = boxes_of(coverage)
+        box, boxes = boxes_of(coverage), tokens_in(frame_boxes(coverage)[0], self.grid)  # [B,N,4], [B,S,N]
         if dropped.grounding:
             box = torch.where((chance(MAX_CONCEPTS) < dropped.grounding)[..., None], 0.0, box)
+        boxed = chance() < dropped.boxed if dropped.boxed else torch.zeros_like(no_concepts)
+        loose = (boxed & (chance() < dropped.loose))[:, None] if dropped.loose else no_caption & False
         latents, decoys = (
             (self.arrays[name][clips].float() - self.mean) / self.std for name in ("latents", "decoys")
         )
         return Batch(
             latents,
             decoys,
-            torch.where(no_caption, ids, self.arrays["token_ids"][clips]),
-            torch.where(no_caption, mask, self.arrays["token_mask"][clips]),
+            torch.where(no_caption, ids, self._caption(clips, "ids", loose)),
+            torch.where(no_caption, mask, self._caption(clips, "mask", loose)),
             _for_clip(pixels),
             foreign,
             slots("label_ids"),
@@ -173,7 +180,13 @@ class Pool:
             slots("traits").long(),
             slots("patterns", torch.nan),
             box,
+            boxes | ~boxed[:, None, None],
         )
+
+    def _caption(self, clips: Tensor, part: str, loose: Tensor) -> Tensor:
+        """Of each clip the sentence, or where ``loose`` [B,1] that of ``tell_loosely``: [B,T]."""
+        own = self.arrays[f"token_{part}"][clips]
+        return torch.where(loose, self.arrays[f"loose_{part}"][clips], own) if loose.any() else own
 
     def captions(self, rng: np.random.Generator, size: int) -> Captions:
         """A random batch of captions with their labels and what they tell."""
@@ -186,6 +199,13 @@ class Pool:
 def boxes_of(coverage: Tensor) -> Tensor:
     """The mean box of what is covered, over the frames that show any of it: coverage [B,N,F,H,W] -> left,
     top, right, bottom in 0..1 of width and height, [B,N,4]; zero for what is never seen."""
+    boxes, seen = frame_boxes(coverage)
+    return boxes.sum(-2) / seen.sum(-2).clamp(min=1)
+
+
+def frame_boxes(coverage: Tensor) -> tuple[Tensor, Tensor]:
+    """The box of what is covered in each latent frame, [B,N,F,4], zero where nothing is; whether anything is,
+    bool [B,N,F,1]."""
     sides = []
     for axis in (-2, -1):  # columns are left where rows are reduced
         inside = coverage.amax(axis) > 0  # [B,N,F,W|H]
@@ -194,8 +214,23 @@ def boxes_of(coverage: Tensor) -> Tensor:
         sides.append((first / size, 1 - inside.flip(-1).float().argmax(-1) / size))
     (left, right), (top, bottom) = sides
     seen = coverage.flatten(-2).amax(-1, keepdim=True) > 0  # [B,N,F,1]
-    boxes = torch.stack((left, top, right, bottom), dim=-1) * seen  # [B,N,F,4]
-    return boxes.sum(-2) / seen.sum(-2).clamp(min=1)
+    return torch.stack((left, top, right, bottom), dim=-1) * seen, seen  # [B,N,F,4]
+
+
+def tokens_in(boxes: Tensor, grid: tuple[int, ...]) -> Tensor:
+    """The video tokens that boxes [B,N,F,4] touch, as ``runtime.boxes.tokens`` has them, but none in an empty
+    one: bool [B,S,N]. grid: patches by frame, row and column, each of as many of the F latent frames."""
+    frames, rows, columns = grid
+
+    def inside(first: Tensor, last: Tensor, count: int) -> Tensor:
+        patch = torch.arange(count, device=boxes.device)
+        begin, end = (first * count + SLACK).floor(), (last * count - SLACK).ceil()
+        return (patch >= begin[..., None]) & (patch < end[..., None])
+
+    down = inside(boxes[..., 1], boxes[..., 3], rows)  # [B,N,F,h]
+    across = inside(boxes[..., 0], boxes[..., 2], columns)  # [B,N,F,w]
+    touched = (down[..., None] & across[..., None, :]).unflatten(2, (frames, -1)).any(3)  # [B,N,f,h,w]
+    return touched.flatten(2).transpose(1, 2).contiguous()
 
 
 def new_pictures(rng: np.random.Generator, size: int, device: str, held_out: bool = False) -> Pictures:

@@ -21,7 +21,7 @@ LATENT_GRID = (5, 8, 8)
 CLIPS = {"latents": "", "decoys": "decoy_"}
 """The two clips of a scene, its own and its decoy's: what the latents of each are called, and what its looks
 begin with."""
-TEXTS = ("count", "token_ids", "token_mask", "label_ids", "label_mask")
+TEXTS = ("count", "token_ids", "token_mask", "loose_ids", "loose_mask", "label_ids", "label_mask")
 """What is taken over from scenes as it is."""
 PORTRAIT = 32
 """Side of the upright sprite that a training-only head redraws from the visual queries: as large as in a

@@ -19,14 +19,18 @@ FROZEN = ("text_encoder", "image_encoder", "qformer")
 @dataclass(frozen=True)
 class Dropped:
     """How often training leaves out the concepts (pictures with their labels), the caption, and both; how
-    often a picture is ``foreign`` (see ``decoys.py``), so that only its label says what it shows; and how
-    often an encoder that reads a concept's label and box is told neither."""
+    often a picture is ``foreign`` (see ``decoys.py``), so that only its label says what it shows; how
+    often an encoder that reads a concept's label and box is told neither; how often concepts are seen inside
+    of their boxes alone (``boxed``), and how often a caption then tells places ``loose``ly, see
+    ``tell_loosely``."""
 
     concepts: float = 0.10
     caption: float = 0.06
     both: float = 0.06
     foreign: float = 0.0
     grounding: float = 0.0
+    boxed: float = 0.0
+    loose: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,8 @@ class TrainOptions:
     )
     decoys: float = option(0.0, "share of clips that go on from their decoy")
     foreign: float = option(0.0, "share of pictures that show the look on another noun")
+    boxes: float = option(0.0, "share of clips whose concepts are seen inside of their boxes alone")
+    loose: float = option(0.0, "share of these whose captions leave places out, or tell others")
     bare: bool = option(False, "no training-only heads on what becomes of pictures and labels")
     selection: float = option(0.1, "weight of SSR-Encoder's own loss, of an encoder like its")
     minutes: float | None = option(
@@ -63,7 +69,7 @@ class TrainOptions:
     def __post_init__(self) -> None:
         check_counts(self, "steps", "batch_size", "log_every")
         check_counts(self, "picture_steps", "caption_steps", least=0)
-        check_shares(self, "decoys", "foreign")
+        check_shares(self, "decoys", "foreign", "boxes", "loose")
         if not 0 <= self.selection <= 1:
             raise InputError(f"--selection must lie between 0 and 1, got {self.selection}")
         if not 0 < self.lr < 1:

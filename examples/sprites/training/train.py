@@ -66,6 +66,9 @@ def _run(args: argparse.Namespace) -> int:
     concept = {name: getattr(args, name) for name in ("encoder", "binding", "injection")}
     config = dataclasses.replace(config, concept=dataclasses.replace(config.concept, **concept))
     started = None if args.start is None else started_vae(args.start, config)
+    if options.boxes:  # which changes no weight
+        boxed = dataclasses.replace(config.concept, mask="boxes")
+        config = dataclasses.replace(config, concept=boxed)
     args.output.mkdir(parents=True, exist_ok=True)  # before minutes of drawing
     vae_folder, model_folder = args.output / "vae", args.output / "model"
     if not (vae_folder / "vae.json").exists():

@@ -128,7 +128,8 @@ class Trainee(nn.Module):
             lambda *a: kept.append(a[2])
         )
         seen = self.model.seen(mask, batch.label_mask)
-        velocity = self.model.transformer(noisy, sigma * 1000.0, text, told.concepts, seen)
+        boxes = {"boxes": batch.boxes} if self.model.config.concept.mask == "boxes" else {}
+        velocity = self.model.transformer(noisy, sigma * 1000.0, text, told.concepts, seen, **boxes)
         handle.remove()
         return velocity, kept[0], text, told
 
@@ -268,7 +269,8 @@ def train_model(
     def losses_of(step: int) -> dict[str, Tensor]:
         rng = random_of(options.seed, step)
         grounding = GROUNDING_DROPPED if "box" in ENCODER_INPUTS.get(config.concept.encoder, ()) else 0.0
-        dropped = Dropped(foreign=options.foreign, grounding=grounding)
+        boxes = {"boxed": options.boxes, "loose": options.loose}
+        dropped = Dropped(foreign=options.foreign, grounding=grounding, **boxes)
         batch = pool.batch(rng, options.batch_size, dropped)
         noise = normal(rng, tuple(batch.latents.shape), device)
         sigma = random_sigma(rng, len(noise), device)

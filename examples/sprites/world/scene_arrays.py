@@ -20,11 +20,13 @@ from .scenes import (
     TEXTURES,
     Identity,
     random_scene,
+    tell_loosely,
 )
 from .vocabulary import build_tokenizer, tokenise
 
 Arrays = dict[str, np.ndarray]
-"""Of n scenes, which have up to N concepts. Each: count, background [n], caption [n] (str). Each concept:
+"""Of n scenes, which have up to N concepts. Each: count, background [n], caption and loose [n] (str; the
+latter ``tell_loosely``'s). Each concept:
 label [n,N] (str), noun, foreign_noun, motion, radius [n,N], path [n,N,F,2] in pixels, and two looks, its own
 and, beginning with ``decoy_``, the decoy's: texture, accessory, period, angle [n,N], body, second, accent
 [n,N,3]. Kinds are numbers in the order of ``scenes.py``'s."""
@@ -49,7 +51,7 @@ def scene_arrays(first: int, count: int, held_out: bool = False) -> Arrays:
     for name, numbers in LOOKS.items():
         own = np.zeros((*shape, 3) if numbers == 3 else shape, np.float32 if numbers else np.int64)
         arrays |= {name: own, f"decoy_{name}": own.copy()}
-    captions, labels = [], np.full(shape, "", dtype=object)
+    captions, loose, labels = [], [], np.full(shape, "", dtype=object)
     kinds = list(BACKGROUNDS)
     for row in range(count):
         seed = first + row
@@ -58,6 +60,8 @@ def scene_arrays(first: int, count: int, held_out: bool = False) -> Arrays:
         arrays["count"][row] = len(scene.actors)
         arrays["background"][row] = kinds.index(scene.background)
         captions.append(scene.caption)
+        astray_told = np.random.Generator(np.random.Philox(key=[seed, 19]))
+        loose.append(tell_loosely(astray_told, scene.actors, scene.background))
         astray = decoy(scene, other).actors
         for n, actor in enumerate(scene.actors):
             labels[row, n] = actor.label
@@ -68,7 +72,8 @@ def scene_arrays(first: int, count: int, held_out: bool = False) -> Arrays:
             for prefix, look in (("", actor.identity), ("decoy_", astray[n].identity)):
                 for name, value in look_numbers(look).items():
                     arrays[prefix + name][row, n] = value
-    return arrays | {"caption": np.array(captions, object), "label": labels}
+    told = {"caption": np.array(captions, object), "loose": np.array(loose, object)}
+    return arrays | told | {"label": labels}
 
 
 def look_numbers(look: Identity) -> dict[str, object]:
@@ -78,14 +83,15 @@ def look_numbers(look: Identity) -> dict[str, object]:
 
 
 def tokenised(arrays: Arrays, text_tokens: int, label_tokens: int) -> Arrays:
-    """The arrays with ``token_ids``, ``token_mask`` [n,T], ``label_ids`` and ``label_mask`` [n,N,L] in the
-    place of captions and labels. An empty label has no token."""
+    """The arrays with ``token_ids``, ``token_mask`` [n,T], the same of loose captions, ``label_ids`` and
+    ``label_mask`` [n,N,L] in the place of captions and labels. An empty label has no token."""
     tokenizer, labels = build_tokenizer(), arrays["label"].ravel()
     ids, mask = tokenise(tokenizer, list(arrays["caption"]), text_tokens)
+    loose_ids, loose_mask = tokenise(tokenizer, list(arrays["loose"]), text_tokens)
     label_ids, label_mask = tokenise(tokenizer, list(labels), label_tokens)
     label_mask &= (labels != "")[:, None]
     shape = (*arrays["label"].shape, label_tokens)
-    told = {"token_ids": ids, "token_mask": mask}
+    told = {"token_ids": ids, "token_mask": mask, "loose_ids": loose_ids, "loose_mask": loose_mask}
     told |= {"label_ids": (label_ids * label_mask).reshape(shape), "label_mask": label_mask.reshape(shape)}
     return {name: value for name, value in arrays.items() if value.dtype != object} | told
 

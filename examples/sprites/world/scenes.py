@@ -8,6 +8,7 @@ look in the same cell.
 from __future__ import annotations
 
 import colorsys
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -67,6 +68,10 @@ MIN_DISTANCE = 19.0
 """Least distance in pixels between the centres of two sprites, over the whole clip."""
 PERIODS = 0.52, 0.8
 """Least and greatest period of a texture, in sprite units."""
+HAT = 1.4
+"""How far a sprite reaches upwards with what it wears, in sprite units."""
+ASTRAY = 0.3
+"""Share of places that are told at random where they are told loosely; the others are left out."""
 MIN_COLOUR_DISTANCE = 0.45
 """Least Euclidean distance (RGB, 0..1) between the body colours of two concepts of one scene."""
 
@@ -93,6 +98,12 @@ class Actor:
         if motion == "jump":
             y = y - JUMP * 4 * t * (1 - t)
         return np.stack([x, y], axis=1)
+
+    def boxes(self) -> np.ndarray:
+        """Where it is in each frame, with its hat: x0, y0, x1, y1 in fractions of the picture, [F,4]."""
+        top = 1.0 if self.identity.accessory == "none" else HAT
+        reach = self.radius * np.array([-1.0, -top, 1.0, 1.0])
+        return ((np.tile(self.path(), 2) + reach) / SIZE).clip(0, 1)
 
 
 @dataclass(frozen=True)
@@ -163,13 +174,22 @@ def _article(label: str) -> str:
     return f"a {label}"
 
 
-def tell(rng: np.random.Generator, actors: list[Actor], background: str, plainly: bool = False) -> str:
-    """The sentence of a scene; ``plainly`` takes the first wording of every phrase and leaves nothing out."""
+def tell(
+    rng: np.random.Generator,
+    actors: Sequence[Actor],
+    background: str,
+    plainly: bool = False,
+    cells: Sequence[tuple[int, int] | None] | None = None,
+) -> str:
+    """The sentence of a scene; ``plainly`` takes the first wording of every phrase and leaves nothing out.
+    cells: places to be told in the place of the actors' own, None for none."""
     parts = []
-    for actor in actors:
+    for number, actor in enumerate(actors):
         words = MOTION_WORDS[actor.motion]
         verb = words[0] if plainly else words[rng.integers(len(words))]
-        place = f" {PLACES[actor.cell]}" if plainly or rng.random() < 0.93 else ""
+        cell = actor.cell if plainly or cells is not None or rng.random() < 0.93 else None
+        cell = cell if cells is None else cells[number]
+        place = "" if cell is None else f" {PLACES[cell]}"
         parts.append(f"{_article(actor.label)}{place} {verb}")
     if len(parts) > 2:
         sentence = ", ".join(parts[:-1]) + " and " + parts[-1]
@@ -178,6 +198,13 @@ def tell(rng: np.random.Generator, actors: list[Actor], background: str, plainly
     if plainly or rng.random() < 0.9:
         sentence += f", {BACKGROUNDS[background]}"
     return sentence
+
+
+def tell_loosely(rng: np.random.Generator, actors: Sequence[Actor], background: str) -> str:
+    """The sentence of a scene whose places boxes tell: it leaves them out, or tells others."""
+    places = list(PLACES)
+    cells = [places[rng.integers(len(places))] if rng.random() < ASTRAY else None for _ in actors]
+    return tell(rng, actors, background, cells=cells)
 
 
 def random_scene(
