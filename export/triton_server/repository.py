@@ -124,6 +124,7 @@ def pipeline_config(manifest: Manifest) -> str:
         _tensor("input", "STEPS", "TYPE_INT64", (1,), True),
         _tensor("input", "GUIDANCE", "TYPE_FP32", (1,), True),
         *([] if manifest.experts is None else [_tensor("input", "GUIDANCE_2", "TYPE_FP32", (1,), True)]),
+        *([_tensor("input", "BOXES", "TYPE_STRING", (1,), True)] if manifest.takes_boxes else []),
         _tensor("output", "FRAMES", "TYPE_UINT8", (frames, s.height, s.width, 3)),
         "instance_group [ { count: 1 kind: KIND_CPU } ]",
         'parameters { key: "FORCE_CPU_ONLY_INPUT_TENSORS" value { string_value: "yes" } }',

@@ -15,6 +15,7 @@ import numpy as np
 import triton_python_backend_utils as server
 
 from ...errors import ConceptMasterError, GenerationError, InputError
+from ...untrusted import parse_json
 from ..bundle_format.find import Bundle
 from ..pipeline import Pipeline
 from ..request import Concept, Request
@@ -59,7 +60,7 @@ class ServerBackend(GraphBackend):
 
 
 class TritonPythonModel:
-    """PROMPT, and LABELS and PICTURES of the concepts, to FRAMES."""
+    """PROMPT, and LABELS, PICTURES and, as JSON, BOXES of the concepts, to FRAMES."""
 
     def initialize(self, args: dict[str, str]) -> None:
         """Opens the bundle that lies beside the server's model."""
@@ -98,6 +99,12 @@ def _request(request: Any) -> Request:
     if len(labels) != len(pictures):
         raise InputError(f"{len(labels)} LABELS for {len(pictures)} PICTURES: one label for each picture")
     concepts = tuple(Concept(label, picture) for label, picture in zip(labels, pictures, strict=True))
+    if "BOXES" in arrays:
+        text = _one("BOXES", _texts("BOXES", arrays))
+        try:
+            options["boxes"] = parse_json(text)
+        except ValueError as error:
+            raise InputError(f"BOXES {error}") from None
     return Request(_one("PROMPT", _texts("PROMPT", arrays)), concepts, **options)
 
 

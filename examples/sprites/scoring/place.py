@@ -123,7 +123,7 @@ def place(
         about = {"bundle": manifest.name, "precision": manifest.precision, "written_by": manifest.written_by}
         generate = lambda request: pipeline.generate(request)[0]  # noqa: E731
     shares: Shares = {(how, boxed): {m: [] for m in MEASURES} for how in TOLD for boxed in (False, True)}
-    rows = []
+    rows: list[Row] = []
     with bar(len(options.seeds) * len(shares), "place", progress) as advance:
         for seed in options.seeds:
             scene = judged_scene(seed, options.concepts, False)

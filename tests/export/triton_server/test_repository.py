@@ -153,6 +153,9 @@ MALFORMED = [
     (ask(PROMPT=[b"a"], SEED=np.array([], np.int64)), "SEED must be one value, not 0"),
     (ask(PROMPT=[b"a"], STEPS=[2, 3]), "STEPS must be one value, not 2"),
     (ask(PROMPT=[b"a"], STEPS=[0]), "steps must be"),
+    (ask(PROMPT=[b"a"], BOXES=[b"{"]), "BOXES is not JSON"),
+    (ask(PROMPT=[b"a"], BOXES=[b"{}", b"{}"]), "BOXES must be one value, not 2"),
+    (ask(PROMPT=[b"a"], BOXES=[b'{"cat": [0, 0, 1, 1]}']), "a box for 'cat', but no concept"),
     (ask(PROMPT=[b"a"], GUIDANCE=np.array([np.nan], np.float32)), "guidance must be"),
 ]
 
