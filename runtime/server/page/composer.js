@@ -9,6 +9,7 @@ const PAUSE = 400; // milliseconds without typing after which hints are given
 const FIELDS = ["model", "pictures", "prompt", "seed", "n", ...options().map((field) => field.id)];
 // What a message of the server is about, where it does not name the field.
 const ABOUT = [
+  [/^(a|the|two) box|^boxes|cannot place/, "boxes"],
   [/^the prompt/, "prompt"],
   [/^the negative prompt/, "negative_prompt"],
   [/^samples/, "n"],
@@ -75,7 +76,8 @@ export function setModels(found) {
 }
 
 function modelChanged() {
-  const { concepts: { least, most }, defaults, vocabulary } = model();
+  const { concepts: { least, most }, takes_boxes, vocabulary } = model();
+  const defaults = { ...model().defaults, ...(takes_boxes && { boxes: "" }) };
   $("pictures-field").hidden = most === 0;
   $("pictures-hint").textContent = least === most ? `${most}` : least ? `${least} to ${most}` : `up to ${most}`;
   for (const field of options()) {
@@ -83,6 +85,7 @@ function modelChanged() {
     field.closest(".field").hidden = !(field.id in defaults) && !field.value;
   }
   $("negative_prompt").placeholder ||= "what should not be seen";
+  $("boxes").placeholder = '{"cat": [0.1, 0.2, 0.5, 0.8]}';
   $("labels").replaceChildren(...(vocabulary?.labels ?? []).map((value) => make("option", { value })));
   $("example").hidden = !examplesFor(model()).length;
   showVocabulary(vocabulary);
@@ -290,12 +293,14 @@ export function fill(wanted) {
   $("prompt").value = wanted.prompt;
   setSeed(String(wanted.seed ?? ""));
   $("n").value = wanted.n ?? 1;
-  for (const field of options()) field.value = wanted.options?.[field.id] ?? "";
+  for (const field of options()) field.value = written(wanted.options?.[field.id] ?? "");
   if (Object.keys(wanted.options ?? {}).length) $("more").open = true;
   clearComplaints();
   modelChanged();
   nameButton();
 }
+
+const written = (value) => (typeof value === "object" ? JSON.stringify(value) : value);
 
 export async function fillExample(example, id) {
   const named = example.pictures.map(async ({ label, path }) => ({ label, file: await (await fetch(path)).blob() }));

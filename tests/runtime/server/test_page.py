@@ -225,6 +225,33 @@ def test_what_was_made_can_be_put_into_the_form(sprites: Any, open_page: Open) -
     assert sprites.content(second["id"]) == sprites.content(first["id"])  # to the byte
 
 
+def test_boxes_come_with_a_model_that_takes_them_and_are_kept(
+    placing: Callable[..., Path], start_server: Any, open_page: Open
+) -> None:
+    server = start_server("--bundle", str(placing()))
+    page = open_page(server, expected="400")
+    boxes = page.get_by_label("Boxes, by what they hold")
+    page.get_by_text("More options").click()
+    expect(boxes).to_be_hidden()
+    page.get_by_label("Model").select_option("placing")
+    page.set_input_files("#files", [FLOWER])
+    page.get_by_label("Picture 1 shows").fill("ball")
+    page.get_by_label("What happens").fill("a ball rolls left")
+    boxes.fill('{"cat": [0, 0, 1, 1]}')
+    page.locator("#send").click()
+    expect(page.locator("#boxes-error")).to_contain_text("no concept is labelled so: the labels are 'ball'")
+    boxes.fill('{"ball": {"0": [0, 0, 0.5, 1], "8": [0.5, 0, 1, 1]}}')
+    card = sent(page)
+    wait_until(card, "completed")
+    asked = newest_video(server)["options"]["boxes"]
+    assert asked == {"ball": {"0": [0, 0, 0.5, 1], "8": [0.5, 0, 1, 1]}}
+    page.reload()
+    card.get_by_role("button", name="Same seed").click()
+    expect(boxes).to_have_value('{"ball":{"0":[0,0,0.5,1],"8":[0.5,0,1,1]}}')
+    wait_until(sent(page, lambda: page.get_by_role("button", name="New seed").first.click()), "completed")
+    assert newest_video(server)["options"]["boxes"] == asked
+
+
 def test_previews_reload_cancel_retry_and_delete(sprites: Any, open_page: Open) -> None:
     page = open_page(sprites)
     fill(page, Steps="500")
