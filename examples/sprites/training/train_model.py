@@ -269,7 +269,8 @@ def train_model(
     def losses_of(step: int) -> dict[str, Tensor]:
         rng = random_of(options.seed, step)
         grounding = GROUNDING_DROPPED if "box" in ENCODER_INPUTS.get(config.concept.encoder, ()) else 0.0
-        boxes = {"boxed": options.boxes, "loose": options.loose}
+        boxed = options.boxes or float(config.concept.mask == "boxes")  # of a model with boxes, all
+        boxes = {"boxed": boxed, "loose": options.loose}
         dropped = Dropped(foreign=options.foreign, grounding=grounding, **boxes)
         batch = pool.batch(rng, options.batch_size, dropped)
         noise = normal(rng, tuple(batch.latents.shape), device)
