@@ -22,7 +22,7 @@ from conceptmaster.engine.model import ConceptMaster
 from conceptmaster.examples.sprites.training.heads import LayoutHead, coverage_loss, masked_mean
 from conceptmaster.examples.sprites.training.train_pictures import UprightHead
 
-from ..world.scenes import MOTIONS
+from ..world.scenes import MOTIONS, SIDE
 from ..world.tokens import END_ID
 from .batches import BARE, Batch, Captions
 from .windows import only
@@ -42,7 +42,8 @@ THUMBNAIL = 8
 LOOK_COVERAGE = 0.4
 """A video token is asked for the look, and the pose, of a concept that covers at least so much of it."""
 POSES = 5
-"""Numbers of a pose: sine and cosine of the turn, size, and where the middle is, across and down."""
+"""Numbers of a pose: sine and cosine of the turn, size, and where the middle is from the token's, across
+and down."""
 USUAL, NEAR = 10.0, 8.0
 """Units of a usual size, of which powers of two are told, and those in which places are told."""
 
@@ -92,6 +93,10 @@ class Trainee(nn.Module):
         self.scenery = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, channels * rows))
         self.motion = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, len(MOTIONS)))
         self.pose = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 4 * POSES))
+        steps = [(torch.arange(n) + 0.5) * (SIDE / NEAR / n) for n in grid[1:]]
+        down, across = torch.meshgrid(*steps, indexing="ij")
+        middles = F.pad(torch.stack([across, down], -1).flatten(0, 1), (POSES - 2, 0))
+        self.register_buffer("middles", middles, persistent=False)  # of a frame's tokens, [S/F,5]
         self.middle = config.transformer.num_layers // 2 - 1
 
     @property
@@ -242,16 +247,11 @@ class Trainee(nn.Module):
         nothing else asks, such as how what spins is turned."""
         most, which = (coverage * batch.concept_mask[..., None]).max(1)  # [B,S]
         x, y, size, turn = batch.track.unbind(-1)  # [B,N,F,4]
-        poses = [turn.sin(), turn.cos(), 2 * (size.clamp(min=1) / USUAL).log2(), x / NEAR, y / NEAR]
-        tracks = torch.stack(poses, -1).flatten(3)  # [B,N,F,20]
-        rows, columns = (
-            n // p
-            for n, p in zip(
-                batch.coverage.shape[3:], self.model.config.transformer.patch_size[1:], strict=True
-            )
-        )
-        every = tracks.repeat_interleave(rows * columns, 2)  # [B,N,S,20]
+        size = 2 * (size.clamp(min=1) / USUAL).log2()
+        tracks = torch.stack([turn.sin(), turn.cos(), size, x / NEAR, y / NEAR], -1).flatten(3)  # [B,N,F,20]
+        every = tracks.repeat_interleave(coverage.shape[-1] // tracks.shape[2], 2)  # [B,N,S,20]
         wanted = every.gather(1, which[:, None, :, None].expand(-1, -1, -1, every.shape[-1]))[:, 0]
+        wanted = wanted - self.middles.repeat(1, 4).tile(tracks.shape[2], 1)  # [B,S,20]
         error = (self.pose(hidden.float()) - wanted).square()
         return masked_mean(error, (most > LOOK_COVERAGE)[..., None])
 

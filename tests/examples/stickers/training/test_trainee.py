@@ -104,11 +104,13 @@ def of_filled_slots(own, batch, captions, noise, sigma, window):
 
 def poses_of(batch, rows, columns, which):
     """Turn, size and place in each of four frames, of the concept that is most of a token."""
-    grid = batch.coverage.shape[3] // 2 * (batch.coverage.shape[4] // 2)
+    high, wide = (n // 2 for n in batch.coverage.shape[3:])
     found = []
     for row, column in zip(rows.tolist(), columns.tolist(), strict=True):
-        x, y, size, turn = batch.track[row, which[row, column], column // grid].T.double()  # [4] each
-        each = [torch.sin(turn), torch.cos(turn), 2 * torch.log2(size / 10), x / 8, y / 8]
+        frame, place = divmod(column, high * wide)
+        x, y, size, turn = batch.track[row, which[row, column], frame].T.double()  # [4] each
+        down, across = (place // wide + 0.5) * 64 / high, (place % wide + 0.5) * 64 / wide
+        each = [torch.sin(turn), torch.cos(turn), 2 * torch.log2(size / 10), (x - across) / 8, (y - down) / 8]
         found.append(torch.stack(each, -1).flatten().float())
     return torch.stack(found)
 
