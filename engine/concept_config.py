@@ -156,11 +156,11 @@ class ConceptConfig:
             "ConceptConfig.scale must be above 0, at most 100, and 1 unless the injection is standalone or "
             f"shared_query, got {self.scale}",
         )
-        alone = self.max_concepts == 1 and self.has_modules and not self.reads_labels
+        alone = self.max_concepts == 1 and self.has_modules and not self.reads_labels and self.mask == "none"
         require(
             self.tiled is None or (alone and is_whole(self.tiled, MOST_TILED)),
-            f"ConceptConfig.tiled must be None, or 1 to {MOST_TILED} where max_concepts is 1 and no label is "
-            f"read, got {self.tiled!r:.60}",
+            f"ConceptConfig.tiled must be None, or 1 to {MOST_TILED} where max_concepts is 1 and no label or "
+            f"box is read, got {self.tiled!r:.60}",
         )
 
     def _check_rival(self) -> None:

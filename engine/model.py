@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import torch
 from torch import Tensor, nn
 
 from .concept_config import ENCODER_INPUTS
@@ -82,12 +83,12 @@ class ConceptMaster(nn.Module):
         return self.dam(visual, known["label_text"], known["label_mask"]), visual
 
     def seen(self, concept_mask: Tensor, label_mask: Tensor) -> Tensor:
-        """A mask of concepts bool [B,N] as the transformer wants it, by labels bool [B,N,L]: [B,C] where
-        tokens are masked one by one."""
+        """A mask of concepts bool [B,N] as the transformer wants it, by labels bool [B,N,L], or [N,L] for
+        all: [B,C] where tokens are masked one by one."""
         concept = self.config.concept
         if not concept.masks_tokens:
             return concept_mask
-        tokens = label_mask.repeat(1, 1, concept.queries // label_mask.shape[-1])  # [B,N,Q]
+        tokens = torch.cat([label_mask] * (concept.queries // label_mask.shape[-1]), dim=-1)  # [B,N,Q]
         return (concept_mask[:, :, None] & tokens).flatten(1)  # [B,C]
 
     def velocity(

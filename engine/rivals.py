@@ -21,7 +21,7 @@ def like(base: ModelConfig, system: str) -> ModelConfig:
 
     ip-adapter: 4 tokens of the image embedding; all of a request's pictures are on one. ssr-encoder: a token
     for each of a label's and for each of six layers of the picture encoder, in equal steps up to the last
-    (of fewer than six layers: for each). ms-diffusion: 16 tokens, 4 layers.
+    (of fewer than six layers: for each). ms-diffusion: 16 tokens, 4 layers, seen inside of the concept's box.
     """
     picture, concept = base.image_encoder, base.concept
     patches = (concept.picture_size // picture["patch_size"]) ** 2
@@ -49,7 +49,7 @@ def like(base: ModelConfig, system: str) -> ModelConfig:
         }
     elif system == "ms-diffusion":
         heads = picture["num_attention_heads"]
-        own = hidden | {"encoder": "grounded", "queries": 16, "layers": 4, "heads": heads}
+        own = hidden | {"encoder": "grounded", "queries": 16, "layers": 4, "heads": heads, "mask": "boxes"}
     else:
         raise ConfigError(f"unknown system {system!r}; there are {', '.join(SYSTEMS)}")
     width = base.transformer.width

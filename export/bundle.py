@@ -136,8 +136,9 @@ def write_bundle(
             **wording_of(source.model.config),
             **told,
         )
-        if not manifest.needs_format_6:
-            manifest = dataclasses.replace(manifest, format=_format(concept, whole, experts, record))
+        if not manifest.needs_format_7:
+            older = 6 if manifest.needs_format_6 else _format(concept, whole, experts, record)
+            manifest = dataclasses.replace(manifest, format=older)
         manifests.save(manifest, temporary)
     return rows
 

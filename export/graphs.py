@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ..engine.checkpoints.lazy_weights import faked, stored_weights
-from ..engine.concept_config import PATCH
+from ..engine.concept_config import ENCODER_INPUTS, PATCH
 from ..engine.concepts import VisualOnly
 from ..engine.config import ModelConfig
 from ..engine.model import ConceptMaster
@@ -171,8 +171,8 @@ class _Samples:
         return {"pixels": torch.where(self._present(seed)[:, None, None, None], pixels, 0.0)}
 
     def qformer(self, seed: int) -> Sample:
-        """Picture tokens of `image_encoder`'s sample."""
-        return self._kept(seed, "picture_tokens")
+        """Picture tokens of `image_encoder`'s sample, and what else the encoder reads."""
+        return self._kept(seed, "picture_tokens", *ENCODER_INPUTS.get(self.config.concept.encoder, ()))
 
     def dam(self, seed: int) -> Sample:
         """Visual queries, and labels of all lengths; a padded place has one meaningless token."""
@@ -367,6 +367,8 @@ class _Samples:
             known = {"concept_tokens": torch.zeros(c.max_concepts, c.tokens_per_concept, c.width)}
         else:
             known = self._concepts(seed, present, g)
+        if c.masks_tokens:
+            seen = self.model.seen(seen, known["label_mask"])  # [K,C]
         return {"text": text, "text_bias": bias, "concept_mask": seen, **known}
 
     @torch.inference_mode()
@@ -384,11 +386,14 @@ class _Samples:
         ids, mask = self._tokens(torch.where(present, lengths, 1), c.label_tokens, g)
         labels = self.model.text_encoder(ids, mask) * present[:, None, None]  # [N,L,Dt]
         pictures = self.model.image_encoder(self.image_encoder(seed)["pixels"])  # [N,P,Dp]
-        visual = self.model.qformer(pictures)  # [N,Q,Dc]
-        return {
-            "picture_tokens": pictures,
-            "visual_queries": visual,
-            "label_text": labels,
-            "label_mask": mask,
-            "concept_tokens": self.model.dam(visual, labels, mask),  # [N,Q,Dc]
-        }
+        known = {"label_text": labels, "label_mask": mask, "box": self._boxes(seed)}
+        tokens, visual = self.model.bound(pictures, known)  # [N,Q,Dc] each
+        return {"picture_tokens": pictures, "visual_queries": visual, "concept_tokens": tokens, **known}
+
+    def _boxes(self, seed: int) -> Tensor:
+        """A box for each concept, none for the last of several: float32 [N,4]."""
+        concepts = self.config.concept.max_concepts
+        g = torch.Generator().manual_seed(seed + 4)
+        low = 0.5 * torch.rand(concepts, 2, generator=g)
+        boxes = torch.cat((low, low + 0.1 + 0.4 * torch.rand(concepts, 2, generator=g)), dim=1)
+        return torch.where(torch.arange(concepts)[:, None] == max(1, concepts - 1), 0.0, boxes)

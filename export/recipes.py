@@ -32,7 +32,8 @@ def pictures_of(config: ModelConfig) -> Pictures:
         "references": Pictures(CLIP_MEAN, CLIP_STD, WHITE, "middle", A2_CLIP_SIDE),
         "canvas": Pictures(CLIP_MEAN, CLIP_STD, WHITE, "bicubic"),
     }
-    return kinds.get(config.concept.given, Pictures(CLIP_MEAN, CLIP_STD, WHITE, "middle"))
+    found = kinds.get(config.concept.given, Pictures(CLIP_MEAN, CLIP_STD, WHITE, "middle"))
+    return replace(found, tiled=config.concept.tiled or 0)
 
 
 def conditioning_of(config: ModelConfig) -> FrameConditioning | None:

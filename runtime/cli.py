@@ -82,6 +82,8 @@ def _placements(conditioning: FrameConditioning) -> str:
 
 def _seen(manifest: Manifest) -> str:
     """What the picture encoder sees."""
+    if manifest.pictures.tiled:
+        return "tiled on one picture of"
     return "pictures" if manifest.shapes.concepts == manifest.concepts else "their canvas seen as"
 
 

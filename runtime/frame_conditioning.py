@@ -29,7 +29,7 @@ one reference A2Pipeline fails (its mask has a latent frame too many); here it i
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -92,11 +92,18 @@ def seen(manifest: Manifest, concepts: tuple[bool, ...]) -> tuple[bool, ...]:
     return tuple(concept or not own for concept in concepts)
 
 
-def concept_mask(manifest: Manifest, guidance: Guidance, count: int) -> np.ndarray:
-    """Which branch sees which of `count` concepts, bool [K,N]."""
-    mask = np.zeros((manifest.shapes.branches, manifest.shapes.concepts), bool)
-    mask[np.array(seen(manifest, guidance.concepts)), :count] = True
-    return mask
+def concept_mask(manifest: Manifest, guidance: Guidance, labels: Sequence[int]) -> np.ndarray:
+    """Which branch sees which of the concepts, bool [K,N]; where their tokens are masked one by one, [K,C].
+    labels: how many tokens each one's label has."""
+    s = manifest.shapes
+    mask = np.zeros((s.branches, s.concepts), bool)
+    mask[np.array(seen(manifest, guidance.concepts)), : len(labels)] = True
+    if not manifest.masks_tokens:
+        return mask
+    counts = np.zeros((s.concepts, 1), int)
+    counts[: len(labels), 0] = labels
+    tokens = np.arange(s.queries) % s.label_tokens < counts  # [N,Q]
+    return (mask[:, :, None] & tokens).reshape(s.branches, -1)
 
 
 def previewed(manifest: Manifest, count: int) -> int:

@@ -269,7 +269,8 @@ class Pipeline:
                 )
                 known["given"] = given  # [1,Cg,F,H,W]
         with timed(seconds, "condition"):
-            known["concept_mask"] = frame_conditioning.concept_mask(self.manifest, guidance, len(concepts))
+            labels = [len(tokens.get(concept.label, ())) for concept in concepts]
+            known["concept_mask"] = frame_conditioning.concept_mask(self.manifest, guidance, labels)
             if self.manifest.takes("boxes"):
                 known["boxes"] = placing.drawn(request, self.manifest)  # [S,N]
             conditions = experts.Conditions(backend, known, guidance)
@@ -298,8 +299,8 @@ class Pipeline:
         self, request: Request
     ) -> tuple[tuple[Concept, ...], list[np.ndarray], dict[int, np.ndarray], np.ndarray | None]:
         """The concepts with their pictures, uint8 [px,px,3]; what the picture encoder sees, these or one
-        canvas of all, [px,px,3]; the frames of the video that they are; and of a canvas which part of it
-        they are, bool [H,W]. One picture at a time: each may be large."""
+        canvas of all, [px,px,3]; the frames of the video that they are; and of a frame of several which part
+        of it they are, bool [H,W]. One picture at a time: each may be large."""
         how, size = self.manifest.pictures, self.manifest.shapes.picture_size
         canvas = canvas_of(self.manifest, len(request.concepts))
         concepts: list[Concept] = []
@@ -314,7 +315,7 @@ class Pipeline:
             frames |= frame_conditioning.fitted(image, index, label, self.manifest)
             del image  # before the next one is read
         if canvas is not None:
-            return tuple(concepts), [canvas.seen()], {0: canvas.pixels}, canvas.area()
+            return tuple(concepts), [canvas.seen()], canvas.frames(), canvas.area()
         return tuple(concepts), [np.asarray(concept.image) for concept in concepts], frames, None
 
     def _encode_text(self, tokens: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:

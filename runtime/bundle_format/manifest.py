@@ -69,7 +69,7 @@ def _check(manifest: Manifest) -> None:
     experts = 1 if manifest.experts is None else len(manifest.experts)
     known = manifest.graphs, manifest.shapes, conditioning is not None, manifest.decoded, collapsed, kind
     side = 0 if conditioning is None else conditioning.side
-    signatures.check(*known, experts, manifest.denoised, side, grid)
+    signatures.check(*known, experts, manifest.denoised, side, grid, manifest.masks_tokens)
 
 
 def _check_external(graph: Path, listed: set[Path]) -> None:

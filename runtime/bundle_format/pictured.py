@@ -19,7 +19,9 @@ class Pictures:
     pictures.py), then (pixel / 255 - mean) / std per channel.
 
     background: RGB, where a picture leaves the square free or is transparent; padded_to: None, or the side of
-    a square in pixels that a picture is padded and scaled to before.
+    a square in pixels that a picture is padded and scaled to before; tiled: 0, or how many pictures a request
+    may have, which are put on one (canvas.py), the only one that the picture encoder sees: then the square is
+    one cell's.
     """
 
     mean: tuple[float, float, float]
@@ -27,11 +29,13 @@ class Pictures:
     background: tuple[int, int, int]
     fit: str = "whole"
     padded_to: int | None = None
+    tiled: int = added(0)
 
     def __post_init__(self) -> None:
         require(self.fit in FITS, f"unknown fit {self.fit!r:.80}")
         padded_to = LONGEST_SIDE if self.padded_to is None else self.padded_to
         require(0 < padded_to <= LONGEST_SIDE, f"padded_to must be 1 to {LONGEST_SIDE}")
+        require(0 <= self.tiled <= MOST_ON_CANVAS, f"tiled must be 0 to {MOST_ON_CANVAS}")
         require(all(math.isfinite(mean) for mean in self.mean), "mean must be finite")
         require(all(0 < std < math.inf for std in self.std), "std must be positive")
         require(all(0 <= channel <= 255 for channel in self.background), "background must be 0 to 255")

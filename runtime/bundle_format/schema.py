@@ -1,7 +1,8 @@
 """What manifest.json says: a bundle's graphs, their shapes, and what a request gets by default.
 
 Each dataclass is one JSON object and refuses values that cannot be. A bundle is written in the oldest format
-that has what it needs. Format 6 adds the keys `guided_first`, `prompt_prefix` and `picture_name`, a scale of
+that has what it needs. Format 7 adds pictures that are tiled, a qformer that reads labels and boxes, and
+masks of single tokens. Format 6 adds the keys `guided_first`, `prompt_prefix` and `picture_name`, a scale of
 an expert, the kind of pictures that are frames, and the solver `unipc_wan`. Format 5 adds the key `experts`,
 a picture that a request may leave out, pictures that stand beside the video, and LoRAs that were merged in
 part. Format 4 adds the key `whole_text`; format 3 what the bundle was made from (source_record.py) and the
@@ -32,8 +33,8 @@ from .shapes import (
 from .source_record import SourceRecord
 from .strict_json import added, stored_as
 
-FORMAT = 6
-READABLE = (1, 2, 3, 4, 5, 6)
+FORMAT = 7
+READABLE = (1, 2, 3, 4, 5, 6, 7)
 EXPERTS = ("transformer", "transformer_2")
 """The names of two transformers, that of high noise and that of low."""
 PRECISIONS = ("fp32", "int8")
@@ -229,6 +230,9 @@ class Manifest:
         require(plain and len(self.picture_name) <= 30, "picture_name must be a word of letters")
         require(len(self.prompt_prefix) <= LONGEST_TEXT, f"prompt_prefix: {LONGEST_TEXT} characters at most")
         require(self.format > 5 or not self.needs_format_6, "a key, a kind or a solver of format 6")
+        require(self.format > 6 or not self.needs_format_7, "pictures, inputs or masks of format 7")
+        alone = self.shapes.concepts == 1 and self.conditioning is None and not self.reads_labels
+        require(not self.pictures.tiled or alone, "tiled pictures are one concept, without label and frames")
 
     def _check_format_3(self) -> None:
         added = (self.source, self.vocabulary, self.ranges, self.boxes)
@@ -280,6 +284,21 @@ class Manifest:
         told = (self.guided_first, kind, self.prompt_prefix, self.picture_name)
         scaled = any(expert.scale != 1 for expert in self.experts or ())
         return told != ("caption", "frames", "", "") or scaled or self.defaults.solver == "unipc_wan"
+
+    @property
+    def needs_format_7(self) -> bool:
+        """The same of format 7."""
+        own = self.graphs.get("qformer")
+        told = own is not None and any(own.input(name) for name in ("label_text", "box"))
+        return self.pictures.tiled > 0 or told or self.masks_tokens
+
+    @property
+    def masks_tokens(self) -> bool:
+        """Whether a mask of concepts has an entry for each of their tokens: token q is one of the label's
+        token q % label_tokens, and a label's padding has none."""
+        graph, s = self.graphs.get("denoise"), self.shapes
+        mask = None if graph is None else graph.input("concept_mask")
+        return mask is not None and mask.shape == (s.branches, s.concepts * s.queries) and s.queries > 1
 
     @property
     def denoised(self) -> tuple[int, int, int, int]:
@@ -342,7 +361,7 @@ class Manifest:
         pictured = "image_encoder" in self.graphs or self.conditioning is not None
         if self.conditioning is not None and self.conditioning.kind == "canvas":
             return len(self.conditioning.placements)
-        return self.shapes.concepts if pictured else 0
+        return self.pictures.tiled or self.shapes.concepts if pictured else 0
 
     @property
     def reads_labels(self) -> bool:

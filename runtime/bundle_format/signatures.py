@@ -37,6 +37,7 @@ def check(
     denoised: tuple[int, int, int, int] | None = None,
     side: int = 0,
     grid: tuple[int, int, int] | None = None,
+    masks_tokens: bool = False,
 ) -> None:
     """Every input must be something that the pipeline has, in its dtype and shape; the outputs that the
     pipeline reads must be there; the frames must add up. A graph need not use all that it is offered.
@@ -46,7 +47,8 @@ def check(
     one picture is the first latent frame itself; experts: how many transformers there are, 1 or 2; denoised:
     the latents that steps make, where some of them stand beside the video's (None: none do); side: of the
     square in which each picture is, in pixels, where these have a size of their own; grid: the video's
-    patches, where a step is told which of them may see which concept.
+    patches, where a step is told which of them may see which concept; masks_tokens: whether a mask of
+    concepts has an entry for each of their tokens.
 
     Raises: ValueError for the first difference.
     """
@@ -61,7 +63,8 @@ def check(
     if side % shapes.space:
         raise ValueError(f"a side of {side} pixels is not one of whole latents of {shapes.space}")
     own_sides = (side // shapes.space,) * 2 if side else None
-    inputs = _inputs(shapes, decoded, kind, denoised, own_sides)
+    entries = shapes.concepts * (shapes.queries if masks_tokens else 1)
+    inputs = _inputs(shapes, decoded, kind, denoised, own_sides, entries)
     if grid is not None:
         for name in STEP_GRAPHS:
             inputs[name] = {**inputs[name], "boxes": ("bool", (math.prod(grid), shapes.concepts))}
@@ -94,11 +97,16 @@ def _inputs(
     kind: str,
     denoised: tuple[int, ...],
     own_sides: tuple[int, int] | None,
+    entries: int,
 ) -> dict[str, dict[str, Kind]]:
-    """own_sides: in latents, of pictures of a size of their own."""
+    """own_sides: in latents, of pictures of a size of their own; entries: of a mask of concepts."""
     branches, latent = s.branches, s.latent
-    mask: Kind = ("bool", (branches, s.concepts))
+    mask: Kind = ("bool", (branches, entries))
     box: dict[str, Kind] = {"box": ("float32", (s.concepts, 4))}
+    label: dict[str, Kind] = {
+        "label_text": ("float32", (s.concepts, s.label_tokens, s.text_width)),
+        "label_mask": ("bool", (s.concepts, s.label_tokens)),
+    }
     decoder: dict[str, Kind] = {"latents": ("float32", (1, latent[0], 1, *decoded))}
     following = s.frames_per_latent
     kinds = {"clean": (1 + latent[0], 1), "behind": (latent[0], s.concepts)}
@@ -123,12 +131,8 @@ def _inputs(
             "token_mask": ("bool", (1, s.text_tokens)),
         },
         "image_encoder": {"pixels": ("float32", (s.concepts, 3, s.picture_size, s.picture_size)), **box},
-        "qformer": box,
-        "dam": {
-            **box,
-            "label_text": ("float32", (s.concepts, s.label_tokens, s.text_width)),
-            "label_mask": ("bool", (s.concepts, s.label_tokens)),
-        },
+        "qformer": {**box, **label},
+        "dam": {**box, **label},
         **{name: step for name in STEP_GRAPHS},
         **{condition_of(name): condition for name in STEP_GRAPHS},
         "encode_first": _picture(s, own_sides),

@@ -265,7 +265,7 @@ def test_a_model_of_before_is_stored_as_ever():
         ({"keys": "text", "injection": "shared_query"}, "concept.width must be the transformer's (24)"),
         ({"scale": 0.0}, "scale must be above 0"),
         ({"scale": 0.5, "injection": "merged"}, "1 unless the injection is standalone or shared_query"),
-        ({"tiled": 3}, "tiled must be None, or 1 to 8 where max_concepts is 1 and no label is read"),
+        ({"tiled": 3}, "tiled must be None, or 1 to 8 where max_concepts is 1 and no label or box is read"),
         ({"tiled": 3, "max_concepts": 1}, "tiled must be None"),
         ({"tiled": 9, "max_concepts": 1, "binding": "none"}, "tiled must be None, or 1 to 8"),
         ({"picture_layers": (1, 2)}, "picture_layers must be there for 'label_selected' and nowhere else"),
