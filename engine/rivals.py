@@ -35,6 +35,7 @@ def like(base: ModelConfig, system: str) -> ModelConfig:
             "picture_dim": picture["projection_dim"],
             "picture_tokens": 1,
             "queries": 4,
+            "mask": "none",
         }
     elif system == "ssr-encoder":
         count = picture["num_hidden_layers"]
