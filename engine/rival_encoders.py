@@ -110,7 +110,7 @@ class GroundedResampler(nn.Module):
         super().__init__()
         c = config.concept
         width, told = c.picture_dim, config.transformer.text_dim + 8 * FREQUENCIES
-        self.grounding_latents = nn.Parameter(torch.randn(c.queries, width) / width**0.5)
+        self.grounding_latents = nn.Parameter(torch.randn(1, c.queries, width) / width**0.5)
         self.latent_proj = nn.Sequential(
             nn.Linear(told, 2 * told), nn.GELU(), nn.Linear(2 * told, c.queries * width)
         )
@@ -131,7 +131,7 @@ class GroundedResampler(nn.Module):
         (left, top, right, bottom in 0..1 of width and height) -> [M,Q,Dc]."""
         phrase = mean_label(label_text, label_mask).squeeze(1)  # [M,Dt]
         latents = self.latent_proj(torch.cat((phrase, fourier(box).type_as(phrase)), dim=-1))  # [M,Q*Dp]
-        latents = self.latent_norm(latents.unflatten(-1, self.grounding_latents.shape))  # [M,Q,Dp]
+        latents = self.latent_norm(latents.unflatten(-1, self.grounding_latents.shape[1:]))  # [M,Q,Dp]
         placed = (box[:, 2] > box[:, 0]) & (box[:, 3] > box[:, 1])  # [M]
         latents = torch.where(placed[:, None, None], latents, self.grounding_latents)
         picture = self.proj_in(picture_tokens)  # [M,P,Dp]

@@ -150,6 +150,32 @@ def test_a_resampler_s_layer_attends_to_picture_and_latents(randomise, assert_cl
     assert_close(layer(picture, latents)[0], torch.cat(read, dim=1) @ w["to_out.weight"].T, "float64")
 
 
+NAMES = {
+    "ip-adapter": "proj.weight proj.bias norm.weight norm.bias",
+    "ssr-encoder": "to_q.weight to_k.weight to_v.0.weight to_v.1.weight to_out.0.weight to_out.1.weight "
+    "norm.weight norm.bias",
+    "ms-diffusion": "grounding_latents latent_proj.0.weight latent_proj.0.bias latent_proj.2.weight "
+    "latent_proj.2.bias latent_norm.weight latent_norm.bias proj_in.weight proj_in.bias "
+    "attention_norm.weight attention_norm.bias proj_out.weight proj_out.bias norm_out.weight norm_out.bias layers.0.0.norm1.weight "
+    "layers.0.0.norm1.bias layers.0.0.norm2.weight layers.0.0.norm2.bias layers.0.0.to_q.weight "
+    "layers.0.0.to_kv.weight layers.0.0.to_out.weight layers.0.1.0.weight layers.0.1.0.bias "
+    "layers.0.1.1.weight layers.0.1.3.weight",
+}
+"""Of the tensors as their own files have them: image_proj of the first and the last, and SSR-Encoder's
+aligner (whose to_v and to_out are its processor's)."""
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_tensors_have_the_names_that_their_own_files_give_them(system):
+    state = concept_encoder(like(preset("tiny"), system)).state_dict()
+    assert {n for n in state if not n.startswith(("layers.1", "layers.2", "layers.3"))} == set(
+        NAMES[system].split()
+    )
+    if system == "ms-diffusion":
+        assert state["grounding_latents"].shape == (1, 16, 16)
+        assert state["latent_proj.0.weight"].shape == (2 * (16 + 64), 16 + 64)
+
+
 @pytest.mark.parametrize("system", SYSTEMS)
 def test_each_concept_is_encoded_alone(system, randomise, assert_close):
     config = like(preset("tiny"), system)
