@@ -156,10 +156,10 @@ NAMES = {
     "norm.weight norm.bias",
     "ms-diffusion": "grounding_latents latent_proj.0.weight latent_proj.0.bias latent_proj.2.weight "
     "latent_proj.2.bias latent_norm.weight latent_norm.bias proj_in.weight proj_in.bias "
-    "attention_norm.weight attention_norm.bias proj_out.weight proj_out.bias norm_out.weight norm_out.bias layers.0.0.norm1.weight "
-    "layers.0.0.norm1.bias layers.0.0.norm2.weight layers.0.0.norm2.bias layers.0.0.to_q.weight "
-    "layers.0.0.to_kv.weight layers.0.0.to_out.weight layers.0.1.0.weight layers.0.1.0.bias "
-    "layers.0.1.1.weight layers.0.1.3.weight",
+    "attention_norm.weight attention_norm.bias proj_out.weight proj_out.bias norm_out.weight norm_out.bias "
+    "layers.0.0.norm1.weight layers.0.0.norm1.bias layers.0.0.norm2.weight layers.0.0.norm2.bias "
+    "layers.0.0.to_q.weight layers.0.0.to_kv.weight layers.0.0.to_out.weight layers.0.1.0.weight "
+    "layers.0.1.0.bias layers.0.1.1.weight layers.0.1.3.weight",
 }
 """Of the tensors as their own files have them: image_proj of the first and the last, and SSR-Encoder's
 aligner (whose to_v and to_out are its processor's)."""
