@@ -14,7 +14,7 @@ import itertools
 import re
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -67,6 +67,24 @@ def parse_tokenizer(data: bytes, known: int | None) -> tuple[tokenizers.Tokenize
     size = tokenizer.get_vocab_size()
     _require(known is None or size <= known, f"it has {size} entries, the text encoder knows {known}")
     return tokenizer, data.decode("utf-8-sig")
+
+
+def add_words(tokenizer: tokenizers.Tokenizer, words: Sequence[str]) -> range:
+    """Makes each of these words a token, whatever stands around it; returns their ids, behind all others.
+
+    Raises: ValueError for a word that is a token already.
+    """
+    import tokenizers
+
+    if there := next((word for word in words if tokenizer.token_to_id(word) is not None), None):
+        raise ValueError(f"{there} is a token already")
+    # with the space in front of it, which would else be a token of its own
+    new = [tokenizers.AddedToken(word, lstrip=True, normalized=False) for word in words]
+    tokenizer.add_tokens(new)
+    ids = [tokenizer.token_to_id(word) for word in words]
+    first = ids[0] if ids else 0
+    _require(ids == list(range(first, first + len(ids))), "the library gives new words no ids in a row")
+    return range(first, first + len(ids))
 
 
 def encode(tokenizer: tokenizers.Tokenizer, text: str, known: int | None) -> tuple[int, ...]:

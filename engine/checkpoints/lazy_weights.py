@@ -151,6 +151,18 @@ def stored_weights(module: nn.Module) -> dict[str, Stored]:
     }
 
 
+def grow_stored(
+    layer: nn.Module, name: str, change: Callable[[Tensor], Tensor], shape: Sequence[int]
+) -> Tensor | None:
+    """Where this parameter of a layer is on disk: it is then what `change` makes of it, of another shape, and
+    that shape's tensor on the meta device is returned; the caller makes it the parameter. None where not."""
+    own = _on_demand(layer)
+    if name not in own:
+        return None
+    own[name] = own[name].then(change, shape)
+    return torch.empty(*shape, dtype=getattr(layer, name).dtype, device="meta")
+
+
 @contextmanager
 def faked(*modules: nn.Module) -> Iterator[FakeTensorMode]:
     """For the block the modules' weights on disk are tensors of the right shape without values.

@@ -1,0 +1,120 @@
+"""Deltas (delta_file.py) and models: merged into one, and made of what was trained."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial as bound
+from typing import cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ...delta_file import Delta, added, check_base, check_fits, fingerprint, words_of
+from ...errors import InputError
+from ...tokenizer_file import add_words, parse_tokenizer
+from ..dit import ConceptDiT
+from ..model import ConceptMaster
+from .lazy_weights import grow_stored, stored_weights
+
+KEYS_VALUES = ("attn2.to_k.weight", "attn2.to_v.weight")
+
+
+@torch.no_grad()
+def merge_deltas(model: ConceptMaster, tokenizer: str, deltas: Sequence[Delta]) -> str:
+    """Changes a model's weights by deltas, in place, and gives its text encoder their words.
+
+    tokenizer: the text of its tokenizer.json; returns it with the words. Weights on disk are changed whenever
+    they are read. Raises: InputError, one line, for a delta that is for another model; no weight has then
+    changed.
+    """
+    config = model.config
+    check_fits(deltas, config.concept.injection, config.transformer.text_dim)
+    for name, transformer in model.experts().items():
+        check_base(deltas, name, _shapes(transformer), _readers(transformer))
+    if absent := {name for delta in deltas for name in delta.bases} - model.experts().keys():
+        raise InputError(f"a delta changes {absent.pop()}, which this model does not have")
+    words = words_of(deltas)
+    rust, _ = parse_tokenizer(tokenizer.encode(), config.text_encoder["vocab_size"])
+    try:
+        ids = add_words(rust, list(words))
+    except ValueError as error:
+        raise InputError(f"{deltas[0].name!r}: {error}") from None
+    for name, transformer in model.experts().items():
+        state, later = transformer.state_dict(), stored_weights(transformer)
+        for weight, change in added(deltas, name).items():
+            if weight in later:
+                later[weight].changes.append(bound(_add, change=torch.from_numpy(change)))
+            else:
+                _add(state[weight], torch.from_numpy(change))
+    give_words(model, torch.from_numpy(np.stack(list(words.values()))), ids.start)
+    return rust.to_str()
+
+
+def give_words(model: ConceptMaster, rows: Tensor, first: int) -> None:
+    """Puts rows [n,Dt] into the text encoder's table, from id `first` on; the table grows where it ends."""
+    config, encoder = model.config, model.text_encoder
+    old = config.text_encoder["vocab_size"]
+    size = max(old, first + len(rows))
+    change = bound(with_rows, rows=rows, first=first)
+    made: dict[int, nn.Parameter] = {}  # of tied ones, which stay so
+    for layer in encoder.modules():
+        if not isinstance(layer, nn.Embedding) or len(layer.weight) != old:
+            continue
+        weight, later = layer.weight, grow_stored(layer, "weight", change, (size, rows.shape[1]))
+        if id(weight) not in made:
+            value = change(weight.detach()) if later is None else later
+            made[id(weight)] = nn.Parameter(value, weight.requires_grad)
+        layer.weight, layer.num_embeddings = made[id(weight)], size
+    grown_config = replace(config, text_encoder=config.text_encoder | {"vocab_size": size})
+    model.config = grown_config
+    for transformer in model.experts().values():
+        transformer.config = grown_config
+
+
+def with_rows(table: Tensor, rows: Tensor, first: int) -> Tensor:
+    """A copy of a table [n,Dt] with these rows from `first` on."""
+    rows = rows.to(table)
+    return torch.cat((table[:first], rows, table[first + len(rows) :]))
+
+
+def delta_of(
+    name: str, before: ConceptMaster, changes: Mapping[str, Mapping[str, Tensor]], words: Mapping[str, Tensor]
+) -> Delta:
+    """A delta that adds `changes` [out,in], by transformer and by name there, to a model's weights, and brings
+    `words` [Dt] each. Stored in float16."""
+    experts = before.experts()
+    bases = {n: fingerprint(_readers(experts[n]), part) for n, part in changes.items()}
+    flat = {f"{n}.{weight}": value for n, part in changes.items() for weight, value in part.items()}
+    return Delta(
+        name,
+        before.config.concept.injection,
+        bases,
+        {word: row.detach().float().numpy() for word, row in words.items()},
+        {weight: value.detach().half().numpy() for weight, value in flat.items()},
+    )
+
+
+def text_keys_values(transformer: ConceptDiT) -> list[str]:
+    """The names of the weights that make the text's keys and values, of every block."""
+    return [name for name, _ in transformer.named_parameters() if name.endswith(KEYS_VALUES)]
+
+
+def _add(weight: Tensor, change: Tensor) -> None:
+    weight.copy_(weight.float() + change)
+
+
+def _shapes(transformer: ConceptDiT) -> dict[str, torch.Size]:
+    return {name: value.shape for name, value in transformer.named_parameters()}
+
+
+def _readers(transformer: ConceptDiT) -> dict[str, Callable[[], np.ndarray]]:
+    """What gives a transformer's weights, float32."""
+
+    def in_memory(value: Tensor) -> np.ndarray:
+        return cast("np.ndarray", value.detach().float().numpy())
+
+    found = {name: bound(in_memory, value) for name, value in transformer.named_parameters()}
+    later = {name: stored.read for name, stored in stored_weights(transformer).items()}
+    return found | {name: (lambda read=read: read().numpy()) for name, read in later.items()}
