@@ -25,10 +25,10 @@ import numpy as np
 
 from .atomic_write import replacing
 from .errors import InputError, how_to_install, not_loaded
+from .tokenizer_file import WORD
 from .untrusted import open_plain, parse_json, printable
 
 FORMAT = "conceptmaster delta 1"
-WORD = re.compile(r"<[\w-]{1,60}>")
 CHANGED = re.compile(r"(transformer|transformer_2)\.(?:vace_)?blocks\.\d{1,4}\.attn2\.to_[kv]\.weight")
 WORDS = "words."
 MOST_WORDS = 64
@@ -39,15 +39,20 @@ EXTRA = "custom"
 class Delta:
     """A delta, see the module's text.
 
-    name: of its file; injection: of the model that it was made for; bases: SHA-256 by transformer; words:
+    path: of its file; injection: of the model that it was made for; bases: SHA-256 by transformer; words:
     float32 [Dt] each; changes: floating point, [out,in] each, by the names of the weights.
     """
 
-    name: str
+    path: Path
     injection: str
     bases: Mapping[str, str]
     words: Mapping[str, np.ndarray]
     changes: Mapping[str, np.ndarray]
+
+    @property
+    def name(self) -> str:
+        """Of its file."""
+        return self.path.name
 
     def of(self, transformer: str) -> dict[str, np.ndarray]:
         """What it changes of a transformer, by the names there."""
@@ -83,7 +88,7 @@ def read_delta(path: str | Path) -> Delta:
         raise InputError(f"cannot read the delta {str(path)!r}: {error.strerror or error}") from None
     except ValueError as error:
         raise InputError(f"the delta {str(path)!r} {error}") from None
-    return Delta(path.name, injection, bases, words, changes)
+    return Delta(path, injection, bases, words, changes)
 
 
 def write_delta(path: str | Path, delta: Delta) -> None:

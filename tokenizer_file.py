@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+WORD = re.compile(r"<[\w-]{1,60}>")
+"""A new word, as a delta brings it (delta_file.py)."""
 LARGEST_FILE = 32 * 2**20  # bytes; that of UMT5, for 256 thousand pieces, has 17 million
 MOST_PIECES, MOST_ADDED, MOST_PARTS = 2**20, 4096, 64
 LONGEST_PIECE, LONGEST_TEXT = 1000, 64  # characters: of a piece, of any text in a rule

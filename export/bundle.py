@@ -179,6 +179,7 @@ def _record(origin: Origin) -> SourceRecord:
         origin.commit,
         None if origin.adapter is None else HashedFile(*origin.adapter),
         tuple(MergedLora(*lora) for lora in origin.loras),
+        tuple(HashedFile(*delta) for delta in origin.custom),
     )
 
 

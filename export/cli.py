@@ -138,6 +138,7 @@ def add_export_arguments(parser: argparse.ArgumentParser) -> None:
         help="of Bernini-R: what the longer side of a picture is at most, which is never enlarged (848)",
     )
     _add_base_arguments(base)
+    _add_merged_arguments(parser.add_argument_group("merged into the weights"))
     _add_output_arguments(parser)
 
 
@@ -177,6 +178,7 @@ def add_verify_arguments(parser: argparse.ArgumentParser) -> None:
         help="the weights it was exported from (where its manifest says)",
     )
     _add_base_arguments(parser.add_argument_group("of a base"))
+    _add_merged_arguments(parser.add_argument_group("merged into the weights"))
     _add_output_arguments(parser)
 
 
@@ -218,13 +220,22 @@ def _choices(args: argparse.Namespace) -> Choices:
     if args.lora_partial and not loras:
         raise InputError("--lora-partial without a LoRA: --lora FILE says which")
     parts = {name: path for name in PARTS if (path := getattr(args, name)) is not None}
-    return Choices(
-        adapter=args.adapter, revision=args.revision, loras=loras, parts=parts, tokenizer=args.tokenizer
-    )
+    choices = Choices(adapter=args.adapter, revision=args.revision, loras=loras, parts=parts)
+    return replace(choices, tokenizer=args.tokenizer, custom=tuple(args.custom))
 
 
 def _add_base_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--adapter", type=Path, metavar="FILE", help="trained concept modules, safetensors")
+    group.add_argument("--revision", metavar="R", help="branch, tag or commit in the Hugging Face Hub")
+    for name, what in PARTS.items():
+        option = f"--{name.replace('_', '-')}"
+        group.add_argument(option, dest=name, type=Path, metavar="FILE", help=f"{what}, in a file of its own")
+    group.add_argument(
+        "--tokenizer", type=Path, metavar="FILE", help="tokenizer.json or spiece.model of UMT5"
+    )
+
+
+def _add_merged_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--lora", type=Path, action="append", default=[], metavar="FILE",
         help="merged into the transformer, safetensors; repeatable",
@@ -243,13 +254,11 @@ def _add_base_arguments(group: argparse._ArgumentGroup) -> None:
         help="merge what fits of LoRAs that are for modules, too, which the base does not have, as those of "
         "image-to-video models are for a text-to-video one, and list the rest",
     )  # fmt: skip
-    group.add_argument("--revision", metavar="R", help="branch, tag or commit in the Hugging Face Hub")
-    for name, what in PARTS.items():
-        option = f"--{name.replace('_', '-')}"
-        group.add_argument(option, dest=name, type=Path, metavar="FILE", help=f"{what}, in a file of its own")
     group.add_argument(
-        "--tokenizer", type=Path, metavar="FILE", help="tokenizer.json or spiece.model of UMT5"
-    )
+        "--custom", type=Path, action="append", default=[], metavar="FILE",
+        help="a delta of CustomDiffusion, with its new words; repeatable. `generate --custom` hands one in "
+        "beside a bundle",
+    )  # fmt: skip
 
 
 def _add_output_arguments(parser: argparse.ArgumentParser) -> None:

@@ -6,12 +6,14 @@ import argparse
 import dataclasses
 import json
 import logging
+import os
 import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError
+from ..hashed import sha256_file
 from ..untrusted import LARGEST_JSON, open_plain, parse_json
 from .backends import torchrun
 from .workers import on_ray
@@ -117,6 +119,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--precision",
         metavar="P",
         help="of the engines for --device tensorrt or rtx: fp32, fp16, bf16 or fp8 (the only one there)",
+    )
+    how.add_argument(
+        "--custom",
+        metavar="FILE",
+        action="append",
+        default=[],
+        help="a delta of CustomDiffusion: new words, such as <fox-1>, which the prompt then says; repeatable",
     )
     how.add_argument(
         "--strict",
@@ -226,6 +235,7 @@ def run(args: argparse.Namespace) -> int:
         options = torch_options(args)
         how = {name: getattr(args, name) for name in ("backend", "device", "precision", "strict")}
         how |= {} if options is None else dataclasses.asdict(options)
+        how |= {"custom": [sha256_file(Path(file)) for file in args.custom]} if args.custom else {}
         return batch.run(args, overrides(args), how, lambda: open_batch(args))
     if args.jobs is not None:
         raise InputError("--jobs goes with --requests")
@@ -285,6 +295,7 @@ def open_pipeline(args: argparse.Namespace) -> Pipeline:
         options=torch_options(args),
         precision=args.precision,
         gpus=None if world > 1 else gpus,
+        custom=args.custom,
     )
 
 
@@ -319,6 +330,7 @@ def worker_options(args: argparse.Namespace) -> dict[str, Any]:
         "precision": args.precision,
         "threads": args.threads,
         "gpus": args.gpus_per_worker,
+        "custom": [os.path.abspath(path) for path in args.custom],
         "options": None if options is None else dataclasses.asdict(options),
         "verbose": args.verbose,
     }

@@ -33,7 +33,7 @@ from .progress import bar, timed
 from .recent import Recent
 from .request import Concept, Request
 from .solver import STATES, Schedule, make_schedule
-from .tokenizer import Tokenizer, padded, padding_bias, tokenised
+from .tokenizer import open_tokenizer, padded, padding_bias, tokenised
 from .video import Video
 
 if TYPE_CHECKING:
@@ -62,8 +62,7 @@ class Pipeline:
         self.manifest = bundle.manifest
         self._backend: Backend | None = backend
         self._tiles = tiles.layout(bundle.manifest)
-        with bundle.files.reading([bundle.manifest.tokenizer]) as path:
-            self._tokenizer = Tokenizer(path, bundle.manifest.token_ids)
+        self._tokenizer = open_tokenizer(bundle)
         self._text = functools.lru_cache(CACHED_TEXTS)(self._encode_text)
         self._empty = functools.lru_cache(1)(self._encode_nothing)
         self._pictured = Recent(CACHED_PICTURES)
@@ -79,16 +78,18 @@ class Pipeline:
         options: TorchOptions | None = None,
         precision: str | None = None,
         gpus: int | None = 1,
+        custom: Sequence[str | os.PathLike[str]] = (),
     ) -> Pipeline:
         """Opens and verifies a bundle: the name of a shipped one ("sprites") or a path.
 
         Args: device: "cpu", "cuda", "tensorrt" or "rtx"; threads: CPU threads, None for one per CPU that
             this process may use; backend: "onnxruntime" or "torch"; options: of the latter, and gpus: how
-            many make a request together (None: torchrun's); precision: of TensorRT's engines, None: the one.
+            many make a request together (None: torchrun's); precision: of TensorRT's engines, None: the one;
+            custom: deltas to hand in, see custom.py.
         Raises: InputError, BundleError (not sound), MissingDependency, OutOfMemory, RanksLost.
         """
         check_choice(device, threads, backend, precision, gpus)  # before files are hashed, for minutes
-        bundle = Bundle.open(name_or_path)
+        bundle = Bundle.open(name_or_path).with_custom(custom)
         return cls(bundle, open_backend(bundle, device, threads, backend, options, precision, gpus))
 
     @property

@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..errors import BundleError, InputError
-from ..tokenizer_file import encode, normalised, read_tokenizer
+from ..tokenizer_file import WORD, add_words, encode, normalised, read_tokenizer
 from .bundle_format.manifest import REPAIR
 from .cleaning import clean
 from .naming import spoken
 
 if TYPE_CHECKING:
+    from .bundle_format.find import Bundle
     from .bundle_format.schema import Manifest
     from .guidance import Guidance
     from .request import Request
@@ -28,11 +29,13 @@ LONGEST_TOKEN = 64  # characters; on the average of a text
 class Tokenizer:
     """The tokenizer of a bundle. Text is never cut: what does not fit is an error.
 
-    Args: path: a tokenizer.json; known: how many ids the bundle's text encoder has, None where nobody tells.
-    Raises: BundleError when it is none, or one that is not read (see tokenizer_file.py).
+    Args: path: a tokenizer.json; known: how many ids the bundle's text encoder has, None where nobody tells;
+    words: new ones, which get the ids behind all others, `ids`.
+    Raises: BundleError when it is none, or one that is not read (see tokenizer_file.py); InputError for a
+    word that is a token already.
     """
 
-    def __init__(self, path: Path, known: int | None = None) -> None:
+    def __init__(self, path: Path, known: int | None = None, words: Sequence[str] = ()) -> None:
         self._path, self._known = path, known
         try:
             self._rust, _ = read_tokenizer(path, known)
@@ -40,6 +43,11 @@ class Tokenizer:
             raise BundleError(f"cannot read {str(path)!r}: {error.strerror}") from None
         except ValueError as error:
             raise self._bad(error) from error
+        try:
+            self.ids = dict(zip(words, add_words(self._rust, words), strict=True))
+        except ValueError as error:
+            raise InputError(f"a delta's word: {error} of this bundle") from None
+        self._known = None if known is None else max([known, *(number + 1 for number in self.ids.values())])
 
     def _bad(self, error: ValueError) -> BundleError:
         return BundleError(f"bad bundle: {str(self._path)!r} is no tokenizer that is read: {error}; {REPAIR}")
@@ -72,6 +80,26 @@ class Tokenizer:
             raise InputError(f"{what} takes {len(tokens)} tokens, {limit} are allowed: make it shorter{why}")
         return tokens
 
+    def check_words(self, what: str, text: str, every: bool) -> None:
+        """Raises InputError for a word <x> of a text that no token stands for; every: and for a new word that
+        the text does not say."""
+        said = WORD.findall(clean(text))
+        for word in said:
+            if self._rust.token_to_id(word) is None:
+                raise InputError(
+                    f"{what} says {word}, a word that no token stands for: hand in the delta that brings it, "
+                    "with --custom FILE"
+                )
+        if every and (unsaid := [word for word in self.ids if word not in said]):
+            raise InputError(f"{what} does not say {unsaid[0]}, the word of a delta that is handed in")
+
+
+def open_tokenizer(bundle: Bundle) -> Tokenizer:
+    """A bundle's tokenizer, with the words that are handed in. Raises as the class."""
+    words = () if bundle.custom is None else tuple(bundle.custom.words)
+    with bundle.files.reading([bundle.manifest.tokenizer]) as path:
+        return Tokenizer(path, bundle.manifest.token_ids, words)
+
 
 def tokenised(
     request: Request, guidance: Guidance, manifest: Manifest, tokenizer: Tokenizer
@@ -80,7 +108,7 @@ def tokenised(
     the labels where the model reads them), each with its tokens.
 
     Raises: InputError for a text that is too long, for a prompt or a label of which the bundle reads nothing,
-        and for two labels that it reads alike.
+        for two labels that it reads alike, and for words of deltas as `Tokenizer.check_words`.
     """
     shapes, bundle = manifest.shapes, f"the bundle {manifest.name!r}"
     whole = spoken(request, manifest)
@@ -89,6 +117,7 @@ def tokenised(
         texts.insert(1, ("the prompt, with its prefix and the pictures' names,", whole))
     if request.negative and not all(guidance.caption):
         texts.append(("the negative prompt", request.negative))
+    tokenizer.check_words("the prompt", request.prompt, every=True)
     tokens = {
         text: tokenizer.encode(text, manifest.prompt_tokens, what, manifest.cut) for what, text in texts
     }

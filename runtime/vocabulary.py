@@ -17,6 +17,7 @@ from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
 from ..errors import InputError, RequestWarning
+from ..tokenizer_file import WORD
 from ..untrusted import printable
 
 if TYPE_CHECKING:
@@ -95,8 +96,14 @@ class _Known:
         self._words = self._free | self._nouns | bound
 
     def _has(self, word: str) -> bool:
-        """A small word may have a capital, as at the beginning of a sentence: that does no harm."""
-        return not word or word in self._words or word.casefold() in self._free
+        """A small word may have a capital, as at the beginning of a sentence: that does no harm. A delta's is
+        known, or the request is refused."""
+        return (
+            not word
+            or WORD.fullmatch(word) is not None
+            or word in self._words
+            or word.casefold() in self._free
+        )
 
     def unknown(self, words: Iterable[str]) -> Iterable[str]:
         """One line that names every word which is not known."""

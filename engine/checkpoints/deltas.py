@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial as bound
+from pathlib import Path
 from typing import cast
 
 import numpy as np
@@ -15,6 +16,7 @@ from ...delta_file import Delta, added, check_base, check_fits, fingerprint, wor
 from ...errors import InputError
 from ...tokenizer_file import add_words, parse_tokenizer
 from ..dit import ConceptDiT
+from ..encoders import TextEncoder
 from ..model import ConceptMaster
 from .lazy_weights import grow_stored, stored_weights
 
@@ -31,16 +33,14 @@ def merge_deltas(model: ConceptMaster, tokenizer: str, deltas: Sequence[Delta]) 
     """
     config = model.config
     check_fits(deltas, config.concept.injection, config.transformer.text_dim)
-    for name, transformer in model.experts().items():
-        check_base(deltas, name, _shapes(transformer), _readers(transformer))
-    if absent := {name for delta in deltas for name in delta.bases} - model.experts().keys():
-        raise InputError(f"a delta changes {absent.pop()}, which this model does not have")
+    check_bases(model, deltas)
     words = words_of(deltas)
     rust, _ = parse_tokenizer(tokenizer.encode(), config.text_encoder["vocab_size"])
-    try:
-        ids = add_words(rust, list(words))
+    there = [rust.token_to_id(word) for word in words]
+    try:  # a bundle's tokenizer has the words already that its weights are to have
+        first = add_words(rust, list(words)).start if None in there else there[0]
     except ValueError as error:
-        raise InputError(f"{deltas[0].name!r}: {error}") from None
+        raise InputError(f"the delta {deltas[0].name!r}: {error}") from None
     for name, transformer in model.experts().items():
         state, later = transformer.state_dict(), stored_weights(transformer)
         for weight, change in added(deltas, name).items():
@@ -48,14 +48,30 @@ def merge_deltas(model: ConceptMaster, tokenizer: str, deltas: Sequence[Delta]) 
                 later[weight].changes.append(bound(_add, change=torch.from_numpy(change)))
             else:
                 _add(state[weight], torch.from_numpy(change))
-    give_words(model, torch.from_numpy(np.stack(list(words.values()))), ids.start)
+    give_words(model, torch.from_numpy(np.stack(list(words.values()))), first)
     return rust.to_str()
 
 
+def check_bases(model: ConceptMaster, deltas: Sequence[Delta]) -> None:
+    """Raises InputError, one line, for a delta that is for other weights than the model's."""
+    for name, transformer in model.experts().items():
+        check_base(deltas, name, _shapes(transformer), _readers(transformer))
+    if absent := {name for delta in deltas for name in delta.bases} - model.experts().keys():
+        raise InputError(f"a delta changes {absent.pop()}, which this model does not have")
+
+
 def give_words(model: ConceptMaster, rows: Tensor, first: int) -> None:
-    """Puts rows [n,Dt] into the text encoder's table, from id `first` on; the table grows where it ends."""
-    config, encoder = model.config, model.text_encoder
-    old = config.text_encoder["vocab_size"]
+    """Puts rows [n,Dt] into the text encoder's table, from id `first` on; it grows where that is its end."""
+    config = model.config
+    size = put_words(model.text_encoder, config.text_encoder["vocab_size"], rows, first)
+    grown = replace(config, text_encoder=config.text_encoder | {"vocab_size": size})
+    model.config = grown
+    for transformer in model.experts().values():
+        transformer.config = grown
+
+
+def put_words(encoder: TextEncoder, old: int, rows: Tensor, first: int) -> int:
+    """What `give_words` does to a text encoder of `old` ids; how many it then has."""
     size = max(old, first + len(rows))
     change = bound(with_rows, rows=rows, first=first)
     made: dict[int, nn.Parameter] = {}  # of tied ones, which stay so
@@ -67,10 +83,7 @@ def give_words(model: ConceptMaster, rows: Tensor, first: int) -> None:
             value = change(weight.detach()) if later is None else later
             made[id(weight)] = nn.Parameter(value, weight.requires_grad)
         layer.weight, layer.num_embeddings = made[id(weight)], size
-    grown_config = replace(config, text_encoder=config.text_encoder | {"vocab_size": size})
-    model.config = grown_config
-    for transformer in model.experts().values():
-        transformer.config = grown_config
+    return size
 
 
 def with_rows(table: Tensor, rows: Tensor, first: int) -> Tensor:
@@ -80,15 +93,18 @@ def with_rows(table: Tensor, rows: Tensor, first: int) -> Tensor:
 
 
 def delta_of(
-    name: str, before: ConceptMaster, changes: Mapping[str, Mapping[str, Tensor]], words: Mapping[str, Tensor]
+    path: Path,
+    before: ConceptMaster,
+    changes: Mapping[str, Mapping[str, Tensor]],
+    words: Mapping[str, Tensor],
 ) -> Delta:
-    """A delta that adds `changes` [out,in], by transformer and by name there, to a model's weights, and brings
-    `words` [Dt] each. Stored in float16."""
+    """A delta that adds `changes` [out,in], by transformer and by name there, to a model's weights, and
+    brings `words` [Dt] each. Stored in float16."""
     experts = before.experts()
     bases = {n: fingerprint(_readers(experts[n]), part) for n, part in changes.items()}
     flat = {f"{n}.{weight}": value for n, part in changes.items() for weight, value in part.items()}
     return Delta(
-        name,
+        path,
         before.config.concept.injection,
         bases,
         {word: row.detach().float().numpy() for word, row in words.items()},

@@ -22,6 +22,7 @@ import tokenizers
 import torch
 from torch import nn
 
+from ...delta_file import Delta, read_delta
 from ...errors import ConfigError, InputError, WeightsError, memory_errors
 from ...hashed import identities, require_same, sha256_file, sha256_files
 from ...tokenizer_file import encode, parse_tokenizer, read_tokenizer
@@ -32,6 +33,7 @@ from ..presets import preset
 from ..sampling import Sampling
 from ..vae.wan_decoder import build_vae
 from .adapter import check_base, load_adapter, read_adapter
+from .deltas import merge_deltas
 from .diffusers_folder import HUB_ID, locate
 from .lora import merge_lora
 from .releases import release_of
@@ -88,14 +90,16 @@ class LoraOrigin(NamedTuple):
 
 @dataclass(frozen=True)
 class Choices:
-    """What a base leaves open; None is its default. Trained weights and presets leave nothing open.
+    """What a base leaves open; None is its default. Trained weights and presets leave nothing open but what
+    is merged: LoRAs and deltas.
 
     size: width and height in pixels; frames: of the video; references: how many pictures each request of a
     VACE or a Phantom has, or a Bernini-R at most; reference_side: pixels that the longer side of a picture of
     the last has at most; adapter: a file of `save_adapter`; revision: a
     branch, tag or commit of a model in the Hugging Face Hub; loras: merged into the transformer one after the
     other; parts: files, or folders with shards, of base.PARTS, which replace those of the place; tokenizer: a
-    tokenizer.json or a SentencePiece model, which replaces that of the place.
+    tokenizer.json or a SentencePiece model, which replaces that of the place; custom: deltas (delta_file.py),
+    merged after the LoRAs.
     """
 
     size: tuple[int, int] | None = None
@@ -107,6 +111,12 @@ class Choices:
     tokenizer: Path | None = None
     references: int | None = None
     reference_side: int | None = None
+    custom: tuple[Path, ...] = ()
+
+    @property
+    def merged(self) -> Choices:
+        """What is merged into any model, alone."""
+        return Choices(loras=self.loras, custom=self.custom)
 
 
 @dataclass(frozen=True)
@@ -122,6 +132,7 @@ class Origin:
     commit: str | None = None
     adapter: tuple[str, str] | None = None
     loras: tuple[LoraOrigin, ...] = ()
+    custom: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -202,23 +213,47 @@ def open_source(
         choices = dataclasses.replace(choices, revision=choices.revision or revision)
     try:
         with memory_errors("weights were read"):
-            if is_base(place):
-                return _open_base(place, choices, tokenizer)
-            if str(place).startswith(PRESET):
-                _no_choices(place, choices)
-                source = random_source(preset(str(place).removeprefix(PRESET)))
-                return dataclasses.replace(source, origin=Origin(str(place)))
-            if not _exists(place):
-                raise InputError(
-                    f"there is nothing at {str(place)!r:.200}: give a folder, preset:NAME, or OWNER/NAME of "
-                    "the Hub"
-                )
-            _no_choices(place, choices)
-            return _open_trained(Path(place), tokenizer)
+            deltas = [read_delta(path) for path in choices.custom]
+            before = identities([*(lora.path for lora in choices.loras), *choices.custom])
+            source = _merged(_opened(place, choices, tokenizer), choices.loras, deltas)
+            require_same(before)
+            return source
     except InputError:
         raise
     except (ValueError, OSError, ImportError) as error:
         raise InputError(str(error)) from error
+
+
+def _opened(place: str | Path, choices: Choices, tokenizer: Path | None) -> Source:
+    """A source with nothing merged yet."""
+    if is_base(place):
+        return _open_base(place, choices, tokenizer)
+    if str(place).startswith(PRESET):
+        _no_choices(place, choices)
+        source = random_source(preset(str(place).removeprefix(PRESET)))
+        return dataclasses.replace(source, origin=Origin(str(place)))
+    if not _exists(place):
+        raise InputError(
+            f"there is nothing at {str(place)!r:.200}: give a folder, preset:NAME, or OWNER/NAME of the Hub"
+        )
+    _no_choices(place, choices)
+    return _open_trained(Path(place), tokenizer)
+
+
+def _merged(source: Source, loras: tuple[LoraFile, ...], deltas: list[Delta]) -> Source:
+    """A source with LoRAs, then deltas merged into its model, which changes."""
+    model, text, origins = source.model, source.tokenizer, []
+    _check_experts(loras, model.config, source.origin.name)
+    for lora in loras:
+        report = merge_lora(model.experts()[lora.expert], lora.path, lora.factor, lora.partial)
+        log.log(logging.WARNING if report.left_out else logging.INFO, "%s", report)
+        digest, in_part = sha256_file(lora.path), bool(report.left_out)
+        origins.append(LoraOrigin(lora.path.name, digest, lora.factor, in_part, lora.expert))
+    if deltas:
+        text = merge_deltas(model, text, deltas)
+    custom = tuple((delta.name, sha256_file(delta.path)) for delta in deltas)
+    origin = dataclasses.replace(source.origin, loras=tuple(origins), custom=custom)
+    return dataclasses.replace(source, tokenizer=text, origin=origin)
 
 
 def _address(place: str | Path) -> tuple[str | Path, str | None]:
@@ -229,9 +264,9 @@ def _address(place: str | Path) -> tuple[str | Path, str | None]:
 
 
 def _no_choices(place: str | Path, choices: Choices) -> None:
-    if choices != Choices():
+    if choices != choices.merged:
         raise InputError(
-            f"{str(place)!r} is no base: size, frames, adapter, lora, revision and single parts are for those"
+            f"{str(place)!r} is no base: size, frames, adapter, revision and single parts are for those"
         )
 
 
@@ -256,10 +291,9 @@ def _open_trained(folder: Path, tokenizer: Path | None) -> Source:
 
 
 def _open_base(place: str | Path, choices: Choices, tokenizer: Path | None) -> Source:
-    """A base, LoRAs merged, with the adapter that was chosen or a new one, which changes nothing."""
+    """A base with the adapter that was chosen or a new one, which changes nothing."""
     folder = locate(place, choices.revision)
-    beside = [lora.path for lora in choices.loras] + ([] if choices.adapter is None else [choices.adapter])
-    before = identities(beside)
+    before = identities([] if choices.adapter is None else [choices.adapter])
     base = open_base(folder, choices.parts)
     if (given := choices.tokenizer) is not None:
         before |= identities([given])
@@ -279,20 +313,14 @@ def _open_base(place: str | Path, choices: Choices, tokenizer: Path | None) -> S
         choices.references,
         choices.reference_side,
     )
-    _check_experts(choices.loras, config, base.where)
+    _check_experts(choices.loras, config, base.where)  # before gigabytes are read
     if adapter:
-        check_base(adapter, config)  # before gigabytes are read
+        check_base(adapter, config)
     sampling = read_sampling(base)
     text = _read_tokenizer(base.tokenizer, tokenizer, config, base.where)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # a new adapter is the same each time, so that a bundle can be made again
         model = load_base(base, config)
-    loras = []
-    for lora in choices.loras:
-        report = merge_lora(model.experts()[lora.expert], lora.path, lora.factor, lora.partial)
-        log.log(logging.WARNING if report.left_out else logging.INFO, "%s", report)
-        digest, in_part = sha256_file(lora.path), bool(report.left_out)
-        loras.append(LoraOrigin(lora.path.name, digest, lora.factor, in_part, lora.expert))
     if adapter:
         load_adapter(model, adapter)
     digests = sha256_files(Path(), {str(path) for path in base.files.values()})
@@ -301,14 +329,13 @@ def _open_base(place: str | Path, choices: Choices, tokenizer: Path | None) -> S
         {name: digests[str(path)] for name, path in base.files.items()},
         None if local else folder.name,  # of a snapshot, the commit
         None if adapter is None else (adapter.path.name, sha256_file(adapter.path)),
-        tuple(loras),
     )
     vae = load_base_vae(base, config)
     require_same(before)
     return Source(model, vae, text, sampling, origin)
 
 
-def _check_experts(loras: tuple[LoraFile, ...], config: ModelConfig, where: Path) -> None:
+def _check_experts(loras: tuple[LoraFile, ...], config: ModelConfig, where: Path | str) -> None:
     """Raises ConfigError for a LoRA of a second transformer that is not there; warns where there are two and
     only one gets any."""
     given = {lora.expert for lora in loras}

@@ -102,6 +102,10 @@ def open_backend(
     if options is not None:
         raise InputError(f"the backend {name} has no such options: they are for the backend torch")
     if device in ("tensorrt", "rtx"):
+        if bundle.custom is not None and bundle.custom.deltas:
+            raise InputError(
+                "engines cannot be changed: merge the delta with `export --custom`, then `build`"
+            )
         from .tensorrt_backend import TensorRTBackend
 
         return TensorRTBackend(bundle, device, precision)

@@ -24,6 +24,8 @@ from .graph_backend import GraphBackend, in_the_way
 from .onnxruntime_module import onnxruntime, session_options
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from ..bundle_format.find import Bundle
 
 log = logging.getLogger(__name__)
@@ -31,6 +33,8 @@ log = logging.getLogger(__name__)
 MEMORY = 3
 """Bytes that a loaded graph takes for each of its files, estimated: weights stored in 16 bits become float32,
 and a session keeps what its largest call needs."""
+BESIDE = "session.model_external_initializers_file_folder_path"
+"""Where the weights are of a graph that is not read from a file."""
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 DTYPES = {
     "tensor(float)": "float32",
@@ -60,11 +64,8 @@ class OnnxRuntimeBackend(GraphBackend):
             )
         self._bundle = bundle
         self._device = device
-        threads = usable() if threads is None else threads
-        self._options = session_options(threads)
-        if device == "cpu":  # CUDA tells only there why it does not start; else what goes wrong is raised
-            self._options.log_severity_level = 4
-        self._options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
+        self._threads = threads = usable() if threads is None else threads
+        self._options = self._session_options()
         self._quiet = onnxruntime.RunOptions()
         self._quiet.log_severity_level = 4
         self._sessions: dict[str, Any] = {}
@@ -131,9 +132,10 @@ class OnnxRuntimeBackend(GraphBackend):
     def _open(self, graph: str) -> Any:
         signature = self._bundle.manifest.graphs[graph]
         with self._bundle.reading(graph) as path:
+            model, options = self._model(path, graph)
             try:
                 session = onnxruntime.InferenceSession(
-                    str(path), self._options, providers=[PROVIDERS[self._device]], enable_fallback=False
+                    model, options, providers=[PROVIDERS[self._device]], enable_fallback=False
                 )
             except Exception as error:  # onnxruntime's own exception types are not public
                 raise _failed(graph, f"{str(path)!r} does not load", error) from error
@@ -151,6 +153,28 @@ class OnnxRuntimeBackend(GraphBackend):
                     f"{_difference(real, wanted)}; {REPAIR}"
                 )
         return session
+
+    def _session_options(self) -> Any:
+        options = session_options(self._threads)
+        if (
+            self._device == "cpu"
+        ):  # CUDA tells only there why it does not start; else what goes wrong is raised
+            options.log_severity_level = 4
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
+        return options
+
+    def _model(self, path: Path, graph: str) -> tuple[str | bytes, Any]:
+        """What a session is made of, and its options: a file, or what deltas make of it."""
+        custom = self._bundle.custom
+        if custom is None or not custom.deltas:
+            return str(path), self._options
+        from .changed_graph import changed, changes
+
+        if not changes(graph):
+            return str(path), self._options
+        options = self._session_options()
+        options.add_session_config_entry(BESIDE, str(path.parent))
+        return changed(path, graph, custom), options
 
 
 def _difference(real: list[tuple[Any, ...]], wanted: list[tuple[Any, ...]]) -> str:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ...errors import InputError
 from . import manifest as manifests
 from .hashed_file import CheckedFiles
 from .schema import Manifest
+
+if TYPE_CHECKING:
+    from ..custom import Custom
 
 SHIPPED = Path(__file__).parents[1] / "bundles"  # the bundles that come with the package, one folder each
 
@@ -19,11 +23,12 @@ SHIPPED = Path(__file__).parents[1] / "bundles"  # the bundles that come with th
 @dataclass(frozen=True)
 class Bundle:
     """A verified bundle. `folder`, an absolute path, holds the files that `manifest` names; `files` looks at
-    them again where they are used."""
+    them again where they are used. `custom`: what is handed in beside it, None where nothing is."""
 
     folder: Path
     manifest: Manifest
     files: CheckedFiles = field(repr=False, compare=False)
+    custom: Custom | None = None
 
     @classmethod
     def open(cls, name_or_path: str | os.PathLike[str]) -> Bundle:
@@ -44,6 +49,15 @@ class Bundle:
                 "export it again"
             )
         return self
+
+    def with_custom(self, paths: Sequence[str | os.PathLike[str]]) -> Bundle:
+        """This bundle with deltas handed in (see custom.py); itself for none. Raises InputError for one that
+        is not for it, MissingDependency."""
+        if not paths:
+            return self
+        from ..custom import hand_in
+
+        return replace(self, custom=hand_in(self, paths))
 
     @contextmanager
     def reading(self, graph: str) -> Iterator[Path]:

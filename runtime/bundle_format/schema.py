@@ -283,6 +283,7 @@ class Manifest:
         kind = "frames" if self.conditioning is None else self.conditioning.kind
         told = (self.guided_first, kind, self.prompt_prefix, self.picture_name)
         scaled = any(expert.scale != 1 for expert in self.experts or ())
+        scaled |= self.source is not None and bool(self.source.custom)
         return told != ("caption", "frames", "", "") or scaled or self.defaults.solver == "unipc_wan"
 
     @property

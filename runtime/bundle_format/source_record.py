@@ -53,7 +53,7 @@ class SourceRecord:
 
     name: OWNER/NAME in the Hugging Face Hub, the name of a folder, or preset:NAME; files: those that were
     read below it, none of a preset; commit: of the Hub; adapter: trained concept modules, by their file's
-    name; loras: in the order in which they were merged.
+    name; loras: in the order in which they were merged; custom: deltas, merged behind them (format 6).
     """
 
     name: str
@@ -61,6 +61,7 @@ class SourceRecord:
     commit: str | None = None
     adapter: HashedFile | None = None
     loras: tuple[MergedLora, ...] = ()
+    custom: tuple[HashedFile, ...] = added(())
 
     def __post_init__(self) -> None:
         from_hub = self.commit is not None
@@ -75,6 +76,7 @@ class SourceRecord:
         parts = [self.name if self.commit is None else f"{self.name} at {self.commit}"]
         parts += [] if self.adapter is None else [f"adapter {self.adapter.file}"]
         parts += map(str, self.loras)
+        parts += [f"delta {file.file}" for file in self.custom]
         return ", ".join([*parts, f"{len(self.files)} files"])
 
     @property

@@ -12,7 +12,7 @@ from .. import pictures, vocabulary
 from ..bundle_format.find import Bundle
 from ..frame_conditioning import lengths
 from ..request import Concept, Request
-from ..tokenizer import Tokenizer, tokenised
+from ..tokenizer import Tokenizer, open_tokenizer, tokenised
 
 if TYPE_CHECKING:
     from ..bundle_format.schema import Manifest
@@ -80,20 +80,18 @@ class Served:
 class Catalogue:
     """All of them, by name; the first is meant where a request names none."""
 
-    def __init__(self, places: Sequence[str]) -> None:
-        """Opens and verifies bundles, shipped ones' names or paths. Raises what Bundle.open raises, and
-        InputError where two have one name."""
+    def __init__(self, places: Sequence[str], custom: Sequence[str] = ()) -> None:
+        """Opens and verifies bundles, shipped ones' names or paths, and deltas for each. Raises what
+        Bundle.open and Bundle.with_custom raise, and InputError where two have one name."""
         self._served: dict[str, Served] = {}
         for place in places:
-            bundle = Bundle.open(place)
+            bundle = Bundle.open(place).with_custom(custom)
             name = bundle.folder.name
             if name in self._served:
                 raise InputError(
                     f"two bundles' folders are called {name!r}, which is what clients call them by"
                 )
-            with bundle.files.reading([bundle.manifest.tokenizer]) as path:
-                tokenizer = Tokenizer(path, bundle.manifest.token_ids)
-            self._served[name] = Served(name, bundle.folder, bundle.manifest, tokenizer)
+            self._served[name] = Served(name, bundle.folder, bundle.manifest, open_tokenizer(bundle))
 
     def __iter__(self) -> Iterator[Served]:
         return iter(self._served.values())

@@ -48,6 +48,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument(
         "--bundle", action="append", metavar="NAME", help="shipped bundle or a path; repeatable (sprites)"
     )
+    what.add_argument(
+        "--custom", metavar="FILE", action="append", default=[],
+        help="a delta of CustomDiffusion for every bundle: new words, such as <fox-1>, which every prompt "
+        "then says; repeatable",
+    )  # fmt: skip
     what.add_argument("--workers", type=int, default=1, metavar="N", help="processes for each bundle (1)")
     what.add_argument(
         "--max-workers",

@@ -45,7 +45,7 @@ def serve(args: argparse.Namespace, options: dict[str, Any], hosts: tuple[str, .
     if not args.verbose:
         keep_quiet()
     keys = None if args.api_key_file is None else Keys(args.api_key_file)
-    catalogue = Catalogue(args.bundle or ["sprites"])
+    catalogue = Catalogue(args.bundle or ["sprites"], args.custom)
     count = (args.max_workers or args.workers) * len(catalogue.names)
     options["threads"] = options["threads"] or max(1, usable() // count)
     listening = _listen(args.host, args.port)

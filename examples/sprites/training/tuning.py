@@ -3,14 +3,15 @@
 ``custom_diffusion``: the text's keys and values of every block and one new word per concept (Kumari et al.,
 arXiv 2212.04488) make a delta, which `generate --custom` takes beside the base's own bundle. ``dreambooth``:
 the whole transformer, on a rare word that is there already ("sks"; Ruiz et al., arXiv 2208.12242), makes
-weights, and so a bundle, per request; ``dreambooth_lora`` its small form, a LoRA. All keep what the base knows
-of the noun by clips of others of its kind (prior preservation).
+weights, and so a bundle, per request; ``dreambooth_lora`` its small form, a LoRA. All keep what the base
+knows of the noun by clips of others of its kind (prior preservation).
 """
 
 from __future__ import annotations
 
 import copy
 import json
+import re
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -83,15 +84,18 @@ def tune(
 ) -> Tuned:
     """Tunes a base on a request's pictures; ``base`` stays as it is.
 
-    Writes into the folder ``output``, and ``tuned.json`` at the end: where that is, it is read, and nothing is
-    done. request: its concepts' pictures are uint8 arrays [H,W,3], each alone on plain ground, a label's last
-    word is its noun. Raises InputError for a method that is none, and for a request without concepts.
+    Writes into the folder ``output``, and ``tuned.json`` at the end: where that is, it is read, and nothing
+    is done. request: its concepts' pictures are uint8 arrays [H,W,3], each alone on plain ground; a label's
+    last word is its noun. Raises InputError for a method that is none, and for a request without concepts or
+    with more than DreamBooth has rare words for.
     """
     options = options or TuneOptions()
     if method not in METHODS:
         raise InputError(f"the method must be one of {', '.join(METHODS)}, not {method!r}")
     if not request.concepts:
         raise InputError("a request without concepts: there is nothing to tune on")
+    if len(request.concepts) > len(RARE):
+        raise InputError(f"{len(request.concepts)} concepts: a request is tuned on 1 to {len(RARE)}")
     if (output / DONE).exists():
         return _read(output)
     began = time.perf_counter()
@@ -116,14 +120,14 @@ def names_of(method: str, labels: Sequence[str]) -> dict[str, str]:
 
 
 def named(prompt: str, names: Mapping[str, str]) -> str:
-    """A prompt with each label's word before its noun: "the first <cat-1> cat". Raises InputError where it has
-    not the label."""
+    """A prompt with each label's word before its noun: "the first <cat-1> cat". Raises InputError where it
+    has not the label."""
     for label, word in names.items():
-        if label not in prompt:
-            raise InputError(f"the prompt does not say {label!r}")
         noun = _noun(label)
-        own = f"{label.removesuffix(noun)}{word} {noun}"
-        prompt = prompt.replace(label, own, 1)
+        own, said = f"{label.removesuffix(noun)}{word} {noun}", rf"(?<![\w<]){re.escape(label)}(?!\w)"
+        prompt, count = re.subn(said, own, prompt, count=1)
+        if not count:
+            raise InputError(f"the prompt does not say {label!r}")
     return prompt
 
 
@@ -205,7 +209,7 @@ class CustomDiffusion(Trainee):
         path, before = output / "delta.safetensors", self.base.model.transformer
         changes = {name: weight - before.get_parameter(name) for name, weight in self.changing.items()}
         words = dict(zip(self.words, self.table[self.ids], strict=True))
-        write_delta(path, delta_of(path.name, self.base.model, {"transformer": changes}, words))
+        write_delta(path, delta_of(path, self.base.model, {"transformer": changes}, words))
         return (path,)
 
 
@@ -257,7 +261,9 @@ class DreamBoothLora(Trainee):
         return (path,)
 
 
-_TRAINEES: dict[str, type[Trainee]] = dict(zip(METHODS, (CustomDiffusion, DreamBooth, DreamBoothLora), strict=True))
+_TRAINEES: dict[str, type[Trainee]] = dict(
+    zip(METHODS, (CustomDiffusion, DreamBooth, DreamBoothLora), strict=True)
+)
 
 
 def _beside(down: Tensor, up: Tensor) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:

@@ -1,9 +1,9 @@
-"""What a concept is tuned on: its few pictures as clips of this world, and clips of other things of its kind.
+"""What a concept is tuned on: its few pictures as clips of this world, and clips of others of its kind.
 
-A picture becomes a clip as CustomDiffusion's become training pictures: at a random scale and place, with words
-for the place, on a ground of the picture's own colour, and, since this is video, moved as its caption says.
-The world has no words for sizes, so sizes are the world's own. Clips of the same noun with other looks are
-the prior that is preserved.
+A picture becomes a clip as CustomDiffusion's become training pictures: at a random scale and place, with
+words for the place, on a ground of the picture's own colour, and, since this is video, moved as its caption
+says. The world has no words for sizes, so sizes are the world's own. Clips of the same noun with other looks
+are the prior that is preserved.
 """
 
 from __future__ import annotations

@@ -47,6 +47,7 @@ from .options import TorchOptions
 try:
     import torch
 
+    from ....engine.checkpoints.deltas import merge_deltas
     from ....engine.checkpoints.lazy_weights import settle
     from ....engine.checkpoints.source import SECOND, Choices, loras_of
     from ....engine.config import ModelConfig
@@ -289,9 +290,13 @@ class TorchBackend:
         adapter = None if options.adapter is None else Path(options.adapter)
         loras = loras_of(options.lora, options.lora_scale, options.lora_partial)
         loras += loras_of(options.lora_2, options.lora_2_scale, options.lora_partial, SECOND)
-        choices = Choices(adapter=adapter, loras=loras, parts=options.parts)
+        custom = self._bundle.custom
+        merged = () if custom is None else custom.merged
+        choices = Choices(adapter=adapter, loras=loras, parts=options.parts, custom=merged)
         place = None if options.weights is None else str(options.weights)
         source = open_weights(self._bundle, place, choices)
+        if custom is not None and custom.deltas:
+            merge_deltas(source.model, source.tokenizer, custom.deltas)
         log.info("weights of %s", source.origin.name)
         self._transformers = source.model.experts()
         if VAE not in self._demand.elements:  # a follower's

@@ -108,7 +108,7 @@ def _follow(ranks: Ranks) -> None:
 
 def _open(asked: dict[str, Any], ranks: Ranks) -> TorchBackend:
     """Raises InputError where this rank is not like rank 0."""
-    bundle = Bundle.open(asked["bundle"])
+    bundle = Bundle.open(asked["bundle"]).with_custom(asked["custom"])
     own = fingerprint(bundle)
     for name, value in asked["print"].items():
         if own[name] != value:

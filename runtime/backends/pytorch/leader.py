@@ -85,6 +85,7 @@ class Leader:
             "options": options.to_plain(),
             "cuts": cuts,
             "heads": heads,
+            "custom": [] if bundle.custom is None else list(map(str, bundle.custom.paths)),
             "print": fingerprint(bundle),
         }
         with self._all_done():

@@ -53,8 +53,8 @@ def open_weights(
         side = None if conditioning is None else conditioning.side or None
         given = dataclasses.replace(given, size=size, frames=shapes.frames, references=references)
         given = dataclasses.replace(given, reference_side=side)
-        if record is not None:
-            given = _recorded(record, place, given, bundle)
+    if record is not None and (place is None or is_base(place) or given.merged == given):
+        given = _recorded(record, place, given, bundle)
     source = open_source(place, given, bundle.tokenizer)
     place = place or given.parts["transformer"]
     _check_model(bundle, source, place)
@@ -109,9 +109,9 @@ def _recorded(record: SourceRecord, place: str | Path | None, given: Choices, bu
             raise InputError(f"the bundle has {lora.file!r} at scale {lora.scale:g}, not {scale:g}")
         loras.append(LoraFile(path, lora.scale, lora.partial, lora.expert))
     revision = given.revision or (record.commit if str(place) == record.name else None)
-    return dataclasses.replace(
-        given, adapter=adapter[0] if adapter else None, loras=tuple(loras), revision=revision
-    )
+    custom = tuple(_find("custom", record.custom, list(given.custom), folders))
+    found = {"adapter": adapter[0] if adapter else None, "loras": tuple(loras), "custom": custom}
+    return dataclasses.replace(given, revision=revision, **found)
 
 
 def _find(
@@ -161,8 +161,9 @@ def _difference(source: Source, record: SourceRecord) -> str | None:
             return f"{name} is missing" if name in wanted else f"{name} was not part of it"
         if found[name] != wanted[name]:
             return f"{name} has SHA-256 {found[name]:.12}…, recorded is {wanted[name]:.12}…"
-    merged = [*(() if source.origin.adapter is None else (source.origin.adapter,)), *source.origin.loras]
-    recorded = [*(() if record.adapter is None else (record.adapter,)), *record.loras]
+    origin = source.origin
+    merged = [*(() if origin.adapter is None else (origin.adapter,)), *origin.loras, *origin.custom]
+    recorded = [*(() if record.adapter is None else (record.adapter,)), *record.loras, *record.custom]
     if [entry[1] for entry in merged] != [entry.sha256 for entry in recorded]:
-        return "the adapter or a LoRA was changed while it was read"
+        return "the adapter, a LoRA or a delta was changed while it was read"
     return None
