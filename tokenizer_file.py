@@ -83,10 +83,10 @@ def add_words(tokenizer: tokenizers.Tokenizer, words: Sequence[str]) -> range:
     # with the space in front of it, which would else be a token of its own
     new = [tokenizers.AddedToken(word, lstrip=True, normalized=False) for word in words]
     tokenizer.add_tokens(new)
-    ids = [tokenizer.token_to_id(word) for word in words]
-    first = ids[0] if ids else 0
-    _require(ids == list(range(first, first + len(ids))), "the library gives new words no ids in a row")
-    return range(first, first + len(ids))
+    found = [tokenizer.token_to_id(word) for word in words]
+    ids = range(found[0] or 0, (found[0] or 0) + len(found)) if found else range(0)
+    _require(found == list(ids), "the library gives new words no ids in a row")
+    return ids
 
 
 def encode(tokenizer: tokenizers.Tokenizer, text: str, known: int | None) -> tuple[int, ...]:

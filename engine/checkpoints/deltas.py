@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial as bound
 from pathlib import Path
-from typing import cast
 
 import numpy as np
 import torch
@@ -18,7 +17,7 @@ from ...tokenizer_file import add_words, parse_tokenizer
 from ..dit import ConceptDiT
 from ..encoders import TextEncoder
 from ..model import ConceptMaster
-from .lazy_weights import grow_stored, stored_weights
+from .lazy_weights import Stored, grow_stored, stored_weights
 
 KEYS_VALUES = ("attn2.to_k.weight", "attn2.to_v.weight")
 
@@ -38,7 +37,7 @@ def merge_deltas(model: ConceptMaster, tokenizer: str, deltas: Sequence[Delta]) 
     rust, _ = parse_tokenizer(tokenizer.encode(), config.text_encoder["vocab_size"])
     there = [rust.token_to_id(word) for word in words]
     try:  # a bundle's tokenizer has the words already that its weights are to have
-        first = add_words(rust, list(words)).start if None in there else there[0]
+        first = add_words(rust, list(words)).start if there[0] is None else there[0]
     except ValueError as error:
         raise InputError(f"the delta {deltas[0].name!r}: {error}") from None
     for name, transformer in model.experts().items():
@@ -127,10 +126,10 @@ def _shapes(transformer: ConceptDiT) -> dict[str, torch.Size]:
 
 def _readers(transformer: ConceptDiT) -> dict[str, Callable[[], np.ndarray]]:
     """What gives a transformer's weights, float32."""
+    later = stored_weights(transformer)
+    return {name: bound(_values, later.get(name, value)) for name, value in transformer.named_parameters()}
 
-    def in_memory(value: Tensor) -> np.ndarray:
-        return cast("np.ndarray", value.detach().float().numpy())
 
-    found = {name: bound(in_memory, value) for name, value in transformer.named_parameters()}
-    later = {name: stored.read for name, stored in stored_weights(transformer).items()}
-    return found | {name: (lambda read=read: read().numpy()) for name, read in later.items()}
+def _values(weight: Tensor | Stored) -> np.ndarray:
+    tensor = weight.read() if isinstance(weight, Stored) else weight.detach().float()
+    return tensor.numpy()

@@ -123,6 +123,7 @@ COMMANDS = (
     _in_file("place", "measure whether boxes place concepts", "scoring"),
     _in_file("gallery", "show the first requests, and the worst", "scoring"),
     _training("train", "train the shipped model from nothing"),
+    _training("tune", "tune a base on each request: CustomDiffusion, DreamBooth"),
     _training("variants", "train and score the paper's variants from one base"),
     _in_file("curves", "draw the curves of a training", "training"),
 )

@@ -50,7 +50,7 @@ def _add_words(graph: onnx.GraphProto, custom: Custom) -> None:
     if gather is None:
         raise InputError("the bundle's text encoder takes no new words: merge the delta at export")
     table = np.stack(list(custom.words.values())).astype(np.float32)
-    constants = {"first": np.int64(custom.first), "none": np.int64(0), "table": table, "axis": np.int64([-1])}
+    constants = {"first": np.int64(custom.first), "none": np.int64(0), "table": table, "axis": np.array([-1])}
     for name, value in constants.items():
         graph.initializer.append(numpy_helper.from_array(np.asarray(value), f"words.{name}"))
     place = list(graph.node).index(gather)

@@ -77,11 +77,11 @@ def test_the_steps_graph_is_the_same_file(folder):
 
 def test_verify_finds_the_delta_again(folder):
     bundle = Bundle.open(folder / "merged")
-    with pytest.raises(InputError, match="was made with the custom 'one.safetensors'.*--custom FILE"):
+    with pytest.raises(InputError, match="was made with the delta 'one.safetensors'.*--custom FILE"):
         open_weights(bundle, None, Choices())
     source = open_weights(bundle, None, Choices(custom=(folder / "one.safetensors",)))
     assert all(row.ok for row in verify(bundle, source))
-    with pytest.raises(InputError, match="made without the custom"):
+    with pytest.raises(InputError, match="made without the delta"):
         open_weights(Bundle.open(folder / "plain"), None, Choices(custom=(folder / "one.safetensors",)))
 
 

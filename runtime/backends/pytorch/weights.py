@@ -28,6 +28,8 @@ log = logging.getLogger(__name__)
 
 INSIDE = "weights"
 """The folder in a bundle where its weights may lie."""
+OPTIONS = {"adapter": "--adapter", "delta": "--custom"}
+"""What gives a file that a bundle was made with."""
 
 
 def open_weights(
@@ -109,9 +111,9 @@ def _recorded(record: SourceRecord, place: str | Path | None, given: Choices, bu
             raise InputError(f"the bundle has {lora.file!r} at scale {lora.scale:g}, not {scale:g}")
         loras.append(LoraFile(path, lora.scale, lora.partial, lora.expert))
     revision = given.revision or (record.commit if str(place) == record.name else None)
-    custom = tuple(_find("custom", record.custom, list(given.custom), folders))
-    found = {"adapter": adapter[0] if adapter else None, "loras": tuple(loras), "custom": custom}
-    return dataclasses.replace(given, revision=revision, **found)
+    custom = tuple(_find("delta", record.custom, list(given.custom), folders))
+    given = dataclasses.replace(given, loras=tuple(loras), custom=custom)
+    return dataclasses.replace(given, adapter=adapter[0] if adapter else None, revision=revision)
 
 
 def _find(
@@ -126,7 +128,7 @@ def _find(
         right = next((path for path in files if sha256_file(path) == piece.sha256), None)
         if right is None:
             others = f"; {', '.join(map(str, left))} is another one" if left else ""
-            option = piece.option if isinstance(piece, MergedLora) else f"--{kind}"
+            option = piece.option if isinstance(piece, MergedLora) else OPTIONS[kind]
             raise InputError(
                 f"the bundle was made with the {kind} {piece.file!r} (SHA-256 {piece.sha256:.12}…): give it "
                 f"with {option} FILE{others}"
