@@ -124,6 +124,11 @@ def _describe(manifest: Manifest, sizes: dict[str, int], folder: Path) -> str:
         else f"concepts  up to {manifest.concepts}"
         if manifest.concepts
         else "concepts  none: a base alone",
+        *(
+            ["boxes     where concepts may be: --box LABEL x0,y0,x1,y1[@frame]"]
+            if manifest.takes_boxes
+            else []
+        ),
         *([] if manifest.conditioning is None else [f"pictures  {_placements(manifest.conditioning)}"]),
         *([_prompt(manifest)] if manifest.picture_name else []),
         f"text      {manifest.prompt_tokens} tokens, labels {s.label_tokens}",

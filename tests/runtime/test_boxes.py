@@ -21,6 +21,7 @@ from conceptmaster.runtime import boxes
 from conceptmaster.runtime.bundle_format import manifest as manifests
 from conceptmaster.runtime.bundle_format.schema import Manifest
 from conceptmaster.runtime.request import Concept, Request
+from conceptmaster.runtime.workers.interface import Task
 
 CAT, BALL = Concept("cat", "cat.png"), Concept("Ball", "ball.png")
 WHOLE = (0.0, 0.0, 1.0, 1.0)
@@ -353,3 +354,22 @@ def test_one_line_says_that_a_bundle_cannot(
         "conceptmaster: error: the bundle 'fake' cannot place concepts: leave the boxes out, or export its "
         "weights with `export --boxes`\n"
     )
+
+
+def test_a_worker_gets_them_with_its_task(tmp_path: Path) -> None:
+    """As lines of JSON, like everything that it is told."""
+    request = Request("a cat", (CAT,), boxes={"cat": {0: LEFT, 8: RIGHT}})
+    named = {f.name: getattr(request, f.name) for f in dataclasses.fields(request) if f.name != "concepts"}
+    line = json.dumps(Task("1", named, (("cat", Path("cat.png")),), tmp_path).to_json())
+    heard = Task.from_json(json.loads(line))
+    assert Request(concepts=(CAT,), **heard.request) == request
+
+
+def test_inspect_says_so(
+    placing: Callable[..., Path], bundle: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert (
+        main(["inspect", str(placing())]) == 0
+        and "\nboxes     where concepts may be: --box" in capsys.readouterr().out
+    )
+    assert main(["inspect", str(bundle)]) == 0 and "boxes" not in capsys.readouterr().out

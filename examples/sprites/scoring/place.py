@@ -40,6 +40,8 @@ from .sheet import Row, save_sheet
 TOLD = ("as its box", "no place", "another place", "stands still")
 """What a caption says of each concept's place; the last no place and no motion either."""
 MEASURES = ("located", "pair_binding", "identity", "noun")
+SHOWN = ((TOLD[1], False), (TOLD[1], True), (TOLD[2], True), (TOLD[3], True))
+"""What is told, and whether with boxes, of the videos on a sheet."""
 SHEET_ROWS = 4
 PLACE = """\
 Generates every seed's request with the true boxes of its sprites and without any, from the same noise, for
@@ -127,7 +129,8 @@ def place(
     with bar(len(options.seeds) * len(shares), "place", progress) as advance:
         for seed in options.seeds:
             scene = judged_scene(seed, options.concepts, False)
-            judge, videos = Judge(scene), {}
+            judge = Judge(scene)
+            videos: dict[tuple[str, bool], np.ndarray] = {}
             for (how, boxed), found in shares.items():
                 frames = generate(request_of(scene, how, boxed, options)).frames
                 won = judge(frames)
@@ -135,10 +138,11 @@ def place(
                 for measure in MEASURES[1:]:
                     if won[measure]:
                         found[measure].append(float(np.mean(won[measure])))
-                videos[f"{how}, {'boxes' if boxed else 'without'}"] = outlined(scene, frames)
+                videos[how, boxed] = outlined(scene, frames)
                 advance()
             if len(rows) < keep:
-                rows.append(Row(f"seed {seed}: {scene.caption}", references(scene), videos))
+                shown = {_named(*key): videos[key] for key in SHOWN}
+                rows.append(Row(f"seed {seed}: {scene.caption}", references(scene), shown))
     report = {
         "world": "sprites",
         "seeds": [options.seeds.start, options.seeds.stop],
@@ -160,7 +164,11 @@ def _told(shares: Shares) -> Iterator[tuple[str, dict[str, Any]]]:
             for m, v in found.items()
             if v
         }
-        yield f"{how}, {'boxes' if boxed else 'without'}", means
+        yield _named(how, boxed), means
+
+
+def _named(how: str, boxed: bool) -> str:
+    return f"{how}, {'boxes' if boxed else 'without'}"
 
 
 def outlined(scene: Scene, frames: np.ndarray) -> np.ndarray:

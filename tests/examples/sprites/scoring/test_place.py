@@ -74,7 +74,7 @@ def test_who_follows_boxes_is_told_from_who_does_not(tmp_path: Path) -> None:
     assert "located" in placing.table(report)
     save_sheet(rows, tmp_path / "sheet.png")
     with Image.open(tmp_path / "sheet.png") as sheet:
-        assert sheet.width > 8 * 3 * 96
+        assert sheet.width > 4 * 3 * 96
 
 
 def test_what_cannot_be_placed_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
