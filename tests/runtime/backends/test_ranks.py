@@ -42,6 +42,7 @@ BASE = {"in_channels": 12, "image_dim": 16, "added_kv_proj_dim": 48, "picture_to
 MODELS = {
     "standalone": {},
     "shared_query": {"injection": "shared_query"},
+    "boxes": {"mask": "boxes"},
     "merged": {"injection": "merged"},
     "none": {"injection": "none", "prediction": "sample"},
     "control": {
@@ -120,6 +121,11 @@ def job(model, picture, name, **more):
     labels = ["ball", "cat"][:count]
     guidance = {} if BRANCHES.get(name) == 1 else {"guidance": 3.0}
     request = {"prompt": "a ball and a cat", "steps": 3, "seed": 4, "samples": 2} | guidance
+    if name == "boxes":
+        request["boxes"] = {
+            "ball": (0.0, 0.0, 0.5, 1.0),
+            "cat": {0: (0.5, 0.0, 1.0, 0.5), 8: (0.5, 0.5, 1, 1)},
+        }
     concepts = [[label, picture(number)] for number, label in enumerate(labels)]
     return {"bundle": str(model(name)), "request": request, "concepts": concepts, **more}
 
