@@ -89,6 +89,13 @@ def _attention_launches(new: Callable[..., Any]) -> Iterator[tuple[str, Callable
         yield f"injection, {case}", functools.partial(launch, out, q, None, (c, c), mask, None)
         found = new((batch, tokens, heads * concepts))
         yield f"folded output, {case}", functools.partial(weigh, found, q, c, mask)
+        if case in ("1.3B 480p", "sprites"):
+            boxes = torch.empty((1, tokens, 4), dtype=torch.bool, device="meta")
+            boxed = functools.partial(launch, out, q, (k, k), (c, c), mask, rms, bias, boxes)
+            yield f"decoupled with text bias and boxes, {case}", boxed
+            boxed = functools.partial(launch, out, q, None, (c, c), mask, None, None, boxes)
+            yield f"injection with boxes, {case}", boxed
+            yield f"folded output with boxes, {case}", functools.partial(weigh, found, q, c, mask, boxes)
 
 
 def _hopper_launches(new: Callable[..., Any]) -> Iterator[tuple[str, Callable[[], object]]]:

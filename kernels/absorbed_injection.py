@@ -22,7 +22,7 @@ import math
 import torch
 from torch import Tensor
 
-from .boxes import by_query, check_boxes
+from .boxes import MOST_CONCEPTS, Boxed, allowed_keys, box_bits, by_query, check_boxes
 from .common import INTERPRETED, TorchOp, launch, power_of_two, tl, triton, wide
 
 MAX_CONCEPT_TOKENS = 256
@@ -63,12 +63,14 @@ def concept_weights_reference(q: Tensor, k: Tensor, mask: Tensor | None, boxes: 
 
 @triton.jit
 def concept_weights_kernel(
-    q, k, mask, out,
-    S, C, A, scale, q_b, q_s, q_a, k_b, k_c, k_a, mask_b,
+    q, k, mask, boxes, out,
+    S, C, A, scale, q_b, q_s, q_a, k_b, k_c, k_a, mask_b, box_b, box_s,
     WIDTH: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_E: tl.constexpr,
-    HAS_MASK: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    EACH: tl.constexpr, BLOCK_N: tl.constexpr, HAS_MASK: tl.constexpr, PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """One program: BLOCK_S tokens of one head, all concept tokens. `out` [B,S,A*C] is contiguous."""
+    """One program: BLOCK_S tokens of one head, all concept tokens. `out` [B,S,A*C] is contiguous; EACH,
+    BLOCK_N: see boxes.py."""
     start = tl.program_id(0).to(tl.int64) * BLOCK_S
     batch, head = (tl.program_id(1) // A).to(tl.int64), tl.program_id(1) % A
     rows, concepts, columns = tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_E)
@@ -89,7 +91,12 @@ def concept_weights_kernel(
         if UPCAST:
             queries, keys = queries.to(tl.float32), keys.to(tl.float32)
         logits = tl.dot(queries, tl.trans(keys), logits, input_precision=PRECISION)
-    logits = tl.where(kept[None, :], logits * scale, -float("inf"))
+    bits = rows  # anything
+    if EACH > 0:
+        boxes += batch * box_b + start * box_s + rows[:, None] * box_s
+        bits = box_bits(boxes, there, C // EACH, BLOCK_N)
+    allowed = allowed_keys(kept, concepts, bits, EACH, BLOCK_N)
+    logits = tl.where(allowed, logits * scale, -float("inf"))
     top = tl.max(logits, 1)
     weights = tl.exp2(logits - tl.where(top == -float("inf"), 0.0, top)[:, None])
     total = tl.sum(weights, 1)
@@ -98,18 +105,22 @@ def concept_weights_kernel(
     tl.store(place, weights.to(out.dtype.element_ty), mask=there[:, None] & (concepts < C)[None, :])
 
 
-def concept_weights_triton(out: Tensor, q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
+def concept_weights_triton(
+    out: Tensor, q: Tensor, k: Tensor, mask: Tensor | None, boxes: Tensor | None = None
+) -> Tensor:
     """Launches the kernel into `out` [B,S,A*C], contiguous, and returns it."""
     batch, tokens, heads, width = q.shape
     concepts = k.shape[1]
     wide = q.dtype == torch.float32
     block_c, block_e = power_of_two(concepts, 16, MAX_CONCEPT_TOKENS), power_of_two(width, 16, 64)
     block_s = 16 if wide and block_c > 64 else 64 if wide or block_c > 64 else 128
+    boxed = Boxed.of(boxes, q, concepts)
     masked = q if mask is None else mask  # any tensor: the kernel does not look at it
     launch(
-        concept_weights_kernel, (-(-tokens // block_s), batch * heads), q, k, masked, out,
+        concept_weights_kernel, (-(-tokens // block_s), batch * heads), q, k, masked, boxed.boxes, out,
         tokens, concepts, heads, math.log2(math.e) / math.sqrt(width), *q.stride()[:3], *k.stride()[:3],
-        masked.stride(0), WIDTH=width, BLOCK_S=block_s, BLOCK_C=block_c, BLOCK_E=block_e,
+        masked.stride(0), boxed.row_step, boxed.step,
+        WIDTH=width, BLOCK_S=block_s, BLOCK_C=block_c, BLOCK_E=block_e, EACH=boxed.each, BLOCK_N=boxed.block,
         HAS_MASK=mask is not None, PRECISION="tf32x3" if wide else "ieee", UPCAST=INTERPRETED,
         num_warps=8, num_stages=3,
     )  # fmt: skip
@@ -123,20 +134,14 @@ def _empty(q: Tensor, k: Tensor, *allowed: Tensor | None) -> Tensor:
     return q.new_empty((*q.shape[:2], q.shape[2] * k.shape[1]))  # [B,S,A*C]
 
 
-def _cuda(q: Tensor, k: Tensor, mask: Tensor | None, boxes: Tensor | None) -> Tensor:
-    if boxes is not None:
-        return concept_weights_reference(q, k, mask, boxes)
-    return concept_weights_triton(_empty(q, k), q, k, mask)
-
-
 _weights = TorchOp(
     "concept_weights",
     "q BSAE, k BCAE, mask? bool BC, boxes? bool bSN",
     reference=concept_weights_reference,
-    cuda=_cuda,
+    cuda=lambda *arguments: concept_weights_triton(_empty(*arguments), *arguments),
     empty=_empty,
     further=lambda q, k, mask, boxes: check_boxes("concept_weights", k, boxes),
-    limits={"C": MAX_CONCEPT_TOKENS},
+    limits={"C": MAX_CONCEPT_TOKENS, "N": MOST_CONCEPTS},
 )
 
 

@@ -40,10 +40,13 @@ def cross_attention_cuda(
     mask: Tensor | None = None,
     inverse_rms: Tensor | None = None,
     text_bias: Tensor | None = None,
+    boxes: Tensor | None = None,
 ) -> Tensor:
     """`cross_attention_triton` into a new tensor [B,S,A,E], by the faster kernel."""
     given = (q, text, concepts, mask, inverse_rms, text_bias)
     out = q.new_empty(q.shape)
+    if boxes is not None:  # which Hopper's kernel does not know
+        return cross_attention_triton(out, *given, boxes)
     hopper = _hopper(q)
     if hopper is None:
         return cross_attention_triton(out, *given)

@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...errors import ExportError, InputError, MissingDependency, how_to_install
-from ..onnx_graphs.concept_node import BIASED, DECOUPLED, INJECTION
+from ..onnx_graphs.concept_node import BIASED, BOXED, DECOUPLED, INJECTION
 
 POINTERS = {"float32": "*fp32", "float16": "*fp16", "bfloat16": "*bf16"}
-OWN_POINTERS = {"mask": "*i1", "text_bias": "*fp32"}
+OWN_POINTERS = {"mask": "*i1", "boxes": "*i1", "text_bias": "*fp32"}
 _BOTH = ("q", "text_k", "text_v", "k", "v", "mask")
 TENSORS = {INJECTION: ("q", "k", "v", "mask"), DECOUPLED: _BOTH, BIASED: (*_BOTH, "text_bias")}
-SIZES = {INJECTION: ("S", "C"), DECOUPLED: ("S", "T", "C"), BIASED: ("S", "T", "C")}
+TENSORS |= {BOXED + node: (*tensors, "boxes") for node, tensors in TENSORS.items()}
+SIZES = {node: ("S", "T", "C") if "text_k" in tensors else ("S", "C") for node, tensors in TENSORS.items()}
 MAX_WIDTH = 128  # the widest head that the kernel takes
 
 
@@ -54,14 +55,23 @@ def tactics(dtype: str) -> tuple[Tiles, ...]:
 
 
 def compile_node(
-    node: str, dtype: str, heads: int, width: int, concepts: int, tiles: Tiles, capability: int
+    node: str,
+    dtype: str,
+    heads: int,
+    width: int,
+    concepts: int,
+    tiles: Tiles,
+    capability: int,
+    each: int = 0,
 ) -> Compiled:
     """Compiles a node's kernel for sm_`capability`.
 
-    Args: node: INJECTION, DECOUPLED or BIASED; dtype: float32, float16 or bfloat16; width: E; concepts: C.
+    Args: node: of TENSORS; dtype: float32, float16 or bfloat16; width: E; concepts: C; each: keys of one
+        concept where the node takes boxes, 0 elsewhere.
     Raises: MissingDependency without Triton, InputError where it is interpreted and for heads that are too
     wide, ExportError for a kernel that TensorRT cannot launch.
     """
+    from ...kernels.boxes import MOST_CONCEPTS
     from ...kernels.common import INSTALLED, INTERPRETED, power_of_two
 
     if not INSTALLED:
@@ -80,6 +90,9 @@ def compile_node(
         INJECTION: plugin_kernels.injection_entry,
         DECOUPLED: plugin_kernels.decoupled_entry,
         BIASED: plugin_kernels.biased_entry,
+        BOXED + INJECTION: plugin_kernels.boxed_injection_entry,
+        BOXED + DECOUPLED: plugin_kernels.boxed_decoupled_entry,
+        BOXED + BIASED: plugin_kernels.boxed_biased_entry,
     }[node]
     pointer = POINTERS[dtype]
     signature = {name: OWN_POINTERS.get(name, pointer) for name in TENSORS[node]}
@@ -93,6 +106,8 @@ def compile_node(
         "BLOCK_T": tiles.keys,
         "BLOCK_C": block_c,
         "BLOCK_E": power_of_two(width, 16, MAX_WIDTH),
+        "EACH": each,
+        "BLOCK_N": power_of_two(concepts // each, 1, MOST_CONCEPTS) if each else 1,
         "ONE_BLOCK": concepts <= block_c,
         "PRECISION": "tf32x3" if dtype == "float32" else "ieee",
     }

@@ -21,7 +21,7 @@ NAMES = {"FLOAT": ("FP32", "float32"), "HALF": ("FP16", "float16"), "BF16": ("BF
 """TensorRT's name of a dtype -> its name in a type combination, and here."""
 
 
-OWN_KINDS = {"mask": "BOOL", "text_bias": "FP32"}
+OWN_KINDS = {"mask": "BOOL", "boxes": "BOOL", "text_bias": "FP32"}
 
 
 def register(trt: Any, capability: int | None = None) -> None:
@@ -63,7 +63,8 @@ def _register(trt: Any, plugins: Any, node: str, capability: int) -> None:
         tiles = choices[tactic - 1 if tactic else 1]  # no tactic: the one that fits every GPU
         width = shapes["q"][2].constant_value() // heads
         concepts = shapes["k"][1].constant_value()
-        kernel = compile_node(node, dtype, heads, width, concepts, tiles, capability)
+        each = concepts // shapes["boxes"][2].constant_value() if "boxes" in shapes else 0
+        kernel = compile_node(node, dtype, heads, width, concepts, tiles, capability, each)
         launch = plugins.KernelLaunchParams()
         launch.grid_x = plugins.cdiv(shapes["q"][1], tiles.queries)
         launch.grid_y = shapes["q"][0] * heads

@@ -120,6 +120,23 @@ def test_kernels_give_the_plain_transformer(kernels, tiny, randomise, assert_clo
     assert kernels == always | own.get(injection, set())
 
 
+@pytest.mark.parametrize(
+    ("injection", "absorb"), [("standalone", False), ("standalone", True), ("shared_query", False)]
+)
+@torch.no_grad()
+def test_kernels_follow_boxes(kernels, tiny, randomise, assert_close, injection, absorb):
+    config = tiny(injection=injection, mask="boxes")
+    plain, fused = pair(config, randomise, Fusing(absorb=absorb))
+    boxes = torch.rand(8, config.concept.max_concepts, generator=torch.Generator().manual_seed(1)) < 0.4
+    boxes[:2] = False
+    *given, mask = arguments(config)
+    expected = plain(*given, mask, None, boxes)
+    assert (expected - plain(*given, mask)).abs().max() > 1e-3
+    assert_close(fused(*given, mask, None, boxes), expected)
+    nowhere = fused(*given, mask, None, torch.zeros_like(boxes))
+    assert torch.equal(nowhere, fused(*given, torch.zeros_like(mask)))
+
+
 @torch.no_grad()
 def test_no_weight_is_there_twice_and_plain_blocks_go_on(tiny, randomise, assert_close):
     plain = randomise(ConceptDiT(tiny()))

@@ -30,9 +30,9 @@ def tensors(batch, tokens, concepts, heads, width, dtype=torch.float32, seed=0):
     return q, k, v, mask
 
 
-def run(q, k, mask):
+def run(q, k, *masks):
     out = torch.full((*q.shape[:2], q.shape[2] * k.shape[1]), float("nan"), dtype=q.dtype)
-    return concept_weights_triton(out, q, k, mask)
+    return concept_weights_triton(out, q, k, *masks)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -44,6 +44,28 @@ def test_the_kernel_is_the_reference(shape, dtype, assert_close):
     assert_close(out, concept_weights(*wide, mask), dtype)
     assert out[0].count_nonzero() == 0
     assert_close(run(q, k, None), concept_weights(*wide), dtype)
+
+
+@pytest.mark.parametrize(
+    ("shape", "rows", "dtype"),
+    [((2, 67, 6, 2, 12), 1, torch.float32), ((2, 70, 102, 1, 32), 2, torch.bfloat16)],
+    ids=str,
+)
+def test_boxes_hide_concepts_from_tokens(shape, dtype, rows, assert_close):
+    q, k, v, mask = tensors(*shape, dtype=dtype)
+    boxes = torch.rand(rows, shape[1], 3, generator=torch.Generator().manual_seed(5)) < 0.5
+    boxes[:, :9] = False
+    for given in (mask, None):
+        weights = run(q, k, given, boxes)
+        assert_close(weights, concept_weights(q.double(), k.double(), given, boxes), dtype)
+        assert not weights[:, :9].any()
+    by_key = weights.unflatten(2, (shape[3], 3, -1)).amax((2, 4)) > 0  # [B,S,N]
+    assert torch.equal(by_key, boxes.expand(2, -1, -1))  # of each concept inside something, outside nothing
+    assert torch.equal(run(q, k, mask, torch.ones_like(boxes)), run(q, k, mask))
+    x, wide = torch.zeros(2, shape[1], shape[3] * shape[4]).double(), (q.double(), k.double())
+    values = absorbed_values(v.double(), torch.eye(x.shape[2]).double())
+    expected = concept_injection(*wide, v.double(), mask, boxes).flatten(2)
+    assert_close(absorbed_injection(x, *wide, values, mask, boxes), expected, "float64")
 
 
 def test_what_a_masked_key_holds_changes_no_bit():

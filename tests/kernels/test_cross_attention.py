@@ -84,6 +84,27 @@ def test_a_row_without_keys_is_exactly_zero_and_leaves_the_others_alone():
     assert torch.equal(both[1], attention(q, k2, v2)[1])
 
 
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("masked", [False, True])
+def test_boxes_are_a_mask_of_concepts_for_each_query(rows, masked, assert_close):
+    """Held to the mask of keys, one query at a time."""
+    q, tk, tv, k, v, mask = tensors(2, 9, 6, 2, 8, dtype=torch.float64)
+    mask = mask if masked else None
+    boxes = torch.rand(rows, 9, 3, generator=torch.Generator().manual_seed(1)) < 0.5  # [B or 1,S,N]
+    boxes[:, 4], boxes[:, 5] = False, True
+    found = concept_injection(q, k, v, mask, boxes)
+    both = decoupled_cross_attention(q, tk, tv, k, v, mask, boxes=boxes)
+    for query in range(9):
+        kept = boxes[:, query].repeat_interleave(2, dim=1).expand(2, -1)  # [B,C]
+        kept = kept if mask is None else kept & mask
+        one = q[:, query, None]
+        assert_close(found[:, query, None], concept_injection(one, k, v, kept), "float64")
+        assert_close(both[:, query, None], decoupled_cross_attention(one, tk, tv, k, v, kept), "float64")
+    assert not found[:, 4].any() and torch.equal(both[:, 4], attention(q, tk, tv)[:, 4])
+    whole = torch.ones_like(boxes)
+    assert_close(concept_injection(q, k, v, mask, whole), concept_injection(q, k, v, mask), "float64")
+
+
 def test_gradients_are_finite_and_zero_where_masked():
     q, k, v, _, _, mask = tensors(3, 7, 5, 2, 8)
     mask[1] = False

@@ -205,3 +205,12 @@ def test_the_plain_kernel_runs_in_a_capture_where_asked_for_and_elsewhere(on_hop
     assert on_hopper == [PLAIN] * 3
     choice.cross_attention_cuda(*given)
     assert on_hopper[-1] == HOPPER  # a capture decides nothing for later
+
+
+def test_boxes_take_the_plain_kernel(on_hopper, monkeypatch, assert_close):
+    q, text, concepts, mask, rms, bias = tensors(2, 70, 20, 9, 1, 64)
+    boxes = torch.rand(1, 70, 3, generator=torch.Generator().manual_seed(2)) < 0.5
+    given = []
+    monkeypatch.setattr(choice, "cross_attention_triton", lambda out, *more: given.append(more) or out)
+    choice.cross_attention_cuda(q, text, concepts, mask, rms, bias, boxes)
+    assert on_hopper == [] and len(given) == 1 and given[0][-1] is boxes

@@ -70,6 +70,61 @@ def test_injection_is_the_reference(concepts, assert_close):
         assert given is None or out[0].count_nonzero() == 0
 
 
+BOXED = {  # B, S, T, C, A, E of a tile of concepts, of several, beside text and alone; rows of boxes, dtype
+    "one tile": (2, 67, 33, 6, 2, 12, 2, torch.float32),
+    "one tile, half": (2, 67, 33, 6, 2, 12, 1, torch.bfloat16),
+    "tiles": (2, 70, 7, 99, 1, 32, 1, torch.float16),
+    "tiles, full": (2, 67, 7, 99, 1, 32, 2, torch.float32),
+    "alone": (2, 67, 0, 6, 2, 12, 1, torch.float32),
+    "alone, tiles": (2, 70, 0, 99, 1, 32, 2, torch.float16),
+}
+
+
+@pytest.mark.parametrize("name", BOXED)
+def test_boxes_hide_concepts_from_queries(name, assert_close):
+    """A query outside of all of them gets exactly the text, exactly zero without any; where they are all of
+    the picture the bits are those without."""
+    batch, queries, text, concepts, *rest, rows, dtype = BOXED[name]
+    q, tk, tv, ck, cv, mask = tensors(batch, queries, max(text, 1), concepts, *rest, dtype=dtype)
+    boxes = torch.rand(rows, queries, 3, generator=torch.Generator().manual_seed(3)) < 0.4  # [B or 1,S,N]
+    boxes[:, 5:9], boxes[:, 64:66] = False, True
+    keys, bias = (tk, tv) if text else None, padding_bias(torch.tensor([0, 5]), text, 60) if text else None
+
+    def run(mask, boxes):
+        return cross_attention_triton(nan_like(q), q, keys, (ck, cv), mask, None, bias, boxes)
+
+    wide = [t.double() for t in (q, tk, tv, ck, cv)]
+    for given in (mask, None):
+        if text:
+            more = {"text_bias": bias.double(), "boxes": boxes}
+            expected = decoupled_cross_attention_reference(*wide, given, **more)
+        else:
+            expected = attention(wide[0], *wide[3:], given, boxes=boxes)
+        out = run(given, boxes)
+        assert_close(out, expected, dtype)
+    nothing = run(torch.zeros_like(mask), None) if text else torch.zeros_like(q)
+    assert torch.equal(out[:, 5:9], nothing[:, 5:9]) and not torch.equal(out[1], nothing[1])
+    assert torch.equal(run(mask, torch.ones_like(boxes)), run(mask, None))
+    assert torch.equal(run(None, torch.zeros_like(boxes)), nothing)
+
+
+def test_what_a_box_hides_changes_no_bit():
+    q, tk, tv, ck, cv, mask = tensors(2, 20, 7, 9, 2, 16)
+    boxes = torch.rand(1, 20, 3, generator=torch.Generator().manual_seed(4)) < 0.5
+    wider = torch.cat((boxes, ~boxes), dim=2)[..., :3]  # with steps of its own
+    assert not wider.is_contiguous()
+    out = cross_attention_triton(nan_like(q), q, (tk, tv), (ck, cv), mask, boxes=wider)
+    assert torch.equal(out, cross_attention_triton(nan_like(q), q, (tk, tv), (ck, cv), mask, boxes=boxes))
+    for concept in range(3):
+        other = ck.clone(), cv.clone()
+        for keys in other:
+            keys[:, 3 * concept : 3 * concept + 3] *= 100
+        changed = cross_attention_triton(nan_like(q), q, (tk, tv), other, mask, boxes=boxes)
+        same = (changed == out).flatten(2).all(-1)  # [B,S]
+        seen = boxes[..., concept] & mask[:, None, 3 * concept : 3 * concept + 3].any(-1)
+        assert torch.equal(same, ~seen.expand(2, -1))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("text", [9, 70])
 def test_one_key_stands_for_all_padding(text, dtype, assert_close):
@@ -151,6 +206,16 @@ def test_the_op_is_registered_well():
         ({"concept_mask": lambda t: t.float()}, "concept_mask must be bool"),
         ({"concept_mask": lambda t: t[:, :2]}, r"concept_mask must be bool \[2,3\]"),
         ({"text_bias": lambda t: t[:, :2]}, r"text_bias must be float32 \[2,6\]"),
+        (
+            {"boxes": lambda t: torch.ones(2, 8, 3) > 0},
+            r"boxes must be bool \[2 or 1,9,N\], not bool \[2, 8, 3\]",
+        ),
+        (
+            {"boxes": lambda t: torch.ones(3, 9, 3) > 0},
+            r"boxes must be bool \[2 or 1,9,N\], not bool \[3, 9, 3\]",
+        ),
+        ({"boxes": lambda t: torch.ones(1, 9, 3)}, "boxes must be bool"),
+        ({"boxes": lambda t: torch.ones(1, 9, 2) > 0}, "boxes of 2 concepts do not divide 3 keys"),
     ],
 )
 def test_bad_input_is_one_clear_error(change, words):

@@ -18,7 +18,13 @@ pytest.importorskip("onnxscript")
 
 from conceptmaster.errors import ExportError, MissingDependency  # noqa: E402
 from conceptmaster.export.tensorrt_engines import aot, plugin, plugin_kernels  # noqa: E402
-from conceptmaster.export.tensorrt_engines.aot import BIASED, DECOUPLED, INJECTION, only_parameters  # noqa: E402
+from conceptmaster.export.tensorrt_engines.aot import (  # noqa: E402
+    BIASED,
+    BOXED,
+    INJECTION,
+    TENSORS,
+    only_parameters,
+)
 from conceptmaster.kernels.cross_attention import (  # noqa: E402
     concept_injection,
     decoupled_cross_attention,
@@ -40,7 +46,14 @@ def test_the_entries_pass_everything_on_in_the_right_place(concepts, assert_clos
     flat = [x.flatten(2).contiguous() for x in (q, tk, tv, k, v)]
     scale = math.log2(math.e) / math.sqrt(width)
     tiles = {"BLOCK_S": 32, "BLOCK_T": 16, "BLOCK_C": 16, "BLOCK_E": 16, "ONE_BLOCK": concepts <= 16}
-    constants = {"A": heads, "WIDTH": width, "SCALE": scale, "PRECISION": "ieee"} | tiles
+    constants = {
+        "A": heads,
+        "WIDTH": width,
+        "SCALE": scale,
+        "PRECISION": "ieee",
+        "EACH": 0,
+        "BLOCK_N": 2,
+    } | tiles
     grid = (-(-tokens // 32), batch * heads)
     out = torch.full_like(flat[0], float("nan"))
     plugin_kernels.injection_entry[grid](flat[0], *flat[3:], mask, tokens, concepts, out, **constants)
@@ -51,6 +64,24 @@ def test_the_entries_pass_everything_on_in_the_right_place(concepts, assert_clos
     out, bias = torch.full_like(flat[0], float("nan")), padding_bias(torch.tensor([2, 7]), text, 90)
     plugin_kernels.biased_entry[grid](*flat, mask, bias, tokens, text, concepts, out, **constants)
     expected = decoupled_cross_attention(q, tk, tv, k, v, mask, text_bias=bias)
+    assert_close(out.unflatten(2, (heads, width)), expected)
+
+    boxes, constants["EACH"] = torch.rand(1, tokens, 2, generator=g) < 0.5, concepts // 2
+    assert not boxes.any(-1).all()
+    out = torch.full_like(flat[0], float("nan"))
+    plugin_kernels.boxed_injection_entry[grid](
+        flat[0], *flat[3:], mask, boxes, tokens, concepts, out, **constants
+    )
+    assert_close(out.unflatten(2, (heads, width)), concept_injection(q, k, v, mask, boxes))
+    out = torch.full_like(flat[0], float("nan"))
+    plugin_kernels.boxed_decoupled_entry[grid](*flat, mask, boxes, tokens, text, concepts, out, **constants)
+    expected = decoupled_cross_attention(q, tk, tv, k, v, mask, boxes=boxes)
+    assert_close(out.unflatten(2, (heads, width)), expected)
+    out = torch.full_like(flat[0], float("nan"))
+    plugin_kernels.boxed_biased_entry[grid](
+        *flat, mask, bias, boxes, tokens, text, concepts, out, **constants
+    )
+    expected = decoupled_cross_attention(q, tk, tv, k, v, mask, text_bias=bias, boxes=boxes)
     assert_close(out.unflatten(2, (heads, width)), expected)
 
 
@@ -77,11 +108,12 @@ import subprocess, tempfile, os, re
 from pathlib import Path
 import triton
 from conceptmaster.export.tensorrt_engines.aot import (
-    DECOUPLED, INJECTION, SIZES, TENSORS, compile_node, tactics
+    SIZES, TENSORS, compile_node, tactics
 )
 ptxas = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
 for node, dtype, number in CASES:
-    kernel = compile_node(node, dtype, 12, 128, 64, tactics(dtype)[number], 90)
+    each = 16 if "boxes" in TENSORS[node] else 0
+    kernel = compile_node(node, dtype, 12, 128, 64, tactics(dtype)[number], 90, each)
     header = re.search(r"\\.entry\\s+(\\w+)\\s*\\((.*?)\\)", kernel.ptx, re.DOTALL)
     assert header[1] == kernel.name
     kinds = re.findall(r"\\.param \\.(\\w+)", header[2])
@@ -110,7 +142,7 @@ def compile_for_hopper(cases):
 
 
 def test_a_kernel_compiles_for_hopper_and_takes_what_tensorrt_passes():
-    compile_for_hopper([(INJECTION, "bfloat16", 2), (BIASED, "bfloat16", 0)])
+    compile_for_hopper([(INJECTION, "bfloat16", 2), (BOXED + BIASED, "bfloat16", 0)])
 
 
 @pytest.mark.slow
@@ -118,7 +150,7 @@ def test_every_tactic_compiles_without_a_spill():
     compile_for_hopper(
         [
             (node, dtype, number)
-            for node in (INJECTION, DECOUPLED, BIASED)
+            for node in TENSORS
             for dtype in ("bfloat16", "float16", "float32")
             for number in range(len(aot.tactics(dtype)))
         ]
@@ -169,13 +201,13 @@ def registered(monkeypatch):
     return found
 
 
-@pytest.mark.parametrize("node", [INJECTION, DECOUPLED, BIASED])
+@pytest.mark.parametrize("node", TENSORS)
 def test_tensorrt_is_told_shapes_types_tactics_and_launch(registered, node, monkeypatch):
     import inspect
 
     identity = f"conceptmaster::{node}"
-    shapes = {"q": (2, 1000, 384), "mask": (2, 48), "text_bias": (2, 77)}
-    own = [{"mask": "BOOL", "text_bias": "FP32"}.get(n, "BF16") for n in aot.TENSORS[node]]
+    shapes = {"q": (2, 1000, 384), "mask": (2, 48), "text_bias": (2, 77), "boxes": (1, 1000, 3)}
+    own = [{"mask": "BOOL", "boxes": "BOOL", "text_bias": "FP32"}.get(n, "BF16") for n in TENSORS[node]]
     descs = [Desc(shapes.get(n, (2, 77 if "text" in n else 48, 384)), kind)
              for n, kind in zip(aot.TENSORS[node], own, strict=True)]  # fmt: skip
     out = registered["register", identity](*descs, 12)
@@ -192,7 +224,8 @@ def test_tensorrt_is_told_shapes_types_tactics_and_launch(registered, node, monk
     kernel = aot.Compiled("k", "ptx", 256, 1234, aot.tactics("bfloat16")[0])
     monkeypatch.setattr(plugin, "compile_node", lambda *given: asked.append(given) or kernel)
     name, ptx, launch, extra = registered["aot_impl", identity](*descs, 12, (out,), 1)
-    assert asked == [(node, "bfloat16", 12, 32, 48, aot.tactics("bfloat16")[0], 90)]
+    each = 16 if node.startswith(BOXED) else 0
+    assert asked == [(node, "bfloat16", 12, 32, 48, aot.tactics("bfloat16")[0], 90, each)]
     assert (name, ptx) == ("k", "ptx")
     assert (launch.grid_x, launch.grid_y, launch.block_x, launch.shared_mem) == (8, 24, 256, 1234)
     sizes = {"S": 1000, "T": 77, "C": 48}

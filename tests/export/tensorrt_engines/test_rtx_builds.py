@@ -27,6 +27,7 @@ from conceptmaster.cli import main  # noqa: E402
 from conceptmaster.errors import ExportError  # noqa: E402
 from conceptmaster.export.onnx_graphs.concept_node import (  # noqa: E402
     BIASED,
+    BOXED,
     DECOUPLED,
     DOMAIN,
     function_text,
@@ -121,17 +122,42 @@ def test_a_bias_of_the_text_builds(source_for, tmp_path, injection):
         assert (built.whole_attention, built.decomposed_attention) == (0, 6)
 
 
-@pytest.mark.parametrize("node", [DECOUPLED, BIASED])
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("injection", "whole_text"), [("standalone", None), ("shared_query", None), ("shared_query", 512)]
+)
+def test_boxes_build(source_for, tmp_path, injection, whole_text):
+    """What `export --boxes` writes, in fp32, fp16 and bf16."""
+    from conceptmaster.export.graphs import graph_specs
+    from conceptmaster.export.onnx_graphs.trace import export_graph
+
+    source = source_for(injection=injection, mask="boxes")
+    specs = graph_specs(source.model, source.vae, whole_text=whole_text)
+    export_graph(next(s for s in specs if s.name == "denoise"), tmp_path / "denoise.onnx")
+    for precision in PRECISIONS[:3]:
+        built = build_apart(tmp_path / "denoise.onnx", tmp_path, precision)
+        assert (built.whole_attention, built.decomposed_attention) == (0, 6)
+
+
+@pytest.mark.parametrize(
+    "node",
+    [DECOUPLED, BIASED, *(pytest.param(BOXED + n, marks=pytest.mark.slow) for n in (DECOUPLED, BIASED))],
+)
 @pytest.mark.parametrize("precision", PRECISIONS[:3])
 def test_two_attentions_of_the_same_queries_build(precision, node, tmp_path):
     """What the builder dies of: in a process of its own, where that would be an error."""
     names = {name: 32 if name == "q" else 5 for name in ("q", "text_k", "text_v", "k", "v")}
     sizes = ", ".join(f"float[2,{tokens},256] {name}" for name, tokens in names.items())
-    bias = (", float[2,5] text_bias", ", text_bias") if node == BIASED else ("", "")
+    more = {}
+    if node.endswith(BIASED):
+        more["text_bias"] = "float[2,5]"
+    if node.startswith(BOXED):
+        more["boxes"] = "bool[1,32,5]"
+    kinds, given = "".join(f", {kind} {name}" for name, kind in more.items()), "".join(f", {n}" for n in more)
     proto = onnx.parser.parse_model(
-        f'<ir_version: 10, opset_import: ["": 23, "{DOMAIN}": 1]> g ({sizes}, bool[2,5] mask{bias[0]}) => '
+        f'<ir_version: 10, opset_import: ["": 23, "{DOMAIN}": 1]> g ({sizes}, bool[2,5] mask{kinds}) => '
         f"(float[2,32,256] out) "
-        f"{{ out = {DOMAIN}.{node}<heads: int = 2>({', '.join(names)}, mask{bias[1]}) }}"
+        f"{{ out = {DOMAIN}.{node}<heads: int = 2>({', '.join(names)}, mask{given}) }}"
     )
     proto.functions.append(onnx.parser.parse_function(function_text(node, 23)))
     onnx.save(proto, tmp_path / "node.onnx")
