@@ -9,11 +9,14 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from conceptmaster.engine.checkpoints import lazy_weights  # noqa: E402
+from conceptmaster.engine.checkpoints.adapter import adapter_keys, load_adapter, read_adapter, save_adapter  # noqa: E402
 from conceptmaster.engine.concept_config import ENCODER_INPUTS, ConceptConfig  # noqa: E402
 from conceptmaster.engine.concepts import concept_encoder  # noqa: E402
 from conceptmaster.engine.config import ModelConfig  # noqa: E402
 from conceptmaster.engine.dit import ConceptDiT  # noqa: E402
 from conceptmaster.engine.encoders import ImageEncoder  # noqa: E402
+from conceptmaster.engine.fused import fuse  # noqa: E402
 from conceptmaster.engine.model import ConceptMaster  # noqa: E402
 from conceptmaster.engine.presets import preset  # noqa: E402
 from conceptmaster.engine.rival_encoders import fourier, selection_loss  # noqa: E402
@@ -237,7 +240,6 @@ def test_a_label_s_padding_gives_no_keys(request_for, randomise):
 
 @torch.no_grad()
 def test_lambda_scales_what_concepts_add(tiny, randomise, assert_close):
-    """In float64, where what is added is a difference of two large numbers."""
     found = []
     for scale in (1.0, 0.6):
         config = tiny(injection="shared_query", scale=scale)
@@ -320,3 +322,64 @@ def test_a_layer_that_is_not_there_and_an_unknown_system_are_refused():
         ConfigError, match="unknown system 'blip'; there are ip-adapter, ssr-encoder, ms-diffusion"
     ):
         like(config, "blip")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("injection", ["standalone", "shared_query"])
+def test_lambda_in_fused_blocks(tiny, randomise, assert_close, injection):
+    """Also where the injector's way out is folded into the values."""
+    config = tiny(injection=injection, scale=0.6)
+    plain = randomise(ConceptDiT(config))
+    g = torch.Generator().manual_seed(4)
+    c = config.concept
+    latents, text = torch.randn(1, *config.latent_shape, generator=g), torch.randn(1, 24, 16, generator=g)
+    tokens, mask = torch.randn(3, c.queries, c.width, generator=g), torch.ones(1, 3, dtype=torch.bool)
+    time = torch.tensor([500.0])
+    expected = plain.denoise(latents, time, plain.condition(text, tokens, mask), mask)
+    strong = plain.denoise(latents, time, _unscaled(plain).condition(text, tokens, mask), mask)
+    fused = fuse(_with_scale(plain, 0.6))
+    found = fused.denoise(latents, time, fused.condition(text, tokens, mask), mask)
+    assert_close(found, expected)
+    assert not torch.allclose(expected, strong, atol=1e-3)
+
+
+def _with_scale(transformer, scale):
+    concept = dataclasses.replace(transformer.config.concept, scale=scale)
+    transformer.config = dataclasses.replace(transformer.config, concept=concept)
+    return transformer
+
+
+def _unscaled(transformer):
+    return _with_scale(transformer, 1.0)
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_a_system_s_part_is_an_adapter(system, randomise, tmp_path):
+    config = like(preset("tiny"), system)
+    trained, other = (randomise(ConceptMaster(config), seed) for seed in (0, 1))
+    save_adapter(trained, tmp_path / "adapter.safetensors")
+    assert read_adapter(tmp_path / "adapter.safetensors").concept == config.concept
+    load_adapter(other, tmp_path / "adapter.safetensors")
+    own = adapter_keys(other)
+    assert {name.partition(".")[0] for name in own} == {"qformer", "transformer"}
+    assert all(torch.equal(other.state_dict()[name], trained.state_dict()[name]) for name in own)
+
+
+@torch.no_grad()
+def test_keys_start_as_the_text_s_where_these_stay_on_disk(randomise, tmp_path, monkeypatch):
+    monkeypatch.setattr(lazy_weights, "MIN_ELEMENTS", 64)
+    base = randomise(ConceptDiT(dataclasses.replace(preset("tiny"), concept=ConceptConfig(injection="none"))))
+    stored = {
+        name: lazy_weights.Stored(lambda value=value: value, value.shape, "F32")
+        for name, value in base.state_dict().items()
+    }
+    with torch.device("meta"):
+        transformer = ConceptDiT(like(preset("tiny"), "ms-diffusion"))
+    lazy_weights.stream(transformer, stored, absent=transformer.concept_keys())
+    attn = transformer.blocks[1].attn2
+    assert attn.to_k.weight.device.type == "meta"
+    transformer.initialise_concepts(lazy_weights.weight_of)
+    assert torch.equal(attn.add_k_proj.weight, base.blocks[1].attn2.to_k.weight)
+    assert torch.equal(attn.add_v_proj.weight, base.blocks[1].attn2.to_v.weight)
+    assert torch.equal(attn.norm_added_k.weight, base.blocks[1].attn2.norm_k.weight)
+    assert attn.to_k.weight.device.type == "meta"
