@@ -17,6 +17,7 @@ ENCODER_INPUTS: dict[str, tuple[str, ...]] = {
 }
 """What an encoder reads beside a picture's tokens, in the order in which it takes it."""
 KEYS = ("own", "text")
+POOLED = ("class", "mean")
 MOST_TILED = 8
 BINDINGS = ("dam", "none", "concat_mlp", "self_attention", "self_attention_ffn")
 INJECTIONS = ("standalone", "shared_query", "merged")
@@ -35,15 +36,16 @@ class ConceptConfig:
 
     encoder: `qformer` (learned queries), `mlp` (the paper's row "without Q-Former"), `joined_mlp` (the
     same with as many tokens as there are queries: neighbours of a row are joined first), or one of RIVALS:
-    `image_embedding` (IP-Adapter: tokens of CLIP's image embedding), `label_selected` (SSR-Encoder: what each
-    of the label's tokens looks for, in each of the picture encoder's `picture_layers`) or `grounded`
-    (MS-Diffusion: queries made of label and box, and `layers` that read the picture). binding: `dam`, `none`
-    (without DAM, labels unused), `concat_mlp`, `self_attention` or `self_attention_ffn` (with the
-    feed-forward that `dam` has, too). injection: `standalone` (an injector of its own in every block),
-    `shared_query` (own keys and values beside the text's, same query), `merged` (concept tokens behind the
-    caption's, through the text cross-attention), `none` (the base alone: it takes no concepts and has none of
-    the modules above) or `base` (an image-to-video base alone: pictures through its own keys and values
-    beside the text's; labels say nothing to it).
+    `image_embedding` (IP-Adapter: tokens of CLIP's image embedding, which its class token gives; where
+    `pooled` is `mean` that of the patch tokens, for a picture encoder that was taught so), `label_selected`
+    (SSR-Encoder: what each of the label's tokens looks for, in each of the picture encoder's
+    `picture_layers`) or `grounded` (MS-Diffusion: queries made of label and box, and `layers` that read the
+    picture). binding: `dam`, `none` (without DAM, labels unused), `concat_mlp`, `self_attention` or
+    `self_attention_ffn` (with the feed-forward that `dam` has, too). injection: `standalone` (an injector of
+    its own in every block), `shared_query` (own keys and values beside the text's, same query), `merged`
+    (concept tokens behind the caption's, through the text cross-attention), `none` (the base alone: it takes
+    no concepts and has none of the modules above) or `base` (an image-to-video base alone: pictures through
+    its own keys and values beside the text's; labels say nothing to it).
 
     given: a base's frame conditioning, how pictures are also frames of the video. For `base`: `first` (the
     one picture is the first frame), `first_last` (two, at both ends), `references` (each leads the video in a
@@ -91,6 +93,7 @@ class ConceptConfig:
     scale: float = 1.0
     picture_layers: tuple[int, ...] | None = None
     tiled: int | None = None
+    pooled: str = "class"
     mask: str = "none"
 
     def __post_init__(self) -> None:
@@ -169,6 +172,11 @@ class ConceptConfig:
 
     def _check_rival(self) -> None:
         """What the encoders of other systems need."""
+        check_choice(self, "pooled", POOLED)
+        require(
+            self.pooled == "class" or self.encoder == "image_embedding",
+            f"ConceptConfig.pooled must be 'class' for {self.encoder!r}, got {self.pooled!r}",
+        )
         layers = self.picture_layers
         require(
             (layers is not None) == (self.encoder == "label_selected"),
@@ -229,11 +237,12 @@ class ConceptConfig:
 
     @property
     def pictures(self) -> str:
-        """What the picture encoder gives of a picture, see encoders.py: `patches`, `hidden`, `embedding` or
-        `layers`."""
+        """What the picture encoder gives of a picture, see encoders.py: `patches`, `hidden`, `embedding`,
+        `mean` or `layers`."""
         if self.injection == "base":
             return "hidden"
-        return {"image_embedding": "embedding", "label_selected": "layers", "grounded": "hidden"}.get(
+        embedding = "embedding" if self.pooled == "class" else "mean"
+        return {"image_embedding": embedding, "label_selected": "layers", "grounded": "hidden"}.get(
             self.encoder, "patches"
         )
 
@@ -254,7 +263,7 @@ class ConceptConfig:
         ever."""
         values = dataclasses.asdict(self)
         fields = {field.name: field.default for field in dataclasses.fields(self)}
-        for name in ("fewest", "side", "keys", "scale", "picture_layers", "tiled", "mask"):
+        for name in ("fewest", "side", "keys", "scale", "picture_layers", "tiled", "pooled", "mask"):
             if values[name] == fields[name]:
                 del values[name]
         if self.picture_layers is not None:

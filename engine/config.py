@@ -148,7 +148,7 @@ class ModelConfig:
         layers = concept.picture_layers or (0,)
         most = self._entry("image_encoder", "num_hidden_layers")
         require(layers[-1] <= most, f"concept.picture_layers must be at most {most}, got {layers}")
-        tokens = 1 if concept.pictures == "embedding" else (grid * grid + int(hidden)) * len(layers)
+        tokens = 1 if concept.encoder == "image_embedding" else (grid * grid + int(hidden)) * len(layers)
         require(
             concept.picture_tokens == tokens,
             f"concept.picture_tokens must be {tokens}, got {concept.picture_tokens}",

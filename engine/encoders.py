@@ -39,7 +39,7 @@ class ImageEncoder(nn.Module):
     that CLIP itself applies to its class token;
     `hidden`: what enters the last layer, the class token's too; so Wan's image-to-video models read it, and
     MS-Diffusion;
-    `embedding`: CLIP's image embedding, P = 1;
+    `embedding`: CLIP's image embedding, P = 1; `mean`: the mean of the `patches`, P = 1;
     `layers`: what leaves each of `layers` (counted from 1), the class token's too, one after the other.
     bare: without CLIP's last norm and projection, which `hidden` and `layers` do not read, and which weights
     files of Wan's do not have; with them the weights are the same whatever is read.
@@ -64,9 +64,10 @@ class ImageEncoder(nn.Module):
         if self.gives == "embedding":
             return self.model(pixel_values=pixels).image_embeds[:, None]  # [N,1,Dp]
         tower = getattr(self.model, "vision_model", self.model)
-        if self.gives == "patches":
+        if self.gives in ("patches", "mean"):
             hidden = tower(pixel_values=pixels).last_hidden_state[:, 1:]  # [N,P,hidden]
-            return self.model.visual_projection(tower.post_layernorm(hidden))  # [N,P,Dp]
+            patches = self.model.visual_projection(tower.post_layernorm(hidden))  # [N,P,Dp]
+            return patches if self.gives == "patches" else patches.mean(1, keepdim=True)
         states = tower(pixel_values=pixels, output_hidden_states=True).hidden_states
         if self.gives == "hidden":
             return states[-2]

@@ -51,7 +51,7 @@ def test_ip_adapter_s_tokens_are_diffusers(assert_close):
     assert_close(own(pictures), theirs(pictures[:, 0]))
 
 
-@pytest.mark.parametrize("gives", ["embedding", "hidden", "layers"])
+@pytest.mark.parametrize("gives", ["embedding", "mean", "hidden", "layers"])
 def test_the_picture_encoder_gives_what_transformers_names(gives, randomise, assert_close):
     clip = pytest.importorskip("transformers.models.clip.modeling_clip")
     from transformers.models.clip.configuration_clip import CLIPVisionConfig
@@ -63,8 +63,10 @@ def test_the_picture_encoder_gives_what_transformers_names(gives, randomise, ass
     pixels = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(2))
     out = theirs(pixel_values=pixels, output_hidden_states=True)
     states = out.hidden_states
+    patches = theirs.visual_projection(theirs.vision_model.post_layernorm(states[-1][:, 1:]))
     expected = {
         "embedding": out.image_embeds[:, None],
+        "mean": patches.mean(1, keepdim=True),
         "hidden": states[-2],
         "layers": torch.cat((states[1], states[2]), dim=1),
     }[gives]
@@ -305,6 +307,7 @@ def test_a_model_of_before_is_stored_as_ever():
             "queries must be 12, one for each label token and each of picture_layers",
         ),
         ({"encoder": "image_embedding"}, "concept.picture_tokens must be 1, got 4"),
+        ({"pooled": "mean"}, "pooled must be 'class' for 'qformer'"),
     ],
 )
 def test_what_makes_no_sense_is_refused_in_one_line(tiny, changes, message):
