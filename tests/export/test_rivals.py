@@ -27,25 +27,35 @@ def picture(seed, width=20, height=20):
     return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
 
 
-@pytest.fixture(scope="module")
-def folders(tiny, bundle, taken_from, tmp_path_factory):
-    """The bundles of all systems by name, with their weights inside."""
+def write_with_weights(source, folder):
+    """The bundle of a source, with its weights inside, as the torch backend wants them."""
     from conceptmaster.engine.checkpoints.safetensors_io import save, save_model
+    from conceptmaster.export.bundle import write_bundle
+
+    write_bundle(source, folder)
+    (folder / "weights").mkdir()
+    save_model(source.model, folder / "weights" / "model.safetensors")
+    save(folder / "weights" / "vae.safetensors", source.vae.state_dict())
+
+
+def source_of(system, tiny):
     from conceptmaster.engine.checkpoints.source import random_source
     from conceptmaster.engine.presets import preset
-    from conceptmaster.export.bundle import write_bundle
+
+    return dataclasses.replace(random_source(like(preset("tiny"), system)), vae=tiny.vae)
+
+
+@pytest.fixture(scope="module")
+def folders(tiny, bundle, taken_from, tmp_path_factory):
+    """The bundles of all systems by name."""
     from conceptmaster.export.verify import verify
 
     found = {}
     for system in SYSTEMS:
-        source = dataclasses.replace(random_source(like(preset("tiny"), system)), vae=tiny.vae)
-        folder = tmp_path_factory.mktemp("rivals") / system
+        source, folder = source_of(system, tiny), tmp_path_factory.mktemp("rivals") / system
         with taken_from(bundle, *SHARED):
-            write_bundle(source, folder)
+            write_with_weights(source, folder)
         assert all(row.ok for row in verify(Bundle.open(folder), source))
-        (folder / "weights").mkdir()
-        save_model(source.model, folder / "weights" / "model.safetensors")
-        save(folder / "weights" / "vae.safetensors", source.vae.state_dict())
         found[system] = folder
     return found
 
@@ -123,6 +133,23 @@ def test_ms_diffusion_is_told_the_box(pipelines):
     whole = frames(pipeline, concepts(), boxes={"ab": (0, 0, 1, 1)})
     assert np.array_equal(usual, whole)
     assert not np.array_equal(usual, frames(pipeline, concepts(), boxes={"ab": (0.1, 0.2, 0.4, 0.9)}))
+
+
+def test_boxes_hide_single_tokens_too(tiny, folders, taken_from, tmp_path):
+    """A mask of tokens beside one of boxes: the same frames from both backends, others than without a box."""
+    source = source_of("ssr-encoder", tiny)
+    source.model.mask_by("boxes")
+    others = [graph for graph in Bundle.open(folders["ssr-encoder"]).manifest.graphs if graph != "denoise"]
+    with taken_from(folders["ssr-encoder"], *others):
+        write_with_weights(source, tmp_path / "boxes")
+    found = {}
+    for backend in ("onnxruntime", "torch"):
+        pipeline = Pipeline.from_bundle(tmp_path / "boxes", threads=1, backend=backend)
+        found[backend] = [frames(pipeline, concepts(), boxes=b) for b in ({}, {"ab": (0.0, 0.0, 0.4, 0.6)})]
+    for ours, theirs in zip(*found.values(), strict=True):
+        assert np.abs(ours - theirs).max() <= 1 and (ours != theirs).mean() < 1e-2
+    whole, placed = found["onnxruntime"]
+    assert not np.array_equal(whole, placed)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
