@@ -25,7 +25,11 @@ def like(base: ModelConfig, system: str) -> ModelConfig:
     """
     picture, concept = base.image_encoder, base.concept
     patches = (concept.picture_size // picture["patch_size"]) ** 2
-    hidden: dict[str, Any] = {"picture_dim": picture["hidden_size"], "picture_tokens": patches + 1}
+    hidden: dict[str, Any] = {
+        "picture_dim": picture["hidden_size"],
+        "picture_tokens": patches + 1,
+        "mask": "none",
+    }
     own: dict[str, Any]
     if system == "ip-adapter":
         own = {
