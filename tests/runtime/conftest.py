@@ -447,7 +447,7 @@ def placing(bundle: Path, tmp_path: Path, edit_manifest: Callable[..., None]) ->
             onnx.save(model, folder / f"{name}.onnx")
 
         def change(data: dict[str, Any]) -> None:
-            data |= {"format": 3, "source": {"name": "weights", "files": []}}
+            data |= {"format": 7, "source": {"name": "weights", "files": []}}
             data["boxes"] = {"per_concept": shapes.latent[1] // patch[0], "required": False}
             data["model"] = {"name": "fake", "transformer": {"patch_size": list(patch)}}
             for name, (entry, _, shape) in wanted.items():
