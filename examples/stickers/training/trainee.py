@@ -96,7 +96,8 @@ class Trainee(nn.Module):
         steps = [(torch.arange(n) + 0.5) * (SIDE / NEAR / n) for n in grid[1:]]
         down, across = torch.meshgrid(*steps, indexing="ij")
         middles = F.pad(torch.stack([across, down], -1).flatten(0, 1), (POSES - 2, 0))
-        self.register_buffer("middles", middles, persistent=False)  # of a frame's tokens, [S/F,5]
+        self.middles: Tensor  # of a frame's tokens, [S/F,5]
+        self.register_buffer("middles", middles, persistent=False)
         self.middle = config.transformer.num_layers // 2 - 1
 
     @property
