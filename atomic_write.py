@@ -52,6 +52,7 @@ def replacing(path: Path) -> Iterator[Path]:
     check_replaceable(path)
     place = Path(os.path.realpath(path))
     temporary, held = _claim(place)
+    moved = False
     try:
         try:
             new = os.stat(temporary)
@@ -66,13 +67,15 @@ def replacing(path: Path) -> Iterator[Path]:
                 with temporary.open("rb") as file:
                     hashes[path] = hashlib.file_digest(file, "sha256").hexdigest()
             os.replace(temporary, place)
+            moved = True  # its old name may be another writer's by now
             sync(place.parent)
         except OSError as error:
             if (better := named(error, temporary, path)) is None:
                 raise
             raise better from error
     finally:
-        temporary.unlink(missing_ok=True)
+        if not moved:
+            temporary.unlink(missing_ok=True)
         if held is not None:
             os.close(held)
 

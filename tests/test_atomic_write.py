@@ -7,11 +7,13 @@ import resource
 import stat
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from conceptmaster import atomic_write
 from conceptmaster.atomic_write import check_output, replacing
 from conceptmaster.errors import InputError
 
@@ -133,6 +135,28 @@ def test_the_next_writer_sweeps_what_a_dead_one_left_and_nothing_else(tmp_path: 
         write(place, "second")  # a living writer's file is left alone
         assert place.read_text() == "second" and first.read_text() == "first"
     assert place.read_text() == "first" and os.listdir(tmp_path) == [place.name]
+
+
+def test_a_writer_that_has_ended_leaves_the_next_one_s_file_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The moment its file is moved, another writer may take the name that it had."""
+    path, sync = tmp_path / "out.json", atomic_write.sync
+    with ExitStack() as second:
+
+        def begun_meanwhile(place: Path) -> None:
+            sync(place)
+            if place == tmp_path and path.exists():
+                monkeypatch.setattr(atomic_write, "sync", sync)
+                begun.append(second.enter_context(atomic_write.replacing(path)))
+
+        begun: list[Path] = []
+        monkeypatch.setattr(atomic_write, "sync", begun_meanwhile)
+        with atomic_write.replacing(path) as first:
+            first.write_text("first")
+        assert begun == [first] and path.read_text() == "first"
+        begun[0].write_text("second")
+    assert path.read_text() == "second" and list(tmp_path.iterdir()) == [path]
 
 
 def test_a_full_disk_is_named_though_numpy_forgets_why(tmp_path: Path) -> None:
