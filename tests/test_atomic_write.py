@@ -154,7 +154,7 @@ def test_a_writer_that_has_ended_leaves_the_next_one_s_file_alone(
         monkeypatch.setattr(atomic_write, "sync", begun_meanwhile)
         with atomic_write.replacing(path) as first:
             first.write_text("first")
-        assert begun == [first] and path.read_text() == "first"
+        assert begun == [first] and first.exists() and path.read_text() == "first"
         begun[0].write_text("second")
     assert path.read_text() == "second" and list(tmp_path.iterdir()) == [path]
 
