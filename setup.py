@@ -22,6 +22,7 @@ PACKAGES = [
     "conceptmaster.engine.vae",
     "conceptmaster.examples",
     "conceptmaster.examples.sprites",
+    "conceptmaster.examples.sprites.paper",
     "conceptmaster.examples.sprites.scoring",
     "conceptmaster.examples.sprites.training",
     "conceptmaster.examples.sprites.world",

@@ -115,6 +115,11 @@ def _training(name: str, summary: str) -> Command:
     return in_module(name, summary, f"{__package__}.training.cli", "train", name)
 
 
+def _paper(name: str, summary: str) -> Command:
+    """A command of paper/cli.py."""
+    return in_module(name, summary, f"{__package__}.paper.cli", "train", name.replace("-", "_"))
+
+
 COMMANDS = (
     Command("draw", "write a request of this world, with its true video", _add_draw, _draw),
     Command("score", "measure whether a bundle binds, on looks held out", _add_score, _score),
@@ -124,6 +129,7 @@ COMMANDS = (
     _in_file("gallery", "show the first requests, and the worst", "scoring"),
     _training("train", "train the shipped model from nothing"),
     _training("tune", "tune a base on each request: CustomDiffusion, DreamBooth"),
-    _training("variants", "train and score the paper's variants from one base"),
+    _paper("paper", "train and score the rows of the paper's tables on one frozen base"),
+    _paper("paper-base", "train that base"),
     _in_file("curves", "draw the curves of a training", "training"),
 )

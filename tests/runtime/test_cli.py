@@ -371,7 +371,7 @@ def without_torch(folder: Path, *arguments: str) -> subprocess.CompletedProcess[
             ("conceptmaster", command)
             for command in ("export", "verify", "convert", "build", "export-triton")
         ),
-        *(("conceptmaster.examples.sprites", command) for command in ("train", "variants")),
+        *(("conceptmaster.examples.sprites", command) for command in ("train", "paper", "paper-base")),
     ],
 )
 def test_help_needs_no_torch(tmp_path: Path, program: str, command: str) -> None:

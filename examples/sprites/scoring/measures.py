@@ -144,6 +144,13 @@ class Judge:
         won = [actor.judge(prepared, background) for actor in self.actors]
         return {measure: [w[measure] for w in won if measure in w] for measure in MEASURES}
 
+    def margins(self, frames: np.ndarray) -> list[float]:
+        """By how much every concept's own look fits better in its place than those of the others of the
+        request: the mean of (other - own) / (other + own) over their errors, -1..1, 0 where both fit alike. A
+        scene has two concepts or more; frames as for a call."""
+        prepared = prepare(frames.astype(np.float32) / 255)
+        return [actor.margin(prepared) for actor in self.actors]
+
 
 class _JudgedActor:
     """The contests about one actor of a scene; in each, the truth is hypothesis 0."""
@@ -197,6 +204,14 @@ class _JudgedActor:
         colours = np.stack([rgb + (1 - alpha[..., None]) * ground for rgb, alpha in self.nouns])
         weights = np.broadcast_to(self.disk, colours.shape[:-1])
         return Contest(self.windows, weights, colours, weights.sum((1, 2, 3)))
+
+    def margin(self, video: np.ndarray) -> float:
+        """See ``Judge.margins``; a look that is out of the contest counts as infinitely wrong."""
+        errors = self.looks.errors(video)
+        own, others = errors[0], errors[self.groups["pair_binding"]]
+        with np.errstate(invalid="ignore"):
+            part = np.where(np.isinf(others), 1.0, (others - own) / (others + own))
+        return float(np.where(np.isinf(own), -1.0, part).mean())
 
     def judge(self, video: np.ndarray, background: np.ndarray) -> dict[str, bool]:
         """What this actor wins in a prepared video; ``pair_binding`` only where there are others."""

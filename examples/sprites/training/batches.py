@@ -170,7 +170,7 @@ class Pool:
             decoys,
             torch.where(no_caption, ids, self._caption(clips, "ids", loose)),
             torch.where(no_caption, mask, self._caption(clips, "mask", loose)),
-            _for_clip(pixels),
+            for_clip(pixels),
             foreign,
             slots("label_ids"),
             slots("label_mask").bool(),
@@ -242,11 +242,11 @@ def new_pictures(rng: np.random.Generator, size: int, device: str, held_out: boo
         actors.append(Actor(noun, noun, look, radius=1.0, start=(0.0, 0.0), cell=(1, 1), motion="still"))
     cast = {name: value.to(device) for name, value in cast_of(actors).items()}
     told = targets_of(cast)
-    pixels = _for_clip(in_parts(draw_references, cast, generator(rng, device)))
+    pixels = for_clip(in_parts(draw_references, cast, generator(rng, device)))
     return Pictures(pixels, _minus_one_to_one(told["portraits"]), told["traits"].long(), told["patterns"])
 
 
-def _for_clip(pixels: Tensor) -> Tensor:
+def for_clip(pixels: Tensor) -> Tensor:
     """uint8 [...,H,W,3] -> float32 [...,3,H,W], normalised as CLIP's pictures are."""
     mean, std = (torch.tensor(values, device=pixels.device) for values in (CLIP_MEAN, CLIP_STD))
     return ((pixels.float() / 255 - mean) / std).movedim(-1, -3)

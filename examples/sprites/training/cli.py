@@ -1,4 +1,4 @@
-"""The commands `train` and `variants` of the world's command line. Their help needs no PyTorch: what does is
+"""The commands `train` and `tune` of the world's command line. Their help needs no PyTorch: what does is
 imported when they run."""
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from conceptmaster.engine.concept_config import BINDINGS, ENCODERS, INJECTIONS
 from ..arguments import add_device, add_drawing, add_options, options_from, seed_range, set_threads
 from .options import STAGES, TrainOptions
 from .tuning_options import METHODS, TuneOptions
-from .variant_list import VARIANTS
 
 TUNE = """\
 Tunes a base without concepts on requests of held-out looks, as systems do that learn a concept before they
@@ -78,25 +77,3 @@ def run_tune(args: argparse.Namespace) -> int:
         done = tune(args.method, base, request, args.output / str(seed), options)
         print(f"{', '.join(map(str, done.files))}: {done.prompt} ({done.seconds:.0f} s)")
     return 0
-
-
-def add_variants_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of ``variants``."""
-    names = [variant.name for variant in VARIANTS]
-    parser.add_argument("--base", required=True, type=Path, help="weights folder to start all from")
-    parser.add_argument("--output", required=True, type=Path, help="folder for checkpoints and results")
-    add_options(parser, TrainOptions, "steps", "batch_size", "lr", steps=400)
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1], help="of the trainings (0 1)")
-    parser.add_argument("--only", nargs="+", choices=names, default=names, help="which variants to run (all)")
-    parser.add_argument(
-        "--score-seeds", type=seed_range, default=range(64), metavar="A:B", help="of the requests (0:64)"
-    )
-    add_drawing(parser)
-    add_device(parser)
-
-
-def run_variants(args: argparse.Namespace) -> int:
-    """Runs `variants`, see `variants.run`."""
-    from .variants import run
-
-    return run(args)

@@ -6,8 +6,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from conceptmaster.engine.dit import MIN_SIGMA
+
 from .batches import Batch, generator, sent
 
+FOREGROUND = 3.0
+"""Extra weight of the loss where a concept is."""
 HELD_SIGMA = 0.2
 """Where nothing else is said, the level below which the loss counts the data's error."""
 HIGH_SIGMAS = 0.9, 1.0
@@ -47,3 +51,37 @@ def random_sigma(rng: np.random.Generator, size: int, device: str = "cpu", high:
         near = np.minimum(low + 2 * (top - low) * rng.random(size), top)
         levels = np.where(rng.random(size) < high, near, levels)
     return sent(levels.astype(np.float32), device)
+
+
+def noised(latents: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
+    """Latents [B,Cz,F,H,W] at the levels ``sigma`` [B]."""
+    s = sigma[:, None, None, None, None]
+    return (1 - s) * latents + s * noise
+
+
+def flow_loss(
+    velocity: Tensor,
+    latents: Tensor,
+    noise: Tensor,
+    sigma: Tensor,
+    coverage: Tensor,
+    held: Tensor | float,
+    foreground: float = FOREGROUND,
+    channels: Tensor | None = None,
+) -> Tensor:
+    """The squared error of a velocity [B,Cz,F,H,W], which counts for more where a concept is: ``coverage``
+    [B,N,F,H,W] in 0..1.
+
+    Below the level ``held`` [B], or one for all, it counts the data's error, not the velocity's, which is
+    1/sigma times that: held, lest copying be all that is learned, or what cannot be known any more be all
+    that counts. foreground: how much more a concept counts; channels: what each latent channel counts for,
+    [Cz], all alike where it is None.
+    """
+    s = sigma[:, None, None, None, None]
+    held = torch.as_tensor(held, device=s.device).expand(len(s))[:, None, None, None, None]
+    weight = 1 + foreground * coverage.sum(1, keepdim=True).clamp(max=1)  # [B,1,F,H,W]
+    counted = s.clamp(min=MIN_SIGMA) / torch.maximum(s, held)
+    error = (velocity.float() - (noise - latents)).square() * weight * counted.square()
+    if channels is not None:
+        error = error * channels[:, None, None, None]
+    return error.mean() / weight.mean()

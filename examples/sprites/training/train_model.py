@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from conceptmaster.engine.checkpoints.safetensors_io import save_model
 from conceptmaster.engine.concept_config import ENCODER_INPUTS, ENCODERS
 from conceptmaster.engine.config import ModelConfig
-from conceptmaster.engine.dit import MIN_SIGMA
 from conceptmaster.engine.model import ConceptMaster
 from conceptmaster.engine.rival_encoders import selection_loss
 from conceptmaster.errors import InputError
@@ -34,7 +33,7 @@ from .drawn import DrawnPool
 from .heads import LayoutHead, StoryHead, coverage_loss
 from .learning import Average, MuonAdamW, autocast, saved_progress
 from .loop import Log, LoopOptions, log_to, random_of, train
-from .noising import DECOY_HELD, HELD_SIGMA, decoy_noise, normal, random_sigma
+from .noising import DECOY_HELD, HELD_SIGMA, decoy_noise, flow_loss, noised, normal, random_sigma
 from .options import TrainOptions
 from .probing import errors
 from .starting import start_from
@@ -46,8 +45,6 @@ REFRESHED = 100
 """Steps after which the pool draws new clips."""
 PICTURES = 128
 """Least number of pictures in a step that learns from pictures alone."""
-FOREGROUND = 3.0
-"""Extra weight of the loss where a concept is."""
 GROUNDING_DROPPED = 0.1
 """Share of concepts whose label and box an encoder that reads both is not told, as MS-Diffusion has it."""
 LAYOUT_WEIGHT, STORY_WEIGHT, PICTURE_WEIGHT, LOOK_WEIGHT = 1.0, 0.3, 0.3, 0.3
@@ -134,18 +131,11 @@ class Trainee(nn.Module):
         return velocity, kept[0], text, told
 
     def forward(self, batch: Batch, noise: Tensor, sigma: Tensor, held: Tensor) -> dict[str, Tensor]:
-        """Losses: ``total`` and its parts. ``noise`` like the latents, ``sigma`` [B] in 0..1.
-
-        Below the level ``held`` [B] the loss counts the data's error, not the velocity's, which is 1/sigma
-        times that: held, lest copying be all it learns, or what cannot be known any more be all that counts.
-        """
-        s = sigma[:, None, None, None, None]
-        noisy = (1 - s) * batch.latents + s * noise
+        """Losses: ``total`` and its parts. ``noise`` like the latents, ``sigma`` [B] in 0..1, ``held`` [B]:
+        see ``flow_loss``."""
+        noisy = noised(batch.latents, noise, sigma)
         velocity, hidden, text, told = self.velocity(batch, noisy, sigma)
-        weight = foreground_weight(batch)  # [B,1,F,H,W]
-        counted = s.clamp(min=MIN_SIGMA) / torch.maximum(s, held[:, None, None, None, None])
-        error = (velocity.float() - (noise - batch.latents)).square() * weight * counted.square()
-        flow = error.mean() / weight.mean()
+        flow = flow_loss(velocity, batch.latents, noise, sigma, batch.coverage, held)
         patch = self.model.config.transformer.patch_size
         target = F.avg_pool3d(batch.coverage.flatten(0, 1)[:, None], patch).flatten(1)  # [B*N,S]
         look = self._look_losses(batch, hidden, target.view(*batch.concept_mask.shape, -1))
@@ -191,11 +181,6 @@ class Trainee(nn.Module):
         concept = which[rows, columns]
         traits, patterns = batch.traits[rows, concept], batch.patterns[rows, concept]
         return trait_losses(self.look, hidden[rows, columns, None].float(), traits, patterns)
-
-
-def foreground_weight(batch: Batch) -> Tensor:
-    """How much each latent position counts: more where a concept is, [B,1,F,H,W]."""
-    return 1 + FOREGROUND * batch.coverage.sum(1, keepdim=True).clamp(max=1)
 
 
 def probe(trainee: Trainee, pool: Pool, device: str, count: int = 96) -> dict[str, float]:

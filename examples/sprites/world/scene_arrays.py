@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 
 import numpy as np
@@ -19,6 +19,7 @@ from .scenes import (
     NOUNS,
     TEXTURES,
     Identity,
+    Scene,
     random_scene,
     tell_loosely,
 )
@@ -44,7 +45,12 @@ BACKGROUNDS_PER_KIND = 2048
 def scene_arrays(first: int, count: int, held_out: bool = False) -> Arrays:
     """The scenes of the seeds first … first + count - 1, with looks that are kept for judging (``held_out``),
     or with none of these."""
-    shape = (count, MAX_CONCEPTS)
+    return arrays_of([random_scene(first + row, held_out=held_out) for row in range(count)])
+
+
+def arrays_of(scenes: Sequence[Scene]) -> Arrays:
+    """Scenes as arrays."""
+    count, shape = len(scenes), (len(scenes), MAX_CONCEPTS)
     arrays: Arrays = {name: np.zeros(count, np.int64) for name in ("count", "background")}
     arrays |= {name: np.zeros(shape, np.int64) for name in ("noun", "foreign_noun", "motion")}
     arrays |= {"radius": np.ones(shape, np.float32), "path": np.zeros((*shape, FRAMES, 2), np.float32)}
@@ -53,14 +59,12 @@ def scene_arrays(first: int, count: int, held_out: bool = False) -> Arrays:
         arrays |= {name: own, f"decoy_{name}": own.copy()}
     captions, loose, labels = [], [], np.full(shape, "", dtype=object)
     kinds = list(BACKGROUNDS)
-    for row in range(count):
-        seed = first + row
-        scene = random_scene(seed, held_out=held_out)
-        other = np.random.Generator(np.random.Philox(key=[seed, 13]))
+    for row, scene in enumerate(scenes):
+        other = np.random.Generator(np.random.Philox(key=[scene.seed, 13]))
         arrays["count"][row] = len(scene.actors)
         arrays["background"][row] = kinds.index(scene.background)
         captions.append(scene.caption)
-        astray_told = np.random.Generator(np.random.Philox(key=[seed, 19]))
+        astray_told = np.random.Generator(np.random.Philox(key=[scene.seed, 19]))
         loose.append(tell_loosely(astray_told, scene.actors, scene.background))
         astray = decoy(scene, other).actors
         for n, actor in enumerate(scene.actors):

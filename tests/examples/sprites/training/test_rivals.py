@@ -13,7 +13,7 @@ from conceptmaster.engine.model import ConceptMaster
 from conceptmaster.engine.rivals import SYSTEMS, like
 from conceptmaster.errors import InputError
 from conceptmaster.examples.sprites.training import batches, train_model
-from conceptmaster.examples.sprites.training.variants import write_base
+from conceptmaster.examples.sprites.training.starting import write_base
 
 from ..small import small_config, train_small
 

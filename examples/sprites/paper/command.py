@@ -1,0 +1,159 @@
+"""`paper`: every row of the paper's tables from one frozen base, unit by unit; `paper-base`: that base.
+
+A unit, a row with a seed, lives in ``OUTPUT/ROW-SEED/`` and ends with its ``result.json``. Table and JSON
+hold every finished unit of the output folder and are rewritten after each, so the command may be stopped at
+any moment, goes on when it is given again, and several may share the work by ``--only`` and ``--seeds``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from conceptmaster import __version__
+from conceptmaster.atomic_write import replacing
+from conceptmaster.engine.checkpoints.safetensors_io import load, save
+from conceptmaster.engine.vae.block_vae import BlockVAE
+from conceptmaster.errors import ConceptMasterError, InputError, WeightsError
+from conceptmaster.hashed import sha256_file
+
+from ..arguments import set_threads
+from ..scoring.reports import write_json
+from ..training.train_vae import load_vae
+from .base import train_base
+from .eye import train_eye
+from .pool import ClipPool
+from .report import filled, finished, tables
+from .rows import ROWS
+from .sampling import GUIDANCE, SHIFT, SOLVER, STEPS
+from .setting import paper_config, pixel_weights
+from .tuned import run_tuned
+from .unit import Budget, Ground, run_unit
+
+GIVEN = ("text_encoder.", "image_encoder.")
+"""Of the shipped model's weights, what the base is given."""
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train and score what is not done yet, seed by seed; returns 0.
+
+    Raises InputError for a base that cannot be read, arguments that cannot work, or an output folder with
+    units of another budget; ConceptMasterError, naming the unit, for one that fails.
+    """
+    if args.document is not None and not args.document.is_file():
+        raise InputError(f"there is no document at {args.document}")
+    if min(args.seeds) < 0 or len(set(args.seeds)) < len(args.seeds):
+        raise InputError(f"--seeds must be different whole numbers from 0, got {args.seeds}")
+    budget = Budget(args.steps, requests=args.requests)
+    ground = _ground(args, args.clips)
+    settings = {
+        "steps": budget.steps,
+        "batch": budget.batch,
+        "lr": budget.lr,
+        "requests": budget.requests,
+        "clips": args.clips,
+        "sampling": {"solver": SOLVER, "steps": STEPS, "shift": SHIFT, "guidance": GUIDANCE},
+        "base_sha256": sha256_file(args.base / "model.safetensors"),
+        "vae_sha256": sha256_file(args.base / "vae.safetensors"),
+    }
+    _hold(settings, args.output / "settings.json")
+    set_threads(args)
+    _publish(args, settings)
+    for seed in args.seeds:
+        for row in (row for row in ROWS if row.name in args.only):
+            folder = args.output / f"{row.name}-{seed}"
+            if (folder / "result.json").exists():
+                continue
+            try:
+                (run_unit if row.tuned is None else run_tuned)(row, seed, ground, budget, folder)
+            except ConceptMasterError as error:
+                raise ConceptMasterError(f"{folder}: {error}") from error
+            _publish(args, settings)
+    print(_publish(args, settings))
+    return 0
+
+
+def _ground(args: argparse.Namespace, clips: int) -> Ground:
+    config = paper_config()
+    vae = _vae(args.base)
+    try:
+        base = {name: value.float() for name, value in load(args.base / "model.safetensors")[0].items()}
+    except (FileNotFoundError, WeightsError) as error:
+        raise InputError(f"cannot start from {args.base}: {error}") from error
+    args.output.mkdir(parents=True, exist_ok=True)
+    return Ground(base, vae, ClipPool(args.output / "pool", config, vae, clips))
+
+
+def _vae(folder: Path) -> BlockVAE:
+    try:
+        return load_vae(folder, paper_config().vae)
+    except (FileNotFoundError, WeightsError) as error:
+        raise InputError(f"cannot start from {folder}: {error}") from error
+
+
+def _hold(settings: Mapping[str, Any], path: Path) -> None:
+    """Keep the settings with the first unit; raises InputError where later ones would not compare with it."""
+    if not path.exists():
+        write_json(path, settings)
+        return
+    before = json.loads(path.read_text("utf-8"))
+    other = [f"{k} {before.get(k)}, not {v}" for k, v in settings.items() if before.get(k) != v]
+    if other:
+        raise InputError(f"{path.parent} has units with {'; '.join(other)}: choose another --output")
+
+
+def _publish(args: argparse.Namespace, settings: Mapping[str, Any]) -> str:
+    """Rewrite the JSON, and the document where there is one; returns the tables."""
+    found = finished(args.output)
+    about = {
+        "machine": {"processor": platform.machine(), "threads": torch.get_num_threads()},
+        "versions": {"conceptmaster": __version__, "torch": torch.__version__},
+    }
+    write_json(
+        args.results or args.output / "paper_tables.json", {"settings": settings, **about, "rows": found}
+    )
+    if args.document is not None:
+        text = filled(args.document.read_text("utf-8"), found)
+        with replacing(args.document) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+    return tables(found)
+
+
+def run_base(args: argparse.Namespace) -> int:
+    """Make the base: the picture encoder's class token, then the transformer on captions alone; returns 0.
+
+    Writes ``OUTPUT/model.safetensors``, in bfloat16. Raises InputError for weights that cannot be read.
+    """
+    set_threads(args)
+    vae = _vae(args.vae)
+    try:
+        weights = load(args.weights / "model.safetensors")[0]
+    except (FileNotFoundError, WeightsError) as error:
+        raise InputError(f"cannot start from {args.weights}: {error}") from error
+    text, image = (_part(weights, prefix) for prefix in GIVEN)
+    args.output.mkdir(parents=True, exist_ok=True)
+    train_eye(image, args.output / "eye", args.eye_steps)
+    pool = ClipPool(args.output / "pool", paper_config(), vae, args.clips)
+    train_base(text, pixel_weights(vae), pool, args.output / "base", args.steps, args.lr)
+    image = load(args.output / "eye" / "image_encoder.safetensors")[0]
+    transformer = load(args.output / "base" / "transformer.safetensors")[0]
+    parts = {"text_encoder": text, "image_encoder": image, "transformer": transformer}
+    save(args.output / "model.safetensors", together(parts))
+    print(args.output / "model.safetensors")
+    return 0
+
+
+def together(parts: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Modules' tensors as one model's, in bfloat16."""
+    return {f"{part}.{name}": value.bfloat16() for part, own in parts.items() for name, value in own.items()}
+
+
+def _part(weights: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {n.removeprefix(prefix): value.float() for n, value in weights.items() if n.startswith(prefix)}

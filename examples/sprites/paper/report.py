@@ -1,0 +1,130 @@
+"""All units of an output folder as one JSON, and the three tables in Markdown."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .rows import OURS, ROWS, Row
+from .statistics import Estimate, Scores, differences, drawn_means, interval, order
+from .unit import read
+
+MAIN = "margin"
+"""The measure that rows are compared by: like DINO-I it is a matter of degree."""
+MEASURES = (MAIN, "pair_binding", "identity", "noun", "texture", "motion")
+SEEDS = 3
+"""Least number of seeds of either row of which a difference is claimed."""
+TABLES = {
+    1: "Systems",
+    2: "How concepts enter the transformer",
+    3: "How pictures are bound to labels",
+}
+
+Results = dict[str, list[dict[str, Any]]]
+"""By row, the content of the ``result.json`` of each of its units, by seed."""
+
+
+def finished(output: Path) -> Results:
+    """What lies in an output folder; a row without any unit has an empty list."""
+    found: Results = {}
+    for row in ROWS:
+        units = [json.loads(path.read_text("utf-8")) for path in output.glob(f"{row.name}-*/result.json")]
+        found[row.name] = sorted(units, key=lambda unit: unit["seed"])
+    return found
+
+
+def scores(units: Sequence[Mapping[str, Any]], measure: str) -> Scores:
+    """Of a row's units, float64 [seeds,requests]."""
+    return np.stack([read(unit["requests"][measure]) for unit in units])
+
+
+def tables(found: Results) -> str:
+    """The three tables, with what separates and the order."""
+    return "\n\n".join(_table(number, found) for number in TABLES) + "\n"
+
+
+def curves(found: Results) -> str:
+    """How far each row's error with the right pictures lies below that with swapped ones, on the way."""
+    lines = {}
+    for row in ROWS:
+        if units := [unit["curve"] for unit in found[row.name] if "curve" in unit]:
+            samples = [point["samples"] for point in units[0]]
+            gaps = np.array([[point["with"] - point["swapped"] for point in unit] for unit in units])
+            lines[row.name] = dict(zip(samples, 1000 * gaps.mean(0), strict=True))
+    every = sorted({number for points in lines.values() for number in points})
+    titles = ["", *(f"{number:,}" for number in every)]
+    table = ["| " + " | ".join(titles) + " |", "|" + " --- |" * len(titles)]
+    for name, points in lines.items():
+        cells = [f"{points[number]:.1f}" if number in points else "–" for number in every]
+        table.append("| " + " | ".join([f"`{name}`", *cells]) + " |")
+    return "\n".join(table) + "\n"
+
+
+def filled(document: str, found: Results) -> str:
+    """A document with tables and curves in the place of what stands between its marks."""
+    for name, text in (("tables", tables(found)), ("curves", curves(found))):
+        before, _, rest = document.partition(f"<!-- {name} -->\n")
+        _, end, after = rest.partition(f"<!-- end of {name} -->")
+        document = f"{before}<!-- {name} -->\n{text}{end}{after}"
+    return document
+
+
+def _table(number: int, found: Results) -> str:
+    rows = [row for row in ROWS if number in row.tables]
+    run = {row.name: scores(found[row.name], MAIN) for row in rows if found[row.name]}
+    most = max((each.shape[1] for each in run.values()), default=0)
+    whole = {name: each for name, each in run.items() if each.shape[1] == most}
+    apart = differences(run, OURS.name) if OURS.name in run else {}
+    titles = ["", "DINO-I, v1", "DINO-I, v2", "margin", "ours less this", "pair binding", "identity"]
+    titles += ["noun", "texture", "motion", "seeds", "training, s", "request, s"]
+    lines = [f"**Table {number}. {TABLES[number]}**", "", "| " + " | ".join(titles) + " |"]
+    lines.append("|" + " --- |" * len(titles))
+    for row in rows:
+        units = found[row.name]
+        cells = [f"`{row.name}`: {row.title}", *(_paper(value) for value in row.paper)]
+        if not units:
+            lines.append("| " + " | ".join([*cells, "not run", *["–"] * (len(titles) - 4)]) + " |")
+            continue
+        mean = interval(run[row.name].mean(), drawn_means({row.name: run[row.name]})[row.name])
+        seeds = min(len(units), len(found[OURS.name]))
+        cells += [_percent(mean), _difference(apart.get(row.name), seeds >= SEEDS)]
+        cells += [f"{100 * scores(units, measure).mean():.1f}" for measure in MEASURES[1:]]
+        seconds = [
+            np.mean([unit[name] for unit in units]) for name in ("training_seconds", "seconds_per_request")
+        ]
+        cells += [str(len(units)), f"{seconds[0]:.0f}", f"{seconds[1]:.2f}"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join([*lines, "", *_orders(rows, whole)])
+
+
+def _paper(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"
+
+
+def _percent(value: Estimate) -> str:
+    return f"{100 * value.value:.1f} [{100 * value.low:.1f}, {100 * value.high:.1f}]"
+
+
+def _difference(value: Estimate | None, sure: bool) -> str:
+    """Bold where it separates; not ``sure``: seeds are too few to tell."""
+    if value is None:
+        return "–"
+    text = f"{100 * value.value:+.1f} [{100 * value.low:+.1f}, {100 * value.high:+.1f}]"
+    return f"**{text}**" if value.separates and sure else text
+
+
+def _orders(rows: Sequence[Row], run: Mapping[str, Scores]) -> list[str]:
+    """Kendall's tau against either version of the paper, where three rows or more have both."""
+    lines = []
+    for version in (0, 1):
+        paper = {row.name: value for row in rows if (value := row.paper[version]) is not None}
+        some = {name: each for name, each in run.items() if name in paper}
+        if len(some) >= 3:
+            tau = order(some, paper)
+            told = f"{tau.value:.2f} [{tau.low:.2f}, {tau.high:.2f}]"
+            lines.append(f"Kendall's tau with the paper's v{version + 1}, {len(some)} rows: {told}.")
+    return lines

@@ -1,0 +1,292 @@
+"""The paper's tables in small: what is fair about them, and that a stop loses nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from conceptmaster.engine.checkpoints.adapter import adapter_keys
+from conceptmaster.engine.checkpoints.safetensors_io import load, load_strict, save
+from conceptmaster.engine.model import ConceptMaster
+from conceptmaster.errors import InputError
+from conceptmaster.examples.sprites.cli import main
+from conceptmaster.examples.sprites.paper import command, report, rows, sampling, tuned, unit
+from conceptmaster.examples.sprites.paper.boxes import seen_tokens, told_boxes
+from conceptmaster.examples.sprites.paper.judging import judge, request_scene
+from conceptmaster.examples.sprites.paper.pool import ClipPool, clips_of, draw
+from conceptmaster.examples.sprites.paper.setting import paper_config, pixel_weights, row_config
+from conceptmaster.examples.sprites.paper.trainee import Trainee
+from conceptmaster.examples.sprites.training.train_vae import new_vae
+from conceptmaster.examples.sprites.training.tuning_options import TuneOptions
+from conceptmaster.examples.sprites.world.draw import draw_clip
+from conceptmaster.examples.sprites.world.scenes import SIZE
+
+BUDGET = unit.Budget(steps=2, batch=2, requests=1)
+
+
+@pytest.fixture(scope="module")
+def ground(tmp_path_factory):
+    """A base by chance, in which nothing is silent."""
+    torch.manual_seed(5)
+    model = ConceptMaster(paper_config())
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.02 * torch.randn(parameter.shape))
+    own = adapter_keys(model)
+    base = {name: value for name, value in model.state_dict().items() if name not in own}
+    vae = new_vae(paper_config().vae).eval()
+    return unit.Ground(base, vae, ClipPool(tmp_path_factory.mktemp("pool"), paper_config(), vae, clips=4))
+
+
+@pytest.fixture(autouse=True)
+def few_are_watched(monkeypatch):
+    monkeypatch.setattr(unit, "WATCHED", 2)
+
+
+def row_trainee(ground, name, seed=0):
+    return Trainee(row_config(rows.row_of(name)), ground.base, pixel_weights(ground.vae), seed)
+
+
+def test_rows_that_are_compared_bring_as_many_tokens():
+    fair = [row_config(row).concept for row in rows.ROWS if {2, 3} & set(row.tables)]
+    assert {concept.tokens_per_concept for concept in fair} == {16}
+    assert len({dataclasses.astuple(row_config(row).concept) for row in rows.ROWS if not row.tuned}) == len(
+        [row for row in rows.ROWS if not row.tuned]
+    )
+
+
+def test_every_row_of_tables_2_and_3_differs_from_ours_in_one_field():
+    ours = paper_config().concept
+    for row in rows.ROWS:
+        if row is not rows.OURS and {2, 3} & set(row.tables):
+            concept = row_config(row).concept
+            fields = [f.name for f in dataclasses.fields(concept)]
+            assert sum(getattr(concept, name) != getattr(ours, name) for name in fields) == 1, row.name
+
+
+def test_self_attention_has_the_feed_forward_of_dam(ground):
+    dam, other = (row_trainee(ground, name).model.dam for name in ("ours", "self_attention"))
+    assert [p.shape for p in dam.ffn.parameters()] == [p.shape for p in other.ffn.parameters()]
+
+
+@pytest.mark.parametrize("row", [row for row in rows.ROWS if not row.tuned], ids=lambda row: row.name)
+def test_a_row_trains_its_own_modules_and_no_bit_of_the_base(ground, row):
+    trainee = row_trainee(ground, row.name)
+    model, own = trainee.model, adapter_keys(trainee.model)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    clips = ground.pool.batch([0, 1, 2])
+    for _ in range(2):  # a silent start passes a gradient on from the second step
+        optimizer.zero_grad()
+        trainee.loss(clips, torch.ones_like(clips.latents), torch.full((3,), 0.8)).backward()
+        optimizer.step()
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == own
+    after = model.state_dict()
+    for name, value in after.items():
+        assert torch.equal(value, before[name]) == (name not in own) or name in own, name
+    for name, value in ground.base.items():
+        assert torch.equal(after[name], value), name
+    moved = {name.split(".")[0] for name in own if not torch.equal(after[name], before[name])}
+    assert moved == {name.split(".")[0] for name in own}
+
+
+def test_a_unit_that_is_stopped_goes_on_to_the_same_weights(ground, tmp_path, monkeypatch):
+    whole = unit.run_unit(rows.OURS, 0, ground, BUDGET, tmp_path / "whole")
+    batch, met = ground.pool.batch, []
+
+    def stopped(numbers):
+        met.append(list(numbers))
+        if len(met) == 1:
+            raise_later()
+        return batch(numbers)
+
+    def raise_later():
+        import signal
+
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(ground.pool, "batch", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        unit.run_unit(rows.OURS, 0, ground, BUDGET, tmp_path / "parts")
+    assert len(met) == 1 and not (tmp_path / "parts" / "result.json").exists()
+    again = unit.run_unit(rows.OURS, 0, ground, BUDGET, tmp_path / "parts")
+    assert len(met) == 2  # only the step that was left
+    first, second = (load(tmp_path / name / "adapter.safetensors")[0] for name in ("whole", "parts"))
+    assert first.keys() == second.keys() and all(torch.equal(first[n], second[n]) for n in first)
+    assert again["requests"] == whole["requests"]
+    monkeypatch.setattr(unit, "draw", None)  # and one that is done is only read
+    assert unit.run_unit(rows.OURS, 0, ground, BUDGET, tmp_path / "parts") == again
+
+
+def test_without_concepts_every_row_makes_the_same_video_from_the_same_noise(ground):
+    scenes = [request_scene(3)]
+    asked = clips_of(draw(scenes, paper_config(), ground.vae), paper_config()).without_concepts()
+    made = [
+        sampling.sample(row_trainee(ground, name, seed), asked, ground.pool.no_caption, [3])
+        for name, seed in (("ours", 0), ("merged", 1), ("ip_adapter", 2))
+    ]
+    assert made[0].std() > 0
+    for other in made[1:]:
+        torch.testing.assert_close(other, made[0], rtol=2e-2, atol=2e-2)  # bfloat16, in another order
+
+
+def test_a_pool_that_was_stopped_is_the_same_pool(ground, tmp_path, monkeypatch):
+    from conceptmaster.examples.sprites.paper import pool
+
+    monkeypatch.setattr(pool, "PART", 2)
+    drawn, parts = pool.draw, []
+
+    def stopped(scenes, *about):
+        parts.append(len(scenes))
+        if len(parts) == 2:
+            raise KeyboardInterrupt
+        return drawn(scenes, *about)
+
+    monkeypatch.setattr(pool, "draw", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        ClipPool(tmp_path, paper_config(), ground.vae, clips=4)
+    again = ClipPool(tmp_path, paper_config(), ground.vae, clips=4)
+    assert parts == [2, 2, 2]
+    monkeypatch.setattr(pool, "draw", drawn)
+    at_once = ClipPool(tmp_path / "other", paper_config(), ground.vae, clips=4)
+    for name, value in vars(again.batch(range(4))).items():
+        assert torch.equal(value, getattr(at_once.batch(range(4)), name)), name
+    order = at_once.order(1, steps=4, size=2)
+    assert sorted(order[:2].ravel()) == sorted(order[2:].ravel()) == [0, 1, 2, 3]
+    assert (order != at_once.order(2, steps=4, size=2)).any()
+
+
+def test_the_judge_finds_true_videos_right_and_others_at_chance():
+    scenes = [request_scene(seed) for seed in range(4)]
+    true = [draw_clip(scene)[0] for scene in scenes]
+    right, wrong = judge(scenes, true), judge(scenes, [*true[2:], *true[:2]])
+    assert min(right["pair_binding"] + right["identity"]) == 1 and np.mean(right["margin"]) > 0.8
+    assert np.mean(wrong["margin"]) < 0.4 and np.mean(wrong["pair_binding"]) < 1
+    labels = [sorted(actor.noun for actor in scene.actors) for scene in scenes]
+    assert [first == second for first, second in labels] == [False, True] * 2
+
+
+def test_boxes_say_what_the_caption_says():
+    scene = request_scene(4)
+    config = paper_config()
+    clips = clips_of(draw([scene], config, new_vae(config.vae)), config)
+    boxes = told_boxes(clips.path)  # [1,N,F,4]
+    shaken = told_boxes(clips.path + 1.4 - 0.7 * torch.arange(2).float())
+    moved = clips.path[0, 0] / SIZE
+    inside = (boxes[0, 0, :, :2] < moved) & (moved < boxes[0, 0, :, 2:])
+    assert inside.all()
+    start = clips.path[:, :2, :1]
+    near = ((start - SIZE / 2) / 20 - ((start - SIZE / 2) / 20).round()).abs() * 20 < 0.1
+    assert torch.equal(shaken[:, :2], boxes[:, :2]) or not near.all()
+    drawn = seen_tokens(boxes, config)
+    assert drawn.shape == (1, 80, 3) and 0 < drawn[0, :, 0].float().mean() < 0.8
+
+
+def made_up(name, seed, mean, requests=40, spread=0.05):
+    rng = np.random.default_rng([seed, len(name)])
+    values = {m: list(rng.normal(mean, spread, requests)) for m in report.MEASURES}
+    return {
+        "row": name,
+        "seed": seed,
+        "training_seconds": 100,
+        "seconds_per_request": 0.5,
+        "requests": unit.written(values),
+    }
+
+
+def test_tables_say_what_was_run_and_mark_what_separates():
+    found = {row.name: [] for row in rows.ROWS}
+    assert report.tables(found).count("not run") == sum(len(row.tables) for row in rows.ROWS)
+    for seed in range(3):
+        found["ours"].append(made_up("ours", seed, 0.5))
+        found["merged"].append(made_up("merged", seed, 0.1))
+        found["shared_query"].append(made_up("shared_query", seed, 0.5, spread=0.3))
+    table = report.tables(found).split("**Table ")[2]
+    lines = {line.split("`")[1]: line for line in table.splitlines() if line.startswith("| `")}
+    assert "| **+4" in lines["merged"] or "| **+3" in lines["merged"]
+    assert "**" not in lines["shared_query"] and "**" not in lines["ours"]
+    assert "| 0.367 |" in lines["merged"] and "| 3 | 100 | 0.50 |" in lines["merged"]
+    assert "Kendall's tau with the paper's v1, 3 rows" in table
+
+
+@pytest.mark.parametrize("name", ["custom_diffusion", "dreambooth"])
+def test_a_tuned_row_tunes_each_request_once_and_leaves_the_base(ground, tmp_path, monkeypatch, name):
+    before = {name: value.clone() for name, value in ground.base.items()}
+    monkeypatch.setattr(tuned, "REQUESTS", 2)
+    few = {"steps": 2, "views": 2, "prior": 2, "lr": 0.05}
+    monkeypatch.setattr(tuned, "TuneOptions", lambda seed: TuneOptions(seed=seed, **few))
+    kept, judged = [], tuned.judge
+
+    def stopped(scenes, videos):
+        kept.append(videos)
+        if len(kept) == 2:
+            raise KeyboardInterrupt
+        return judged(scenes, videos)
+
+    monkeypatch.setattr(tuned, "judge", stopped)
+    row, budget = rows.row_of(name), dataclasses.replace(BUDGET, requests=5)
+    with pytest.raises(KeyboardInterrupt):
+        tuned.run_tuned(row, 0, ground, budget, tmp_path)
+    found = tuned.run_tuned(row, 0, ground, budget, tmp_path)
+    assert len(kept) == 3 and (kept[1] == kept[2]).all()  # the first request was not made again
+    assert len(unit.read(found["requests"]["margin"])) == 2 and found["seconds_per_request"] > 0
+    assert all(torch.equal(value, ground.base[name]) for name, value in before.items())
+    trainee = Trainee(paper_config(), ground.base, torch.ones(1), 0)
+    asked = clips_of(draw([request_scene(0)], paper_config(), ground.vae), paper_config()).without_concepts()
+    untuned = sampling.sample(trainee, asked, ground.pool.no_caption, [0])
+    assert (kept[0] != sampling.frames(untuned, ground.vae, paper_config())).any()
+
+
+def test_the_command_from_base_to_tables(ground, tmp_path, monkeypatch, capsys):
+    base, output = tmp_path / "base", tmp_path / "out"
+    base.mkdir()
+    save(base / "model.safetensors", {name: value.bfloat16() for name, value in ground.base.items()})
+    save(base / "vae.safetensors", ground.vae.state_dict())
+    monkeypatch.setattr(command, "Budget", lambda steps, requests: unit.Budget(steps, 2, requests=requests))
+    asked = ["paper", "--base", str(base), "--output", str(output), "--clips", "4", "--requests", "2"]
+    assert main([*asked, "--steps", "1", "--only", "no_dam", "--seeds", "1"]) == 0
+    written = json.loads((output / "paper_tables.json").read_text())
+    assert [u["seed"] for u in written["rows"]["no_dam"]] == [1] and written["rows"]["ours"] == []
+    assert not (output / "no_dam-1" / "training.safetensors").exists()
+    assert "`no_dam`: without DAM" in capsys.readouterr().out
+    with pytest.raises(InputError, match="has units with steps 1, not 2"):
+        command.run(_parsed([*asked, "--steps", "2"]))
+    with pytest.raises(InputError, match="--seeds must be different"):
+        command.run(_parsed([*asked, "--seeds", "1", "1"]))
+    with pytest.raises(InputError, match="cannot start from"):
+        command.run(_parsed([*asked, "--base", str(tmp_path)]))
+
+
+def test_the_document_says_what_the_results_say():
+    root = Path(__file__).resolve().parents[4]
+    found = json.loads((root / "benchmarks" / "results" / "paper_tables.json").read_text("utf-8"))
+    document = (root / "docs" / "paper.md").read_text("utf-8")
+    assert report.filled(document, found["rows"]) == document
+    base = command.sha256_file(root / "examples" / "sprites" / "paper-base" / "model.safetensors")
+    assert found["settings"]["base_sha256"] == base
+
+
+def _parsed(argv):
+    import argparse
+
+    from conceptmaster.examples.sprites.paper.cli import add_paper_arguments
+
+    parser = argparse.ArgumentParser()
+    add_paper_arguments(parser)
+    return parser.parse_args(argv[1:])
+
+
+def test_the_base_that_is_shipped_is_what_rows_stand_on():
+    from conceptmaster.examples.sprites.paper.cli import BASE
+
+    tensors = load(BASE / "model.safetensors")[0]
+    model = ConceptMaster(paper_config())
+    own = adapter_keys(model)
+    load_strict(model, {**tensors, **{n: v for n, v in model.state_dict().items() if n in own}})
+    assert all(value.dtype == torch.bfloat16 for value in tensors.values())
+    assert sum(file.stat().st_size for file in BASE.iterdir()) <= 10_000_000
