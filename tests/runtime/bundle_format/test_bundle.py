@@ -91,7 +91,7 @@ def _experts(*boundaries: float) -> list[dict[str, object]]:
 
 
 CHANGES: list[tuple[str, Callable[[dict], object], str]] = [
-    ("newer format", lambda d: d.update(format=7, more=1), "has format 7.*upgrade"),
+    ("newer format", lambda d: d.update(format=8, more=1), "has format 8.*upgrade"),
     ("older format", lambda d: d.update(format=0), "format must be 1, 2, 3"),
     ("format is text", lambda d: d.update(format="1"), "manifest.format must be an integer"),
     ("unknown key", lambda d: d.update(more=1), "unknown key 'more'"),
