@@ -7,8 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from conceptmaster.engine.checkpoints.adapter import adapter_keys
-from conceptmaster.engine.checkpoints.safetensors_io import load, load_strict, save
+from conceptmaster.engine.checkpoints.safetensors_io import load, load_strict
 from conceptmaster.engine.config import ModelConfig
 from conceptmaster.engine.model import ConceptMaster
 
@@ -48,9 +47,3 @@ def _add_channels(tensors: dict[str, Tensor], config: ModelConfig) -> None:
         parts = tensors[name].unflatten(0, (-1, before))
         new = parts.new_zeros(len(parts), more, *parts.shape[2:])
         tensors[name] = torch.cat([parts, new], dim=1).flatten(0, 1)
-
-
-def write_base(model: ConceptMaster, path: Path) -> None:
-    """Write a model's weights without its concept path, as ``train_model`` takes them for ``start``."""
-    new = adapter_keys(model)
-    save(path, {name: tensor for name, tensor in model.state_dict().items() if name not in new})

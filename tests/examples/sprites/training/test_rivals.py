@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from conceptmaster.engine.checkpoints.safetensors_io import load, load_model, save_model
+from conceptmaster.engine.checkpoints.adapter import adapter_keys
+from conceptmaster.engine.checkpoints.safetensors_io import load, load_model, save, save_model
 from conceptmaster.engine.model import ConceptMaster
 from conceptmaster.engine.rivals import SYSTEMS, like
 from conceptmaster.errors import InputError
 from conceptmaster.examples.sprites.training import batches, train_model
-from conceptmaster.examples.sprites.training.starting import write_base
 
 from ..small import small_config, train_small
 
@@ -27,7 +27,8 @@ def base(tmp_path_factory):
         for parameter in model.parameters():
             parameter.add_(0.02 * torch.randn_like(parameter))
     path = tmp_path_factory.mktemp("base") / "base.safetensors"
-    write_base(model, path)
+    own = adapter_keys(model)
+    save(path, {name: value for name, value in model.state_dict().items() if name not in own})
     return path
 
 
