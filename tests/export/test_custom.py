@@ -120,3 +120,52 @@ def test_on_the_command_line(folder, tmp_path):
     refused = run("--prompt", PROMPT, "--custom", str(folder / "one.safetensors"), "--device", "rtx")
     assert refused.returncode == 2 and len(refused.stderr.splitlines()) == 1
     assert "export --custom" in refused.stderr
+
+
+def test_weights_beside_a_graph_stay_there(folder, tmp_path):
+    """As those of large models: the graph that is changed refers to the file."""
+    import onnx
+
+    from conceptmaster.runtime.backends.changed_graph import changed
+    from conceptmaster.runtime.backends.onnxruntime_backend import BESIDE
+    from conceptmaster.runtime.backends.onnxruntime_module import onnxruntime
+
+    bundle = Bundle.open(folder / "plain").with_custom([folder / "one.safetensors"])
+    inside = folder / "plain" / "condition.onnx"
+    outside = tmp_path / inside.name
+    onnx.save(
+        onnx.load(inside),
+        outside,
+        save_as_external_data=True,
+        location="condition.onnx.data",
+        size_threshold=0,
+    )
+    options = onnxruntime.SessionOptions()
+    options.add_session_config_entry(BESIDE, str(tmp_path))
+    rng, found = np.random.default_rng(0), []
+    for path in (inside, outside):
+        session = onnxruntime.InferenceSession(
+            changed(path, "condition", bundle.custom), options, providers=["CPUExecutionProvider"]
+        )
+        if not found:
+            inputs = {
+                value.name: np.ones(value.shape, bool)
+                if value.type == "tensor(bool)"
+                else rng.standard_normal(value.shape).astype(np.float32)
+                for value in session.get_inputs()
+            }
+        found.append(session.run(None, inputs))
+    assert all(np.array_equal(one, other) for one, other in zip(*found, strict=True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("graph", ["text_encoder", "condition"])
+def test_the_graphs_that_change_build(folder, graph, tmp_path):
+    """By TensorRT for RTX, into which a delta comes by way of the export."""
+    trt = pytest.importorskip("tensorrt_rtx")
+    from conceptmaster.export.tensorrt_engines import builder
+    from conceptmaster.export.tensorrt_engines.builder import Limits
+    from conceptmaster.export.tensorrt_engines.precision import prepare
+
+    prepare(folder / "merged" / f"{graph}.onnx", tmp_path / "graph.onnx", "fp16", None)
+    assert builder.build(trt, tmp_path / "graph.onnx", 89, Limits(level=0)).layers > 0
