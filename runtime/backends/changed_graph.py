@@ -86,6 +86,10 @@ def _add_changes(graph: onnx.GraphProto, transformer: str, custom: Custom, folde
         value = np.ascontiguousarray((found[name]() + change).T)
         graph.initializer.append(numpy_helper.from_array(value, f"{name}.changed"))
         nodes[_node(name)].input[1] = f"{name}.changed"
+    used = {name for node in graph.node for name in node.input}
+    kept = [tensor for tensor in graph.initializer if tensor.name in used]
+    del graph.initializer[:]
+    graph.initializer.extend(kept)
 
 
 def _weights(

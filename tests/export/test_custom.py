@@ -133,13 +133,9 @@ def test_weights_beside_a_graph_stay_there(folder, tmp_path):
     bundle = Bundle.open(folder / "plain").with_custom([folder / "one.safetensors"])
     inside = folder / "plain" / "condition.onnx"
     outside = tmp_path / inside.name
-    onnx.save(
-        onnx.load(inside),
-        outside,
-        save_as_external_data=True,
-        location="condition.onnx.data",
-        size_threshold=0,
-    )
+    model, beside = onnx.load(inside), "condition.onnx.data"
+    onnx.save(model, outside, save_as_external_data=True, location=beside, size_threshold=1024)
+    assert (tmp_path / beside).stat().st_size > 8 * 24 * 24 * 4
     options = onnxruntime.SessionOptions()
     options.add_session_config_entry(BESIDE, str(tmp_path))
     rng, found = np.random.default_rng(0), []
