@@ -36,7 +36,7 @@ def few_rounds(monkeypatch):
 def test_every_case_is_right_and_timed():
     lines: list[str] = []
     report = suite.run(case.Shapes("cpu", small=True), 1e9, lines.append, ("kernels",))
-    assert report["ok"] and report["left_out"] == [] and len(report["cases"]) == 9
+    assert report["ok"] and report["left_out"] == [] and len(report["cases"]) == 10
     for row in report["cases"].values():
         assert (
             row["timing"]["ours"]["p20_ms"]
@@ -75,7 +75,7 @@ def test_a_case_that_raises_stops_neither_the_others_nor_the_report(monkeypatch)
     lines: list[str] = []
     report = suite.run(case.Shapes("cpu", small=True), 1e9, lines.append, ("kernels",))
     rows = report["cases"]
-    assert len(rows) == 9 and not report["ok"]
+    assert len(rows) == 10 and not report["ok"]
     assert rows["residual and modulation, small"]["failed"] == "RuntimeError: out of luck"
     assert sum("timing" in row for row in rows.values()) == 8
     assert any(line.startswith("FAILED residual and modulation") for line in lines)

@@ -145,3 +145,17 @@ def test_in_int8_too(source_for, tmp_path, run, injection):
     assert not sample["boxes"].all() and sample["boxes"].any(0).all()
     hidden = ~(sample["boxes"][None] & sample["concept_mask"][:, None]).any(-1)  # [K,S]
     assert hidden[-1].any() and not hidden[-1].all()
+
+
+@pytest.mark.slow
+def test_a_base_whose_weights_stay_on_disk_can_have_them(wan_folder, tmp_path, command, monkeypatch):
+    """Its graphs are held to it at a small video, which has fewer tokens."""
+    from conceptmaster.engine.checkpoints import lazy_weights
+
+    monkeypatch.setattr(lazy_weights, "MIN_ELEMENTS", 64)
+    asked = ("--output", tmp_path / "new", "--size", "128x96", "--frames", 9, "--boxes", "--quiet")
+    code, out, error = command("export", wan_folder, *asked)
+    assert code == 0, error
+    assert out.count("(small video)") == out.count(" ok") == 8
+    assert load(tmp_path / "new").graphs["denoise"].input("boxes").shape == (3 * 6 * 8, 4)
+    assert command("verify", tmp_path / "new", "--source", wan_folder, "--quiet")[0] == 0

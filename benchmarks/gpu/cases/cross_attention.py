@@ -79,6 +79,17 @@ def _cases(
         flops=4.0 * batch * tokens * heads * width * kept, moved_bytes=2 * size,
     )  # fmt: skip
 
+    count = 4 if concepts % 4 == 0 else 1
+    stripes = torch.arange(tokens, device=q.device)[:, None] * 8 // tokens  # eight, of which each sees half
+    boxes = (stripes + torch.arange(count, device=q.device)).remainder(2).eq(0)[None]  # [1,S,N]
+    yield Case(
+        f"concept injection inside of boxes, {name}", shape, dtype, tokens,
+        functools.partial(crossing.concept_injection, q, ck, cv, mask, boxes),
+        lambda rows: alone(*wide(q[:, rows], ck, cv, mask), None, boxes[:, rows]),
+        {"eager, with the mask": functools.partial(alone, q, ck, cv, mask, None, boxes)},
+        flops=4.0 * batch * tokens * heads * width * kept, moved_bytes=2 * size,
+    )  # fmt: skip
+
     yield from _with_padding_as_one_key(shapes, name, shape, q, tk, tv, ck, cv, mask)
 
     total = heads * width
