@@ -111,10 +111,6 @@ class ConceptConfig:
             f"ConceptConfig.mask {self.mask!r} is for the injections {' and '.join(INJECTIONS[:2])}, not for "
             f"{self.injection!r}",
         )
-        require(
-            self.mask == "none" or not self.masks_tokens,
-            f"ConceptConfig.mask {self.mask!r} is not for {self.encoder!r}, whose tokens have a mask each",
-        )
         kinds = {"base": ENCODED, "none": ALONE}.get(self.injection, ("none",))
         require(
             self.given in kinds,

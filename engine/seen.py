@@ -50,10 +50,11 @@ class Seen:
         """Whether a mask is still needed: not every branch that is left sees every concept that is left."""
         return not bool(self.mask.all())
 
-    def boxes(self, boxes: Tensor) -> Tensor | None:
-        """Those of the concepts that are left, bool [S,N] on the host -> [S,N']; None where they hide
-        nothing."""
-        left = boxes[:, self.concepts]  # [S,N']
+    def boxes(self, boxes: Tensor, tokens: int) -> Tensor | None:
+        """Those of the concepts that are left, each of so many tokens, bool [S,N] on the host -> [S,N']; None
+        where they hide nothing."""
+        places = [place // tokens for place in self.concepts] if self.by_token else self.concepts
+        left = boxes[:, places]  # [S,N']
         return None if left.all() else left
 
     def tokens(self, concept_tokens: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ import math
 import torch
 from torch import Tensor
 
-from .boxes import MOST_CONCEPTS, Boxed, allowed_keys, box_bits, by_query, check_boxes
+from .boxes import Boxed, allowed_keys, beyond_a_word, box_bits, by_query, check_boxes
 from .common import INTERPRETED, TorchOp, launch, power_of_two, tl, triton, wide
 
 MAX_CONCEPT_TOKENS = 256
@@ -134,14 +134,20 @@ def _empty(q: Tensor, k: Tensor, *allowed: Tensor | None) -> Tensor:
     return q.new_empty((*q.shape[:2], q.shape[2] * k.shape[1]))  # [B,S,A*C]
 
 
+def _cuda(q: Tensor, k: Tensor, mask: Tensor | None, boxes: Tensor | None) -> Tensor:
+    if beyond_a_word(boxes):
+        return concept_weights_reference(q, k, mask, boxes)
+    return concept_weights_triton(_empty(q, k), q, k, mask, boxes)
+
+
 _weights = TorchOp(
     "concept_weights",
     "q BSAE, k BCAE, mask? bool BC, boxes? bool bSN",
     reference=concept_weights_reference,
-    cuda=lambda *arguments: concept_weights_triton(_empty(*arguments), *arguments),
+    cuda=_cuda,
     empty=_empty,
     further=lambda q, k, mask, boxes: check_boxes("concept_weights", k, boxes),
-    limits={"C": MAX_CONCEPT_TOKENS, "N": MOST_CONCEPTS},
+    limits={"C": MAX_CONCEPT_TOKENS},
 )
 
 

@@ -19,7 +19,8 @@ from torch import Tensor
 from .common import power_of_two, require, tl, triton
 
 MOST_CONCEPTS = 64
-"""Whose boxes a word holds."""
+"""Whose boxes a word holds. Where there are more, as where each token of a concept counts as one, on CUDA too
+the reference computes."""
 
 
 def by_query(boxes: Tensor, mask: Tensor | None, keys: int) -> Tensor:
@@ -75,6 +76,11 @@ class Boxed(NamedTuple):
         row_step = boxes.stride(0) if len(boxes) > 1 else 0
         block = power_of_two(concepts, 1, MOST_CONCEPTS)
         return cls(boxes, row_step, boxes.stride(1), keys // concepts, block)
+
+
+def beyond_a_word(boxes: Tensor | None) -> bool:
+    """Whether the kernels do not take these boxes."""
+    return boxes is not None and boxes.shape[2] > MOST_CONCEPTS
 
 
 def check_boxes(op: str, keys: Tensor, boxes: Tensor | None) -> None:

@@ -203,7 +203,7 @@ class TorchOp:
         """Raises ValueError with one line that says what is wrong."""
         sizes = check_operands(self.name, self._operands, arguments[: len(self._operands)])
         for letter, most in self.limits.items():
-            if arguments[0].is_cuda and sizes.get(letter, 0) > most:
+            if arguments[0].is_cuda and sizes[letter] > most:
                 raise ValueError(f"{self.name}: on CUDA {letter} is {most} at most, not {sizes[letter]}")
         if self.further is not None:
             self.further(*arguments)

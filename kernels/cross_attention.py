@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .boxes import MOST_CONCEPTS, by_query, check_boxes
+from .boxes import beyond_a_word, by_query, check_boxes
 from .common import TorchOp
 from .cross_attention_choice import cross_attention_cuda
 from .cross_attention_plain import MAX_WIDTH
@@ -117,25 +117,39 @@ def _alike(q: Tensor, *others: Tensor | None) -> Tensor:
     return q.new_empty(q.shape)  # [B,S,A,E]
 
 
+def _decoupled_cuda(
+    q: Tensor, tk: Tensor, tv: Tensor, ck: Tensor, cv: Tensor, *rest: Tensor | None
+) -> Tensor:
+    if beyond_a_word(rest[-1]):
+        return decoupled_cross_attention_reference(q, tk, tv, ck, cv, *rest).contiguous()
+    return cross_attention_cuda(q, (tk, tv), (ck, cv), *rest)
+
+
+def _injection_cuda(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, boxes: Tensor | None) -> Tensor:
+    if beyond_a_word(boxes):
+        return attention(q, k, v, mask, None, boxes).contiguous()
+    return cross_attention_cuda(q, None, (k, v), mask, boxes=boxes)
+
+
 _decoupled = TorchOp(
     "decoupled_cross_attention",
     "q BSAE, text_k BTAE, text_v BTAE, concept_k BCAE, concept_v BCAE, concept_mask? bool BC, "
     "inverse_rms? wide BS, text_bias? wide BT, boxes? bool bSN",
     reference=decoupled_cross_attention_reference,
-    cuda=lambda q, tk, tv, ck, cv, *rest: cross_attention_cuda(q, (tk, tv), (ck, cv), *rest),
+    cuda=_decoupled_cuda,
     empty=_alike,
     further=lambda q, tk, tv, k, *rest: check_boxes("decoupled_cross_attention", k, rest[-1]),
-    limits={"E": MAX_WIDTH, "N": MOST_CONCEPTS},
+    limits={"E": MAX_WIDTH},
     one_node=True,
 )
 _injection = TorchOp(
     "concept_injection",
     "q BSAE, concept_k BCAE, concept_v BCAE, concept_mask? bool BC, boxes? bool bSN",
     reference=lambda q, k, v, mask, boxes: attention(q, k, v, mask, None, boxes),
-    cuda=lambda q, k, v, mask, boxes: cross_attention_cuda(q, None, (k, v), mask, boxes=boxes),
+    cuda=_injection_cuda,
     empty=_alike,
     further=lambda q, k, *rest: check_boxes("concept_injection", k, rest[-1]),
-    limits={"E": MAX_WIDTH, "N": MOST_CONCEPTS},
+    limits={"E": MAX_WIDTH},
     one_node=True,
 )
 _biased = TorchOp(

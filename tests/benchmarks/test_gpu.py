@@ -77,7 +77,7 @@ def test_a_case_that_raises_stops_neither_the_others_nor_the_report(monkeypatch)
     rows = report["cases"]
     assert len(rows) == 10 and not report["ok"]
     assert rows["residual and modulation, small"]["failed"] == "RuntimeError: out of luck"
-    assert sum("timing" in row for row in rows.values()) == 8
+    assert sum("timing" in row for row in rows.values()) == 9
     assert any(line.startswith("FAILED residual and modulation") for line in lines)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import functools
 
 import pytest
@@ -94,7 +93,7 @@ def test_fused_and_cut_is_plain(models, assert_close, injection, absorb):
     assert_close(fused(latents, time, text, tokens, mask, None, boxes), expected, "float64")
     seen = Seen.of(mask, plain.config)
     assert seen.concepts == [0, 1] and seen.partly
-    kv = fused.condition(text, seen.tokens(tokens), seen.mask) | {"boxes": seen.boxes(boxes)}
+    kv = fused.condition(text, seen.tokens(tokens), seen.mask) | {"boxes": seen.boxes(boxes, 2)}
     assert_close(fused.denoise(latents, time, kv, seen.mask), expected, "float64")
 
 
@@ -102,8 +101,8 @@ def test_boxes_that_hide_nothing_of_what_is_seen_are_left_out(models):
     config = models("standalone")[0].config
     *_, mask, boxes = arguments(config)
     boxes[:, :2] = True
-    assert not boxes.all() and Seen.of(mask, config).boxes(boxes) is None
-    assert Seen.of(torch.zeros_like(mask), config).boxes(boxes) is None
+    assert not boxes.all() and Seen.of(mask, config).boxes(boxes, 2) is None
+    assert Seen.of(torch.zeros_like(mask), config).boxes(boxes, 2) is None
 
 
 @torch.no_grad()
@@ -160,6 +159,3 @@ def test_any_weights_can_have_them_and_the_configuration_tells(tiny):
     for injection in ("merged", "none"):
         with pytest.raises(ConfigError, match=f"standalone and shared_query, not for '{injection}'"):
             ConceptMaster(tiny(injection=injection)).mask_by("boxes")
-    selected = {"encoder": "label_selected", "binding": "none", "picture_layers": (1, 2), "queries": 12}
-    with pytest.raises(ConfigError, match="not for 'label_selected', whose tokens have a mask each"):
-        dataclasses.replace(model.config.concept, **selected)

@@ -135,6 +135,23 @@ def test_ms_diffusion_is_told_the_box(pipelines):
     assert not np.array_equal(usual, frames(pipeline, concepts(), boxes={"ab": (0.1, 0.2, 0.4, 0.9)}))
 
 
+def test_boxes_hide_single_tokens_too(tiny, folders, taken_from, tmp_path):
+    """A mask of tokens beside one of boxes: the same frames from both backends, others than without a box."""
+    source = source_of("ssr-encoder", tiny)
+    source.model.mask_by("boxes")
+    others = [graph for graph in Bundle.open(folders["ssr-encoder"]).manifest.graphs if graph != "denoise"]
+    with taken_from(folders["ssr-encoder"], *others):
+        write_with_weights(source, tmp_path / "boxes")
+    found = {}
+    for backend in ("onnxruntime", "torch"):
+        pipeline = Pipeline.from_bundle(tmp_path / "boxes", threads=1, backend=backend)
+        found[backend] = [frames(pipeline, concepts(), boxes=b) for b in ({}, {"ab": (0.0, 0.0, 0.4, 0.6)})]
+    for ours, theirs in zip(*found.values(), strict=True):
+        assert np.abs(ours - theirs).max() <= 1 and (ours != theirs).mean() < 1e-2
+    whole, placed = found["onnxruntime"]
+    assert not np.array_equal(whole, placed)
+
+
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_pictures_are_tiled_as_in_training(count, pipelines):
     """To half a step of a byte and what two bicubic filters differ in; labels and slots as they come."""

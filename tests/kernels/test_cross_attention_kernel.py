@@ -7,7 +7,11 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("triton")
 
-from conceptmaster.kernels import cross_attention_plain  # noqa: E402
+from conceptmaster.kernels import (  # noqa: E402
+    absorbed_injection,
+    cross_attention,
+    cross_attention_plain,
+)
 from conceptmaster.kernels.cross_attention import (  # noqa: E402
     attention,
     concept_injection,
@@ -106,6 +110,22 @@ def test_boxes_hide_concepts_from_queries(name, assert_close):
     assert torch.equal(out[:, 5:9], nothing[:, 5:9]) and not torch.equal(out[1], nothing[1])
     assert torch.equal(run(mask, torch.ones_like(boxes)), run(mask, None))
     assert torch.equal(run(None, torch.zeros_like(boxes)), nothing)
+
+
+@pytest.mark.parametrize("concepts", [1, 32, 40, 64, 70])
+def test_as_many_concepts_as_a_word_has_bits(concepts, assert_close):
+    """And more, for which on CUDA, too, the reference stands in."""
+    q, tk, tv, ck, cv, mask = tensors(2, 20, 7, concepts, 1, 16)
+    boxes = torch.rand(1, 20, concepts, generator=torch.Generator().manual_seed(6)) < 0.5
+    boxes[:, 3] = False
+    more = q, tk, tv, ck, cv, mask, None, None, boxes
+    expected = decoupled_cross_attention_reference(*(t.double() for t in more[:5]), *more[5:])
+    assert_close(cross_attention._decoupled.cuda(*more), expected)
+    alone = cross_attention._injection.cuda(q, ck, cv, mask, boxes)
+    assert_close(alone, attention(q.double(), ck.double(), cv.double(), mask, None, boxes))
+    assert not alone[:, 3].any()
+    weights = absorbed_injection._weights.cuda(q, ck, mask, boxes)
+    assert_close(weights, absorbed_injection.concept_weights_reference(q.double(), ck.double(), mask, boxes))
 
 
 def test_what_a_box_hides_changes_no_bit():

@@ -85,7 +85,7 @@ def _cases(
     yield Case(
         f"concept injection inside of boxes, {name}", shape, dtype, tokens,
         functools.partial(crossing.concept_injection, q, ck, cv, mask, boxes),
-        lambda rows: alone(*wide(q[:, rows], ck, cv, mask), None, boxes[:, rows]),
+        lambda rows: alone(q[:, rows].double(), ck.double(), cv.double(), mask, None, boxes[:, rows]),
         {"eager, with the mask": functools.partial(alone, q, ck, cv, mask, None, boxes)},
         flops=4.0 * batch * tokens * heads * width * kept, moved_bytes=2 * size,
     )  # fmt: skip

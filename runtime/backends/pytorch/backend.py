@@ -210,7 +210,8 @@ class TorchBackend:
             seen = Seen.of(torch.as_tensor(inputs["concept_mask"]), self._config)
             self._cut(graph, tensors, seen)
             if tensors.pop("boxes", None) is not None:
-                boxes = seen.boxes(torch.as_tensor(inputs["boxes"]))
+                tokens = self._config.concept.tokens_per_concept
+                boxes = seen.boxes(torch.as_tensor(inputs["boxes"]), tokens)
                 tensors |= {} if boxes is None else {"boxes": boxes.to(self._device)}  # [S,N']
         if graph in STEP_GRAPHS and self._config.concept.side is not None:
             tensors["kept"] = self._pictured(inputs["given"])
