@@ -15,7 +15,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -339,6 +339,3 @@ def _write(tuned: Tuned, output: Path) -> None:
 def _read(output: Path) -> Tuned:
     about = json.loads((output / DONE).read_text("utf-8"))
     return Tuned(**(about | {"files": tuple(output / name for name in about["files"])}))
-
-
-__all__ = ["METHODS", "Base", "TuneOptions", "Tuned", "named", "names_of", "open_base", "replace", "tune"]

@@ -15,9 +15,9 @@ from conceptmaster.engine.model import ConceptMaster
 from conceptmaster.engine.vae.wan_decoder import build_vae
 from conceptmaster.errors import InputError
 from conceptmaster.examples.sprites.scoring.score import judged_scene
-from conceptmaster.examples.sprites.training.tuning import METHODS, named, open_base, tune
+from conceptmaster.examples.sprites.training.tuning import named, open_base, tune
 from conceptmaster.examples.sprites.training.tuning_clips import class_clips, picture_clips
-from conceptmaster.examples.sprites.training.tuning_options import TuneOptions
+from conceptmaster.examples.sprites.training.tuning_options import METHODS, TuneOptions
 from conceptmaster.examples.sprites.world.requesting import concepts, references
 from conceptmaster.examples.sprites.world.vocabulary import build_tokenizer
 from conceptmaster.runtime.request import Request
