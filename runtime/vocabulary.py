@@ -139,7 +139,11 @@ class _Known:
         torn = dict.fromkeys(
             word
             for at, word in enumerate(words)
-            if at not in whole and self._has(word) and word not in allowed and word.casefold() not in allowed
+            if at not in whole
+            and self._has(word)
+            and not WORD.fullmatch(word)
+            and word not in allowed
+            and word.casefold() not in allowed
         )
         if torn:
             shared = {phrase: len(torn.keys() & set(phrase.split())) for phrase in self._phrases}

@@ -55,6 +55,7 @@ def said(manifest: Manifest, prompt: str, *labels: str, read: Callable = clean, 
         ("the first cat waits; the second cat moves up", ("second cat", "first cat")),
         ("the first cat waits and the second cat moves up", ("cat", "first cat")),  # one is left for `cat`
         ("a&nbsp;cat waits", ("cat",)),
+        ("a <cat-1> cat waits", ("cat",)),  # a word that a delta brings
     ],
 )
 def test_a_right_request_is_not_warned_of(known: Manifest, prompt: str, labels: tuple[str, ...]) -> None:
