@@ -21,8 +21,6 @@ from .pool import Clips
 
 FOREGROUND = 20.0
 """Extra weight of the loss where a concept is: elsewhere the base has nothing to learn from pictures."""
-SIGMAS = 0.5, 1.0
-"""Noise levels that rows learn at: below, the noisy clip says how everything looks."""
 SELECTION = 0.1
 """Weight of SSR-Encoder's own second loss, as its paper has it."""
 
