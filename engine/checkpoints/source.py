@@ -225,25 +225,27 @@ def open_source(
 
 
 def _opened(place: str | Path, choices: Choices, tokenizer: Path | None) -> Source:
-    """A source with nothing merged yet."""
+    """A source with nothing merged yet, into which the LoRAs that were chosen can be."""
     if is_base(place):
         return _open_base(place, choices, tokenizer)
-    if str(place).startswith(PRESET):
-        _no_choices(place, choices)
-        source = random_source(preset(str(place).removeprefix(PRESET)))
-        return dataclasses.replace(source, origin=Origin(str(place)))
-    if not _exists(place):
+    random = str(place).startswith(PRESET)
+    if not random and not _exists(place):
         raise InputError(
             f"there is nothing at {str(place)!r:.200}: give a folder, preset:NAME, or OWNER/NAME of the Hub"
         )
     _no_choices(place, choices)
-    return _open_trained(Path(place), tokenizer)
+    if random:
+        source = random_source(preset(str(place).removeprefix(PRESET)))
+        source = dataclasses.replace(source, origin=Origin(str(place)))
+    else:
+        source = _open_trained(Path(place), tokenizer)
+    _check_experts(choices.loras, source.model.config, place)
+    return source
 
 
 def _merged(source: Source, loras: tuple[LoraFile, ...], deltas: list[Delta]) -> Source:
     """A source with LoRAs, then deltas merged into its model, which changes."""
     model, text, origins = source.model, source.tokenizer, []
-    _check_experts(loras, model.config, source.origin.name)
     for lora in loras:
         report = merge_lora(model.experts()[lora.expert], lora.path, lora.factor, lora.partial)
         log.log(logging.WARNING if report.left_out else logging.INFO, "%s", report)

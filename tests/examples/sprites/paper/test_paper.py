@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -102,17 +103,18 @@ def test_a_unit_that_is_stopped_goes_on_to_the_same_weights(ground, tmp_path, mo
     def stopped(numbers):
         met.append(list(numbers))
         if len(met) == 1:
-            raise_later()
+            signal.raise_signal(signal.SIGINT)
         return batch(numbers)
 
-    def raise_later():
-        import signal
-
-        signal.raise_signal(signal.SIGINT)
-
     monkeypatch.setattr(ground.pool, "batch", stopped)
-    with pytest.raises(KeyboardInterrupt):
-        unit.run_unit(rows.OURS, 0, ground, BUDGET, tmp_path / "parts")
+    before = signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # ignored by what runs in the background
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            unit.run_unit(rows.OURS, 0, ground, BUDGET, tmp_path / "parts")
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert len(met) == 1 and not (tmp_path / "parts" / "result.json").exists()
     again = unit.run_unit(rows.OURS, 0, ground, BUDGET, tmp_path / "parts")
     assert len(met) == 2  # only the step that was left
