@@ -107,9 +107,7 @@ def test_a_unit_that_is_stopped_goes_on_to_the_same_weights(ground, tmp_path, mo
         return batch(numbers)
 
     monkeypatch.setattr(ground.pool, "batch", stopped)
-    before = signal.signal(
-        signal.SIGINT, signal.default_int_handler
-    )  # ignored by what runs in the background
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # may be ignored
     try:
         with pytest.raises(KeyboardInterrupt):
             unit.run_unit(rows.OURS, 0, ground, BUDGET, tmp_path / "parts")
