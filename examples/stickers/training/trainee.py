@@ -33,7 +33,7 @@ SHARP = 0.25
 """What the likeness of two words is multiplied by."""
 RARE = -2.0
 """Logit of a place's being covered that the story head begins with, as the layout head does."""
-FLOW_WEIGHT, LAYOUT_WEIGHT, STORY_WEIGHT, SCENERY_WEIGHT, MOTION_WEIGHT = 5.0, 4.0, 0.5, 1.0, 0.3
+FLOW_WEIGHT, LAYOUT_WEIGHT, STORY_WEIGHT, SCENERY_WEIGHT, MOTION_WEIGHT = 5.0, 4.0, 0.5, 1.0, 1.0
 PORTRAIT_WEIGHT, LOOK_WEIGHT, POSE_WEIGHT = 2.0, 3.0, 3.0
 LEAST_SPREAD = 1e-4
 """Backgrounds of a batch that differ less count as if they differed so much."""

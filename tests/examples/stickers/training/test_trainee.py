@@ -150,7 +150,7 @@ def of_captions(own, captions):
 
 
 def gradients(own, losses):
-    weights = {"flow": 5.0, "layout": 4.0, "story": 0.5, "scenery": 1.0, "motion": 0.3}
+    weights = {"flow": 5.0, "layout": 4.0, "story": 0.5, "scenery": 1.0, "motion": 1.0}
     weights |= {"portrait": 2.0, "look": 3.0, "pose": 3.0}
     own.zero_grad()
     sum(weights[name] * losses[name] for name in weights).backward()
