@@ -177,11 +177,9 @@ def _place(rng: np.random.Generator, count: int, placed: bool, wish: Wish) -> li
                 radius = float(rng.uniform(*RADII[size]))
                 told = placed and (wish.placed is True or wish.plain or rng.random() < 0.93)
                 cell = cells[int(rng.integers(len(cells)))]
-                middle = [SIDE / 2 + (cell[k] - 1) * CELL + rng.uniform(-JITTER, JITTER) for k in (0, 1)]
-                if not told:
-                    middle = [float(rng.uniform(8, SIDE - 8)) for _ in range(2)]
+                x, y = (SIDE / 2 + (at - 1) * CELL + float(rng.uniform(-JITTER, JITTER)) for at in cell)
                 motion = MOTIONS[int(rng.integers(len(MOTIONS)))]
-                start = (float(middle[0]), float(middle[1]))
+                start = (x, y)  # told or not: anywhere else is a haze to who makes it in a few steps
                 draft = Actor(0, Look(), "", "", "", size, radius, start, None, motion)
                 path = draft.track()
                 if _inside(path) and all(_apart(path, other) for other in paths):
