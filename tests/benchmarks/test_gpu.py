@@ -123,7 +123,7 @@ def test_several_processes_check_as_one_does(monkeypatch):
     rows: dict = {"concept injection, small": {"ok": True, "relative_l2": 0.0}}
     lines: list[str] = []
     check.at_once(case.Shapes("cpu", small=True), rows, lines.append, processes=2)
-    assert len(rows) == 9 and all(row["ok"] for row in rows.values()) and len(lines) == 8
+    assert len(rows) == 10 and all(row["ok"] for row in rows.values()) and len(lines) == 9
 
 
 def test_in_plain_torch_no_op_of_ours_is_called(monkeypatch):
