@@ -9,6 +9,7 @@ a concept's own picture is found inside of its box (see ``locating``), of the fr
 from __future__ import annotations
 
 import argparse
+import platform
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -152,6 +153,7 @@ def place(
         **about,
         "shares": dict(_told(shares)),
         "seconds": round(time.perf_counter() - start, 2),
+        "machine": {"processor": platform.machine(), "device": "cpu", "threads": options.threads},
         "versions": {"conceptmaster": __version__, "numpy": np.__version__},
     }
     return report, rows
