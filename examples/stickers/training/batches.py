@@ -17,12 +17,13 @@ from torch import Tensor
 
 from conceptmaster.engine.config import ModelConfig
 from conceptmaster.engine.encoders import CLIP_MEAN, CLIP_STD
-from conceptmaster.examples.sprites.training.batches import Tensors, sent
+from conceptmaster.examples.sprites.training.batches import Tensors, sent, tokens_in
 
 from ..world.scenes import MAX_CONCEPTS
 from ..world.tokens import END_ID
+from .boxing import Boxing, boxes_around
 from .options import Dropped, Supply
-from .placing import NOBODY
+from .placing import NOBODY, told_by_boxes
 
 REFERENCES = 2
 """Reference pictures of every concept of a clip, of which a batch takes one."""
@@ -44,7 +45,8 @@ class Batch(Tensors):
     label_ids/label_mask [B,N,L], concept_mask [B,N]: what is filled and not left out, filled int64 [M]: the
     filled ones of all B*N slots, coverage [B,N,F,H,W] in 0..1, portraits [B,N,3,32,32] in -1..1. track
     [B,N,F,4,4]: of the four video frames of each latent one (the first has one, four times), see
-    ``Actor.track``. spot int64 [B,4], not by slots but as the caption tells them; see ``placing``. A decoy is
+    ``Actor.track``. spot int64 [B,4], not by slots but as the caption tells them; see ``placing``. boxes bool
+    [B,S,N]: which video token sees which concept, all of them where it has no box; see ``boxing``. A decoy is
     the same clip with other pictures.
     """
 
@@ -61,6 +63,7 @@ class Batch(Tensors):
     portraits: Tensor
     track: Tensor
     spot: Tensor
+    boxes: Tensor
 
 
 @dataclass
@@ -156,6 +159,7 @@ class Pool(Ring):
 
     def __init__(self, draw: Callable[[int], dict[str, Tensor]], config: ModelConfig, supply: Supply) -> None:
         super().__init__(draw, supply)
+        self.patch = config.transformer.patch_size
         self.scale = [
             torch.tensor(config.vae[name])[:, None, None, None] for name in ("latents_mean", "latents_std")
         ]
@@ -167,9 +171,10 @@ class Pool(Ring):
         dropped: Dropped,
         frames: slice | None = None,
         apart: bool = True,
+        boxing: Boxing | None = None,
     ) -> Batch:
         """A random batch, slots in random order, some captions and concepts left out; ``frames``: these
-        latent frames alone, None for all.
+        latent frames alone, None for all. ``boxing``: of its clips; None: without boxes.
 
         ``apart``: clips of up to ``FEW`` concepts and of more have batches of their own, in proportion, as
         slots that nobody fills cost nearly as much as the others; else all batches have one shape.
@@ -178,12 +183,17 @@ class Pool(Ring):
         kinds = [kind for kind in kinds if np.isin(self.counts, kind).any()] if apart else []
         few = rng.random() < sum(SHARES[:FEW])
         numbers = kinds[0 if few else -1] if kinds else range(1, MAX_CONCEPTS + 1)
-        return self.of(self.some(rng, size, numbers), rng, dropped, frames)
+        return self.of(self.some(rng, size, numbers), rng, dropped, frames, boxing)
 
     def of(
-        self, clips: np.ndarray, rng: np.random.Generator, dropped: Dropped, frames: slice | None = None
+        self,
+        clips: np.ndarray,
+        rng: np.random.Generator,
+        dropped: Dropped,
+        frames: slice | None = None,
+        boxing: Boxing | None = None,
     ) -> Batch:
-        """The batch of the clips of these numbers [B]."""
+        """The batch of the clips of these numbers [B]. What is not of boxes is the same with them."""
         held, size, counts = self.held, len(clips), self.counts[clips]
         device = held["latents"].device
         self.scale = mean, deviation = [each.to(device) for each in self.scale]
@@ -194,28 +204,43 @@ class Pool(Ring):
         no_caption |= chance < dropped.both
         # The filled slots in any order, and the others behind them.
         lots = rng.random((size, MAX_CONCEPTS)) + 2 * (np.arange(MAX_CONCEPTS) >= counts[:, None])
-        order = sent(lots.argsort(1)[:, :slots].copy(), device)
+        places = lots.argsort(1)[:, :slots].copy()
+        order = sent(places, device)
         which = sent(rng.integers(REFERENCES, size=(size, MAX_CONCEPTS))[:, :slots].copy(), device)
         rows, silent = sent(clips, device), sent(no_caption[:, None], device)
         shown = sent((np.arange(slots) < counts[:, None]) & ~no_concepts[:, None], device)
         spread = rows[:, None]
         frames = frames or slice(None)
-        token_ids = held["token_ids"][rows]
+        coverage = held["coverage"][:, :, frames][spread, order]  # [B,N,F,H,W]
+        grid = [n // p for n, p in zip(coverage.shape[2:], self.patch, strict=True)]
+        boxes = torch.ones(size, int(np.prod(grid)), slots, dtype=torch.bool, device=device)
+        token_ids, token_mask, spot = (held[name][rows] for name in ("token_ids", "token_mask", "spot"))
+        if boxing is not None:
+            # Without concepts there are none to have boxes, and the caption tells what it tells.
+            boxed = boxing.concepts & (np.arange(MAX_CONCEPTS) < counts[:, None]) & ~no_concepts[:, None]
+            loose = sent((boxing.loose & ~no_concepts)[:, None], device)
+            room = sent(np.take_along_axis(boxing.room, places[..., None], 1), device)
+            free = sent(~np.take_along_axis(boxed, places, 1)[:, None], device)  # [B,1,N]
+            boxes = tokens_in(boxes_around(coverage, room), grid) | free
+            token_ids = torch.where(loose, held["loose_ids"][rows], token_ids)
+            token_mask = torch.where(loose, held["loose_mask"][rows], token_mask)
+            spot = told_by_boxes(spot, sent(boxed, device), loose)
         end = torch.arange(token_ids.shape[1], device=device) == 0  # of an empty sentence, its only token
         return Batch(
             (held["latents"][:, :, frames][rows].float() - mean) / deviation,
             (held["decoys"][:, :, frames][rows].float() - mean) / deviation,
             torch.where(silent, end * END_ID, token_ids),
-            torch.where(silent, end, held["token_mask"][rows]),
+            torch.where(silent, end, token_mask),
             for_clip(held["references"][spread, order, which]),
             held["label_ids"][spread, order],
             held["label_mask"][spread, order],
             shown,
             sent(filled_slots(counts, slots), device),
-            held["coverage"][:, :, frames][spread, order].float() / 255,
+            coverage.float() / 255,
             held["portraits"][spread, order].float() / 127.5 - 1,
             by_latent_frame(held["track"])[:, :, frames][spread, order],
-            torch.where(silent, NOBODY, held["spot"][rows]),
+            torch.where(silent, NOBODY, spot),
+            boxes,
         )
 
 

@@ -57,6 +57,7 @@ class Options:
     windows: float = option(0.7, "share of the steps with only two latent frames of every clip")
     decoys: float = option(0.5, "share of the noisy clips that go on from one with other pictures")
     high: float = option(0.4, "share of the clips that are almost noise, where captions are followed")
+    boxes: float = option(0.25, "share of the clips whose concepts are seen in boxes around them alone")
     captions: int = option(48, f"captions read beside every batch (48; {ON_GPU['captions']} on a GPU)")
     seeing: int = option(300, "steps on pictures alone, first (300; with --start 0)")
     reading: int = option(300, "steps on captions alone, second (300; with --start 0)")
@@ -78,7 +79,7 @@ class Options:
     def __post_init__(self) -> None:
         check_counts(self, "steps", "batch_size", "captions", "log_every")
         check_counts(self, "seeing", "reading", "workers", least=0)
-        check_shares(self, "decoys", "high", "windows")
+        check_shares(self, "decoys", "high", "windows", "boxes")
         if not 0 < self.lr < 1:
             raise InputError(f"--lr must lie between 0 and 1, got {self.lr}")
         if self.minutes is not None and not self.minutes > 0:

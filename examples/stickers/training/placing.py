@@ -31,6 +31,15 @@ def spot_of(actor: Actor) -> int:
     return 3 * row + column + (0 if actor.cell is None else NINTHS)
 
 
+def told_by_boxes(spot: Tensor, boxed: Tensor, loose: Tensor) -> Tensor:
+    """Spots int64 [B,N] where boxes tell the places of some concepts, bool [B,N], and some clips' captions,
+    bool [B,1], those of none. The noise of a request does not know of its boxes: so places that they tell are
+    told, whatever the caption says."""
+    ninth = spot.clamp(min=0) % NINTHS
+    told = torch.where(boxed, ninth + NINTHS, torch.where(loose, ninth, spot))
+    return torch.where(spot < 0, spot, told)
+
+
 def ninths(height: int, width: int) -> Tensor:
     """Which cells of a grid belong to each ninth, 0 or 1, float32 [9,H,W]."""
     rows, columns = (

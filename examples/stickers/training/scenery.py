@@ -33,7 +33,7 @@ TRIES = 1 << 40
 @dataclass(frozen=True)
 class Page:
     """Some scenes that are drawn together, with the cast of their decoys (None: without decoys), what is told
-    by words (see ``Writer.words``), and a seed for what the scenes do not tell."""
+    by words (see ``Writer.words``, and captions without places), a seed for what the scenes do not tell."""
 
     stage: Stage
     cast: Cast
@@ -101,7 +101,13 @@ class Writer:
         """What is needed to draw scenes together."""
         others = Cast.of(*self._others(scenes, seed)) if decoys else None
         stage = Stage.of(scenes, self.paintings_each)
-        return Page(stage, cast_of(scenes), others, self.words(scenes), seed)
+        return Page(stage, cast_of(scenes), others, self.words(scenes) | self._loose(scenes), seed)
+
+    def _loose(self, scenes: list[Scene]) -> dict[str, Tensor]:
+        """Token ids and masks of the same captions without places."""
+        texts = [tell(scene, places=False) for scene in scenes]
+        ids, mask = tokenise(self.tokenizer, texts, self.config.text_tokens)
+        return {"loose_ids": torch.from_numpy(ids), "loose_mask": torch.from_numpy(mask)}
 
     def _others(self, scenes: list[Scene], seed: int) -> tuple[list[int], list[Look]]:
         """Other pictures, or other looks of the same, for the decoys of scenes."""

@@ -44,6 +44,7 @@ from ..world.scenes import Wish
 from ..world.tokens import build_tokenizer
 from .artist import Artist
 from .batches import Batch, Captions, Pool, Told
+from .boxing import Boxing
 from .components import add_components, doubled, halved
 from .options import Options, Supply
 from .packing import HEADS, pack_folder, state_of
@@ -61,6 +62,10 @@ PACKED = "packed"
 """The folder with a small checkpoint, renewed with every other one; see ``packing``."""
 DECAY = 0.995
 """Of the averaged weights."""
+BOXES = 1 << 62
+"""First step of the random numbers that tell of boxes: others go on as they would without."""
+BEFORE = {"boxes": 0.0}
+"""Options that folders of before do not name, and what they were."""
 MEASURED = 2.0
 """Seconds in which a GPU's matrix rate is measured."""
 COUNTED = 16
@@ -107,7 +112,7 @@ def train(
         return
     _note_options(output, options, start, resumed=checkpoint.exists())
     torch.manual_seed(options.seed)
-    config, device = preset("stickers"), options.device
+    config, device = boxed(preset("stickers")) if options.boxes else preset("stickers"), options.device
     tokenizer = _tokenizer(atlas, output, start)
     vae = _vae(atlas, tokenizer, config, output, start)
     artist = Artist(atlas, tokenizer, config, halved(vae), device)
@@ -141,6 +146,11 @@ def train(
         _run(trainee, optimizer, artist, pool, told, options, how, checkpoint, publish, log)
     finally:
         studio.close()
+
+
+def boxed(config: ModelConfig) -> ModelConfig:
+    """A model that takes boxes, which changes no weight."""
+    return dataclasses.replace(config, concept=dataclasses.replace(config.concept, mask="boxes"))
 
 
 def _loop_options(options: Options, began: float) -> LoopOptions:
@@ -231,7 +241,9 @@ class Drawn:
         rng, device = random_of(options.seed, step), options.device
         window = random_window(rng, artist.config.latent_shape[1], options.windows, WINDOW)
         size = options.batch_size if window is None else options.more * options.batch_size
-        batch = pool.batch(rng, -(-size // shrunk), options.dropped, window, options.apart)
+        some = -(-size // shrunk)
+        boxing = Boxing.random(random_of(options.seed, BOXES + step), some, options.boxes)
+        batch = pool.batch(rng, some, options.dropped, window, options.apart, boxing)
         captions = told.captions(rng, -(-options.captions // shrunk))
         noise = placing_noise(normal(rng, tuple(batch.latents.shape), device), batch.spot)
         sigma = random_sigma(rng, len(noise), device, options.high)
@@ -253,7 +265,7 @@ def _note_options(output: Path, options: Options, start: Path | None, resumed: b
     path, given = output / "options.json", dataclasses.asdict(options)
     now = {name: given[name] for name in sorted(given.keys() - FREE)} | {"start": start and str(start)}
     now = json.loads(json.dumps(now))
-    before = json.loads(path.read_text()) if resumed and path.exists() else now
+    before = BEFORE | json.loads(path.read_text()) if resumed and path.exists() else now
     other = [name for name in now if now[name] != before.get(name)]
     if other:
         told = ", ".join(f"{name} {now[name]} (so far {before.get(name)})" for name in other)

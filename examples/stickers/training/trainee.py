@@ -149,7 +149,9 @@ class Trainee(nn.Module):
         handle = self.model.transformer.blocks[self.middle].register_forward_hook(
             lambda *a: kept.append(a[2])
         )
-        velocity = self.model.transformer(noisy, sigma * 1000.0, text, concepts, batch.concept_mask)
+        boxes = {"boxes": batch.boxes} if self.model.config.concept.mask == "boxes" else {}
+        told = noisy, sigma * 1000.0, text, concepts, batch.concept_mask
+        velocity = self.model.transformer(*told, **boxes)
         handle.remove()
         return velocity, kept[0], (concepts, visual)
 

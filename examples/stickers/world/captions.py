@@ -12,13 +12,14 @@ from .words import COLOURS, GROUNDS, ORDINALS, PLACES, PLAIN, SIZES, VERBS, arti
 DEFINITE = (*ORDINALS, "left", "right", "other")
 
 
-def tell(scene: Scene) -> str:
-    """The caption of a scene; of a plain one the first wording of everything."""
+def tell(scene: Scene, places: bool = True) -> str:
+    """The caption of a scene; of a plain one the first wording of everything. places: whether it tells any;
+    all else it says alike."""
     rng = generator(scene.seed, 101)
     plain = scene.wish.plain
     style = int(rng.integers(3)) if not plain and rng.random() < 0.3 else 0
     articles = str(rng.choice(["a", "the", "none"], p=[0.7, 0.15, 0.15])) if not plain else "a"
-    parts = [_clause(rng, actor, style, articles, plain) for actor in scene.actors]
+    parts = [_clause(rng, actor, style, articles, plain, places) for actor in scene.actors]
     sentence = _joined(rng, parts, plain)
     if plain or rng.random() < 0.85:
         ground = _ground(rng, scene.ground, plain)
@@ -29,7 +30,9 @@ def tell(scene: Scene) -> str:
     return sentence if plain else _cased(rng, sentence)
 
 
-def _clause(rng: np.random.Generator, actor: Actor, style: int, articles: str, plain: bool) -> str:
+def _clause(
+    rng: np.random.Generator, actor: Actor, style: int, articles: str, plain: bool, places: bool
+) -> str:
     who = actor.said
     if actor.size:
         who = f"{_pick(rng, SIZES[actor.size])} {who}"
@@ -41,6 +44,8 @@ def _clause(rng: np.random.Generator, actor: Actor, style: int, articles: str, p
     if actor.cell is None:
         return f"{who} {verb}"
     place = PLACES[actor.cell][0] if plain or rng.random() < 0.6 else _pick(rng, PLACES[actor.cell])
+    if not places:
+        return f"{who} {verb}"
     return (f"{who} {place} {verb}", f"{place} {who} {verb}", f"{who} {verb} {place}")[style]
 
 
