@@ -200,16 +200,16 @@ def _score(args: argparse.Namespace) -> int:
 
 def _table(report: dict[str, Any], measures: tuple[str, ...]) -> str:
     """The report for people: a line per measure, a column per video, in percent with standard errors."""
-    columns = {"as asked": "", "no concepts": "_no_concepts", "swapped": "_swapped"}
-    shown = {t: n for t, n in columns.items() if any(report[m + n] is not None for m in measures)}
+    columns = {"as asked": "", "no concepts": "_no_concepts", "swapped": "_swapped", "no boxes": "_no_boxes"}
+    shown = {t: n for t, n in columns.items() if any(report.get(m + n) is not None for m in measures)}
     lines = [f"{report['requests']} requests of {report['concepts']}, {report['seconds']:.1f} s; in percent:"]
     lines.append(f"{'':14}" + "".join(f"{title:>16}" for title in shown) + f"{'chance':>10}")
     for measure in measures:
         if report[measure] is None:
             continue
         cells = [_cell(report[measure + n], report["standard_errors"][measure + n]) for n in shown.values()]
-        chance = 100 * report["chance"][measure]
-        lines.append(f"{measure:14}" + "".join(f"{cell:>16}" for cell in cells) + f"{chance:10.1f}")
+        chance = _cell(report["chance"][measure], None)
+        lines.append(f"{measure:14}" + "".join(f"{cell:>16}" for cell in cells) + f"{chance:>10}")
     return "\n".join(lines)
 
 

@@ -4,7 +4,8 @@ mean something, and shares of contests won.
 For every seed three videos are generated from the same noise: as asked; without concepts, where only chance
 can be right; and with the pictures swapped (concept i gets the picture of concept i + 1) but judged as if
 they were not, where following the pictures is wrong. The true videos, and true videos of other requests, can
-be scored in the model's place to see that the measures can be trusted.
+be scored in the model's place to see that the measures can be trusted. Of requests that have boxes there is a
+third control, without them.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -30,7 +31,7 @@ from ..processes import in_processes
 
 SOURCES = ("model", "truth", "shuffled")
 """What is scored: what a bundle generates, the true videos, those of the next request."""
-ASKED, NO_CONCEPTS, SWAPPED = "", "_no_concepts", "_swapped"
+ASKED, NO_CONCEPTS, SWAPPED, NO_BOXES = "", "_no_concepts", "_swapped", "_no_boxes"
 """The videos of a request, named by what they add to a measure's name in the report."""
 MOST_REQUESTS = 1_000_000
 
@@ -158,7 +159,8 @@ def summary(results: Sequence[Result], rivals: Mapping[str, int]) -> dict[str, A
     """
     shares: dict[str, Any] = {}
     errors: dict[str, float | None] = {}
-    for video in (ASKED, NO_CONCEPTS, SWAPPED):
+    boxes = [NO_BOXES] if any(NO_BOXES in result.won for result in results) else []
+    for video in (ASKED, NO_CONCEPTS, SWAPPED, *boxes):
         for measure in rivals:
             won = [result.won.get(video, {}).get(measure) for result in results]
             means = [float(np.mean(each)) for each in won if each]
@@ -189,15 +191,17 @@ def _videos(
         shown = seed if settings.source == "truth" else other
         return {ASKED: world.true_video(world.scene(shown))}, []
     assert generate is not None
-    turns: dict[str, int | None] = {ASKED: 0}
-    if settings.controls:
-        turns[NO_CONCEPTS] = None
-        if settings.concepts > 1:
-            turns[SWAPPED] = 1
     scene, seconds, videos = world.scene(seed), [], {}
-    for name, turn in turns.items():
+    requests = {ASKED: world.request(scene, 0)}
+    if settings.controls:
+        requests[NO_CONCEPTS] = world.request(scene, None)
+        if settings.concepts > 1:
+            requests[SWAPPED] = world.request(scene, 1)
+        if requests[ASKED].boxes:
+            requests[NO_BOXES] = replace(requests[ASKED], boxes={})
+    for name, request in requests.items():
         start = time.perf_counter()
-        videos[name] = generate(world.request(scene, turn)).frames
+        videos[name] = generate(request).frames
         seconds.append(time.perf_counter() - start)
     return videos, seconds
 

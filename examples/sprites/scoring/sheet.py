@@ -15,12 +15,12 @@ from conceptmaster.runtime.sheet import save_png
 from ..world.draw import draw_clip
 from ..world.requesting import references
 from ..world.scenes import Scene
-from .judging import ASKED, NO_CONCEPTS, SWAPPED, Result
+from .judging import ASKED, NO_BOXES, NO_CONCEPTS, SWAPPED, Result
 
 TILE = 96
 """Side of a picture or frame on the sheet, in pixels."""
 GAP, GROUP_GAP, LINE = 4, 20, 24
-TITLES = {ASKED: "as asked", NO_CONCEPTS: "no concepts", SWAPPED: "pictures swapped"}
+TITLES = {ASKED: "as asked", NO_CONCEPTS: "no concepts", SWAPPED: "pictures swapped", NO_BOXES: "no boxes"}
 """What a video of a scored request is called on the sheet."""
 
 

@@ -14,6 +14,8 @@ measure            the concept wins when, in its told place,                    
 ``motion``         its told motion beats the others from the same start                       1 / 11
 ``visible``        anywhere in the frame, its picture beats the same rivals, each at its      1 / 9
                    best place and size; for captions that tell no place
+``placed``         of the first, middle and last frame, where most of its picture is found,   (without
+                   its middle is inside of its box; where boxes tell the places               boxes)
 =================  =========================================================================  ============
 """
 
@@ -31,12 +33,17 @@ from conceptmaster.examples.sprites.scoring.measures import estimate_background
 from ..world.atlas import Atlas
 from ..world.drawing import PIXELS, Cast, dress, place
 from ..world.looks import Look
+from ..world.requesting import drawn_boxes
 from ..world.scenes import FRAMES, MOTIONS, SIDE, Actor, Scene, generator
 
 MEASURES = ("pair_binding", "identity", "motion")
 ANYWHERE = ("visible",)
 """What is asked where captions tell no places."""
+IN_BOXES = ("placed", *MEASURES)
+"""What is asked where boxes tell them."""
 HALF = PIXELS // 2
+APART = (FRAMES - 1) // 2
+"""Frames between those in which a picture is looked for anywhere."""
 SEARCH = 3
 """How far, in pixels of ``HALF``, hypotheses may be shifted."""
 RIVALS = 8
@@ -56,8 +63,9 @@ LEAST_CHANGE = 0.015
 class Judge:
     """All contests of a scene; paints its pictures once and judges any number of videos."""
 
-    def __init__(self, scene: Scene, atlas: Atlas, placed: bool = True) -> None:
+    def __init__(self, scene: Scene, atlas: Atlas, placed: bool = True, boxed: bool = False) -> None:
         self.scene, self.placed = scene, placed
+        self.boxes = drawn_boxes(scene, atlas) if boxed else None  # [N,F,4]
         rng = generator(scene.seed, 104)
         actors = scene.actors
         self.rivals = [rivals_of(actor, atlas, rng) for actor in actors]
@@ -78,8 +86,8 @@ class Judge:
     def __call__(self, frames: np.ndarray) -> dict[str, list[bool]]:
         """Who wins in the frames, uint8 [17,128,128,3]: for each measure one entry per concept, in order.
 
-        No ``pair_binding`` for a single concept; ``visible`` alone where captions tell no places. Raises
-        ValueError for frames of another shape or type.
+        No ``pair_binding`` for a single concept; ``visible`` alone where captions tell no places, ``placed``
+        where boxes do. Raises ValueError for frames of another shape or type.
         """
         if frames.dtype != np.uint8 or frames.shape != (FRAMES, PIXELS, PIXELS, 3):
             found = f"{frames.dtype} {list(frames.shape)}"
@@ -91,7 +99,10 @@ class Judge:
         ground = estimate_background(video.permute(0, 2, 3, 1).numpy(), self.free)
         behind = torch.from_numpy(ground).permute(2, 0, 1).float()
         won = [self._judge(video, behind, k) for k in range(count)]
-        return {name: [w[name] for w in won if name in w] for name in MEASURES}
+        found = {name: [w[name] for w in won if name in w] for name in MEASURES}
+        if self.boxes is not None:
+            found["placed"] = [self._in_its_box(video, k, box) for k, box in enumerate(self.boxes)]
+        return found
 
     def _paint(self, picture: int, actor: Actor, motion: str) -> Tensor:
         """A picture along an actor's track with a motion, [F,4,s,s]."""
@@ -122,13 +133,18 @@ class Judge:
 
     def _visible(self, video: Tensor, k: int) -> bool:
         first = len(self.scene.actors) + RIVALS * k
-        frames = video[:: (FRAMES - 1) // 2]
-        found = [self._shown(frames, p) for p in [k, *range(first, first + RIVALS)]]
+        found = [self._shown(video[::APART], p)[0] for p in [k, *range(first, first + RIVALS)]]
         return found[0] > max(found[1:])
 
-    def _shown(self, frames: Tensor, picture: int) -> float:
+    def _in_its_box(self, video: Tensor, k: int, boxes: np.ndarray) -> bool:
+        _, frame, middle = self._shown(video[::APART], k)
+        low, high = boxes[APART * frame].reshape(2, 2)
+        return bool((low < middle).all() and (middle < high).all())
+
+    def _shown(self, frames: Tensor, picture: int) -> tuple[float, int, np.ndarray]:
         """How much of what a picture changes about its background (the mean around it) is found in frames
-        [n,3,s,s], where most is: 1 where the picture is there, about 0 where nothing is.
+        [n,3,s,s], where most is: 1 where the picture is there, about 0 where nothing is. And where: which
+        frame, and the picture's middle, x and y in fractions of it.
 
         It is looked for at every second pixel and some sizes, then about the best of these, ever closer.
         """
@@ -152,7 +168,7 @@ class Judge:
             found = [float(_explained(known[frame : frame + 1], each)) for each in drawn]
             best = max(best, *found)
             where = near[int(np.argmax(found))]
-        return best
+        return best, frame, (np.array(where[:2]) - margin) / HALF
 
     def _alone(self, picture: int, side: int, tracks: list[list[float]]) -> Tensor:
         """A picture alone, at tracks (x, y, radius) in pixels of a square of ``side``: [n,4,side,side]."""

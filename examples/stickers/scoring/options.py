@@ -18,8 +18,9 @@ class Options(Settings):
     """What to score and how, see ``judging.Settings``; and of this world:
 
     split: of ``SPLITS``. made_up_labels: every label is a word that nobody has read. places: captions tell
-    them; otherwise only ``visible`` is asked. atlas: the file that ``fetch`` makes; pictures: a folder of
-    PNGs named by their labels in its place. Raises InputError for the first field that is wrong.
+    them; otherwise only ``visible`` is asked. boxes: these tell the places, and no caption does. atlas: the
+    file that ``fetch`` makes; pictures: a folder of PNGs named by their labels in its place. Raises
+    InputError for the first field that is wrong.
     """
 
     concepts: int = option(2, f"concepts in a scene, 1 to {MAX_CONCEPTS}", metavar="K")
@@ -27,6 +28,7 @@ class Options(Settings):
     split: str = option("nouns", f"of which pictures: {', '.join(SPLITS)}", metavar="NAME")
     made_up_labels: bool = option(False, "labels are words that nobody has read")
     places: bool = True
+    boxes: bool = option(False, "boxes tell places, captions none; the bundle must take boxes")
     atlas: Path = Path("stickers-atlas.npz")
     pictures: Path | None = option(
         None, "PNGs with alpha, named by their labels, in the place of an atlas (none)", metavar="DIR"
@@ -38,6 +40,8 @@ class Options(Settings):
             raise InputError(f"a scene has 1 to {MAX_CONCEPTS} concepts, not {self.concepts}")
         if self.same_noun and self.concepts < 2:
             raise InputError("two concepts of the same noun need at least 2 concepts")
+        if self.boxes and not self.places:
+            raise InputError("boxes tell places: leave out --boxes or --no-places")
         if self.split not in SPLITS:
             raise InputError(f"the split must be one of {', '.join(SPLITS)}, not {self.split!r}")
 

@@ -23,9 +23,9 @@ from conceptmaster.runtime.request import Request
 from ..world.atlas import Atlas, load, of_folder
 from ..world.captions import tell
 from ..world.drawing import PIXELS
-from ..world.requesting import concepts, references, true_video
+from ..world.requesting import concepts, drawn_boxes, references, true_video
 from ..world.scenes import FRAMES, MOTIONS, Scene
-from .measures import ANYWHERE, MEASURES, RIVALS, Judge
+from .measures import ANYWHERE, IN_BOXES, MEASURES, RIVALS, Judge
 from .options import Options
 
 
@@ -46,13 +46,19 @@ class Stickers:
 
     def request(self, scene: Scene, turn: int | None) -> Request:
         """The scene's request; concept i gets picture i + ``turn``, None leaves the concepts out."""
-        pictures = references(scene, self.atlas)
+        pictures, boxes = references(scene, self.atlas), {}
+        if self.options.boxes and turn is not None:
+            found = drawn_boxes(scene, self.atlas)
+            boxes = {
+                a.label: dict(enumerate(each.tolist())) for a, each in zip(scene.actors, found, strict=True)
+            }
         return Request(
-            tell(scene),
+            tell(scene, places=not self.options.boxes),
             () if turn is None else concepts(scene, pictures[turn:] + pictures[:turn]),
             steps=self.options.steps,
             guidance=self.options.guidance,
             seed=scene.seed,
+            boxes=boxes,
         )
 
     def true_video(self, scene: Scene) -> np.ndarray:
@@ -61,7 +67,7 @@ class Stickers:
 
     def judge(self, scene: Scene) -> Callable[[np.ndarray], Won]:
         """Who wins in a video of it."""
-        return Judge(scene, self.atlas, self.options.places)
+        return Judge(scene, self.atlas, self.options.places, self.options.boxes)
 
 
 def score(
@@ -87,6 +93,7 @@ def score(
         "same_noun": options.same_noun,
         "made_up_labels": options.made_up_labels,
         "places": options.places,
+        "boxes": options.boxes,
         "source": options.source,
         **told,
         **summary(results, options),
@@ -105,7 +112,7 @@ def rows(options: Options, results: list[Result]) -> list[Row]:
     for result in results:
         scene = world.scene(result.seed)
         videos = {TITLES[name]: frames for name, frames in result.videos.items()}
-        caption = f"seed {scene.seed}: {tell(scene)}"
+        caption = f"seed {scene.seed}: {tell(scene, places=not options.boxes)}"
         found.append(
             Row(caption, references(scene, world.atlas), {"truth": world.true_video(scene), **videos})
         )
@@ -114,13 +121,15 @@ def rows(options: Options, results: list[Result]) -> list[Row]:
 
 def asked(options: Options) -> tuple[str, ...]:
     """The measures of a score."""
+    if options.boxes:
+        return IN_BOXES
     return MEASURES if options.places else ANYWHERE
 
 
 def summary(results: list[Result], options: Options) -> dict[str, Any]:
     """``judging.summary`` of the measures of a score."""
     rivals = {"pair_binding": options.concepts, "identity": RIVALS + 1, "motion": len(MOTIONS)}
-    rivals |= {"visible": RIVALS + 1}
+    rivals |= {"visible": RIVALS + 1, "placed": 1}
     return judging.summary(results, {measure: rivals[measure] for measure in asked(options)})
 
 

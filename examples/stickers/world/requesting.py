@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from conceptmaster.examples.sprites.training.batches import frame_boxes
 from conceptmaster.runtime.request import Concept
 
 from . import drawing, grounds
@@ -16,6 +17,8 @@ from .scenes import Scene
 
 PICTURE = 128
 """Side of a reference picture in pixels."""
+FAINT = 0.05
+"""Of a pixel a concept that covers less is not there."""
 PAINTINGS = 4
 """Paintings of every background that true videos have; none of them was trained on."""
 
@@ -31,6 +34,19 @@ def references(scene: Scene, atlas: Atlas) -> list[np.ndarray]:
 def concepts(scene: Scene, pictures: Sequence[np.ndarray]) -> tuple[Concept, ...]:
     """The scene's labels, each with a picture, in order."""
     return tuple(Concept(actor.label, picture) for actor, picture in zip(scene.actors, pictures, strict=True))
+
+
+def drawn_boxes(scene: Scene, atlas: Atlas) -> np.ndarray:
+    """Of each concept the box of what is drawn of it in every frame, x0, y0, x1, y1 in fractions of the
+    picture, float64 [N,F,4]."""
+    cast, dressed = _dressed(scene, atlas)
+    found = []
+    for actor, picture, stretch in zip(scene.actors, dressed, cast.stretch, strict=True):
+        track = torch.from_numpy(actor.track())
+        many = picture.expand(len(track), -1, -1, -1)
+        alpha = drawing.place(many, track, stretch.expand(len(track)), drawing.PIXELS)[:, 3]  # [F,S,S]
+        found.append(frame_boxes((alpha > FAINT)[:, None, None].double())[0][:, 0, 0])
+    return torch.stack(found).double().numpy()
 
 
 def true_video(scene: Scene, atlas: Atlas) -> np.ndarray:

@@ -10,7 +10,7 @@ from conceptmaster.examples.stickers.scoring.measures import Judge
 from conceptmaster.examples.stickers.scoring.options import Options
 from conceptmaster.examples.stickers.scoring.score import check_bundle, score
 from conceptmaster.examples.stickers.world.captions import tell
-from conceptmaster.examples.stickers.world.requesting import references, true_video
+from conceptmaster.examples.stickers.world.requesting import drawn_boxes, references, true_video
 from conceptmaster.examples.stickers.world.scenes import FPS
 from conceptmaster.runtime.video import Video
 
@@ -23,7 +23,7 @@ def pictures(monkeypatch):
 
 
 def options(count=4, **how):
-    return Options(range(count), **({"split": "all"} | how))
+    return Options(**({"seeds": range(count), "split": "all"} | how))
 
 
 @pytest.mark.parametrize("how", [{}, {"same_noun": True}, {"concepts": 3, "made_up_labels": True}])
@@ -42,6 +42,39 @@ def test_videos_of_other_requests_win_by_chance_alone():
 def test_without_places_it_is_only_asked_whether_concepts_are_to_be_seen():
     report, results = score(options(2, source="truth", places=False, concepts=1))
     assert results[0].won[""].keys() == {"visible"} and report["visible"] >= 0.5
+
+
+def test_boxes_hold_what_is_drawn_and_true_videos_are_placed():
+    scene = options().scene(0, atlas())
+    boxes = drawn_boxes(scene, atlas())
+    assert boxes.shape == (2, 17, 4) and 0 <= boxes.min() and boxes.max() <= 1
+    assert (boxes[..., :2] < boxes[..., 2:]).all()
+    for actor, box in zip(scene.actors, boxes, strict=True):
+        middle = actor.track()[:, :2] / 64
+        assert ((box[:, :2] < middle) & (middle < box[:, 2:])).all()
+    truth, _ = score(options(3, source="truth", boxes=True))
+    other, _ = score(options(3, source="shuffled", boxes=True))
+    assert truth["placed"] >= 0.8 > other["placed"] and truth["identity"] >= 0.8
+    assert truth["chance"]["placed"] is None
+
+
+def test_with_boxes_no_caption_tells_places_and_one_control_has_none():
+    asked = []
+
+    def generate(request):
+        asked.append(request)
+        shown = options().scene(request.seed + (not request.boxes), atlas())  # follows boxes alone
+        return Video(true_video(shown, atlas()), FPS, request.seed)
+
+    scene = options().scene(1, atlas())
+    report, results = score(options(boxes=True, seeds=range(1, 2)), generate=generate, keep=1)
+    assert {request.prompt for request in asked} == {tell(scene, places=False)}
+    assert [len(request.concepts) for request in asked] == [2, 0, 2, 2]
+    assert [len(request.boxes) for request in asked] == [2, 0, 2, 0]
+    own = asked[0].boxes[scene.actors[0].label]
+    assert list(own) == list(range(17)) and own[3] == tuple(drawn_boxes(scene, atlas())[0, 3])
+    assert report["placed"] == 1 > report["placed_no_boxes"]
+    assert list(results[0].videos) == ["", "_no_concepts", "_swapped", "_no_boxes"]
 
 
 def test_controls_are_the_same_request_without_and_with_swapped_pictures():
@@ -95,6 +128,7 @@ def test_bundles_of_another_world_are_refused():
         ({"source": "dream"}, "the source must be one of"),
         ({"seeds": range(1), "source": "shuffled"}, "at least two requests"),
         ({"seeds": range(3, 3)}, "A < B"),
+        ({"boxes": True, "places": False}, "leave out --boxes or --no-places"),
         ({"workers": 0}, "workers must be 1 or more"),
         ({"steps": 0}, "steps"),
     ],

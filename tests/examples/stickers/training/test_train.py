@@ -41,10 +41,10 @@ def small(monkeypatch):
     monkeypatch.setattr(grounds, "EACH", 2)
 
 
-def run(folder, steps, start=None, made=None):
+def run(folder, steps, start=None, made=None, **how):
     if made is not None:
         shutil.copytree(made, folder, dirs_exist_ok=True)
-    train.train(atlas(), folder, Options(steps=steps, **SMALL), start)
+    train.train(atlas(), folder, Options(steps=steps, **SMALL | how), start)
     return load(folder / "model.safetensors")[0]
 
 
@@ -99,6 +99,23 @@ def test_other_options_and_a_training_that_is_over_are_told_in_a_line(tmp_path, 
     assert line == f"{tmp_path} goes on with other options, not as it would have: lr 0.01 (so far 0.008)"
 
 
+def test_a_folder_from_before_boxes_goes_on_with_them_and_says_so(tmp_path, caplog, words):
+    run(tmp_path, 1, made=words, boxes=0.0)
+    assert load_model(tmp_path / "model.safetensors").config == small_config()
+    path = tmp_path / "options.json"
+    told = json.loads(path.read_text())
+    assert told.pop("boxes") == 0
+    path.write_text(json.dumps(told))
+    caplog.clear()
+    run(tmp_path, 2, boxes=0.0)
+    assert not caplog.records
+    run(tmp_path, 3, boxes=0.5)
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert line == f"{tmp_path} goes on with other options, not as it would have: boxes 0.5 (so far 0.0)"
+    assert saved_progress(tmp_path / "training.safetensors")["step"] == 3
+    assert load_model(tmp_path / "model.safetensors").config == train.boxed(small_config())
+
+
 def test_the_time_for_the_last_checkpoint_is_kept_free():
     how = LoopOptions("train", 1, minutes=2.0)
     assert how.part({"step": 5.0, "seconds": 60.0}) == 0.5
@@ -110,7 +127,7 @@ def test_training_logs_probes_and_goes_on_from_a_checkpoint_with_a_fresh_optimiz
     lines = [json.loads(line) for line in (tmp_path / "first" / "log.jsonl").read_text().splitlines()]
     assert [line.get("phase") for line in lines[:3]] == ["start", "see", "read"]
     assert lines[-1]["step"] == 1 and {"with", "without", "swapped"} == lines[-1]["probe_sets"].keys()
-    assert load_model(tmp_path / "first" / "model.safetensors").config == small_config()
+    assert load_model(tmp_path / "first" / "model.safetensors").config == train.boxed(small_config())
     run(tmp_path / "second", 1, start=tmp_path / "first")
     for name in ("tokenizer.json", "vae.json"):
         assert (tmp_path / "second" / name).read_text() == (tmp_path / "first" / name).read_text()
@@ -134,6 +151,7 @@ def test_a_broken_checkpoint_is_named(tmp_path, words):
         ({"minutes": 0}, "--minutes must be above 0"),
         ({"batch_size": 0}, "--batch-size must be at least 1"),
         ({"decoys": 2}, "--decoys must lie between 0 and 1"),
+        ({"boxes": -0.1}, "--boxes must lie between 0 and 1"),
         ({"lr": 0}, "--lr must lie between 0 and 1"),
     ],
 )

@@ -14,6 +14,7 @@ from conceptmaster.examples.sprites.training.train_model import ADAM_NAMES
 from conceptmaster.examples.stickers.training import train, trainee
 from conceptmaster.examples.stickers.training.artist import Artist
 from conceptmaster.examples.stickers.training.batches import Pool, Told
+from conceptmaster.examples.stickers.training.boxing import Boxing
 from conceptmaster.examples.stickers.training.components import doubled, halved
 from conceptmaster.examples.stickers.training.options import Dropped, Options, Supply
 from conceptmaster.examples.stickers.training.studio import Studio
@@ -45,21 +46,23 @@ def rings(artist):
     return pool, told
 
 
-def learner():
+def learner(boxes=True):
     """A trainee in which nothing starts at zero."""
     torch.manual_seed(3)
-    made = trainee.Trainee(small_config())
+    made = trainee.Trainee(train.boxed(small_config()) if boxes else small_config())
     with torch.no_grad():
         for parameter in made.parameters():
             parameter.add_(0.03 * torch.randn_like(parameter))
     return made
 
 
-def asked(rings, window=None, seed=0, dropped=SOME_DROPPED):
+def asked(rings, window=None, seed=0, dropped=SOME_DROPPED, boxes=0.5):
     """The arguments of a step."""
     pool, told = rings
     rng = np.random.default_rng(seed)
-    batch, captions = pool.batch(rng, 8, dropped, window, apart=False), told.captions(rng, 4)
+    boxing = Boxing.random(np.random.default_rng(seed + 1), 8, boxes)
+    batch = pool.batch(rng, 8, dropped, window, apart=False, boxing=boxing)
+    captions = told.captions(rng, 4)
     noise, sigma = normal(rng, tuple(batch.latents.shape), "cpu"), random_sigma(rng, 8)
     noise, _ = decoy_noise(batch, noise, sigma, rng, 0.5)
     return batch, captions, noise, sigma, window
@@ -79,7 +82,8 @@ def of_filled_slots(own, batch, captions, noise, sigma, window):
     kept = []
     handle = model.transformer.blocks[own.middle].register_forward_hook(lambda *a: kept.append(a[2]))
     with trainee.only(model.transformer, window):
-        velocity = model.transformer(noisy, sigma * 1000, text, concepts, batch.concept_mask)
+        told = noisy, sigma * 1000, text, concepts, batch.concept_mask
+        velocity = model.transformer(*told, boxes=batch.boxes)
     handle.remove()
     weight = 1 + 3 * batch.coverage.sum(1, keepdim=True).clamp(max=1)
     error = (velocity - (noise - batch.latents)).square() * weight * s.clamp(min=MIN_SIGMA).square()
@@ -169,6 +173,32 @@ def test_a_step_is_what_the_filled_slots_alone_give(window, rings, assert_close)
     assert got.keys() == expected.keys()
     for name in got:  # the largest are of order one
         assert_close(got[name], expected[name])
+
+
+@pytest.mark.parametrize("window", [None, WINDOW])
+def test_where_no_clip_has_boxes_the_losses_are_to_the_bit_those_of_a_model_without(window, rings):
+    arguments = asked(rings, window, boxes=0.0)
+    with cheapest_attention("cpu"):
+        found, usual = (learner(boxes)(*arguments) for boxes in (True, False))
+        some = learner()(*asked(rings, window, boxes=1.0))
+    assert found.keys() == usual.keys() and all(torch.equal(found[name], usual[name]) for name in usual)
+    assert some["flow"] != usual["flow"]
+    assert learner().state_dict().keys() == learner(False).state_dict().keys()
+
+
+def test_clips_without_boxes_are_what_they_are_beside_others_with_them(rings):
+    """To the bit: what is told of them, and the velocity."""
+    own = learner()
+    one, other = asked(rings, boxes=0.0), asked(rings, boxes=0.5)
+    boxed = ~other[0].boxes.flatten(1).all(1) | (one[0].token_ids != other[0].token_ids).any(1)
+    assert boxed.any() and not boxed.all()
+    with torch.no_grad(), cheapest_attention("cpu"):
+        noisy = torch.randn(one[0].latents.shape, generator=torch.Generator().manual_seed(0))
+        usual, found = (own.velocity(batch, noisy, one[3])[0] for batch in (one[0], other[0]))
+    assert torch.equal(usual[~boxed], found[~boxed])
+    for name, value in vars(one[0]).items():
+        if name not in ("boxes", "filled"):
+            assert torch.equal(value[~boxed], getattr(other[0], name)[~boxed]), name
 
 
 def test_a_batch_in_which_nothing_is_shown_asks_for_nothing(rings):
