@@ -99,10 +99,10 @@ class Judge:
         ground = estimate_background(video.permute(0, 2, 3, 1).numpy(), self.free)
         behind = torch.from_numpy(ground).permute(2, 0, 1).float()
         won = [self._judge(video, behind, k) for k in range(count)]
-        found = {name: [w[name] for w in won if name in w] for name in MEASURES}
+        judged = {name: [w[name] for w in won if name in w] for name in MEASURES}
         if self.boxes is not None:
-            found["placed"] = [self._in_its_box(video, k, box) for k, box in enumerate(self.boxes)]
-        return found
+            judged["placed"] = [self._in_its_box(video, k, box) for k, box in enumerate(self.boxes)]
+        return judged
 
     def _paint(self, picture: int, actor: Actor, motion: str) -> Tensor:
         """A picture along an actor's track with a motion, [F,4,s,s]."""

@@ -212,7 +212,7 @@ class Pool(Ring):
         spread = rows[:, None]
         frames = frames or slice(None)
         coverage = held["coverage"][:, :, frames][spread, order]  # [B,N,F,H,W]
-        grid = [n // p for n, p in zip(coverage.shape[2:], self.patch, strict=True)]
+        grid = tuple(n // p for n, p in zip(coverage.shape[2:], self.patch, strict=True))
         boxes = torch.ones(size, int(np.prod(grid)), slots, dtype=torch.bool, device=device)
         token_ids, token_mask, spot = (held[name][rows] for name in ("token_ids", "token_mask", "spot"))
         if boxing is not None:
