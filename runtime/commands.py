@@ -178,7 +178,8 @@ def what_the_system_says(error: OSError) -> str:
     """Why it refused, and of which file."""
     if error.strerror is None:
         return str(error)
-    files = [os.fsdecode(name) for name in (error.filename, error.filename2) if isinstance(name, str | bytes)]
+    names = (error.filename, error.filename2)
+    files = [os.fsdecode(name) for name in names if isinstance(name, str | bytes | os.PathLike)]
     return " → ".join(repr(file) for file in files) + (": " if files else "") + error.strerror
 
 

@@ -108,6 +108,7 @@ class DecoderOptions:
 
     steps: int = option(2000, "train to this step", metavar="N")
     batch_size: int = option(8, "latent frames in a step", metavar="B")
+    own: float = option(0.5, "share of the latents that the model of the folder makes of noised clips")
     seed: int = option(0, "of batches")
     device: str = "cpu"
     lr: float = option(0.006, "Muon's learning rate, AdamW takes a tenth of it")
@@ -117,3 +118,4 @@ class DecoderOptions:
 
     def __post_init__(self) -> None:
         check_counts(self, "steps", "batch_size", "log_every")
+        check_shares(self, "own")

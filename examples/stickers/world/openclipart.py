@@ -59,6 +59,7 @@ def fetch(cache: Path) -> Path:
     path = cache / ARCHIVE
     without = f"go on without these drawings (--without {NAME})"
     if not path.exists():
+        cache.mkdir(parents=True, exist_ok=True)
         if shutil.which("apt-get") is None:
             raise InputError(
                 f"the picture set {NAME} is Debian's package {PACKAGE} {VERSION}, and apt-get is not here: "

@@ -70,6 +70,18 @@ def test_without_apt_one_line_says_how_to_go_on(tmp_path, monkeypatch):
         openclipart.fetch(tmp_path)
 
 
+def test_the_cache_is_made(tmp_path, monkeypatch):
+    """What the README's command says first, on a machine that has fetched nothing yet."""
+    apt = tmp_path / "bin" / "apt-get"
+    apt.parent.mkdir()
+    apt.write_text("#!/bin/sh\nexit 100\n")
+    apt.chmod(0o755)
+    monkeypatch.setenv("PATH", str(apt.parent), prepend=":")
+    with pytest.raises(InputError, match="cannot be fetched"):
+        openclipart.fetch(tmp_path / "not" / "there")
+    assert (tmp_path / "not" / "there").is_dir()
+
+
 def test_another_package_is_refused(tmp_path):
     (tmp_path / openclipart.ARCHIVE).write_bytes(b"another")
     with pytest.raises(InputError, match="SHA-256"):
