@@ -46,6 +46,7 @@ ONE_FILE = {
 # (folder, dependency): (how many files, why)
 ONE_FILE_EXCEPTIONS: dict[tuple[str, str], tuple[int, str]] = {
     ("runtime", "PIL"): (4, "reading pictures, their colours, drawing sheets, writing animations"),
+    ("engine", "transformers"): (2, "this model's encoders, and whole models of others"),
     ("engine", "safetensors"): (3, "a model's file, a folder's shards, and weights that stay on disk"),
 }
 # Dependencies that a folder never imports, with the files that may all the same.

@@ -6,19 +6,18 @@ they mean is wan.py's.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection
 from pathlib import Path
 
-from ...errors import MissingDependency, WeightsError, how_to_install
+from ...errors import WeightsError
 from ...hashed import identities
 from .base import PARTS, Base, Part
 from .bernini import ROOT, check_root, index_of, is_bernini, skips
 from .derived import derive
+from .hub import HUB_ID, snapshot
 from .spellings import as_diffusers
 from .weight_files import read_json, shards, stored_tensors
 
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[\w.-]{1,96}")
 LAYOUT = "diffusers' layout"
 INDEX, TOKENIZER = "model_index.json", "tokenizer/tokenizer.json"
 SCHEDULER, PROCESSOR = "scheduler/scheduler_config.json", "image_processor/preprocessor_config.json"
@@ -88,20 +87,7 @@ def locate(place: str | Path, revision: str | None = None) -> Path:
         return path
     if not HUB_ID.fullmatch(str(place)):
         raise WeightsError(f"no folder at {place}")
-    try:
-        from huggingface_hub import snapshot_download
-    except ModuleNotFoundError as error:
-        raise MissingDependency(
-            f"{place} is no folder, and the Hugging Face Hub needs: {how_to_install('export')}"
-        ) from error
-    try:
-        found = Path(snapshot_download(str(place), revision=revision, allow_patterns=WANTED))
-    except Exception as error:  # those of huggingface_hub and of its HTTP client have no common base
-        reason = " ".join(str(error).split()) or type(error).__name__
-        at = "" if revision is None else f" at revision {revision!r}"
-        raise WeightsError(
-            f"{place} is no folder, and not to be had from the Hub{at}: {reason:.300}"
-        ) from error
+    found = snapshot(str(place), revision, WANTED)
     if not is_folder(found):
         raise WeightsError(
             f"{place} of the Hub is not in diffusers' layout: take the release that ends in -Diffusers, or "

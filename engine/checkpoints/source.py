@@ -34,7 +34,8 @@ from ..sampling import Sampling
 from ..vae.wan_decoder import build_vae
 from .adapter import check_base, load_adapter, read_adapter
 from .deltas import merge_deltas
-from .diffusers_folder import HUB_ID, locate
+from .diffusers_folder import locate
+from .hub import HUB_ID
 from .lora import merge_lora
 from .releases import release_of
 from .safetensors_io import built, load, load_model

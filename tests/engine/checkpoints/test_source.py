@@ -13,7 +13,7 @@ pytest.importorskip("diffusers")
 
 from safetensors.torch import load_file, save_file  # noqa: E402
 
-from conceptmaster.engine.checkpoints import diffusers_folder  # noqa: E402
+from conceptmaster.engine.checkpoints import hub  # noqa: E402
 from conceptmaster.engine.checkpoints.lora import LoraReport  # noqa: E402
 from conceptmaster.engine.checkpoints.source import Choices, LoraFile, loras_of, open_source  # noqa: E402
 from conceptmaster.engine.checkpoints.wan_names import wan_name  # noqa: E402
@@ -228,4 +228,4 @@ def test_an_unreachable_hub_is_told_shortly(tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     refused("https://huggingface.co/someone/wan", "someone/wan is no folder, and not to be had from the Hub")
-    assert diffusers_folder.HUB_ID.fullmatch("someone/wan")
+    assert hub.HUB_ID.fullmatch("someone/wan")
