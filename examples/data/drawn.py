@@ -20,6 +20,8 @@ from conceptmaster.examples.sprites.world.scenes import MOTIONS, PLACES, SIZE, A
 from conceptmaster.runtime.progress import each
 from conceptmaster.runtime.video import Video
 
+from .rectangles import box_of
+
 SIDE = 256
 """Of a frame, in pixels."""
 FRAMES, FPS = 33, 16.0
@@ -95,16 +97,6 @@ def draw(scene: Scene, frames: int = FRAMES, side: int = SIDE) -> Drawn:
     pixels = np.round(canvas.clip(0, 1) * 255).astype(np.uint8)
     boxes = np.stack([[box_of(mask > 0.5) for mask in masks] for masks in seen])
     return Drawn(pixels, scene.caption, tuple(actor.noun for actor in scene.actors), boxes)
-
-
-def box_of(mask: np.ndarray) -> tuple[float, float, float, float]:
-    """The box around a mask bool [H,W]: x0, y0, x1, y1 in shares of its sides; zeros around nothing."""
-    if not mask.any():
-        return (0.0, 0.0, 0.0, 0.0)
-    rows, columns = (np.flatnonzero(mask.any(axis)) for axis in (1, 0))
-    height, width = mask.shape
-    x0, y0, x1, y1 = columns[0] / width, rows[0] / height, (columns[-1] + 1) / width, (rows[-1] + 1) / height
-    return (float(x0), float(y0), float(x1), float(y1))
 
 
 def write(folder: Path, videos: int, spoiled: int = 0, seed: int = 0, show: bool = False) -> None:

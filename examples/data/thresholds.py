@@ -74,9 +74,6 @@ class Thresholds:
     box_score: float = _number(
         0.35, 0, 1, "ours, Grounding-DINO's own example", "least score of a box of Grounding-DINO"
     )
-    text_score: float = _number(
-        0.25, 0, 1, "ours, Grounding-DINO's own example", "least score of its words, by Grounding-DINO"
-    )
     nms: float = _number(0.5, 0, 1, "ours", "boxes that overlap (IoU) more than this are one")
     least_area: float = _number(0.1, 0, 1, "paper", "least area of a box")
     most_area: float = _number(0.9, 0, 1, "paper", "greatest area of a box")
@@ -94,11 +91,13 @@ class Thresholds:
         0.2, 0, 2, "ours", "by how much told place and motion must fit better than in any other assignment"
     )
     # masks: "too large, too small or fragmented" in the paper, without numbers
-    least_mask: float = _number(0.2, 0, 1, "ours", "least share of its box that a mask covers")
-    most_mask: float = _number(0.98, 0, 1, "ours", "greatest share of its box that a mask covers")
+    least_mask: float = _number(0.2, 0, 1, "ours", "too small: least share of its box that a mask covers")
+    most_mask: float = _number(0.8, 0, 1, "ours", "too large: greatest share of the frame")
     most_pieces: int = _number(8, 1, 10000, "ours", "most pieces of a mask above 1 %% of it")
     least_largest: float = _number(0.8, 0, 1, "ours", "least share of a mask that its largest piece has")
-    face_side: float = _number(0.02, 0, 1, "ours", "least side of a face that persons need, of the frame's")
+    face_side: float = _number(
+        0.1, 0, 1, "ours", "least side of a face that persons need, of their box's shorter one"
+    )
 
     def __post_init__(self) -> None:
         if self.cuts not in CUTS:
@@ -108,7 +107,6 @@ class Thresholds:
                 limits.check(field.name, getattr(self, field.name))
         for low, high in (
             ("least_area", "most_area"),
-            ("least_mask", "most_mask"),
             ("shortest", "longest"),
         ):
             if getattr(self, low) >= getattr(self, high):
