@@ -21,6 +21,7 @@ PACKAGES = [
     "conceptmaster.engine.checkpoints",
     "conceptmaster.engine.vae",
     "conceptmaster.examples",
+    "conceptmaster.examples.data",
     "conceptmaster.examples.sprites",
     "conceptmaster.examples.sprites.paper",
     "conceptmaster.examples.sprites.scoring",
@@ -48,6 +49,7 @@ PACKAGE_DATA = {
     # sprites-int8 and stickers stay in the repository: with either a wheel would pass 40 MB
     "conceptmaster.runtime": ["bundles/sprites/*.json", "bundles/sprites/*.onnx"],
     "conceptmaster.runtime.server": ["page/*"],
+    "conceptmaster.examples.data": ["taxonomy.txt"],
     "conceptmaster.examples.sprites": ["baseline.json", "requests/**/*.json", "requests/**/*.png"],
 }
 

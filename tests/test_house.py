@@ -76,6 +76,8 @@ IMPORT_NAMES = {
     "onnxruntime-gpu": {"onnxruntime"},
     "cuda-python": {"cuda"},
     "nvidia-cudnn-frontend": {"cudnn"},
+    "opencv-python-headless": {"cv2"},
+    "scenedetect-headless": {"scenedetect"},
 }
 
 # Imported without being declared, with the reason.
@@ -433,6 +435,7 @@ def test_shipped_data_is_covered_by_setup() -> None:
         ("conceptmaster.runtime", "bundles"),
         ("conceptmaster.examples.sprites", "requests"),
         ("conceptmaster.examples.sprites", "baseline.json"),
+        ("conceptmaster.examples.data", "taxonomy.txt"),
     ]
     for package, folder in shipped:
         home = ROOT.joinpath(*package.split(".")[1:])

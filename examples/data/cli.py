@@ -40,7 +40,9 @@ def _add_pairs(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cpu", help="of the models: cpu or cuda (cpu)")
     add_options(parser.add_argument_group("thresholds"), Thresholds)  # type: ignore[arg-type]
     _add_quiet(parser)
-    parser.add_argument("--json", action="store_true", help="last line on standard output: the report, one line")
+    parser.add_argument(
+        "--json", action="store_true", help="last line on standard output: the report, one line"
+    )
 
 
 def _pairs(args: argparse.Namespace) -> int:
@@ -54,7 +56,9 @@ def _pairs(args: argparse.Namespace) -> int:
     check(args.videos, args.output)
     parts = open_parts(models, thresholds, list(taxonomy.kinds), args.device)
     report = make(args.videos, args.output, thresholds, taxonomy, parts, shown(args.quiet))
-    print(f"{report['pairs']} pairs in {report['clips']} clips of {report['videos']} videos: {args.output}/report.md")
+    print(
+        f"{report['pairs']} pairs in {report['clips']} clips of {report['videos']} videos: {args.output}/report.md"
+    )
     for text in report["without"]:
         print(f"without {text}")
     if args.json:
@@ -63,11 +67,18 @@ def _pairs(args: argparse.Namespace) -> int:
 
 
 def _add_draw(parser: argparse.ArgumentParser) -> None:
-    parser.description = "Draws videos of the sprites world, with captions, and truth.jsonl: what they show where."
+    parser.description = (
+        "Draws videos of the sprites world, with captions, and truth.jsonl: what they show where."
+    )
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="where the videos go")
-    parser.add_argument("--videos", type=int, default=40, help="good ones, of one and two concepts in turn (40)")
     parser.add_argument(
-        "--spoiled", type=int, default=0, help="besides, such that must be dropped: with a cut, still, dark … (0)"
+        "--videos", type=int, default=40, help="good ones, of one and two concepts in turn (40)"
+    )
+    parser.add_argument(
+        "--spoiled",
+        type=int,
+        default=0,
+        help="besides, such that must be dropped: with a cut, still, dark … (0)",
     )
     parser.add_argument("--seed", type=int, default=0, help="of the first (0)")
     _add_quiet(parser)
@@ -86,7 +97,9 @@ def _draw(args: argparse.Namespace) -> int:
 def _add_score(parser: argparse.ArgumentParser) -> None:
     parser.description = "Compares pairs of drawn videos with the truth; the last line is JSON."
     parser.add_argument("--videos", type=Path, required=True, metavar="DIR", help="the drawn videos' folder")
-    parser.add_argument("--pairs", type=Path, required=True, metavar="DIR", help="the folder that `pairs` made")
+    parser.add_argument(
+        "--pairs", type=Path, required=True, metavar="DIR", help="the folder that `pairs` made"
+    )
 
 
 def _score(args: argparse.Namespace) -> int:

@@ -50,7 +50,9 @@ def _row(clip: Clip) -> Image.Image:
         for colour, pair in zip(COLOURS, clip.pairs, strict=False):
             if number in pair.boxes:
                 sides = np.array(pair.boxes[number]) * np.tile([image.width, image.height], 2)
-                boxes.rectangle([*sides[:2], *(sides[2:] - 1)], outline=colour, width=max(2, image.height // 90))
+                boxes.rectangle(
+                    [*sides[:2], *(sides[2:] - 1)], outline=colour, width=max(2, image.height // 90)
+                )
         left += _paste(row, image, left)
     for colour, pair in zip(COLOURS, clip.pairs, strict=False):
         with Image.open(pair.image) as opened:

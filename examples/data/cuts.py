@@ -27,7 +27,9 @@ def find_shots(film: Film, thresholds: Thresholds) -> tuple[list[dict[str, Any]]
     cuts: list[int] = []
     count = 0
     for count, (number, frame) in enumerate(film.frames(0, side=SIDE), 1):
-        found = detector.process_frame(FrameTimecode(number, film.fps), cv2.cvtColor(frame, cv2.COLOR_RGB2BGR))
+        found = detector.process_frame(
+            FrameTimecode(number, film.fps), cv2.cvtColor(frame, cv2.COLOR_RGB2BGR)
+        )
         cuts += [cut.frame_num for cut in found]
     if cuts and thresholds.cuts == "drop":
         return [], [{"why": "has cuts", "value": len(cuts)}]

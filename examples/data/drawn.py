@@ -16,7 +16,15 @@ import numpy as np
 from conceptmaster.atomic_write import replacing
 from conceptmaster.examples.sprites.world.draw import look_of, paint_along, paint_background
 from conceptmaster.examples.sprites.world.requesting import make_folder
-from conceptmaster.examples.sprites.world.scenes import MOTIONS, PLACES, SIZE, Actor, Scene, random_scene, tell
+from conceptmaster.examples.sprites.world.scenes import (
+    MOTIONS,
+    PLACES,
+    SIZE,
+    Actor,
+    Scene,
+    random_scene,
+    tell,
+)
 from conceptmaster.runtime.progress import each
 from conceptmaster.runtime.video import Video
 

@@ -73,4 +73,5 @@ class _decoding:
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
         if isinstance(error, (av.FFmpegError, ValueError)) and not isinstance(error, MemoryError):
-            raise Unreadable(" ".join(str(error).split())[:300] or type(error).__name__) from error
+            told = getattr(error, "strerror", None) or str(error) or type(error).__name__
+            raise Unreadable(" ".join(told.split())[:300]) from error

@@ -98,9 +98,7 @@ def segmenter(model: Pretrained) -> Segment:
         picture = F.interpolate(picture, (side, side), mode="bilinear", antialias=True)
         mean, spread = (picture.new_tensor(each)[:, None, None] for each in (MEAN, SPREAD))
         corners = picture.new_tensor(box)[None, None] * side  # [1,1,4]
-        out = model.model(
-            pixel_values=(picture - mean) / spread, input_boxes=corners, multimask_output=False
-        )
+        out = model.model(pixel_values=(picture - mean) / spread, input_boxes=corners, multimask_output=False)
         masks = out.pred_masks[0, 0, :1][None].float()  # [1,1,h,w]
         whole = F.interpolate(masks, frame.shape[:2], mode="bilinear")
         return np.asarray((whole[0, 0] > 0).cpu())

@@ -38,7 +38,9 @@ def make(
     found = check(videos, output)
     with _only_writer(output):
         with replacing(output / MARK) as temporary:
-            temporary.write_text(f'{{"what": "{MARKED["what"]}", "format": {MARKED["format"]}}}\n', encoding="utf-8")
+            temporary.write_text(
+                f'{{"what": "{MARKED["what"]}", "format": {MARKED["format"]}}}\n', encoding="utf-8"
+            )
         run = Run(output, thresholds, taxonomy, parts)
         results: dict[str, dict[str, Result]] = {}
         for path in each(found, "videos", show):

@@ -20,6 +20,8 @@ AROUND = 0.04
 """How far beyond its box what GrabCut may find reaches, in shares of the frame."""
 PIECE = 0.01
 """Least share of a mask that counts as a piece of it."""
+HOLE = 0.03
+"""Greatest share of a mask that a hole of it has which GrabCut's colours are taken to have made."""
 GREY = 128
 """What lies around a thing in the picture that CLIP sees of its mask."""
 
@@ -39,11 +41,24 @@ def grab_cut(moving: Moving) -> Segment:
             a, b, c, d = pixels(box, small.shape)
             evidence = np.full(small.shape[:2], cv2.GC_BGD, np.uint8)
             evidence[b:d, a:c] = cv2.GC_PR_FGD
-        mask = cut(small, evidence).astype(np.float32)
+        mask = _whole(cut(small, evidence), pixels(box, small.shape)).astype(np.float32)
         size = (frame.shape[1], frame.shape[0])
         return np.asarray(cv2.resize(mask, size, interpolation=cv2.INTER_LINEAR) > 0.5)
 
     return segment
+
+
+def _whole(mask: np.ndarray, box: tuple[int, int, int, int]) -> np.ndarray:
+    """A mask bool [H,W] without small holes, and without pieces that lie mostly outside of a box in pixels."""
+    holes = cv2.connectedComponentsWithStats((~mask).astype(np.uint8), connectivity=4)
+    small = np.flatnonzero(holes[2][:, cv2.CC_STAT_AREA] <= HOLE * mask.sum())
+    mask = mask | np.isin(holes[1], small[small > 0])
+    count, pieces = cv2.connectedComponents(mask.astype(np.uint8), connectivity=8)
+    x0, y0, x1, y1 = box
+    whole = np.bincount(pieces.ravel(), minlength=count)
+    inside = np.bincount(pieces[y0:y1, x0:x1].ravel(), minlength=count)
+    good = np.flatnonzero(2 * inside >= whole)
+    return np.isin(pieces, good[good > 0])
 
 
 def wrong(mask: np.ndarray, box: Box, thresholds: Thresholds) -> str | None:

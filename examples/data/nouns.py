@@ -17,7 +17,9 @@ from conceptmaster.errors import InputError, how_to_install, not_loaded
 
 from .taxonomy import Mention, Taxonomy
 
-ANOTHER = re.compile(r"\b(a|an|another|one|first|second|third|other)\s+((?!the\b)\w+\s+){0,2}$", re.IGNORECASE)
+ANOTHER = re.compile(
+    r"\b(a|an|another|one|first|second|third|other)\s+((?!the\b)\w+\s+){0,2}$", re.IGNORECASE
+)
 """What stands before a noun that is met for the first time: with two of them there are two things."""
 
 
@@ -36,7 +38,9 @@ Tagger = Callable[[str], list[tuple[int, int]]]
 """Where a caption's nouns begin and end."""
 
 
-def choose(caption: str, taxonomy: Taxonomy, tagger: Tagger | None) -> tuple[list[Noun], list[tuple[str, str]]]:
+def choose(
+    caption: str, taxonomy: Taxonomy, tagger: Tagger | None
+) -> tuple[list[Noun], list[tuple[str, str]]]:
     """The nouns that stay, in the caption's order, and those that do not: (noun, why)."""
     mentions, dropped = list(taxonomy.mentions(caption)), []
     if tagger is not None:
@@ -79,7 +83,9 @@ def spacy_tagger(model: Path) -> Tagger:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise InputError(f"the spaCy pipeline {str(model)!r} does not load: {reason:.300}") from error
     if not tags:
-        raise InputError(f"the spaCy pipeline {str(model)!r} tags no parts of speech: one with a tagger is needed")
+        raise InputError(
+            f"the spaCy pipeline {str(model)!r} tags no parts of speech: one with a tagger is needed"
+        )
 
     def nouns(caption: str) -> list[tuple[int, int]]:
         return [

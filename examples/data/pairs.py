@@ -76,7 +76,10 @@ class Clip:
 
     def request(self) -> Request:
         """The clip's caption and concepts as a request."""
-        data = {"prompt": self.caption, "concepts": [{"label": p.label, "image": str(p.image)} for p in self.pairs]}
+        data = {
+            "prompt": self.caption,
+            "concepts": [{"label": p.label, "image": str(p.image)} for p in self.pairs],
+        }
         return Request.from_data(data, Path())
 
 

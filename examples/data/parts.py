@@ -27,13 +27,18 @@ class Models:
         metavar="MODEL",
     )
     spacy: Path | None = option(
-        None, "a spaCy pipeline's folder, which tells nouns (none: words of the taxonomy)", metavar="DIR", type=Path
+        None,
+        "a spaCy pipeline's folder, which tells nouns (none: words of the taxonomy)",
+        metavar="DIR",
+        type=Path,
     )
     detector: str | None = option(
         None, "Grounding-DINO (none: what moves, named by the caption's places and motions)", metavar="MODEL"
     )
     segmenter: str | None = option(None, "SAM 2 (none: GrabCut)", metavar="MODEL")
-    clip: str | None = option(None, "CLIP, which must agree with the class (none: not asked)", metavar="MODEL")
+    clip: str | None = option(
+        None, "CLIP, which must agree with the class (none: not asked)", metavar="MODEL"
+    )
 
 
 @dataclass(frozen=True)

@@ -41,4 +41,9 @@ def pixels(box: Box, shape: tuple[int, ...]) -> tuple[int, int, int, int]:
     """A box in whole pixels of a frame [H,W,…], at least one each way: x0, y0, x1, y1."""
     height, width = shape[:2]
     x0, y0 = min(int(box[0] * width), width - 1), min(int(box[1] * height), height - 1)
-    return x0, y0, max(x0 + 1, min(width, round(box[2] * width))), max(y0 + 1, min(height, round(box[3] * height)))
+    return (
+        x0,
+        y0,
+        max(x0 + 1, min(width, round(box[2] * width))),
+        max(y0 + 1, min(height, round(box[3] * height))),
+    )

@@ -18,9 +18,7 @@ SHOWN = 200
 """Dropped things that the report for people lists; the JSON has all."""
 
 
-def build(
-    results: dict[str, dict[str, Result]], thresholds: Thresholds, parts: Parts
-) -> dict[str, Any]:
+def build(results: dict[str, dict[str, Result]], thresholds: Thresholds, parts: Parts) -> dict[str, Any]:
     """The report of a run. results: by video, by stage.
 
     A stage counts shots, and "labels" what it dropped of a shot that may go on with other concepts.
@@ -74,9 +72,13 @@ def markdown(report: dict[str, Any]) -> str:
         "| --- | --- | --- | --- | --- |",
     ]
     for stage in report["stages"]:
-        why = [", ".join(f"{n} {reason}" for reason, n in stage[key].items()) for key in ("dropped", "labels")]
+        why = [
+            ", ".join(f"{n} {reason}" for reason, n in stage[key].items()) for key in ("dropped", "labels")
+        ]
         lines.append(f"| {stage['stage']} | {stage['videos']} | {stage['kept']} | {why[0]} | {why[1]} |")
-    lines += ["", "Went without:", "", *(f"* {text}" for text in report["without"])] if report["without"] else []
+    lines += (
+        ["", "Went without:", "", *(f"* {text}" for text in report["without"])] if report["without"] else []
+    )
     if report["classes"]:
         lines += ["", "Classes: " + ", ".join(f"{n} {name}" for name, n in report["classes"].items()) + "."]
     lines += ["", "| video | stage | noun | why | value |", "| --- | --- | --- | --- | --- |"]

@@ -181,7 +181,12 @@ def _masks(work: Work, shots: Shots) -> Result:
         good = []
         for concept in shot["concepts"]:
             found, best, why = masks.choose(
-                concept, frames, segment, work.has_face, parts.agrees, thresholds,
+                concept,
+                frames,
+                segment,
+                work.has_face,
+                parts.agrees,
+                thresholds,
                 len(shot["boxed"]),
             )
             if best is None:
@@ -214,8 +219,16 @@ STAGES = (
         "boxes",
         _boxes,
         (
-            "frames", "least_frames", "box_score", "nms", "least_area", "most_area", "least_seen", "clip_rank",
-            "least_motion", "place_margin",
+            "frames",
+            "least_frames",
+            "box_score",
+            "nms",
+            "least_area",
+            "most_area",
+            "least_seen",
+            "clip_rank",
+            "least_motion",
+            "place_margin",
         ),
         ("detector", "clip"),
     ),
