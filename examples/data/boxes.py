@@ -1,4 +1,5 @@
-"""Boxes of a shot's nouns on some of its frames: found, cleaned of doubles and odd sizes, and seen often enough."""
+"""Boxes of a shot's nouns on some of its frames: found, cleaned of doubles and odd sizes, and seen often
+enough."""
 
 from __future__ import annotations
 
@@ -37,7 +38,8 @@ def choose(count: int, thresholds: Thresholds, frames: int) -> list[int]:
 
 
 def suppress(found: Sequence[Found], most: float) -> list[Found]:
-    """Non-maximum suppression: of boxes that overlap more than `most` the best alone, whatever their labels."""
+    """Non-maximum suppression: of boxes that overlap more than `most` the best alone, whatever their
+    labels."""
     kept: list[Found] = []
     for each in sorted(found, key=lambda each: -each.score):
         if all(iou(each.box, other.box) <= most for other in kept):

@@ -1,4 +1,5 @@
-"""A video's caption: what lies beside it, NAME.txt or NAME.json, or what a captioning model says of its frames."""
+"""A video's caption: what lies beside it, NAME.txt or NAME.json, or what a captioning model says of its
+frames."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""The data pipeline's command line: make ``pairs`` of a folder of videos; ``draw`` videos whose truth is known, and
-``score`` pairs of these.
+"""The data pipeline's command line: make ``pairs`` of a folder of videos; ``draw`` videos whose truth is
+known, and ``score`` pairs of these.
 
 Exit codes as for ``conceptmaster``: 0 done, 1 failed, 2 wrong input, 130 interrupted; an error is one line.
 """

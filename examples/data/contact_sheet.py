@@ -1,4 +1,5 @@
-"""A picture of what was kept: of every clip a frame with its boxes, and the concepts' pictures on a chequerboard."""
+"""A picture of what was kept: of every clip a frame with its boxes, and the concepts' pictures on a
+chequerboard."""
 
 from __future__ import annotations
 

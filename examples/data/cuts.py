@@ -25,15 +25,16 @@ def find_shots(film: Film, thresholds: Thresholds) -> tuple[list[dict[str, Any]]
     # its own least length would swallow cuts: what is too short is told below
     detector = ContentDetector(threshold=thresholds.cut_threshold, min_scene_len=1)
     cuts: list[int] = []
-    count = 0
-    for count, (number, frame) in enumerate(film.frames(0, side=SIDE), 1):
+    last = -1
+    for number, frame in film.frames(0, side=SIDE):
+        last = number
         found = detector.process_frame(
             FrameTimecode(number, film.fps), cv2.cvtColor(frame, cv2.COLOR_RGB2BGR)
         )
         cuts += [cut.frame_num for cut in found]
     if cuts and thresholds.cuts == "drop":
         return [], [{"why": "has cuts", "value": len(cuts)}]
-    ends = [0, *cuts, count]
+    ends = [0, *cuts, last + 1]
     shots, dropped = [], []
     for shot, (start, stop) in enumerate(zip(ends, ends[1:], strict=False)):
         if stop - start < shortest:

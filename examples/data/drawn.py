@@ -1,8 +1,7 @@
 """Videos whose truth is known: scenes of the sprites world, large enough for the paper's area rule.
 
-Of every video the folder has NAME.mp4 and its caption, NAME.txt; truth.jsonl has for each where every concept is,
-frame by frame. Spoiled videos are such that the pipeline must drop them.
-"""
+Of every video the folder has NAME.mp4 and its caption, NAME.txt; truth.jsonl has for each where every concept
+is, frame by frame. Spoiled videos are such that the pipeline must drop them."""
 
 from __future__ import annotations
 
@@ -42,8 +41,8 @@ RADII = {1: (12.5, 18.0), 2: (11.5, 13.5)}
 
 @dataclass(frozen=True)
 class Drawn:
-    """A video uint8 [F,H,W,3], its caption, and for every concept its noun and where it shows: x0, y0, x1, y1 in
-    shares of the frame, [F,4]."""
+    """A video uint8 [F,H,W,3], its caption, and for every concept its noun and where it shows: x0, y0, x1, y1
+    in shares of the frame, [F,4]."""
 
     frames: np.ndarray
     caption: str

@@ -1,5 +1,5 @@
-"""Whether a picture of a person shows a face, by OpenCV's cascades (Viola and Jones 2001), which are in its wheels
-below version 5."""
+"""Whether a picture of a person shows a face, by OpenCV's cascades (Viola and Jones 2001), which are in its
+wheels below version 5."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ SMALLEST = 24
 
 
 def face_finder(least: float) -> Callable[[np.ndarray], bool]:
-    """Of a picture uint8 [H,W,3], RGB: whether it shows a face whose side is at least `least` of the picture's
-    shorter one. A profile counts to either side.
+    """Of a picture uint8 [H,W,3], RGB: whether it shows a face whose side is at least `least` of the
+    picture's shorter one. A profile counts to either side.
 
     Raises: MissingDependency for an OpenCV without the cascades.
     """

@@ -59,8 +59,8 @@ def make(
 
 
 def check(videos: Path, output: Path) -> list[Path]:
-    """The videos of a folder and of those in it. Raises InputError where there is none, and for an output folder
-    that cannot be made, holds something else, or lies among the videos."""
+    """The videos of a folder and of those in it. Raises InputError where there is none, and for an output
+    folder that cannot be made, holds something else, or lies among the videos."""
     if not videos.is_dir():
         raise InputError(f"there is no folder {str(videos)!r} of videos")
     if output.resolve().is_relative_to(videos.resolve()):

@@ -1,4 +1,5 @@
-"""Masks of boxes: made, and dropped where they are too large, too small or fragmented, or show something else."""
+"""Masks of boxes: made, and dropped where they are too large, too small or fragmented, or show something
+else."""
 
 from __future__ import annotations
 
@@ -27,7 +28,8 @@ GREY = 128
 
 
 def grab_cut(moving: Moving) -> Segment:
-    """Masks without weights: GrabCut, from what moves in the box, or from the box alone where nothing does."""
+    """Masks without weights: GrabCut, from what moves in the box, or from the box alone where nothing
+    does."""
     places = {number: at for at, number in enumerate(moving.sampled.numbers)}
 
     def segment(number: int, frame: np.ndarray, box: Box) -> np.ndarray:
@@ -49,7 +51,8 @@ def grab_cut(moving: Moving) -> Segment:
 
 
 def _whole(mask: np.ndarray, box: tuple[int, int, int, int]) -> np.ndarray:
-    """A mask bool [H,W] without small holes, and without pieces that lie mostly outside of a box in pixels."""
+    """A mask bool [H,W] without small holes, and without pieces that lie mostly outside of a box in
+    pixels."""
     holes = cv2.connectedComponentsWithStats((~mask).astype(np.uint8), connectivity=4)
     small = np.flatnonzero(holes[2][:, cv2.CC_STAT_AREA] <= HOLE * mask.sum())
     mask = mask | np.isin(holes[1], small[small > 0])
@@ -89,8 +92,8 @@ def choose(
     thresholds: Thresholds,
     count: int,
 ) -> tuple[dict[int, np.ndarray], int | None, str | None]:
-    """The masks of a concept's good frames by number; the frame that shows it best; and, where too few are good,
-    why.
+    """The masks of a concept's good frames by number; the frame that shows it best; and, where too few are
+    good, why.
 
     frames: uint8 [H,W,3] by number; count: of the frames that were to have boxes. The best frame shows the
     largest mask, rather one that does not touch the frame's edge, of persons one with a face.

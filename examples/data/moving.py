@@ -1,10 +1,9 @@
 """What moves against the background, without any weights: evidence per pixel, and things with their boxes.
 
 The camera's own motion is taken out: an affine map between neighbours, fitted to the flow by RANSAC. What the
-background looks like is learned from the frames in which a pixel does not move. A pixel that differs from it is
-a thing's for sure; where the background never shows, what moves is so probably; GrabCut (Rother, Kolmogorov and
-Blake 2004) decides what is left by its colours.
-"""
+background looks like is learned from the frames in which a pixel does not move. A pixel that differs from it
+is a thing's for sure; where the background never shows, what moves is so probably; GrabCut (Rother,
+Kolmogorov and Blake 2004) decides what is left by its colours."""
 
 from __future__ import annotations
 
@@ -19,17 +18,17 @@ from .thresholds import Thresholds
 LEAST_PIXELS = 0.4
 """Flow below this is noise, in pixels of the sampled frames."""
 SAME, OTHER = 14, 36
-"""Greatest difference from the background of what is still background, and least of what is sure to be none: of
-255, in the channel that differs most."""
+"""Greatest difference from the background of what is still background, and least of what is sure to be none:
+of 255, in the channel that differs most."""
 ROUNDS = 3
 SMALLEST = 0.01
 """Least share of a frame that a thing covers: smaller ones are noise."""
 NEAR = 0.25
 """How far a thing may move between two frames with boxes, in diagonals."""
 STILL_CAMERA, SAME_LIGHT = 0.5, 6
-"""Motion of the frame's corners, in pixels, that counts as none; and the greatest change of a pixel that counts
-so, of 255: where most of a frame does not change, the camera stands still, whatever the flow makes of plain
-ground."""
+"""Motion of the frame's corners, in pixels, that counts as none; and the greatest change of a pixel that
+counts so, of 255: where most of a frame does not change, the camera stands still, whatever the flow makes of
+plain ground."""
 APART = 3
 """Sampled frames between two that are compared for motion: neighbours alone miss what turns round."""
 
@@ -61,7 +60,8 @@ class Moving:
         self._background, self._known = self._learn(moves)
 
     def evidence(self, at: int) -> np.ndarray:
-        """What GrabCut starts from in a sampled frame: cv2.GC_BGD, GC_PR_BGD, GC_PR_FGD, GC_FGD, uint8 [H,W]."""
+        """What GrabCut starts from in a sampled frame: cv2.GC_BGD, GC_PR_BGD, GC_PR_FGD, GC_FGD, uint8
+        [H,W]."""
         background = self._from_middle(self._background, at)
         known = self._from_middle(self._known.astype(np.uint8), at) > 0
         apart = np.abs(self.sampled.frames[at].astype(np.int16) - background).max(2)
@@ -137,7 +137,8 @@ class Moving:
 
     def _moves(self, at: int) -> np.ndarray:
         """Where a sampled frame moves otherwise than the camera, towards those `APART` before or behind: bool
-        [H,W]. On plain ground flow spreads beyond what moves, so it counts only between pixels that change."""
+        [H,W]. On plain ground flow spreads beyond what moves, so it counts only between pixels that
+        change."""
         moves, changes = np.zeros((2, self.height, self.width), bool)
         y, x = np.mgrid[0 : self.height, 0 : self.width]
         here = np.stack([x, y], -1).reshape(-1, 1, 2).astype(np.float32)

@@ -1,9 +1,8 @@
 """Which nouns of a caption may become concepts.
 
-With a spaCy model its tags say what is a noun; without, every word of the taxonomy counts as one. Either way a
-noun stays if it is in the taxonomy and is one thing: a plural, or two of a class, cannot be told apart by their
-label.
-"""
+With a spaCy model its tags say what is a noun; without, every word of the taxonomy counts as one. Either way
+a noun stays if it is in the taxonomy and is one thing: a plural, or two of a class, cannot be told apart by
+their label."""
 
 from __future__ import annotations
 

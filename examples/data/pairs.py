@@ -1,13 +1,13 @@
-"""What the pipeline makes: clips, each with its concepts' pictures, boxes and masks, and how they are read again.
+"""What the pipeline makes: clips, each with its concepts' pictures, boxes and masks, and how they are read
+again.
 
-    pairs.jsonl        a line a clip: {"name", "video", "frames", "clip", "fps", "size", "caption", "concepts"}
-    requests.jsonl     the same as requests, as `conceptmaster generate --requests` takes them
+    pairs.jsonl      a line a clip: {"name", "video", "frames", "clip", "fps", "size", "caption", "concepts"}
+    requests.jsonl   the same as requests, as `conceptmaster generate --requests` takes them
     clips/NAME/        clip.mp4; LABEL.png, the concept alone, with alpha; LABEL-FRAME.png, its mask, 0 or 255
 
-Of a concept a line has {"label", "class", "kind", "image", "best", "boxes", "masks"}: boxes (x0, y0, x1, y1 in
-shares of the frame) and masks by frame of the clip; its picture is cut out of the frame "best". Paths are
-relative to pairs.jsonl's folder.
-"""
+Of a concept a line has {"label", "class", "kind", "image", "best", "boxes", "masks"}: boxes (x0, y0, x1, y1
+in shares of the frame) and masks by frame of the clip; its picture is cut out of the frame "best". Paths are
+relative to pairs.jsonl's folder."""
 
 from __future__ import annotations
 
@@ -62,8 +62,8 @@ class Pair:
 
 @dataclass(frozen=True)
 class Clip:
-    """A clip with its pairs. video: the file that it is from, as it was named; frames: first and behind the last
-    one there; path: the clip's own file."""
+    """A clip with its pairs. video: the file that it is from, as it was named; frames: first and behind the
+    last one there; path: the clip's own file."""
 
     name: str
     video: str
@@ -85,10 +85,11 @@ class Clip:
 
 def read_pairs(folder: Path) -> Iterator[Clip]:
     """The clips of an output folder. Raises InputError, naming the line, for what is no such folder."""
-    path = folder / PAIRS
+    path, number = folder / PAIRS, 0
     try:
         with open_plain(path) as file:
-            for number, line in enumerate(iter(lambda: file.readline(LONGEST_LINE), b""), 1):
+            for line in iter(lambda: file.readline(LONGEST_LINE), b""):
+                number += 1
                 try:
                     yield _clip(parse_json(line), folder)
                 except (KeyError, TypeError, AttributeError) as error:
@@ -173,8 +174,9 @@ def write_clip(output: Path, video: str, film: Film, stages: Path, shot: dict[st
 
 
 def cut_out(frame: np.ndarray, mask: np.ndarray, box: Box) -> np.ndarray:
-    """A concept alone: what a box, and a little room, shows of a frame uint8 [H,W,3], with the mask bool [H,W] as
-    alpha, its edge softened inwards; uint8 [h,w,4]. What is transparent has the colour of nothing."""
+    """A concept alone: what a box, and a little room, shows of a frame uint8 [H,W,3], with the mask bool
+    [H,W] as alpha, its edge softened inwards; uint8 [h,w,4]. What is transparent has the colour of
+    nothing."""
     inside = cv2.erode(mask.astype(np.uint8), np.ones((3, 3)), borderType=cv2.BORDER_REPLICATE)
     alpha = np.minimum(cv2.GaussianBlur(inside * 255.0, (0, 0), SOFT), mask * 255.0)
     room = (box[0] - ROOM, box[1] - ROOM, box[2] + ROOM, box[3] + ROOM)

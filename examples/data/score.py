@@ -20,12 +20,11 @@ LARGEST = 2**28
 
 
 def score(videos: Path, pairs: Path) -> dict[str, Any]:
-    """How many of the kept pairs are right: of all concepts in their video the boxes fit that best (mean IoU over
-    the frames that have boxes) whose noun it is, with a mean IoU of at least `LEAST_IOU`.
+    """How many of the kept pairs are right: of all concepts in their video the boxes fit that best (mean IoU
+    over the frames that have boxes) whose noun it is, with a mean IoU of at least `LEAST_IOU`.
 
-    Returns: videos and concepts that there are, pairs, right, share, wrong (which), and of the right nouns the
-    mean and the least mean IoU. Raises InputError for a folder without truth, or without pairs.
-    """
+    Returns: videos and concepts that there are, pairs, right, share, wrong (which), and of the right nouns
+    the mean and the least mean IoU. Raises InputError for a folder without truth, or without pairs."""
     path = videos / TRUTH
     try:
         lines = [parse_json(line) for line in read_plain(path, LARGEST).splitlines()]

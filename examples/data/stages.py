@@ -1,5 +1,5 @@
-"""What is done with a video, stage by stage. A stage's result is a file, so that what was done once is not done
-again: its name is the stage's, its key a hash of all that it depends on."""
+"""What is done with a video, stage by stage. A stage's result is a file, so that what was done once is not
+done again: its name is the stage's, its key a hash of all that it depends on."""
 
 from __future__ import annotations
 
@@ -87,13 +87,14 @@ class Work:
 
 
 Result = tuple[Shots, list[dict[str, Any]]]
-"""The shots that go on, with what was found of them, and what was dropped: {"shot", "label", "why", "value"}."""
+"""The shots that go on, with what was found of them, and what was dropped: {"shot", "label", "why",
+"value"}."""
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A step. reads: the thresholds that it depends on; parts: the learned parts; more: what else; files: what
-    lies beside its result, without which it is none."""
+    """A step. reads: the thresholds that it depends on; parts: the learned parts; more: what else; files:
+    what lies beside its result, without which it is none."""
 
     name: str
     do: Callable[[Work, Shots], Result]

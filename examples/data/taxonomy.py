@@ -19,8 +19,8 @@ LARGEST = 2**20  # bytes
 
 @dataclass(frozen=True)
 class Mention:
-    """A place of a caption that names a class: characters start..end, as it is written ("kitten"), and whether
-    it is a plural."""
+    """A place of a caption that names a class: characters start..end, as it is written ("kitten"), and
+    whether it is a plural."""
 
     start: int
     end: int
@@ -32,8 +32,8 @@ class Mention:
 
 @dataclass(frozen=True)
 class Taxonomy:
-    """Classes by name, each with its kind, and for every word of one, in lower case: the class, and whether it
-    is a plural."""
+    """Classes by name, each with its kind, and for every word of one, in lower case: the class, and whether
+    it is a plural."""
 
     kinds: dict[str, str]
     words: dict[str, tuple[str, bool]]

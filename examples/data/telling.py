@@ -1,10 +1,9 @@
-"""Which moving thing is which noun, by what the caption tells of place and motion: how names are found without
-weights, which recognise nothing.
+"""Which moving thing is which noun, by what the caption tells of place and motion: how names are found
+without weights, which recognise nothing.
 
-Of a noun's clause, from it to the next noun, is read "on the left", "at the top right", "in the middle", and "moves
-left", "flies up", "stays still". One noun and one thing belong together unless the caption contradicts. Of
-several, those that fit clearly better than in any other assignment.
-"""
+Of a noun's clause, from it to the next noun, is read "on the left", "at the top right", "in the middle", and
+"moves left", "flies up", "stays still". One noun and one thing belong together unless the caption
+contradicts. Of several, those that fit clearly better than in any other assignment."""
 
 from __future__ import annotations
 
@@ -65,8 +64,8 @@ def told(caption: str, noun: Noun, nouns: list[Noun]) -> Told:
 
 
 def cost(of: Told, first: np.ndarray, last: np.ndarray) -> float:
-    """How badly a thing fits what is told, whose middles in its first and last frame are these, in shares of the
-    frame: 0 fits, or nothing is told."""
+    """How badly a thing fits what is told, whose middles in its first and last frame are these, in shares of
+    the frame: 0 fits, or nothing is told."""
     apart = [abs(at - told) for at, told in zip(first, (of.across, of.down), strict=True) if told is not None]
     total = float(max(apart, default=0.0))
     if of.way is not None:

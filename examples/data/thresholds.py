@@ -1,4 +1,5 @@
-"""Every number by which the pipeline keeps or drops, with whose it is: the paper's (arXiv 2501.04698) or ours.
+"""Every number by which the pipeline keeps or drops, with whose it is: the paper's (arXiv 2501.04698) or
+ours.
 
 The paper names the steps and few numbers; what it leaves open is ours.
 """

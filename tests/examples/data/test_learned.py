@@ -64,14 +64,29 @@ def make_detector(folder: Path) -> None:
     small: dict[str, Any] = {"num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
     text = BertConfig(vocab_size=len(WORDS), hidden_size=32, max_position_embeddings=64, **small)
     backbone = SwinConfig(
-        image_size=32, patch_size=4, embed_dim=8, depths=[1] * 4, num_heads=[1] * 4, window_size=4,
+        image_size=32,
+        patch_size=4,
+        embed_dim=8,
+        depths=[1] * 4,
+        num_heads=[1] * 4,
+        window_size=4,
         out_features=["stage2", "stage3", "stage4"],
-    )  # fmt: skip
+    )
     config = GroundingDinoConfig(
-        backbone_config=backbone, text_config=text, d_model=32, encoder_layers=1, decoder_layers=2,
-        encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=32, decoder_ffn_dim=32,
-        num_queries=20, num_feature_levels=4, max_text_len=64, fusion_droppath=0.0,
-    )  # fmt: skip
+        backbone_config=backbone,
+        text_config=text,
+        d_model=32,
+        encoder_layers=1,
+        decoder_layers=2,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=32,
+        decoder_ffn_dim=32,
+        num_queries=20,
+        num_feature_levels=4,
+        max_text_len=64,
+        fusion_droppath=0.0,
+    )
     GroundingDinoForObjectDetection(config).save_pretrained(folder)
     Processor(size={"shortest_edge": 64, "longest_edge": 96}).save_pretrained(folder)
     save_tokenizer(folder)
@@ -93,14 +108,22 @@ def make_segmenter(folder: Path) -> None:
     from transformers import Sam2Config, Sam2HieraDetConfig, Sam2Model, Sam2VisionConfig
 
     backbone = Sam2HieraDetConfig(
-        hidden_size=8, num_attention_heads=1, image_size=[64, 64], blocks_per_stage=[1] * 4,
-        embed_dim_per_stage=[8, 16, 32, 64], num_attention_heads_per_stage=[1] * 4, window_size_per_stage=[4] * 4,
-        global_attention_blocks=[], window_positional_embedding_background_size=[4, 4],
-    )  # fmt: skip
+        hidden_size=8,
+        num_attention_heads=1,
+        image_size=[64, 64],
+        blocks_per_stage=[1] * 4,
+        embed_dim_per_stage=[8, 16, 32, 64],
+        num_attention_heads_per_stage=[1] * 4,
+        window_size_per_stage=[4] * 4,
+        global_attention_blocks=[],
+        window_positional_embedding_background_size=[4, 4],
+    )
     vision = Sam2VisionConfig(
-        backbone_config=backbone, backbone_channel_list=[64, 32, 16, 8], fpn_hidden_size=32,
+        backbone_config=backbone,
+        backbone_channel_list=[64, 32, 16, 8],
+        fpn_hidden_size=32,
         backbone_feature_sizes=[[16, 16], [8, 8], [4, 4]],
-    )  # fmt: skip
+    )
     prompts = {"hidden_size": 32, "image_size": 64, "patch_size": 16, "mask_input_channels": 4}
     decoder = {
         "hidden_size": 32,
@@ -125,9 +148,14 @@ def make_blip(folder: Path) -> None:
         "projection_dim": 16,
     }
     text = small | {
-        "vocab_size": len(WORDS), "encoder_hidden_size": 32, "max_position_embeddings": 128, "bos_token_id": IDS["[CLS]"],
-        "pad_token_id": 0, "eos_token_id": IDS["[SEP]"], "sep_token_id": IDS["[SEP]"],
-    }  # fmt: skip
+        "vocab_size": len(WORDS),
+        "encoder_hidden_size": 32,
+        "max_position_embeddings": 128,
+        "bos_token_id": IDS["[CLS]"],
+        "pad_token_id": 0,
+        "eos_token_id": IDS["[SEP]"],
+        "sep_token_id": IDS["[SEP]"],
+    }
     vision = small | {"image_size": 32, "patch_size": 8}
     config = BlipConfig(text_config=text, vision_config=vision, projection_dim=16, image_text_hidden_size=16)
     BlipForConditionalGeneration(config).save_pretrained(folder)
@@ -140,15 +168,28 @@ def make_qwen(folder: Path) -> None:
     from transformers import Qwen2VLImageProcessorPil as Processor
 
     text = {
-        "vocab_size": len(IDS), "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1,
-        "num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 512,
-        "bos_token_id": IDS["<|im_start|>"], "eos_token_id": IDS["<|im_end|>"], "pad_token_id": 0,
+        "vocab_size": len(IDS),
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "bos_token_id": IDS["<|im_start|>"],
+        "eos_token_id": IDS["<|im_end|>"],
+        "pad_token_id": 0,
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]},
-    }  # fmt: skip
+    }
     vision = {
-        "depth": 1, "embed_dim": 32, "hidden_size": 32, "num_heads": 2, "mlp_ratio": 1, "patch_size": 4,
-        "spatial_merge_size": 2, "temporal_patch_size": 2,
-    }  # fmt: skip
+        "depth": 1,
+        "embed_dim": 32,
+        "hidden_size": 32,
+        "num_heads": 2,
+        "mlp_ratio": 1,
+        "patch_size": 4,
+        "spatial_merge_size": 2,
+        "temporal_patch_size": 2,
+    }
     names = {"image_token_id": "<|image_pad|>", "video_token_id": "<|video_pad|>"}
     names |= {"vision_start_token_id": "<|vision_start|>", "vision_end_token_id": "<|vision_end|>"}
     ids = {name: IDS[word] for name, word in names.items()}
@@ -261,7 +302,8 @@ def test_a_model_of_the_wrong_kind_is_named_before_any_work(
 
 
 def test_a_run_with_all_of_them(places: dict[str, str], tmp_path: Path) -> None:
-    """Random models know nothing: with every rule off, what they say reaches the report, and nothing fails."""
+    """Random models know nothing: with every rule off, what they say reaches the report, and nothing
+    fails."""
     videos, output = tmp_path / "videos", tmp_path / "pairs"
     write_drawn(videos, 10, 12)
     (videos / "1.txt").unlink()

@@ -110,8 +110,13 @@ def test_what_was_done_is_not_done_again(videos: Path, made: Path, monkeypatch: 
     assert run(videos, made) == 0
     after = times(made)
     assert {name for name in after if after[name] != before[name]} <= {
-        "pairs.jsonl", "requests.jsonl", "report.json", "report.md", "sheet.png", "made-by-conceptmaster.json",
-    }  # fmt: skip
+        "pairs.jsonl",
+        "requests.jsonl",
+        "report.json",
+        "report.md",
+        "sheet.png",
+        "made-by-conceptmaster.json",
+    }
 
 
 def test_a_changed_threshold_does_anew_what_depends_on_it(videos: Path, tmp_path: Path) -> None:
