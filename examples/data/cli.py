@@ -28,8 +28,8 @@ def _add_pairs(parser: argparse.ArgumentParser) -> None:
     from .thresholds import Thresholds
 
     parser.description = (
-        "Makes pairs of pictures and videos; goes on where the same command was interrupted. A changed threshold "
-        "does anew what depends on it."
+        "Makes pairs of pictures and videos; goes on where the same command was interrupted. A changed "
+        "threshold does anew what depends on it."
     )
     parser.add_argument("--videos", type=Path, required=True, metavar="DIR", help="the videos' folder")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="where the pairs go")
@@ -56,9 +56,8 @@ def _pairs(args: argparse.Namespace) -> int:
     check(args.videos, args.output)
     parts = open_parts(models, thresholds, list(taxonomy.kinds), args.device)
     report = make(args.videos, args.output, thresholds, taxonomy, parts, shown(args.quiet))
-    print(
-        f"{report['pairs']} pairs in {report['clips']} clips of {report['videos']} videos: {args.output}/report.md"
-    )
+    counts = f"{report['pairs']} pairs in {report['clips']} clips of {report['videos']} videos"
+    print(f"{counts}: {args.output / 'report.md'}")
     for text in report["without"]:
         print(f"without {text}")
     if args.json:

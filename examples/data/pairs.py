@@ -3,7 +3,7 @@ again.
 
     pairs.jsonl      a line a clip: {"name", "video", "frames", "clip", "fps", "size", "caption", "concepts"}
     requests.jsonl   the same as requests, as `conceptmaster generate --requests` takes them
-    clips/NAME/        clip.mp4; LABEL.png, the concept alone, with alpha; LABEL-FRAME.png, its mask, 0 or 255
+    clips/NAME/      clip.mp4; LABEL.png, the concept alone, with alpha; LABEL-FRAME.png, its mask, 0 or 255
 
 Of a concept a line has {"label", "class", "kind", "image", "best", "boxes", "masks"}: boxes (x0, y0, x1, y1
 in shares of the frame) and masks by frame of the clip; its picture is cut out of the frame "best". Paths are

@@ -23,7 +23,8 @@ class Models:
 
     captioner: str | None = option(
         None,
-        f"BLIP, Qwen2-VL or Qwen2.5-VL for videos without a caption beside them: {PLACE} (none: these are dropped)",
+        f"BLIP, Qwen2-VL or Qwen2.5-VL for videos without a caption beside them: {PLACE} "
+        "(none: these are dropped)",
         metavar="MODEL",
     )
     spacy: Path | None = option(

@@ -67,7 +67,7 @@ def line(found: dict[str, Any]) -> str:
     """What `score` found, for people, and as JSON in the last line."""
     share = "none" if found["share"] is None else f"{100 * found['share']:.1f} %"
     text = (
-        f"{found['pairs']} pairs of {found['videos']} videos with {found['concepts']} concepts: {found['right']} "
-        f"right ({share}); mean IoU {found['mean_iou']}, least {found['least_iou']}"
+        f"{found['pairs']} pairs of {found['videos']} videos with {found['concepts']} concepts: "
+        f"{found['right']} right ({share}); mean IoU {found['mean_iou']}, least {found['least_iou']}"
     )
     return f"{text}\n{json.dumps(found)}"

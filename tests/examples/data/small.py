@@ -30,15 +30,15 @@ def disc(frames: int = 20, pan: float = 0.0, seed: int = 0) -> tuple[np.ndarray,
     import cv2
 
     rng = np.random.default_rng(seed)
-    ground = cv2.GaussianBlur(rng.integers(0, 256, (96, 400, 3), np.uint8), (0, 0), 2).astype(np.float32)
-    ground = ((ground - ground.mean()) * 4 + 110).clip(0, 255).astype(np.uint8)
+    ground = cv2.GaussianBlur(rng.integers(0, 256, (96, 400), np.uint8), (0, 0), 2).astype(np.float32)
+    ground = ((ground - ground.mean()) * 4 + 110).clip(0, 255).astype(np.uint8)[..., None].repeat(3, 2)
     y, x = np.mgrid[0:96, 0:128]
     video, masks = [], []
     for n in range(frames):
         left = round(60 + pan * n)
         mask = np.hypot(x - (30 + 3 * n), y - 48) < 20
         frame = ground[:, left : left + 128].copy()
-        frame[mask] = (230, 40 + 2 * (y[mask] % 30).mean(), 60)
+        frame[mask] = (230, 70, 60)
         frame[np.hypot(x - (30 + 3 * n), y - 40) < 6] = (250, 240, 250)
         video.append(frame)
         masks.append(mask)

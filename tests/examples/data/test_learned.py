@@ -88,7 +88,7 @@ def make_detector(folder: Path) -> None:
         fusion_droppath=0.0,
     )
     GroundingDinoForObjectDetection(config).save_pretrained(folder)
-    Processor(size={"shortest_edge": 64, "longest_edge": 96}).save_pretrained(folder)
+    Processor(size={"shortest_edge": 96, "longest_edge": 128}).save_pretrained(folder)
     save_tokenizer(folder)
 
 
