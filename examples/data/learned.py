@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from conceptmaster.engine.checkpoints.pretrained import Pretrained, check_kind, open_pretrained
+from conceptmaster.errors import InputError
 
 from .boxes import Agrees, Detect, Found
 from .captions import Captioner
@@ -36,6 +37,14 @@ TEMPLATE = "a photo of a {}"
 """What CLIP reads of a class: Radford et al. 2021's."""
 MEAN, SPREAD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 """Of ImageNet's colours: how SAM 2 sees them."""
+
+
+def check_device(device: str) -> None:
+    """Raises InputError for a device that is not there."""
+    if not re.fullmatch(r"cpu|cuda(:\d{1,3})?", device, re.ASCII):
+        raise InputError(f"--device must be cpu, cuda or cuda:N, not {device!r:.40}")
+    if device != "cpu" and int(device.partition(":")[2] or 0) >= torch.cuda.device_count():
+        raise InputError(f"--device {device}: this machine, or this build of PyTorch, has no such GPU")
 
 
 def check(name: str, place: str) -> None:

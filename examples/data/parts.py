@@ -80,6 +80,7 @@ def open_parts(models: Models, thresholds: Thresholds, classes: list[str], devic
     if any(given.values()):
         from . import learned  # PyTorch and transformers, which a run without weights does not need
 
+        learned.check_device(device)
         for name, place in given.items():
             if place is not None:
                 learned.check(name, place)  # all of them, before any is read

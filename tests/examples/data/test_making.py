@@ -170,7 +170,7 @@ def test_a_caption_that_changes_counts(tmp_path: Path) -> None:
     (videos / "0.json").write_text('{"caption": "a mushroom jumps"}')
     assert run(videos, output) == 0
     (clip,) = read_pairs(output)
-    assert [(pair.label, pair.kind) for pair in clip.pairs] == [("mushroom", "stuffs")]
+    assert [(pair.label, pair.kind) for pair in clip.pairs] == [("mushroom", "livings")]
     for text, why in (('{"text": 1}', "0.json holds no caption"), ('"a meadow"', "no noun of the taxonomy")):
         (videos / "0.json").write_text(text)
         assert run(videos, output) == 0
@@ -198,6 +198,8 @@ def test_a_caption_that_changes_counts(tmp_path: Path) -> None:
         (["--videos", "videos", "--output", "o", "--taxonomy", "gone"], "cannot read the taxonomy 'gone'"),
         (["--videos", "videos", "--output", "o", "--spacy", "empty"], "'empty' is no spaCy pipeline"),
         (["--videos", "videos", "--output", "o", "--clip", "empty"], "empty has no config.json"),
+        (["--videos", "videos", "--output", "o", "--clip", "x", "--device", "tpu"], "cpu, cuda or cuda:N"),
+        (["--videos", "videos", "--output", "o", "--clip", "x", "--device", "cuda:99"], "has no such GPU"),
     ],
 )
 def test_wrong_input_is_one_line(
