@@ -56,16 +56,12 @@ def scene_of(seed: int) -> Scene:
     scene = random_scene(seed, held_out=False, concepts=1 + seed % 2, same_noun=False)
     low, high = RADII[len(scene.actors)]
     while True:
-        actors = [
-            replace(
-                actor,
-                radius=float(rng.uniform(low, high)),
-                cell=(cell := list(PLACES)[rng.integers(len(PLACES))]),
-                start=tuple(SIZE / 2 + (at - 1) * 18 + rng.uniform(-1.5, 1.5) for at in cell),
-                motion=MOTIONS[rng.integers(len(MOTIONS))],
-            )
-            for actor in scene.actors
-        ]
+        actors = []
+        for actor in scene.actors:
+            radius, cell = float(rng.uniform(low, high)), list(PLACES)[rng.integers(len(PLACES))]
+            x, y = (SIZE / 2 + (at - 1) * 18 + float(rng.uniform(-1.5, 1.5)) for at in cell)
+            motion = MOTIONS[rng.integers(len(MOTIONS))]
+            actors.append(replace(actor, radius=radius, cell=cell, start=(x, y), motion=motion))
         if all(_inside(actor) for actor in actors) and _apart(actors) and _moves(actors):
             caption = tell(rng, actors, scene.background, plainly=True)
             return replace(scene, actors=tuple(actors), caption=caption)

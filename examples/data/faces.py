@@ -24,7 +24,8 @@ def face_finder(least: float) -> Callable[[np.ndarray], bool]:
 
     Raises: MissingDependency for an OpenCV without the cascades.
     """
-    paths = [Path(cv2.data.haarcascades) / name for name in CASCADES]
+    folder = Path(cv2.data.haarcascades)  # type: ignore[attr-defined]  # its stubs lack it
+    paths = [folder / name for name in CASCADES]
     if not hasattr(cv2, "CascadeClassifier") or not all(path.is_file() for path in paths):
         raise MissingDependency(f"this OpenCV ({cv2.__version__}) has no faces: {how_to_install('data')}")
     frontal, profile = (cv2.CascadeClassifier(str(path)) for path in paths)

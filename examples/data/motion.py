@@ -31,7 +31,7 @@ class Sampled:
         self.numbers, frames = zip(*every, strict=True)
         self.frames = np.stack(frames)
         self.grey = np.stack([cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY) for frame in frames])
-        self._dis = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
+        self._dis = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
 
     @property
     def diagonal(self) -> float:

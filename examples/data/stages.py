@@ -151,7 +151,7 @@ def _boxes(work: Work, shots: Shots) -> Result:
     thresholds, parts = work.run.thresholds, work.run.parts
     kept, dropped = [], []
     for shot in shots:
-        sampled, start, stop = work.sampled(shot), *shot["frames"]
+        sampled, (start, stop) = work.sampled(shot), shot["frames"]
         chosen = boxes.choose(len(sampled.numbers), thresholds, stop - start)
         numbers = [sampled.numbers[at] for at in chosen]
         named = [
