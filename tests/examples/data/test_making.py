@@ -259,5 +259,5 @@ def test_real_videos(tmp_path: Path) -> None:
     assert ("bikes.mp4", "has cuts") in {(each["video"], each["why"]) for each in report["dropped"]}
     found = {clip.video: clip.pairs for clip in read_pairs(output)}
     assert [pair.label for pair in found["bigbuckbunny.mp4"]] == ["rabbit"]
-    x0, y0, x1, y1 = found["bigbuckbunny.mp4"][0].boxes[found["bigbuckbunny.mp4"][0].best]
-    assert 0.1 < x0 < 0.4 < x1 < 0.65 and y0 < 0.3 and y1 > 0.75  # where it stands: see the sheet
+    for x0, y0, x1, y1 in found["bigbuckbunny.mp4"][0].boxes.values():
+        assert x0 < 0.25 and 0.4 < x1 < 0.6 and y0 < 0.2 and y1 > 0.4  # its upper half, which moves, at least
