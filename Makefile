@@ -97,7 +97,7 @@ $(VENV)/.torch: $(VENV)/.created
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.torch setup.py pyproject.toml
-	@echo "installing conceptmaster[export,train,serve,ray,data,nouns,dev] into $(VENV)"
-	@$(PIP) install -e '.[export,train,serve,ray,data,nouns,dev]'
+	@echo "installing conceptmaster[export,train,serve,ray,data,nouns,mc-bench,dev] into $(VENV)"
+	@$(PIP) install -e '.[export,train,serve,ray,data,nouns,mc-bench,dev]'
 	@mkdir -p $(VENV)/mypy && ln -sfn '$(CURDIR)' $(VENV)/mypy/conceptmaster  # see [tool.mypy] in pyproject.toml
 	@touch $@

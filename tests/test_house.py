@@ -75,8 +75,9 @@ IMPORT_NAMES = {
     "pytest-benchmark": {"pytest_benchmark"},
     "onnxruntime-gpu": {"onnxruntime"},
     "cuda-python": {"cuda"},
-    "nvidia-cudnn-frontend": {"cudnn"},
     "opencv-python-headless": {"cv2"},
+    "scikit-video": {"skvideo"},
+    "nvidia-cudnn-frontend": {"cudnn"},
     "scenedetect-headless": {"scenedetect"},
 }
 

@@ -93,11 +93,17 @@ def open_pretrained(
         are missing or do not fit; MissingDependency without transformers.
     """
     kind = check_kind(place, kinds, revision)
-    folder = _folder(place, revision, [CONFIG, *BESIDE, WEIGHTS, "model-*.safetensors", INDEX])
-    names = _weights(folder, place)
+    folder, names = _files(place, revision)
     model = _loaded(folder, str(place), kind, kinds[kind], dtype)
-    files = sha256_files(folder, [CONFIG, *names])
-    return Pretrained(str(place), folder, kind, model.to(device), files)
+    return Pretrained(str(place), folder, kind, model.to(device), sha256_files(folder, names))
+
+
+def hashes_of(place: str | Path, kinds: Mapping[str, str], revision: str | None = None) -> dict[str, str]:
+    """SHA-256 by file of a model's configuration and weights, which are not opened: whether it is the same
+    one as before. Raises: as `open_pretrained`."""
+    check_kind(place, kinds, revision)
+    folder, names = _files(place, revision)
+    return sha256_files(folder, names)
 
 
 def check_kind(place: str | Path, kinds: Mapping[str, str], revision: str | None = None) -> str:
@@ -128,6 +134,12 @@ def _folder(place: str | Path, revision: str | None, wanted: list[str]) -> Path:
     if not HUB_ID.fullmatch(str(place)):
         raise WeightsError(f"no folder at {str(place)!r:.200}, and no OWNER/NAME of the Hugging Face Hub")
     return snapshot(str(place), revision, wanted)
+
+
+def _files(place: str | Path, revision: str | None) -> tuple[Path, list[str]]:
+    """A model's folder, fetched if need be, and its configuration and weights there."""
+    folder = _folder(place, revision, [*BESIDE, WEIGHTS, "model-*.safetensors"])
+    return folder, [CONFIG, *_weights(folder, place)]
 
 
 def _kind(folder: Path, place: str | Path) -> str:

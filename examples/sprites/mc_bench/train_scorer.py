@@ -27,7 +27,7 @@ from ..world.scene_arrays import arrays_of
 from ..world.scenes import BACKGROUNDS, FRAMES, MOTIONS, NOUNS, ORDINALS, SIZE, random_scene
 from .scorer import SIDE, Scorer, numbers_of, shrunk
 
-POOL = 6144
+POOL = 3072
 """Scenes in the pool, one frame each."""
 FIRST = 50_000_000
 """Seed of the pool's first scene."""
