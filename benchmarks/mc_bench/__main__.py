@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from conceptmaster.runtime.commands import Command, in_module, run_program
 
 DESCRIPTION = """\
-MC-Bench: six scenarios of two or three concepts, nine measures. `samples` writes the set as request lines, `conceptmaster
-generate --requests` or any other system makes the videos, `score` measures them. No weights ship: CLIP, DINOv2, OWLv2,
-CLIPSeg and SAM 2 are given by folder or by their name in the Hugging Face Hub; what needs none runs without.
+MC-Bench: six scenarios of two or three concepts, nine measures. `samples` writes the set as request lines,
+`conceptmaster generate --requests` or any other system makes the videos, `score` measures them. No weights
+ship: CLIP, DINOv2, OWLv2, CLIPSeg and SAM 2 are given by folder or by their name in the Hugging Face Hub;
+what needs none runs without.
 """
 
 

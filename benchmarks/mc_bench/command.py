@@ -16,14 +16,14 @@ if TYPE_CHECKING:
     from .measures import Part
 
 SAMPLES = """\
-Makes the set from a folder of pictures: persons/LABEL/*.png, livings/LABEL/*.png, stuffs/LABEL/*.png, where a folder's
-name is the label ("young man"); or pictures right below persons/ and so on, whose own names are ("dog.png"). The labels of
-a sample differ. The same pictures and seed give the same samples.
+Makes the set from a folder of pictures: persons/LABEL/*.png, livings/LABEL/*.png, stuffs/LABEL/*.png, where a
+folder's name is the label ("young man"); or pictures right below persons/ and so on, whose own names are
+("dog.png"). The labels of a sample differ. The same pictures and seed give the same samples.
 """
 SCORE = """\
-Scores NAME.mp4 (or .webm, .mov, .mkv, .avi, .gif) of every request line. Motion and naturalness need no weights; the rest
-is measured where the models for it are given. What is kept in OUTPUT/samples is not computed again: an interrupted run
-goes on with the same command.
+Scores NAME.mp4 (or .webm, .mov, .mkv, .avi, .gif) of every request line. Motion and naturalness need no
+weights; the rest is measured where the models for it are given. What is kept in OUTPUT/samples is not
+computed again: an interrupted run goes on with the same command.
 """
 SHEET_BY = ("DINO-I", "decoupling DINO-I", "CLIP-I", "decoupling CLIP-I", "CLIP-cap", "motion smoothness")
 """By which measure the sheets are, the first that there is."""
@@ -41,7 +41,9 @@ def add_samples_arguments(parser: argparse.ArgumentParser) -> None:
         "--scenario", action="append", choices=names, metavar="NAME", help=f"only some of {', '.join(names)}"
     )
     parser.add_argument("--each", type=int, metavar="N", help="so many samples of each scenario (40 or 30)")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the choice, and of the noise (0)")
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="of the choice, and of the noise (0)"
+    )
 
 
 def run_samples(args: argparse.Namespace) -> int:
@@ -69,15 +71,23 @@ def add_score_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = SCORE
     parser.add_argument("--requests", required=True, metavar="FILE.jsonl", help="the request lines")
     parser.add_argument("--videos", required=True, metavar="DIR", help="has NAME.mp4 of every line")
-    parser.add_argument("--output", required=True, metavar="DIR", help="gets report, table, sheets, what is kept")
+    parser.add_argument(
+        "--output", required=True, metavar="DIR", help="gets report, table, sheets, what is kept"
+    )
     place = {"metavar": "PLACE"}
     parser.add_argument("--clip", **place, help="CLIP: a folder, or its name in the Hub")
     parser.add_argument("--dino", **place, help="DINOv2")
     parser.add_argument("--owlv2", **place, help="OWLv2: regions are boxes, the measures version 1's")
     parser.add_argument("--clipseg", **place, help="CLIPSeg: regions are masks, the measures version 2's")
-    parser.add_argument("--sam2", **place, help="SAM 2, with --owlv2: masks in its boxes, version 2's measures too")
-    parser.add_argument("--aesthetic", metavar="FILE", help="LAION's linear head, safetensors; with --clip ViT-L/14")
-    parser.add_argument("--frames", type=int, default=16, metavar="N", help="of a video for them, 0 for all (16)")
+    parser.add_argument(
+        "--sam2", **place, help="SAM 2, with --owlv2: masks in its boxes, version 2's measures too"
+    )
+    parser.add_argument(
+        "--aesthetic", metavar="FILE", help="LAION's linear head, safetensors; with --clip ViT-L/14"
+    )
+    parser.add_argument(
+        "--frames", type=int, default=16, metavar="N", help="of a video for them, 0 for all (16)"
+    )
     parser.add_argument("--device", default="cpu", metavar="NAME", help="cpu or cuda")
     parser.add_argument("--sheet-by", metavar="MEASURE", help="of the sheets of best and worst")
     parser.add_argument("--quiet", action="store_true", help="no progress bar, no table")
@@ -170,7 +180,9 @@ def _models(args: argparse.Namespace) -> tuple[dict[str, Any], list[Part]]:
 
             head, seen = read_head(Path(args.aesthetic)), names
             told["aesthetic"] = {"place": args.aesthetic, "files": {"head": sha256_file(args.aesthetic)}}
-            parts.append(Beauty(functools.cache(lambda: Aesthetic(seen(), *head)), about("clip", "aesthetic")))
+            parts.append(
+                Beauty(functools.cache(lambda: Aesthetic(seen(), *head)), about("clip", "aesthetic"))
+            )
     if args.dino:
         dino = lazily("dino", DINO)
         looks = functools.cache(lambda: Dino(dino()))

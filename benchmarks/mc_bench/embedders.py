@@ -91,8 +91,8 @@ class Aesthetic:
         seen = self.looks.pictures(pictures)
         if seen.shape[1] != len(self.weight):
             raise WeightsError(
-                f"the aesthetic head reads {len(self.weight)} numbers, this CLIP gives {seen.shape[1]}: LAION's is "
-                "for ViT-L/14"
+                f"the aesthetic head reads {len(self.weight)} numbers, this CLIP gives {seen.shape[1]}: "
+                "LAION's is for ViT-L/14"
             )
         return seen @ self.weight + self.bias
 
@@ -106,9 +106,9 @@ def read_head(path: Path) -> tuple[np.ndarray, float]:
     except FileNotFoundError as error:
         raise WeightsError(str(error)) from None
     if set(tensors) != {"weight", "bias"} or tensors["weight"].ndim != 2 or len(tensors["weight"]) != 1:
+        has = ", ".join(f"{name} {list(value.shape)}" for name, value in list(tensors.items())[:4])
         raise WeightsError(
-            f"{path} is no aesthetic head: it must hold weight [1,D] and bias [1], and has "
-            f"{', '.join(f'{name} {list(value.shape)}' for name, value in list(tensors.items())[:4]) or 'nothing'}"
+            f"{path} is no aesthetic head: it must hold weight [1,D] and bias [1], and has {has or 'nothing'}"
         )
     return tensors["weight"][0].float().numpy(), float(tensors["bias"].reshape(-1)[0])
 

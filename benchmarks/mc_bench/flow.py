@@ -1,7 +1,7 @@
 """How much and how smoothly a video moves, by OpenCV's flow: no weights are needed.
 
-Where VBench (arXiv 2311.17982) uses RAFT and AMT-S, here it is DIS (Kroeger et al., arXiv 1603.03590): numbers are
-comparable with each other, not with VBench's. The rules are VBench's.
+Where VBench (arXiv 2311.17982) uses RAFT and AMT-S, here it is DIS (Kroeger et al., arXiv 1603.03590):
+numbers are comparable with each other, not with VBench's. The rules are VBench's.
 """
 
 from __future__ import annotations
@@ -98,8 +98,8 @@ def farneback(frames: np.ndarray) -> float:
     """OpenS2V-Eval's motion: Farneback's flow, reduced to 16 columns, its mean over time, then over all,
     without its sign.
 
-    frames: uint8 [F,H,W,3], two or more. Parameters and the swapped colours are theirs (`get_motionscore.py`).
-    Motions in opposite directions cancel out.
+    frames: uint8 [F,H,W,3], two or more. Parameters and the swapped colours are theirs
+    (`get_motionscore.py`). Motions in opposite directions cancel out.
     """
     cv2 = opencv()
     grey = [cv2.cvtColor(frame, cv2.COLOR_BGR2GRAY) for frame in frames]

@@ -7,11 +7,12 @@
 | decoupling CLIP-T, CLIP-tag | 100 · cosine of each concept's region and its label |
 | decoupling CLIP-I, CLIP-I | cosine of each concept's region and its picture, by CLIP |
 | decoupling DINO-I, DINO-I | the same by DINOv2 |
-| CLIP-tag_dis | 100 · cosine of each concept's region and the *other* concepts' labels, lower is better; the paper has no formula: ours |
+| CLIP-tag_dis | 100 · cosine of each concept's region and the *other* concepts' labels: ours |
 
-Names that begin with fidelity and decoupling are of the paper's version 1 (regions are boxes), the others of version 2
-(regions are masks). Where a concept is not found in a frame its cosine counts as 0 (ours: leaving it out would reward
-models that draw only what they can); for CLIP-tag_dis, where 0 would be a reward, that frame is left out.
+Names that begin with fidelity and decoupling are of the paper's version 1 (regions are boxes), the others of
+version 2 (regions are masks). Where a concept is not found in a frame its cosine counts as 0 (ours: leaving
+it out would reward models that draw only what they can); for CLIP-tag_dis, which is better
+the lower it is and whose formula the paper does not give, that frame is left out.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ Values = dict[str, float]
 
 @dataclass(frozen=True)
 class Measure:
-    """How a measure is told: better: "higher", "lower", or "" where more is not better; note: how it differs."""
+    """How a measure is told: better: "higher", "lower", or "" where more is not better; note: how it
+    differs."""
 
     better: str
     note: str = ""
@@ -60,12 +62,14 @@ MEASURES = {
     "NIQE": Measure("lower", "in the place of MUSIQ, whose weights nobody ships"),
     "found": Measure("higher", "share of concepts and frames where the concept is found"),
 }
-"""All of them, in the order of a table. ``found`` is none of the paper's: it says how much the others rest on."""
+"""All of them, in the order of a table. ``found`` is none of the paper's: it says how much the others rest
+on."""
 
 
 @dataclass(frozen=True)
 class Watched:
-    """A video, its sample, and which frames the learned measures see. pictures: uint8 [H,W,3] of each concept."""
+    """A video, its sample, and which frames the learned measures see. pictures: uint8 [H,W,3] of each
+    concept."""
 
     sample: Sample
     clip: Clip
@@ -86,8 +90,8 @@ class Watched:
 
 
 class Part(Protocol):
-    """Some measures that are computed together. name: of what is kept; about: what they depend on but the video
-    and its request, as JSON has it."""
+    """Some measures that are computed together. name: of what is kept; about: what they depend on but the
+    video and its request, as JSON has it."""
 
     name: str
     about: Any
@@ -180,7 +184,9 @@ class Concepts:
             seen = [_embedded(names, of) for of in crops]
             own, others = to_labels(seen, names.texts(sample.labels))
             values["decoupling CLIP-T" if v1 else "CLIP-tag"] = PERCENT * own
-            values["decoupling CLIP-I" if v1 else "CLIP-I"] = to_pictures(seen, names.pictures(watched.pictures))
+            values["decoupling CLIP-I" if v1 else "CLIP-I"] = to_pictures(
+                seen, names.pictures(watched.pictures)
+            )
             if not v1 and others is not None:
                 values["CLIP-tag_dis"] = PERCENT * others
         if self.looks is not None:
@@ -197,13 +203,17 @@ Seen = list[np.ndarray | None]
 
 def to_pictures(seen: Sequence[Seen], pictures: np.ndarray) -> float:
     """Mean cosine of each concept's regions with its picture [N,D]; 0 where it is not found."""
-    cosines = [0.0 if region is None else region @ own for of, own in zip(seen, pictures, strict=True) for region in of]
+    cosines = [
+        0.0 if region is None else region @ own
+        for of, own in zip(seen, pictures, strict=True)
+        for region in of
+    ]
     return float(np.mean(cosines))
 
 
 def to_labels(seen: Sequence[Seen], labels: np.ndarray) -> tuple[float, float | None]:
-    """Mean cosine of regions with their own labels [N,D], 0 where not found; and with the others' labels, of what
-    is found: None where nothing is, or there is no other."""
+    """Mean cosine of regions with their own labels [N,D], 0 where not found; and with the others' labels, of
+    what is found: None where nothing is, or there is no other."""
     own = to_pictures(seen, labels)
     others = [
         float(region @ label)
@@ -217,7 +227,9 @@ def to_labels(seen: Sequence[Seen], labels: np.ndarray) -> tuple[float, float | 
 
 
 def _cut(frames: np.ndarray, found: Found) -> list[np.ndarray | None]:
-    return [None if region is None else region.cut(frame) for frame, region in zip(frames, found, strict=True)]
+    return [
+        None if region is None else region.cut(frame) for frame, region in zip(frames, found, strict=True)
+    ]
 
 
 def _embedded(looks: Looks, crops: Sequence[np.ndarray | None]) -> Seen:
@@ -227,7 +239,8 @@ def _embedded(looks: Looks, crops: Sequence[np.ndarray | None]) -> Seen:
 
 
 def evenly(frames: int, most: int) -> tuple[int, ...]:
-    """Numbers of at most ``most`` frames spread over a video of so many, first and last among them; 0: all."""
+    """Numbers of at most ``most`` frames spread over a video of so many, first and last among them; 0:
+    all."""
     if not most or frames <= most:
         return tuple(range(frames))
     return tuple(int(i) for i in np.linspace(0, frames - 1, most).round())

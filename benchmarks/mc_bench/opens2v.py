@@ -1,11 +1,12 @@
-"""OpenS2V-Eval (PKU-YuanGroup, arXiv 2505.20292), the public benchmark that peers report: its 180 prompts as request
-lines, a set of ours in its layout, and of its scores the one that needs no weights, motion.
+"""OpenS2V-Eval (PKU-YuanGroup, arXiv 2505.20292), the public benchmark that peers report: its 180 prompts as
+request lines, a set of ours in its layout, and of its scores the one that needs no weights, motion.
 
-    Open-Domain_Eval.json  {"singleobj_1": {"img_paths": ["Images/…"], "prompt": …, "class_label": ["Cup"], …}, …}
-    Images/…               what img_paths name, from the same folder
-    VIDEOS/singleobj_1.mp4, which its scripts get with --input_video_folder
+    Open-Domain_Eval.json  {"singleobj_1": {"img_paths": ["Images/…"], "prompt": …, "class_label": ["Cup"],
+    …}, …} Images/…               what img_paths name, from the same folder VIDEOS/singleobj_1.mp4, which its
+    scripts get with --input_video_folder
 
-NexusScore, FaceSim, GmeScore, NaturalScore and the aesthetic score are left to its own scripts, and their weights.
+NexusScore, FaceSim, GmeScore, NaturalScore and the aesthetic score are left to its own scripts, and their
+weights.
 """
 
 from __future__ import annotations
@@ -30,10 +31,16 @@ IMAGES = "Images"
 
 def add_requests_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `opens2v-requests`."""
-    parser.description = "Request lines of OpenS2V-Eval's prompts: the videos' names are what its scripts want."
-    parser.add_argument("--eval", required=True, metavar="FILE.json", help="Open-Domain_Eval.json, with Images/")
+    parser.description = (
+        "Request lines of OpenS2V-Eval's prompts: the videos' names are what its scripts want."
+    )
+    parser.add_argument(
+        "--eval", required=True, metavar="FILE.json", help="Open-Domain_Eval.json, with Images/"
+    )
     parser.add_argument("--output", required=True, metavar="FILE.jsonl", help="the request lines")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the first; one more for each (0)")
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="of the first; one more for each (0)"
+    )
 
 
 def run_requests(args: argparse.Namespace) -> int:
@@ -47,7 +54,9 @@ def run_requests(args: argparse.Namespace) -> int:
 
 def add_layout_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `opens2v-layout`."""
-    parser.description = "Request lines, as `samples` makes them, in OpenS2V-Eval's layout for its own scripts."
+    parser.description = (
+        "Request lines, as `samples` makes them, in OpenS2V-Eval's layout for its own scripts."
+    )
     parser.add_argument("--requests", required=True, metavar="FILE.jsonl", help="the request lines")
     parser.add_argument("--output", required=True, metavar="DIR", help=f"gets {OURS} and {IMAGES}/")
 
@@ -61,7 +70,9 @@ def run_layout(args: argparse.Namespace) -> int:
 
 def add_score_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `opens2v-score`."""
-    parser.description = "OpenS2V-Eval's motion (Farneback's flow) of a folder of videos, as its get_motionscore.py."
+    parser.description = (
+        "OpenS2V-Eval's motion (Farneback's flow) of a folder of videos, as its get_motionscore.py."
+    )
     parser.add_argument("--videos", required=True, metavar="DIR", help="ID.mp4 each")
     parser.add_argument("--output", required=True, metavar="FILE.json", help="{ID: {motion_fb: …}}")
     parser.add_argument("--eval", metavar="FILE.json", help="tells which IDs should be there")
@@ -83,7 +94,8 @@ def run_score(args: argparse.Namespace) -> int:
 
 
 def read_eval(path: Path, seed: int = 0) -> list[Sample]:
-    """The requests of an evaluation file; labels in small letters, ranked ("first man") where several are alike.
+    """The requests of an evaluation file; labels in small letters, ranked ("first man") where several are
+    alike.
 
     Raises: InputError, one line, for a file that cannot be read or is of another layout.
     """
@@ -94,7 +106,9 @@ def read_eval(path: Path, seed: int = 0) -> list[Sample]:
     except ValueError as error:
         raise InputError(f"{str(path)!r} {error}") from None
     if not isinstance(found, dict) or not found:
-        raise InputError(f"{str(path)!r} is no evaluation file of OpenS2V-Eval: an object of requests by their IDs")
+        raise InputError(
+            f"{str(path)!r} is no evaluation file of OpenS2V-Eval: an object of requests by their IDs"
+        )
     return [_sample(name, entry, path, seed + number) for number, (name, entry) in enumerate(found.items())]
 
 

@@ -1,4 +1,5 @@
-"""Where a concept is in a frame: boxes of OWLv2 (version 1 of the paper), masks of CLIPSeg or SAM 2 (version 2).
+"""Where a concept is in a frame: boxes of OWLv2 (version 1 of the paper), masks of CLIPSeg or SAM 2 (version
+2).
 
 The paper's version 2 uses LISA, which is not in transformers.
 """
@@ -28,7 +29,8 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 @dataclass(frozen=True)
 class Region:
-    """box: x0, y0, x1, y1 in whole pixels, the last two just outside; mask: bool [H,W] of the frame, or None."""
+    """box: x0, y0, x1, y1 in whole pixels, the last two just outside; mask: bool [H,W] of the frame, or
+    None."""
 
     box: tuple[int, int, int, int]
     mask: np.ndarray | None = None
@@ -63,7 +65,9 @@ class Finder(Protocol):
 
     version: int
 
-    def find(self, frames: np.ndarray, labels: Sequence[str], indices: Sequence[int], name: str) -> list[Found]:
+    def find(
+        self, frames: np.ndarray, labels: Sequence[str], indices: Sequence[int], name: str
+    ) -> list[Found]:
         """Of each label its region in each frame, uint8 [n,H,W,3].
 
         indices: which frames of the video these are; name: the sample's. Who finds by looking needs neither.
@@ -82,7 +86,9 @@ class Owlv2Boxes:
     def __init__(self, owlv2: Any) -> None:
         self.owlv2, self.processor = owlv2, owlv2.processor()
 
-    def find(self, frames: np.ndarray, labels: Sequence[str], indices: Sequence[int], name: str) -> list[Found]:
+    def find(
+        self, frames: np.ndarray, labels: Sequence[str], indices: Sequence[int], name: str
+    ) -> list[Found]:
         """See ``Finder``."""
         each = [self._in_frame(frame, labels) for frame in frames]
         return [list(column) for column in zip(*each, strict=True)]
@@ -93,7 +99,11 @@ class Owlv2Boxes:
         height, width = frame.shape[:2]
         asked = [f"a photo of {label}" for label in labels]
         inputs = self.processor(
-            text=asked, images=Image.fromarray(frame), return_tensors="pt", padding="max_length", truncation=True
+            text=asked,
+            images=Image.fromarray(frame),
+            return_tensors="pt",
+            padding="max_length",
+            truncation=True,
         )
         with torch.no_grad():
             outputs = self.owlv2.model(**inputs.to(self.owlv2.device))
@@ -117,7 +127,9 @@ class ClipSegMasks:
     def __init__(self, clipseg: Any) -> None:
         self.clipseg, self.processor = clipseg, clipseg.processor()
 
-    def find(self, frames: np.ndarray, labels: Sequence[str], indices: Sequence[int], name: str) -> list[Found]:
+    def find(
+        self, frames: np.ndarray, labels: Sequence[str], indices: Sequence[int], name: str
+    ) -> list[Found]:
         """See ``Finder``."""
         import torch
 
@@ -146,7 +158,9 @@ class Sam2Masks:
         self.boxes, self.sam2 = boxes, sam2
         self.side = int(sam2.model.config.vision_config.backbone_config.image_size[0])
 
-    def find(self, frames: np.ndarray, labels: Sequence[str], indices: Sequence[int], name: str) -> list[Found]:
+    def find(
+        self, frames: np.ndarray, labels: Sequence[str], indices: Sequence[int], name: str
+    ) -> list[Found]:
         """See ``Finder``."""
         found = self.boxes.find(frames, labels, indices, name)
         for number, frame in enumerate(frames):
@@ -157,7 +171,8 @@ class Sam2Masks:
         return found
 
     def masks(self, frame: np.ndarray, boxes: Sequence[Sequence[float]]) -> np.ndarray:
-        """bool [n,H,W] of boxes x0, y0, x1, y1 in a frame's pixels; as Sam2Processor, which needs torchvision."""
+        """bool [n,H,W] of boxes x0, y0, x1, y1 in a frame's pixels; as Sam2Processor, which needs
+        torchvision."""
         import torch
 
         device, (height, width) = self.sam2.device, frame.shape[:2]

@@ -64,26 +64,34 @@ def read_pictures(folder: Path, scenarios: Sequence[Scenario] = SCENARIOS) -> di
     """
     if not folder.is_dir():
         raise InputError(f"no folder of pictures at {str(folder)!r}")
+    asked = {kind: [s for s in scenarios if kind in s.kinds] for kind in KINDS.values()}
+    for kind, needing in asked.items():
+        if needing and not (folder / kind).is_dir():
+            raise InputError(
+                f"{str(folder)!r} has no folder {kind!r}, which {_names(needing)} need: put its pictures "
+                f"into {kind}/LABEL/, or ask for other scenarios with --scenario"
+            )
     found = {}
     for letter, kind in KINDS.items():
-        asked = [s for s in scenarios if kind in s.kinds]
-        if not asked:
+        if not asked[kind]:
             continue
-        names = ", ".join(s.name for s in asked)
-        if not (folder / kind).is_dir():
-            raise InputError(
-                f"{str(folder)!r} has no folder {kind!r}, which the scenarios {names} need: put its pictures "
-                f"into {kind}/LABEL/, or leave these scenarios out with --scenario"
-            )
         found[kind] = list(_pictures(folder / kind))
-        most = max(len([t for t in SLOT.findall(text) if t[0] == letter]) for s in asked for text in s.templates)
+        most = max(
+            len([t for t in SLOT.findall(text) if t[0] == letter])
+            for s in asked[kind]
+            for text in s.templates
+        )
         labels = {picture.label for picture in found[kind]}
         if len(labels) < most:
             raise InputError(
-                f"{str(folder / kind)!r} has pictures of {len(labels)} labels, the scenarios {names} need "
+                f"{str(folder / kind)!r} has pictures of {len(labels)} labels, {_names(asked[kind])} need "
                 f"{most}: the labels of a sample differ, as they are what binds"
             )
     return found
+
+
+def _names(scenarios: Sequence[Scenario]) -> str:
+    return f"the scenarios {', '.join(scenario.name for scenario in scenarios)}"
 
 
 def _pictures(folder: Path) -> Iterator[Picture]:
@@ -113,8 +121,12 @@ def make_samples(
     """
     samples = []
     for scenario in scenarios:
-        rng = np.random.Generator(np.random.Philox(key=[seed, 41 + [s.name for s in SCENARIOS].index(scenario.name)]))
-        decks = {letter: _Deck(pictures[kind], rng) for letter, kind in KINDS.items() if kind in scenario.kinds}
+        rng = np.random.Generator(
+            np.random.Philox(key=[seed, 41 + [s.name for s in SCENARIOS].index(scenario.name)])
+        )
+        decks = {
+            letter: _Deck(pictures[kind], rng) for letter, kind in KINDS.items() if kind in scenario.kinds
+        }
         templates = rng.permutation(len(scenario.templates))
         for number in range(scenario.samples if each is None else each):
             template = scenario.templates[templates[number % len(templates)]]
@@ -145,7 +157,9 @@ def _sample(name: str, template: str, decks: Mapping[str, _Deck], seed: int) -> 
         dealt.setdefault(letter + number, decks[letter].deal(taken))
     caption = template.format(**{slot: with_article(picture.label) for slot, picture in dealt.items()})
     labels = tuple(picture.label for picture in dealt.values())
-    return Sample(name, caption, labels, tuple(picture.path for picture in dealt.values()), seed % (MAX_SEED + 1))
+    return Sample(
+        name, caption, labels, tuple(picture.path for picture in dealt.values()), seed % (MAX_SEED + 1)
+    )
 
 
 def with_article(label: str) -> str:
@@ -157,7 +171,8 @@ def with_article(label: str) -> str:
 
 
 def write_samples(samples: Sequence[Sample], path: Path) -> None:
-    """Writes request lines, whole or not at all; pictures are found from the file's folder. Raises OSError."""
+    """Writes request lines, whole or not at all; pictures are found from the file's folder. Raises
+    OSError."""
     with replacing(path) as temporary:
         lines = [json.dumps(_line(sample, path.parent), ensure_ascii=False) for sample in samples]
         temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -1,8 +1,8 @@
 """The six scenarios and what is told in them.
 
-Numbers of samples and of templates are the paper's (arXiv 2501.04698, version 2, table 4); the sentences are our
-own, by its pattern ("<ID1> and <ID2> hugging each other in front of a bridge."). ``{p1}`` is the first person,
-``{l1}`` a living thing that is no person, ``{s1}`` a thing.
+Numbers of samples and of templates are the paper's (arXiv 2501.04698, version 2, table 4); the sentences are
+our own, by its pattern ("<ID1> and <ID2> hugging each other in front of a bridge."). ``{p1}`` is the first
+person, ``{l1}`` a living thing that is no person, ``{s1}`` a thing.
 """
 
 from __future__ import annotations

@@ -48,8 +48,8 @@ def score(
 ) -> list[Scored]:
     """All samples, in their order. A video that is missing or cannot be decoded is skipped, with the reason.
 
-    folder: has NAME.mp4 of each sample (or another suffix of ``videos.SUFFIXES``); kept: folder of what is known,
-    one file for each sample; frames: how many of a video the learned measures see, 0 for all.
+    folder: has NAME.mp4 of each sample (or another suffix of ``videos.SUFFIXES``); kept: folder of what is
+    known, one file for each sample; frames: how many of a video the learned measures see, 0 for all.
     Raises: InputError where no sample has a video; what the parts raise.
     """
     if not folder.is_dir():

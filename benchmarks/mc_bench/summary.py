@@ -26,7 +26,8 @@ PACKAGES = ("numpy", "opencv-python-headless", "scipy", "scikit-video", "torch",
 
 
 def interval(values: Sequence[float], seed: int = 0) -> tuple[float, float]:
-    """Bootstrap interval of the mean over samples (percentiles, DRAWS draws): CONFIDENCE of them lie inside."""
+    """Bootstrap interval of the mean over samples (percentiles, DRAWS draws): CONFIDENCE of them lie
+    inside."""
     found = np.asarray(values, np.float64)
     rng = np.random.Generator(np.random.Philox(key=[seed, 43]))
     means = found[rng.integers(len(found), size=(DRAWS, len(found)))].mean(1)

@@ -51,7 +51,8 @@ def read(path: Path) -> Clip:
                     raise ValueError(f"its frames take more than {MOST_BYTES // 2**30} GB")
             rate = stream.average_rate
     except (av.FFmpegError, OSError) as error:
-        raise ValueError(f"it cannot be decoded: {printable(error, 200)}") from None
+        reason = getattr(error, "strerror", None) or str(error)
+        raise ValueError(f"it cannot be decoded: {printable(reason, 200)}") from None
     if not frames:
         raise ValueError("it has no frame")
     if len({frame.shape for frame in frames}) > 1:

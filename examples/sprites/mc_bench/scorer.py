@@ -1,8 +1,8 @@
 """A small network that stands where CLIP and DINO stand in MC-Bench: it embeds pictures, crops and words.
 
-It shares nothing with the models that it judges: its own trunk, its own words, its own training on looks that are
-not held out. Its embedding ``look`` answers as DINO's (whose look is it?), ``named`` as CLIP's (what is it
-called, what is told of it?).
+It shares nothing with the models that it judges: its own trunk, its own words, its own training on looks that
+are not held out. Its embedding ``look`` answers as DINO's (whose look is it?), ``named`` as CLIP's (what is
+it called, what is told of it?).
 """
 
 from __future__ import annotations

@@ -24,8 +24,8 @@ from ..training.loop import LoopOptions, log_to, random_of, train
 from ..world.draw import look_of, paint_background
 from ..world.paint_many import draw_references, filled, in_frames, to_bytes, windows_along
 from ..world.scene_arrays import arrays_of
-from ..world.scenes import BACKGROUNDS, FRAMES, MOTIONS, NOUNS, ORDINALS, SIZE, random_scene
-from .scorer import SIDE, Scorer, numbers_of, shrunk
+from ..world.scenes import FRAMES, MOTIONS, NOUNS, ORDINALS, SIZE, random_scene
+from .scorer import Scorer, numbers_of, shrunk
 
 POOL = 3072
 """Scenes in the pool, one frame each."""
@@ -34,7 +34,8 @@ FIRST = 50_000_000
 SCENES = 32
 """In a step."""
 NOISE, BLURS = 0.04, 2
-"""Greatest standard deviation of noise, in 0..1; how often a picture is blurred, by up to a pixel each time."""
+"""Greatest standard deviation of noise, in 0..1; how often a picture is blurred, by up to a pixel each
+time."""
 CUT = 0.12
 """How far a box is moved at most, in parts of its side."""
 
@@ -43,7 +44,9 @@ def draw_pool(count: int = POOL, first: int = FIRST, held_out: bool = False) -> 
     """Frames uint8 [n,3,SIZE,SIZE] and captions' words [n,LONGEST]; of their M concepts: crops and pictures
     uint8 [M,3,SIDE,SIDE], the frame that each is of [M], and its noun [M]."""
     rng = np.random.default_rng(first)
-    parts = [_block(range(k, min(k + 256, first + count)), rng, held_out) for k in range(first, first + count, 256)]
+    parts = [
+        _block(range(k, min(k + 256, first + count)), rng, held_out) for k in range(first, first + count, 256)
+    ]
     offsets = np.cumsum([0, *(len(part["frames"]) for part in parts[:-1])])
     for part, offset in zip(parts, offsets, strict=True):
         part["frame"] += int(offset)
@@ -67,7 +70,9 @@ def _block(seeds: range, rng: np.random.Generator, held_out: bool) -> dict[str, 
         at = rows[columns == n]
         ground[at] = ground[at] * (1 - some[..., 3:]) + some[..., :3]
     frames = to_bytes(ground).permute(0, 3, 1, 2).contiguous()
-    boxes = [scenes[r].actors[c].boxes()[when[r]] for r, c in zip(rows.tolist(), columns.tolist(), strict=True)]
+    boxes = [
+        scenes[r].actors[c].boxes()[when[r]] for r, c in zip(rows.tolist(), columns.tolist(), strict=True)
+    ]
     crops = torch.cat([_crop(frames[r], b, rng) for r, b in zip(rows.tolist(), boxes, strict=True)])
     pictures = in_parts(draw_references, cast, generator(rng, "cpu")).permute(0, 3, 1, 2)
     return {

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
+
+from conceptmaster.runtime.video import Video
 
 WIDTH, PIXELS = 16, 32
 
@@ -12,9 +17,7 @@ WIDTH, PIXELS = 16, 32
 def tokenizer():
     """CLIP's, of single letters."""
     from transformers import CLIPTokenizer
-    from transformers.models.clip.tokenization_clip import CLIPTokenizer as Tokenizer
 
-    assert CLIPTokenizer is Tokenizer
     letters = [*"abcdefghijklmnopqrstuvwxyz0123456789.,"]
     names = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
     return CLIPTokenizer(vocab={name: number for number, name in enumerate(names)}, merges=[])
@@ -62,7 +65,9 @@ def models(tmp_path_factory) -> dict[str, Path]:
             part.save_pretrained(root / name)
 
     config = transformers.CLIPConfig(text_config=text(own), vision_config=vision(), projection_dim=8)
-    sized = CLIPImageProcessorPil(size={"shortest_edge": PIXELS}, crop_size={"height": PIXELS, "width": PIXELS})
+    sized = CLIPImageProcessorPil(
+        size={"shortest_edge": PIXELS}, crop_size={"height": PIXELS, "width": PIXELS}
+    )
     save("clip", transformers.CLIPModel(config), sized, own)
     dino = transformers.Dinov2Config(**vision(28, 14) | {"mlp_ratio": 2})
     save("dino", transformers.Dinov2Model(dino), sized)
@@ -72,6 +77,8 @@ def models(tmp_path_factory) -> dict[str, Path]:
     reads = Owlv2ImageProcessorPil(size={"height": PIXELS, "width": PIXELS})
     own.model_max_length = 16
     found = transformers.Owlv2ForObjectDetection(owl)
+    for parameter in found.box_head.parameters():  # boxes of a patch's size, where the patch is
+        parameter.data.mul_(0.01)
     save("owlv2", found, transformers.Owlv2Processor(reads, own))
     own.model_max_length = 77
     seg = transformers.CLIPSegConfig(
@@ -84,7 +91,9 @@ def models(tmp_path_factory) -> dict[str, Path]:
         decoder_intermediate_size=16,
     )
     squares = ViTImageProcessorPil(size={"height": PIXELS, "width": PIXELS})
-    save("clipseg", transformers.CLIPSegForImageSegmentation(seg), transformers.CLIPSegProcessor(squares, own))
+    save(
+        "clipseg", transformers.CLIPSegForImageSegmentation(seg), transformers.CLIPSegProcessor(squares, own)
+    )
     save("sam2", tiny_sam2(transformers))
     return {path.name: path for path in root.iterdir()}
 
@@ -97,8 +106,8 @@ def tiny_sam2(transformers):
         "image_size": [64, 64],
         "embed_dim_per_stage": [8, 16, 32, 64],
         "num_attention_heads_per_stage": [1, 2, 4, 8],
-        "blocks_per_stage": [1, 1, 1, 1],
-        "global_attention_blocks": [2],
+        "blocks_per_stage": [1, 1, 2, 1],
+        "global_attention_blocks": [3],
         "window_positional_embedding_background_size": [4, 4],
         "window_size_per_stage": [4, 4, 4, 2],
     }
@@ -119,3 +128,41 @@ def tiny_sam2(transformers):
         },
     )
     return transformers.Sam2Model(config)
+
+
+def textured(height: int = 96, width: int = 128, seed: int = 0) -> np.ndarray:
+    """A picture with detail at all places, uint8 [H,W,3]."""
+    rng = np.random.default_rng(seed)
+    coarse = rng.integers(0, 256, (height // 4, width // 4, 3), dtype=np.uint8)
+    return np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC))
+
+
+def moving(frames: int = 9, x: int = 2, y: int = 0, seed: int = 0) -> np.ndarray:
+    """A video that moves by x, y pixels a frame."""
+    picture = textured(seed=seed)
+    return np.stack([np.roll(picture, (y * i, x * i), (0, 1)) for i in range(frames)])
+
+
+def save_video(path: Path, frames: np.ndarray, fps: float = 8.0) -> None:
+    Video(frames, fps, 0, "").save(path)
+
+
+@pytest.fixture(scope="session")
+def gallery(tmp_path_factory) -> Path:
+    """A folder of pictures as the set is made of."""
+    root = tmp_path_factory.mktemp("pictures")
+    named: dict[str, Sequence[str]] = {
+        "persons": ["young man/anna.png", "young man/bo.png", "woman/c.png", "old man/d.png"],
+        "livings": ["dog_1.png", "dog_2.png", "cat.png", "owl/x.png"],
+        "stuffs": ["red_lamp.png", "ice cream.png", "bench/b.png"],
+    }
+    for kind, names in named.items():
+        for seed, name in enumerate(names):
+            path = root / kind / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(textured(64, 64, seed=hash_of(kind) + seed)).save(path)
+    return root
+
+
+def hash_of(text: str) -> int:
+    return sum(text.encode())
