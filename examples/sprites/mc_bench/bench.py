@@ -38,7 +38,7 @@ from ..world.scenes import FPS
 from .admission import FRAMES, Admission, admit, margin
 from .admission import told as admission_told
 from .scorer import Looks, Names, open_scorer
-from .told import ToldBoxes, ToldMasks, scene_of, write_set
+from .told import ToldBoxes, ToldMasks, name_of, scene_of, write_set
 
 
 @dataclass(frozen=True)
@@ -100,16 +100,15 @@ def make_videos(row: Row, samples: Sequence[Sample], folder: Path, progress: boo
     left = [sample for sample in samples if not (folder / f"{sample.name}.mp4").exists()]
     if not left:
         return
-    generate = _truth if row.bundle is None else Pipeline.from_bundle(row.bundle)
+    generate = _truth if row.bundle is None else Pipeline.from_bundle(row.bundle).generate
     with bar(len(left), row.name, progress) as advance:
         for sample in left:
-            generate(_request(row, sample)).save(folder / f"{sample.name}.mp4", scale=1, chroma="444")
+            generate(_request(row, sample))[0].save(folder / f"{sample.name}.mp4", scale=1, chroma="444")
             advance()
 
 
-def _truth(request: Request) -> Video:
-    scene = scene_of(f"sprites-{request.seed:04d}")
-    return Video(draw_clip(scene)[0], FPS, request.seed, request.prompt)
+def _truth(request: Request) -> list[Video]:
+    return [Video(draw_clip(scene_of(name_of(request.seed)))[0], FPS, request.seed, request.prompt)]
 
 
 def _request(row: Row, sample: Sample) -> Request:

@@ -26,7 +26,6 @@ WIDTHS = (32, 64, 96)
 EMBEDDING = 96
 LONGEST = 48
 """Words of the longest caption that is read."""
-WEIGHTS = Path(__file__).resolve().parents[1] / "scorer" / "scorer.safetensors"
 
 
 @functools.cache
@@ -91,7 +90,7 @@ def shrunk(pictures: Tensor) -> Tensor:
     return F.interpolate(pictures, (SIDE, SIDE), mode="bilinear", align_corners=False, antialias=True)
 
 
-def open_scorer(path: Path = WEIGHTS) -> Scorer:
+def open_scorer(path: Path) -> Scorer:
     """The scorer that was trained. Raises as ``load``."""
     scorer = Scorer()
     load_strict(scorer, load(path)[0])
