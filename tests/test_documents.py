@@ -28,6 +28,7 @@ FENCE = re.compile(
 PROGRAMS = {
     ("conceptmaster",): "conceptmaster.cli",
     ("python", "-m", "conceptmaster.examples.data"): "conceptmaster.examples.data.cli",
+    ("python", "-m", "conceptmaster.benchmarks.mc_bench"): "conceptmaster.benchmarks.mc_bench.__main__",
     ("python", "-m", "conceptmaster.examples.sprites"): "conceptmaster.examples.sprites.cli",
     ("python", "-m", "conceptmaster.examples.stickers"): "conceptmaster.examples.stickers.cli",
 }

@@ -74,13 +74,14 @@ def add_score_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--output", required=True, metavar="DIR", help="gets report, table, sheets, what is kept"
     )
-    place = {"metavar": "PLACE"}
-    parser.add_argument("--clip", **place, help="CLIP: a folder, or its name in the Hub")
-    parser.add_argument("--dino", **place, help="DINOv2")
-    parser.add_argument("--owlv2", **place, help="OWLv2: regions are boxes, the measures version 1's")
-    parser.add_argument("--clipseg", **place, help="CLIPSeg: regions are masks, the measures version 2's")
+    parser.add_argument("--clip", metavar="PLACE", help="CLIP: a folder, or its name in the Hub")
+    parser.add_argument("--dino", metavar="PLACE", help="DINOv2")
+    parser.add_argument("--owlv2", metavar="PLACE", help="OWLv2: regions are boxes, the measures version 1's")
     parser.add_argument(
-        "--sam2", **place, help="SAM 2, with --owlv2: masks in its boxes, version 2's measures too"
+        "--clipseg", metavar="PLACE", help="CLIPSeg: regions are masks, the measures version 2's"
+    )
+    parser.add_argument(
+        "--sam2", metavar="PLACE", help="SAM 2, with --owlv2: masks in its boxes, version 2's measures too"
     )
     parser.add_argument(
         "--aesthetic", metavar="FILE", help="LAION's linear head, safetensors; with --clip ViT-L/14"

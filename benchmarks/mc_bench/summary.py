@@ -37,7 +37,7 @@ def interval(values: Sequence[float], seed: int = 0) -> tuple[float, float]:
 
 def summary(scored: Sequence[Scored]) -> dict[str, dict[str, dict[str, float]]]:
     """By scenario, then ``all``; by measure: mean, low, high and how many samples it is of."""
-    groups: dict[str, list[Scored]] = {s.name: [] for s in SCENARIOS} | {OTHER: []}
+    groups: dict[str, list[Scored]] = {name: [] for name in (*(s.name for s in SCENARIOS), OTHER)}
     for one in scored:
         groups[one.sample.scenario].append(one)
     told = {name: _means(group) for name, group in groups.items()}
