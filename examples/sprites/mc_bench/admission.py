@@ -1,6 +1,6 @@
 """Whether the scorer may judge: it must separate true from swapped videos, and agree with the exact judge.
 
-What must be reached was set before the scorer was trained.
+What must be reached was set before the scorer was measured.
 """
 
 from __future__ import annotations

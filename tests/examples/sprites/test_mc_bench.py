@@ -1,4 +1,4 @@
-"""MC-Bench of the sprites: the scorer that ships is admitted, an untrained one refused, and a table comes of it."""
+"""MC-Bench of the sprites: the scorer that ships is admitted, an untrained one refused; the table."""
 
 from __future__ import annotations
 
@@ -94,6 +94,7 @@ def test_the_pool_has_no_look_that_is_held_out():
     assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in scorer.parameters())
 
 
+@pytest.mark.slow
 def test_a_table_of_the_model_and_the_truth(tmp_path):
     rows = [row for row in bench.ROWS if row.name in ("true videos", bench.ASKED, "pictures swapped")]
     report, found = bench.bench(tmp_path, 2, WEIGHTS, rows, progress=False)
