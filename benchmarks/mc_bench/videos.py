@@ -12,6 +12,7 @@ from conceptmaster.untrusted import printable
 
 SUFFIXES = (".mp4", ".webm", ".mov", ".mkv", ".avi", ".gif")
 MOST_BYTES = 8 * 2**30  # of frames in memory
+LEAST_SIDE = 16  # pixels; flow needs no fewer
 
 
 @dataclass(frozen=True)
@@ -57,4 +58,7 @@ def read(path: Path) -> Clip:
         raise ValueError("it has no frame")
     if len({frame.shape for frame in frames}) > 1:
         raise ValueError("its frames have different sizes")
+    height, width = frames[0].shape[:2]
+    if min(height, width) < LEAST_SIDE:
+        raise ValueError(f"its frames are of {width}×{height}, less than {LEAST_SIDE} pixels a side")
     return Clip(np.stack(frames), float(rate) if rate else 0.0)

@@ -143,8 +143,8 @@ def moving(frames: int = 9, x: int = 2, y: int = 0, seed: int = 0) -> np.ndarray
     return np.stack([np.roll(picture, (y * i, x * i), (0, 1)) for i in range(frames)])
 
 
-def save_video(path: Path, frames: np.ndarray, fps: float = 8.0) -> None:
-    Video(frames, fps, 0, "").save(path)
+def save_video(path: Path, frames: np.ndarray, fps: float = 8.0, scale: int | None = None) -> None:
+    Video(frames, fps, 0, "").save(path, scale=scale)
 
 
 @pytest.fixture(scope="session")

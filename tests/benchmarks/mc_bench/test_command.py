@@ -109,13 +109,16 @@ def test_an_interrupted_run_goes_on(made, monkeypatch):
 def test_what_cannot_be_scored_is_named(made, capsys):
     (made / "videos" / "persons-01.mp4").write_bytes(b"no video at all")
     (made / "videos" / "persons-02.webm").unlink()
+    (made / "videos" / "livings-01.mp4").unlink()
+    save_video(made / "videos" / "livings-01.mp4", moving(3)[:, :8, :8], scale=1)
     assert run(made) == 0
     told = capsys.readouterr().out
     assert (
         "skipped persons-01: it cannot be decoded" in told and "skipped persons-02: there is no video" in told
     )
-    assert set(report(made)["skipped"]) == {"persons-01", "persons-02"}
-    assert set(report(made)["samples"]) == {"livings-01", "livings-02"}
+    assert "skipped livings-01: its frames are of 8×8" in told
+    assert set(report(made)["skipped"]) == {"persons-01", "persons-02", "livings-01"}
+    assert set(report(made)["samples"]) == {"livings-02"}
 
 
 def test_learned_measures_of_masks(made, models):

@@ -10,7 +10,7 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from conceptmaster.engine.checkpoints.pretrained import kind_of, open_pretrained  # noqa: E402
+from conceptmaster.engine.checkpoints.pretrained import hashes_of, kind_of, open_pretrained  # noqa: E402
 from conceptmaster.errors import OutOfMemory, WeightsError  # noqa: E402
 
 DINO = {"dinov2": "Dinov2Model"}
@@ -132,3 +132,22 @@ def test_memory_that_is_short_is_told(dino, monkeypatch):
     monkeypatch.setattr(Dinov2Model, "from_pretrained", short)
     with pytest.raises(OutOfMemory):
         open_pretrained(dino, DINO)
+
+
+def test_of_the_hub_the_configuration_comes_first(dino, monkeypatch):
+    import huggingface_hub
+
+    asked = []
+
+    def download(place: str, revision: str | None, allow_patterns: list[str]) -> str:
+        asked.append((place, revision, allow_patterns))
+        return str(dino)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    with pytest.raises(WeightsError, match="someone/dino is a model of the kind 'dinov2': clip is needed"):
+        open_pretrained("someone/dino", {"clip": "CLIPModel"}, revision="main")
+    assert asked == [("someone/dino", "main", ["config.json"])]
+    assert open_pretrained("someone/dino", DINO).place == "someone/dino"
+    wanted = asked[-1][2]
+    assert "model.safetensors" in wanted and not any("bin" in name or ".py" in name for name in wanted)
+    assert hashes_of("someone/dino", DINO) == open_pretrained(dino, DINO).files
