@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,7 @@ from conceptmaster.benchmarks.mc_bench.measures import (
 from conceptmaster.benchmarks.mc_bench.regions import Finder
 from conceptmaster.benchmarks.mc_bench.samples import Sample
 from conceptmaster.benchmarks.mc_bench.scoring import Scored, score
-from conceptmaster.errors import ConceptMasterError
+from conceptmaster.errors import ConceptMasterError, RequestWarning
 from conceptmaster.hashed import sha256_file
 from conceptmaster.runtime.pipeline import Pipeline
 from conceptmaster.runtime.progress import bar
@@ -101,7 +102,8 @@ def make_videos(row: Row, samples: Sequence[Sample], folder: Path, progress: boo
     if not left:
         return
     generate = _truth if row.bundle is None else Pipeline.from_bundle(row.bundle).generate
-    with bar(len(left), row.name, progress) as advance:
+    with bar(len(left), row.name, progress) as advance, warnings.catch_warnings():
+        warnings.simplefilter("ignore", RequestWarning)  # that a model was not made for one step is known
         for sample in left:
             generate(_request(row, sample))[0].save(folder / f"{sample.name}.mp4", scale=1, chroma="444")
             advance()
