@@ -163,6 +163,7 @@ def bench(
         "scorer": {"file": weights.name, "sha256": digest, "admission": admission_told(admission)},
         "settings": {"requests": requests, "frames": FRAMES},
         "rows": {name: means(of) for name, of in scored.items()},
+        "less_asked": {n: means(less(of, scored[ASKED])) for n, of in scored.items() if n != ASKED},
         "samples": {
             name: {one.sample.name: {k: round(v, 5) for k, v in one.values.items()} for one in of}
             for name, of in scored.items()
@@ -189,6 +190,14 @@ def means(scored: Sequence[Scored]) -> dict[str, dict[str, float]]:
                 "high": round(high, 5),
             }
     return found
+
+
+def less(scored: Sequence[Scored], other: Sequence[Scored]) -> list[Scored]:
+    """The differences of two rows, request by request: what tells them apart, since their requests are one."""
+    return [
+        Scored(a.sample, values={name: a.values[name] - b.values[name] for name in a.values})
+        for a, b in zip(scored, other, strict=True)
+    ]
 
 
 def table(rows: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:

@@ -103,6 +103,8 @@ def test_a_table_of_the_model_and_the_truth(tmp_path):
     assert truth["judge"]["mean"] > asked["judge"]["mean"] > swapped["judge"]["mean"]
     assert truth["DINO-I"]["mean"] > swapped["DINO-I"]["mean"]
     assert truth["found"]["mean"] > 0.95 and found.videos == 6
+    apart = report["less_asked"]["pictures swapped"]["DINO-I"]
+    assert apart["mean"] == pytest.approx(swapped["DINO-I"]["mean"] - asked["DINO-I"]["mean"], abs=1e-4)
     text = bench.table(report["rows"])
     assert text.count("\n") >= 15 and "| DINO-I ↑ |" in text
     made = sorted(tmp_path.rglob("*.mp4"))
