@@ -193,7 +193,7 @@ def means(scored: Sequence[Scored]) -> dict[str, dict[str, float]]:
 
 
 def less(scored: Sequence[Scored], other: Sequence[Scored]) -> list[Scored]:
-    """The differences of two rows, request by request: what tells them apart, as the requests are the same."""
+    """The differences of two rows, request by request, which are the same in both."""
     return [
         Scored(a.sample, values={name: a.values[name] - b.values[name] for name in a.values})
         for a, b in zip(scored, other, strict=True)
