@@ -12,6 +12,7 @@ import difflib
 import importlib
 import logging
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -56,7 +57,12 @@ def in_module(name: str, help: str, module: str, extra: str | None = None, funct
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser that raises InputError instead of printing its usage."""
+    """An argument parser that raises InputError instead of printing its usage, and takes what begins with a
+    minus and a digit for a value, as -0.1,0,1,1 of a box is: no option begins so."""
+
+    def __init__(self, *args: Any, **how: Any) -> None:
+        super().__init__(*args, **how)
+        self._negative_number_matcher = re.compile(r"-\.?\d")
 
     def error(self, message: str) -> NoReturn:
         """Raises InputError with argparse's message."""

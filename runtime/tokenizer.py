@@ -117,12 +117,14 @@ def tokenised(
         texts.insert(1, ("the prompt, with its prefix and the pictures' names,", whole))
     if request.negative and not all(guidance.caption):
         texts.append(("the negative prompt", request.negative))
+    labels = [c.label for c in request.concepts] if manifest.reads_labels else []
+    named = [(f"the label {label!r}", label) for label in labels]
     tokenizer.check_words("the prompt", request.prompt, every=True)
+    for what, text in (*texts, *named):
+        tokenizer.check_words(what, text, every=False)
     tokens = {
         text: tokenizer.encode(text, manifest.prompt_tokens, what, manifest.cut) for what, text in texts
     }
-    labels = [c.label for c in request.concepts] if manifest.reads_labels else []
-    named = [(f"the label {label!r}", label) for label in labels]
     tokens |= {label: tokenizer.encode(label, shapes.label_tokens, what) for what, label in named}
     texts += named
     for what, text in texts:

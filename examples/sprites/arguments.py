@@ -10,8 +10,12 @@ from typing import Any, TypeVar
 
 from conceptmaster.errors import InputError
 from conceptmaster.runtime.cpus import check_threads, usable
+from conceptmaster.runtime.request import MAX_SEED
 
 Options = TypeVar("Options")
+LAST_SEED = 2**32 - 1
+"""Of a training, whose random numbers are counted on from it."""
+MOST_REQUESTS = 1_000_000
 
 
 def seed_range(text: str) -> range:
@@ -101,6 +105,21 @@ def check_counts(options: Any, *names: str, least: int = 1) -> None:
         value = getattr(options, name)
         if value is not None and value < least:
             raise InputError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
+
+
+def check_seed(seed: int) -> None:
+    """Raises InputError for a --seed that no training can have."""
+    if not 0 <= seed <= LAST_SEED:
+        raise InputError(f"--seed must be 0 to {LAST_SEED}, got {seed}")
+
+
+def check_seeds(seeds: range) -> None:
+    """Raises InputError for seeds of requests that are none, too large or too many."""
+    first, end = seeds.start, seeds.stop
+    if seeds.step != 1 or not 0 <= first < end <= MAX_SEED + 1:
+        raise InputError(f"seeds must be A:B with 0 <= A < B <= 2**63, not {first}:{end}")
+    if end - first > MOST_REQUESTS:
+        raise InputError(f"{first}:{end} are {end - first} requests, more than {MOST_REQUESTS}")
 
 
 def check_shares(options: Any, *names: str) -> None:

@@ -106,6 +106,9 @@ def test_words(folder):
         frames(folder / "plain", f"{PROMPT} <cat>", custom=one)
     with pytest.raises(InputError, match="both bring the word <fox-1>"):
         frames(folder / "plain", custom=[*one, *one])
+    with Pipeline.from_bundle(folder / "plain", threads=1) as pipe:
+        with pytest.raises(InputError, match="the negative prompt says <cat>, a word that no token"):
+            pipe("a fox runs", negative="a <cat>", steps=1)
 
 
 def test_on_the_command_line(folder, tmp_path):

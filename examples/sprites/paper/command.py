@@ -18,22 +18,25 @@ import torch
 from torch import Tensor
 
 from conceptmaster import __version__
-from conceptmaster.atomic_write import replacing
+from conceptmaster.atomic_write import check_output, replacing
 from conceptmaster.engine.checkpoints.safetensors_io import load, save
 from conceptmaster.engine.vae.block_vae import BlockVAE
 from conceptmaster.errors import ConceptMasterError, InputError, WeightsError
 from conceptmaster.hashed import sha256_file
+from conceptmaster.untrusted import read_json
 
-from ..arguments import set_threads
+from ..arguments import LAST_SEED, check_counts, set_threads
 from ..scoring.reports import write_json
 from ..training.train_vae import load_vae
+from ..world.requesting import make_folder
 from .base import train_base
 from .eye import train_eye
 from .pool import ClipPool
-from .report import filled, finished, tables
-from .rows import ROWS
+from .report import check_marks, filled, finished, tables
+from .rows import OURS, ROWS
 from .sampling import GUIDANCE, SHIFT, SOLVER, STEPS
-from .setting import paper_config, pixel_weights
+from .setting import paper_config, pixel_weights, row_config
+from .trainee import Trainee
 from .tuned import run_tuned
 from .unit import Budget, Ground, run_unit
 
@@ -47,12 +50,9 @@ def run(args: argparse.Namespace) -> int:
     Raises InputError for a base that cannot be read, arguments that cannot work, or an output folder with
     units of another budget; ConceptMasterError, naming the unit, for one that fails.
     """
-    if args.document is not None and not args.document.is_file():
-        raise InputError(f"there is no document at {args.document}")
-    if min(args.seeds) < 0 or len(set(args.seeds)) < len(args.seeds):
-        raise InputError(f"--seeds must be different whole numbers from 0, got {args.seeds}")
+    _check(args)
+    base, vae = _open(args.base)
     budget = Budget(args.steps, requests=args.requests)
-    ground = _ground(args, args.clips)
     settings = {
         "steps": budget.steps,
         "batch": budget.batch,
@@ -63,9 +63,10 @@ def run(args: argparse.Namespace) -> int:
         "base_sha256": sha256_file(args.base / "model.safetensors"),
         "vae_sha256": sha256_file(args.base / "vae.safetensors"),
     }
+    make_folder(args.output)
     _hold(settings, args.output / "settings.json")
-    set_threads(args)
-    _publish(args, settings)
+    _publish(args, settings)  # before minutes of drawing
+    ground = Ground(base, vae, ClipPool(args.output / "pool", paper_config(), vae, args.clips))
     for seed in args.seeds:
         for row in (row for row in ROWS if row.name in args.only):
             folder = args.output / f"{row.name}-{seed}"
@@ -80,15 +81,33 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _ground(args: argparse.Namespace, clips: int) -> Ground:
-    config = paper_config()
-    vae = _vae(args.base)
+def _check(args: argparse.Namespace) -> None:
+    """Raises InputError for the first argument that cannot work."""
+    check_counts(args, "steps", "requests", "clips")
+    if min(args.seeds) < 0 or max(args.seeds) > LAST_SEED or len(set(args.seeds)) < len(args.seeds):
+        raise InputError(f"--seeds must be different whole numbers, 0 to {LAST_SEED}, got {args.seeds}")
+    if args.results is not None:
+        check_output(args.results, (".json",))
+    if args.document is not None:
+        check_output(args.document, (".md",))
+        try:
+            check_marks(args.document.read_text("utf-8"))
+        except FileNotFoundError:
+            raise InputError(f"there is no document at {args.document}") from None
+        except ValueError as error:
+            raise InputError(f"cannot fill the document {args.document}: {error}") from error
+    set_threads(args)
+
+
+def _open(folder: Path) -> tuple[dict[str, Tensor], BlockVAE]:
+    """A base and its VAE. Raises InputError for what rows cannot stand on."""
+    vae = _vae(folder)
     try:
-        base = {name: value.float() for name, value in load(args.base / "model.safetensors")[0].items()}
+        base = {name: value.float() for name, value in load(folder / "model.safetensors")[0].items()}
+        Trainee(row_config(OURS), base, pixel_weights(vae), 0)
     except (FileNotFoundError, WeightsError) as error:
-        raise InputError(f"cannot start from {args.base}: {error}") from error
-    args.output.mkdir(parents=True, exist_ok=True)
-    return Ground(base, vae, ClipPool(args.output / "pool", config, vae, clips))
+        raise InputError(f"cannot start from {folder}: {error}") from error
+    return base, vae
 
 
 def _vae(folder: Path) -> BlockVAE:
@@ -103,7 +122,10 @@ def _hold(settings: Mapping[str, Any], path: Path) -> None:
     if not path.exists():
         write_json(path, settings)
         return
-    before = json.loads(path.read_text("utf-8"))
+    try:
+        before = read_json(path)
+    except ValueError as error:
+        raise InputError(f"{path} is damaged, {error}: choose another --output") from error
     other = [f"{k} {before.get(k)}, not {v}" for k, v in settings.items() if before.get(k) != v]
     if other:
         raise InputError(f"{path.parent} has units with {'; '.join(other)}: choose another --output")
@@ -131,6 +153,9 @@ def run_base(args: argparse.Namespace) -> int:
 
     Writes ``OUTPUT/model.safetensors``, in bfloat16. Raises InputError for weights that cannot be read.
     """
+    check_counts(args, "steps", "eye_steps", "clips")
+    if not 0 < args.lr < 1:
+        raise InputError(f"--lr must lie between 0 and 1, got {args.lr}")
     set_threads(args)
     vae = _vae(args.vae)
     try:
@@ -138,7 +163,7 @@ def run_base(args: argparse.Namespace) -> int:
     except (FileNotFoundError, WeightsError) as error:
         raise InputError(f"cannot start from {args.weights}: {error}") from error
     text, image = (_part(weights, prefix) for prefix in GIVEN)
-    args.output.mkdir(parents=True, exist_ok=True)
+    make_folder(args.output)
     train_eye(image, args.output / "eye", args.eye_steps)
     pool = ClipPool(args.output / "pool", paper_config(), vae, args.clips)
     train_base(text, pixel_weights(vae), pool, args.output / "base", args.steps, args.lr)

@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from conceptmaster.errors import InputError
+
 from .rows import OURS, ROWS, Row
 from .statistics import Estimate, Scores, differences, drawn_means, interval, order
 from .unit import read
@@ -23,6 +25,8 @@ TABLES = {
     2: "How concepts enter the transformer",
     3: "How pictures are bound to labels",
 }
+MARKED = ("tables", "curves")
+"""What a document has marks for."""
 
 Results = dict[str, list[dict[str, Any]]]
 """By row, the content of the ``result.json`` of each of its units, by seed."""
@@ -64,9 +68,17 @@ def curves(found: Results) -> str:
     return "\n".join(table) + "\n"
 
 
+def check_marks(document: str) -> None:
+    """Raises InputError for a document that has not the marks between which `filled` writes."""
+    for name in MARKED:
+        begin, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
+        if not 0 <= document.find(begin) < document.find(end):
+            raise InputError(f"it must have the lines {begin.strip()!r} and {end!r}, as docs/paper.md has")
+
+
 def filled(document: str, found: Results) -> str:
     """A document with tables and curves in the place of what stands between its marks."""
-    for name, text in (("tables", tables(found)), ("curves", curves(found))):
+    for name, text in zip(MARKED, (tables(found), curves(found)), strict=True):
         before, _, rest = document.partition(f"<!-- {name} -->\n")
         _, end, after = rest.partition(f"<!-- end of {name} -->")
         document = f"{before}<!-- {name} -->\n{text}{end}{after}"

@@ -23,17 +23,16 @@ from conceptmaster.runtime.bundle_format.find import Bundle
 from conceptmaster.runtime.bundle_format.schema import Manifest
 from conceptmaster.runtime.pipeline import Pipeline
 from conceptmaster.runtime.progress import bar
-from conceptmaster.runtime.request import MAX_SEED, Request
+from conceptmaster.runtime.request import Request
 from conceptmaster.runtime.video import Video
 
-from ..arguments import option, seed_range
+from ..arguments import check_seeds, option, seed_range
 from ..processes import in_processes
 
 SOURCES = ("model", "truth", "shuffled")
 """What is scored: what a bundle generates, the true videos, those of the next request."""
 ASKED, NO_CONCEPTS, SWAPPED, NO_BOXES = "", "_no_concepts", "_swapped", "_no_boxes"
 """The videos of a request, named by what they add to a measure's name in the report."""
-MOST_REQUESTS = 1_000_000
 
 Generate = Callable[[Request], Video]
 """Makes the video of a request: a pipeline, or anything else that is to be judged."""
@@ -64,11 +63,7 @@ class Settings:
     workers: int = option(1, "processes, of one thread each", metavar="W")
 
     def __post_init__(self) -> None:
-        first, end = self.seeds.start, self.seeds.stop
-        if self.seeds.step != 1 or not 0 <= first < end <= MAX_SEED + 1:
-            raise InputError(f"seeds must be A:B with 0 <= A < B <= 2**63, not {first}:{end}")
-        if end - first > MOST_REQUESTS:
-            raise InputError(f"{first}:{end} are {end - first} requests, more than {MOST_REQUESTS}")
+        check_seeds(self.seeds)
         if self.source not in SOURCES:
             raise InputError(f"the source must be one of {', '.join(SOURCES)}, not {self.source!r}")
         if self.source == "shuffled" and len(self.seeds) < 2:

@@ -27,7 +27,7 @@ from conceptmaster.runtime.pipeline import Pipeline
 from conceptmaster.runtime.progress import bar
 from conceptmaster.runtime.request import Request
 
-from ..arguments import add_quiet, option, options_from, seed_range
+from ..arguments import add_quiet, check_seeds, option, options_from, seed_range
 from ..world.draw import look_of
 from ..world.requesting import concepts, references
 from ..world.scenes import MAX_CONCEPTS, PLACES, SIZE, Scene, tell
@@ -64,8 +64,7 @@ class PlaceOptions:
 
     def __post_init__(self) -> None:
         check_wishes(self.concepts, False)
-        if not len(self.seeds):
-            raise InputError("no seeds: A:B with A < B")
+        check_seeds(self.seeds)
         Request("checks", steps=self.steps, guidance=self.guidance)
 
 
@@ -122,6 +121,11 @@ def place(
     if generate is None:
         manifest = Bundle.open(options.bundle).manifest
         check_bundle(manifest)
+        if not manifest.takes_boxes:
+            raise InputError(
+                f"the bundle {manifest.name!r} cannot place concepts: name one that was exported with `--boxes`, "
+                "with --bundle"
+            )
         pipeline = Pipeline.from_bundle(options.bundle, threads=options.threads)
         about = {"bundle": manifest.name, "precision": manifest.precision, "written_by": manifest.written_by}
         generate = lambda request: pipeline.generate(request)[0]  # noqa: E731

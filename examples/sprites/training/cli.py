@@ -8,7 +8,7 @@ from pathlib import Path
 
 from conceptmaster.engine.concept_config import BINDINGS, ENCODERS, INJECTIONS
 
-from ..arguments import add_device, add_drawing, add_options, options_from, seed_range, set_threads
+from ..arguments import add_device, add_drawing, add_options, check_seeds, options_from, seed_range, set_threads
 from .options import STAGES, TrainOptions
 from .tuning_options import METHODS, TuneOptions
 
@@ -67,6 +67,7 @@ def run_tune(args: argparse.Namespace) -> int:
     from ..world.requesting import concepts, references
     from .tuning import open_base, tune
 
+    check_seeds(args.seeds)
     check_wishes(args.concepts, args.same_noun)
     options = options_from(TuneOptions, args)
     set_threads(args)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from conceptmaster.errors import InputError
 
-from ..arguments import check_counts, check_shares, option
+from ..arguments import check_counts, check_seed, check_shares, option
 
 STAGES = ("vae", "model")
 """Of a whole training, in their order."""
@@ -69,6 +69,7 @@ class TrainOptions:
     def __post_init__(self) -> None:
         check_counts(self, "steps", "batch_size", "log_every")
         check_counts(self, "picture_steps", "caption_steps", least=0)
+        check_seed(self.seed)
         check_shares(self, "decoys", "foreign", "boxes", "loose")
         if not 0 <= self.selection <= 1:
             raise InputError(f"--selection must lie between 0 and 1, got {self.selection}")

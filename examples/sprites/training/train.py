@@ -20,6 +20,7 @@ from conceptmaster.engine.vae.block_vae import BlockVAE
 from conceptmaster.errors import InputError, WeightsError
 
 from ..arguments import check_counts, options_from, set_threads
+from ..world.requesting import make_folder
 from ..world.scenes import MAX_CONCEPTS
 from ..world.vocabulary import KNOWN, build_tokenizer
 from .clip_arrays import draw_videos
@@ -69,7 +70,7 @@ def _run(args: argparse.Namespace) -> int:
     if options.boxes:  # which changes no weight
         boxed = dataclasses.replace(config.concept, mask="boxes")
         config = dataclasses.replace(config, concept=boxed)
-    args.output.mkdir(parents=True, exist_ok=True)  # before minutes of drawing
+    make_folder(args.output)  # before minutes of drawing
     vae_folder, model_folder = args.output / "vae", args.output / "model"
     if not (vae_folder / "vae.json").exists():
         write_vae(started or _analysed_vae(config.vae, args.device), vae_folder, config.vae)

@@ -19,7 +19,7 @@ from torch import Tensor
 from conceptmaster.engine.checkpoints.safetensors_io import load, load_strict, save
 from conceptmaster.engine.vae.block_vae import BlockVAE
 
-from ..arguments import check_counts, option
+from ..arguments import check_counts, check_seed, option
 from .clip_arrays import draw_videos
 from .learning import Average, MuonAdamW, autocast
 from .loop import LoopOptions, log_to, random_of, train
@@ -117,6 +117,7 @@ class VAEOptions:
 
     def __post_init__(self) -> None:
         check_counts(self, "steps", "batch_size", "log_every")
+        check_seed(self.seed)
 
 
 def train_vae(output: Path, options: VAEOptions) -> None:

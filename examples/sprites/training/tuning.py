@@ -10,6 +10,7 @@ knows of the noun by clips of others of its kind (prior preservation).
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import re
 import shutil
@@ -32,10 +33,12 @@ from conceptmaster.engine.dit import MIN_SIGMA
 from conceptmaster.engine.model import ConceptMaster
 from conceptmaster.engine.vae.block_vae import BlockVAE
 from conceptmaster.errors import InputError
-from conceptmaster.runtime.request import Request
+from conceptmaster.runtime.request import Concept, Request
 from conceptmaster.tokenizer_file import add_words
+from conceptmaster.untrusted import read_json
 
-from ..world.requesting import PICTURE
+from ..world.requesting import PICTURE, make_folder
+from ..world.scenes import NOUNS
 from ..world.vocabulary import tokenise
 from .noising import HELD_SIGMA, normal, random_sigma
 from .train_vae import load_vae
@@ -70,13 +73,16 @@ class Tuned:
 
 
 def open_base(folder: Path) -> Base:
-    """Opens a weights folder. Raises InputError for a model that takes concepts; FileNotFoundError,
-    WeightsError."""
-    model = load_model(folder / "model.safetensors")
-    if model.config.concept.injection != "none":
-        raise InputError(f"{folder} takes concepts: tuning starts from a base whose injection is 'none'")
-    vae = load_vae(folder, model.config.vae)
-    return Base(folder, model, vae, (folder / "tokenizer.json").read_text("utf-8"))
+    """Opens a weights folder. Raises InputError for one that cannot be read, and for a model that takes
+    concepts."""
+    try:
+        model = load_model(folder / "model.safetensors")
+        if model.config.concept.injection != "none":
+            raise InputError("it takes concepts, tuning starts from a base whose injection is 'none'")
+        vae = load_vae(folder, model.config.vae)
+        return Base(folder, model, vae, (folder / "tokenizer.json").read_text("utf-8"))
+    except (FileNotFoundError, InputError) as error:
+        raise InputError(f"cannot start from {folder}: {error}") from error
 
 
 def tune(
@@ -86,8 +92,9 @@ def tune(
 
     Writes into the folder ``output``, and ``tuned.json`` at the end: where that is, it is read, and nothing
     is done. request: its concepts' pictures are uint8 arrays [H,W,3], each alone on plain ground; a label's
-    last word is its noun. Raises InputError for a method that is none, and for a request without concepts or
-    with more than DreamBooth has rare words for.
+    last word is its noun. Raises InputError for a method that is none, for a request without concepts, with
+    more than DreamBooth has rare words for, or with one that cannot be learned, and for an output folder of
+    another tuning.
     """
     options = options or TuneOptions()
     if method not in METHODS:
@@ -96,19 +103,22 @@ def tune(
         raise InputError("a request without concepts: there is nothing to tune on")
     if len(request.concepts) > len(RARE):
         raise InputError(f"{len(request.concepts)} concepts: a request is tuned on 1 to {len(RARE)}")
-    if (output / DONE).exists():
-        return _read(output)
-    began = time.perf_counter()
-    output.mkdir(parents=True, exist_ok=True)
-    torch.manual_seed(options.seed)
     names = names_of(method, [concept.label for concept in request.concepts])
+    prompt = named(request.prompt, names)
+    for concept in request.concepts:
+        _check(concept)
+    if (output / DONE).exists():
+        return _read(output, method, prompt, options)
+    began = time.perf_counter()
+    make_folder(output)
+    torch.manual_seed(options.seed)
     trainee = _TRAINEES[method](base, list(names.values()), options)
     steps = options.steps or (250 if len(names) == 1 else 500)
     _learn(trainee, base, _clips(base, request, names, options), steps, options)
     files = trainee.write(output)
     called = {label: f"{word} {_noun(label)}" for label, word in names.items()}
-    tuned = Tuned(method, files, named(request.prompt, names), called, time.perf_counter() - began)
-    _write(tuned, output)
+    tuned = Tuned(method, files, prompt, called, time.perf_counter() - began)
+    _write(tuned, options, output)
     return tuned
 
 
@@ -135,6 +145,17 @@ def _noun(label: str) -> str:
     return label.split()[-1]
 
 
+def _check(concept: Concept) -> None:
+    """Raises InputError for a concept that cannot be learned."""
+    label, picture = concept.label, concept.image
+    if _noun(label) not in NOUNS:
+        raise InputError(f"the label {label!r} must end in a noun of this world: {', '.join(NOUNS)}")
+    array = isinstance(picture, np.ndarray) and picture.dtype == np.uint8
+    if not array or picture.shape != (PICTURE, PICTURE, 3):
+        found = f"{picture.dtype} {list(picture.shape)}" if isinstance(picture, np.ndarray) else "no array"
+        raise InputError(f"the picture of {label!r} must be uint8 [{PICTURE},{PICTURE},3], not {found}")
+
+
 def _clips(
     base: Base, request: Request, names: Mapping[str, str], options: TuneOptions
 ) -> list[tuple[Clips, Clips]]:
@@ -142,8 +163,6 @@ def _clips(
     found, how = [], (base.model.config, base.vae)
     for k, concept in enumerate(request.concepts):
         seed, noun, picture = options.seed * 64 + k, _noun(concept.label), np.asarray(concept.image)
-        if picture.shape != (PICTURE, PICTURE, 3):
-            raise InputError(f"the picture of {concept.label!r} must be [{PICTURE},{PICTURE},3], uint8")
         own = picture_clips(f"{names[concept.label]} {noun}", [picture], options.views, seed, *how)
         found.append((own, class_clips(noun, options.prior, seed, *how)))
     return found
@@ -324,18 +343,30 @@ def _loss(
     return (error.mean((1, 2, 3, 4)) / weight.mean((1, 2, 3, 4))).mean()
 
 
-def _write(tuned: Tuned, output: Path) -> None:
+def _write(tuned: Tuned, options: TuneOptions, output: Path) -> None:
     about = {
         "method": tuned.method,
         "files": [file.name for file in tuned.files],
         "prompt": tuned.prompt,
         "names": dict(tuned.names),
         "seconds": round(tuned.seconds, 2),
+        "options": dataclasses.asdict(options),
     }
     with replacing(output / DONE) as temporary:
         temporary.write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
 
 
-def _read(output: Path) -> Tuned:
-    about = json.loads((output / DONE).read_text("utf-8"))
-    return Tuned(**(about | {"files": tuple(output / name for name in about["files"])}))
+def _read(output: Path, method: str, prompt: str, options: TuneOptions) -> Tuned:
+    """What was tuned before. Raises InputError where that was something else."""
+    try:
+        about = read_json(output / DONE)
+        asked = {"method": method, "prompt": prompt, "options": dataclasses.asdict(options)}
+        other = [f"{k} {about[k]!r}, not {value!r}" for k, value in asked.items() if about[k] != value]
+        found = Tuned(
+            method, tuple(output / name for name in about["files"]), prompt, about["names"], about["seconds"]
+        )
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{output / DONE} is damaged, {error!r}: delete it to tune again") from error
+    if other:
+        raise InputError(f"{output} was tuned with {other[0]}: choose another --output")
+    return found

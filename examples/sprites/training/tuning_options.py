@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from conceptmaster.errors import InputError
 
-from ..arguments import check_counts, option
+from ..arguments import check_counts, check_seed, option
 
 METHODS = ("custom_diffusion", "dreambooth", "dreambooth_lora")
 RATES = {"custom_diffusion": 1e-3, "dreambooth": 2e-4, "dreambooth_lora": 2e-3}
@@ -27,7 +27,7 @@ class TuneOptions:
 
     def __post_init__(self) -> None:
         check_counts(self, "steps", "views", "prior", "rank")
-        check_counts(self, "seed", least=0)
+        check_seed(self.seed)
         for name in ("lr", "word_lr"):
             if (rate := getattr(self, name)) is not None and not 0 < rate < 1:
                 raise InputError(f"--{name.replace('_', '-')} must lie between 0 and 1, got {rate}")

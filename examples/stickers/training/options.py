@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from conceptmaster.errors import InputError
-from conceptmaster.examples.sprites.arguments import check_counts, check_shares, option
+from conceptmaster.examples.sprites.arguments import check_counts, check_seed, check_shares, option
 from conceptmaster.examples.sprites.training.options import Dropped
 
 
@@ -78,6 +78,7 @@ class Options:
 
     def __post_init__(self) -> None:
         check_counts(self, "steps", "batch_size", "captions", "log_every")
+        check_seed(self.seed)
         check_counts(self, "seeing", "reading", "workers", least=0)
         check_shares(self, "decoys", "high", "windows", "boxes")
         if not 0 < self.lr < 1:
@@ -118,4 +119,5 @@ class DecoderOptions:
 
     def __post_init__(self) -> None:
         check_counts(self, "steps", "batch_size", "log_every")
+        check_seed(self.seed)
         check_shares(self, "own")

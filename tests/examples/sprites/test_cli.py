@@ -51,6 +51,12 @@ def test_the_two_splits_differ(tmp_path: Path) -> None:
     ("arguments", "words"),
     [
         ([], "required: COMMAND"),
+        (["tune", "dreambooth", "--base", "no", "--output", "x"], "cannot start from no"),
+        (["tune", "dreambooth", "--base", "no", "--output", "x", "--seeds", "5:5"], "0 <= A < B"),
+        (["tune", "dreambooth", "--base", "no", "--output", "x", "--seed", "-1"], "--seed must be 0 to"),
+        (["train", "--output", "x", "--seed", "-1"], "--seed must be 0 to"),
+        (["train", "--output", "file"], "cannot make the folder 'file'"),
+        (["place", "--seeds", "5:5"], "0 <= A < B"),
         (["dance"], "invalid choice: 'dance'"),
         (["draw"], "required: --seed, --output"),
         (["draw", "--seed", "-1", "--output", "x"], "--seed must be 0 to"),

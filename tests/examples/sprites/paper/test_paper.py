@@ -256,10 +256,30 @@ def test_the_command_from_base_to_tables(ground, tmp_path, monkeypatch, capsys):
     assert "`no_dam`: without DAM" in capsys.readouterr().out
     with pytest.raises(InputError, match="has units with steps 1, not 2"):
         command.run(_parsed([*asked, "--steps", "2"]))
-    with pytest.raises(InputError, match="--seeds must be different"):
-        command.run(_parsed([*asked, "--seeds", "1", "1"]))
+    with pytest.raises(InputError, match="has units with steps 1, not 512; clips 4, not 128"):
+        command.run(_parsed([*asked, "--clips", "128"]))  # a pool of another size stays as it is
+    assert np.load(output / "pool" / "count.npy").shape == (4,)
+    wrong = tmp_path / "wrong"
+    document = tmp_path / "some.md"
+    document.write_text("<!-- tables -->\nwhat else there is")
+    for options, told in (
+        (["--seeds", "1", "1"], "--seeds must be different"),
+        (["--seeds", str(2**64)], "--seeds must be different"),
+        (["--steps", "0"], "--steps must be at least 1"),
+        (["--requests", "0"], "--requests must be at least 1"),
+        (["--clips", "-1"], "--clips must be at least 1"),
+        (["--document", str(tmp_path / "none.md")], "there is no document"),
+        (["--document", str(document)], "must have the lines"),
+        (["--results", str(tmp_path / "none" / "x.json")], "does not exist"),
+        (["--base", str(tmp_path)], "cannot start from"),
+        (["--output", str(document)], "cannot make the folder"),
+    ):
+        with pytest.raises(InputError, match=told):
+            command.run(_parsed([*asked, "--output", str(wrong), *options]))
+    save(base / "model.safetensors", {"transformer.scale": torch.ones(1)})
     with pytest.raises(InputError, match="cannot start from"):
-        command.run(_parsed([*asked, "--base", str(tmp_path)]))
+        command.run(_parsed([*asked, "--output", str(wrong)]))
+    assert not wrong.exists() and document.read_text() == "<!-- tables -->\nwhat else there is"
 
 
 def test_the_document_says_what_the_results_say():

@@ -20,7 +20,7 @@ from conceptmaster.examples.sprites.training.tuning_clips import class_clips, pi
 from conceptmaster.examples.sprites.training.tuning_options import METHODS, TuneOptions
 from conceptmaster.examples.sprites.world.requesting import concepts, references
 from conceptmaster.examples.sprites.world.vocabulary import build_tokenizer
-from conceptmaster.runtime.request import Request
+from conceptmaster.runtime.request import Concept, Request
 
 from ..small import small_config
 
@@ -91,6 +91,11 @@ def test_what_a_method_changes_is_what_its_file_says(base, request_, tmp_path, m
         dataclasses.replace(tuned, seconds=0.0)
     )
     assert file.stat().st_mtime_ns == kept
+    rival = METHODS[METHODS.index(method) - 1]
+    for asked in ((rival, FEW), (method, dataclasses.replace(FEW, steps=5))):
+        with pytest.raises(InputError, match="was tuned with .* choose another --output"):
+            tune(asked[0], base, request_, tmp_path / "first", asked[1])
+    assert file.stat().st_mtime_ns == kept
 
 
 def _with(choices, file):
@@ -125,6 +130,19 @@ def test_what_cannot_be_tuned(base, request_, tmp_path):
         tune("lora", base, request_, tmp_path)
     with pytest.raises(InputError, match="without concepts"):
         tune(METHODS[0], base, Request("a cat"), tmp_path)
+    picture = np.zeros((192, 192, 3), np.uint8)
+    for label, image, prompt, told in (
+        ("cat", picture, "a dog", "does not say 'cat'"),
+        ("dragon", picture, "a dragon", "noun of this world"),
+        ("cat", np.zeros((192, 192, 4), np.uint8), "a cat", r"not uint8 \[192, 192, 4\]"),
+        ("cat", picture.astype(float), "a cat", "not float64"),
+        ("cat", "cat.png", "a cat", "not no array"),
+    ):
+        with pytest.raises(InputError, match=told):
+            tune(METHODS[0], base, Request(prompt, (Concept(label, image),)), tmp_path / "none", FEW)
+    assert not (tmp_path / "none").exists()  # nothing was begun
+    with pytest.raises(InputError, match="cannot start from .* no weights file"):
+        open_base(tmp_path)
     save_model(ConceptMaster(small_config()), tmp_path / "model.safetensors")
     with pytest.raises(InputError, match="injection is 'none'"):
         open_base(tmp_path)
