@@ -16,7 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -114,9 +114,11 @@ def fingerprint(weights: Mapping[str, Callable[[], np.ndarray]], names: Iterable
     return digest.hexdigest()
 
 
-def check_fits(deltas: Sequence[Delta], injection: str, text_width: int) -> None:
-    """Raises InputError, one line, for a delta that was made for another injection or text encoder, and for
-    two that bring the same word."""
+def check_fits(
+    deltas: Sequence[Delta], injection: str, text_width: int, transformers: Collection[str]
+) -> None:
+    """Raises InputError, one line, for a delta that was made for another injection or text encoder, or for
+    other transformers than those, and for two that bring the same word."""
     taken: dict[str, str] = {}
     for delta in deltas:
         if delta.injection != injection:
@@ -124,6 +126,8 @@ def check_fits(deltas: Sequence[Delta], injection: str, text_width: int) -> None
                 f"the delta {delta.name!r} was made for a model whose injection is {delta.injection!r}, this "
                 f"one's is {injection!r}"
             )
+        if absent := next((name for name in delta.bases if name not in transformers), None):
+            raise InputError(f"the delta {delta.name!r} changes {absent}, which this model does not have")
         for word, value in delta.words.items():
             if value.shape != (text_width,):
                 raise InputError(

@@ -149,10 +149,13 @@ class ConceptDiT(nn.Module):
         for the same concepts in every branch, concept_mask bool [K,N] ([K,C] where tokens are masked one by
         one). A masked concept's tokens are not
         read, not even when they are NaN. Keys come out normalised. For `base` the tokens are the picture
-        encoder's, [K,N,P,Dp].
+        encoder's, [K,N,P,Dp]. Raises ValueError for a mask of another length.
         """
         if self.config.concept.masks_tokens:
             concept_tokens = concept_tokens.flatten(-3, -2).unsqueeze(-2)  # [K,C,1,Dc]
+        if concept_mask.dim() != 2 or concept_mask.shape[1] != concept_tokens.shape[-3]:
+            wanted = f"[K,{concept_tokens.shape[-3]}]"
+            raise ValueError(f"concept_mask must be bool {wanted}, not {list(concept_mask.shape)}")
         text = self.condition_embedder.text_embedder(text)  # [K,T,D]
         concepts = torch.where(concept_mask[:, :, None, None], concept_tokens, 0.0).flatten(1, 2)  # [K,C,Dc]
         if self.condition_embedder.image_embedder is not None:
@@ -194,8 +197,8 @@ class ConceptDiT(nn.Module):
 
         kv may have `boxes`, too, bool [S,N], or [K or 1,S,N]: which concept a token of the video may see at
         all (True: may), S = f*h*w patches in the order frame, row, column; a token that may see none gets
-        exactly nothing from concepts. Without them all may see all. Raises ValueError for boxes where the
-        configuration's mask is not `boxes`.
+        exactly nothing from concepts. Without them all may see all. Raises ValueError for boxes of another
+        shape, and where the configuration's mask is not `boxes`.
 
         guidance [K], whose sum is one: latents and time are those of all branches, and what returns is
         sum over k of guidance_k velocity_k, [1,Cz,F,H,W]. What follows the last norm is linear, so it is
@@ -235,7 +238,7 @@ class ConceptDiT(nn.Module):
             rotary = cos, sin
         mask = None if concept_mask is None else self._token_mask(concept_mask)  # [K,C]
         bias = kv.get("text_bias")  # [K,T]
-        boxes = self._boxes(kv.get("boxes"), tokens, part)  # [K or 1,S,N]
+        boxes = self._boxes(kv, tokens, part)  # [K or 1,S,N]
         if self.config.concept.injection == "merged":
             keys = kv["text_keys"].shape[2]  # T+C
             if mask is None:
@@ -276,15 +279,23 @@ class ConceptDiT(nn.Module):
         output = self._unpatch(self.proj_out(last), grid)  # [K or 1,Cz,F,H,W]
         return self.velocity(output, latents, time)
 
-    def _boxes(self, boxes: Tensor | None, tokens: int, part: Part | None) -> Tensor | None:
-        """[S,N] or [K or 1,S,N] -> [K or 1,S,N], or of a part's tokens."""
-        if boxes is None:
+    def _boxes(self, kv: Conditions, tokens: int, part: Part | None) -> Tensor | None:
+        """[S,N] or [K or 1,S,N] -> [K or 1,S,N], or of a part's tokens. N may count tokens, where these are
+        masked one by one."""
+        if (boxes := kv.get("boxes")) is None:
             return None
         if self.config.concept.mask != "boxes":
             raise ValueError("boxes are for a model whose ConceptConfig.mask is 'boxes'")
         boxes = boxes[None] if boxes.dim() == 2 else boxes  # [K or 1,S,N]
+        if boxes.dim() != 3:
+            raise ValueError(f"boxes must be bool [S,N] or [K,S,N], not {list(boxes.shape)}")
         if boxes.shape[1] != tokens:
             raise ValueError(f"boxes must be of the video's {tokens} tokens, not of {boxes.shape[1]}")
+        count, concept = boxes.shape[2], self.config.concept
+        keys = kv["concept_keys"].shape[2] if "concept_keys" in kv else 0  # C
+        if keys not in (count * concept.tokens_per_entry, count * concept.tokens_per_concept):
+            held = keys // concept.tokens_per_concept
+            raise ValueError(f"boxes must be of the {held} concepts that there are, not of {count}")
         return boxes if part is None else part.own(boxes)
 
     def velocity(self, output: Tensor, latents: Tensor, time: Tensor) -> Tensor:

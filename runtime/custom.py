@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..delta_file import Delta, check_fits, read_delta, words_of
+from ..errors import InputError
 from ..hashed import sha256_file
+from ..untrusted import open_plain
 from .tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -39,6 +41,19 @@ class Custom:
         return (*(delta.path for delta in self.deltas), *self.merged)
 
 
+def hashes(paths: Sequence[str | os.PathLike[str]]) -> list[str]:
+    """The SHA-256 of these files. Raises InputError, one line, for what cannot be read."""
+    found = []
+    for path in map(Path, paths):
+        try:
+            open_plain(path).close()
+            found.append(sha256_file(path))
+        except (OSError, ValueError) as error:
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise InputError(f"cannot read the delta {str(path)!r}: {reason}") from None
+    return found
+
+
 def hand_in(bundle: Bundle, paths: Sequence[str | os.PathLike[str]]) -> Custom:
     """The deltas of these files, for a bundle. Raises InputError, one line, for a file that is none, or one
     for another model; whether its base is the bundle's is seen when weights are read."""
@@ -47,7 +62,13 @@ def hand_in(bundle: Bundle, paths: Sequence[str | os.PathLike[str]]) -> Custom:
     files = [Path(os.path.abspath(path)) for path in paths]
     merged = tuple(path for path in files if recorded and path.is_file() and sha256_file(path) in recorded)
     deltas = tuple(read_delta(path) for path in files if path not in merged)
-    check_fits(deltas, manifest.model["concept"]["injection"], manifest.shapes.text_width)
+    experts = manifest.experts or ()
+    check_fits(
+        deltas,
+        manifest.model["concept"]["injection"],
+        manifest.shapes.text_width,
+        [expert.name for expert in experts] or ["transformer"],
+    )
     words = words_of(deltas)
     ids = Tokenizer(bundle.tokenizer, manifest.token_ids, tuple(words)).ids
     return Custom(deltas, words, min(ids.values(), default=0), merged)

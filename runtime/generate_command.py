@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError
-from ..hashed import sha256_file
 from ..untrusted import LARGEST_JSON, open_plain, parse_json
 from .backends import torchrun
 from .workers import on_ray
@@ -235,7 +234,10 @@ def run(args: argparse.Namespace) -> int:
         options = torch_options(args)
         how = {name: getattr(args, name) for name in ("backend", "device", "precision", "strict")}
         how |= {} if options is None else dataclasses.asdict(options)
-        how |= {"custom": [sha256_file(Path(file)) for file in args.custom]} if args.custom else {}
+        if args.custom:
+            from .custom import hashes
+
+            how["custom"] = hashes(args.custom)
         return batch.run(args, overrides(args), how, lambda: open_batch(args))
     if args.jobs is not None:
         raise InputError("--jobs goes with --requests")

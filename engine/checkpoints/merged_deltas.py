@@ -56,7 +56,7 @@ def merge_into_one(
         captions that do not say a delta's word.
     """
     config = model.config
-    check_fits(deltas, config.concept.injection, config.transformer.text_dim)
+    check_fits(deltas, config.concept.injection, config.transformer.text_dim, model.experts())
     check_bases(model, deltas)
     for delta, texts in zip(deltas, captions, strict=True):
         if unsaid := [word for word in delta.words if not any(word in text for text in texts)]:

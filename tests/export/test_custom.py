@@ -3,6 +3,7 @@ frames are the same; the steps' graph is not touched, and what does not fit is t
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from conceptmaster import Pipeline  # noqa: E402
+from conceptmaster.cli import main  # noqa: E402
 from conceptmaster.delta_file import read_delta, write_delta  # noqa: E402
 from conceptmaster.engine.checkpoints.deltas import delta_of, text_keys_values  # noqa: E402
 from conceptmaster.engine.checkpoints.source import Choices, open_source  # noqa: E402
@@ -94,6 +96,16 @@ def test_a_delta_of_another_base(folder, tmp_path, backend):
         frames(folder / "plain", custom=[tmp_path / "other.safetensors"], backend=backend)
 
 
+@pytest.mark.parametrize("backend", ["onnxruntime", "torch"])
+def test_a_delta_of_an_expert_that_is_not_there(folder, tmp_path, backend):
+    delta = read_delta(folder / "one.safetensors")
+    changes = {name.replace("transformer.", "transformer_2."): v for name, v in delta.changes.items()}
+    low = dataclasses.replace(delta, bases={"transformer_2": "0" * 64}, changes=changes)
+    write_delta(tmp_path / "low.safetensors", low)
+    with pytest.raises(InputError, match="'low.safetensors' changes transformer_2, which this model does"):
+        frames(folder / "plain", custom=[tmp_path / "low.safetensors"], backend=backend)
+
+
 def test_words(folder):
     one = [folder / "one.safetensors"]
     with pytest.raises(InputError, match="the prompt does not say <fox-1>, the word of a delta"):
@@ -111,7 +123,7 @@ def test_words(folder):
             pipe("a fox runs", negative="a <cat>", steps=1)
 
 
-def test_on_the_command_line(folder, tmp_path):
+def test_on_the_command_line(folder, tmp_path, capsys):
     def run(*more):
         command = [sys.executable, "-m", "conceptmaster", "generate", "--bundle", str(folder / "plain")]
         command += ["--output", str(tmp_path / "a.npy"), "--steps", "2", "--json", "--quiet", *more]
@@ -123,6 +135,11 @@ def test_on_the_command_line(folder, tmp_path):
     refused = run("--prompt", PROMPT, "--custom", str(folder / "one.safetensors"), "--device", "rtx")
     assert refused.returncode == 2 and len(refused.stderr.splitlines()) == 1
     assert "export --custom" in refused.stderr
+    (tmp_path / "r.jsonl").write_text('{"prompt": "a fox"}')
+    batch = ["generate", "--requests", str(tmp_path / "r.jsonl"), "--output", str(tmp_path / "{name}.npy")]
+    for wrong in (tmp_path / "none.safetensors", tmp_path):
+        assert main([*batch, "--custom", str(wrong)]) == 2
+        assert "cannot read the delta" in capsys.readouterr().err
 
 
 def test_weights_beside_a_graph_stay_there(folder, tmp_path):

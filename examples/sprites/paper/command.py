@@ -8,7 +8,6 @@ any moment, goes on when it is given again, and several may share the work by ``
 from __future__ import annotations
 
 import argparse
-import json
 import platform
 from collections.abc import Mapping
 from pathlib import Path

@@ -123,8 +123,8 @@ def place(
         check_bundle(manifest)
         if not manifest.takes_boxes:
             raise InputError(
-                f"the bundle {manifest.name!r} cannot place concepts: name one that was exported with `--boxes`, "
-                "with --bundle"
+                f"the bundle {manifest.name!r} cannot place concepts: name one that was exported with "
+                "`--boxes`, with --bundle"
             )
         pipeline = Pipeline.from_bundle(options.bundle, threads=options.threads)
         about = {"bundle": manifest.name, "precision": manifest.precision, "written_by": manifest.written_by}

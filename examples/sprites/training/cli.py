@@ -8,7 +8,15 @@ from pathlib import Path
 
 from conceptmaster.engine.concept_config import BINDINGS, ENCODERS, INJECTIONS
 
-from ..arguments import add_device, add_drawing, add_options, check_seeds, options_from, seed_range, set_threads
+from ..arguments import (
+    add_device,
+    add_drawing,
+    add_options,
+    check_seeds,
+    options_from,
+    seed_range,
+    set_threads,
+)
 from .options import STAGES, TrainOptions
 from .tuning_options import METHODS, TuneOptions
 
