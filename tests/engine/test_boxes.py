@@ -141,8 +141,14 @@ def test_wrong_boxes_are_one_clear_error(tiny, models):
     *given, mask, boxes = arguments(plain.config)
     with pytest.raises(ValueError, match="boxes must be of the video's 8 tokens, not of 7"):
         plain(*given, mask, None, boxes[:7])
-    with pytest.raises(ValueError, match="boxes of 4 concepts do not divide 6 keys"):
-        plain(*given, mask, None, torch.ones(8, 4, dtype=torch.bool))
+    for count in (2, 4):  # of which 2 divide the 6 keys
+        with pytest.raises(ValueError, match=f"of the 3 concepts that there are, not of {count}"):
+            plain(*given, mask, None, torch.ones(8, count, dtype=torch.bool))
+    with pytest.raises(ValueError, match=r"bool \[S,N\] or \[K,S,N\], not \[8\]"):
+        plain(*given, mask, None, boxes[:, 0])
+    for wrong in (mask[:, :1], mask[:, [0, *range(mask.shape[1])]], mask[0]):
+        with pytest.raises(ValueError, match=r"concept_mask must be bool \[K,3\]"):
+            plain(*given, wrong, None, boxes)
     other = ConceptDiT(tiny()).double()
     with pytest.raises(ValueError, match="ConceptConfig.mask is 'boxes'"):
         other(*given, mask, None, boxes)
