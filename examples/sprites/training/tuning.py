@@ -150,9 +150,8 @@ def _check(concept: Concept) -> None:
     label, picture = concept.label, concept.image
     if _noun(label) not in NOUNS:
         raise InputError(f"the label {label!r} must end in a noun of this world: {', '.join(NOUNS)}")
-    array = isinstance(picture, np.ndarray) and picture.dtype == np.uint8
-    if not array or picture.shape != (PICTURE, PICTURE, 3):
-        found = f"{picture.dtype} {list(picture.shape)}" if isinstance(picture, np.ndarray) else "no array"
+    found = f"{picture.dtype} {list(picture.shape)}" if isinstance(picture, np.ndarray) else "no array"
+    if found != f"uint8 [{PICTURE}, {PICTURE}, 3]":
         raise InputError(f"the picture of {label!r} must be uint8 [{PICTURE},{PICTURE},3], not {found}")
 
 
