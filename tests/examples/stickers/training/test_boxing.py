@@ -8,36 +8,20 @@ import numpy as np
 import pytest
 import torch
 
-from conceptmaster.examples.stickers.training import train
-from conceptmaster.examples.stickers.training.artist import Artist
 from conceptmaster.examples.stickers.training.batches import Pool
 from conceptmaster.examples.stickers.training.boxing import ROOM, Boxing, boxes_around
-from conceptmaster.examples.stickers.training.components import doubled, halved
 from conceptmaster.examples.stickers.training.options import Dropped, Supply
 from conceptmaster.examples.stickers.training.placing import told_by_boxes
-from conceptmaster.examples.stickers.world import grounds
 from conceptmaster.examples.stickers.world.captions import tell
 from conceptmaster.examples.stickers.world.requesting import drawn_boxes
 from conceptmaster.examples.stickers.world.scenes import Wish
-from conceptmaster.examples.stickers.world.tokens import build_tokenizer
 from conceptmaster.examples.stickers.world.words import PLACES
 from conceptmaster.runtime.boxes import tokens
-
-from ..small import atlas, small_config
 
 CLIPS = 24
 KEPT = Dropped(0, 0, 0)
 STARTS = [0, 1, 5, 9, 13]
 """The first video frame of each latent one."""
-
-
-@pytest.fixture(scope="module")
-def artist():
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(grounds, "EACH", 2)
-        config = small_config()
-        vae = doubled(config.vae, train.SPRITES / "vae.safetensors")
-        yield Artist(atlas(), build_tokenizer(atlas(), captions=300), config, halved(vae))
 
 
 @pytest.fixture(scope="module")

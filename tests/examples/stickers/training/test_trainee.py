@@ -12,29 +12,17 @@ from conceptmaster.examples.sprites.training.learning import MuonAdamW, gradient
 from conceptmaster.examples.sprites.training.noising import decoy_noise, normal, random_sigma
 from conceptmaster.examples.sprites.training.train_model import ADAM_NAMES
 from conceptmaster.examples.stickers.training import train, trainee
-from conceptmaster.examples.stickers.training.artist import Artist
 from conceptmaster.examples.stickers.training.batches import Pool, Told
 from conceptmaster.examples.stickers.training.boxing import Boxing
-from conceptmaster.examples.stickers.training.components import doubled, halved
 from conceptmaster.examples.stickers.training.options import Dropped, Options, Supply
 from conceptmaster.examples.stickers.training.studio import Studio
-from conceptmaster.examples.stickers.world import grounds
-from conceptmaster.examples.stickers.world.tokens import END_ID, build_tokenizer
+from conceptmaster.examples.stickers.world.tokens import END_ID
 
-from ..small import atlas, small_config
+from ..small import small_config
 
 OPTIONS = Options(supply=Supply(1, 32, 1), told=Supply(1, 8, 1))
 WINDOW = slice(1, 3)
 SOME_DROPPED = Dropped(0.3, 0.2, 0.1)
-
-
-@pytest.fixture(scope="module")
-def artist():
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(grounds, "EACH", 2)
-        config = small_config()
-        vae = doubled(config.vae, train.SPRITES / "vae.safetensors")
-        yield Artist(atlas(), build_tokenizer(atlas(), captions=300), config, halved(vae))
 
 
 @pytest.fixture(scope="module")
