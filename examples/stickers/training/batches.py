@@ -211,7 +211,8 @@ class Pool(Ring):
         shown = sent((np.arange(slots) < counts[:, None]) & ~no_concepts[:, None], device)
         spread = rows[:, None]
         frames = frames or slice(None)
-        coverage = held["coverage"][:, :, frames][spread, order]  # [B,N,F,H,W]
+        covered = held["coverage"][spread, order]  # [B,N,1+K,H,W]
+        coverage = covered[:, :, frames]  # [B,N,F,H,W]
         grid = tuple(n // p for n, p in zip(coverage.shape[2:], self.patch, strict=True))
         boxes = torch.ones(size, int(np.prod(grid)), slots, dtype=torch.bool, device=device)
         token_ids, token_mask, spot = (held[name][rows] for name in ("token_ids", "token_mask", "spot"))
@@ -221,7 +222,8 @@ class Pool(Ring):
             loose = sent((boxing.loose & ~no_concepts)[:, None], device)
             room = sent(np.take_along_axis(boxing.room, places[..., None], 1), device)
             free = sent(~np.take_along_axis(boxed, places, 1)[:, None], device)  # [B,1,N]
-            boxes = tokens_in(boxes_around(coverage, room), grid) | free
+            whole = sent(np.take_along_axis(boxing.whole, places, 1), device)
+            boxes = tokens_in(boxes_around(covered, room, whole)[:, :, frames], grid) | free
             token_ids = torch.where(loose, held["loose_ids"][rows], token_ids)
             token_mask = torch.where(loose, held["loose_mask"][rows], token_mask)
             spot = told_by_boxes(spot, sent(boxed, device), loose)

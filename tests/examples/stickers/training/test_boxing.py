@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from conceptmaster.examples.sprites.training.batches import tokens_in
 from conceptmaster.examples.stickers.training.batches import Pool
 from conceptmaster.examples.stickers.training.boxing import ROOM, Boxing, boxes_around
 from conceptmaster.examples.stickers.training.options import Dropped, Supply
@@ -45,6 +46,12 @@ def batch_of(pool, boxing, dropped=KEPT, frames=None):
     return pool.of(np.arange(CLIPS), np.random.default_rng(0), dropped, frames, boxing)
 
 
+def told_box(boxing, batch, row, slot, number):
+    """Of one concept in each latent frame, [F,4]."""
+    room, whole = (torch.from_numpy(a[row, number][None, None]) for a in (boxing.room, boxing.whole[..., None]))
+    return boxes_around(batch.coverage[row, slot][None, None], room, whole[..., 0])[0, 0].double().numpy()
+
+
 def of_slots(batch, scenes):
     """Row, slot and the number of its actor."""
     labels = {}
@@ -62,15 +69,14 @@ def of_slots(batch, scenes):
 def test_tokens_are_those_that_the_runtime_draws_of_the_same_boxes(pool, scenes, frames):
     """The box of a latent frame is that of each of its video frames."""
     boxing = all_boxed()
-    batch = batch_of(pool, boxing, frames=frames)
+    batch, full = batch_of(pool, boxing, frames=frames), batch_of(pool, boxing)
     count = 5 if frames is None else 4
     seen = batch.boxes.view(CLIPS, count, 4, 4, -1)
     for (row, slot), number in of_slots(batch, scenes).items():
         if not boxing.concepts[row, number]:
             assert seen[row, ..., slot].all()
             continue
-        room = torch.from_numpy(boxing.room[row, number])[None, None]
-        own = boxes_around(batch.coverage[row, slot][None, None], room)[0, 0].double().numpy()  # [F,4]
+        own = told_box(boxing, full, row, slot, number)[frames or slice(None)]  # [F,4]
         first = 1 if frames is None else 4
         video = np.concatenate([np.repeat(own[:1], first, 0), np.repeat(own[1:], 4, 0)])
         starts = STARTS if frames is None else [0, 4, 8, 12]
@@ -86,10 +92,9 @@ def test_a_box_holds_all_that_is_drawn_and_not_much_more(pool, artist, scenes):
         if not boxing.concepts[row, number]:
             continue
         drawn = drawn_boxes(scenes[row], artist.atlas)[number]  # [17,4]
-        room = torch.from_numpy(boxing.room[row, number])[None, None]
-        told = boxes_around(batch.coverage[row, slot][None, None], room)[0, 0].double().numpy()
+        told = told_box(boxing, batch, row, slot, number)
         for frame, start in enumerate(STARTS):
-            own = drawn[start : 1 if frame == 0 else start + 4]
+            own = drawn if boxing.whole[row, number] else drawn[start : 1 if frame == 0 else start + 4]
             low, high = own[:, :2].min(0), own[:, 2:].max(0)
             if number == len(scenes[row].actors) - 1:  # nothing lies over it
                 assert (told[frame, :2] <= low + 1 / 64).all() and (told[frame, 2:] >= high - 1 / 64).all()
@@ -102,11 +107,23 @@ def test_a_box_holds_all_that_is_drawn_and_not_much_more(pool, artist, scenes):
 def test_room_is_a_share_of_what_is_drawn_at_every_side():
     coverage = torch.zeros(1, 1, 1, 8, 8)
     coverage[..., 2:4, 3:7] = 0.1  # a quarter high, half as wide as the picture
-    exact = boxes_around(coverage, torch.zeros(1, 1, 4))
+    own = torch.zeros(1, 1, dtype=torch.bool)
+    exact = boxes_around(coverage, torch.zeros(1, 1, 4), own)
     assert exact.flatten().tolist() == [3 / 8, 2 / 8, 7 / 8, 4 / 8]
     room = torch.tensor([0.1, 0.2, 0.25, 0.0]).view(1, 1, 4)
-    found = boxes_around(coverage, room).flatten().tolist()
+    found = boxes_around(coverage, room, own).flatten().tolist()
     assert found == pytest.approx([3 / 8 - 0.05, 2 / 8 - 0.05, 1.0, 4 / 8])
+
+
+def test_one_box_for_all_frames_is_around_all_that_is_drawn_in_any():
+    coverage = torch.zeros(1, 3, 3, 8, 8)
+    coverage[0, :2, 0, 2:4, 0:2] = 1  # goes right, and is hidden in the frame between
+    coverage[0, :2, 2, 3:5, 5:7] = 1
+    found = boxes_around(coverage, torch.zeros(1, 3, 4), torch.tensor([[True, False, True]]))[0]
+    around = [0, 2 / 8, 7 / 8, 5 / 8]
+    assert found[0].tolist() == [around] * 3
+    assert found[1].tolist() == [[0, 2 / 8, 2 / 8, 4 / 8], [0] * 4, [5 / 8, 3 / 8, 7 / 8, 5 / 8]]
+    assert not tokens_in(found[None, 2:], (3, 4, 4)).any()  # is drawn nowhere
 
 
 def test_clips_and_concepts_have_boxes_as_often_as_told():
@@ -115,6 +132,7 @@ def test_clips_and_concepts_have_boxes_as_often_as_told():
     assert clips.mean() == pytest.approx(0.25, abs=0.03)
     assert found.concepts[clips].mean() == pytest.approx(0.8, abs=0.03)
     assert found.loose[clips].mean() == pytest.approx(0.5, abs=0.05)
+    assert found.whole[found.concepts].mean() == pytest.approx(0.5, abs=0.05)
     assert 0 <= found.room.min() and 0.24 < found.room.max() <= ROOM
     none = Boxing.random(np.random.default_rng(0), 100, 0.0)
     assert not none.loose.any() and not none.concepts.any()
