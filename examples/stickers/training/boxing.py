@@ -22,7 +22,7 @@ FREE = 0.2
 LOOSE = 0.5
 """Share of such clips whose captions tell no places."""
 WHOLE = 0.5
-"""Share of the boxes that are one for all frames, around all that a concept comes to, as most users hand in."""
+"""Share of the boxes that are one for all frames, as most users hand them in."""
 
 
 @dataclass(frozen=True)

@@ -48,8 +48,9 @@ def batch_of(pool, boxing, dropped=KEPT, frames=None):
 
 def told_box(boxing, batch, row, slot, number):
     """Of one concept in each latent frame, [F,4]."""
-    room, whole = (torch.from_numpy(a[row, number][None, None]) for a in (boxing.room, boxing.whole[..., None]))
-    return boxes_around(batch.coverage[row, slot][None, None], room, whole[..., 0])[0, 0].double().numpy()
+    room = torch.from_numpy(boxing.room[row, number])[None, None]
+    whole = torch.tensor([[bool(boxing.whole[row, number])]])
+    return boxes_around(batch.coverage[row, slot][None, None], room, whole)[0, 0].double().numpy()
 
 
 def of_slots(batch, scenes):
