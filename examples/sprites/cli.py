@@ -131,6 +131,7 @@ COMMANDS = (
     _training("tune", "tune a base on each request: CustomDiffusion, DreamBooth"),
     _paper("paper", "train and score the rows of the paper's tables on one frozen base"),
     _paper("paper-base", "train that base"),
+    _paper("paper-weights", "write that base as weights, for tune and conceptmaster export"),
     in_module("scorer", "train MC-Bench's scorer", f"{__package__}.mc_bench.command", "train", "scorer"),
     in_module("mc-bench", "MC-Bench of this world", f"{__package__}.mc_bench.command", "mc-bench", "bench"),
     _in_file("curves", "draw the curves of a training", "training"),

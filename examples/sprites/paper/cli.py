@@ -1,4 +1,4 @@
-"""The commands `paper` and `paper-base`. Their help needs no PyTorch: what does is imported when they run."""
+"""The commands `paper`, `paper-base` and `paper-weights`. PyTorch, which no help needs, is imported later."""
 
 from __future__ import annotations
 
@@ -38,6 +38,12 @@ def add_paper_base_arguments(parser: argparse.ArgumentParser) -> None:
     _add_shared(parser)
 
 
+def add_paper_weights_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``paper-weights``."""
+    parser.add_argument("--output", required=True, type=Path, help="a new weights folder")
+    parser.add_argument("--base", type=Path, default=BASE, metavar="DIR", help="what it is made of (ours)")
+
+
 def _add_shared(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--clips", type=int, default=16384, help="in the pool, drawn once (16384)")
     parser.add_argument("--threads", type=int, help="CPU threads (as PyTorch has it)")
@@ -59,3 +65,10 @@ def run_paper_base(args: argparse.Namespace) -> int:
     from .command import run_base
 
     return run_base(args)
+
+
+def run_paper_weights(args: argparse.Namespace) -> int:
+    """Runs `paper-weights`, see `command.run_weights`."""
+    from .command import run_weights
+
+    return run_weights(args)

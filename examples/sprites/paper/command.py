@@ -1,4 +1,5 @@
-"""`paper`: every row of the paper's tables from one frozen base, unit by unit; `paper-base`: that base.
+"""`paper`: every row of the paper's tables from one frozen base, unit by unit; `paper-base`: that base;
+`paper-weights`: the same as a weights folder.
 
 A unit, a row with a seed, lives in ``OUTPUT/ROW-SEED/`` and ends with its ``result.json``. Table and JSON
 hold every finished unit of the output folder and are rewritten after each, so the command may be stopped at
@@ -36,7 +37,7 @@ from .rows import OURS, ROWS
 from .sampling import GUIDANCE, SHIFT, SOLVER, STEPS
 from .setting import paper_config, pixel_weights, row_config
 from .trainee import Trainee
-from .tuned import run_tuned
+from .tuned import open_tuning_base, run_tuned, write_weights
 from .unit import Budget, Ground, run_unit
 
 GIVEN = ("text_encoder.", "image_encoder.")
@@ -171,6 +172,15 @@ def run_base(args: argparse.Namespace) -> int:
     parts = {"text_encoder": text, "image_encoder": image, "transformer": transformer}
     save(args.output / "model.safetensors", together(parts))
     print(args.output / "model.safetensors")
+    return 0
+
+
+def run_weights(args: argparse.Namespace) -> int:
+    """Write a base as `tune` and ``conceptmaster export`` take it; returns 0. Raises InputError for one that
+    cannot be read, and where the output folder holds anything else."""
+    tensors, vae = _open(args.base)
+    write_weights(open_tuning_base(tensors, vae, args.base), args.output)
+    print(args.output)
     return 0
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,11 +12,8 @@ from conceptmaster.errors import InputError
 
 from .rows import OURS, ROWS, Row
 from .statistics import Estimate, Scores, differences, drawn_means, interval, order
-from .unit import read
+from .unit import MAIN, MEASURES, read, result_of
 
-MAIN = "margin"
-"""The measure that rows are compared by: like DINO-I it is a matter of degree."""
-MEASURES = (MAIN, "pair_binding", "identity", "noun", "texture", "motion")
 SEEDS = 3
 """Least number of seeds of either row of which a difference is claimed."""
 TABLES = {
@@ -33,10 +29,11 @@ Results = dict[str, list[dict[str, Any]]]
 
 
 def finished(output: Path) -> Results:
-    """What lies in an output folder; a row without any unit has an empty list."""
+    """What lies in an output folder; a row without any unit has an empty list. Raises InputError for a
+    damaged one."""
     found: Results = {}
     for row in ROWS:
-        units = [json.loads(path.read_text("utf-8")) for path in output.glob(f"{row.name}-*/result.json")]
+        units = [unit for path in output.glob(f"{row.name}-*") if (unit := result_of(path)) is not None]
         found[row.name] = sorted(units, key=lambda unit: unit["seed"])
     return found
 

@@ -10,6 +10,7 @@ import copy
 import json
 import shutil
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,13 @@ from torch import Tensor
 
 from conceptmaster.delta_file import read_delta
 from conceptmaster.engine.checkpoints.deltas import merge_deltas
-from conceptmaster.engine.checkpoints.safetensors_io import load_model, load_strict
+from conceptmaster.engine.checkpoints.safetensors_io import load_model, load_strict, save, save_model
 from conceptmaster.engine.model import ConceptMaster
+from conceptmaster.engine.vae.block_vae import BlockVAE
+from conceptmaster.errors import InputError
+from conceptmaster.runtime.atomic_folder import replacing_folder
 from conceptmaster.runtime.request import Concept, Request
+from conceptmaster.untrusted import read_json
 
 from ..scoring.reports import write_json
 from ..training.attention import cheapest_attention
@@ -34,7 +39,7 @@ from .rows import Row
 from .sampling import frames, sample
 from .setting import paper_config
 from .trainee import Trainee
-from .unit import Budget, Ground, written
+from .unit import Budget, Ground, result_of, written
 
 REQUESTS = 32
 """The first of those that are scored: one costs as much as hundreds of the other rows'."""
@@ -43,12 +48,12 @@ REQUESTS = 32
 def run_tuned(row: Row, seed: int, ground: Ground, budget: Budget, folder: Path) -> dict[str, Any]:
     """Tune and score a row with a seed, request by request, of which those that are done are not done again;
     returns what ``result.json`` holds."""
+    if (known := result_of(folder)) is not None:
+        return known
     result = folder / "result.json"
-    if result.exists():
-        return json.loads(result.read_text("utf-8"))
     folder.mkdir(parents=True, exist_ok=True)
     asked = range(min(REQUESTS, budget.requests))
-    base = open_tuning_base(ground, folder)
+    base = open_tuning_base(ground.base, ground.vae, folder)
     done = [_request(row, seed, number, base, ground, folder) for number in asked]
     seconds = sum(each["seconds"] for each in done) / len(done)
     found = {name: [each["scores"][name] for each in done] for name in done[0]["scores"]}
@@ -65,17 +70,32 @@ def run_tuned(row: Row, seed: int, ground: Ground, budget: Budget, folder: Path)
     return json.loads(result.read_text("utf-8"))
 
 
-def open_tuning_base(ground: Ground, folder: Path) -> Base:
+def open_tuning_base(tensors: Mapping[str, Tensor], vae: BlockVAE, folder: Path) -> Base:
     """The base of all rows as tuning takes it."""
     model = ConceptMaster(paper_config(injection="none"))
-    load_strict(model, {n: v for n, v in ground.base.items() if not n.startswith("image_encoder.")})
-    return Base(folder, model, ground.vae, build_tokenizer().to_str())
+    load_strict(model, {n: v for n, v in tensors.items() if not n.startswith("image_encoder.")})
+    return Base(folder, model, vae, build_tokenizer().to_str())
+
+
+def write_weights(base: Base, output: Path) -> None:
+    """Write a base as a weights folder, in float16: what `tune` starts from, and ``conceptmaster export``
+    takes. Whole or not at all; raises InputError where the folder ``output`` holds anything else."""
+    names = ["model.safetensors", "vae.safetensors", "tokenizer.json"]
+    with replacing_folder(output, lambda _: names, replace=True) as new:
+        save_model(base.model.half(), new / names[0])
+        save(new / names[1], {name: value.half() for name, value in base.vae.state_dict().items()})
+        (new / names[2]).write_text(base.tokenizer, encoding="utf-8")
 
 
 def _request(row: Row, seed: int, number: int, base: Base, ground: Ground, folder: Path) -> dict[str, Any]:
     path, work = folder / f"{number}.json", folder / f"tuned-{number}"
     if path.exists():
-        return json.loads(path.read_text("utf-8"))
+        try:
+            known: dict[str, Any] = read_json(path)
+            known["seconds"], known["scores"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{path} is damaged, {error!r}: delete it to tune again") from error
+        return known
     assert row.tuned is not None
     scene, config = request_scene(number), base.model.config
     drawn = draw([scene], config, ground.vae)

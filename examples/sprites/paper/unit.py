@@ -18,6 +18,8 @@ from torch import Tensor
 
 from conceptmaster.engine.checkpoints.safetensors_io import load, load_strict, save
 from conceptmaster.engine.vae.block_vae import BlockVAE
+from conceptmaster.errors import InputError
+from conceptmaster.untrusted import read_json
 
 from ..scoring.reports import write_json
 from ..training.attention import cheapest_attention
@@ -32,6 +34,9 @@ from .sampling import frames, sample
 from .setting import pixel_weights, row_config
 from .trainee import Trainee
 
+MAIN = "margin"
+"""The measure that rows are compared by: like DINO-I it is a matter of degree."""
+MEASURES = (MAIN, "pair_binding", "identity", "noun", "texture", "motion")
 LOWEST = 0.5
 """Noise level above which rows learn, half of the time above 0.94: a sampler settles there how things look,
 while a noised clip says it already a little below."""
@@ -65,11 +70,27 @@ class Ground:
     pool: ClipPool
 
 
+def result_of(folder: Path) -> dict[str, Any] | None:
+    """What a unit's ``result.json`` holds, None where it has none. Raises InputError for a damaged one."""
+    path = folder / "result.json"
+    if not path.exists():
+        return None
+    try:
+        found: dict[str, Any] = read_json(path)
+        for measure in MEASURES:
+            read(found["requests"][measure])
+        found["seed"], found["training_seconds"], found["seconds_per_request"]
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        raise InputError(f"{path} is damaged, {error!r}: delete it, and the unit is made again") from error
+    return found
+
+
 def run_unit(row: Row, seed: int, ground: Ground, budget: Budget, folder: Path) -> dict[str, Any]:
-    """Train and score a row with a seed; returns what ``result.json`` holds. Raises CheckpointError."""
+    """Train and score a row with a seed; returns what ``result.json`` holds. Raises CheckpointError, and
+    InputError for a damaged result."""
+    if (found := result_of(folder)) is not None:
+        return found
     result = folder / "result.json"
-    if result.exists():
-        return json.loads(result.read_text("utf-8"))
     folder.mkdir(parents=True, exist_ok=True)
     trainee = Trainee(row_config(row), ground.base, pixel_weights(ground.vae), seed)
     _train(trainee, seed, ground, budget, folder)
@@ -79,7 +100,7 @@ def run_unit(row: Row, seed: int, ground: Ground, budget: Budget, folder: Path) 
     asked = clips_of(draw(scenes, trainee.config, ground.vae), trainee.config)
     latents = sample(trainee, asked, ground.pool.no_caption, list(range(budget.requests)))
     sampled = time.perf_counter() - began
-    found = judge(scenes, frames(latents, ground.vae, trainee.config))
+    judged = judge(scenes, frames(latents, ground.vae, trainee.config))
     write_json(
         result,
         {
@@ -91,7 +112,7 @@ def run_unit(row: Row, seed: int, ground: Ground, budget: Budget, folder: Path) 
             "training_seconds": log[-1]["seconds"],
             "seconds_per_request": round(sampled / budget.requests, 3),
             "curve": [{name: line[name] for name in ("samples", *ERRORS)} for line in log if "with" in line],
-            "requests": written(found),
+            "requests": written(judged),
         },
     )
     (folder / "training.safetensors").unlink(missing_ok=True)

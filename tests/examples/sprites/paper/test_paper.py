@@ -310,3 +310,34 @@ def test_the_base_that_is_shipped_is_what_rows_stand_on():
     load_strict(model, {**tensors, **{n: v for n, v in model.state_dict().items() if n in own}})
     assert all(value.dtype == torch.bfloat16 for value in tensors.values())
     assert sum(file.stat().st_size for file in BASE.iterdir()) <= 10_000_000
+
+
+def test_the_base_as_weights_is_what_tuning_starts_from(tmp_path):
+    from conceptmaster.examples.sprites.paper.cli import BASE
+    from conceptmaster.examples.sprites.training.tuning import open_base
+
+    output = tmp_path / "base"
+    assert main(["paper-weights", "--output", str(output)]) == 0
+    own, found = load(BASE / "model.safetensors")[0], open_base(output)
+    state = found.model.state_dict()
+    for name in own.keys() & state.keys():
+        assert torch.equal(state[name], own[name].half().float()), name
+    assert len(own.keys() & state.keys()) > 100
+    assert found.model.config == paper_config(injection="none")
+    for name, value in load(BASE / "vae.safetensors")[0].items():
+        torch.testing.assert_close(found.vae.state_dict()[name].half(), value.half())
+    (output / "a letter.txt").write_text("mine")
+    assert main(["paper-weights", "--output", str(output)]) == 2  # and nothing is lost
+    assert (output / "a letter.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "{", "[]", '{"seed": 0}', '{"seed": 0, "requests": {"margin": "x"}}', '{"seed": 0, "requests": 1}'],
+)
+def test_a_damaged_result_is_told_of(tmp_path, content):
+    folder = tmp_path / "ours-0"
+    folder.mkdir()
+    (folder / "result.json").write_text(content)
+    with pytest.raises(InputError, match=r"ours-0/result\.json is damaged, .*: delete it"):
+        report.finished(tmp_path)
