@@ -39,6 +39,7 @@ export function start(send) {
   addEventListener("paste", ({ clipboardData }) => addFiles([...clipboardData.files]));
   takeDrops();
   $("prompt").addEventListener("input", promptChanged);
+  $("prompt").addEventListener("blur", () => (caret = [$("prompt").selectionStart, $("prompt").selectionEnd]));
   $("seed").addEventListener("input", () => ($("random").hidden = !$("seed").value));
   $("random").addEventListener("click", () => setSeed(""));
   $("n").addEventListener("input", nameButton);
@@ -233,7 +234,7 @@ function showVocabulary(vocabulary) {
   $("words").hidden = !vocabulary;
   if (!vocabulary) return;
   $("words-title").textContent = vocabulary.open ? "Words it was taught; others do, too" : "Words it knows";
-  const groups = { things: vocabulary.labels, ...vocabulary.phrases };
+  const groups = { ...(vocabulary.labels.length && { things: vocabulary.labels }), ...vocabulary.phrases };
   say($("phrases"), "");
   $("groups").replaceChildren(
     ...Object.entries(groups).map(([name, phrases]) => {
@@ -260,14 +261,18 @@ function chip(phrase, comma) {
 }
 
 // Puts words into the prompt, where the cursor is, with what must stand between them.
+let caret = null; // kept here: a browser may forget it when its field is left
+
 function insert(words, comma = "") {
   const field = $("prompt");
-  const before = field.value.slice(0, field.selectionStart).trimEnd();
-  const after = field.value.slice(field.selectionEnd).trimStart();
+  const [from, to] = caret ?? [field.value.length, field.value.length];
+  const before = field.value.slice(0, from).trimEnd();
+  const after = field.value.slice(to).trimStart();
   const lead = before && comma && !before.endsWith(comma) ? `${before}${comma}` : before;
   const start = `${lead}${lead ? " " : ""}${words}`;
   field.value = `${start}${after && !/^[.,;:!?]/.test(after) ? " " : ""}${after}`;
-  field.setSelectionRange(start.length, start.length);
+  caret = [start.length, start.length];
+  field.setSelectionRange(...caret);
   promptChanged();
   announce(`added: ${words}`);
 }
@@ -291,6 +296,7 @@ export function fill(wanted) {
   pictures = [];
   for (const { label, file } of wanted.pictures) add(label, file);
   $("prompt").value = wanted.prompt;
+  caret = null;
   setSeed(String(wanted.seed ?? ""));
   $("n").value = wanted.n ?? 1;
   for (const field of options()) field.value = written(wanted.options?.[field.id] ?? "");
