@@ -170,6 +170,7 @@ def _add_score(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--shuffled", action="store_true", help="with --truth: the next request's: chance")
     parser.add_argument("--sheet", metavar="FILE.png", help=f"also draw the first {SHEET_ROWS} requests")
+    parser.add_argument("--failures", metavar="FILE.png", help="and those that lost most contests")
     parser.add_argument(
         "--json", action="store_true", help="last line on standard output: the report, one line"
     )
@@ -177,8 +178,10 @@ def _add_score(parser: argparse.ArgumentParser) -> None:
 
 
 def _score(args: argparse.Namespace) -> int:
+    from conceptmaster.examples.sprites.scoring.sheet import save_sheet
+
     from .scoring.options import Options
-    from .scoring.score import asked, rows, score
+    from .scoring.score import asked, rows, score, worst_rows
 
     if args.shuffled and not args.truth:
         raise InputError("--shuffled needs --truth")
@@ -186,12 +189,14 @@ def _score(args: argparse.Namespace) -> int:
     options = options_from(
         Options, args, places=not args.no_places, controls=not args.no_controls, source=source
     )
-    sheet = None if args.sheet is None else check_output(Path(args.sheet), (".png",))
+    sheet, failures = (
+        None if file is None else check_output(Path(file), (".png",)) for file in (args.sheet, args.failures)
+    )
     report, results = score(options, keep=SHEET_ROWS if sheet else 0, progress=not args.quiet)
     if sheet is not None:
-        from conceptmaster.examples.sprites.scoring.sheet import save_sheet
-
         save_sheet(rows(options, results[:SHEET_ROWS]), sheet)
+    if failures is not None and (worst := worst_rows(options, results, SHEET_ROWS)):
+        save_sheet(worst, failures)
     print(_table(report, asked(options)))
     if args.json:
         print(json.dumps(report))

@@ -7,9 +7,10 @@ those requests of a search that lose most contests.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from conceptmaster.errors import InputError
 from conceptmaster.runtime.bundle_format.find import Bundle
@@ -17,7 +18,6 @@ from conceptmaster.runtime.cpus import usable
 
 from ..arguments import add_options, add_quiet, options_from, seed_range
 from ..world.requesting import make_folder
-from ..world.scenes import Scene
 from .judging import ASKED, Generate, Result
 from .score import Options, check_bundle, score
 from .sheet import save_sheet, scored_row
@@ -76,7 +76,7 @@ def gallery(
     if failures:
         _, results = score(wide, generate=generate, progress=progress)
         rows = []
-        for seed, caption in worst(wide, results)[:failures]:
+        for seed, caption in worst(wide.scene, results)[:failures]:
             # once more, with the controls, which the search does without
             shown = replace(wide, seeds=range(seed, seed + 1), controls=True)
             _, again = score(shown, generate=generate, keep=1)
@@ -89,17 +89,18 @@ def gallery(
     return paths
 
 
-def worst(options: Options, results: Sequence[Result]) -> list[tuple[int, str]]:
-    """The requests that lost a contest as (seed, what was lost), most lost first, then by seed."""
+def worst(scene_of: Callable[[int], Any], results: Sequence[Result]) -> list[tuple[int, str]]:
+    """The requests that lost a contest as (seed, what was lost), most lost first, then by seed. scene_of: the
+    scene of a seed, whose ``actors`` have labels."""
     found = []
     for result in results:
-        lost, total, text = _lost(options.scene(result.seed), result)
+        lost, total, text = _lost(scene_of(result.seed), result)
         if lost:
             found.append((-lost, result.seed, f"seed {result.seed} lost {lost} of {total}: {text}"))
     return [(seed, caption) for _, seed, caption in sorted(found)]
 
 
-def _lost(scene: Scene, result: Result) -> tuple[int, int, str]:
+def _lost(scene: Any, result: Result) -> tuple[int, int, str]:
     """How many contests the video as asked lost, of how many, and which, by concept."""
     won = result.won[ASKED]
     parts, count = [], 0

@@ -8,6 +8,7 @@ import functools
 import platform
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import numpy as np
 
 from conceptmaster import __version__
 from conceptmaster.examples.sprites.scoring import judging
+from conceptmaster.examples.sprites.scoring.gallery import worst
 from conceptmaster.examples.sprites.scoring.judging import Generate, Result, Won, check_world, judged
 from conceptmaster.examples.sprites.scoring.sheet import TITLES, Row
 from conceptmaster.runtime.bundle_format.schema import Manifest
@@ -116,6 +118,18 @@ def rows(options: Options, results: list[Result]) -> list[Row]:
         found.append(
             Row(caption, references(scene, world.atlas), {"truth": world.true_video(scene), **videos})
         )
+    return found
+
+
+def worst_rows(
+    options: Options, results: list[Result], most: int, *, generate: Generate | None = None
+) -> list[Row]:
+    """Of those requests that lost most contests, worst first, made once more with both controls."""
+    found = []
+    for seed, lost in worst(Stickers(options).scene, results)[:most]:
+        shown = replace(options, seeds=range(seed, seed + 1), controls=True, workers=1)
+        (row,) = rows(shown, score(shown, generate=generate, keep=1)[1])
+        found.append(replace(row, caption=f"{lost}\n{row.caption}"))
     return found
 
 

@@ -80,7 +80,7 @@ def test_the_worst_come_first() -> None:
         result(7, texture=(0,)),
     ]
     labels = [actor.label for actor in judged_scene(6, 2, False).actors]
-    found = worst(Options(range(4, 8)), results)
+    found = worst(Options(range(4, 8)).scene, results)
     assert [seed for seed, _ in found] == [6, 5, 7]
     assert found[0][1] == f"seed 6 lost 3 of 10: {labels[0]}: noun; {labels[1]}: noun, motion"
 

@@ -8,7 +8,7 @@ from conceptmaster.examples.stickers.cli import main
 from conceptmaster.examples.stickers.scoring import score as scoring
 from conceptmaster.examples.stickers.scoring.measures import Judge
 from conceptmaster.examples.stickers.scoring.options import Options
-from conceptmaster.examples.stickers.scoring.score import check_bundle, score
+from conceptmaster.examples.stickers.scoring.score import check_bundle, score, worst_rows
 from conceptmaster.examples.stickers.world.captions import tell
 from conceptmaster.examples.stickers.world.requesting import drawn_boxes, references, true_video
 from conceptmaster.examples.stickers.world.scenes import FPS
@@ -93,6 +93,19 @@ def test_controls_are_the_same_request_without_and_with_swapped_pictures():
     assert np.array_equal(other, np.asarray(asked[2].concepts[0].image))
     assert report["pair_binding"] == report["pair_binding_swapped"] == 1.0
     assert list(results[0].videos) == ["", "_no_concepts", "_swapped"]
+
+
+def test_the_worst_are_shown_worst_first_and_those_that_lost_nothing_not():
+    def generate(request):
+        wrong = request.seed if request.seed == 1 else 0  # of seed 1 it makes another request's video
+        return Video(true_video(options().scene(request.seed + wrong, atlas()), atlas()), FPS, request.seed)
+
+    asked = options(3, controls=False)
+    _, results = score(asked, generate=generate)
+    (row,) = worst_rows(asked, results, 8, generate=generate)
+    lost, caption = row.caption.split("\n")
+    assert lost.startswith("seed 1 lost ") and caption == f"seed 1: {tell(options().scene(1, atlas()))}"
+    assert list(row.videos) == ["truth", "as asked", "no concepts", "pictures swapped"]
 
 
 def test_a_scene_has_the_same_pictures_and_video_every_time():
