@@ -17,7 +17,7 @@ ARGS ?=
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 PORT ?= 8000
-REQUEST := examples/sprites/requests/first/request.json
+REQUEST := examples/stickers/requests/first/request.json
 
 .PHONY: help video serve test test-slow lint bench bench-serve gpu clean
 .DEFAULT_GOAL := help
@@ -35,8 +35,7 @@ help:
 
 video: $(VENV)/.base
 	@mkdir -p out
-	$(BIN)/conceptmaster generate --request $(REQUEST) --bundle sprites \
-		--output out/video.mp4 --sheet out/sheet.png
+	$(BIN)/conceptmaster generate --request $(REQUEST) --output out/video.mp4 --sheet out/sheet.png
 	@echo "video: $(CURDIR)/out/video.mp4"
 	@echo "sheet: $(CURDIR)/out/sheet.png"
 

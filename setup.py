@@ -48,11 +48,12 @@ PACKAGES = [
 
 PACKAGE_DATA = {
     "conceptmaster": ["py.typed"],
-    # sprites-int8 and stickers stay in the repository: with either a wheel would pass 40 MB
-    "conceptmaster.runtime": ["bundles/sprites/*.json", "bundles/sprites/*.onnx"],
+    # The sprites' bundles stay in the repository: a wheel carries the default alone.
+    "conceptmaster.runtime": ["bundles/stickers/*.json", "bundles/stickers/*.onnx"],
     "conceptmaster.runtime.server": ["page/*"],
     "conceptmaster.examples.data": ["taxonomy.txt"],
     "conceptmaster.examples.sprites": ["baseline.json", "requests/**/*.json", "requests/**/*.png"],
+    "conceptmaster.examples.stickers": ["CREDITS.md", "requests/**/*.json", "requests/**/*.png"],
 }
 
 

@@ -52,7 +52,7 @@ VERIFY = """\
 Runs every graph of a bundle in ONNX Runtime and in PyTorch, on the same inputs, and prints how far apart the
 two are. Exit code 1 when a graph is further off than its tolerance.
 
-  conceptmaster verify sprites
+  conceptmaster verify stickers
   conceptmaster verify my-bundle --source weights/
 """
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import InputError
 from ..untrusted import LARGEST_JSON, open_plain, parse_json
 from .backends import torchrun
+from .bundle_format import DEFAULT
 from .workers import on_ray
 
 if TYPE_CHECKING:
@@ -31,8 +32,8 @@ GENERATE = """\
 Generates a video in which every concept looks like its own picture.
 
   conceptmaster generate --seed 7 --output out.mp4 --sheet sheet.png \\
-      --prompt "a ball at the top left moves right and a cat on the right jumps, in a meadow" \\
-      --concept ball examples/pictures/ball.png --concept cat examples/pictures/cat.png
+      --prompt "a panda on the left jumps and a sunflower on the right grows, in a meadow" \\
+      --concept panda examples/pictures/panda.png --concept sunflower examples/pictures/sunflower.png
 """
 REQUEST = """\
 A request file is JSON; only "prompt" must be there, pictures are found beside the file:
@@ -81,7 +82,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     what.add_argument("--negative", metavar="TEXT", help="what the video should not be")
     how = parser.add_argument_group("how (left out: the bundle's defaults)")
-    how.add_argument("--bundle", metavar="NAME", default="sprites", help="shipped bundle or a path (sprites)")
+    how.add_argument(
+        "--bundle", metavar="NAME", default=DEFAULT, help=f"shipped bundle or a path ({DEFAULT})"
+    )
     how.add_argument("--steps", type=int, metavar="N", help="model evaluations, 1 to 1000")
     how.add_argument("--guidance", type=float, metavar="G", help="how strongly to follow the request")
     how.add_argument(

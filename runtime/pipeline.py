@@ -80,7 +80,7 @@ class Pipeline:
         gpus: int | None = 1,
         custom: Sequence[str | os.PathLike[str]] = (),
     ) -> Pipeline:
-        """Opens and verifies a bundle: the name of a shipped one ("sprites") or a path.
+        """Opens and verifies a bundle: the name of a shipped one ("stickers") or a path.
 
         Args: device: "cpu", "cuda", "tensorrt" or "rtx"; threads: CPU threads, None for one per CPU that
             this process may use; backend: "onnxruntime" or "torch"; options: of the latter, and gpus: how

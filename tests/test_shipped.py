@@ -14,6 +14,7 @@ import pytest
 
 from conceptmaster import Concept, Pipeline
 from conceptmaster.examples.sprites.scoring.score import Options, score
+from conceptmaster.runtime.bundle_format import DEFAULT
 
 ROOT = Path(__file__).parents[1]
 REQUESTS = ROOT / "examples" / "sprites" / "requests"
@@ -69,7 +70,8 @@ def test_labels_that_would_give_something_else_are_warned_of(labels, said, tmp_p
     from conceptmaster.cli import main
 
     pictures = [str(REQUESTS / "first" / f"{number}.png") for number in (1, 2)]
-    command = ["generate", "--prompt", FLOWER, "--threads", "1", "--steps", "2", "--quiet", "--json"]
+    command = ["generate", "--bundle", "sprites", "--prompt", FLOWER]
+    command += ["--threads", "1", "--steps", "2", "--quiet", "--json"]
     for label, picture in zip(labels, pictures, strict=True):
         command += ["--concept", label, picture]
     command += ["--output", str(tmp_path / "a.npy")]
@@ -87,13 +89,22 @@ def test_labels_that_would_give_something_else_are_warned_of(labels, said, tmp_p
         assert out == "" and not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("name", ["first", "twins", "three"])
-def test_the_example_requests_generate(name, tmp_path):
+EXAMPLES = [
+    *(("stickers", name) for name in ("first", "twins", "three", "made-up")),
+    *(("sprites", name) for name in ("first", "twins", "three")),
+]
+
+
+@pytest.mark.parametrize(("bundle", "name"), EXAMPLES)
+def test_the_example_requests_generate(bundle, name, tmp_path):
+    """Stickers' without a word on the bundle: it is the default."""
     command = [sys.executable, "-m", "conceptmaster", "generate", "--json", "--threads", "1"]
-    command += ["--request", REQUESTS / name / "request.json", "--output", tmp_path / "a.mp4"]
+    command += [] if bundle == DEFAULT else ["--bundle", bundle]
+    command += ["--request", ROOT / "examples" / bundle / "requests" / name / "request.json"]
+    command += ["--output", tmp_path / "a.mp4"]
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=True)
     report = json.loads(done.stdout.splitlines()[-1])
-    assert report["bundle"] == "sprites" and report["warnings"] == [] and done.stderr == ""
+    assert report["bundle"] == bundle and report["warnings"] == [] and done.stderr == ""
     assert (tmp_path / "a.mp4").stat().st_size > 1000
 
 
@@ -125,7 +136,7 @@ def test_the_bundle_is_that_of_the_weights(pipeline):
 # The commands of the README.
 
 
-@pytest.mark.parametrize("name", ["sprites", "sprites-int8"])
+@pytest.mark.parametrize("name", ["sprites", "sprites-int8", "stickers"])
 def test_a_shipped_bundle_verifies(name, capsys):
     pytest.importorskip("torch")
     from conceptmaster.cli import main
@@ -134,25 +145,27 @@ def test_a_shipped_bundle_verifies(name, capsys):
     assert capsys.readouterr().out.count(" ok\n") == 8
 
 
-def test_the_shipped_weights_export_and_their_bundle_verifies(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("name", ["sprites", "stickers"])
+def test_the_shipped_weights_export_and_their_bundle_verifies(name, tmp_path, monkeypatch, capsys):
     pytest.importorskip("torch")
     from conceptmaster.cli import main
     from conceptmaster.runtime.bundle_format.find import Bundle
 
     monkeypatch.chdir(tmp_path)
-    weights = str(ROOT / "examples" / "sprites" / "weights")
-    assert main(["export", weights, "--output", "./sprites", "--quiet"]) == 0
+    weights = str(ROOT / "examples" / name / "weights")
+    assert main(["export", weights, "--output", f"./{name}", "--quiet"]) == 0
     assert capsys.readouterr().out.count(" ok\n") == 8
-    here, shipped = Bundle.open("./sprites"), Bundle.open("sprites")
-    assert here.folder.resolve() == tmp_path / "sprites" and shipped.folder.parent.name == "bundles"
+    here, shipped = Bundle.open(f"./{name}"), Bundle.open(name)
+    assert here.folder.resolve() == tmp_path / name and shipped.folder.parent.name == "bundles"
     assert here.manifest.source == shipped.manifest.source and here.manifest.source is not None
+    assert here.manifest.takes_boxes == shipped.manifest.takes_boxes == (name == "stickers")
     hashes = {file.file: file.sha256 for file in here.manifest.source.files}
     for file in ("model.safetensors", "vae.safetensors"):
         assert hashes[file] == hashlib.sha256(Path(weights, file).read_bytes()).hexdigest()
-    assert main(["verify", "./sprites", "--quiet"]) == 0
+    assert main(["verify", f"./{name}", "--quiet"]) == 0
     (tmp_path / "empty").mkdir()
     monkeypatch.chdir(tmp_path / "empty")
-    assert main(["verify", "./sprites", "--quiet"]) == 2  # the shipped one goes by its plain name
+    assert main(["verify", f"./{name}", "--quiet"]) == 2  # the shipped one goes by its plain name
 
 
 def test_the_tolerance_has_a_margin_over_both_sides_error_from_float64():

@@ -34,8 +34,8 @@ class Bundle:
     def open(cls, name_or_path: str | os.PathLike[str]) -> Bundle:
         """Finds and verifies a bundle.
 
-        Args: name_or_path: the name of a shipped bundle ("sprites"), which wins over a folder of that name
-            here (write "./sprites" for the folder), or a path.
+        Args: name_or_path: the name of a shipped bundle ("stickers"), which wins over a folder of that name
+            here (write "./stickers" for the folder), or a path.
         Raises: InputError when there is no such bundle; BundleError when it is there but not sound.
         """
         folder = _find(name_or_path)

@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 
 from ...errors import InputError, how_to_install, not_loaded
 from ..backends import check_choice
+from ..bundle_format import DEFAULT
 from ..generate_command import add_torch_options, worker_options
 from ..workers import on_ray
 
@@ -46,7 +47,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     where.add_argument("--data", type=Path, metavar="DIR", help="where jobs are kept (a temporary folder)")
     what = parser.add_argument_group("what")
     what.add_argument(
-        "--bundle", action="append", metavar="NAME", help="shipped bundle or a path; repeatable (sprites)"
+        "--bundle",
+        action="append",
+        metavar="NAME",
+        help=f"shipped bundle or a path; repeatable ({DEFAULT})",
     )
     what.add_argument(
         "--custom", metavar="FILE", action="append", default=[],

@@ -16,6 +16,7 @@ from typing import Any
 import uvicorn
 
 from ...errors import GenerationError, InputError
+from ..bundle_format import DEFAULT
 from ..cpus import usable
 from ..logs import keep_quiet
 from ..workers import on_ray
@@ -45,7 +46,7 @@ def serve(args: argparse.Namespace, options: dict[str, Any], hosts: tuple[str, .
     if not args.verbose:
         keep_quiet()
     keys = None if args.api_key_file is None else Keys(args.api_key_file)
-    catalogue = Catalogue(args.bundle or ["sprites"], args.custom)
+    catalogue = Catalogue(args.bundle or [DEFAULT], args.custom)
     count = (args.max_workers or args.workers) * len(catalogue.names)
     options["threads"] = options["threads"] or max(1, usable() // count)
     listening = _listen(args.host, args.port)

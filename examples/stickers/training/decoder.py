@@ -123,7 +123,7 @@ class Screen:
         """Have the clips of a step; those that are not there yet are drawn."""
         how, last = self.how, self.how.clips + step // self.how.every * self.how.fresh
         for number in range(max(self._next, last - how.clips), last):
-            scene = random_scene(SHOWN_FIRST + number, self.atlas, Wish())
+            scene = self._scene(SHOWN_FIRST + number)
             self.videos = _put(self.videos, self._clip(scene), number % how.clips, how.clips)
             if self.own is not None:
                 now = self.videos[number % how.clips]
@@ -131,6 +131,12 @@ class Screen:
                 guessed = self.own.of(scene, number, latents)
                 self.guessed = _put(self.guessed, guessed, number % how.clips, how.clips)
         self._next = last
+
+    def _scene(self, seed: int) -> Scene:
+        """The scene of a seed; a model reads no words of any length."""
+        if self.own is None:
+            return random_scene(seed, self.atlas, Wish())
+        return self.own.artist.scenes(range(seed, seed + 1), Wish())[0]
 
     def _clip(self, scene: Scene) -> Tensor:
         cast = drawing.cast_of([scene]).to(self.device)

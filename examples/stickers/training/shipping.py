@@ -1,4 +1,4 @@
-"""What ``conceptmaster export`` reads, out of a training's folder."""
+"""What ``conceptmaster export`` reads, and another training can begin from, out of a training's folder."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from conceptmaster.examples.sprites.training.train import save_rounded
 from conceptmaster.runtime.atomic_folder import replacing_folder
 
 from ..world.words import COLOURS, GROUNDS, PLACES, PLAIN, VERBS
+from .packing import HEADS
 
 PLAINEST = {
     "places": [wordings[0] for wordings in PLACES.values()],
@@ -32,20 +33,23 @@ TOLD: dict[str, dict[str, Any]] = {
     "ranges": {"steps": [2, 50], "guidance": [1, 3], "concepts": [0, 4]},
 }
 """Sampling defaults, words and numbers that the model is made for, by the names of their files."""
-FILES = ["model.safetensors", "vae.safetensors", "tokenizer.json", *(f"{name}.json" for name in TOLD)]
+NEEDED = ["model.safetensors", "vae.safetensors", "tokenizer.json", "vae.json", HEADS]
+FILES = [*NEEDED, *(f"{name}.json" for name in TOLD)]
 
 
 def collect(training: Path, output: Path) -> None:
     """Write a training's averaged weights, rounded to float16, and all that goes with them, whole or not at
     all. Takes the place of an older one; raises InputError where there is nothing to write, or where the
     folder ``output`` holds anything else."""
-    for name in FILES[:3]:
+    for name in NEEDED:
         if not (training / name).exists():
             raise InputError(f"{training / name} is missing: give a folder that `train` has filled")
     with replacing_folder(output, lambda _: FILES, replace=True) as new:
         save_rounded(training / "model.safetensors", new / "model.safetensors")
-        tensors, metadata = load(training / "vae.safetensors")
-        save(new / "vae.safetensors", {name: value.half() for name, value in tensors.items()}, metadata)
-        shutil.copyfile(training / "tokenizer.json", new / "tokenizer.json")
+        for name in ("vae.safetensors", HEADS):
+            tensors, metadata = load(training / name)
+            save(new / name, {name: value.half() for name, value in tensors.items()}, metadata)
+        for name in ("tokenizer.json", "vae.json"):
+            shutil.copyfile(training / name, new / name)
         for name, content in TOLD.items():
             (new / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")

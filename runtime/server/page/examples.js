@@ -1,6 +1,45 @@
-// Requests to start with: those of examples/sprites/requests.
+// Requests to start with: those of examples/stickers/requests, for models that any word will do for, and
+// those of examples/sprites/requests.
 
-export const examples = [
+const anyWord = [
+  {
+    prompt: "a panda on the left jumps and a sunflower on the right grows, in a meadow",
+    seed: 7,
+    pictures: [
+      { label: "panda", path: "example-panda.png" },
+      { label: "sunflower", path: "example-sunflower.png" },
+    ],
+  },
+  {
+    prompt: "the first tulip on the left jumps and the second tulip on the right moves up, in the snow",
+    seed: 1,
+    pictures: [
+      { label: "first tulip", path: "example-tulip-1.png" },
+      { label: "second tulip", path: "example-tulip-2.png" },
+    ],
+  },
+  {
+    prompt: "a plorf on the left spins and a quindle on the right moves down, under a night sky",
+    seed: 3,
+    pictures: [
+      { label: "plorf", path: "example-plorf.png" },
+      { label: "quindle", path: "example-quindle.png" },
+    ],
+  },
+  {
+    prompt:
+      "an elephant on the left stays still, a bus at the bottom right moves up and a guitar at the top " +
+      "moves right, on a beach",
+    seed: 2,
+    pictures: [
+      { label: "elephant", path: "example-elephant.png" },
+      { label: "bus", path: "example-bus.png" },
+      { label: "guitar", path: "example-guitar.png" },
+    ],
+  },
+];
+
+const sprites = [
   {
     prompt: "a flower in the middle moves down and a rocket on the left moves up, at sunset",
     seed: 5,
@@ -31,9 +70,9 @@ export const examples = [
 ];
 
 // Those that a model can make.
-export const examplesFor = (model) =>
-  examples.filter(({ pictures }) => {
-    const known = model.vocabulary?.labels;
-    const named = ({ label }) => label.split(" ").some((word) => known.includes(word));
-    return known !== undefined && pictures.length <= model.concepts.most && pictures.every(named);
-  });
+export function examplesFor({ vocabulary, concepts }) {
+  if (!vocabulary) return [];
+  const named = ({ label }) => label.split(" ").some((word) => vocabulary.labels.includes(word));
+  const known = vocabulary.open ? anyWord : sprites.filter(({ pictures }) => pictures.every(named));
+  return known.filter(({ pictures }) => pictures.length <= concepts.most);
+}

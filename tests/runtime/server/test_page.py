@@ -15,6 +15,8 @@ from typing import Any
 
 import pytest
 
+from conceptmaster.runtime.bundle_format import DEFAULT
+
 sync_api = pytest.importorskip("playwright.sync_api", reason="the browser's tests need playwright")
 axe = pytest.importorskip("axe_playwright_python.sync_playwright")
 expect = sync_api.expect
@@ -23,7 +25,8 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: apt-get install chromium")
 
 PATIENCE = 60_000.0  # milliseconds
-REQUESTS = Path(__file__).parents[3] / "examples" / "sprites" / "requests"
+EXAMPLES = Path(__file__).parents[3] / "examples"
+REQUESTS = EXAMPLES / "sprites" / "requests"
 FLOWER, ROCKET = REQUESTS / "first" / "1.png", REQUESTS / "first" / "2.png"
 PROMPT = "a flower in the middle moves down and a rocket on the left moves up, at sunset"
 DESKTOP, PHONE = {"width": 1280, "height": 800}, {"width": 360, "height": 740}
@@ -203,6 +206,24 @@ def test_every_example_can_be_filled_in(sprites: Any, open_page: Open) -> None:
         page.get_by_role("button", name="Fill in an example").click()
         expect(page.get_by_label("What happens")).to_have_value(request["prompt"])
         expect(page.locator(".tile")).to_have_count(len(request["concepts"]))
+
+
+def test_the_default_bundle_has_examples_of_pictures_that_nobody_here_drew(
+    serving: Callable[..., Any], open_page: Open, tmp_path: Path
+) -> None:
+    with serving("--bundle", DEFAULT, data=tmp_path) as running:
+        page = open_page(running, expected="ERR_")  # the server goes first
+        page.get_by_label("Model").select_option(DEFAULT)
+        expect(page.get_by_role("button", name="Places", exact=True)).to_be_visible()
+        expect(page.get_by_role("button", name="Things", exact=True)).to_have_count(0)  # any word will do
+        for folder in ("first", "twins", "made-up", "three"):
+            request = json.loads((EXAMPLES / DEFAULT / "requests" / folder / "request.json").read_text())
+            page.get_by_role("button", name="Fill in an example").click()
+            expect(page.get_by_label("What happens")).to_have_value(request["prompt"])
+            expect(page.locator(".tile")).to_have_count(len(request["concepts"]))
+        wait_until(sent(page), "completed")
+        made = newest_video(running)
+        assert (made["model"], made["seed"], made["warnings"]) == (DEFAULT, 2, [])
 
 
 def test_what_was_made_can_be_put_into_the_form(sprites: Any, open_page: Open) -> None:

@@ -8,11 +8,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from conceptmaster.runtime.server.app import PAGE
 from conceptmaster.runtime.server.keys import new_key
 
-REQUESTS = Path(__file__).parents[3] / "examples" / "sprites" / "requests"
-PICTURE = REQUESTS / "first" / "1.png"
+EXAMPLES = Path(__file__).parents[3] / "examples"
+PICTURE = EXAMPLES / "sprites" / "requests" / "first" / "1.png"
 
 
 def test_files_are_asked_about_each_time_and_sent_once(server: Any) -> None:
@@ -43,9 +45,10 @@ def test_nothing_is_loaded_from_elsewhere() -> None:
     }
 
 
-def test_the_examples_are_those_of_the_sprites() -> None:
+@pytest.mark.parametrize("world", ["sprites", "stickers"])
+def test_the_examples_are_those_of_the_worlds(world: str) -> None:
     script = (PAGE / "examples.js").read_text()
-    for folder in REQUESTS.iterdir():
+    for folder in (EXAMPLES / world / "requests").iterdir():
         request = json.loads((folder / "request.json").read_text())
         written = re.sub(r'" \+\s*"', "", script)
         assert f'"{request["prompt"]}"' in written

@@ -6,6 +6,7 @@ import torch
 from conceptmaster.engine.checkpoints.safetensors_io import load, save, save_model
 from conceptmaster.engine.model import ConceptMaster
 from conceptmaster.errors import InputError
+from conceptmaster.examples.stickers.training.packing import HEADS, state_of
 from conceptmaster.examples.stickers.training.shipping import collect
 from conceptmaster.runtime.bundle_format.schema import Ranges, Vocabulary
 
@@ -20,13 +21,17 @@ def test_weights_of_a_training_are_rounded_and_say_that_any_word_will_do(tmp_pat
     torch.manual_seed(0)
     save_model(ConceptMaster(small_config()), training / "model.safetensors")
     save(training / "vae.safetensors", {"basis": torch.full((2, 2), 1 / 3)})
+    save(training / HEADS, {"heads.story.weight": torch.full((2, 2), 1 / 3)})
     (training / "tokenizer.json").write_text("{}")
+    (training / "vae.json").write_text("{}")
     collect(training, output)
     before, after = (load(folder / "model.safetensors")[0] for folder in (training, output))
     assert before.keys() == after.keys()
     for name, value in before.items():
         assert after[name].dtype == torch.float16 and torch.equal(after[name], value.half())
     assert load(output / "vae.safetensors")[0]["basis"].dtype == torch.float16
+    begun = state_of(output)  # a training begins from these with its heads
+    assert begun.keys() == {f"model.{name}" for name in after} | {"heads.story.weight"}
     told = {name: json.loads((output / f"{name}.json").read_text()) for name in ("vocabulary", "ranges")}
     known = Vocabulary(**told["vocabulary"])
     assert known.open and "in a meadow" in known.phrases["backgrounds"]
