@@ -46,6 +46,47 @@ def test_each_label_brings_its_own_picture_to_its_own_place(pipeline, swapped):
     assert right >= 3
 
 
+def middle(video: np.ndarray) -> np.ndarray:
+    """Where redness is in each frame, x and y in 0..1, [F,2]."""
+    redness = np.clip(video[..., 0].astype(float) - video[..., 1:3].max(-1) - 40, 0, None)  # [F,H,W]
+    whole = redness.sum((1, 2))
+    rows, columns = np.linspace(0, 1, video.shape[1]), np.linspace(0, 1, video.shape[2])
+    return np.stack([(redness.sum(1) @ columns) / whole, (redness.sum(2) @ rows) / whole], 1)
+
+
+@pytest.mark.parametrize(
+    ("motion", "axis", "sign"),
+    [("moves left", 0, -1), ("moves right", 0, 1), ("moves up", 1, -1), ("moves down", 1, 1)],
+)
+def test_the_caption_tells_the_motion(pipeline, motion, axis, sign):
+    right = 0
+    for seed in range(3):
+        video = pipeline(
+            f"a plorf in the middle {motion}, in the snow", [Concept("plorf", shape("plorf"))], seed=seed
+        )
+        path = middle(video.frames)
+        gone = (path[-1] - path[0]) * sign
+        right += gone[axis] > 0.1 and gone[axis] > 2 * abs(gone[1 - axis])
+    assert right >= 2
+
+
+@pytest.mark.parametrize(
+    ("box", "low", "high"), [((0, 0.3, 0.4, 0.8), 0, 0.45), ((0.6, 0.3, 1, 0.8), 0.55, 1)]
+)
+def test_a_box_tells_where_a_concept_is(pipeline, box, low, high):
+    """No caption does."""
+    inside = 0
+    for seed in range(4):
+        video = pipeline(
+            "a plorf stays still, in the snow",
+            [Concept("plorf", shape("plorf"))],
+            seed=seed,
+            boxes={"plorf": box},
+        )
+        inside += bool(low <= middle(video.frames)[:, 0].mean() <= high)
+    assert inside >= 3
+
+
 def test_the_caption_tells_the_background(pipeline):
     frames = {
         ground: pipeline(

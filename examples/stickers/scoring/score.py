@@ -15,12 +15,15 @@ from typing import Any
 import numpy as np
 
 from conceptmaster import __version__
+from conceptmaster.errors import InputError
 from conceptmaster.examples.sprites.scoring import judging
 from conceptmaster.examples.sprites.scoring.gallery import worst
 from conceptmaster.examples.sprites.scoring.judging import Generate, Result, Won, check_world, judged
 from conceptmaster.examples.sprites.scoring.sheet import TITLES, Row
+from conceptmaster.runtime.bundle_format.find import Bundle
 from conceptmaster.runtime.bundle_format.schema import Manifest
 from conceptmaster.runtime.request import Request
+from conceptmaster.runtime.tokenizer import Tokenizer
 
 from ..world.atlas import Atlas, load, of_folder
 from ..world.captions import tell
@@ -29,6 +32,10 @@ from ..world.requesting import concepts, drawn_boxes, references, true_video
 from ..world.scenes import FRAMES, MOTIONS, Scene
 from .measures import ANYWHERE, IN_BOXES, MEASURES, RIVALS, Judge
 from .options import Options
+
+TRIES = 1 << 40
+"""Distance between the seeds that are tried for one request."""
+MOST_TRIES = 100
 
 
 def check_bundle(manifest: Manifest) -> None:
@@ -43,8 +50,23 @@ class Stickers:
         self.options, self.atlas = options, _pictures(options.atlas, options.pictures)
 
     def scene(self, seed: int) -> Scene:
-        """The scene of a seed."""
-        return self.options.scene(seed, self.atlas)
+        """The scene of a seed, one whose words fit into the bundle where one is scored."""
+        for tried in range(seed, seed + MOST_TRIES * TRIES, TRIES):
+            scene = replace(self.options.scene(tried, self.atlas), seed=seed)
+            if self.options.source != "model" or self._fits(scene):
+                break
+        return scene
+
+    def _fits(self, scene: Scene) -> bool:
+        tokenizer, manifest = _reader(self.options.bundle)
+        try:
+            caption = tell(scene, places=not self.options.boxes)
+            tokenizer.encode(caption, manifest.prompt_tokens, "the caption")
+            for actor in scene.actors:
+                tokenizer.encode(actor.label, manifest.shapes.label_tokens, "a label")
+        except InputError:
+            return False
+        return True
 
     def request(self, scene: Scene, turn: int | None) -> Request:
         """The scene's request; concept i gets picture i + ``turn``, None leaves the concepts out."""
@@ -145,6 +167,12 @@ def summary(results: list[Result], options: Options) -> dict[str, Any]:
     rivals = {"pair_binding": options.concepts, "identity": RIVALS + 1, "motion": len(MOTIONS)}
     rivals |= {"visible": RIVALS + 1, "placed": 1}
     return judging.summary(results, {measure: rivals[measure] for measure in asked(options)})
+
+
+@functools.cache
+def _reader(bundle: str) -> tuple[Tokenizer, Manifest]:
+    opened = Bundle.open(bundle)
+    return Tokenizer(opened.tokenizer), opened.manifest
 
 
 @functools.cache

@@ -108,6 +108,25 @@ def test_the_worst_are_shown_worst_first_and_those_that_lost_nothing_not():
     assert list(row.videos) == ["truth", "as asked", "no concepts", "pictures swapped"]
 
 
+def test_a_request_has_words_that_the_bundle_takes(monkeypatch):
+    """A long label is a scene of another seed: nothing else of the score is lost."""
+    scene = scoring.Stickers(options()).scene(1)
+    assert scene == options().scene(1, atlas())
+    long, refused = scene.actors[0].label, []
+
+    class Short:
+        def encode(self, text, limit, what):
+            if text == long:
+                refused.append(what)
+                raise InputError("too long")
+
+    _, manifest = scoring._reader("stickers")
+    monkeypatch.setattr(scoring, "_reader", lambda bundle: (Short(), manifest))
+    other = scoring.Stickers(options()).scene(1)
+    assert other.seed == 1 and refused and long not in {actor.label for actor in other.actors}
+    assert scoring.Stickers(options(source="truth")).scene(1) == scene  # nobody reads it
+
+
 def test_a_scene_has_the_same_pictures_and_video_every_time():
     scene = options().scene(3, atlas())
     assert np.array_equal(references(scene, atlas()), references(scene, atlas()))

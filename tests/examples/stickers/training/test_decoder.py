@@ -7,7 +7,7 @@ from conceptmaster.engine.checkpoints.safetensors_io import load, save_model
 from conceptmaster.engine.model import ConceptMaster
 from conceptmaster.errors import InputError
 from conceptmaster.examples.sprites.training.train_vae import from_bytes, write_vae
-from conceptmaster.examples.stickers.training import decoder, train
+from conceptmaster.examples.stickers.training import decoder, scenery, train
 from conceptmaster.examples.stickers.training.artist import Artist
 from conceptmaster.examples.stickers.training.components import doubled, halved
 from conceptmaster.examples.stickers.training.decoder import Screen, train_decoder
@@ -15,6 +15,7 @@ from conceptmaster.examples.stickers.training.options import DecoderOptions, Sho
 from conceptmaster.examples.stickers.training.own_latents import OwnLatents
 from conceptmaster.examples.stickers.training.trainee import Trainee
 from conceptmaster.examples.stickers.world import grounds
+from conceptmaster.examples.stickers.world.captions import tell
 from conceptmaster.examples.stickers.world.scenes import Wish, random_scene
 from conceptmaster.examples.stickers.world.tokens import build_tokenizer
 
@@ -98,3 +99,15 @@ def test_an_estimate_is_of_the_clip_that_was_noised(tmp_path):
     torch.testing.assert_close(own.of(scene, 0, latents), latents, atol=1e-4, rtol=1e-4)
     own.of(scene, 1, latents)
     assert seen[0] != seen[1] and all(0.35 <= sigma <= 0.75 for sigma in seen)
+
+
+def test_a_clip_that_a_model_reads_has_words_that_fit(monkeypatch):
+    """Of a scene whose caption is too long another seed's is taken, and none is where nothing is read."""
+    screen, config = Screen(atlas(), "cpu", Shown(1, 1, 1, 1)), small_config()
+    long, seeds = tell(random_scene(3, atlas(), Wish())), range(2, 5)
+    assert [screen._scene(seed) for seed in seeds] == [random_scene(s, atlas(), Wish()) for s in seeds]
+    vae = doubled(config.vae, train.SPRITES / "vae.safetensors")
+    screen.own = OwnLatents(Trainee(config), Artist(atlas(), build_tokenizer(atlas()), config, halved(vae)))
+    monkeypatch.setattr(scenery, "fits", lambda tokenizer, texts, length: long not in texts)
+    told = [tell(screen._scene(seed)) for seed in seeds]
+    assert long not in told and told[::2] == [tell(random_scene(s, atlas(), Wish())) for s in (2, 4)]
