@@ -453,7 +453,8 @@ def test_the_plan_and_lossy_options_are_said(sprites, caplog):
 
 
 def generate(*arguments):
-    command = [sys.executable, "-m", "conceptmaster", "generate", "--request", str(REQUEST), *arguments]
+    command = [sys.executable, "-m", "conceptmaster", "generate", "--bundle", "sprites"]
+    command += ["--request", str(REQUEST), *arguments]
     return subprocess.run([*map(str, command)], capture_output=True, text=True)
 
 
