@@ -6,6 +6,7 @@ pixels.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -34,6 +35,8 @@ COLOUR_APART = 0.35
 """Least distance (RGB, 0..1) of two pictures that are told apart by their colours."""
 MADE_UP = 0.2
 """Share of the labels that are made-up words."""
+MOST_TRIES = 20
+"""Labels that are tried before one is made up."""
 
 
 @dataclass(frozen=True)
@@ -220,8 +223,10 @@ def _labels(
     labels: list[tuple[str, str]] = []
     taken: set[str] = set()
     for (before, noun), picture, colour in zip(pairs, pictures, colours, strict=True):
-        while True:
+        for tried in itertools.count():
             name = _name(rng, atlas, wish, noun, picture) if not before else noun
+            if tried >= MOST_TRIES:  # a noun may be a part of another, and have no other name
+                name = made_up(rng)
             label = f"{before} {name}".strip()
             if not before and not wish.plain and not wish.made_up and rng.random() < 0.15:
                 label = f"{_adjective(rng, colour)} {name}"

@@ -2,11 +2,12 @@ import numpy as np
 import pytest
 
 from conceptmaster.examples.stickers.world import words
+from conceptmaster.examples.stickers.world.atlas import from_pictures
 from conceptmaster.examples.stickers.world.captions import tell
 from conceptmaster.examples.stickers.world.looks import Look, random_look, shown_colour
 from conceptmaster.examples.stickers.world.scenes import SIDE, Wish, generator, random_scene
 
-from ..small import HELD_OUT, atlas
+from ..small import HELD_OUT, atlas, picture
 
 
 def scenes(count=60, **wish):
@@ -24,6 +25,15 @@ def test_every_label_stands_in_its_caption_and_no_two_are_the_same():
         labels = [actor.label for actor in scene.actors]
         assert all(label.lower() in caption for label in labels)
         assert len(set(labels)) == len(labels)
+
+
+def test_a_noun_that_is_a_part_of_another_is_called_something_else():
+    """Where plain labels are asked for it has no other name of its own."""
+    both = from_pictures([(noun, picture(k)) for k, noun in enumerate(("hat", "straw hat"))], "openmoji")
+    wish = Wish(split="sets", concepts=2, same_noun=False, plain=True)
+    called = [{actor.label for actor in random_scene(seed, both, wish).actors} for seed in range(12)]
+    assert all(len(labels) == 2 and "straw hat" in labels for labels in called)
+    assert any("hat" not in labels for labels in called)  # it came second, and is called by a new word
 
 
 def test_concepts_stay_apart_and_in_the_frame():
