@@ -22,10 +22,8 @@ from conceptmaster.engine.checkpoints.deltas import merge_deltas
 from conceptmaster.engine.checkpoints.safetensors_io import load_model, load_strict, save, save_model
 from conceptmaster.engine.model import ConceptMaster
 from conceptmaster.engine.vae.block_vae import BlockVAE
-from conceptmaster.errors import InputError
 from conceptmaster.runtime.atomic_folder import replacing_folder
 from conceptmaster.runtime.request import Concept, Request
-from conceptmaster.untrusted import read_json
 
 from ..scoring.reports import write_json
 from ..training.attention import cheapest_attention
@@ -39,7 +37,7 @@ from .rows import Row
 from .sampling import frames, sample
 from .setting import paper_config
 from .trainee import Trainee
-from .unit import Budget, Ground, result_of, written
+from .unit import Budget, Ground, read_done, result_of, written
 
 REQUESTS = 32
 """The first of those that are scored: one costs as much as hundreds of the other rows'."""
@@ -89,12 +87,7 @@ def write_weights(base: Base, output: Path) -> None:
 
 def _request(row: Row, seed: int, number: int, base: Base, ground: Ground, folder: Path) -> dict[str, Any]:
     path, work = folder / f"{number}.json", folder / f"tuned-{number}"
-    if path.exists():
-        try:
-            known: dict[str, Any] = read_json(path)
-            known["seconds"], known["scores"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{path} is damaged, {error!r}: delete it to tune again") from error
+    if (known := read_done(path, lambda found: (found["seconds"], found["scores"]))) is not None:
         return known
     assert row.tuned is not None
     scene, config = request_scene(number), base.model.config

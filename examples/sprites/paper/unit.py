@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,19 +70,28 @@ class Ground:
     pool: ClipPool
 
 
-def result_of(folder: Path) -> dict[str, Any] | None:
-    """What a unit's ``result.json`` holds, None where it has none. Raises InputError for a damaged one."""
-    path = folder / "result.json"
+def read_done(path: Path, check: Callable[[Any], object]) -> dict[str, Any] | None:
+    """What was written when something was done, None where it is not. check: raises KeyError, or what else a
+    damaged file gives. Raises InputError for one."""
     if not path.exists():
         return None
     try:
         found: dict[str, Any] = read_json(path)
+        check(found)
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        raise InputError(f"{path} is damaged, {error!r}: delete it, and it is made again") from error
+    return found
+
+
+def result_of(folder: Path) -> dict[str, Any] | None:
+    """What a unit's ``result.json`` holds, None where it has none. Raises InputError for a damaged one."""
+
+    def check(found: Any) -> None:
         for measure in MEASURES:
             read(found["requests"][measure])
         found["seed"], found["training_seconds"], found["seconds_per_request"]
-    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-        raise InputError(f"{path} is damaged, {error!r}: delete it, and the unit is made again") from error
-    return found
+
+    return read_done(folder / "result.json", check)
 
 
 def run_unit(row: Row, seed: int, ground: Ground, budget: Budget, folder: Path) -> dict[str, Any]:

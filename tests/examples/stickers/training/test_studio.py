@@ -2,28 +2,16 @@ import numpy as np
 import pytest
 import torch
 
-from conceptmaster.examples.stickers.training import train
-from conceptmaster.examples.stickers.training.artist import Artist
 from conceptmaster.examples.stickers.training.batches import SHARES, Pool, Told, filled_slots
-from conceptmaster.examples.stickers.training.components import doubled, halved
 from conceptmaster.examples.stickers.training.options import Dropped, Options, Supply
 from conceptmaster.examples.stickers.training.studio import Studio
-from conceptmaster.examples.stickers.world import grounds
 from conceptmaster.examples.stickers.world.scenes import Wish
-from conceptmaster.examples.stickers.world.tokens import build_tokenizer
-
-from ..small import atlas, small_config
 
 
 @pytest.fixture(scope="module")
-def artist():
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(grounds, "EACH", 2)
-        config = small_config()
-        vae = doubled(config.vae, train.SPRITES / "vae.safetensors")
-        made = Artist(atlas(), build_tokenizer(atlas(), captions=300), config, halved(vae))
-        made.chunk = 2
-        yield made
+def artist(artist):
+    artist.chunk = 2
+    return artist
 
 
 @pytest.mark.slow
