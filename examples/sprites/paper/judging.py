@@ -14,9 +14,14 @@ CONCEPTS = 2
 """In every request."""
 
 
+def of_one_noun(seed: int) -> bool:
+    """Whether both concepts of a request have one noun: those of every odd seed."""
+    return seed % 2 == 1
+
+
 def request_scene(seed: int) -> Scene:
-    """The scene of a request: two concepts of held-out looks, of one noun where the seed is odd."""
-    return judged_scene(seed, CONCEPTS, same_noun=seed % 2 == 1)
+    """The scene of a request: two concepts of held-out looks."""
+    return judged_scene(seed, CONCEPTS, same_noun=of_one_noun(seed))
 
 
 def judge(scenes: Sequence[Scene], videos: Iterable[np.ndarray]) -> dict[str, list[float]]:

@@ -10,6 +10,7 @@ import numpy as np
 
 from conceptmaster.errors import InputError
 
+from .judging import of_one_noun
 from .rows import OURS, ROWS, Row
 from .statistics import Estimate, Scores, differences, drawn_means, interval, order
 from .unit import MAIN, MEASURES, read, result_of
@@ -88,8 +89,8 @@ def _table(number: int, found: Results) -> str:
     most = max((each.shape[1] for each in run.values()), default=0)
     whole = {name: each for name, each in run.items() if each.shape[1] == most}
     apart = differences(run, OURS.name) if OURS.name in run else {}
-    titles = ["", "DINO-I, v1", "DINO-I, v2", "margin", "ours less this", "pair binding", "identity"]
-    titles += ["noun", "texture", "motion", "seeds", "training, s", "request, s"]
+    titles = ["", "DINO-I, v1", "DINO-I, v2", "margin", "ours less this", "pair binding, two nouns"]
+    titles += ["one noun", "identity", "noun", "texture", "motion", "seeds", "training, s", "request, s"]
     lines = [f"**Table {number}. {TABLES[number]}**", "", "| " + " | ".join(titles) + " |"]
     lines.append("|" + " --- |" * len(titles))
     for row in rows:
@@ -101,13 +102,21 @@ def _table(number: int, found: Results) -> str:
         mean = interval(run[row.name].mean(), drawn_means({row.name: run[row.name]})[row.name])
         seeds = min(len(units), len(found[OURS.name]))
         cells += [_percent(mean), _difference(apart.get(row.name), seeds >= SEEDS)]
-        cells += [f"{100 * scores(units, measure).mean():.1f}" for measure in MEASURES[1:]]
+        cells += [_pair_binding(units, alike) for alike in (False, True)]
+        cells += [f"{100 * scores(units, measure).mean():.1f}" for measure in MEASURES[2:]]
         seconds = [
             np.mean([unit[name] for unit in units]) for name in ("training_seconds", "seconds_per_request")
         ]
         cells += [str(len(units)), f"{seconds[0]:.0f}", f"{seconds[1]:.2f}"]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join([*lines, "", *_orders(rows, whole)])
+
+
+def _pair_binding(units: Sequence[Mapping[str, Any]], alike: bool) -> str:
+    """Of the requests of one noun, or of two."""
+    found = scores(units, "pair_binding")
+    asked = found[:, [of_one_noun(request) == alike for request in range(found.shape[1])]]
+    return f"{100 * asked.mean():.1f}" if asked.size else "–"
 
 
 def _paper(value: float | None) -> str:

@@ -206,11 +206,14 @@ def test_tables_say_what_was_run_and_mark_what_separates():
         found["ours"].append(made_up("ours", seed, 0.5))
         found["merged"].append(made_up("merged", seed, 0.1))
         found["shared_query"].append(made_up("shared_query", seed, 0.5, spread=0.3))
+        alternating = [1.0, 0.25] * 20  # request 0 is of two nouns, 1 of one
+        found["merged"][seed]["requests"] |= unit.written({"pair_binding": alternating})
     table = report.tables(found).split("**Table ")[2]
     lines = {line.split("`")[1]: line for line in table.splitlines() if line.startswith("| `")}
     assert "| **+4" in lines["merged"] or "| **+3" in lines["merged"]
     assert "**" not in lines["shared_query"] and "**" not in lines["ours"]
     assert "| 0.367 |" in lines["merged"] and "| 3 | 100 | 0.50 |" in lines["merged"]
+    assert "| 100.0 | 25.0 |" in lines["merged"]
     assert "Kendall's tau with the paper's v1, 3 rows" in table
 
 
