@@ -24,6 +24,7 @@ def add_paper_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--requests", type=int, default=200, help="that are scored (200)")
     parser.add_argument("--results", type=Path, metavar="FILE.json", help="(OUTPUT/paper_tables.json)")
     parser.add_argument("--document", type=Path, metavar="FILE.md", help="whose tables are rewritten, too")
+    parser.add_argument("--sheet", type=Path, metavar="FILE.png", help="what rows make of the same requests")
     _add_shared(parser)
 
 

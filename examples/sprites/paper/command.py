@@ -36,6 +36,7 @@ from .report import check_marks, filled, finished, tables
 from .rows import OURS, ROWS
 from .sampling import GUIDANCE, SHIFT, SOLVER, STEPS
 from .setting import paper_config, pixel_weights, row_config
+from .showing import show
 from .trainee import Trainee
 from .tuned import open_tuning_base, run_tuned, write_weights
 from .unit import Budget, Ground, run_unit
@@ -78,6 +79,9 @@ def run(args: argparse.Namespace) -> int:
                 raise ConceptMasterError(f"{folder}: {error}") from error
             _publish(args, settings)
     print(_publish(args, settings))
+    if args.sheet is not None:
+        rows = [row for row in ROWS if row.name in args.only]
+        show(rows, args.output, base, vae, ground.pool.no_caption, args.sheet)
     return 0
 
 
@@ -88,6 +92,8 @@ def _check(args: argparse.Namespace) -> None:
         raise InputError(f"--seeds must be different whole numbers, 0 to {LAST_SEED}, got {args.seeds}")
     if args.results is not None:
         check_output(args.results, (".json",))
+    if args.sheet is not None:
+        check_output(args.sheet, (".png",))
     if args.document is not None:
         check_output(args.document, (".md",))
         try:

@@ -44,7 +44,8 @@ def scored_row(scene: Scene, result: Result, remark: str = "") -> Row:
 
 
 def draw_sheet(rows: Sequence[Row]) -> Image.Image:
-    """The sheet: under each caption the pictures, then first, middle and last frame of every video.
+    """The sheet: under each caption the pictures, then first, middle and last frame of every video, as far as
+    it has them.
 
     All rows have the same numbers of pictures and videos; the names of the videos stand above the columns.
     """
@@ -76,7 +77,8 @@ def save_sheet(rows: Sequence[Row], path: Path) -> None:
 
 
 def _groups(row: Row) -> list[list[np.ndarray]]:
-    return [list(row.pictures), *([v[0], v[len(v) // 2], v[-1]] for v in row.videos.values())]
+    shown = ([v[k] for k in sorted({0, len(v) // 2, len(v) - 1})] for v in row.videos.values())
+    return [list(row.pictures), *shown]
 
 
 def _tile(pixels: np.ndarray) -> Image.Image:

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from conceptmaster.engine.checkpoints.adapter import adapter_keys
 from conceptmaster.engine.checkpoints.safetensors_io import load, load_strict, save
@@ -252,7 +253,12 @@ def test_the_command_from_base_to_tables(ground, tmp_path, monkeypatch, capsys):
     save(base / "vae.safetensors", ground.vae.state_dict())
     monkeypatch.setattr(command, "Budget", lambda steps, requests: unit.Budget(steps, 2, requests=requests))
     asked = ["paper", "--base", str(base), "--output", str(output), "--clips", "4", "--requests", "2"]
-    assert main([*asked, "--steps", "1", "--only", "no_dam", "--seeds", "1"]) == 0
+    sheet = tmp_path / "rows.png"
+    assert main([*asked, "--steps", "1", "--only", "no_dam", "--seeds", "1", "--sheet", str(sheet)]) == 0
+    pixels = np.asarray(Image.open(sheet))  # pictures, truth, base, the row
+    tiles = [pixels[48:144, left : left + 96] for left in (224, 344, 464)]
+    assert pixels.shape[1] == 580 and all(tile.std() > 5 for tile in tiles)
+    assert (tiles[1] != tiles[2]).any()
     written = json.loads((output / "paper_tables.json").read_text())
     assert [u["seed"] for u in written["rows"]["no_dam"]] == [1] and written["rows"]["ours"] == []
     assert not (output / "no_dam-1" / "training.safetensors").exists()
@@ -273,6 +279,7 @@ def test_the_command_from_base_to_tables(ground, tmp_path, monkeypatch, capsys):
         (["--clips", "-1"], "--clips must be at least 1"),
         (["--document", str(tmp_path / "none.md")], "there is no document"),
         (["--document", str(document)], "must have the lines"),
+        (["--sheet", str(tmp_path / "x.jpg")], "must end in .png"),
         (["--results", str(tmp_path / "none" / "x.json")], "does not exist"),
         (["--base", str(tmp_path)], "cannot start from"),
         (["--output", str(document)], "cannot make the folder"),
