@@ -62,7 +62,7 @@ def show(
     lines = [
         Line(
             scene.caption,
-            drawn["pictures"][k, : len(scene.actors)],
+            list(drawn["pictures"][k, : len(scene.actors)]),
             {name: found[k, middle : middle + 1] for name, found in videos.items()},
         )
         for k, scene in enumerate(scenes)
