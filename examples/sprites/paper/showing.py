@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -17,6 +18,7 @@ from ..scoring.sheet import save_sheet
 from ..world.draw import draw_clip
 from .judging import request_scene
 from .pool import clips_of, draw
+from .report import finished
 from .rows import OURS, Row
 from .sampling import frames, sample
 from .setting import pixel_weights, row_config
@@ -40,7 +42,8 @@ def show(
     no_caption: tokens of none, [1,T] each. Tuned rows, whose weights are not kept, are left out. Raises
     InputError where there are no weights, WeightsError for those that cannot be read.
     """
-    trained = [(row, found) for row in rows if (found := _weights(row, output)) is not None]
+    units = finished(output)
+    trained = [(row, found) for row in rows if (found := _weights(units[row.name], output)) is not None]
     if not trained:
         raise InputError(f"no row's weights are in {output}: there is nothing to show")
     scenes = [request_scene(number) for number in SHOWN]
@@ -70,10 +73,7 @@ def show(
     save_sheet(lines, path)
 
 
-def _weights(row: Row, output: Path) -> Path | None:
-    """Of the lowest seed that is trained and scored."""
-    found = {
-        int(result.parent.name.rpartition("-")[2]): result.parent / "adapter.safetensors"
-        for result in output.glob(f"{row.name}-[0-9]*/result.json")
-    }
-    return next((found[seed] for seed in sorted(found) if found[seed].exists()), None)
+def _weights(units: Sequence[Mapping[str, Any]], output: Path) -> Path | None:
+    """Of a row's first finished unit that kept them."""
+    paths = (output / f"{unit['row']}-{unit['seed']}" / "adapter.safetensors" for unit in units)
+    return next((path for path in paths if path.exists()), None)
