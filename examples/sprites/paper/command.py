@@ -94,6 +94,8 @@ def _check(args: argparse.Namespace) -> None:
         check_output(args.results, (".json",))
     if args.sheet is not None:
         check_output(args.sheet, (".png",))
+        if not any(row.tuned is None for row in ROWS if row.name in args.only):
+            raise InputError("--sheet shows rows whose weights are kept, and --only has tuned ones alone")
     if args.document is not None:
         check_output(args.document, (".md",))
         try:

@@ -34,7 +34,9 @@ def finished(output: Path) -> Results:
     damaged one."""
     found: Results = {}
     for row in ROWS:
-        units = [unit for path in output.glob(f"{row.name}-*") if (unit := result_of(path)) is not None]
+        named = f"{row.name}-"
+        paths = [path for path in output.glob(f"{named}*") if path.name.removeprefix(named).isdecimal()]
+        units = [unit for path in paths if (unit := result_of(path)) is not None]
         found[row.name] = sorted(units, key=lambda unit: unit["seed"])
     return found
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import signal
 from pathlib import Path
 
@@ -262,6 +263,8 @@ def test_the_command_from_base_to_tables(ground, tmp_path, monkeypatch, capsys):
     written = json.loads((output / "paper_tables.json").read_text())
     assert [u["seed"] for u in written["rows"]["no_dam"]] == [1] and written["rows"]["ours"] == []
     assert not (output / "no_dam-1" / "training.safetensors").exists()
+    shutil.copytree(output / "no_dam-1", output / "no_dam-1-mine")  # no unit
+    assert [u["seed"] for u in report.finished(output)["no_dam"]] == [1]
     assert "`no_dam`: without DAM" in capsys.readouterr().out
     with pytest.raises(InputError, match="has units with steps 1, not 2"):
         command.run(_parsed([*asked, "--steps", "2"]))
@@ -280,6 +283,7 @@ def test_the_command_from_base_to_tables(ground, tmp_path, monkeypatch, capsys):
         (["--document", str(tmp_path / "none.md")], "there is no document"),
         (["--document", str(document)], "must have the lines"),
         (["--sheet", str(tmp_path / "x.jpg")], "must end in .png"),
+        (["--sheet", str(sheet), "--only", "dreambooth"], "--only has tuned ones alone"),
         (["--results", str(tmp_path / "none" / "x.json")], "does not exist"),
         (["--base", str(tmp_path)], "cannot start from"),
         (["--output", str(document)], "cannot make the folder"),
