@@ -67,20 +67,20 @@ def run(args: argparse.Namespace) -> int:
     make_folder(args.output)
     _hold(settings, args.output / "settings.json")
     _publish(args, settings)  # before minutes of drawing
-    ground = Ground(base, vae, ClipPool(args.output / "pool", paper_config(), vae, args.clips))
-    for seed in args.seeds:
-        for row in (row for row in ROWS if row.name in args.only):
-            folder = args.output / f"{row.name}-{seed}"
-            if (folder / "result.json").exists():
-                continue
-            try:
-                (run_unit if row.tuned is None else run_tuned)(row, seed, ground, budget, folder)
-            except ConceptMasterError as error:
-                raise ConceptMasterError(f"{folder}: {error}") from error
-            _publish(args, settings)
+    rows = [row for row in ROWS if row.name in args.only]
+    units = {args.output / f"{row.name}-{seed}": (row, seed) for seed in args.seeds for row in rows}
+    left = [folder for folder in units if not (folder / "result.json").exists()]
+    if left or args.sheet is not None:
+        ground = Ground(base, vae, ClipPool(args.output / "pool", paper_config(), vae, args.clips))
+    for folder in left:
+        row, seed = units[folder]
+        try:
+            (run_unit if row.tuned is None else run_tuned)(row, seed, ground, budget, folder)
+        except ConceptMasterError as error:
+            raise ConceptMasterError(f"{folder}: {error}") from error
+        _publish(args, settings)
     print(_publish(args, settings))
     if args.sheet is not None:
-        rows = [row for row in ROWS if row.name in args.only]
         show(rows, args.output, base, vae, ground.pool.no_caption, args.sheet)
     return 0
 

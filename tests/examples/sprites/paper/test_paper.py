@@ -271,6 +271,9 @@ def test_the_command_from_base_to_tables(ground, tmp_path, monkeypatch, capsys):
     with pytest.raises(InputError, match="has units with steps 1, not 512; clips 4, not 128"):
         command.run(_parsed([*asked, "--clips", "128"]))  # a pool of another size stays as it is
     assert np.load(output / "pool" / "count.npy").shape == (4,)
+    shutil.rmtree(output / "pool")
+    assert main([*asked, "--steps", "1", "--only", "no_dam", "--seeds", "1"]) == 0
+    assert not (output / "pool").exists()  # nothing was left to train: nothing is drawn
     wrong = tmp_path / "wrong"
     document = tmp_path / "some.md"
     document.write_text("<!-- tables -->\nwhat else there is")
