@@ -90,7 +90,9 @@ def _table(number: int, found: Results) -> str:
     run = {row.name: scores(found[row.name], MAIN) for row in rows if found[row.name]}
     most = max((each.shape[1] for each in run.values()), default=0)
     whole = {name: each for name, each in run.items() if each.shape[1] == most}
-    apart = differences(run, OURS.name) if OURS.name in run else {}
+    controls = {row.name: row.control_of for row in rows if row.control_of is not None}
+    pairs = [(OURS.name, row.name) for row in rows if row != OURS] + list(controls.items())
+    apart = _apart(run, [pair for pair in pairs if run.keys() >= set(pair)])
     titles = ["", "DINO-I, v1", "DINO-I, v2", "margin", "ours less this", "pair binding, two nouns"]
     titles += ["one noun", "identity", "noun", "texture", "motion", "seeds", "training, s", "request, s"]
     lines = [f"**Table {number}. {TABLES[number]}**", "", "| " + " | ".join(titles) + " |"]
@@ -102,8 +104,7 @@ def _table(number: int, found: Results) -> str:
             lines.append("| " + " | ".join([*cells, "not run", *["–"] * (len(titles) - 4)]) + " |")
             continue
         mean = interval(run[row.name].mean(), drawn_means({row.name: run[row.name]})[row.name])
-        seeds = min(len(units), len(found[OURS.name]))
-        cells += [_percent(mean), _difference(apart.get(row.name), seeds >= SEEDS)]
+        cells += [_percent(mean), apart.get((OURS.name, row.name), "–")]
         cells += [_pair_binding(units, alike) for alike in (False, True)]
         cells += [f"{100 * scores(units, measure).mean():.1f}" for measure in MEASURES[2:]]
         seconds = [
@@ -111,7 +112,9 @@ def _table(number: int, found: Results) -> str:
         ]
         cells += [str(len(units)), f"{seconds[0]:.0f}", f"{seconds[1]:.2f}"]
         lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join([*lines, "", *_orders(rows, whole)])
+    told = {pair: apart[pair] for pair in controls.items() if pair in apart}
+    beside = [f"`{first}` less `{second}`: {text}." for (first, second), text in told.items()]
+    return "\n".join([*lines, "", *beside, *_orders(rows, whole)])
 
 
 def _pair_binding(units: Sequence[Mapping[str, Any]], alike: bool) -> str:
@@ -129,12 +132,14 @@ def _percent(value: Estimate) -> str:
     return f"{100 * value.value:.1f} [{100 * value.low:.1f}, {100 * value.high:.1f}]"
 
 
-def _difference(value: Estimate | None, sure: bool) -> str:
-    """Bold where it separates; not ``sure``: seeds are too few to tell."""
-    if value is None:
-        return "–"
-    text = f"{100 * value.value:+.1f} [{100 * value.low:+.1f}, {100 * value.high:+.1f}]"
-    return f"**{text}**" if value.separates and sure else text
+def _apart(run: Mapping[str, Scores], pairs: Sequence[tuple[str, str]]) -> dict[tuple[str, str], str]:
+    """What lies between two rows, bold where it separates and both have as many seeds as tell it."""
+    told = {}
+    for pair, found in differences(run, pairs).items():
+        text = f"{100 * found.value:+.1f} [{100 * found.low:+.1f}, {100 * found.high:+.1f}]"
+        sure = min(len(run[name]) for name in pair) >= SEEDS
+        told[pair] = f"**{text}**" if found.separates and sure else text
+    return told
 
 
 def _orders(rows: Sequence[Row], run: Mapping[str, Scores]) -> list[str]:

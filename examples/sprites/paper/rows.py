@@ -11,7 +11,8 @@ class Row:
     """A row: its name in folders and arguments, its title, the paper's tables that it stands in, the DINO-I
     that it has in the paper's first and second version (None where there is none), and the fields of
     ``ConceptConfig`` in which it differs from ours. system: whose concept part it has in the place of ours, a
-    name of ``engine.rivals``. tuned: made anew for each request, by what."""
+    name of ``engine.rivals``. tuned: made anew for each request, by what. control_of: the row that is told as
+    much as this one, so that they are compared, too."""
 
     name: str
     title: str
@@ -20,6 +21,7 @@ class Row:
     concept: dict[str, Any] = field(default_factory=dict)
     system: str | None = None
     tuned: str | None = None
+    control_of: str | None = None
 
 
 OURS = Row("ours", "ConceptMaster: Q-Former, DAM, an injector of its own", (1, 2, 3), (0.623, 0.584))
@@ -29,7 +31,14 @@ ROWS = (
     Row("custom_diffusion", "CustomDiffusion", (1,), (0.531, 0.467), tuned="custom_diffusion"),
     Row("dreambooth", "DreamBooth", (1,), (0.440, None), tuned="dreambooth"),
     Row("ms_diffusion", "MS-Diffusion", (1,), (0.528, 0.487), {"mask": "boxes"}, system="ms-diffusion"),
-    Row("ours_boxes", "ours, with MS-Diffusion's boxes (a control)", (1,), (None, None), {"mask": "boxes"}),
+    Row(
+        "ours_boxes",
+        "ours, with MS-Diffusion's boxes (a control)",
+        (1,),
+        (None, None),
+        {"mask": "boxes"},
+        control_of="ms_diffusion",
+    ),
     Row(
         "merged",
         "joined to the caption, through its cross-attention",

@@ -63,17 +63,19 @@ def interval(value: float, drawn: np.ndarray, level: float = LEVEL) -> Estimate:
 
 
 def differences(
-    rows: Mapping[str, Scores], ours: str, draws: int = DRAWS, level: float = LEVEL
-) -> dict[str, Estimate]:
-    """Of each other row ours less its score, over the requests that both have, the first. The level is that
-    of all of them together (Bonferroni): that any of the intervals is wrong has a chance of 1 - ``level``."""
-    others = {name: scores for name, scores in rows.items() if name != ours}
-    found = {}
-    for name, scores in others.items():
-        pair = {ours: rows[ours][:, : scores.shape[1]], name: scores}
-        drawn, each = drawn_means(pair, draws), 1 - (1 - level) / len(others)
-        value = pair[ours].mean() - scores.mean()
-        found[name] = interval(value, drawn[ours] - drawn[name], each)
+    rows: Mapping[str, Scores], pairs: Sequence[tuple[str, str]], draws: int = DRAWS, level: float = LEVEL
+) -> dict[tuple[str, str], Estimate]:
+    """Of each pair the first row's score less the second's, over the requests that both have, the first. The
+    level is that of all of them together (Bonferroni): that any of the intervals is wrong has a chance of
+    1 - ``level``."""
+    found, each = {}, 1 - (1 - level) / max(len(pairs), 1)
+    for pair in pairs:
+        both = min(rows[name].shape[1] for name in pair)
+        scores = {name: rows[name][:, :both] for name in pair}
+        drawn = drawn_means(scores, draws)
+        first, second = pair
+        value = scores[first].mean() - scores[second].mean()
+        found[pair] = interval(value, drawn[first] - drawn[second], each)
     return found
 
 

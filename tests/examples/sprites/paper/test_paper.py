@@ -210,7 +210,10 @@ def test_tables_say_what_was_run_and_mark_what_separates():
         found["shared_query"].append(made_up("shared_query", seed, 0.5, spread=0.3))
         alternating = [1.0, 0.25] * 20  # request 0 is of two nouns, 1 of one
         found["merged"][seed]["requests"] |= unit.written({"pair_binding": alternating})
-    table = report.tables(found).split("**Table ")[2]
+        found["ms_diffusion"].append(made_up("ms_diffusion", seed, 0.7))
+        found["ours_boxes"].append(made_up("ours_boxes", seed, 0.9))
+    first, table = report.tables(found).split("**Table ")[1:3]
+    assert "\n`ours_boxes` less `ms_diffusion`: **+" in first and " less `" not in table
     lines = {line.split("`")[1]: line for line in table.splitlines() if line.startswith("| `")}
     assert "| **+4" in lines["merged"] or "| **+3" in lines["merged"]
     assert "**" not in lines["shared_query"] and "**" not in lines["ours"]

@@ -7,6 +7,7 @@ import pytest
 
 from conceptmaster.examples.sprites.paper.statistics import (
     Estimate,
+    Scores,
     differences,
     drawn_means,
     interval,
@@ -30,6 +31,10 @@ def test_kendalls_tau_is_scipys(ours, tau):
     assert kendall(PAPER, np.array([ours, PAPER])) == pytest.approx([tau, 1.0], abs=1e-12)
 
 
+def one_difference(first: Scores, second: Scores) -> Estimate:
+    return differences({"first": first, "second": second}, [("first", "second")])["first", "second"]
+
+
 def test_an_order_of_equals_is_none():
     assert np.isnan(kendall(PAPER, [0.5] * 5))
 
@@ -38,7 +43,7 @@ def test_a_paired_difference_is_scipys():
     rng = np.random.default_rng(7)
     first = rng.normal(0.5, 0.2, (1, 200))
     second = first + rng.normal(0.03, 0.1, (1, 200))
-    found = differences({"ours": second, "other": first}, "ours")["other"]
+    found = one_difference(second, first)
     # scipy.stats.bootstrap(paired=True, method="percentile", n_resamples=20000) of the mean difference
     assert found.value == pytest.approx(0.022049422892353877)
     assert (found.low, found.high) == pytest.approx((0.00845, 0.03543), abs=8e-4)
@@ -58,16 +63,16 @@ def test_seeds_count_as_new_trainings_would():
 def test_several_comparisons_widen_each_interval():
     rng = np.random.default_rng(1)
     rows = {name: rng.normal(0.5, 0.2, (3, 100)) for name in ("ours", "a", "b", "c", "d")}
-    alone = differences({name: rows[name] for name in ("ours", "a")}, "ours")["a"]
-    among = differences(rows, "ours")["a"]
+    pairs = [("ours", "a"), ("ours", "b"), ("ours", "c"), ("d", "c")]
+    alone = one_difference(rows["ours"], rows["a"])
+    among = differences(rows, pairs)[pairs[0]]
     assert among.value == alone.value and among.low < alone.low and among.high > alone.high
 
 
 def test_a_row_of_fewer_requests_is_compared_on_those():
     ours, other = np.linspace(0, 1, 200)[None], np.zeros((1, 32))
-    assert differences({"ours": ours, "tuned": other}, "ours")["tuned"].value == pytest.approx(
-        ours[:, :32].mean()
-    )
+    assert one_difference(ours, other).value == pytest.approx(ours[:, :32].mean())
+    assert one_difference(other, ours).value == -one_difference(ours, other).value
 
 
 def test_an_order_is_as_sure_as_its_rows():
