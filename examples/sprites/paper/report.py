@@ -53,19 +53,23 @@ def tables(found: Results) -> str:
 
 def curves(found: Results) -> str:
     """How far each row's error with the right pictures lies below that with swapped ones, on the way."""
-    lines = {}
-    for row in ROWS:
-        if units := [unit["curve"] for unit in found[row.name] if "curve" in unit]:
-            samples = [point["samples"] for point in units[0]]
-            gaps = np.array([[point["with"] - point["swapped"] for point in unit] for unit in units])
-            lines[row.name] = dict(zip(samples, 1000 * gaps.mean(0), strict=True))
-    every = sorted({number for points in lines.values() for number in points})
+    watched = {
+        row.name: [_gaps(unit["curve"]) for unit in found[row.name] if "curve" in unit] for row in ROWS
+    }
+    each = [gaps.keys() for units in watched.values() for gaps in units]
+    # a unit that was stopped was watched there, too
+    every = sorted(set.intersection(*map(set, each))) if each else []
     titles = ["", *(f"{number:,}" for number in every)]
     table = ["| " + " | ".join(titles) + " |", "|" + " --- |" * len(titles)]
-    for name, points in lines.items():
-        cells = [f"{points[number]:.1f}" if number in points else "–" for number in every]
-        table.append("| " + " | ".join([f"`{name}`", *cells]) + " |")
+    for name, units in watched.items():
+        if units:
+            cells = [f"{1000 * np.mean([gaps[number] for gaps in units]):.1f}" for number in every]
+            table.append("| " + " | ".join([f"`{name}`", *cells]) + " |")
     return "\n".join(table) + "\n"
+
+
+def _gaps(curve: Sequence[Mapping[str, Any]]) -> dict[int, float]:
+    return {point["samples"]: point["with"] - point["swapped"] for point in curve}
 
 
 def check_marks(document: str) -> None:

@@ -222,6 +222,24 @@ def test_tables_say_what_was_run_and_mark_what_separates():
     assert "Kendall's tau with the paper's v1, 3 rows" in table
 
 
+def test_a_curve_is_of_what_every_unit_was_watched_at():
+    """A unit that was stopped has been watched there, too."""
+
+    def points(*watched):
+        return {"curve": [{"samples": n, "with": 0.5, "swapped": gap} for n, gap in watched]}
+
+    found = {row.name: [] for row in rows.ROWS}
+    found["ours"] = [points((64, 0.6), (128, 0.7)), points((32, 0.9), (64, 0.8), (128, 0.8))]
+    found["merged"] = [points((64, 0.5), (128, 0.5))]
+    found["dreambooth"] = [{}]
+    assert report.curves(found).splitlines() == [
+        "|  | 64 | 128 |",
+        "| --- | --- | --- |",
+        "| `merged` | 0.0 | 0.0 |",
+        "| `ours` | -200.0 | -250.0 |",
+    ]
+
+
 @pytest.mark.parametrize("name", ["custom_diffusion", "dreambooth"])
 def test_a_tuned_row_tunes_each_request_once_and_leaves_the_base(ground, tmp_path, monkeypatch, name):
     before = {name: value.clone() for name, value in ground.base.items()}
