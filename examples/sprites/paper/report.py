@@ -56,9 +56,9 @@ def curves(found: Results) -> str:
     watched = {
         row.name: [_gaps(unit["curve"]) for unit in found[row.name] if "curve" in unit] for row in ROWS
     }
-    each = [gaps.keys() for units in watched.values() for gaps in units]
+    each = [set(gaps) for units in watched.values() for gaps in units]
     # a unit that was stopped was watched there, too
-    every = sorted(set.intersection(*map(set, each))) if each else []
+    every = sorted(set.intersection(*each)) if each else []
     titles = ["", *(f"{number:,}" for number in every)]
     table = ["| " + " | ".join(titles) + " |", "|" + " --- |" * len(titles)]
     for name, units in watched.items():
@@ -94,8 +94,8 @@ def _table(number: int, found: Results) -> str:
     run = {row.name: scores(found[row.name], MAIN) for row in rows if found[row.name]}
     most = max((each.shape[1] for each in run.values()), default=0)
     whole = {name: each for name, each in run.items() if each.shape[1] == most}
-    controls = {row.name: row.control_of for row in rows if row.control_of is not None}
-    pairs = [(OURS.name, row.name) for row in rows if row != OURS] + list(controls.items())
+    pairs = [(OURS.name, row.name) for row in rows if row != OURS]
+    pairs += [(row.name, row.control_of) for row in rows if row.control_of is not None]
     apart = _apart(run, [pair for pair in pairs if run.keys() >= set(pair)])
     titles = ["", "DINO-I, v1", "DINO-I, v2", "margin", "ours less this", "pair binding, two nouns"]
     titles += ["one noun", "identity", "noun", "texture", "motion", "seeds", "training, s", "request, s"]
@@ -116,9 +116,10 @@ def _table(number: int, found: Results) -> str:
         ]
         cells += [str(len(units)), f"{seconds[0]:.0f}", f"{seconds[1]:.2f}"]
         lines.append("| " + " | ".join(cells) + " |")
-    told = {pair: apart[pair] for pair in controls.items() if pair in apart}
-    beside = [f"`{first}` less `{second}`: {text}." for (first, second), text in told.items()]
-    return "\n".join([*lines, "", *beside, *_orders(rows, whole)])
+    controls = [
+        f"`{first}` less `{second}`: {text}." for (first, second), text in apart.items() if first != OURS.name
+    ]
+    return "\n".join([*lines, "", *controls, *_orders(rows, whole)])
 
 
 def _pair_binding(units: Sequence[Mapping[str, Any]], alike: bool) -> str:
