@@ -13,7 +13,7 @@ from conceptmaster.errors import InputError
 from .judging import of_one_noun
 from .rows import OURS, ROWS, Row
 from .statistics import Estimate, Scores, differences, drawn_means, interval, order
-from .unit import MAIN, MEASURES, read, result_of
+from .unit import MAIN, MEASURES, gaps, read, result_of
 
 SEEDS = 3
 """Least number of seeds of either row of which a difference is claimed."""
@@ -53,23 +53,17 @@ def tables(found: Results) -> str:
 
 def curves(found: Results) -> str:
     """How far each row's error with the right pictures lies below that with swapped ones, on the way."""
-    watched = {
-        row.name: [_gaps(unit["curve"]) for unit in found[row.name] if "curve" in unit] for row in ROWS
-    }
-    each = [set(gaps) for units in watched.values() for gaps in units]
+    watched = {row.name: [known for unit in found[row.name] if (known := gaps(unit))] for row in ROWS}
+    each = [set(known) for units in watched.values() for known in units]
     # a unit that was stopped was watched there, too
     every = sorted(set.intersection(*each)) if each else []
     titles = ["", *(f"{number:,}" for number in every)]
     table = ["| " + " | ".join(titles) + " |", "|" + " --- |" * len(titles)]
     for name, units in watched.items():
         if units:
-            cells = [f"{1000 * np.mean([gaps[number] for gaps in units]):.1f}" for number in every]
+            cells = [f"{1000 * np.mean([known[number] for known in units]):.1f}" for number in every]
             table.append("| " + " | ".join([f"`{name}`", *cells]) + " |")
     return "\n".join(table) + "\n"
-
-
-def _gaps(curve: Sequence[Mapping[str, Any]]) -> dict[int, float]:
-    return {point["samples"]: point["with"] - point["swapped"] for point in curve}
 
 
 def check_marks(document: str) -> None:

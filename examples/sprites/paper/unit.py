@@ -87,9 +87,9 @@ def result_of(folder: Path) -> dict[str, Any] | None:
     """What a unit's ``result.json`` holds, None where it has none. Raises InputError for a damaged one."""
 
     def check(found: Any) -> None:
-        for measure in MEASURES:
-            read(found["requests"][measure])
-        found["seed"], found["training_seconds"], found["seconds_per_request"]
+        np.stack([read(found["requests"][measure]) for measure in MEASURES])
+        gaps(found)
+        sum(found[name] for name in ("seed", "training_seconds", "seconds_per_request"))
 
     return read_done(folder / "result.json", check)
 
@@ -131,6 +131,11 @@ def run_unit(row: Row, seed: int, ground: Ground, budget: Budget, folder: Path) 
 ERRORS = ("with", "without", "swapped")
 """What is watched: the squared error where the concepts are, with their pictures, with none, and with each
 other's."""
+
+
+def gaps(unit: Mapping[str, Any]) -> dict[int, float]:
+    """By samples, a unit's error with the right pictures less that with swapped ones; none of a tuned row."""
+    return {point["samples"]: point["with"] - point["swapped"] for point in unit.get("curve", ())}
 
 
 def written(found: Mapping[str, list[float]]) -> dict[str, str]:

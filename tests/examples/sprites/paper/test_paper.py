@@ -29,6 +29,8 @@ from conceptmaster.examples.sprites.training.tuning_options import TuneOptions
 from conceptmaster.examples.sprites.world.draw import draw_clip
 from conceptmaster.examples.sprites.world.scenes import SIZE
 
+ROOT = Path(__file__).resolve().parents[4]
+RESULTS = ROOT / "benchmarks" / "results" / "paper_tables.json"
 BUDGET = unit.Budget(steps=2, batch=2, requests=1)
 
 
@@ -321,11 +323,10 @@ def test_the_command_from_base_to_tables(ground, tmp_path, monkeypatch, capsys):
 
 
 def test_the_document_says_what_the_results_say():
-    root = Path(__file__).resolve().parents[4]
-    found = json.loads((root / "benchmarks" / "results" / "paper_tables.json").read_text("utf-8"))
-    document = (root / "docs" / "paper.md").read_text("utf-8")
+    found = json.loads(RESULTS.read_text("utf-8"))
+    document = (ROOT / "docs" / "paper.md").read_text("utf-8")
     assert report.filled(document, found["rows"]) == document
-    base = command.sha256_file(root / "examples" / "sprites" / "paper-base" / "model.safetensors")
+    base = command.sha256_file(ROOT / "examples" / "sprites" / "paper-base" / "model.safetensors")
     assert found["settings"]["base_sha256"] == base
 
 
@@ -377,5 +378,28 @@ def test_a_damaged_result_is_told_of(tmp_path, content):
     folder = tmp_path / "ours-0"
     folder.mkdir()
     (folder / "result.json").write_text(content)
+    with pytest.raises(InputError, match=r"ours-0/result\.json is damaged, .*: delete it"):
+        report.finished(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda unit: unit["curve"][0].pop("swapped"),
+        lambda unit: unit["curve"][0].update({"with": "much"}),
+        lambda unit: unit.update(curve=3),
+        lambda unit: unit.update(seed="0"),
+        lambda unit: unit.update(seconds_per_request=None),
+        lambda unit: unit["requests"].update(margin="1 2 3"),
+    ],
+)
+def test_a_result_spoiled_in_one_place_is_told_of(tmp_path, spoil):
+    one = json.loads(RESULTS.read_text("utf-8"))["rows"]["ours"][0]
+    folder = tmp_path / "ours-0"
+    folder.mkdir()
+    (folder / "result.json").write_text(json.dumps(one))
+    assert report.finished(tmp_path)["ours"] == [one]
+    spoil(one)
+    (folder / "result.json").write_text(json.dumps(one))
     with pytest.raises(InputError, match=r"ours-0/result\.json is damaged, .*: delete it"):
         report.finished(tmp_path)
