@@ -49,10 +49,9 @@ class Delta:
     words: Mapping[str, np.ndarray]
     changes: Mapping[str, np.ndarray]
 
-    @property
-    def name(self) -> str:
-        """Of its file."""
-        return self.path.name
+    def __str__(self) -> str:
+        """What messages call it, with its path: the files of all tunings are called alike."""
+        return f"the delta {str(self.path)!r}"
 
     def of(self, transformer: str) -> dict[str, np.ndarray]:
         """What it changes of a transformer, by the names there."""
@@ -96,7 +95,7 @@ def write_delta(path: str | Path, delta: Delta) -> None:
     try:
         _check_words(delta.words)
     except ValueError as error:
-        raise InputError(f"the delta {delta.name!r} {error}") from None
+        raise InputError(f"{delta} {error}") from None
     metadata = {"format": FORMAT, "injection": delta.injection, "bases": json.dumps(dict(delta.bases))}
     tensors = {f"{WORDS}{word}": value for word, value in delta.words.items()} | dict(delta.changes)
     arrays = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
@@ -119,24 +118,24 @@ def check_fits(
 ) -> None:
     """Raises InputError, one line, for a delta that was made for another injection or text encoder, or for
     other transformers than those, and for two that bring the same word."""
-    taken: dict[str, str] = {}
+    taken: dict[str, Delta] = {}
     for delta in deltas:
         if delta.injection != injection:
             raise InputError(
-                f"the delta {delta.name!r} was made for a model whose injection is {delta.injection!r}, this "
+                f"{delta} was made for a model whose injection is {delta.injection!r}, this "
                 f"one's is {injection!r}"
             )
         if absent := next((name for name in delta.bases if name not in transformers), None):
-            raise InputError(f"the delta {delta.name!r} changes {absent}, which this model does not have")
+            raise InputError(f"{delta} changes {absent}, which this model does not have")
         for word, value in delta.words.items():
             if value.shape != (text_width,):
                 raise InputError(
-                    f"the delta {delta.name!r} has an embedding of {len(value)} numbers for {word}, the text "
+                    f"{delta} has an embedding of {len(value)} numbers for {word}, the text "
                     f"encoder's have {text_width}"
                 )
             if word in taken:
-                raise InputError(f"the deltas {taken[word]!r} and {delta.name!r} both bring the word {word}")
-            taken[word] = delta.name
+                raise InputError(f"{taken[word]} and {delta} both bring the word {word}")
+            taken[word] = delta
 
 
 def check_base(
@@ -153,14 +152,12 @@ def check_base(
         changes = delta.of(transformer)
         for name, change in changes.items():
             if name not in shapes:
-                raise InputError(f"the delta {delta.name!r} changes {name}, which this model does not have")
+                raise InputError(f"{delta} changes {name}, which this model does not have")
             if tuple(shapes[name]) != change.shape:
-                raise InputError(
-                    f"the delta {delta.name!r} has {change.shape} for {name}, the model {tuple(shapes[name])}"
-                )
+                raise InputError(f"{delta} has {change.shape} for {name}, the model {tuple(shapes[name])}")
         if changes and fingerprint(weights, changes) != delta.bases[transformer]:
             raise InputError(
-                f"the delta {delta.name!r} was made for another base: the weights that it changes are not "
+                f"{delta} was made for another base: the weights that it changes are not "
                 "the ones that are here"
             )
 

@@ -91,6 +91,9 @@ def parse_json(data: bytes | str) -> Any:
         raise ValueError(f"is not UTF-8 text ({error.reason} at byte {error.start})") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"is not JSON ({error.msg}, line {error.lineno})") from None
+    except ValueError as error:  # ours, and Python's for a number of more digits than it reads
+        told = "holds a number of thousands of digits" if "int_max_str_digits" in str(error) else str(error)
+        raise ValueError(told) from None
     _check_depth(value)
     if _HALF.search(text):
         try:

@@ -28,6 +28,10 @@ Keys = dict[int, Box]
 
 SLACK = 1e-6  # of a patch: 0.29 of 100 patches ends where the 29th does, whatever floats make of it
 WRITTEN = "x0,y0,x1,y1 in fractions of the picture, like 0.1,0.2,0.5,0.8"
+LISTED = "a list of four numbers, x0, y0, x1, y1 in fractions of the picture, like [0.1, 0.2, 0.5, 0.8]"
+BY_LABEL = 'an object, {"cat": [0.1, 0.2, 0.5, 0.8]}'
+LATEST = 10**9
+"""Beyond the last frame of any video."""
 
 
 def read(texts: Iterable[tuple[str, str]]) -> dict[str, Keys]:
@@ -35,13 +39,11 @@ def read(texts: Iterable[tuple[str, str]]) -> dict[str, Keys]:
     found: dict[str, Keys] = {}
     for label, text in texts:
         numbers_of, at, frame = text.partition("@")
-        if at and not re.fullmatch(r"[0-9]{1,9}", frame.strip(), re.ASCII):
-            raise InputError(f"the box of {label!r}: a frame is a number from 0 on, not {frame!r:.60}")
         try:
-            box = tuple(float(number) for number in numbers_of.split(","))
+            x0, y0, x1, y1 = (float(number) for number in numbers_of.split(","))
         except ValueError:
             raise InputError(f"the box of {label!r} is written {WRITTEN}, not {text!r:.60}") from None
-        _add(found.setdefault(label, {}), label, int(frame or 0), box)
+        _add(found.setdefault(label, {}), label, _frame(label, frame.strip()) if at else 0, (x0, y0, x1, y1))
     return found
 
 
@@ -52,7 +54,7 @@ def checked(boxes: Any, labels: Sequence[str]) -> dict[str, Keys]:
     JSON. Raises InputError for the first that is wrong.
     """
     if not isinstance(boxes, Mapping):
-        raise InputError(f"boxes must be a box, or boxes by frame, for each label, not {boxes!r:.60}")
+        raise InputError(f"boxes must be {BY_LABEL}, or have boxes by frame, not {boxes!r:.60}")
     known = {clean(label).casefold(): label for label in labels}
     found: dict[str, Keys] = {}
     for name, value in boxes.items():
@@ -137,10 +139,12 @@ def _patches(first: np.ndarray, last: np.ndarray, count: int) -> np.ndarray:
 
 
 def _frame(label: str, frame: Any) -> int:
-    if isinstance(frame, str) and re.fullmatch(r"[0-9]{1,9}", frame, re.ASCII):
-        return int(frame)
+    if isinstance(frame, str) and re.fullmatch(r"[0-9]{1,60}", frame, re.ASCII):
+        frame = int(frame)
     if isinstance(frame, bool) or not isinstance(frame, numbers.Integral) or frame < 0:
         raise InputError(f"a box of {label!r}: a frame is a number from 0 on, not {frame!r:.60}")
+    if int(frame) >= LATEST:
+        raise InputError(f"a box of {label!r}: no video has so late a frame, {frame!s:.60}")
     return int(frame)
 
 
@@ -148,9 +152,9 @@ def _add(keys: Keys, label: str, frame: int, box: Any) -> None:
     """Notes a box of a frame. Raises InputError."""
     if isinstance(box, np.ndarray):
         box = box.tolist()
-    listed = isinstance(box, Sequence) and not isinstance(box, str) and len(box) == 4
+    listed = isinstance(box, Sequence) and not isinstance(box, (str, bytes)) and len(box) == 4
     if not listed or not all(isinstance(n, numbers.Real) and not isinstance(n, bool) for n in box):
-        raise InputError(f"the box of {label!r} must be {WRITTEN}, not {box!r:.80}")
+        raise InputError(f"the box of {label!r} must be {LISTED}, not {box!r:.80}")
     told = ",".join(f"{number!s:.12}" for number in box)
     if not all(0 <= number <= 1 for number in box):  # so NaN is refused as well
         raise InputError(

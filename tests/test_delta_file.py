@@ -21,7 +21,7 @@ def test_what_is_written_is_read(tmp_path):
     delta = Delta(tmp_path / "a.safetensors", "none", {"transformer": "0" * 64}, words, {NAME: SOUND[NAME]})
     write_delta(delta.path, delta)
     found = read_delta(delta.path)
-    assert (found.name, found.injection, found.bases) == ("a.safetensors", "none", delta.bases)
+    assert (found.path, found.injection, found.bases) == (delta.path, "none", delta.bases)
     assert list(found.words) == list(words) and list(found.changes) == [NAME]
     assert all(np.array_equal(found.words[word], words[word]) for word in words)
     assert found.of("transformer").keys() == {"blocks.0.attn2.to_k.weight"}

@@ -73,6 +73,7 @@ def test_a_pipe_with_a_writer_is_read_to_its_end() -> None:
         ("[" * 65 + "]" * 65, "nested too deeply"),
         ('{"a":' * 10**5, "nested too deeply"),
         ('{"a": 1, "b": 2, "a": 3}', "the key 'a' twice"),
+        ('{"a": -' + "1" * 5000 + "}", "holds a number of thousands of digits"),
         ("[1, -Infinity]", "holds -Infinity"),
         ('["\\ud83d\\ude00", "\\ud800"]', "half of a surrogate pair"),
         ("1" * 5000, "digits"),

@@ -39,7 +39,7 @@ def merge_deltas(model: ConceptMaster, tokenizer: str, deltas: Sequence[Delta]) 
     try:  # a bundle's tokenizer has the words already that its weights are to have
         first = add_words(rust, list(words)).start if there[0] is None else there[0]
     except ValueError as error:
-        raise InputError(f"the delta {deltas[0].name!r}: {error}") from None
+        raise InputError(f"{deltas[0]}: {error}") from None
     for name, transformer in model.experts().items():
         state, later = transformer.state_dict(), stored_weights(transformer)
         for weight, change in added(deltas, name).items():

@@ -60,7 +60,7 @@ def merge_into_one(
     check_bases(model, deltas)
     for delta, texts in zip(deltas, captions, strict=True):
         if unsaid := [word for word in delta.words if not any(word in text for text in texts)]:
-            raise InputError(f"no caption of the delta {delta.name!r} says its word {unsaid[0]}")
+            raise InputError(f"no caption of {delta} says its word {unsaid[0]}")
     words = words_of(deltas)
     known = config.text_encoder["vocab_size"] + len(words)
     rust, _ = parse_tokenizer(tokenizer.encode(), known)

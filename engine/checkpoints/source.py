@@ -254,7 +254,7 @@ def _merged(source: Source, loras: tuple[LoraFile, ...], deltas: list[Delta]) ->
         origins.append(LoraOrigin(lora.path.name, digest, lora.factor, in_part, lora.expert))
     if deltas:
         text = merge_deltas(model, text, deltas)
-    custom = tuple((delta.name, sha256_file(delta.path)) for delta in deltas)
+    custom = tuple((delta.path.name, sha256_file(delta.path)) for delta in deltas)
     origin = dataclasses.replace(source.origin, loras=tuple(origins), custom=custom)
     return dataclasses.replace(source, tokenizer=text, origin=origin)
 

@@ -132,12 +132,13 @@ def _add_pack(parser: argparse.ArgumentParser) -> None:
     parser.description = "Packs a training's weights into a checkpoint for `train --start`, 8 bits a weight."
     parser.add_argument("--training", type=Path, required=True, metavar="DIR", help="the training's folder")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="the checkpoint's folder")
+    _add_overwrite(parser)
 
 
 def _pack(args: argparse.Namespace) -> int:
     from .training.packing import pack_folder
 
-    for path in pack_folder(args.training, args.output):
+    for path in pack_folder(args.training, args.output, overwrite=args.overwrite):
         print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
     return 0
 
@@ -146,12 +147,17 @@ def _add_weights(parser: argparse.ArgumentParser) -> None:
     parser.description = "Writes a training's weights in 16 bits, as `conceptmaster export` reads them."
     parser.add_argument("--training", type=Path, required=True, metavar="DIR", help="the training's folder")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="the weights' folder")
+    _add_overwrite(parser)
+
+
+def _add_overwrite(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--overwrite", action="store_true", help="replace one that is there")
 
 
 def _weights(args: argparse.Namespace) -> int:
     from .training.shipping import collect
 
-    collect(args.training, args.output)
+    collect(args.training, args.output, overwrite=args.overwrite)
     return 0
 
 

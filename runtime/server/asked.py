@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ...untrusted import parse_json
+from ..boxes import BY_LABEL
 from .catalogue import Served
 from .refusals import Refused
 
@@ -41,7 +42,6 @@ LARGEST_DATA_URL = LARGEST_PICTURE // 3 * 4 + 256
 LONGEST_PROMPT = 10_000  # characters, also of a negative one and of a label
 MOST_ITEMS = 10_000  # commas, brackets and braces of JSON: each value costs far more memory than its text
 MOST_PICTURES = 16  # of a request, whatever its bundle takes
-BOXES = '{"cat": [0.1, 0.2, 0.5, 0.8]}'
 
 
 @dataclass(frozen=True)
@@ -256,7 +256,7 @@ def _boxes(values: Mapping[str, Any]) -> Any:
         try:
             value = parse(value.encode()) if value.strip() else None
         except ValueError as error:
-            raise Refused(f"boxes: the text {error}", param="boxes") from None
+            raise Refused(f"boxes must be {BY_LABEL}: the text {error}", param="boxes") from None
     if value is not None and not isinstance(value, dict):
-        raise Refused(f"boxes must be an object, {BOXES}, not {value!r:.60}", param="boxes")
+        raise Refused(f"boxes must be {BY_LABEL}, not {value!r:.60}", param="boxes")
     return value

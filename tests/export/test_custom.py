@@ -116,7 +116,7 @@ def test_words(folder):
         frames(folder / "plain")
     with pytest.raises(InputError, match="the prompt says <cat>"):
         frames(folder / "plain", f"{PROMPT} <cat>", custom=one)
-    with pytest.raises(InputError, match="both bring the word <fox-1>"):
+    with pytest.raises(InputError, match="/one.*' and the delta '/.*/one.*' both bring the word <fox-1>"):
         frames(folder / "plain", custom=[*one, *one])
     with Pipeline.from_bundle(folder / "plain", threads=1) as pipe:
         with pytest.raises(InputError, match="the negative prompt says <cat>, a word that no token"):

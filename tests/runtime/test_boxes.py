@@ -42,20 +42,26 @@ LEFT, RIGHT = (0.0, 0.25, 0.5, 0.75), (0.5, 0.25, 1.0, 0.75)
         ({"cat": (0, 0, float("inf"), 1)}, "is not inside the picture"),
         ({"cat": (0.5, 0, 0.5, 1)}, "0.5,0,0.5,1, is empty: x0 must be less than x1, and y0 less than y1"),
         ({"cat": (0, 0.7, 1, 0.2)}, "is empty"),
-        ({"cat": (0, 0, 1)}, r"must be x0,y0,x1,y1 in fractions of the picture.*not \(0, 0, 1\)"),
-        ({"cat": ("0", "0", "1", "1")}, "must be x0,y0,x1,y1"),
-        ({"cat": (False, 0, 1, True)}, "must be x0,y0,x1,y1"),
-        ({"cat": "0,0,1,1"}, "must be x0,y0,x1,y1"),
-        ({"cat": None}, "must be x0,y0,x1,y1"),
+        ({"cat": (0, 0, 1)}, r"must be a list of four numbers.*like \[0.1, 0.2, 0.5, 0.8\], not \(0, 0, 1\)"),
+        ({"cat": ("0", "0", "1", "1")}, "must be a list of four numbers"),
+        ({"cat": (False, 0, 1, True)}, "must be a list of four numbers"),
+        ({"cat": "0,0,1,1"}, "must be a list of four numbers, .*not '0,0,1,1'"),
+        ({"cat": b"\0\0\1\1"}, "must be a list of four numbers"),
+        ({"cat": None}, "must be a list of four numbers"),
         ({"cat": {}}, "the boxes of 'cat' are none"),
         ({"cat": {-1: LEFT}}, "a frame is a number from 0 on, not -1"),
         ({"cat": {1.5: LEFT}}, "a frame is a number from 0 on, not 1.5"),
         ({"cat": {True: LEFT}}, "a frame is a number from 0 on"),
         ({"cat": {"first": LEFT}}, "a frame is a number from 0 on, not 'first'"),
+        ({"cat": {9999999999: LEFT}}, "no video has so late a frame, 9999999999"),
+        ({"cat": {"9" * 30: LEFT}}, "no video has so late a frame, 9{30}"),
         ({"cat": {0: (1, 1, 0, 0)}}, "is empty"),
         ({"cat": {0: LEFT, "0": RIGHT}}, "two boxes of 'cat' for frame 0: give one"),
         ({"cat": LEFT, "Cat": RIGHT}, "two boxes of 'cat' for frame 0"),
-        ([("cat", LEFT)], "boxes must be a box, or boxes by frame, for each label"),
+        (
+            [("cat", LEFT)],
+            r'boxes must be an object, {"cat": \[0.1, 0.2, 0.5, 0.8\]}',
+        ),
     ],
 )
 def test_wrong_boxes(asked: Any, words: str) -> None:
@@ -83,12 +89,13 @@ def test_boxes_are_kept_by_the_labels_of_the_concepts() -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("0.1,0.2,0.5", "must be x0,y0,x1,y1"),
+        ("0.1,0.2,0.5", "is written x0,y0,x1,y1 in fractions.*not '0.1,0.2,0.5'"),
         ("0.1,0.2,0.5,x", "is written x0,y0,x1,y1 in fractions.*not '0.1,0.2,0.5,x'"),
         ("", "is written"),
         ("0,0,1,1@", "a frame is a number from 0 on, not ''"),
         ("0,0,1,1@-3", "a frame is a number from 0 on, not '-3'"),
         ("0,0,1,1@1.5", "a frame is a number from 0 on"),
+        ("0,0,1,1@9999999999", "no video has so late a frame, 9999999999"),
         ("0,0,1,1@3@4", "a frame is a number from 0 on"),
         ("nan,0,1,1", "is not inside the picture"),
         ("0,0,2,1", "is not inside the picture"),
@@ -100,7 +107,7 @@ def test_wrong_text(text: str, words: str) -> None:
 
 
 def test_text() -> None:
-    texts = [("cat", "0,0.25,0.5,0.75"), ("cat", " 0.5, .25, 1, 75e-2 @ 16"), ("ball", "0,0,1,1@4")]
+    texts = [("cat", "0,0.25,0.5,0.75"), ("cat", " 0.5, .25, 1, 75e-2 @ 16"), ("ball", "0,0,1,1@0000000004")]
     assert boxes.read(texts) == {"cat": {0: LEFT, 16: RIGHT}, "ball": {4: WHOLE}}
     with pytest.raises(InputError, match="two boxes of 'cat' for frame 0"):
         boxes.read([("cat", "0,0,1,1"), ("cat", "0,0,1,1@0")])

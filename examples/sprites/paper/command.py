@@ -23,14 +23,13 @@ from conceptmaster.engine.checkpoints.safetensors_io import load, save
 from conceptmaster.engine.vae.block_vae import BlockVAE
 from conceptmaster.errors import ConceptMasterError, InputError, WeightsError
 from conceptmaster.hashed import sha256_file
-from conceptmaster.untrusted import read_json
 
 from ..arguments import LAST_SEED, check_counts, set_threads
 from ..scoring.reports import write_json
 from ..training.train_vae import load_vae
 from ..world.requesting import make_folder
-from .base import train_base
-from .eye import train_eye
+from .base import Base, train_base
+from .eye import Eye, train_eye
 from .pool import ClipPool
 from .report import check_marks, filled, finished, tables
 from .rows import OURS, ROWS
@@ -39,7 +38,7 @@ from .setting import paper_config, pixel_weights, row_config
 from .showing import show
 from .trainee import Trainee
 from .tuned import open_tuning_base, run_tuned, write_weights
-from .unit import Budget, Ground, run_unit
+from .unit import Budget, Ground, folder_of, read_done, run_unit
 
 GIVEN = ("text_encoder.", "image_encoder.")
 """Of the shipped model's weights, what the base is given."""
@@ -64,11 +63,14 @@ def run(args: argparse.Namespace) -> int:
         "base_sha256": sha256_file(args.base / "model.safetensors"),
         "vae_sha256": sha256_file(args.base / "vae.safetensors"),
     }
+    rows = [row for row in ROWS if row.name in args.only]
+    units = {folder_of(args.output, row.name, seed): (row, seed) for seed in args.seeds for row in rows}
+    for folder in (args.output / "pool", *units):
+        if folder.exists() and not folder.is_dir():
+            raise InputError(f"{folder} is no folder: choose another --output")
     make_folder(args.output)
     _hold(settings, args.output / "settings.json")
     _publish(args, settings)  # before minutes of drawing
-    rows = [row for row in ROWS if row.name in args.only]
-    units = {args.output / f"{row.name}-{seed}": (row, seed) for seed in args.seeds for row in rows}
     left = [folder for folder in units if not (folder / "result.json").exists()]
     if left or args.sheet is not None:
         ground = Ground(base, vae, ClipPool(args.output / "pool", paper_config(), vae, args.clips))
@@ -127,13 +129,10 @@ def _vae(folder: Path) -> BlockVAE:
 
 def _hold(settings: Mapping[str, Any], path: Path) -> None:
     """Keep the settings with the first unit; raises InputError where later ones would not compare with it."""
-    if not path.exists():
+    before = read_done(path, lambda found: found.keys(), "choose another --output")
+    if before is None:
         write_json(path, settings)
         return
-    try:
-        before = read_json(path)
-    except ValueError as error:
-        raise InputError(f"{path} is damaged, {error}: choose another --output") from error
     other = [f"{k} {before.get(k)}, not {v}" for k, v in settings.items() if before.get(k) != v]
     if other:
         raise InputError(f"{path.parent} has units with {'; '.join(other)}: choose another --output")
@@ -168,9 +167,10 @@ def run_base(args: argparse.Namespace) -> int:
     vae = _vae(args.vae)
     try:
         weights = load(args.weights / "model.safetensors")[0]
+        text, image = (_part(weights, prefix) for prefix in GIVEN)
+        Base(text, pixel_weights(vae)), Eye(image)
     except (FileNotFoundError, WeightsError) as error:
         raise InputError(f"cannot start from {args.weights}: {error}") from error
-    text, image = (_part(weights, prefix) for prefix in GIVEN)
     make_folder(args.output)
     train_eye(image, args.output / "eye", args.eye_steps)
     pool = ClipPool(args.output / "pool", paper_config(), vae, args.clips)

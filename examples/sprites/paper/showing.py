@@ -23,6 +23,7 @@ from .rows import OURS, Row
 from .sampling import frames, sample
 from .setting import pixel_weights, row_config
 from .trainee import Trainee
+from .unit import folder_of
 
 SHOWN = (0, 2, 4, 6, 1, 3)
 """Requests of the sheet: four of two nouns and two of one noun, the first of each."""
@@ -75,5 +76,5 @@ def show(
 
 def _weights(units: Sequence[Mapping[str, Any]], output: Path) -> Path | None:
     """Of a row's first finished unit that kept them."""
-    paths = (output / f"{unit['row']}-{unit['seed']}" / "adapter.safetensors" for unit in units)
+    paths = (folder_of(output, unit["row"], unit["seed"]) / "adapter.safetensors" for unit in units)
     return next((path for path in paths if path.exists()), None)

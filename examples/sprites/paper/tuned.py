@@ -76,13 +76,12 @@ def open_tuning_base(tensors: Mapping[str, Tensor], vae: BlockVAE, folder: Path)
 
 
 def write_weights(base: Base, output: Path) -> None:
-    """Write a base as a weights folder, in float16: what `tune` starts from, and ``conceptmaster export``
-    takes. Whole or not at all; raises InputError where the folder ``output`` holds anything else."""
-    names = ["model.safetensors", "vae.safetensors", "tokenizer.json"]
-    with replacing_folder(output, lambda _: names, replace=True) as new:
-        save_model(base.model.half(), new / names[0])
-        save(new / names[1], {name: value.half() for name, value in base.vae.state_dict().items()})
-        (new / names[2]).write_text(base.tokenizer, encoding="utf-8")
+    """Write a base as a new weights folder, in float16: what `tune` starts from, and ``conceptmaster export``
+    takes. Whole or not at all; raises InputError where the folder ``output`` holds files."""
+    with replacing_folder(output) as new:
+        save_model(base.model.half(), new / "model.safetensors")
+        save(new / "vae.safetensors", {name: value.half() for name, value in base.vae.state_dict().items()})
+        (new / "tokenizer.json").write_text(base.tokenizer, encoding="utf-8")
 
 
 def _request(row: Row, seed: int, number: int, base: Base, ground: Ground, folder: Path) -> dict[str, Any]:

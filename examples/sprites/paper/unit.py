@@ -70,16 +70,23 @@ class Ground:
     pool: ClipPool
 
 
-def read_done(path: Path, check: Callable[[Any], object]) -> dict[str, Any] | None:
+def folder_of(output: Path, row: str, seed: int) -> Path:
+    """Where a unit lives."""
+    return output / f"{row}-{seed}"
+
+
+def read_done(
+    path: Path, check: Callable[[Any], object], cure: str = "delete it, and it is made again"
+) -> dict[str, Any] | None:
     """What was written when something was done, None where it is not. check: raises KeyError, or what else a
-    damaged file gives. Raises InputError for one."""
+    damaged file gives. Raises InputError for one, with the cure."""
     if not path.exists():
         return None
     try:
         found: dict[str, Any] = read_json(path)
         check(found)
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-        raise InputError(f"{path} is damaged, {error!r}: delete it, and it is made again") from error
+        raise InputError(f"{path} is damaged, {error!r}: {cure}") from error
     return found
 
 

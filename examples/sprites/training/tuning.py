@@ -33,8 +33,9 @@ from conceptmaster.engine.dit import MIN_SIGMA
 from conceptmaster.engine.model import ConceptMaster
 from conceptmaster.engine.vae.block_vae import BlockVAE
 from conceptmaster.errors import InputError
+from conceptmaster.hashed import sha256_file
 from conceptmaster.runtime.request import Concept, Request
-from conceptmaster.tokenizer_file import add_words
+from conceptmaster.tokenizer_file import add_words, read_tokenizer
 from conceptmaster.untrusted import read_json
 
 from ..world.requesting import PICTURE, make_folder
@@ -48,6 +49,8 @@ from .tuning_options import METHODS, TuneOptions
 RARE = ("sks", "zwx", "qvj")
 """Words that nothing is called: what DreamBooth names a request's concepts."""
 DONE = "tuned.json"
+MADE = dict(zip(METHODS, ("delta.safetensors", "weights", "lora.safetensors"), strict=True))
+"""By method, the file or the folder that it makes."""
 
 
 @dataclass(frozen=True)
@@ -80,8 +83,9 @@ def open_base(folder: Path) -> Base:
         if model.config.concept.injection != "none":
             raise InputError("it takes concepts, tuning starts from a base whose injection is 'none'")
         vae = load_vae(folder, model.config.vae)
-        return Base(folder, model, vae, (folder / "tokenizer.json").read_text("utf-8"))
-    except (FileNotFoundError, InputError) as error:
+        _, tokenizer = read_tokenizer(folder / "tokenizer.json", model.config.text_encoder["vocab_size"])
+        return Base(folder, model, vae, tokenizer)
+    except (OSError, ValueError) as error:
         raise InputError(f"cannot start from {folder}: {error}") from error
 
 
@@ -107,8 +111,9 @@ def tune(
     prompt = named(request.prompt, names)
     for concept in request.concepts:
         _check(concept)
+    called = {label: f"{word} {_noun(label)}" for label, word in names.items()}
     if (output / DONE).exists():
-        return _read(output, method, prompt, options)
+        return Tuned(method, (output / MADE[method],), prompt, called, _read(output, method, prompt, options))
     began = time.perf_counter()
     make_folder(output)
     torch.manual_seed(options.seed)
@@ -116,7 +121,6 @@ def tune(
     steps = options.steps or (250 if len(names) == 1 else 500)
     _learn(trainee, base, _clips(base, request, names, options), steps, options)
     files = trainee.write(output)
-    called = {label: f"{word} {_noun(label)}" for label, word in names.items()}
     tuned = Tuned(method, files, prompt, called, time.perf_counter() - began)
     _write(tuned, options, output)
     return tuned
@@ -224,7 +228,7 @@ class CustomDiffusion(Trainee):
 
     def write(self, output: Path) -> tuple[Path, ...]:
         """A delta."""
-        path, before = output / "delta.safetensors", self.base.model.transformer
+        path, before = output / MADE["custom_diffusion"], self.base.model.transformer
         changes = {name: weight - before.get_parameter(name) for name, weight in self.changing.items()}
         words = dict(zip(self.words, self.table[self.ids], strict=True))
         write_delta(path, delta_of(path, self.base.model, {"transformer": changes}, words))
@@ -241,7 +245,7 @@ class DreamBooth(Trainee):
 
     def write(self, output: Path) -> tuple[Path, ...]:
         """A weights folder."""
-        folder = output / "weights"
+        folder = output / MADE["dreambooth"]
         folder.mkdir(exist_ok=True)
         save_model(self.model.half(), folder / "model.safetensors")
         for name in ("vae.safetensors", "tokenizer.json", "defaults.json", "vocabulary.json", "ranges.json"):
@@ -274,7 +278,7 @@ class DreamBoothLora(Trainee):
         for name, (down, up) in self.pairs.items():
             tensors[f"transformer.{name}.lora_A.weight"] = down.half()
             tensors[f"transformer.{name}.lora_B.weight"] = up.half()
-        path = output / "lora.safetensors"
+        path = output / MADE["dreambooth_lora"]
         save(path, tensors)
         return (path,)
 
@@ -345,7 +349,7 @@ def _loss(
 def _write(tuned: Tuned, options: TuneOptions, output: Path) -> None:
     about = {
         "method": tuned.method,
-        "files": [file.name for file in tuned.files],
+        "sha256": _hashes(output / MADE[tuned.method]),
         "prompt": tuned.prompt,
         "names": dict(tuned.names),
         "seconds": round(tuned.seconds, 2),
@@ -355,17 +359,25 @@ def _write(tuned: Tuned, options: TuneOptions, output: Path) -> None:
         temporary.write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
 
 
-def _read(output: Path, method: str, prompt: str, options: TuneOptions) -> Tuned:
-    """What was tuned before. Raises InputError where that was something else."""
+def _hashes(made: Path) -> dict[str, str]:
+    """SHA-256 of a file, or of each in a folder, by name."""
+    paths = sorted(made.rglob("*")) if made.is_dir() else [made]
+    return {path.name: sha256_file(path) for path in paths}
+
+
+def _read(output: Path, method: str, prompt: str, options: TuneOptions) -> float:
+    """How long it took to tune before. Raises InputError where that was something else, and where its files
+    are not those that it made."""
     try:
         about = read_json(output / DONE)
         asked = {"method": method, "prompt": prompt, "options": dataclasses.asdict(options)}
         other = [f"{k} {about[k]!r}, not {value!r}" for k, value in asked.items() if about[k] != value]
-        found = Tuned(
-            method, tuple(output / name for name in about["files"]), prompt, about["names"], about["seconds"]
-        )
-    except (ValueError, KeyError, TypeError) as error:
+        seconds, hashes = float(about["seconds"]), about["sha256"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{output / DONE} is damaged, {error!r}: delete it to tune again") from error
     if other:
         raise InputError(f"{output} was tuned with {other[0]}: choose another --output")
-    return found
+    made = output / MADE[method]
+    if not made.exists() or _hashes(made) != hashes:
+        raise InputError(f"{made} is not what was tuned: delete {output / DONE} to tune again")
+    return seconds

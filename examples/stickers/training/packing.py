@@ -41,16 +41,16 @@ def state_of(folder: Path) -> dict[str, Tensor]:
     return state | (load(folder / HEADS)[0] if (folder / HEADS).exists() else {})
 
 
-def pack_folder(folder: Path, output: Path) -> list[Path]:
+def pack_folder(folder: Path, output: Path, *, overwrite: bool = False) -> list[Path]:
     """Write a packed checkpoint of a training's averaged weights, whole or not at all; returns the paths of
     all its files, none of more than 16 MiB.
 
-    It takes the place of an older one. Its VAE is bfloat16. Raises InputError where there is nothing to pack,
-    and where the folder ``output`` holds anything else.
+    Its VAE is bfloat16. Raises InputError where there is nothing to pack, and where the folder ``output``
+    holds files, but for a packed checkpoint that ``overwrite`` replaces.
     """
     state = state_of(folder)
     vae = {name: value.to(torch.bfloat16) for name, value in load(folder / "vae.safetensors")[0].items()}
-    with replacing_folder(output, _packed_files, replace=True) as new:
+    with replacing_folder(output, _packed_files, replace=overwrite) as new:
         pack(state, new)
         for name in ("vae.json", "tokenizer.json"):
             shutil.copyfile(folder / name, new / name)

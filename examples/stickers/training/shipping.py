@@ -37,14 +37,14 @@ NEEDED = ["model.safetensors", "vae.safetensors", "tokenizer.json", "vae.json", 
 FILES = [*NEEDED, *(f"{name}.json" for name in TOLD)]
 
 
-def collect(training: Path, output: Path) -> None:
+def collect(training: Path, output: Path, *, overwrite: bool = False) -> None:
     """Write a training's averaged weights, rounded to float16, and all that goes with them, whole or not at
-    all. Takes the place of an older one; raises InputError where there is nothing to write, or where the
-    folder ``output`` holds anything else."""
+    all. Raises InputError where there is nothing to write, and where the folder ``output`` holds files, but
+    for weights that ``overwrite`` replaces."""
     for name in NEEDED:
         if not (training / name).exists():
             raise InputError(f"{training / name} is missing: give a folder that `train` has filled")
-    with replacing_folder(output, lambda _: FILES, replace=True) as new:
+    with replacing_folder(output, lambda _: FILES, replace=overwrite) as new:
         save_rounded(training / "model.safetensors", new / "model.safetensors")
         for name in ("vae.safetensors", HEADS):
             tensors, metadata = load(training / name)

@@ -126,7 +126,7 @@ def train(
         def publish(steps: int) -> dict[str, object]:
             save_model(trainee.model, output / "model.safetensors")
             save(output / HEADS, trainee.heads)
-            pack_folder(output, output / PACKED)
+            pack_folder(output, output / PACKED, overwrite=True)
             return {f"probe_{split}": probe(trainee, each, device, PROBED) for split, each in judges.items()}
 
         if not checkpoint.exists():

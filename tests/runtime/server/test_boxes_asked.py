@@ -44,7 +44,11 @@ def test_boxes_come_with_a_form_or_json_and_outlive_the_server(
             "a box of 'ball' at frame 9: the videos of 'fake' have the frames 0 to 8",
         ),
         ("[0, 0, 1, 1]", 'boxes must be an object, {"cat": [0.1, 0.2, 0.5, 0.8]}, not [0, 0, 1, 1]'),
-        ("{", "boxes: the text is not JSON (Expecting property name enclosed in double quotes, line 1)"),
+        (
+            "{",
+            'boxes must be an object, {"cat": [0.1, 0.2, 0.5, 0.8]}: the text is not JSON (Expecting '
+            "property name enclosed in double quotes, line 1)",
+        ),
     ):
         answer = server.http.post("/v1/videos", json=body | {"boxes": boxes})
         assert (answer.status_code, answer.json()["error"]["message"]) == (400, message)

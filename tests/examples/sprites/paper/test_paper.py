@@ -297,6 +297,18 @@ def test_the_command_from_base_to_tables(ground, tmp_path, monkeypatch, capsys):
     shutil.rmtree(output / "pool")
     assert main([*asked, "--steps", "1", "--only", "no_dam", "--seeds", "1"]) == 0
     assert not (output / "pool").exists()  # nothing was left to train: nothing is drawn
+    settings = (output / "settings.json").read_text()
+    for content in ("[]", "null", "{"):
+        (output / "settings.json").write_text(content)
+        with pytest.raises(InputError, match=r"settings.json is damaged, .*: choose another --output"):
+            command.run(_parsed([*asked, "--steps", "1"]))
+    (output / "settings.json").write_text(settings)
+    for name in ("pool", "ours-0"):
+        (tmp_path / f"with-{name}").mkdir()
+        (tmp_path / f"with-{name}" / name).write_text("mine")
+        with pytest.raises(InputError, match=f"{name} is no folder: choose another --output"):
+            command.run(_parsed([*asked, "--output", str(tmp_path / f"with-{name}")]))
+        assert [path.name for path in (tmp_path / f"with-{name}").iterdir()] == [name]
     wrong = tmp_path / "wrong"
     document = tmp_path / "some.md"
     document.write_text("<!-- tables -->\nwhat else there is")
@@ -351,7 +363,7 @@ def test_the_base_that_is_shipped_is_what_rows_stand_on():
     assert sum(file.stat().st_size for file in BASE.iterdir()) <= 10_000_000
 
 
-def test_the_base_as_weights_is_what_tuning_starts_from(tmp_path):
+def test_the_base_as_weights_is_what_tuning_starts_from(tmp_path, capsys):
     from conceptmaster.examples.sprites.paper.cli import BASE
     from conceptmaster.examples.sprites.training.tuning import open_base
 
@@ -365,9 +377,12 @@ def test_the_base_as_weights_is_what_tuning_starts_from(tmp_path):
     assert found.model.config == paper_config(injection="none")
     for name, value in load(BASE / "vae.safetensors")[0].items():
         torch.testing.assert_close(found.vae.state_dict()[name].half(), value.half())
-    (output / "a letter.txt").write_text("mine")
+    (output / "tokenizer.json").write_text("mine")
     assert main(["paper-weights", "--output", str(output)]) == 2  # and nothing is lost
-    assert (output / "a letter.txt").read_text() == "mine"
+    assert (output / "tokenizer.json").read_text() == "mine"
+    assert main(["paper-base", "--weights", str(output), "--output", str(tmp_path / "new")]) == 2
+    assert f"cannot start from {output}: the weights do not fit ImageEncoder" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -25,6 +28,7 @@ from conceptmaster.runtime.request import Concept, Request
 from ..small import small_config
 
 FEW = TuneOptions(steps=4, views=3, prior=3)
+STICKERS = Path(__file__).resolve().parents[4] / "examples" / "stickers" / "weights"
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +100,42 @@ def test_what_a_method_changes_is_what_its_file_says(base, request_, tmp_path, m
         with pytest.raises(InputError, match="was tuned with .* choose another --output"):
             tune(asked[0], base, request_, tmp_path / "first", asked[1])
     assert file.stat().st_mtime_ns == kept
+    made = file / "model.safetensors" if file.is_dir() else file
+    made.write_bytes(made.read_bytes()[:500])
+    with pytest.raises(InputError, match=f"{file} is not what was tuned: delete .*tuned.json to tune again"):
+        tune(method, base, request_, tmp_path / "first", FEW)
+    made.unlink()
+    with pytest.raises(InputError, match=f"{file} is not what was tuned"):
+        tune(method, base, request_, tmp_path / "first", FEW)
+
+
+@pytest.mark.parametrize(
+    "spoil", [{"seconds": "x"}, {"seconds": None}, {"options": 1}, {"sha256": None}, {"method": []}]
+)
+def test_a_damaged_record_is_told_of(base, request_, tmp_path, spoil):
+    tune(METHODS[0], base, request_, tmp_path, dataclasses.replace(FEW, steps=1))
+    path = tmp_path / "tuned.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | spoil))
+    with pytest.raises(InputError, match="is damaged|was tuned with|is not what was tuned"):
+        tune(METHODS[0], base, request_, tmp_path, dataclasses.replace(FEW, steps=1))
+
+
+@pytest.mark.parametrize("content", ["{", "{}", "\xff", None])
+def test_a_tokenizer_that_cannot_be_read(base, tmp_path, content):
+    for name in ("model.safetensors", "vae.safetensors"):
+        shutil.copyfile(base.folder / name, tmp_path / name)
+    if content is not None:
+        (tmp_path / "tokenizer.json").write_text(content, "latin-1")
+    with pytest.raises(InputError, match=f"cannot start from {tmp_path}: .*"):
+        open_base(tmp_path)
+
+
+def test_a_tokenizer_of_another_model(base, tmp_path):
+    for name in ("model.safetensors", "vae.safetensors"):
+        shutil.copyfile(base.folder / name, tmp_path / name)
+    shutil.copyfile(STICKERS / "tokenizer.json", tmp_path / "tokenizer.json")
+    with pytest.raises(InputError, match="it has 2048 entries, the text encoder knows 512"):
+        open_base(tmp_path)
 
 
 def _with(choices, file):

@@ -50,3 +50,9 @@ def test_a_training_is_packed_whole(tmp_path):
     assert names == {"weights-1.safetensors", "vae.json", "tokenizer.json", "vae.safetensors"}
     assert state_of(output).keys() == state_of(training).keys()
     assert {"model.a", "look.weight"} <= state_of(output).keys()
+    (output / "vae.json").write_text("changed by hand")
+    with pytest.raises(InputError, match="is there already: --overwrite replaces it"):
+        pack_folder(training, output)
+    assert (output / "vae.json").read_text() == "changed by hand"
+    pack_folder(training, output, overwrite=True)
+    assert (output / "vae.json").read_text() == (training / "vae.json").read_text()

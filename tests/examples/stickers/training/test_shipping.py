@@ -24,7 +24,12 @@ def test_weights_of_a_training_are_rounded_and_say_that_any_word_will_do(tmp_pat
     save(training / HEADS, {"heads.story.weight": torch.full((2, 2), 1 / 3)})
     (training / "tokenizer.json").write_text("{}")
     (training / "vae.json").write_text("{}")
-    collect(training, output)
+    output.mkdir()
+    (output / "model.safetensors").write_text("somebody's")
+    with pytest.raises(InputError, match="is there already: --overwrite replaces it"):
+        collect(training, output)
+    assert (output / "model.safetensors").read_text() == "somebody's"
+    collect(training, output, overwrite=True)
     before, after = (load(folder / "model.safetensors")[0] for folder in (training, output))
     assert before.keys() == after.keys()
     for name, value in before.items():
