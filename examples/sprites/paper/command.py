@@ -171,6 +171,9 @@ def run_base(args: argparse.Namespace) -> int:
         Base(text, pixel_weights(vae)), Eye(image)
     except (FileNotFoundError, WeightsError) as error:
         raise InputError(f"cannot start from {args.weights}: {error}") from error
+    made = args.output / "model.safetensors"
+    if made.exists() and not (args.output / "eye").exists():
+        raise InputError(f"{made} is there, and not of this command: choose another --output")
     make_folder(args.output)
     train_eye(image, args.output / "eye", args.eye_steps)
     pool = ClipPool(args.output / "pool", paper_config(), vae, args.clips)
@@ -178,8 +181,8 @@ def run_base(args: argparse.Namespace) -> int:
     image = load(args.output / "eye" / "image_encoder.safetensors")[0]
     transformer = load(args.output / "base" / "transformer.safetensors")[0]
     parts = {"text_encoder": text, "image_encoder": image, "transformer": transformer}
-    save(args.output / "model.safetensors", together(parts))
-    print(args.output / "model.safetensors")
+    save(made, together(parts))
+    print(made)
     return 0
 
 

@@ -25,6 +25,7 @@ from conceptmaster.engine.checkpoints.safetensors_io import save, save_model
 from conceptmaster.engine.config import ModelConfig
 from conceptmaster.engine.presets import preset
 from conceptmaster.engine.vae.block_vae import BlockVAE
+from conceptmaster.errors import InputError
 from conceptmaster.examples.sprites.training.attention import cheapest_attention
 from conceptmaster.examples.sprites.training.learning import (
     Average,
@@ -103,6 +104,8 @@ def train(
     """
     began = time.perf_counter() if began is None else began
     warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
+    if (output / "model.safetensors").exists() and not (output / "options.json").exists():
+        raise InputError(f"{output} holds weights that no training there made: choose another --output")
     output.mkdir(parents=True, exist_ok=True)
     checkpoint, log = output / "training.safetensors", log_to(output / "log.jsonl")
     how = _loop_options(options, began)

@@ -383,6 +383,10 @@ def test_the_base_as_weights_is_what_tuning_starts_from(tmp_path, capsys):
     assert main(["paper-base", "--weights", str(output), "--output", str(tmp_path / "new")]) == 2
     assert f"cannot start from {output}: the weights do not fit ImageEncoder" in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
+    before = (output / "model.safetensors").read_bytes()
+    assert main(["paper-base", "--output", str(output)]) == 2
+    assert "is there, and not of this command" in capsys.readouterr().err
+    assert (output / "model.safetensors").read_bytes() == before
 
 
 @pytest.mark.parametrize(

@@ -116,6 +116,14 @@ def test_a_folder_from_before_boxes_goes_on_with_them_and_says_so(tmp_path, capl
     assert load_model(tmp_path / "model.safetensors").config == train.boxed(small_config())
 
 
+def test_weights_of_others_are_not_trained_over(tmp_path):
+    (tmp_path / "model.safetensors").write_text("somebody's")
+    with pytest.raises(InputError, match="holds weights that no training there made: choose another"):
+        run(tmp_path, 1)
+    assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
+    assert (tmp_path / "model.safetensors").read_text() == "somebody's"
+
+
 def test_the_time_for_the_last_checkpoint_is_kept_free():
     how = LoopOptions("train", 1, minutes=2.0)
     assert how.part({"step": 5.0, "seconds": 60.0}) == 0.5
