@@ -168,7 +168,7 @@ def run_base(args: argparse.Namespace) -> int:
     try:
         weights = load(args.weights / "model.safetensors")[0]
         text, image = (_part(weights, prefix) for prefix in GIVEN)
-        Base(text, pixel_weights(vae)), Eye(image)
+        Base(text, pixel_weights(vae)), Eye(image)  # they fit, before minutes of training
     except (FileNotFoundError, WeightsError) as error:
         raise InputError(f"cannot start from {args.weights}: {error}") from error
     made = args.output / "model.safetensors"
