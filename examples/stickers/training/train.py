@@ -104,7 +104,8 @@ def train(
     """
     began = time.perf_counter() if began is None else began
     warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
-    if (output / "model.safetensors").exists() and not (output / "options.json").exists():
+    begun = any((output / name).exists() for name in ("training.safetensors", "options.json"))
+    if (output / "model.safetensors").exists() and not begun:
         raise InputError(f"{output} holds weights that no training there made: choose another --output")
     output.mkdir(parents=True, exist_ok=True)
     checkpoint, log = output / "training.safetensors", log_to(output / "log.jsonl")
