@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import os
 import re
 import shutil
 import time
@@ -33,7 +34,7 @@ from conceptmaster.engine.dit import MIN_SIGMA
 from conceptmaster.engine.model import ConceptMaster
 from conceptmaster.engine.vae.block_vae import BlockVAE
 from conceptmaster.errors import InputError
-from conceptmaster.hashed import sha256_file
+from conceptmaster.hashed import sha256_files
 from conceptmaster.runtime.request import Concept, Request
 from conceptmaster.tokenizer_file import add_words, read_tokenizer
 from conceptmaster.untrusted import read_json
@@ -361,8 +362,8 @@ def _write(tuned: Tuned, options: TuneOptions, output: Path) -> None:
 
 def _hashes(made: Path) -> dict[str, str]:
     """SHA-256 of a file, or of each in a folder, by name."""
-    paths = sorted(made.rglob("*")) if made.is_dir() else [made]
-    return {path.name: sha256_file(path) for path in paths}
+    folder, names = (made, sorted(os.listdir(made))) if made.is_dir() else (made.parent, [made.name])
+    return sha256_files(folder, names)
 
 
 def _read(output: Path, method: str, prompt: str, options: TuneOptions) -> float:
