@@ -14,8 +14,8 @@ async function send(wanted) {
   node.scrollIntoView({ block: "nearest", behavior: still.matches ? "auto" : "smooth" });
 }
 
-function edit(wanted) {
-  composer.fill(wanted);
+async function edit(wanted) {
+  await composer.fill(wanted);
   $("composer").scrollIntoView({ block: "start", behavior: still.matches ? "auto" : "smooth" });
   $("prompt").focus({ preventScroll: true });
 }

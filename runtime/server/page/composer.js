@@ -18,6 +18,8 @@ const ABOUT = [
 ];
 
 let models = [];
+let modelsCame; // called when there are models: who is faster than they are waits for them
+const ready = new Promise((done) => (modelsCame = done));
 let pictures = []; // {label, file, url, node}, as they are shown
 let sending = false;
 let hinting = 0;
@@ -74,6 +76,7 @@ export function setModels(found) {
   if (models.some(({ id }) => id === before)) $("model").value = before;
   $("model-field").hidden = models.length < 2;
   modelChanged();
+  modelsCame();
 }
 
 function modelChanged() {
@@ -95,8 +98,9 @@ function modelChanged() {
 
 // ---- pictures
 
-function addFiles(files) {
+async function addFiles(files) {
   if (!files.length) return;
+  await ready;
   say($("pictures-error"), "");
   const shown = files.filter(({ type }) => type.startsWith("image/"));
   const room = model().concepts.most - pictures.length;
@@ -213,7 +217,8 @@ function promptChanged() {
   hinting = setTimeout(hint, PAUSE);
 }
 
-function hint() {
+async function hint() {
+  await ready;
   const prompt = $("prompt").value;
   const found = [];
   if (prompt.trim()) {
@@ -290,7 +295,8 @@ function nameButton() {
 }
 
 // Puts what was wanted before into the form. wanted: as of api.create.
-export function fill(wanted) {
+export async function fill(wanted) {
+  await ready;
   if (wanted.model && models.some(({ id }) => id === wanted.model)) $("model").value = wanted.model;
   pictures.forEach(forget);
   pictures = [];
@@ -310,19 +316,19 @@ const written = (value) => (typeof value === "object" ? JSON.stringify(value) : 
 
 export async function fillExample(example, id) {
   const named = example.pictures.map(async ({ label, path }) => ({ label, file: await (await fetch(path)).blob() }));
-  fill({ ...example, model: id, pictures: await Promise.all(named) });
+  await fill({ ...example, model: id, pictures: await Promise.all(named) });
 }
 
 export async function submit(send) {
   if (sending) return;
   clearComplaints();
-  const wanted = read();
-  if (!wanted) return;
   sending = true;
   $("send").setAttribute("aria-busy", "true");
   nameButton();
   try {
-    await send(wanted);
+    await ready;
+    const wanted = read();
+    if (wanted) await send(wanted);
   } catch (error) {
     complain(about(error), error.message);
   } finally {

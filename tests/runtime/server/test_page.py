@@ -25,6 +25,7 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: apt-get install chromium")
 
 PATIENCE = 60_000.0  # milliseconds
+expect.set_options(timeout=PATIENCE)
 EXAMPLES = Path(__file__).parents[3] / "examples"
 REQUESTS = EXAMPLES / "sprites" / "requests"
 FLOWER, ROCKET = REQUESTS / "first" / "1.png", REQUESTS / "first" / "2.png"
@@ -128,7 +129,7 @@ def sent(page: Any, press: Callable[[], None] | None = None) -> Any:
 
 
 def wait_until(card: Any, status: str) -> None:
-    expect(card).to_have_attribute("data-status", status, timeout=PATIENCE)
+    expect(card).to_have_attribute("data-status", status)
 
 
 def wait_until_it_plays(page: Any, clip: Any) -> None:
@@ -411,6 +412,31 @@ def test_signing_in_and_out(start_server: Any, open_page: Open, tmp_path: Path) 
     expect(page.locator(".card")).to_have_count(0)
 
 
+def test_whoever_is_faster_than_the_models_loses_nothing(empty: Any, open_page: Open) -> None:
+    page = open_page(empty)
+    held: list[Any] = []
+    page.route("**/v1/models", lambda route: held.append(route))
+    with page.expect_request("**/v1/models"):
+        page.reload()
+    page.get_by_label("What happens").fill(PROMPT)
+    page.set_input_files("#files", [FLOWER])
+    page.evaluate(DROP, ["#composer", "drop", [["rocket.png", list(ROCKET.read_bytes())]]])
+    page.wait_for_timeout(1000)  # a pause after which hints are given
+    page.keyboard.press("Control+Enter")
+    expect(page.locator("#send")).to_have_text("Sending…")
+    page.keyboard.press("Control+Enter")  # it is asked for once
+    expect(page.locator(".card")).to_have_count(0)
+    for route in held:
+        route.continue_()
+    expect(page.locator("#pictures-error")).to_contain_text("what each picture shows")  # no name is in 1.png
+    expect(page.get_by_label("Picture 2 shows")).to_have_value("rocket")
+    page.get_by_label("Model").select_option("sprites")
+    page.get_by_label("Picture 1 shows").fill("flower")
+    wait_until(sent(page, lambda: page.keyboard.press("Control+Enter")), "completed")
+    video = newest_video(empty)
+    assert (video["prompt"], video["labels"]) == (PROMPT, ["flower", "rocket"])
+
+
 def test_a_server_that_is_killed_and_comes_back(start_server: Any, open_page: Open, tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -427,7 +453,7 @@ def test_a_server_that_is_killed_and_comes_back(start_server: Any, open_page: Op
     expect(page.get_by_text("The server does not answer")).to_be_visible()
     expect(page.get_by_label("What happens")).to_have_value("a ball rolls left")  # nothing is lost
     start_server(*options, data=tmp_path / "jobs")
-    expect(page.get_by_text("The server does not answer")).to_be_hidden(timeout=PATIENCE)
+    expect(page.get_by_text("The server does not answer")).to_be_hidden()
     wait_until(card, "completed")
 
 
