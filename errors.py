@@ -18,9 +18,13 @@ class ConceptMasterError(Exception):
 
 class InputError(ConceptMasterError, ValueError):
     """The caller asked for something that cannot be done: a missing picture, an unknown solver, a bundle
-    name that does not exist. Exit code 2."""
+    name that does not exist. Exit code 2.
+
+    field: which one of a `runtime.Request` is wrong; None where it is not one of these.
+    """
 
     exit_code = 2
+    field: str | None = None
 
 
 class ConfigError(InputError):
@@ -112,6 +116,16 @@ def free_memory() -> int | None:
         return int(found[0].split()[1]) * 1024
     except (OSError, IndexError, ValueError):
         return None
+
+
+@contextmanager
+def wrong_in(field: str) -> Iterator[None]:
+    """What is raised in here as an InputError is about this field of a request."""
+    try:
+        yield
+    except InputError as error:
+        error.field = field
+        raise
 
 
 @contextmanager

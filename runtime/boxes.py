@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..errors import InputError
+from ..errors import InputError, wrong_in
 from .cleaning import clean
 
 if TYPE_CHECKING:
@@ -47,6 +47,7 @@ def read(texts: Iterable[tuple[str, str]]) -> dict[str, Keys]:
     return found
 
 
+@wrong_in("boxes")
 def checked(boxes: Any, labels: Sequence[str]) -> dict[str, Keys]:
     """A request's boxes by the labels of its concepts.
 
@@ -73,6 +74,7 @@ def checked(boxes: Any, labels: Sequence[str]) -> dict[str, Keys]:
     return {label: dict(sorted(keys.items())) for label, keys in found.items()}
 
 
+@wrong_in("boxes")
 def fit(boxes: Mapping[str, Keys], manifest: Manifest) -> None:
     """Raises InputError for boxes that the bundle cannot follow."""
     if boxes and not manifest.takes_boxes:

@@ -12,7 +12,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..errors import InputError
+from ..errors import InputError, wrong_in
 from ..untrusted import read_json
 from . import boxes as placing
 from .cleaning import clean
@@ -44,6 +44,7 @@ class Concept:
     label: str
     image: str | os.PathLike[str] | bytes | bytearray | IO[bytes] | Image | np.ndarray
 
+    @wrong_in("concepts")
     def __post_init__(self) -> None:
         _text("a concept's label", self.label)
         if not clean(self.label):
@@ -91,23 +92,24 @@ class Request:
     boxes: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
-        _text("the prompt", self.prompt)
-        if not clean(self.prompt):
-            raise InputError("the prompt is empty: say what happens in the video")
-        if not isinstance(self.concepts, Sequence) or not all(isinstance(c, Concept) for c in self.concepts):
-            raise InputError("concepts must be a sequence of Concept(label, image)")
-        _set(self, "concepts", tuple(self.concepts))
-        _check_labels(self.concepts)
+        with wrong_in("prompt"):
+            _text("the prompt", self.prompt)
+            if not clean(self.prompt):
+                raise InputError("the prompt is empty: say what happens in the video")
+        with wrong_in("concepts"):
+            _set(self, "concepts", _concepts(self.concepts))
         _set(self, "boxes", placing.checked(self.boxes, [concept.label for concept in self.concepts]))
         if self.negative is not None:
-            _text("the negative prompt", self.negative)
+            with wrong_in("negative"):
+                _text("the negative prompt", self.negative)
         if self.steps is not None:
             _set(self, "steps", _integer("steps", self.steps, 1, TRAINED_STEPS))
         for name in ("guidance", "concept_guidance", "guidance_2"):
             if (scale := getattr(self, name)) is not None:
                 _set(self, name, _number(name, scale, 0.0, MAX_GUIDANCE))
-        if self.solver is not None and self.solver not in SOLVERS:
-            raise InputError(f"unknown solver {self.solver!r}: choose one of {', '.join(SOLVERS)}")
+        with wrong_in("solver"):
+            if self.solver is not None and self.solver not in SOLVERS:
+                raise InputError(f"unknown solver {self.solver!r}: choose one of {', '.join(SOLVERS)}")
         if self.shift is not None:
             _set(self, "shift", _number("shift", self.shift, *SHIFTS))
         _set(self, "samples", _integer("samples", self.samples, 1, MAX_SAMPLES))
@@ -127,36 +129,17 @@ class Request:
         """
         names = ("negative", "steps", "guidance", "concept_guidance", "solver", "shift", "guidance_2")
         defaults = {name: getattr(manifest.defaults, name) for name in names[:-1]} | manifest.scales
-        if self.guidance_2 is not None and "guidance_2" not in defaults:
-            raise InputError(
-                f"guidance_2 is of a second expert, and the bundle {manifest.name!r} has one transformer: "
-                "leave it out"
-            )
+        with wrong_in("guidance_2"):
+            if self.guidance_2 is not None and "guidance_2" not in defaults:
+                one = f"the bundle {manifest.name!r} has one transformer"
+                raise InputError(f"guidance_2 is of a second expert, and {one}: leave it out")
         scale = 1.0 if manifest.experts is None else manifest.experts[1].scale
         if self.guidance is not None and "guidance_2" in defaults:
             defaults["guidance_2"] = self.guidance * scale
         missing = {name: value for name, value in defaults.items() if getattr(self, name) is None}
         if self.guidance is not None and self.concept_guidance is None:
             del missing["concept_guidance"]  # a scale given alone is the joint scale
-        most = manifest.concepts
-        if self.concepts and not most:
-            raise InputError(
-                f"the bundle {manifest.name!r} takes no concepts: it was exported from a base without a "
-                "picture encoder"
-            )
-        least = 0 if manifest.conditioning is None else manifest.conditioning.required
-        if len(self.concepts) < least:
-            need = "a picture" if least == 1 else f"{least} pictures"
-            if least < most and manifest.conditioning is not None and manifest.conditioning.kind != "frames":
-                need = f"{least} to {most} pictures"
-            raise InputError(
-                f"the bundle {manifest.name!r} makes videos out of pictures: give it {need}, each with "
-                "--concept LABEL IMAGE"
-            )
-        if len(self.concepts) > most:
-            raise InputError(
-                f"{len(self.concepts)} concepts, but the bundle {manifest.name!r} takes at most {most}"
-            )
+        _fit(self.concepts, manifest)
         placing.fit(self.boxes, manifest)
         resolved = replace(self, **missing)
         assert resolved.guidance is not None
@@ -221,13 +204,38 @@ def _set(request: Request, name: str, value: Any) -> None:
     object.__setattr__(request, name, value)  # the dataclass is frozen to everybody else
 
 
-def _check_labels(concepts: Sequence[Concept]) -> None:
+def _concepts(concepts: object) -> tuple[Concept, ...]:
+    if not isinstance(concepts, Sequence) or not all(isinstance(each, Concept) for each in concepts):
+        raise InputError("concepts must be a sequence of Concept(label, image)")
     seen: set[str] = set()
     for concept in concepts:
         label = clean(concept.label)
         if label.casefold() in seen:
             raise InputError(f"two concepts are labelled {label!r}: labels must differ, they are what binds")
         seen.add(label.casefold())
+    return tuple(concepts)
+
+
+@wrong_in("concepts")
+def _fit(concepts: Sequence[Concept], manifest: Manifest) -> None:
+    """Raises InputError for more concepts than the bundle takes, or fewer than it needs."""
+    most = manifest.concepts
+    if concepts and not most:
+        raise InputError(
+            f"the bundle {manifest.name!r} takes no concepts: it was exported from a base without a "
+            "picture encoder"
+        )
+    least = 0 if manifest.conditioning is None else manifest.conditioning.required
+    if len(concepts) < least:
+        need = "a picture" if least == 1 else f"{least} pictures"
+        if least < most and manifest.conditioning is not None and manifest.conditioning.kind != "frames":
+            need = f"{least} to {most} pictures"
+        raise InputError(
+            f"the bundle {manifest.name!r} makes videos out of pictures: give it {need}, each with "
+            "--concept LABEL IMAGE"
+        )
+    if len(concepts) > most:
+        raise InputError(f"{len(concepts)} concepts, but the bundle {manifest.name!r} takes at most {most}")
 
 
 def _text(what: str, value: object) -> None:
@@ -242,20 +250,22 @@ def _text(what: str, value: object) -> None:
 
 
 def _integer(name: str, value: object, least: int, most: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise InputError(f"{name} must be an integer, not {value!r:.60}")
-    if not least <= int(value) <= most:
-        raise InputError(f"{name} must be {least} to {most}, not {int(value)}")
+    with wrong_in(name):
+        if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+            raise InputError(f"{name} must be an integer, not {value!r:.60}")
+        if not least <= int(value) <= most:
+            raise InputError(f"{name} must be {least} to {most}, not {int(value)}")
     return int(value)
 
 
 def _number(name: str, value: object, least: float, most: float) -> float:
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise InputError(f"{name} must be a number, not {value!r:.60}")
-    try:
-        number = float(value)
-    except OverflowError:
-        number = math.inf
-    if not least <= number <= most:  # so NaN is refused as well
-        raise InputError(f"{name} must be {least:g} to {most:g}, not {number:g}")
+    with wrong_in(name):
+        if isinstance(value, bool) or not isinstance(value, numbers.Real):
+            raise InputError(f"{name} must be a number, not {value!r:.60}")
+        try:
+            number = float(value)
+        except OverflowError:
+            number = math.inf
+        if not least <= number <= most:  # so NaN is refused as well
+            raise InputError(f"{name} must be {least:g} to {most:g}, not {number:g}")
     return number

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..errors import BundleError, InputError
+from ..errors import BundleError, InputError, wrong_in
 from ..tokenizer_file import WORD, add_words, encode, normalised, read_tokenizer
 from .bundle_format.manifest import REPAIR
 from .cleaning import clean
@@ -112,28 +112,28 @@ def tokenised(
     """
     shapes, bundle = manifest.shapes, f"the bundle {manifest.name!r}"
     whole = spoken(request, manifest)
-    texts = [("no text", ""), ("the prompt", request.prompt)]
+    texts = [("prompt", "no text", ""), ("prompt", "the prompt", request.prompt)]
     if whole != request.prompt:
-        texts.insert(1, ("the prompt, with its prefix and the pictures' names,", whole))
+        texts.insert(1, ("prompt", "the prompt, with its prefix and the pictures' names,", whole))
     if request.negative and not all(guidance.caption):
-        texts.append(("the negative prompt", request.negative))
+        texts.append(("negative", "the negative prompt", request.negative))
     labels = [c.label for c in request.concepts] if manifest.reads_labels else []
-    named = [(f"the label {label!r}", label) for label in labels]
-    tokenizer.check_words("the prompt", request.prompt, every=True)
-    for what, text in (*texts, *named):
-        tokenizer.check_words(what, text, every=False)
-    tokens = {
-        text: tokenizer.encode(text, manifest.prompt_tokens, what, manifest.cut) for what, text in texts
-    }
-    tokens |= {label: tokenizer.encode(label, shapes.label_tokens, what) for what, label in named}
-    texts += named
-    for what, text in texts:
-        if text in (request.prompt, *labels) and tokens[text] == tokens[""]:
-            raise InputError(f"{what} is empty: {bundle} reads no word of it")
-    for one, two in itertools.combinations(labels, 2):
-        if tokens[one] == tokens[two]:
-            alike = f"{bundle} reads the labels {one!r} and {two!r} alike"
-            raise InputError(f"{alike}: labels must differ, they are what binds")
+    texts += [("concepts", f"the label {label!r}", label) for label in labels]
+    with wrong_in("prompt"):
+        tokenizer.check_words("the prompt", request.prompt, every=True)
+    tokens: dict[str, tuple[int, ...]] = {}
+    for field, what, text in texts:
+        room = (shapes.label_tokens, "") if field == "concepts" else (manifest.prompt_tokens, manifest.cut)
+        with wrong_in(field):
+            tokenizer.check_words(what, text, every=False)
+            tokens[text] = tokenizer.encode(text, room[0], what, room[1])
+            if text in (request.prompt, *labels) and tokens[text] == tokens[""]:
+                raise InputError(f"{what} is empty: {bundle} reads no word of it")
+    with wrong_in("concepts"):
+        for one, two in itertools.combinations(labels, 2):
+            if tokens[one] == tokens[two]:
+                alike = f"{bundle} reads the labels {one!r} and {two!r} alike"
+                raise InputError(f"{alike}: labels must differ, they are what binds")
     return tokens
 
 

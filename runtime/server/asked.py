@@ -35,6 +35,8 @@ OTHERS = (
     "callback_url",
     "boxes",
 )
+BY_FIELD = {own: name for name, own in {**WHOLE, **TEXTS, "input_reference": "concepts"}.items()}
+"""What fields of runtime.Request are called here, where that differs."""
 KNOWN = (*OTHERS, *WHOLE, *NUMBERS, *TEXTS, *IGNORED)
 DATA_URL = re.compile(r"data:[\w.+/-]*(?:;[\w.+-]+=[\w.+-]+)*;base64,", re.ASCII)
 LARGEST_PICTURE = 32 * 2**20  # bytes
@@ -201,6 +203,11 @@ def _check_names(values: Mapping[str, Any]) -> None:
     for name in values:
         if name not in KNOWN:
             raise Refused(f"unknown field {name!r:.60}; known are {', '.join(KNOWN)}", param=_param(name))
+
+
+def param_of(field: str | None) -> str | None:
+    """What a field of runtime.Request is called here."""
+    return None if field is None else BY_FIELD.get(field, field)
 
 
 def _param(name: str) -> str | None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...errors import InputError
+from ...errors import InputError, wrong_in
 from .. import pictures, vocabulary
 from ..bundle_format.find import Bundle
 from ..frame_conditioning import lengths
@@ -46,10 +46,11 @@ class Served:
         """What there is to warn of. Raises InputError for what the bundle cannot do; pictures are read."""
         resolved, guidance = request.resolve(self.manifest)
         tokenised(resolved, guidance, self.manifest, self.tokenizer)
-        for concept in resolved.concepts:
-            pictures.read(
-                concept.image, self.manifest.pictures.background, f"the picture of {concept.label!r}"
-            )
+        with wrong_in("concepts"):
+            for concept in resolved.concepts:
+                pictures.read(
+                    concept.image, self.manifest.pictures.background, f"the picture of {concept.label!r}"
+                )
         return vocabulary.remarks(resolved, self.manifest, self.tokenizer.read)
 
     def about(self) -> dict[str, Any]:

@@ -107,7 +107,7 @@ class Service:
             async with self.looking:
                 request, warned = await asyncio.to_thread(looked_at)
         except InputError as error:
-            raise Refused(printable(error)) from None
+            raise Refused(printable(error), param=asked.param_of(error.field)) from None
         assert request.steps is not None
         received: list[tuple[str, Path]] = []
         try:

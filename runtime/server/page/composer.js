@@ -1,21 +1,12 @@
 // The form: pictures with labels, the prompt, options. What it makes of them is handed on as `wanted`, see api.js.
 
-import { randomSeed, Refusal } from "./api.js";
+import { randomSeed } from "./api.js";
 import { $, announce, clone, make, say } from "./dom.js";
 import { examplesFor } from "./examples.js";
 import { colour, labelOf, marked, missing, unknown } from "./words.js";
 
 const PAUSE = 400; // milliseconds without typing after which hints are given
 const FIELDS = ["model", "pictures", "prompt", "seed", "n", ...options().map((field) => field.id)];
-// What a message of the server is about, where it does not name the field.
-const ABOUT = [
-  [/^(a|the|two) box|^boxes|cannot place/, "boxes"],
-  [/^the prompt/, "prompt"],
-  [/^the negative prompt/, "negative_prompt"],
-  [/^samples/, "n"],
-  [/^unknown solver/, "solver"],
-  [/picture|concept|label/, "pictures"],
-];
 
 let models = [];
 let modelsCame; // called when there are models: who is faster than they are waits for them
@@ -358,12 +349,9 @@ function read() {
 }
 
 // The field that an error is about; null: none, or all.
-function about(error) {
-  if (!(error instanceof Refusal)) return null;
-  const { param, message } = error;
-  if (FIELDS.includes(param)) return param;
+function about({ param }) {
   if (["label", "input_reference", "input_references"].includes(param)) return "pictures";
-  return FIELDS.find((name) => message.startsWith(`${name} `)) ?? ABOUT.find(([words]) => words.test(message))?.[1] ?? null;
+  return FIELDS.includes(param) ? param : null;
 }
 
 // Says what is wrong beside the field, and leads there: to the first of several.

@@ -51,9 +51,11 @@ def test_boxes_come_with_a_form_or_json_and_outlive_the_server(
         ),
     ):
         answer = server.http.post("/v1/videos", json=body | {"boxes": boxes})
-        assert (answer.status_code, answer.json()["error"]["message"]) == (400, message)
-    refused = server.http.post("/v1/videos", json=body | {"model": "fake", "boxes": BOXES})
-    assert "'fake' cannot place concepts: leave the boxes out" in refused.json()["error"]["message"]
+        error = answer.json()["error"]
+        assert (answer.status_code, error["message"], error["param"]) == (400, message, "boxes")
+    refused = server.http.post("/v1/videos", json=body | {"model": "fake", "boxes": BOXES}).json()["error"]
+    assert "'fake' cannot place concepts: leave the boxes out" in refused["message"]
+    assert refused["param"] == "boxes"
     server.stop(signal.SIGKILL)
     server = start_server("--bundle", str(folder), data=data)
     for video in (by_form, by_json):

@@ -187,6 +187,27 @@ def test_bodies_have_a_largest_size(server: Server) -> None:
     assert server.http.post("/v1/videos", files=large).status_code == 413
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("prompt", " "), ("prompt", "ball " * 999), ("negative_prompt", "ball " * 999), ("n", 65), ("seed", -1),
+     ("steps", 0), ("guidance", -1), ("guidance_2", 1), ("guidance_2", -1), ("concept_guidance", -1),
+     ("shift", 0), ("solver", "x"), ("boxes", {"ball": [0, 0, 2, 1]})],
+)  # fmt: skip
+def test_the_field_that_is_wrong_is_named(server: Server, field: str, value: Any) -> None:
+    answer = server.http.post("/v1/videos", json={"prompt": PROMPT, field: value})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, field), answer.text
+
+
+@pytest.mark.parametrize("labels", [("ball", "Ball"), ("ball", " "), ("ball", "ball " * 999)])
+def test_labels_that_are_wrong_are_their_pictures_fault(
+    server: Server, pictures: dict[str, Path], labels: tuple[str, ...]
+) -> None:
+    picture = ("x.png", pictures["ball"].read_bytes())
+    parts = [("prompt", (None, PROMPT)), *(("label", (None, label)) for label in labels)]
+    answer = server.http.post("/v1/videos", files=[*parts, *[("input_reference", picture)] * len(labels)])
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "input_reference"), answer.text
+
+
 # Pictures.
 
 
@@ -216,7 +237,8 @@ def test_pictures_that_are_none_are_refused(server: Server, pictures: dict[str, 
     parts = {"prompt": (None, PROMPT), "label": (None, "ball"), "input_reference": ("x.png", data)}
     answer = server.http.post("/v1/videos", files=parts)
     assert answer.status_code == 400, answer.text
-    assert "the picture of 'ball'" in answer.json()["error"]["message"]
+    error = answer.json()["error"]
+    assert "the picture of 'ball'" in error["message"] and error["param"] == "input_reference"
 
 
 @pytest.mark.parametrize(
