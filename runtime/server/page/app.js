@@ -51,8 +51,12 @@ function startSession() {
     }
   });
   $("sign-out").addEventListener("click", async () => {
-    await api.signOut();
-    location.reload();
+    try {
+      await api.signOut();
+      location.reload();
+    } catch (error) {
+      say($("banner"), error.message);
+    }
   });
 }
 
@@ -84,8 +88,7 @@ function showExamples(models) {
         make("strong", {}, "Make this video"),
       );
       button.addEventListener("click", async () => {
-        await composer.fillExample(example, model.id);
-        await composer.submit(send);
+        if (await composer.fillExample(example, model.id)) await composer.submit(send);
       });
       return make("li", {}, button);
     }),

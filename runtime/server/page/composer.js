@@ -1,6 +1,6 @@
 // The form: pictures with labels, the prompt, options. What it makes of them is handed on as `wanted`, see api.js.
 
-import { randomSeed } from "./api.js";
+import * as api from "./api.js";
 import { $, announce, clone, make, say } from "./dom.js";
 import { examplesFor } from "./examples.js";
 import { colour, labelOf, marked, missing, unknown } from "./words.js";
@@ -305,9 +305,17 @@ export async function fill(wanted) {
 
 const written = (value) => (typeof value === "object" ? JSON.stringify(value) : value);
 
+// Whether it is filled in: where the server does not answer, that is said.
 export async function fillExample(example, id) {
-  const named = example.pictures.map(async ({ label, path }) => ({ label, file: await (await fetch(path)).blob() }));
-  await fill({ ...example, model: id, pictures: await Promise.all(named) });
+  clearComplaints();
+  const named = example.pictures.map(async ({ label, path }) => ({ label, file: await api.picture(path) }));
+  try {
+    await fill({ ...example, model: id, pictures: await Promise.all(named) });
+  } catch (error) {
+    complain(null, error.message);
+    return false;
+  }
+  return true;
 }
 
 export async function submit(send) {
@@ -341,7 +349,7 @@ function read() {
   return {
     prompt,
     model: model().id,
-    seed: $("seed").value.trim() || randomSeed(),
+    seed: $("seed").value.trim() || api.randomSeed(),
     n: $("n").value || 1,
     options: Object.fromEntries(options().map((field) => [field.id, field.value.trim()])),
     pictures: pictures.map(({ label, file }, at) => ({ label: label.trim() || `picture ${at + 1}`, file })),

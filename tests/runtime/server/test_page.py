@@ -437,6 +437,19 @@ def test_whoever_is_faster_than_the_models_loses_nothing(empty: Any, open_page: 
     assert (video["prompt"], video["labels"]) == (PROMPT, ["flower", "rocket"])
 
 
+def test_examples_whose_pictures_do_not_come_say_so(empty: Any, open_page: Open) -> None:
+    page = open_page(empty, expected="ERR_FAILED")
+    page.get_by_label("Model").select_option("sprites")
+    page.route("**/example-*.png", lambda route: route.abort())
+    page.get_by_label("What happens").fill("mine")
+    for button in ("Make this video", "Fill in an example"):
+        page.get_by_role("button", name=button).first.click()
+        expect(page.locator("#form-error")).to_have_text("the server does not answer: try again in a moment")
+        page.locator("#form-error").evaluate("node => node.textContent = ''")
+    expect(page.get_by_label("What happens")).to_have_value("mine")  # nothing is lost, nothing sent
+    expect(page.locator(".card")).to_have_count(0)
+
+
 def test_a_server_that_is_killed_and_comes_back(start_server: Any, open_page: Open, tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
