@@ -24,7 +24,10 @@ class InputError(ConceptMasterError, ValueError):
     """
 
     exit_code = 2
-    field: str | None = None
+
+    def __init__(self, message: str = "", *, field: str | None = None) -> None:
+        super().__init__(message)
+        self.field = field
 
 
 class ConfigError(InputError):

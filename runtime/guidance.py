@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..errors import InputError, wrong_in
+from ..errors import InputError
 
 
 @dataclass(frozen=True)
@@ -32,14 +32,17 @@ def make_guidance(
 
     Raises: InputError when the bundle cannot follow the scales; ValueError for another K.
     """
-    with wrong_in("concept_guidance"):
-        if branches != 3 and concept_guidance is not None:
-            needs = f"needs a bundle with 3 guidance branches, this one has {branches}"
-            raise InputError(f"concept guidance {needs}: leave it out")
-    with wrong_in("guidance"):
-        if branches == 1 and guidance != 1.0:
-            raise InputError(f"this bundle has no guidance branch: guidance must be 1, not {guidance:g}")
+    if branches != 3 and concept_guidance is not None:
+        raise InputError(
+            f"concept guidance needs a bundle with 3 guidance branches, this one has {branches}: leave it "
+            "out",
+            field="concept_guidance",
+        )
     if branches == 1:
+        if guidance != 1.0:
+            raise InputError(
+                f"this bundle has no guidance branch: guidance must be 1, not {guidance:g}", field="guidance"
+            )
         return Guidance(np.ones(1, np.float32), (True,), (True,))
     if branches == 2:
         return Guidance(np.array([1.0 - guidance, guidance], np.float32), (False, True), (False, True))

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn, Self, overload
 
 import numpy as np
 
-from ..errors import Cancelled, GenerationError, InputError
+from ..errors import Cancelled, GenerationError, InputError, wrong_in
 from . import boxes as placing
 from . import experts, frame_conditioning, pictures, tiles, vocabulary
 from . import noise as noises
@@ -296,6 +296,7 @@ class Pipeline:
                 videos.append(Video(video, self.manifest.fps, *about))
         return videos
 
+    @wrong_in("concepts")
     def _read_pictures(
         self, request: Request
     ) -> tuple[tuple[Concept, ...], list[np.ndarray], dict[int, np.ndarray], np.ndarray | None]:

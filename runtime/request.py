@@ -107,9 +107,9 @@ class Request:
         for name in ("guidance", "concept_guidance", "guidance_2"):
             if (scale := getattr(self, name)) is not None:
                 _set(self, name, _number(name, scale, 0.0, MAX_GUIDANCE))
-        with wrong_in("solver"):
-            if self.solver is not None and self.solver not in SOLVERS:
-                raise InputError(f"unknown solver {self.solver!r}: choose one of {', '.join(SOLVERS)}")
+        if self.solver is not None and self.solver not in SOLVERS:
+            known = ", ".join(SOLVERS)
+            raise InputError(f"unknown solver {self.solver!r}: choose one of {known}", field="solver")
         if self.shift is not None:
             _set(self, "shift", _number("shift", self.shift, *SHIFTS))
         _set(self, "samples", _integer("samples", self.samples, 1, MAX_SAMPLES))
@@ -129,10 +129,12 @@ class Request:
         """
         names = ("negative", "steps", "guidance", "concept_guidance", "solver", "shift", "guidance_2")
         defaults = {name: getattr(manifest.defaults, name) for name in names[:-1]} | manifest.scales
-        with wrong_in("guidance_2"):
-            if self.guidance_2 is not None and "guidance_2" not in defaults:
-                one = f"the bundle {manifest.name!r} has one transformer"
-                raise InputError(f"guidance_2 is of a second expert, and {one}: leave it out")
+        if self.guidance_2 is not None and "guidance_2" not in defaults:
+            raise InputError(
+                f"guidance_2 is of a second expert, and the bundle {manifest.name!r} has one transformer: "
+                "leave it out",
+                field="guidance_2",
+            )
         scale = 1.0 if manifest.experts is None else manifest.experts[1].scale
         if self.guidance is not None and "guidance_2" in defaults:
             defaults["guidance_2"] = self.guidance * scale
@@ -250,22 +252,20 @@ def _text(what: str, value: object) -> None:
 
 
 def _integer(name: str, value: object, least: int, most: int) -> int:
-    with wrong_in(name):
-        if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-            raise InputError(f"{name} must be an integer, not {value!r:.60}")
-        if not least <= int(value) <= most:
-            raise InputError(f"{name} must be {least} to {most}, not {int(value)}")
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise InputError(f"{name} must be an integer, not {value!r:.60}", field=name)
+    if not least <= int(value) <= most:
+        raise InputError(f"{name} must be {least} to {most}, not {int(value)}", field=name)
     return int(value)
 
 
 def _number(name: str, value: object, least: float, most: float) -> float:
-    with wrong_in(name):
-        if isinstance(value, bool) or not isinstance(value, numbers.Real):
-            raise InputError(f"{name} must be a number, not {value!r:.60}")
-        try:
-            number = float(value)
-        except OverflowError:
-            number = math.inf
-        if not least <= number <= most:  # so NaN is refused as well
-            raise InputError(f"{name} must be {least:g} to {most:g}, not {number:g}")
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise InputError(f"{name} must be a number, not {value!r:.60}", field=name)
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not least <= number <= most:  # so NaN is refused as well
+        raise InputError(f"{name} must be {least:g} to {most:g}, not {number:g}", field=name)
     return number

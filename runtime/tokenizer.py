@@ -123,10 +123,12 @@ def tokenised(
         tokenizer.check_words("the prompt", request.prompt, every=True)
     tokens: dict[str, tuple[int, ...]] = {}
     for field, what, text in texts:
-        room = (shapes.label_tokens, "") if field == "concepts" else (manifest.prompt_tokens, manifest.cut)
+        limit, why = manifest.prompt_tokens, manifest.cut
+        if field == "concepts":
+            limit, why = shapes.label_tokens, ""
         with wrong_in(field):
             tokenizer.check_words(what, text, every=False)
-            tokens[text] = tokenizer.encode(text, room[0], what, room[1])
+            tokens[text] = tokenizer.encode(text, limit, what, why)
             if text in (request.prompt, *labels) and tokens[text] == tokens[""]:
                 raise InputError(f"{what} is empty: {bundle} reads no word of it")
     with wrong_in("concepts"):

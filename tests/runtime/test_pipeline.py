@@ -235,8 +235,9 @@ def test_all_input_is_checked_before_anything_runs(pipe: Pipeline, pictures, mon
         pipe("a ball", [Concept("a red red ball", pictures["ball"])])
     with pytest.raises(InputError, match="4 concepts, but the bundle 'fake' takes at most 3"):
         pipe("a ball", [Concept(str(i), pictures["ball"]) for i in range(4)])
-    with pytest.raises(InputError, match="picture of 'cat'.*No such file"):
+    with pytest.raises(InputError, match="picture of 'cat'.*No such file") as missing:
         pipe("a ball", [*good, Concept("cat", "nowhere.png")])
+    assert missing.value.field == "concepts"
     with pytest.raises(InputError, match="noise"):
         pipe("a ball", good, noise=np.zeros(3))
     with pytest.raises(InputError, match="generate takes a Request, not str"):
